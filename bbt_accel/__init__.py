@@ -1,0 +1,45 @@
+"""Black-Box Tuning of frozen language models on ONNX Runtime, OpenVINO, TensorRT or PyTorch.
+
+Everything public is importable from here and loaded on first use: `import bbt_accel` loads neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bbt_accel.batch import Batch as Batch
+    from bbt_accel.bundle import Bundle as Bundle
+    from bbt_accel.engines.registry import load_engine as load_engine
+    from bbt_accel.exporters.export import export_bundle as export_bundle
+    from bbt_accel.objective import Objective as Objective
+    from bbt_accel.projection import Projection as Projection
+    from bbt_accel.tasks import Task as Task
+    from bbt_accel.tasks import load_task as load_task
+    from bbt_accel.tuning import tune as tune
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Batch": "batch",
+    "Bundle": "bundle",
+    "Objective": "objective",
+    "Projection": "projection",
+    "Task": "tasks",
+    "export_bundle": "exporters.export",
+    "load_engine": "engines.registry",
+    "load_task": "tasks",
+    "tune": "tuning",
+}
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bbt_accel' has no attribute {name!r}")
+    return getattr(import_module(f"bbt_accel.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

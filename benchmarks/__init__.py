@@ -1,0 +1,1 @@
+"""The benchmark harness: speed and accuracy of every engine against eager PyTorch."""

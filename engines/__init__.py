@@ -1,0 +1,1 @@
+"""Engines: whatever runs an exported backbone, behind one interface."""

@@ -1,0 +1,35 @@
+"""An engine without weights, for tests: label logits are a fixed smooth function of the prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bbt_accel.batch import Batch, Float32
+from bbt_accel.bundle import Bundle
+from bbt_accel.engines.base import BoundBatch, Engine
+
+
+class DummyBoundBatch(BoundBatch):
+    def _label_logits(self, prompts: Float32) -> Float32:
+        rng = np.random.default_rng(0)
+        flat = prompts.reshape(len(prompts), -1)
+        rows, classes = len(self.batch), len(self.batch.label_token_ids)
+        weight = rng.standard_normal((flat.shape[1], classes), dtype=np.float32) / np.sqrt(flat.shape[1])
+        row = (self.batch.input_ids * self.batch.attention_mask).sum(1) % 97 / 97
+        logits = np.tanh(flat @ weight)[:, None, :] + row[None, :, None] * np.arange(classes, dtype=np.float32)
+        return logits.astype(np.float32).reshape(len(prompts), rows, classes)
+
+
+class DummyEngine(Engine):
+    """Deterministic, and each candidate independent of the rest of the population, as a real engine is."""
+
+    name = "dummy"
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        super().__init__(bundle)
+
+    def bind(self, batch: Batch) -> DummyBoundBatch:
+        return DummyBoundBatch(self.bundle, batch)
+
+    def versions(self) -> dict[str, str]:
+        return {"dummy": "1"}

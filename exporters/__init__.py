@@ -1,0 +1,1 @@
+"""Exporters: a checkpoint becomes a bundle, and a bundle a faster bundle."""
