@@ -41,6 +41,14 @@ class BoundBatch(ABC):
         stacks[:, layer] = candidates
         return self.label_logits(stacks)
 
+    def layer_stds(self) -> Float32:
+        """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
+
+        float32 (L,), over the whole padded batch as in the original program, after five rounds of clipping to
+        mean ± 3 standard deviations (BBTv2, section 4.2).
+        """
+        raise UsageError(f"{type(self).__name__} cannot measure hidden states, which bbtv2 needs")
+
     @abstractmethod
     def _label_logits(self, prompts: Float32) -> Float32: ...
 

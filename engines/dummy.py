@@ -17,7 +17,11 @@ class DummyBoundBatch(BoundBatch):
         weight = rng.standard_normal((flat.shape[1], classes), dtype=np.float32) / np.sqrt(flat.shape[1])
         row = (self.batch.input_ids * self.batch.attention_mask).sum(1) % 97 / 97
         logits = np.tanh(flat @ weight)[:, None, :] + row[None, :, None] * np.arange(classes, dtype=np.float32)
-        return logits.astype(np.float32).reshape(len(prompts), rows, classes)
+        result: Float32 = logits.astype(np.float32).reshape(len(prompts), rows, classes)
+        return result
+
+    def layer_stds(self) -> Float32:
+        return np.ones(self.bundle.info.n_layers, dtype=np.float32)
 
 
 class DummyEngine(Engine):
@@ -25,7 +29,9 @@ class DummyEngine(Engine):
 
     name = "dummy"
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__(bundle)
 
     def bind(self, batch: Batch) -> DummyBoundBatch:

@@ -1,0 +1,337 @@
+"""The command line: one short function a command. What is heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from bbt_accel.errors import BbtError, UsageError
+
+INTERRUPTED = 130
+Engine = Literal["torch", "ort", "openvino", "trt"]
+Device = Literal["cpu", "cuda"]
+
+app = typer.Typer(
+    name="bbt-accel",
+    help="Tune soft prompts of frozen language models by forward passes alone, on fast inference engines.",
+    epilog="Example: bbt-accel export demo -o bundle && bbt-accel tune --bundle bundle --task demo -o run",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Data = Annotated[Path | None, typer.Option(help="Folder with {train,validation,test}.{jsonl,csv,parquet}.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The new folder.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run that tune has written.")]
+TaskName = Annotated[str, typer.Option(help="A built-in task (sst2, yelpp, agnews, ...) or a .toml file.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; those of the machine unless given.")]
+Without = Annotated[str, typer.Option(metavar="NAMES", help="Savings to switch off, with commas between.")]
+OtherBundle = Annotated[Path | None, typer.Option(help="Another bundle of the backbone; that of the run unless given.")]
+RunEngine = Annotated[Engine | None, typer.Option(help="The engine; that of the run unless given.")]
+RunDevice = Annotated[Device | None, typer.Option(help="The device; that of the run unless given.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import bbt_accel
+
+        print(f"bbt-accel {bbt_accel.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")] = False,
+) -> None:
+    """Options of all commands. `main` takes --debug out before, so that it may stand anywhere."""
+
+
+@app.command(epilog="Example: bbt-accel export roberta-large -o bundles/roberta-large")
+def export(
+    backbone: Annotated[str, typer.Argument(help="A hub id, a local folder, or demo (shipped).")],
+    output: Output,
+    method: Annotated[Literal["bbt", "bbtv2"], typer.Option(help="bbtv2 has a prompt in every layer.")] = "bbt",
+    prompt_mode: Annotated[Literal["add", "cat"], typer.Option(help="Add to, or put before, the input.")] = "add",
+    n_prompt_tokens: Annotated[int, typer.Option(min=1, help="Soft prompt vectors.")] = 50,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export a backbone to a bundle: ONNX graphs, weights, tokenizer."""
+    from bbt_accel.display import busy
+    from bbt_accel.exporters.export import export_bundle
+    from bbt_accel.reports import report_bundle
+
+    with busy(f"exporting {backbone}"):
+        bundle = export_bundle(
+            backbone,
+            output,
+            method=method,
+            prompt_mode=prompt_mode,
+            n_prompt_tokens=n_prompt_tokens,
+            revision=revision,
+            progress=None,
+        )
+    report_bundle(bundle, as_json)
+
+
+@app.command(epilog="Example: bbt-accel optimize bundles/roberta-large -o bundles/roberta-large-int8 --int8")
+def optimize(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that export has written.")],
+    output: Output,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Half precision, for GPUs.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit integers, for CPUs.")] = False,
+    target: Annotated[Literal["ort", "openvino", "trt"], typer.Option(help="The engine to optimize for.")] = "ort",
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="TASK", help="Task whose few-shot rows set the int8 ranges.")
+    ] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Optimize a bundle for an engine: fused operators, lower precision, a TensorRT plan."""
+    from bbt_accel.display import busy
+    from bbt_accel.exporters.optimize import optimize_bundle
+    from bbt_accel.reports import report_bundle
+
+    precision = _precision(fp16, bf16, int8)
+    with busy(f"optimizing {bundle}"):
+        optimized = optimize_bundle(bundle, output, precision=precision, target=target, calibrate=calibrate, data=data)
+    report_bundle(optimized, as_json)
+
+
+@app.command(epilog="Example: bbt-accel tune --bundle bundles/roberta-large --task sst2 --engine ort -o runs/sst2")
+def tune(
+    bundle: Annotated[Path, typer.Option(help="A bundle that export or optimize has written.")],
+    task: TaskName,
+    data: Data = None,
+    engine: Annotated[Engine, typer.Option(help="What runs the backbone.")] = "ort",
+    device: Annotated[Device, typer.Option(help="Where it runs.")] = "cpu",
+    threads: Threads = None,
+    k_shot: Annotated[int | None, typer.Option(help="Rows a class, for train and for dev. (default: 16)")] = None,
+    intrinsic_dim: Annotated[int | None, typer.Option(help="Dimension of the search. (default: 500)")] = None,
+    popsize: Annotated[int | None, typer.Option(help="Candidates a generation. (default: 20)")] = None,
+    budget: Annotated[int | None, typer.Option(help="Candidates in all. (default: the task's, or 8000)")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Step size at the start. (default: the task's, or 1)")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale of the projection. (default: the task's, or 1)")] = None,
+    bound: Annotated[float | None, typer.Option(help="Keep z in a box of this half width. (default: none)")] = None,
+    loss: Annotated[
+        Literal["ce", "hinge", "perf"] | None, typer.Option(help="What is minimised. (default: the task's, or ce)")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Candidates between dev scores. (default: 100)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of rows, projection and search. (default: 42)")] = None,
+    random_proj: Annotated[
+        Literal["normal", "uniform"] | None, typer.Option(help="Entries of the projection. (default: normal)")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The run's folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of that name.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
+    without: Without = "",
+    as_json: AsJson = False,
+) -> None:
+    """Search a soft prompt for a task by CMA-ES."""
+    from bbt_accel.reports import report_run
+    from bbt_accel.tuning import tune as tune_prompt
+
+    settings = _given(
+        k_shot=k_shot,
+        intrinsic_dim=intrinsic_dim,
+        popsize=popsize,
+        budget=budget,
+        sigma=sigma,
+        alpha=alpha,
+        bound=bound,
+        loss=loss,
+        eval_every=eval_every,
+        seed=seed,
+        random_proj=random_proj,
+    )
+    run = tune_prompt(
+        bundle,
+        task,
+        data=data,
+        engine=engine,
+        device=device,
+        threads=threads,
+        without=_names(without),
+        output=output,
+        resume=resume,
+        overwrite=overwrite,
+        tensorboard=tensorboard,
+        settings=settings,
+        progress=not as_json,
+    )
+    report_run(run, as_json)
+    if run.info.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command(epilog="Example: bbt-accel evaluate runs/sst2 --data data/sst2")
+def evaluate(
+    run: RunPath,
+    data: Data = None,
+    bundle: OtherBundle = None,
+    engine: RunEngine = None,
+    device: RunDevice = None,
+    threads: Threads = None,
+    split: Annotated[Literal["test", "train"], typer.Option(help="Rows to score on.")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Score a tuned prompt, and the backbone without it, on the test rows."""
+    from bbt_accel.inference import evaluate as evaluate_run
+    from bbt_accel.reports import report_score
+
+    score = evaluate_run(run, data=data, bundle=bundle, engine=engine, device=device, threads=threads, split=split)
+    report_score(score, as_json)
+
+
+@app.command(epilog='Example: bbt-accel predict runs/sst2 "a gripping film"')
+def predict(
+    run: RunPath,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts; those of a sentence pair with a tab between.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A text (or a JSON object) a line; - is standard input.")] = None,
+    bundle: OtherBundle = None,
+    engine: RunEngine = None,
+    device: RunDevice = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Label texts, from the command line, a file or standard input."""
+    from bbt_accel.inference import predict as predict_run
+    from bbt_accel.reports import report_predictions
+    from bbt_accel.run import Run
+    from bbt_accel.texts import read_texts
+
+    rows = read_texts(texts or [], file, Run.read(run).task.text)
+    predictions = predict_run(run, rows, bundle=bundle, engine=engine, device=device, threads=threads)
+    report_predictions(rows, predictions, as_json)
+
+
+@app.command(epilog="Example: bbt-accel bench --backbone roberta-large --task sst2 --engines torch,ort -o reports/sst2")
+def bench(
+    backbone: Annotated[str, typer.Option(help="A hub id, a local folder, or demo (shipped).")],
+    task: TaskName,
+    output: Output,
+    engines: Annotated[str | None, typer.Option(metavar="NAMES", help="Of torch,ort,openvino,trt.")] = None,
+    precisions: Annotated[str | None, typer.Option(metavar="NAMES", help="Of fp32,fp16,bf16,int8.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Tune a prompt by each, and compare the scores.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Tuning runs a row.")] = None,
+    popsize: Annotated[int | None, typer.Option(min=2, help="Candidates a call.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the timed batch.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed calls a row.")] = None,
+    data: Data = None,
+    without: Without = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compare engines and precisions with eager PyTorch: speed, accuracy and memory."""
+    from bbt_accel.benchmarks.bench import run_bench
+    from bbt_accel.reports import report_bench
+
+    given = _given(
+        engines=_names(engines) if engines is not None else None,
+        precisions=_names(precisions) if precisions is not None else None,
+        seeds=seeds,
+        popsize=popsize,
+        rows=rows,
+        repeats=repeats,
+    )
+    run_bench(backbone=backbone, task=task, output=output, tune=tune, data=data, without=_names(without), **given)
+    report_bench(output, as_json)
+
+
+@app.command(epilog="Example: bbt-accel doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """Tell what this machine can run, and what to install for the rest."""
+    from bbt_accel.display import print_json
+    from bbt_accel.doctor import diagnose, show
+
+    diagnosis = diagnose()
+    print_json(diagnosis) if as_json else show(diagnosis)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run a command and exit with 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted).
+
+    An error is one line on standard error; with --debug, anywhere on the line, its traceback too.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    debug = "--debug" in words[:end]
+    words = [word for word in words[:end] if word != "--debug"] + words[end:]
+    with _quiet(debug):
+        try:
+            code = app(args=words or ["--help"], prog_name="bbt-accel", standalone_mode=False) or 0
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            code, message = explain(error)
+            print("error:", " ".join(message.split()), file=sys.stderr)
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and the line that says what to do."""
+    if isinstance(error, BbtError):
+        return error.exit_code, str(error)
+    if hasattr(error, "format_message"):  # a usage error of click, or of the click inside typer
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "bbt-accel"
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        return getattr(error, "exit_code", 2), f"{message}; see {command} --help"
+    if isinstance(error, MemoryError):
+        return 1, "out of memory; use a smaller backbone, --popsize or --k-shot"
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "; free some space" if error.errno == errno.ENOSPC else ""
+        return 1, f"{where}{error.strerror or type(error).__name__}{hint}"
+    return 1, f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback"
+
+
+@contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Silence what libraries warn about: it is for those who develop against them."""
+    if debug:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _precision(fp16: bool, bf16: bool, int8: bool) -> Literal["fp32", "fp16", "bf16", "int8"]:
+    if fp16 + bf16 + int8 > 1:
+        raise UsageError("choose one of --fp16, --bf16 and --int8")
+    return "fp16" if fp16 else "bf16" if bf16 else "int8" if int8 else "fp32"
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _given(**options: object) -> dict[str, Any]:
+    """The options that were given: defaults are those of the function that takes them, or of the task."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Rows of a task: from a folder, from the hub, or shipped; and the few-shot split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from bbt_accel.errors import DataError
+from bbt_accel.tasks import Task
+
+Split = Literal["train", "test"]
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+UNLABELLED = -1  # how data sets of the hub write that a row's label is withheld or was not agreed on
+Columns = dict[str, list[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The text columns of a row, and its class; None where it is to be predicted."""
+
+    fields: dict[str, str]
+    label: int | None = None
+
+
+def load_rows(task: Task, split: Split, data: Path | None = None) -> list[Row]:
+    """The labelled rows of a split, in file order.
+
+    data: a folder with {train,validation,test}.{jsonl,csv,parquet}. Without it, the rows shipped with the demo task
+    or the task's data set on the hub. `test` is the test file, or the validation file where test has no labels.
+    Rows with the label -1 have none and are left out. Raises DataError.
+    """
+    if data is None and task.name == "demo" and task.hub is None:
+        data = Path(__file__).parent / "demo" / "data"
+    if data is not None:
+        return _from_folder(task, split, Path(data))
+    return _from_hub(task, split)
+
+
+def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Train and dev rows, k of each class in both, after a shuffle by `seed`.
+
+    Raises DataError when a class has fewer than 2 k rows.
+    """
+    train: list[Row] = []
+    dev: list[Row] = []
+    seen = [0] * n_classes
+    for index in np.random.default_rng(seed).permutation(len(rows)):
+        row = rows[index]
+        if row.label is None:
+            continue
+        seen[row.label] += 1
+        if seen[row.label] <= 2 * k:
+            (train if seen[row.label] <= k else dev).append(row)
+    for label, have in enumerate(seen):
+        if have < 2 * k:
+            raise DataError(
+                f"class {label} has {have} rows, --k-shot {k} needs {2 * k} (train and dev); add rows or lower --k-shot"
+            )
+    return train, dev
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """sha256 (hex) of the rows' content and order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.fields, row.label], sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
+    if not folder.is_dir():
+        raise DataError(f"--data {folder} is not a folder; it should hold train.jsonl and test.jsonl (or csv, parquet)")
+    names = {"train": ("train",), "test": ("test", "validation")}[split]
+    files = [file for name in names for file in _find(folder, name)]
+    if not files:
+        wanted = " or ".join(f"{name}.{{jsonl,csv,parquet}}" for name in names)
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise DataError(f"{folder} has no {wanted}; it holds {found}")
+    for file in files[:-1]:
+        if _has_labels(task, columns := _read(file)):
+            return _rows(task, columns, file)
+    return _rows(task, _read(files[-1]), files[-1])
+
+
+def _find(folder: Path, name: str) -> list[Path]:
+    files = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").is_file()]
+    if len(files) > 1:
+        raise DataError(f"{folder} has {' and '.join(f.name for f in files)}; keep one of them")
+    return files
+
+
+def _has_labels(task: Task, columns: Columns) -> bool:
+    return any(str(label) != str(UNLABELLED) for label in columns.get(task.label, []))
+
+
+def _read(file: Path) -> Columns:
+    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[file.suffix]
+    try:
+        return reader(file)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # what json and pyarrow raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"cannot read {file} ({reason})") from None
+
+
+def _read_jsonl(file: Path) -> Columns:
+    # Not by pyarrow: it turns texts that look like dates into dates, and refuses long lines.
+    records: list[dict[str, object]] = []
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{file} line {number} is not JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise DataError(f'{file} line {number} is not an object like {{"text": "...", "label": 0}}')
+            records.append(record)
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _read_csv(file: Path) -> Columns:
+    from pyarrow import csv, string
+
+    with file.open("rb") as stream:
+        if not stream.read(4).removeprefix(b"\xef\xbb\xbf").strip():
+            return {}
+    read = csv.ReadOptions(block_size=1 << 24)
+    parse = csv.ParseOptions(newlines_in_values=True)
+    names = csv.open_csv(file, read, parse).schema.names
+    # Every column as text: a text that reads "1984" or "NA" stays what it is.
+    convert = csv.ConvertOptions(column_types={name: string() for name in names}, strings_can_be_null=False)
+    return _columns(csv.read_csv(file, read, parse, convert))
+
+
+def _read_parquet(file: Path) -> Columns:
+    from pyarrow import parquet
+
+    return _columns(parquet.read_table(file))
+
+
+def _columns(table: object) -> Columns:
+    columns: Columns = table.to_pydict()  # type: ignore[attr-defined]
+    return columns
+
+
+def _from_hub(task: Task, split: Split) -> list[Row]:
+    hub = task.hub
+    if hub is None:
+        raise DataError(f"task {task.name} names no data set of the hub; pass --data DIR")
+    source = "/".join(filter(None, (hub.path, hub.config)))
+    try:
+        import datasets
+
+        table = datasets.load_dataset(hub.path, hub.config, split="train" if split == "train" else hub.test)
+        columns = {name: list(table[name]) for name in table.column_names}
+    except Exception as error:  # the hub's client raises errors of many libraries
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"cannot load {source} from the hub ({type(error).__name__}: {reason[:200]}); "
+            "pass --data DIR with {train,test}.{jsonl,csv,parquet}"
+        ) from None
+    return _rows(task, columns, source)
+
+
+def _rows(task: Task, columns: Columns, source: Path | str) -> list[Row]:
+    if not columns or not any(columns.values()):
+        raise DataError(f"{source} has no rows")
+    for name in (*task.text, task.label):
+        if name not in columns:
+            raise DataError(f"{source} has no column {name!r}; it has {', '.join(map(repr, columns))}")
+    rows = []
+    for number, label in enumerate(columns[task.label]):
+        where = f"{source} row {number + 1}"
+        if (value := _label(label, task, where)) is None:
+            continue
+        rows.append(Row({name: _text(columns[name][number], name, where) for name in task.text}, value))
+    if not rows:
+        raise DataError(f"{source} has no labelled rows (every label is {UNLABELLED})")
+    return rows
+
+
+def _label(value: object, task: Task, where: str) -> int | None:
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{where}: {task.label} is {value!r}, not an integer from 0 to {task.n_classes - 1}")
+    if value == UNLABELLED:
+        return None
+    if not 0 <= value < task.n_classes:
+        raise DataError(f"{where}: {task.label} {value} is outside 0..{task.n_classes - 1} of task {task.name}")
+    return value
+
+
+def _text(value: object, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        kind = "missing" if value is None else f"{value!r:.50}, not text"
+        raise DataError(f"{where}: {column} is {kind}")
+    return value

@@ -1,0 +1,54 @@
+"""What the commands print: tables for a terminal, JSON for a program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_json(value: object) -> None:
+    """One JSON value on one line; paths and the like as text."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+def print_facts(title: str, facts: Mapping[str, object]) -> None:
+    """A table of names and values; what is None is left out."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(name, Text(text(value)))
+    Console().print(table)
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(Text(text(value)) for value in row))
+    Console().print(table)
+
+
+def print_markdown(content: str) -> None:
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(content))
+
+
+def busy(message: str) -> AbstractContextManager[object]:
+    """A spinner on a terminal's standard error while the block runs; elsewhere nothing."""
+    return Console(stderr=True).status(message)
+
+
+def text(value: object) -> str:
+    """A value as a reader wants it: four digits, lists with commas, sizes of a mapping's entries side by side."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {text(entry)}" for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(text, value))
+    return str(value)

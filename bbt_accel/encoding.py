@@ -1,0 +1,205 @@
+"""Rows to Batch: template, initial prompt tokens, truncation and readout position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from bbt_accel.batch import Batch, Int64
+from bbt_accel.bundle import Bundle
+from bbt_accel.data import Row
+from bbt_accel.errors import BundleError, DataError, TaskError
+from bbt_accel.tasks import GROUPS, Task, parse_template
+
+FIRST_PROMPT_ID = 1000
+UNKNOWN = ("<unk>", "[UNK]")
+Fields = Mapping[str, str]
+Text = list[tuple[str, str | None]]  # literal text and the column that follows it
+Fixed = tuple[int, ...]  # token ids that are the same in every row
+
+
+class Encoder:
+    """Writes rows of `task` as the backbone of `bundle` takes them, with the bundle's own tokenizer.
+
+    A row is laid out as alternating texts and fixed token ids, e.g. for a masked LM in add mode: begin token and
+    initial prompt ids, text, mask token, text, end token. Special tokens come from the layout alone: what looks like
+    one inside a user's text is ordinary text.
+
+    Raises TaskError when the task does not fit the bundle: no template for its family, label words that begin with
+    the same token or are unknown to the vocabulary, or a template that leaves no room.
+    """
+
+    def __init__(self, bundle: Bundle, task: Task) -> None:
+        self.bundle = bundle
+        self.task = task
+        self.label_words = task.words(bundle.info.family)
+        self._tokenizer = _tokenizer(bundle)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
+        self._layout = self._lay_out()
+        self.label_token_ids: Int64 = self._label_token_ids()
+        room = bundle.info.max_length - len(self._ids([dict.fromkeys(task.text, "")])[0])
+        if room < 0:
+            raise TaskError(
+                f"the template of task {task.name} alone takes {-room} tokens more than the {bundle.info.max_length} "
+                f"that {bundle.path} allows; shorten it"
+            )
+
+    def encode(self, rows: Sequence[Row]) -> Batch:
+        """All rows, in order, padded on the right to the longest; targets are 0 where a row has no label.
+
+        A row that is too long loses tokens at the end of its text columns, the longest column first.
+        """
+        special, limit = self.bundle.info.special, self.bundle.info.max_length
+        fields = [self._fields(row) for row in rows]
+        ids = self._ids(fields)
+        for number, row in enumerate(ids):
+            if len(row) > limit:
+                ids[number] = self._shortened(fields[number], len(row))
+        width = max(map(len, ids), default=0)
+        padded = np.full((len(ids), width), special.pad, dtype=np.int64)
+        attention_mask = np.zeros_like(padded)
+        for number, row in enumerate(ids):
+            padded[number, : len(row)] = row
+            attention_mask[number, : len(row)] = 1
+        return Batch(
+            input_ids=padded,
+            attention_mask=attention_mask,
+            readout=np.array([self._readout(row) for row in ids], dtype=np.int64),
+            targets=np.array([row.label or 0 for row in rows], dtype=np.int64),
+            label_token_ids=self.label_token_ids,
+        )
+
+    def _readout(self, ids: list[int]) -> int:
+        family = self.bundle.info.family
+        if family == "gpt2":
+            return len(ids) - 1
+        if family == "t5":
+            return 1  # the decoder reads <pad> <extra_id_0>
+        return ids.index(self._mask())
+
+    def _mask(self) -> int:
+        mask = self.bundle.info.special.mask
+        if mask is None:
+            raise BundleError(f"{self.bundle.path} names no mask token; export it again")
+        return mask
+
+    def _fields(self, row: Row) -> dict[str, str]:
+        fields = {}
+        for column in self.task.text:
+            if column not in row.fields:
+                raise DataError(f"a row has no {column!r}; task {self.task.name} needs {', '.join(self.task.text)}")
+            text = row.fields[column]
+            if self.task.clean == "newlines":
+                text = text.replace("\\n", " ")
+            # A lone surrogate, which JSON can carry, has no UTF-8 form.
+            fields[column] = text.encode("utf-8", "replace").decode("utf-8").strip()
+        return fields
+
+    def _lay_out(self) -> list[Text | Fixed]:
+        info = self.bundle.info
+        template = self.task.template(info.family)
+        if info.prompt_mode == "cat":
+            template = template.replace("{prompt} ", "").replace("{prompt}", "")
+        elif "{prompt}" not in template:
+            template = "{prompt}" + self.task.separator + template
+        masked = GROUPS[info.family] == "masked"
+        begin = (info.special.begin,) if masked and info.special.begin is not None else ()
+        end = (info.special.end,) if info.family != "gpt2" and info.special.end is not None else ()
+        layout: list[Text | Fixed] = [begin]
+        text: Text = []
+        for literal, name in parse_template(template):
+            text.append((literal, name if name in self.task.text else None))
+            if name == "mask" or name == "prompt":
+                layout += [text, (self._mask(),) if name == "mask" else self._prompt_ids()]
+                text = []
+        return [*layout, text, end]
+
+    def _prompt_ids(self) -> Fixed:
+        """Ids 1000 .. 1000+n-1; in a vocabulary that has not so many ordinary tokens, those there are, in turn."""
+        n, size = self.bundle.info.n_prompt_tokens, self.bundle.info.vocab_size
+        wanted = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + n)
+        if wanted.stop <= size and self._special.isdisjoint(wanted):
+            return tuple(wanted)
+        ordinary = [i for i in range(size) if i not in self._special]
+        return tuple(ordinary[i % len(ordinary)] for i in wanted)
+
+    def _ids(self, fields: Sequence[Fields]) -> list[list[int]]:
+        """Token ids of each row, of whatever length."""
+        texts = [_write(part, row) for row in fields for part in self._layout if isinstance(part, list)]
+        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        rows = []
+        for _ in fields:
+            ids: list[int] = []
+            for part in self._layout:
+                ids += part if isinstance(part, tuple) else self._ordinary(next(encodings).ids)
+            rows.append(ids)
+        return rows
+
+    def _ordinary(self, ids: list[int]) -> list[int]:
+        # A unigram vocabulary holds its special tokens as pieces too, so a user's text can still spell one.
+        return [i for i in ids if i not in self._special]
+
+    def _shortened(self, fields: dict[str, str], length: int) -> list[int]:
+        """Token ids of a row of `length` tokens, which is too long, with its text columns cut until it fits."""
+        limit = self.bundle.info.max_length
+        pieces = {name: self._tokenizer.encode(text, add_special_tokens=False) for name, text in fields.items()}
+        keep = {name: len(piece) for name, piece in pieces.items()}
+        while True:
+            # Cutting can change how the text around the cut is split, hence the loop; each turn cuts a token or more.
+            for _ in range(min(length - limit, sum(keep.values()))):
+                keep[max(keep, key=lambda name: keep[name])] -= 1
+            cut = {
+                name: text[: pieces[name].offsets[keep[name] - 1][1]] if keep[name] else ""
+                for name, text in fields.items()
+            }
+            ids = self._ids([cut])[0]
+            length = len(ids)
+            if length <= limit:
+                return ids
+
+    def _label_token_ids(self) -> Int64:
+        """The first token of each label word, in the form that it has in its place in the template."""
+        space = " " if self._word_follows_space() else ""
+        owner: dict[int, str] = {}
+        for word in self.label_words:
+            ids = self._tokenizer.encode(space + word, add_special_tokens=False).ids
+            if not ids or ids[0] in self._unknown():
+                raise TaskError(f"label word {word!r} of task {self.task.name} is unknown to {self.bundle.path}")
+            if ids[0] in owner:
+                raise TaskError(
+                    f"label words {owner[ids[0]]!r} and {word!r} of task {self.task.name} begin with the same token "
+                    f"({self._tokenizer.id_to_token(ids[0])!r}) in {self.bundle.path}; choose other words"
+                )
+            owner[ids[0]] = word
+        return np.array(list(owner), dtype=np.int64)
+
+    def _word_follows_space(self) -> bool:
+        """Whether a label word begins with a space: in byte-level vocabularies the space belongs to the word."""
+        family = self.bundle.info.family
+        if family in ("bert", "t5"):  # word pieces know no spaces; sentence pieces always begin with one
+            return False
+        before = self.task.template(family).partition("{mask}")[0]
+        return family == "gpt2" or not before or before[-1].isspace()
+
+    def _unknown(self) -> set[int | None]:
+        return {self._tokenizer.token_to_id(token) for token in UNKNOWN}
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    file = bundle.path / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise BundleError(f"cannot read {file} ({str(error).splitlines()[0]}); export the bundle again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # a text that contains <mask> or </s> is ordinary text
+    return tokenizer
+
+
+def _write(text: Text, fields: Fields) -> str:
+    # Without the space before a fixed token: mask tokens swallow it, and at the end a word brings its own.
+    return "".join(literal + (fields[column] if column else "") for literal, column in text).rstrip()

@@ -1,0 +1,121 @@
+"""What a tuned prompt is good for: a score on the test rows, and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from bbt_accel.batch import Float32
+from bbt_accel.data import Row, load_rows
+from bbt_accel.encoding import Encoder
+from bbt_accel.engines.base import Engine
+from bbt_accel.engines.registry import load_engine
+from bbt_accel.errors import DataError
+from bbt_accel.objective import Objective
+from bbt_accel.run import Run
+
+ROWS = 64
+"""Rows that an engine holds at a time."""
+
+
+def evaluate(
+    run_path: str | Path,
+    *,
+    data: str | Path | None = None,
+    bundle: str | Path | None = None,
+    engine: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    split: Literal["train", "test"] = "test",
+) -> dict[str, Any]:
+    """Score the prompt of a run on all labelled rows of a split.
+
+    data, engine, device: as in the run unless given. bundle: another bundle of the same backbone, e.g. in another
+    precision. Returns split, metric, score, rows, engine, device, bundle (its path) and without_prompt, the score of
+    the same bundle with a zero prompt. Raises RunError, BundleError, DataError, EngineError, NonFiniteLoss.
+    """
+    run = Run.read(run_path)
+    folder = data if data is not None else run.info.data.path
+    rows = load_rows(run.task, split, Path(folder) if folder is not None else None)
+    with _engine(run, bundle, engine, device, threads) as loaded:
+        logits = _label_logits(loaded, Encoder(loaded.bundle, run.task), rows, [run.prompt, np.zeros_like(run.prompt)])
+        _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
+        return {
+            "split": split,
+            "metric": run.task.metric,
+            "score": float(score),
+            "without_prompt": float(without),
+            "rows": len(rows),
+            "engine": loaded.name,
+            "device": device or run.info.engine.device,
+            "bundle": str(loaded.bundle.path),
+        }
+
+
+def predict(
+    run_path: str | Path,
+    texts: Sequence[Mapping[str, str]],
+    *,
+    bundle: str | Path | None = None,
+    engine: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+) -> list[dict[str, Any]]:
+    """Classify texts with the prompt of a run.
+
+    texts: one mapping a row, from the task's text columns to texts. Returns, in order, label (the class), word (its
+    label word) and probabilities (a softmax over the label words, by word). Raises RunError, BundleError, EngineError,
+    NonFiniteLoss, and DataError for a row that lacks a column.
+    """
+    run = Run.read(run_path)
+    for number, text in enumerate(texts):
+        if missing := [column for column in run.task.text if not isinstance(text.get(column), str)]:
+            raise DataError(f"row {number + 1} has no text {missing[0]!r}; it needs {', '.join(run.task.text)}")
+    if not texts:
+        return []
+    rows = [Row({column: text[column] for column in run.task.text}) for text in texts]
+    with _engine(run, bundle, engine, device, threads) as loaded:
+        encoder = Encoder(loaded.bundle, run.task)
+        logits = _label_logits(loaded, encoder, rows, [run.prompt])[0].astype(np.float64)
+    Objective().score(logits[None].astype(np.float32), np.zeros(len(rows), np.int64))  # raises when not finite
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = weights / weights.sum(axis=1, keepdims=True)
+    words = encoder.label_words
+    return [
+        {
+            "label": int(p.argmax()),
+            "word": words[int(p.argmax())],
+            "probabilities": dict(zip(words, map(float, p), strict=True)),
+        }
+        for p in probabilities
+    ]
+
+
+@contextmanager
+def _engine(
+    run: Run, bundle: str | Path | None, name: str | None, device: str | None, threads: int | None
+) -> Iterator[Engine]:
+    """The engine named, or the run's own as it was set up then."""
+    record = run.info.engine
+    without = record.without if name in (None, record.name) else ()
+    with load_engine(
+        run.open_bundle(bundle),
+        name or record.name,
+        device=device or record.device,
+        threads=threads,
+        without=without,
+    ) as engine:
+        yield engine
+
+
+def _label_logits(engine: Engine, encoder: Encoder, rows: Sequence[Row], prompts: Sequence[Float32]) -> Float32:
+    """float32 (P, N, C), a few rows at a time."""
+    population, parts = np.stack(prompts), []
+    for start in range(0, len(rows), ROWS):
+        with engine.bind(encoder.encode(rows[start : start + ROWS])) as bound:
+            parts.append(bound.label_logits(population))
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,80 @@
+"""What each command reports, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bbt_accel.display import print_facts, print_json, print_markdown, print_table
+
+if TYPE_CHECKING:
+    from bbt_accel.bundle import Bundle
+    from bbt_accel.run import Run
+
+
+def report_bundle(bundle: Bundle, as_json: bool) -> None:
+    info = bundle.info
+    if as_json:
+        print_json({"path": bundle.path, "bytes": bundle.size, **info.model_dump(mode="json")})
+        return
+    facts: dict[str, object] = {
+        "backbone": info.backbone,
+        "family": info.family,
+        "method": f"{info.method}, {info.prompt_mode}, {info.n_prompt_tokens} prompt tokens",
+        "precision": f"{info.precision} for {info.target}",
+        "size": f"{bundle.size / 2**20:.1f} MiB",
+        "largest error against eager PyTorch": info.max_error,
+    }
+    print_facts(str(bundle.path), facts | (info.optimization or {}))
+
+
+def report_run(run: Run, as_json: bool) -> None:
+    info = run.info
+    if as_json:
+        print_json({"path": run.path, **info.model_dump(mode="json")})
+        return
+    facts: dict[str, object] = {
+        "task": f"{info.task.name}, {info.settings.k_shot} rows a class, seed {info.settings.seed}",
+        "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
+        "engine": f"{info.engine.name} on {info.engine.device}",
+        "status": info.status if info.status == "done" else f"{info.status}; go on with --resume",
+        "calls": info.calls,
+        "seconds": info.seconds,
+    }
+    if info.best:
+        facts |= {f"dev {info.task.metric}": info.best.dev_score, "dev loss": info.best.dev_loss}
+        facts |= {"best prompt found after": f"{info.best.calls} calls"}
+    print_facts(str(run.path), facts)
+
+
+def report_score(score: Mapping[str, object], as_json: bool) -> None:
+    print_json(score) if as_json else print_facts("Score", score)
+
+
+def report_predictions(
+    rows: Sequence[Mapping[str, str]], predictions: Iterable[Mapping[str, Any]], as_json: bool
+) -> None:
+    """One line of JSON a text; or a table of text, label word and its probability."""
+    if as_json:
+        for row, prediction in zip(rows, predictions, strict=True):
+            print_json({"text": _whole(row), **prediction})
+        return
+    lines = [
+        (" | ".join(row.values()), p["word"], f"{p['probabilities'][p['word']]:.3f}")
+        for row, p in zip(rows, predictions, strict=True)
+    ]
+    print_table("", ["text", "label", "probability"], lines)
+
+
+def _whole(row: Mapping[str, str]) -> object:
+    return dict(row) if len(row) > 1 else next(iter(row.values()))
+
+
+def report_bench(output: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(json.loads((output / "report.json").read_text(encoding="utf-8")))
+        return
+    print_markdown((output / "report.md").read_text(encoding="utf-8"))
+    print(f"written to {output}")

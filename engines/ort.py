@@ -1,0 +1,79 @@
+"""ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from bbt_accel.batch import Float32, Int64
+from bbt_accel.bundle import Bundle
+from bbt_accel.engines.staged import Arrays, StagedEngine
+from bbt_accel.errors import EngineError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OrtEngine(StagedEngine):
+    """The bundle's graphs in ONNX Runtime, on the provider that was asked for or not at all."""
+
+    name = "ort"
+
+    def __init__(
+        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(bundle, device, threads, without)
+        if not hasattr(onnxruntime, "InferenceSession"):
+            raise EngineError(
+                "onnxruntime is broken (onnxruntime and onnxruntime-gpu overwrite each other): "
+                "uninstall both, then install one extra, [cpu] or [gpu]"
+            )
+        if bundle.info.target not in ("onnx", "ort"):
+            raise EngineError(f"{bundle.path} was built for {bundle.info.target}; use --engine {bundle.info.target}")
+        self.provider = PROVIDERS[device]
+        self.sessions = {stage: self.open(stage) for stage in bundle.info.stages}
+
+    def open(self, stage: str) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads or 0
+        if self.device == "cuda":
+            # Without this, ONNX Runtime falls back to the CPU and says nothing.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if self.provider not in onnxruntime.get_available_providers():
+            raise EngineError(
+                f"--device {self.device}: this ONNX Runtime has no {self.provider}; see bbt-accel doctor for what to install"
+            )
+        try:
+            session = onnxruntime.InferenceSession(
+                str(self.bundle.path / f"{stage}.onnx"), options, providers=[self.provider]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise EngineError(f"ONNX Runtime cannot load {stage}.onnx ({str(error).splitlines()[0]})") from error
+        if session.get_providers()[0] != self.provider:
+            raise EngineError(f"--device {self.device}: {self.provider} could not start; see bbt-accel doctor")
+        return session
+
+    def run(self, stage: str, inputs: Arrays) -> Arrays:
+        session = self.sessions[stage]
+        try:
+            outputs = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({str(error).splitlines()[0]})") from error
+        return dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
+
+    def put(self, array: Float32 | Int64) -> Float32 | Int64:
+        return np.ascontiguousarray(array)
+
+    def get(self, array: Any) -> Float32:
+        return np.asarray(array, np.float32)
+
+    def versions(self) -> dict[str, str]:
+        names = ("onnxruntime", "onnxruntime-gpu")
+        found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in names}
+        return {**found, "provider": self.provider}
+
+    def close(self) -> None:
+        self.sessions = {}

@@ -1,0 +1,53 @@
+"""Engines by name, imported when they are asked for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from importlib import import_module
+from pathlib import Path
+
+from bbt_accel.bundle import Bundle
+from bbt_accel.engines.base import Engine
+from bbt_accel.engines.savings import check_savings
+from bbt_accel.errors import MissingDependency, UsageError
+
+ENGINES = {
+    "torch": ("bbt_accel.engines.pytorch", "TorchEngine", "export"),
+    "eager": ("bbt_accel.engines.pytorch", "EagerEngine", "export"),
+    "ort": ("bbt_accel.engines.ort", "OrtEngine", "cpu"),
+    "dummy": ("bbt_accel.engines.dummy", "DummyEngine", ""),
+}
+"""Name → module, class, and the extra that brings what it needs."""
+
+
+def load_engine(
+    bundle: str | Path | Bundle,
+    name: str = "ort",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    without: Collection[str] = (),
+) -> Engine:
+    """Load a bundle into an engine: torch, ort, or `eager`, the naive reference that benchmarks compare with.
+
+    device: cpu or cuda. threads: at most so many (default: all cores). without: savings to switch off for
+    measurement, by the names in `engines.savings`. Raises UsageError for an unknown name, MissingDependency when the
+    engine's library is not installed, EngineError when the device is not there or the bundle does not fit.
+    """
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Engines are {', '.join(ENGINES)}."
+        raise UsageError(f"there is no engine {name!r}. {hint}")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda, not {device!r}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads must be at least 1, not {threads}")
+    module, cls, extra = ENGINES[name]
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
+    savings = check_savings(without)
+    try:
+        engine: type[Engine] = getattr(import_module(module), cls)
+    except ImportError as error:
+        raise MissingDependency(f'engine {name} needs {error.name}: pip install "bbt-accel[{extra}]"') from None
+    return engine(loaded, device=device, threads=threads, without=savings)

@@ -1,0 +1,188 @@
+"""What all engines that run a bundle's stages share: buckets, populations, and bbtv2's cached layers.
+
+A subclass of `StagedEngine` says how to run one stage and how arrays come and go; about 100 lines make an engine.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bbt_accel.batch import Batch, Float32, Int64
+from bbt_accel.bundle import Bundle
+from bbt_accel.decoder_input import with_decoder_input
+from bbt_accel.engines.base import BoundBatch, Engine
+from bbt_accel.engines.savings import buckets, cut
+from bbt_accel.errors import UsageError
+
+Array = Any
+"""An array of the engine's own kind, where the engine computes: numpy, torch, OrtValue, a device address."""
+Arrays = dict[str, Array]
+
+
+class StagedEngine(Engine):
+    """An engine over the stages of a bundle: `model` for bbt; `embed`, `block_00` … and `last` for bbtv2."""
+
+    tokens_per_call = 4096
+    """Tokens (candidates × rows × length) in one call: bounds the memory, and keeps activations near the cores."""
+    bucket_step = 1
+    """Rows whose lengths round up to the same multiple of this are computed together."""
+
+    def __init__(self, bundle: Bundle, device: str, threads: int | None, without: frozenset[str]) -> None:
+        super().__init__(bundle)
+        self.device, self.threads, self.without = device, threads, without
+
+    @abstractmethod
+    def run(self, stage: str, inputs: Arrays) -> Arrays:
+        """Run one stage; outputs by name. Inputs that the stage does not take are ignored."""
+
+    @abstractmethod
+    def put(self, array: Float32 | Int64) -> Array:
+        """Bring an array to where the engine computes."""
+
+    @abstractmethod
+    def get(self, array: Array) -> Float32:
+        """Bring an array back."""
+
+    def bind(self, batch: Batch) -> StagedBoundBatch:
+        limit = self.bundle.info.vocab_size
+        for name in ("input_ids", "label_token_ids", "decoder_input_ids"):
+            ids = getattr(batch, name)
+            if ids is not None and ((ids < 0) | (ids >= limit)).any():
+                raise UsageError(f"{name} holds {ids.max()} but the backbone's vocabulary has {limit} entries")
+        return StagedBoundBatch(self, with_decoder_input(self.bundle.info, batch))
+
+
+@dataclass
+class Bucket:
+    """Rows that are computed together, held by the engine."""
+
+    rows: Int64
+    length: int
+    inputs: Arrays
+    layer: int = -1
+    below: bytes = b""
+    state: Arrays = field(default_factory=dict)
+    """What enters block `layer` when the prompts below it are `below`: bbtv2's cache."""
+
+
+class StagedBoundBatch(BoundBatch):
+    """Rows bound to a staged engine."""
+
+    def __init__(self, engine: StagedEngine, batch: Batch) -> None:
+        super().__init__(engine.bundle, batch)
+        self.engine, self.info = engine, engine.bundle.info
+        groups = buckets(self.info, batch, engine.without, engine.tokens_per_call, engine.bucket_step)
+        self.buckets = [self.hold(rows, engine.without) for rows in groups]
+
+    def hold(self, rows: Int64, without: frozenset[str]) -> Bucket:
+        part = cut(self.info, self.batch, rows, without)
+        if part.decoder_input_ids is not None and "buckets" not in without:
+            part = with_decoder_input(self.info, part)
+        names = ("input_ids", "attention_mask", "readout", "label_token_ids", "decoder_input_ids")
+        found = {name: getattr(part, name) for name in names}
+        inputs = {name: self.engine.put(value) for name, value in found.items() if value is not None}
+        return Bucket(rows, part.input_ids.shape[1], inputs)
+
+    def _label_logits(self, prompts: Float32) -> Float32:
+        logits = self.empty(len(prompts))
+        for bucket in self.buckets:
+            for some in self.chunks(len(prompts), bucket):
+                if self.info.method == "bbt":
+                    inputs = {**bucket.inputs, "prompts": self.engine.put(prompts[some])}
+                    out = self.engine.run("model", inputs)["label_logits"]
+                else:
+                    out = self.upward(bucket, self.embed(bucket), 0, list(np.moveaxis(prompts[some], 1, 0)))
+                logits[some, bucket.rows] = self.engine.get(out)
+        return logits
+
+    def layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
+        if "layer-cache" in self.engine.without:
+            return super().layer_logits(stack, layer, candidates)
+        logits = self.empty(len(candidates))
+        for bucket in self.buckets:
+            self.advance(bucket, stack, layer)
+            for some in self.chunks(len(candidates), bucket):
+                above = [np.ascontiguousarray(p[None]) for p in stack[layer + 1 :]]
+                prompts = [candidates[some], *above]
+                logits[some, bucket.rows] = self.engine.get(self.upward(bucket, bucket.state, layer, prompts))
+        return logits
+
+    def advance(self, bucket: Bucket, stack: Float32, layer: int) -> None:
+        """Bring the cached state to what enters block `layer`, from where it stands or from the embedding."""
+        if not (0 <= bucket.layer <= layer and bucket.below == stack[: bucket.layer].tobytes()):
+            bucket.layer, bucket.state = 0, self.embed(bucket)
+        while bucket.layer < layer:
+            bucket.state = self.block(bucket, bucket.state, bucket.layer, stack[bucket.layer][None])
+            bucket.layer += 1
+        bucket.below = stack[:layer].tobytes()
+
+    def embed(self, bucket: Bucket) -> Arrays:
+        return self.engine.run("embed", bucket.inputs)
+
+    def block(self, bucket: Bucket, state: Arrays, layer: int, prompts: Float32) -> Arrays:
+        """Block `layer` with its prompts (P or 1, n, H)."""
+        inputs = {**bucket.inputs, **state, "prompts": self.engine.put(np.ascontiguousarray(prompts))}
+        out = self.engine.run(f"block_{layer:02d}", inputs)
+        return {name.removesuffix("_out"): value for name, value in out.items()}
+
+    def upward(self, bucket: Bucket, state: Arrays, layer: int, prompts: list[Float32]) -> Array:
+        """From what enters block `layer` to the label logits; one array of prompts for each block from there."""
+        population = max(len(p) for p in prompts)
+        for p in prompts[:-1]:
+            state = self.block(bucket, state, layer, widen(p, population))
+            layer += 1
+        last = self.engine.put(np.ascontiguousarray(widen(prompts[-1], population)))
+        return self.engine.run("last", {**bucket.inputs, **state, "prompts": last})["label_logits"]
+
+    def layer_stds(self) -> Float32:
+        whole = frozenset({"buckets"})  # the original measures the padded batch
+        groups = buckets(self.info, self.batch, whole, self.engine.tokens_per_call, 1)
+        held = [self.hold(rows, whole) for rows in groups]
+        states = [self.embed(bucket) for bucket in held]
+        nothing = np.zeros((1, *self.info.prompt_shape[1:]), np.float32)
+        stds = []
+        for layer in range(self.info.n_layers):
+            stds.append(clipped_std(np.concatenate([self.hidden(s) for s in states])))
+            if layer < self.info.n_layers - 1:
+                states = [self.block(b, s, layer, nothing) for b, s in zip(held, states, strict=True)]
+        return np.array(stds, np.float32)
+
+    def hidden(self, state: Arrays) -> Float32:
+        """All hidden states of some rows as one flat array; a shared prefix counts once a row."""
+        text = self.engine.get(state["hidden"])[0]
+        if "prefix" not in state:
+            return text.reshape(-1)
+        prefix = np.broadcast_to(self.engine.get(state["prefix"]), (len(text), *state["prefix"].shape[1:]))
+        return np.concatenate([prefix, text], axis=1).reshape(-1)
+
+    def chunks(self, population: int, bucket: Bucket) -> Iterator[slice]:
+        """Candidates that fit one call."""
+        size = max(1, self.engine.tokens_per_call // (len(bucket.rows) * bucket.length))
+        if "population" in self.engine.without:
+            size = 1
+        for start in range(0, population, size):
+            yield slice(start, start + size)
+
+    def empty(self, population: int) -> Float32:
+        return np.empty((population, len(self.batch), len(self.batch.label_token_ids)), np.float32)
+
+    def close(self) -> None:
+        self.buckets = []
+
+
+def widen(prompts: Float32, population: int) -> Float32:
+    """One prompt for all candidates → the same for each."""
+    return prompts if len(prompts) == population else np.repeat(prompts, population, axis=0)
+
+
+def clipped_std(values: Float32, rounds: int = 5) -> float:
+    """Standard deviation after rounds of clipping to mean ± 3 standard deviations."""
+    for _ in range(rounds):
+        mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+        values = np.clip(values, mean - 3 * std, mean + 3 * std)
+    return float(values.std(dtype=np.float64))

@@ -1,0 +1,195 @@
+"""One shape for every backbone: embed → blocks → readout.
+
+A `Backbone` is composed of the modules of a transformers model (none of their code is repeated) so that the parts
+which do not depend on a candidate, or are read by nothing, are not computed. `exporters.reference` runs the model's
+own forward; the two are held together by tests and after every export.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bbt_accel.bundle import BundleInfo
+
+MASKED = -30000.0
+"""Added to the attention score of a padded key: exp() of it is 0 in fp32, and it is finite in fp16."""
+
+State = dict[str, Tensor]
+"""What passes from one stage to the next: hidden states by name, float32, population first."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, scale: float | None = None) -> Tensor:
+    """Multi-head attention of (B, Tq, H) over (B, Tk, H); bias is added to the scores, (B or 1, heads or 1, Tq or 1, Tk)."""
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    context = F.scaled_dot_product_attention(split(query), split(key), split(value), attn_mask=bias, scale=scale)
+    return context.transpose(1, 2).flatten(2)
+
+
+def padding_bias(attention_mask: Tensor) -> Tensor:
+    """(N, S) of 0 and 1 → (N, 1, 1, S) to add to attention scores."""
+    return (1.0 - attention_mask.to(torch.float32))[:, None, None, :] * MASKED
+
+
+def causal_bias(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(1, 1, queries, keys): the last query sees every key, the one before it all but the last, and so on."""
+    position = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    return (torch.arange(keys, device=device)[None, :] > position).to(torch.float32)[None, None] * MASKED
+
+
+def each(population: int | torch.SymInt, x: Tensor) -> Tensor:
+    """(N, ...) → (P·N, ...): the same rows for every candidate."""
+    return x[None].expand(population, *x.shape).flatten(0, 1)
+
+
+def at(x: Tensor, position: Tensor) -> Tensor:
+    """(B, S, H) at one position a row, (B,) → (B, 1, H)."""
+    return x.gather(1, position[:, None, None].expand(-1, 1, x.shape[-1]))
+
+
+def broadcast_add(prompts: Tensor, hidden: Tensor) -> Tensor:
+    """(P, 1, S, H) + (Q, N, S, H), where Q is 1 or P → (P, N, S, H).
+
+    Q stays open in the graph: cached layers come with Q = 1, the output of a lower block with Q = P. torch.export
+    would decide for one of the two, so the exported graph is given ONNX's own broadcasting Add.
+    """
+    if torch.onnx.is_in_onnx_export():
+        shape = (prompts.shape[0], *hidden.shape[1:])
+        return torch.onnx.ops.symbolic("Add", [prompts, hidden], dtype=hidden.dtype, shape=shape)
+    return prompts + hidden
+
+
+class Backbone(nn.Module):
+    """A frozen language model with the prompt of one method and mode. Subclasses say how a family computes."""
+
+    family: ClassVar[str]
+    first: ClassVar[int] = 1
+    """The position of the first prompt token in add mode."""
+    decodes: ClassVar[bool] = False
+    """Whether logits are read from a decoder (BART, T5)."""
+
+    def __init__(self, model: nn.Module, info: BundleInfo) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.n = info.n_prompt_tokens
+        self.cat = info.prompt_mode == "cat"
+        self.layers = info.n_layers
+
+    # What a family provides -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tokens(self, input_ids: Tensor) -> Tensor:
+        """(N, S) → (N, S, H): what the bbt prompt is added to or put in front of."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """(B, T, H) → (B, T, H): what stands between the prompt and the first block (positions, a norm)."""
+        return x
+
+    def attention_bias(self, attention_mask: Tensor) -> Tensor:
+        """(N, T) → (N, heads or 1, T or 1, T)."""
+        return padding_bias(attention_mask)
+
+    @abstractmethod
+    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        """Block i for the positions in query (B, Tq, H), attending to x (B, T, H) → (B, Tq, H)."""
+
+    @abstractmethod
+    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
+        """The LM head for the label words alone: (B, H) → (B, C), bias included."""
+
+    def run(self, stage: str, inputs: State) -> State:
+        """One stage by its name, from inputs by name to outputs by name.
+
+        `model` is all of bbt; bbtv2 runs `embed`, then `block_00`, `block_01`, … and `last`. Blocks hand on what they
+        return under the same name with `_out`.
+        """
+        if stage == "model":
+            return {"label_logits": self.label_logits(**inputs)}
+        if stage == "embed":
+            return self.embed(**inputs)
+        state = {name: inputs[name] for name in ("prefix", "hidden") if name in inputs}
+        rest: State = {name: value for name, value in inputs.items() if name not in state}
+        if stage == "last":
+            return {"label_logits": self.last(state=state, **rest)}
+        moved = self.step(int(stage.removeprefix("block_")), state=state, **rest)
+        return {f"{name}_out": value for name, value in moved.items()}
+
+    # The computation, the same for all ------------------------------------------------------------------------
+
+    def spread(self, prompts: Tensor, length: int | torch.SymInt) -> Tensor:
+        """(P, n, H) → (P, 1, length, H): the prompt at its positions, zero elsewhere."""
+        return F.pad(prompts, (0, 0, self.first, length - self.n - self.first))[:, None]
+
+    def extend(self, attention_mask: Tensor) -> Tensor:
+        """In cat mode the mask is extended with ones for the prompt."""
+        if not self.cat:
+            return attention_mask
+        return F.pad(attention_mask, (self.n, 0), value=1)
+
+    def join(self, prompts: Tensor, tokens: Tensor) -> Tensor:
+        """bbt: (P, n, H) and (N, S, H) → (P·N, T, H), ready for block 0."""
+        p, rows = prompts.shape[0], tokens.shape[0]
+        if self.cat:
+            front = prompts[:, None].expand(-1, rows, -1, -1).flatten(0, 1)
+            x = torch.cat([front, each(p, tokens)], dim=1)
+        else:
+            x = (tokens[None] + self.spread(prompts, tokens.shape[1])).flatten(0, 1)
+        return self.enter(x)
+
+    def label_logits(
+        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """bbt, the whole backbone: float32 (P, n, H) and int64 rows → float32 (P, N, C)."""
+        p = prompts.shape[0]
+        mask = self.extend(attention_mask)
+        x = self.join(prompts, self.tokens(input_ids))
+        bias = each(p, self.attention_bias(mask))
+        for i in range(self.layers - 1):
+            x = self.block(i, x, x, bias)
+        logits = self.finish(p, x, bias, mask, readout, label_token_ids, decoder_input_ids)
+        return logits.unflatten(0, (p, -1))
+
+    def finish(
+        self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor, label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The last block and the head, at the readout position alone: (P·N, T, H) → (P·N, C)."""
+        position = each(p, readout + self.n if self.cat else readout)
+        last = self.block(self.layers - 1, at(x, position), x, bias)
+        return self.head(last[:, 0], label_token_ids)
+
+    # bbtv2: the same in stages, each with its own prompt ---------------------------------------------------------
+
+    def embed(self, input_ids: Tensor) -> State:
+        """(N, S) → the state that enters block 0, without a prompt; its population is 1."""
+        return {"hidden": self.enter(self.tokens(input_ids))[None]}
+
+    def prompted(self, prompts: Tensor, state: State) -> Tensor:
+        hidden = state["hidden"]
+        return broadcast_add(self.spread(prompts, hidden.shape[2]), hidden).flatten(0, 1)
+
+    def step(self, i: int, prompts: Tensor, state: State, attention_mask: Tensor) -> State:
+        """Block i with its prompt (P, n, H) added to its input, for a state of population 1 or P."""
+        p = prompts.shape[0]
+        x = self.prompted(prompts, state)
+        x = self.block(i, x, x, each(p, self.attention_bias(attention_mask)))
+        return {"hidden": x.unflatten(0, (p, -1))}
+
+    def last(
+        self, prompts: Tensor, state: State, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The last block with its prompt, and the readout → (P, N, C)."""
+        p = prompts.shape[0]
+        bias = each(p, self.attention_bias(attention_mask))
+        x = self.prompted(prompts, state)
+        logits = self.finish(p, x, bias, attention_mask, readout, label_token_ids, decoder_input_ids)
+        return logits.unflatten(0, (p, -1))

@@ -1,0 +1,142 @@
+"""GPT-2: causal, so the prompt in front sees no text, and its states are computed once a candidate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bbt_accel.exporters.backbone import Backbone, State, at, attend, broadcast_add, causal_bias, each, padding_bias
+
+
+class GPT2Backbone(Backbone):
+    """GPT2LMHeadModel.
+
+    The first n positions ("prefix", (P, n, H)) and the text behind them ("hidden", (P, N, T, H)) are separate states.
+    In add mode all rows bound together begin with the same n tokens (engines group rows so).
+    """
+
+    family = "gpt2"
+    first = 0
+
+    def tokens(self, input_ids: Tensor) -> Tensor:
+        return self.model.transformer.wte(input_ids)  # type: ignore[no-any-return]
+
+    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        raise NotImplementedError("GPT-2's blocks move a prefix and a text: see advance")
+
+    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
+        return F.linear(self.model.transformer.ln_f(x), self.model.lm_head.weight[label_token_ids])
+
+    def masks(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks of the prefix (1, n) and of the text (N, T)."""
+        if self.cat:
+            return attention_mask.new_ones(1, self.n), attention_mask
+        return attention_mask[:1, : self.n], attention_mask[:, self.n :]
+
+    def text_bias(self, attention_mask: Tensor) -> Tensor:
+        """(N, 1, T, n + T)."""
+        prefix, text = self.masks(attention_mask)
+        length = text.shape[1]
+        keys = torch.cat([prefix.expand(text.shape[0], -1), text], dim=1)
+        return padding_bias(keys) + causal_bias(length, self.n + length, text.device)  # type: ignore[arg-type]
+
+    def prefix_bias(self, attention_mask: Tensor) -> Tensor:
+        """(1, 1, n, n)."""
+        prefix, _ = self.masks(attention_mask)
+        return padding_bias(prefix) + causal_bias(self.n, self.n, prefix.device)
+
+    def enter_both(self, prompts: Tensor | None, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and position embeddings → prefix (P or 1, n, H) and text (N, T, H)."""
+        tokens = self.tokens(input_ids)
+        if self.cat:
+            assert prompts is not None
+            prefix, text = prompts, tokens
+        else:
+            prefix, text = tokens[:1, : self.n], tokens[:, self.n :]
+            prefix = prefix if prompts is None else prefix + prompts
+        position = self.model.transformer.wpe.weight
+        length = text.shape[1]
+        return prefix + position[: self.n], text + position[self.n : self.n + length]  # type: ignore[misc]
+
+    def advance(
+        self, i: int, prefix: Tensor, text: Tensor, query: Tensor, prefix_bias: Tensor | None, text_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Block i: prefix (P, n, H), text (P·N, T, H), query positions of the text (P·N, Tq, H).
+
+        With prefix_bias None the prefix is not needed any further and only its keys and values are computed.
+        """
+        layer = self.model.transformer.h[i]
+        heads, scale = layer.attn.num_heads, layer.attn.scaling
+        rows = text.shape[0] // prefix.shape[0]
+        normed = layer.ln_1(prefix)
+        prefix_kv = self.project(layer, normed, "kv")
+        text_kv = self.project(layer, layer.ln_1(text), "kv")
+        shared = prefix_kv[:, None].expand(-1, rows, -1, -1).flatten(0, 1)
+        key, value = torch.cat([shared, text_kv], dim=1).chunk(2, dim=-1)
+        context = attend(self.project(layer, layer.ln_1(query), "q"), key, value, heads, text_bias, scale)
+        text = self.feed_forward(layer, query + layer.attn.c_proj(context))
+        if prefix_bias is not None:
+            key, value = prefix_kv.chunk(2, dim=-1)
+            context = attend(self.project(layer, normed, "q"), key, value, heads, prefix_bias, scale)
+            prefix = self.feed_forward(layer, prefix + layer.attn.c_proj(context))
+        return prefix, text
+
+    @staticmethod
+    def project(layer: Any, x: Tensor, which: str) -> Tensor:
+        """Queries (…, H) or keys and values (…, 2H) from the joint projection."""
+        size = layer.attn.embed_dim
+        part = slice(0, size) if which == "q" else slice(size, None)
+        return x @ layer.attn.c_attn.weight[:, part] + layer.attn.c_attn.bias[part]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def feed_forward(layer: Any, x: Tensor) -> Tensor:
+        return x + layer.mlp(layer.ln_2(x))  # type: ignore[no-any-return]
+
+    def label_logits(
+        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        p = prompts.shape[0]
+        prefix, text = self.enter_both(prompts, input_ids)
+        text = each(p, text)
+        prefix_bias, text_bias = self.prefix_bias(attention_mask), each(p, self.text_bias(attention_mask))
+        for i in range(self.layers - 1):
+            prefix, text = self.advance(i, prefix, text, text, prefix_bias, text_bias)
+        return self.read(p, prefix, text, text_bias, readout, label_token_ids)
+
+    def read(
+        self, p: int | torch.SymInt, prefix: Tensor, text: Tensor, bias: Tensor, readout: Tensor, label_token_ids: Tensor
+    ) -> Tensor:
+        """The last block and the head at the readout position → (P, N, C)."""
+        position = each(p, readout if self.cat else readout - self.n)
+        row = position[:, None, None, None].expand(-1, 1, 1, bias.shape[-1])
+        _, last = self.advance(self.layers - 1, prefix, text, at(text, position), None, bias.gather(2, row))
+        return self.head(last[:, 0], label_token_ids).unflatten(0, (p, -1))
+
+    def embed(self, input_ids: Tensor) -> State:
+        prefix, text = self.enter_both(None, input_ids)
+        return {"prefix": prefix, "hidden": text[None]}
+
+    def prompted_both(self, prompts: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Prefix with its prompt (P, n, H), and the text as (P·N, T, H)."""
+        nothing = prompts.new_zeros(prompts.shape[0], 1, 1, 1)
+        text = broadcast_add(nothing, state["hidden"]).flatten(0, 1)
+        return broadcast_add(prompts, state["prefix"]), text
+
+    def step(self, i: int, prompts: Tensor, state: State, attention_mask: Tensor) -> State:
+        p = prompts.shape[0]
+        prefix, text = self.prompted_both(prompts, state)
+        bias = each(p, self.text_bias(attention_mask))
+        prefix, text = self.advance(i, prefix, text, text, self.prefix_bias(attention_mask), bias)
+        return {"prefix": prefix, "hidden": text.unflatten(0, (p, -1))}
+
+    def last(
+        self, prompts: Tensor, state: State, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        p = prompts.shape[0]
+        prefix, text = self.prompted_both(prompts, state)
+        return self.read(p, prefix, text, each(p, self.text_bias(attention_mask)), readout, label_token_ids)

@@ -1,0 +1,195 @@
+"""From a backbone to ONNX files: one graph for bbt; embedding, blocks and readout for bbtv2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import external_data_helper, numpy_helper
+from onnxscript.optimizer import optimize
+from torch import Tensor, nn
+from torch.export import Dim
+
+from bbt_accel.exporters.backbone import Backbone, State
+
+OPSET = 20
+SMALL = 1024
+"""Elements or bytes up to which a tensor may be folded, and stays inside the graph: shape constants, mostly."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph: a stage of the backbone, example inputs by name, and the names of its outputs."""
+
+    name: str
+    inputs: State
+    outputs: list[str]
+
+
+class Traced(nn.Module):
+    """A stage as the module that torch.export wants: positional inputs, in the order of the stage's names."""
+
+    def __init__(self, backbone: Backbone, stage: Stage) -> None:
+        super().__init__()
+        self.backbone, self.stage = backbone, stage
+
+    def forward(self, *inputs: Tensor) -> State:
+        return self.backbone.run(self.stage.name, dict(zip(self.stage.inputs, inputs, strict=True)))
+
+
+def stages(backbone: Backbone, method: str, hidden_size: int) -> Iterator[Stage]:
+    """The graphs of a bundle in the order in which they run, with example inputs of two candidates and three rows."""
+    p, rows, length, n = 2, 3, backbone.n + 7, backbone.n
+    ids = torch.ones(rows, length, dtype=torch.int64)
+    mask = torch.ones_like(ids)  # a tensor of its own: torch.export takes one object for one input
+    readout = torch.full((rows,), length - 2 if not backbone.decodes else 1)
+    prompts = torch.zeros(p, n, hidden_size)
+    tail = {"readout": readout, "label_token_ids": torch.tensor([1, 2, 3, 4, 5])}
+    if backbone.decodes:
+        tail["decoder_input_ids"] = torch.ones(rows, 4, dtype=torch.int64)
+    if method == "bbt":
+        inputs = {"prompts": prompts, "input_ids": ids, "attention_mask": mask, **tail}
+        yield Stage("model", inputs, ["label_logits"])
+        return
+    state = backbone.embed(ids)
+    yield Stage("embed", {"input_ids": ids}, list(state))
+    state = {k: torch.zeros(4, *v.shape[1:]) for k, v in state.items()}  # a population that is not P's example
+    inputs = {"prompts": prompts, **state, "attention_mask": mask}
+    for i in range(backbone.layers - 1):
+        yield Stage(f"block_{i:02d}", inputs, [f"{name}_out" for name in state])
+    yield Stage("last", {**inputs, **tail}, ["label_logits"])
+
+
+def dynamic_axes(inputs: dict[str, Tensor], n: int, cat: bool, prefix: bool) -> dict[str, dict[int, Any]]:
+    """P, N, S, C, D and the state's population Q are open; everything else is fixed by the backbone."""
+    shortest = 2 if cat else n + 2
+    P, Q, N, C, D = (Dim(name) for name in ("candidates", "state", "rows", "labels", "decoder_tokens"))
+    S = Dim("tokens", min=shortest, max=2**20)
+    T = S - n if prefix and not cat else S
+    axes: dict[str, dict[int, Any]] = {
+        "prompts": {0: P},
+        "input_ids": {0: N, 1: S},
+        "attention_mask": {0: N, 1: S},
+        "readout": {0: N},
+        "label_token_ids": {0: C},
+        "decoder_input_ids": {0: N, 1: D},
+        "hidden": {0: Q, 1: N, 2: T},
+        "prefix": {0: Q},
+    }
+    return {name: axes[name] for name in inputs}
+
+
+def export_stage(stage: Stage, backbone: Backbone) -> onnx.ModelProto:
+    """Trace one stage into ONNX with open axes."""
+    axes = dynamic_axes(stage.inputs, backbone.n, backbone.cat, backbone.family == "gpt2")
+    with quiet():
+        program = torch.onnx.export(
+            Traced(backbone, stage).eval(), tuple(stage.inputs.values()), dynamo=True, opset_version=OPSET,
+            dynamic_shapes={"inputs": tuple(axes.values())}, input_names=list(stage.inputs),
+            output_names=stage.outputs, external_data=False, verbose=False, optimize=False,
+        )  # fmt: skip
+        assert program is not None
+        # Small constants are folded; weights keep the checkpoint's layout, so that all graphs can share its file.
+        optimize(program.model, input_size_limit=SMALL, output_size_limit=SMALL)
+    model = program.model_proto
+    check_names(model, stage)
+    for node in model.graph.node:
+        del node.metadata_props[:]  # the tracer's stack traces
+    return model  # type: ignore[no-any-return]
+
+
+def check_names(model: onnx.ModelProto, stage: Stage) -> None:
+    found = [i.name for i in model.graph.input], [o.name for o in model.graph.output]
+    wanted = list(stage.inputs), stage.outputs
+    if (sorted(found[0]), found[1]) != (sorted(wanted[0]), wanted[1]):
+        raise AssertionError(f"{stage.name} was traced with inputs and outputs {found}, not {wanted}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter's notes about its own internals are not for users."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class SharedWeights:
+    """The tensors of a safetensors file, found by their bytes, for graphs to refer to.
+
+    ONNX external data is a file, an offset and a length, and a safetensors file is a header and then plain row-major
+    tensors: the checkpoint serves all graphs and PyTorch, and stands in the bundle once.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size))
+            self.places: dict[tuple[int, bytes], tuple[int, int]] = {}
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                stream.seek(8 + size + begin)
+                self.places[key(stream.read(end - begin))] = (8 + size + begin, end - begin)
+
+    def refer(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> bool:
+        """Replace the tensor's bytes by a reference, if the file holds them as they are or transposed."""
+        place = self.places.get(key(tensor.raw_data))
+        if place is None and len(tensor.dims) == 2:
+            array = numpy_helper.to_array(tensor)
+            place = self.places.get(key(np.ascontiguousarray(array.T).tobytes()))
+            if place is not None:
+                # The tracer transposes the weights of linear layers; runtimes do so again when they load the graph.
+                rows = f"{tensor.name}_rows"
+                graph.node.insert(0, onnx.helper.make_node("Transpose", [rows], [tensor.name], perm=[1, 0]))
+                tensor.name = rows
+                tensor.dims[:] = reversed(tensor.dims)
+        if place is None:
+            return False
+        external_data_helper.set_external_data(tensor, self.file.name, offset=place[0], length=place[1])
+        tensor.ClearField("raw_data")
+        return True
+
+
+def key(data: bytes) -> tuple[int, bytes]:
+    return len(data), hashlib.sha256(data).digest()
+
+
+def save_stage(model: onnx.ModelProto, folder: Path, name: str, weights: SharedWeights) -> None:
+    """Write a graph whose weights lie in the bundle's safetensors file; what is not there goes to a file beside it."""
+    left = []
+    for tensor in model.graph.initializer:
+        if tensor.HasField("raw_data") and len(tensor.raw_data) > SMALL and not weights.refer(model.graph, tensor):
+            left.append(tensor)
+    if sum(len(t.raw_data) for t in left) > 2**20:
+        save_beside(left, folder / f"{name}.onnx.data")
+    (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+
+
+def save_beside(tensors: list[onnx.TensorProto], file: Path) -> None:
+    """Write tensors to an external data file, each at a multiple of 4,096 so that it can be mapped."""
+    with file.open("wb") as stream:
+        for tensor in tensors:
+            stream.seek(-(-stream.tell() // 4096) * 4096)
+            offset = stream.tell()
+            stream.write(tensor.raw_data)
+            external_data_helper.set_external_data(tensor, file.name, offset=offset, length=len(tensor.raw_data))
+            tensor.ClearField("raw_data")

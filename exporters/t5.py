@@ -1,0 +1,69 @@
+"""T5: relative position biases instead of positions, norms before each sublayer, no scaling of scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bbt_accel.exporters.backbone import attend, causal_bias, padding_bias
+from bbt_accel.exporters.bart import DecoderBackbone
+
+
+class T5Backbone(DecoderBackbone):
+    """T5ForConditionalGeneration, of the first and of the gated (1.1) kind."""
+
+    family = "t5"
+    first = 0
+
+    @property
+    def decoder_layers(self) -> int:  # type: ignore[override]
+        return len(self.model.decoder.block)
+
+    def tokens(self, input_ids: Tensor) -> Tensor:
+        return self.model.encoder.embed_tokens(input_ids)  # type: ignore[no-any-return]
+
+    def attention_bias(self, attention_mask: Tensor) -> Tensor:
+        length = attention_mask.shape[1]
+        position = self.model.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length)
+        return position + padding_bias(attention_mask)  # type: ignore[no-any-return]
+
+    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        attention, feed_forward = self.model.encoder.block[i].layer
+        normed = attention.layer_norm(x)
+        asked = normed if query is x else attention.layer_norm(query)
+        y = query + t5_attention(attention.SelfAttention, asked, normed, bias)
+        return feed_forward(y)  # type: ignore[no-any-return]
+
+    def encoded(self, x: Tensor) -> Tensor:
+        return self.model.encoder.final_layer_norm(x)  # type: ignore[no-any-return]
+
+    def decoder_tokens(self, decoder_input_ids: Tensor) -> Tensor:
+        return self.model.decoder.embed_tokens(decoder_input_ids)  # type: ignore[no-any-return]
+
+    def decoder_bias(self, length: int | torch.SymInt, device: torch.device) -> Tensor:
+        position = self.model.decoder.block[0].layer[0].SelfAttention.compute_bias(length, length)
+        return position + causal_bias(length, length, device)  # type: ignore[no-any-return, arg-type]
+
+    def self_attention(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        attention = self.model.decoder.block[i].layer[0]
+        normed = attention.layer_norm(x)
+        return query + t5_attention(attention.SelfAttention, attention.layer_norm(query), normed, bias)
+
+    def cross_attention(self, i: int, x: Tensor, encoded: Tensor, bias: Tensor) -> Tensor:
+        _, attention, feed_forward = self.model.decoder.block[i].layer
+        y = x + t5_attention(attention.EncDecAttention, attention.layer_norm(x), encoded, bias)
+        return feed_forward(y)  # type: ignore[no-any-return]
+
+    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
+        x = self.model.decoder.final_layer_norm(x)
+        if self.model.config.scale_decoder_outputs:
+            x = x * self.model.model_dim**-0.5
+        return F.linear(x, self.model.lm_head.weight[label_token_ids])
+
+
+def t5_attention(module: Any, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    context = attend(module.q(query), module.k(x), module.v(x), module.n_heads, bias, scale=1.0)
+    return module.o(context)  # type: ignore[no-any-return]

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import errno
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_bundles import tiny_bundle
+from typer.testing import CliRunner
+
+from bbt_accel.cli import app, main
+from bbt_accel.errors import BundleError, EngineError
+from bbt_accel.tasks import load_task
+
+COMMANDS = ["export", "optimize", "tune", "evaluate", "predict", "bench", "doctor"]
+SCORE = {"split": "test", "metric": "accuracy", "score": 0.75, "rows": 8, "engine": "ort", "without_prompt": 0.5}
+
+
+class Program:
+    """The functions behind the commands, replaced: they note what they are called with and return `result`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.result: Any = None
+        self.error: BaseException | None = None
+        for place in (
+            "exporters.export.export_bundle",
+            "exporters.optimize.optimize_bundle",
+            "tuning.tune",
+            "inference.evaluate",
+            "inference.predict",
+            "benchmarks.bench.run_bench",
+        ):
+            module, _, function = f"bbt_accel.{place}".rpartition(".")
+            fake = sys.modules[module] if isinstance(sys.modules.get(module), Fake) else Fake(module)
+            setattr(fake, function, self._call)
+            monkeypatch.setitem(sys.modules, module, fake)
+
+    def _call(self, *args: Any, **options: Any) -> Any:
+        self.calls.append((args, options))
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.calls[-1][1]
+
+
+class Fake(ModuleType):
+    pass
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
+    return Program(monkeypatch)  # type: ignore[return-value]
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    out, err = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, out, err
+
+
+def plain(text: str) -> str:
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", text).split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: bbt-accel {command}" in plain(result.output)
+    assert "--json" in plain(result.output)
+
+
+def test_help_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(command in run(capsys, "--help")[1] for command in COMMANDS)
+    assert run(capsys)[0] == 0
+    assert run(capsys, "--version")[:2] == (0, "bbt-accel 0.1.0\n")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import bbt_accel.cli, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"numpy", "torch", "transformers", "onnx", "onnxruntime", "openvino", "pyarrow", "datasets", "matplotlib"}
+    assert not heavy & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["tune"], "Missing option '--bundle'; see bbt-accel tune --help"),
+        (["tune", "--bundle", "b", "--task", "t", "--engine", "tensorflow"], "'tensorflow' is not one of 'torch'"),
+        (["tune", "--bundle", "b", "--task", "t", "--seed", "x"], "Invalid value for '--seed'"),
+        (["export"], "Missing argument '"),
+        (["optimise"], "No such command 'optimise'"),
+        (["doctor", "--jsn"], "No such option"),
+        (["optimize", "b", "-o", "c", "--fp16", "--int8"], "choose one of --fp16, --bf16 and --int8"),
+        (["export", "demo", "-o", "b", "--n-prompt-tokens", "0"], "Invalid value for '--n-prompt-tokens'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    program: Program, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
+) -> None:
+    code, out, err = run(capsys, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert complaint in err
+    assert not program.calls
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (BundleError("b is not a bundle"), 1, "error: b is not a bundle"),
+        (EngineError("two\nlines"), 1, "error: two lines"),
+        (MemoryError(), 1, "error: out of memory; use a smaller backbone, --popsize or --k-shot"),
+        (OSError(errno.ENOSPC, "No space left", "run"), 1, "error: run: No space left; free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "error: x: Permission denied"),
+        (ValueError("odd"), 1, "error: internal error: ValueError: odd; run again with --debug for the traceback"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)  # fmt: skip
+def test_failures_are_one_line(
+    program: Program, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    program.error = error
+    assert run(capsys, "tune", "--bundle", "b", "--task", "sst2") == (code, "", f"{line}\n")
+
+
+@pytest.mark.parametrize("words", [["--debug", "evaluate", "r"], ["evaluate", "r", "--debug"]])
+def test_debug_shows_the_traceback(program: Program, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    program.error = BundleError("broken")
+    code, _, err = run(capsys, *words)
+    assert code == 1
+    assert "Traceback" in err
+    assert err.endswith("error: broken\n")
+
+
+def test_export(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    program.result = tiny_bundle(tmp_path)
+    code, out, _ = run(capsys, "export", "demo", "-o", "b", "--method", "bbtv2", "--revision", "main", "--json")
+    assert code == 0
+    assert json.loads(out)["backbone"] == "tiny-roberta"
+    assert program.calls[0][0] == ("demo", Path("b"))
+    wanted = {"method": "bbtv2", "prompt_mode": "add", "n_prompt_tokens": 50, "revision": "main", "progress": None}
+    assert program.options == wanted
+    code, out, _ = run(capsys, "export", "demo", "-o", "b")
+    assert code == 0
+    assert "tiny-roberta" in out
+
+
+@pytest.mark.parametrize(("flags", "precision"), [([], "fp32"), (["--fp16"], "fp16"), (["--int8"], "int8")])
+def test_optimize(
+    program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], precision: str
+) -> None:
+    program.result = tiny_bundle(tmp_path)
+    program.result.info.optimization = {"agreement": 1.0, "fused": ["LayerNormalization"]}
+    options = ["--target", "openvino", "--calibrate", "sst2", "--data", "d"]
+    code, out, _ = run(capsys, "optimize", "a", "-o", "b", *options, *flags)
+    assert code == 0
+    assert "LayerNormalization" in out
+    wanted = {"precision": precision, "target": "openvino", "calibrate": "sst2", "data": Path("d")}
+    assert program.options == wanted
+
+
+def finished(status: str = "done") -> SimpleNamespace:
+    info = SimpleNamespace(
+        task=load_task("sst2"),
+        settings=SimpleNamespace(k_shot=16, seed=42),
+        bundle=SimpleNamespace(backbone="tiny", method="bbt", precision="fp32"),
+        engine=SimpleNamespace(name="ort", device="cpu"),
+        status=status,
+        calls=8000,
+        seconds=12.5,
+        best=SimpleNamespace(dev_score=0.9375, dev_loss=0.2, calls=7900),
+        model_dump=lambda mode: {"status": status},
+    )
+    return SimpleNamespace(path=Path("runs/x"), info=info)
+
+
+def test_tune_passes_only_the_settings_given(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    program.result = finished()
+    words = ["tune", "--bundle", "b", "--task", "sst2", "--sigma", "0.5", "--loss", "hinge", "--without", "kv, cache"]
+    code, out, _ = run(capsys, *words, "-o", "r", "--resume", "--random-proj", "uniform")
+    assert code == 0
+    assert "0.9375" in out
+    assert program.calls[0][0] == (Path("b"), "sst2")
+    assert program.options == {
+        "data": None,
+        "engine": "ort",
+        "device": "cpu",
+        "threads": None,
+        "without": ["kv", "cache"],
+        "output": Path("r"),
+        "resume": True,
+        "overwrite": False,
+        "tensorboard": False,
+        "settings": {"sigma": 0.5, "loss": "hinge", "random_proj": "uniform"},
+        "progress": True,
+    }
+
+
+def test_tune_interrupted_reports_what_was_kept(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    program.result = finished("interrupted")
+    code, out, err = run(capsys, "tune", "--bundle", "b", "--task", "sst2")
+    assert (code, err) == (130, "interrupted\n")
+    assert "go on with --resume" in out
+    assert json.loads(run(capsys, "tune", "--bundle", "b", "--task", "sst2", "--json")[1])["status"] == "interrupted"
+
+
+def test_evaluate(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    program.result = SCORE
+    code, out, _ = run(capsys, "evaluate", "r", "--engine", "openvino", "--json")
+    assert (code, json.loads(out)) == (0, SCORE)
+    assert program.calls[0][0] == (Path("r"),)
+    assert program.options["engine"] == "openvino"
+    assert program.options["split"] == "test"
+    assert "0.75" in run(capsys, "evaluate", "r")[1]
+
+
+@pytest.fixture
+def sst2_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake("bbt_accel.run")
+    fake.Run = SimpleNamespace(read=lambda path: SimpleNamespace(task=load_task("sst2")))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bbt_accel.run", fake)
+
+
+def test_predict(program: Program, capsys: pytest.CaptureFixture[str], sst2_run: None) -> None:
+    prediction = {"label": 1, "word": "great", "probabilities": {"bad": 0.125, "great": 0.875}}
+    program.result = [prediction] * 2
+    code, out, _ = run(capsys, "predict", "r", "fun [b]", "dull", "--json")
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"text": "fun [b]", **prediction},
+        {"text": "dull", **prediction},
+    ]
+    assert program.calls[0][0] == (Path("r"), [{"sentence": "fun [b]"}, {"sentence": "dull"}])
+    table = run(capsys, "predict", "r", "fun [b]", "dull")[1]
+    assert "fun [b]" in table
+    assert "0.875" in table
+
+
+def test_predict_takes_debug_for_a_text_after_two_dashes(
+    program: Program, capsys: pytest.CaptureFixture[str], sst2_run: None
+) -> None:
+    program.result = [{"label": 0, "word": "bad", "probabilities": {"bad": 1.0}}]
+    assert json.loads(run(capsys, "predict", "r", "--json", "--", "--debug")[1])["text"] == "--debug"
+
+
+def test_predict_of_a_folder_that_is_no_run(
+    capsys: pytest.CaptureFixture[str], program: Program, tmp_path: Path
+) -> None:
+    code, _, err = run(capsys, "predict", str(tmp_path), "text")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "is not a run" in err
+
+
+def test_bench(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"rows": []}')
+    (tmp_path / "report.md").write_text("| engine | ms |\n|---|---|\n| ort | 12 |\n")
+    words = [
+        "bench",
+        "--backbone",
+        "demo",
+        "--task",
+        "demo",
+        "-o",
+        str(tmp_path),
+        "--engines",
+        "torch,ort",
+        "--seeds",
+        "2",
+    ]
+    code, out, _ = run(capsys, *words, "--json")
+    assert (code, json.loads(out)) == (0, {"rows": []})
+    assert program.options == {
+        "backbone": "demo",
+        "task": "demo",
+        "output": tmp_path,
+        "tune": False,
+        "data": None,
+        "without": [],
+        "engines": ["torch", "ort"],
+        "seeds": 2,
+    }
+    assert "ort" in run(capsys, *words)[1]
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["bbt-accel"] == "0.1.0"
+    assert "can run here" in run(capsys, "doctor")[1]

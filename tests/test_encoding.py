@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny_bundles import bundle_info, tiny_bundle
+
+from bbt_accel.bundle import Bundle
+from bbt_accel.data import Row
+from bbt_accel.encoding import Encoder
+from bbt_accel.errors import BundleError, DataError, TaskError
+from bbt_accel.tasks import Task, load_task
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+SST2 = load_task("sst2")
+MRPC = load_task("mrpc").model_copy(update={"label_words": load_task("sst2").label_words})
+FAMILIES = ["roberta", "bert", "bart", "t5", "gpt2"]
+TEXTS = st.text() | st.text("ab <>[]\\n", max_size=300) | st.sampled_from(
+    ["<mask>", "x <mask> y</s>", "[MASK] [SEP]", "<extra_id_0>", "＜extra_id_0＞ </s>", "😀" * 200, "\n\n", " " * 500,
+     "a" * 5000, "word " * 900, "{mask} {sentence}", "\ud800", "\x00[MA\x00SK]", "<ma<mask>sk>"]
+)  # fmt: skip
+
+
+@cache
+def encoder(family: str, mode: str, pair: bool = False) -> Encoder:
+    bundle = tiny_bundle(Path(mkdtemp()), family, mode, n=10, max_length=64)
+    return Encoder(bundle, MRPC if pair else SST2)
+
+
+def decoded(enc: Encoder, ids: list[int]) -> list[str]:
+    return [enc._tokenizer.id_to_token(i) for i in ids]
+
+
+@pytest.mark.parametrize("mode", ["add", "cat"])
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+@example(texts=["a" * 5000, "b", "<mask> <extra_id_0> [MASK]"])
+def test_any_text_gives_a_sound_batch(family: str, mode: str, texts: list[str]) -> None:
+    enc = encoder(family, mode)
+    special = enc.bundle.info.special
+    batch = enc.encode([Row({"sentence": text}, 1) for text in texts])
+    lengths = batch.attention_mask.sum(1)
+    assert len(batch) == len(texts)
+    assert batch.input_ids.shape[1] == lengths.max() <= 64
+    assert (np.diff(batch.attention_mask, axis=1) <= 0).all(), "padded on the right"
+    assert (batch.input_ids[batch.attention_mask == 0] == special.pad).all()
+    assert (batch.targets == 1).all()
+    for ids, length, readout in zip(batch.input_ids.tolist(), lengths, batch.readout, strict=True):
+        row = ids[:length]
+        if special.mask is not None:
+            assert row.count(special.mask) == 1
+        if family in ("roberta", "bert", "bart"):
+            assert row[readout] == special.mask
+            assert (row[0], row[-1]) == (special.begin, special.end)
+        if family == "gpt2":
+            assert readout == length - 1
+        if family == "t5":
+            assert (readout, row[-2:]) == (1, [special.mask, special.end])
+        first = {"gpt2": 0, "t5": row.index(1000) if 1000 in row else -1}.get(family, 1)
+        assert (row[first : first + 10] == list(range(1000, 1010))) == (mode == "add")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=20, deadline=None)
+@given(first=TEXTS, second=TEXTS)
+def test_truncation_keeps_template_prompt_and_end(family: str, first: str, second: str) -> None:
+    enc = encoder(family, "add", pair=True)
+    row, empty = Row({"sentence1": first, "sentence2": second}), Row({"sentence1": "", "sentence2": ""})
+    ids = enc.encode([row]).input_ids[0].tolist()
+    template = enc.encode([empty]).input_ids[0].tolist()
+    assert len(ids) <= 64
+    assert ids[-1] == template[-1]
+    assert sorted(i for i in ids if 1000 <= i < 1010) == list(range(1000, 1010))
+
+
+def test_a_row_is_cut_only_as_far_as_needed_and_the_longest_column_first() -> None:
+    enc = encoder("bert", "add", pair=True)
+    batch = enc.encode([Row({"sentence1": "a " * 100, "sentence2": "b b b"})])
+    tokens = decoded(enc, batch.input_ids[0].tolist())
+    assert len(tokens) == 64, "nothing is given away"
+    assert tokens.count("b") == 3, "the short column stays whole"
+
+
+END = ["Ġ", ".", "ĠT", "h", "e", "Ġs", *"entiment", "Ġi", "s"]
+
+
+def test_layouts() -> None:
+    row = [Row({"sentence": "ab"}, 0)]
+    expected = {
+        ("bert", "add"): ["[CLS]", *"0123456789", ".", "a", "##b", ".", "it", "was", "[MASK]", ".", "[SEP]"],
+        ("bert", "cat"): ["[CLS]", "a", "##b", ".", "it", "was", "[MASK]", ".", "[SEP]"],
+        ("roberta", "cat"): ["<s>", "a", "b", "Ġ", ".", "ĠI", "t", "Ġw", "a", "s", "<mask>", "Ġ", ".", "</s>"],
+        ("t5", "add"): ["▁text", "<unk>", *"0123456789", "▁", "a", "b", "▁.", "▁It", "▁was", "<extra_id_0>", "</s>"],
+        ("t5", "cat"): ["▁text", "<unk>", "▁", "a", "b", "▁.", "▁It", "▁was", "<extra_id_0>", "</s>"],
+        ("gpt2", "cat"): ["a", "b", *END],
+        ("gpt2", "add"): [*"0123456789", "Ġ", ".", "Ġa", "b", *END],
+    }
+    for (family, mode), tokens in expected.items():
+        enc = encoder(family, mode)
+        ids = enc.encode(row).input_ids[0].tolist()
+        assert [str(i - 1000) if 1000 <= i < 1010 else t for i, t in zip(ids, decoded(enc, ids), strict=True)] == tokens
+
+
+def test_label_words_take_the_form_of_their_place() -> None:
+    for family, tokens in {
+        "roberta": ["Ġb", "Ġg"],
+        "gpt2": ["Ġn", "Ġp"],
+        "bert": ["bad", "great"],
+        "t5": ["▁negative", "▁positive"],
+    }.items():
+        enc = encoder(family, "add")
+        assert decoded(enc, enc.label_token_ids.tolist()) == tokens
+    assert encoder("roberta", "add").label_words == ["bad", "great"]
+
+
+def test_label_word_after_a_bracket_has_no_space(tmp_path: Path) -> None:
+    task = with_masked(SST2, "{sentence} ({mask})", ["bad", "great"])
+    enc = Encoder(tiny_bundle(tmp_path), task)
+    assert decoded(enc, enc.label_token_ids.tolist()) == ["b", "g"]
+
+
+def with_masked(task: Task, template: str, words: list[str]) -> Task:
+    return task.model_copy(
+        update={
+            "templates": task.templates.model_copy(update={"masked": template}),
+            "label_words": task.label_words.model_copy(update={"masked": words}),
+        }
+    )
+
+
+def test_label_words_that_cannot_be_told_apart_or_are_unknown(tmp_path: Path) -> None:
+    template = SST2.template("roberta")
+    with pytest.raises(TaskError, match="'good' and 'great' of task sst2 begin with the same token"):
+        Encoder(tiny_bundle(tmp_path / "r"), with_masked(SST2, template, ["good", "great"]))
+    with pytest.raises(TaskError, match="'日本' of task sst2 is unknown"):
+        Encoder(tiny_bundle(tmp_path / "b", "bert"), with_masked(SST2, template, ["bad", "日本"]))
+
+
+def test_small_vocabulary_wraps_to_ordinary_tokens(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path, "bert", size=200, n=50, max_length=100)
+    ids = Encoder(bundle, SST2).encode([Row({"sentence": "a"})]).input_ids[0, 1:51]
+    assert ((ids >= 5) & (ids < 200)).all(), "no special token, none outside the vocabulary"
+
+
+def test_template_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"template of task sst2 alone takes .* more than the 15"):
+        Encoder(tiny_bundle(tmp_path, max_length=15), SST2)
+
+
+def test_literal_newlines_are_cleaned(tmp_path: Path) -> None:
+    enc = Encoder(tiny_bundle(tmp_path, "bert"), load_task("yelpp"))
+    one, other = enc.encode([Row({"text": "a\\n\\nb"}), Row({"text": "a b"})]).input_ids
+    assert (one == other).all()
+
+
+def test_errors_of_rows_and_bundles(tmp_path: Path) -> None:
+    enc = encoder("bert", "add")
+    with pytest.raises(DataError, match="a row has no 'sentence'"):
+        enc.encode([Row({"text": "a"})])
+    with pytest.raises(DataError):
+        enc.encode([])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"cannot read .*tokenizer\.json"):
+        Encoder(Bundle(tmp_path, enc.bundle.info), SST2)
+
+
+GOLDEN = {
+    "roberta_add": ("roberta-base", "roberta", "add", (0, 2, 1, 4, "<mask>", None)),
+    "roberta_cat": ("roberta-base", "roberta", "cat", (0, 2, 1, 4, "<mask>", None)),
+    "bart-base_deep": ("bart-base", "bart", "add", (0, 2, 1, 4, "<mask>", 2)),
+    "gpt2_add": ("gpt2", "gpt2", "add", (None, 2, 0, None, None, None)),
+    "t5-small_add": ("t5-small", "t5", "add", (None, 1, 0, 2599, "<extra_id_0>", 0)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", GOLDEN)
+def test_rows_of_the_original_program(trace: str, tmp_path: Path) -> None:
+    if not SHARED.is_dir():
+        pytest.skip("needs the golden traces in ../shared")
+    transformers = pytest.importorskip("transformers")
+    model, family, mode, special = GOLDEN[trace]
+    transformers.AutoTokenizer.from_pretrained(SHARED / "golden" / "models" / model).save_pretrained(tmp_path)
+    golden = np.load(SHARED / "golden" / f"{trace}.npz")
+    files = [SHARED / "data" / "sst2" / f"{name}.jsonl" for name in ("train", "validation")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["sentence"].replace("-lrb- ", "(").replace(" -rrb-", ")") for line in lines]
+    enc = Encoder(Bundle(tmp_path, bundle_info(family, mode, 10, 512, 2600, special)), SST2)
+    batch = enc.encode([Row({"sentence": text}) for text in texts])
+    ours = {
+        tuple(ids[: mask.sum()].tolist()): readout
+        for ids, mask, readout in zip(batch.input_ids, batch.attention_mask, batch.readout, strict=True)
+    }
+    for split in ("train", "dev"):
+        masks = golden[f"{split}_attention_mask"]
+        for number, (ids, mask) in enumerate(zip(golden[f"{split}_input_ids"], masks, strict=True)):
+            row = ids[: mask.sum()].tolist()
+            if family == "t5":  # the original decoded the prompt to text and back, which put a "▁" before it
+                assert row.pop(4) == 3
+            assert tuple(row) in ours
+            if f"{split}_mask_pos" in golden:
+                assert ours[tuple(row)] == golden[f"{split}_mask_pos"][number]
+    if family == "t5":
+        assert enc.label_token_ids.tolist() == golden["label_ids"].tolist()

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from bbt_accel.errors import UsageError
+from bbt_accel.settings import Settings, resolve
+
+
+def test_what_is_given_wins_over_the_preset_and_that_over_the_default() -> None:
+    settings = resolve({"sigma": 0.2, "budget": 20000}, {"budget": 400, "sigma": None})
+    assert (settings.sigma, settings.budget, settings.popsize) == (0.2, 400, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("popsize", 0),
+        ("popsize", 1),
+        ("budget", -5),
+        ("k_shot", 0),
+        ("intrinsic_dim", 0),
+        ("sigma", 0.0),
+        ("sigma", float("nan")),
+        ("alpha", float("inf")),
+        ("bound", -1.0),
+        ("loss", "mse"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("eval_every", 0),
+        ("random_proj", "cauchy"),
+        ("budget", "many"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line_that_names_it(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=name) as error:
+        resolve({name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_name_is_put_right() -> None:
+    with pytest.raises(UsageError, match="did you mean popsize"):
+        resolve({"pop_size": 3})
+
+
+def test_generations_never_exceed_the_budget() -> None:
+    settings = Settings(popsize=20, budget=110)
+    assert settings.generations("bbt", 12) == 5
+    assert settings.generations("bbtv2", 2) == 4  # two sweeps of two layers, 80 calls
+    assert Settings().generations("bbt", 24) == 400
+
+
+def test_a_budget_below_one_generation_or_sweep_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least 20 calls"):
+        Settings(budget=19).generations("bbt", 2)
+    with pytest.raises(UsageError, match="at least 240 calls"):
+        Settings(budget=100).generations("bbtv2", 12)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bbt_accel.errors import TaskError
+from bbt_accel.tasks import load_task, task_names
+
+GOOD = """
+name = "mine"
+text = ["review"]
+n_classes = 2
+[templates]
+masked = "{review} . It was {mask} ."
+[label_words]
+masked = ["bad", "great"]
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_built_in_tasks_load_and_serve_every_family() -> None:
+    assert task_names() == ["agnews", "dbpedia", "demo", "mrpc", "rte", "snli", "sst2", "yelpp"]
+    for name in task_names():
+        task = load_task(name)
+        assert task.name == name
+        for family in ("roberta", "bert", "bart", "t5", "gpt2"):
+            assert len(task.words(family)) == task.n_classes
+            assert all(f"{{{column}}}" in task.template(family) for column in task.text)
+        assert "budget" in task.preset("bbt")
+        assert task.preset("bbtv2")["sigma"] == 0.2
+        assert task.template("t5").endswith("{mask}"), "the label word follows"
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "words"),
+    [
+        ("sst2", "{sentence} . It was {mask} .", ["bad", "great"]),
+        ("agnews", "{mask} News: {text}", ["World", "Sports", "Business", "Tech"]),
+        ("mrpc", "{sentence1} ? {mask} , {sentence2}", ["No", "Yes"]),
+        ("rte", "{sentence1} ? {mask} , {sentence2}", ["Yes", "No"]),
+        ("snli", "{premise} ? {mask} , {hypothesis}", ["Yes", "Maybe", "No"]),
+    ],
+)
+def test_templates_and_words_of_the_paper(name: str, template: str, words: list[str]) -> None:
+    task = load_task(name)
+    assert (task.template("roberta"), task.words("roberta")) == (template, words)
+
+
+def test_presets_of_the_paper() -> None:
+    assert load_task("dbpedia").preset("bbt")["budget"] == 20000
+    assert load_task("sst2").preset("bbt") == {"sigma": 1.0, "alpha": 1.0, "budget": 8000, "loss": "ce"}
+    assert {n for n in task_names() if load_task(n).preset("bbt")["loss"] == "hinge"} == {"mrpc", "rte", "snli"}
+    assert load_task("mrpc").metric == "f1"
+
+
+def test_user_file(tmp_path: Path) -> None:
+    task = load_task(write(tmp_path, GOOD))
+    assert (task.separator, task.label, task.metric, task.preset("bbt")) == (" . ", "label", "accuracy", {})
+    with pytest.raises(TaskError, match=r"no templates\.t5"):
+        task.template("t5")
+
+
+@pytest.mark.parametrize("name", ["sst", "agnew", "dbpedia14", "SST2"])
+def test_near_miss_is_named(name: str) -> None:
+    with pytest.raises(TaskError, match="Did you mean "):
+        load_task(name)
+
+
+def test_unknown_name_lists_the_tasks() -> None:
+    with pytest.raises(TaskError, match=r"unknown task 'zzzzzz'\. Built-in tasks: agnews"):
+        load_task("zzzzzz")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (("name =", "name ="), None),
+        (("n_classes = 2", "n_classes = 3"), r"label_words\.masked: 2 words for 3 classes"),
+        (('name = "mine"', ""), "name: Field required"),
+        (("n_classes", "classes"), "n_classes: Field required|classes: Extra"),
+        (("name =", "colour = 1\nname ="), "colour: Extra inputs"),
+        (("{review}", "{text}"), r"templates\.masked: unknown placeholder {text}; known here: {review}"),
+        (("{review} .", ""), r"templates\.masked: has no text column"),
+        (("{mask}", ""), r"templates\.masked: needs {mask} exactly once"),
+        (("{mask}", "{mask} {mask}"), "exactly once"),
+        (("{mask}", "{prompt} {prompt} {mask}"), "{prompt} may stand once"),
+        (("{mask}", "{mask"), r"templates\.masked: .*brace"),
+        (("{review}", "{review!r}"), r"templates\.masked: a placeholder is a name alone"),
+        (('masked = "{', 'gpt2 = "{'), r"label_words\.gpt2|templates\.masked"),
+        (('["bad", "great"]', '["bad", "bad"]'), "a word of its own"),
+        (('["bad", "great"]', '["bad", " "]'), "a word of its own"),
+        (('["review"]', "[]"), "text: "),
+        (('["review"]', '["review", "mask"]'), "text: 'mask'"),
+        (("n_classes = 2", 'n_classes = 2\nmetric = "bleu"'), "metric: "),
+        (("[templates]", "[presets.bbt]\nsigma = -1\n[templates]"), r"presets\.bbt\.sigma: "),
+        (("[templates]", "[presets.bbt]\nsteps = 1\n[templates]"), r"presets\.bbt\.steps: "),
+        (("[templates]", "[templates"), "not valid TOML"),
+    ],
+)
+def test_malformed_file_is_one_line_with_file_and_key(
+    tmp_path: Path, change: tuple[str, str], complaint: str | None
+) -> None:
+    file = write(tmp_path, GOOD.replace(*change))
+    if complaint is None:
+        load_task(file)
+        return
+    with pytest.raises(TaskError, match=complaint) as caught:
+        load_task(file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="cannot read the task file"):
+        load_task(tmp_path / "none.toml")
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TaskError, match="not valid TOML"):
+        load_task(tmp_path / "x.toml")

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from bbt_accel.errors import DataError, UsageError
+from bbt_accel.texts import read_texts
+
+PAIR = ["premise", "hypothesis"]
+
+
+def test_texts_of_a_task_with_one_column_are_taken_as_they_are() -> None:
+    assert read_texts(["a\tb", '{"text": 1}'], None, ["text"]) == [{"text": "a\tb"}, {"text": '{"text": 1}'}]
+
+
+def test_pairs_by_tab_or_json() -> None:
+    record = json.dumps({"hypothesis": "b", "premise": "a", "label": 1})
+    assert read_texts(["a\tb", record], None, PAIR) == [{"premise": "a", "hypothesis": "b"}] * 2
+
+
+def test_file_keeps_a_row_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("one\n\nthree\u2028still three\n", encoding="utf-8")
+    assert [row["text"] for row in read_texts([], file, ["text"])] == ["one", "", "three\u2028still three"]
+
+
+@pytest.mark.parametrize("file", [None, Path("-")])
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
+    assert read_texts([], file, ["text"]) == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("a", r"line 1 has 1 column\(s\), the task needs premise, hypothesis"),
+        ("a\tb\tc", r"has 3 column\(s\)"),
+        ("{bad", "line 1 is not JSON"),
+        ('{"premise": "a"}', "line 1 has no text 'hypothesis'"),
+        ('{"premise": "a", "hypothesis": 1}', "line 1 has no text 'hypothesis'"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: str, complaint: str) -> None:
+    (tmp_path / "f").write_text(line)
+    with pytest.raises(DataError, match=complaint):
+        read_texts([], tmp_path / "f", PAIR)
+
+
+def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_texts([], tmp_path / "f", ["text"])
+    with pytest.raises(DataError, match="cannot read"):
+        read_texts([], tmp_path / "none", ["text"])
+    with pytest.raises(UsageError, match="not both"):
+        read_texts(["a"], tmp_path / "f", ["text"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with pytest.raises(UsageError, match="give a text"):
+        read_texts([], None, ["text"])

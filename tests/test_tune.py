@@ -1,0 +1,331 @@
+"""A tuning run as a folder: made, interrupted, killed, resumed, refused, read."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bbt_accel.engines.dummy import DummyBoundBatch
+from safetensors.numpy import load_file, save_file
+from search_parts import SETTINGS, search_bundle, task_file
+
+from bbt_accel import tune
+from bbt_accel.bundle import Bundle
+from bbt_accel.errors import BbtError, RunError, UsageError
+from bbt_accel.run import Run
+
+Tune = Callable[..., Run]
+
+
+@pytest.fixture(params=["bbt", "bbtv2"])
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
+    return search_bundle(tmp_path / "bundle", request.param)
+
+
+@pytest.fixture
+def start(bundle: Bundle, tmp_path: Path) -> Tune:
+    """`tune` of the toy task with the dummy engine, into tmp_path/run unless told otherwise."""
+    task = task_file(tmp_path / "data")
+
+    def call(output: str = "run", settings: dict[str, object] = SETTINGS, **more: Any) -> Run:
+        more = {"data": tmp_path / "data", "engine": "dummy", "progress": False, **more}
+        return tune(bundle, task, output=tmp_path / output, settings=settings, **more)
+
+    return call
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Ctrl-C at the n-th population (a population of one, on dev, does not count)."""
+    whole = DummyBoundBatch._label_logits
+
+    def arm(at: int) -> None:
+        count = 0
+
+        def logits(self: DummyBoundBatch, prompts: np.ndarray) -> np.ndarray:
+            nonlocal count
+            count += len(prompts) > 1
+            if count == at and len(prompts) > 1:
+                raise KeyboardInterrupt
+            return whole(self, prompts)
+
+        monkeypatch.setattr(DummyBoundBatch, "_label_logits", logits)
+
+    return arm
+
+
+def prompt_bytes(run: Run) -> bytes:
+    return (run.path / "prompt.safetensors").read_bytes()
+
+
+def test_a_run_holds_what_the_next_step_needs(start: Tune, bundle: Bundle, tmp_path: Path) -> None:
+    run = start()
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "curve.png",
+        "history.jsonl",
+        "prompt.safetensors",
+        "run.json",
+    ]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    info = run.info
+    assert info.status == "done"
+    assert (info.settings.popsize, info.settings.seed, info.settings.budget) == (4, 7, 80)
+    assert info.calls == (80 if bundle.info.method == "bbt" else 72)  # whole sweeps of 3 layers
+    assert (info.bundle.digest, info.bundle.backbone) == (bundle.digest, "toy")
+    assert info.label_words == ["bad", "great"]
+    assert {"cma", "numpy", "bbt-accel"} <= info.versions.keys()
+    assert info.engine.versions == {"dummy": "1"}
+    assert info.best is not None
+    assert info.best.dev_score == max(g.dev_score for g in run.history if g.dev_score is not None)
+    assert run.prompt.dtype == np.float32
+    assert run.prompt.shape == bundle.info.prompt_shape
+    assert run.task.name == "toy"
+    assert (load_file(run.path / "prompt.safetensors")["prompt"] == run.prompt).all()
+
+
+def test_the_same_seed_gives_the_same_prompt(start: Tune) -> None:
+    first = start("a")
+    assert prompt_bytes(start("b")) == prompt_bytes(first)
+    assert prompt_bytes(start("c", {**SETTINGS, "seed": 8})) != prompt_bytes(first)
+
+
+def test_the_default_name_says_what_was_run(
+    bundle: Bundle, start: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tune(
+        bundle, task_file(tmp_path / "data"), data=tmp_path / "data", engine="dummy", settings=SETTINGS, progress=False
+    )
+    assert run.path == tmp_path / "runs" / f"toy-{bundle.info.method}-dummy-7"
+
+
+def test_ctrl_c_leaves_a_whole_run_that_resumes_to_the_same_end(start: Tune, interrupt: Callable[[int], None]) -> None:
+    whole = start("whole")
+    interrupt(6)
+    run = start()
+    assert run.info.status == "interrupted"
+    assert Run.read(run.path).info.calls == 20
+    assert (run.path / "curve.png").stat().st_size > 10_000
+    interrupt(4)  # and again, this time counted from where it goes on
+    assert start(resume=True).info.calls == 32
+    interrupt(-1)
+    resumed = start(resume=True)
+    assert resumed.info.status == "done"
+    assert prompt_bytes(resumed) == prompt_bytes(whole)
+    assert resumed.info.best == whole.info.best
+
+
+def test_ctrl_c_before_the_first_generation_leaves_nothing(
+    start: Tune, interrupt: Callable[[int], None], tmp_path: Path
+) -> None:
+    interrupt(1)
+    with pytest.raises(KeyboardInterrupt):
+        start("runs/run")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_resume_of_nothing_starts_and_of_a_done_run_returns_it(start: Tune) -> None:
+    first = start(resume=True)
+    before = (first.path / "run.json").stat().st_mtime_ns
+    assert start(resume=True).info == first.info
+    assert (first.path / "run.json").stat().st_mtime_ns == before
+
+
+def test_an_existing_run_is_replaced_only_on_demand(start: Tune) -> None:
+    first = start()
+    with pytest.raises(RunError, match="--resume, --overwrite"):
+        start()
+    assert Run.read(first.path).info == first.info
+    second = start(settings={**SETTINGS, "seed": 8}, overwrite=True)
+    assert second.info.settings.seed == 8
+    assert not [p for p in second.path.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_overwrite_replaces_nothing_but_runs(start: Tune, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letter.txt").write_text("dear")
+    with pytest.raises(RunError, match="is not a run"):
+        start(overwrite=True)
+    assert (tmp_path / "run" / "letter.txt").read_text() == "dear"
+
+
+def test_overwrite_keeps_the_former_run_until_the_new_one_is_whole(
+    start: Tune, interrupt: Callable[[int], None]
+) -> None:
+    first = start()
+    interrupt(1)
+    with pytest.raises(KeyboardInterrupt):
+        start(settings={**SETTINGS, "seed": 8}, overwrite=True)
+    assert Run.read(first.path).info == first.info
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"settings": {**SETTINGS, "budget": 40}}, r"budget \(80 there, 40 here\)"),
+        ({"settings": {**SETTINGS, "seed": 8}}, r"seed \(7 there, 8 here\)"),
+        ({"device": "cuda"}, r"device \(cpu there, cuda here\)"),
+    ],
+)
+def test_resume_with_something_else_names_it(start: Tune, change: dict[str, Any], named: str) -> None:
+    start()
+    with pytest.raises(RunError, match=named):
+        start(resume=True, **change)
+
+
+def test_resume_with_other_rows_or_another_bundle_names_it(start: Tune, tmp_path: Path, bundle: Bundle) -> None:
+    start()
+    rows = (tmp_path / "data" / "train.jsonl").read_text()
+    (tmp_path / "data" / "train.jsonl").write_text(rows.replace("w1", "w2"))
+    with pytest.raises(RunError, match="data"):
+        tune(
+            bundle, tmp_path / "data" / "task.toml", data=tmp_path / "data", engine="dummy", output=tmp_path / "run",
+            resume=True, progress=False,
+        )  # fmt: skip
+    (tmp_path / "data" / "train.jsonl").write_text(rows)
+    search_bundle(tmp_path / "bundle", bundle.info.method, precision="fp16")
+    with pytest.raises(RunError, match="bundle"):
+        start(resume=True)
+
+
+def test_resume_takes_the_settings_that_are_not_given_from_the_run(
+    start: Tune, interrupt: Callable[[int], None]
+) -> None:
+    whole = start("whole")
+    interrupt(5)
+    start()
+    interrupt(-1)
+    assert prompt_bytes(start(settings={}, resume=True)) == prompt_bytes(whole)
+
+
+def test_usage_is_checked_before_anything_is_written(start: Tune, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exclude each other"):
+        start("runs/run", resume=True, overwrite=True)
+    with pytest.raises(UsageError, match="too small"):
+        start("runs/run", {**SETTINGS, "budget": 3})
+    with pytest.raises(BbtError, match="class 0 has 15 rows"):
+        start("runs/run", {**SETTINGS, "k_shot": 16})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_run_is_refused(start: Tune, tmp_path: Path) -> None:
+    run = start()
+
+    def damaged(name: str, content: bytes | None) -> Path:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run.path, copy)
+        (copy / name).unlink()
+        if content is not None:
+            (copy / name).write_bytes(content)
+        return copy
+
+    with pytest.raises(RunError, match="is not a run"):
+        Run.read(tmp_path / "nothing")
+    with pytest.raises(RunError, match="is not a run"):
+        Run.read(damaged("run.json", None))
+    with pytest.raises(RunError, match="cannot be read"):
+        Run.read(damaged("run.json", b"{"))
+    with pytest.raises(RunError, match="run format 99"):
+        Run.read(damaged("run.json", (run.path / "run.json").read_bytes().replace(b'"format": 1', b'"format": 99')))
+    with pytest.raises(RunError, match=r"has no prompt\.safetensors"):
+        Run.read(damaged("prompt.safetensors", None))
+    save_file({"prompt": run.prompt + 1}, tmp_path / "other")
+    with pytest.raises(RunError, match="sha256"):
+        Run.read(damaged("prompt.safetensors", (tmp_path / "other").read_bytes()))
+
+
+def test_tensorboard_shows_every_generation(start: Tune) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = start(tensorboard=True)
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    shown = [(e.step, e.value) for e in events.Scalars("best_loss")]
+    assert shown == [(g.calls, pytest.approx(g.best_loss)) for g in run.history]
+    assert len(events.Scalars("dev_score")) == len([g for g in run.history if g.dev_score is not None])
+
+
+# A process that dies at the n-th time that it renames, replaces or syncs something, before or after it.
+KILLED = """
+import json, os, signal, sys
+from bbt_accel import tune
+task, bundle, data, output, settings, resume, at = json.loads(sys.argv[1])
+count = 0
+def deadly(function):
+    def call(*args):
+        global count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args)
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+os.fsync, os.rename, os.replace = map(deadly, (os.fsync, os.rename, os.replace))
+tune(bundle, task, data=data, engine="dummy", output=output, settings=settings, resume=resume, progress=False)
+print(count)
+"""
+
+
+def in_a_process(tmp_path: Path, output: str, at: int, resume: bool) -> subprocess.CompletedProcess[str]:
+    data = str(tmp_path / "data")
+    settings = {**SETTINGS, "budget": 48}
+    arguments = [f"{data}/task.toml", str(tmp_path / "bundle"), data, str(tmp_path / output), settings, resume, at]
+    command = [sys.executable, "-c", KILLED, json.dumps(arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_killed_at_any_moment_a_run_resumes_to_the_same_prompt(start: Tune, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "budget": 48}
+    whole = start("whole", settings)
+    steps = int(in_a_process(tmp_path, "counted", 0, False).stdout)
+    rng = random.Random(len(whole.history))
+    # Anywhere in the search; then, resumed, at the very end, where the folder takes its name.
+    for output, at in (("a", rng.randrange(1, steps - 8)), ("b", steps - 1)):
+        died = in_a_process(tmp_path, output, at, False)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        if (tmp_path / output).exists():
+            Run.read(tmp_path / output)  # nothing half-written has that name
+        in_a_process(tmp_path, output, rng.randrange(1, 12), True)
+        resumed = start(output, settings, resume=True)
+        assert prompt_bytes(resumed) == prompt_bytes(whole)
+        assert resumed.info.best == whole.info.best
+        assert not [p for p in tmp_path.iterdir() if p.name == f".{output}.partial"]
+
+
+def test_a_kill_from_outside_between_two_generations(start: Tune, tmp_path: Path) -> None:
+    """The folder as a killed process leaves it, at every generation: run.json, and some lines of history."""
+    whole = start("whole")
+    lines = (whole.path / "history.jsonl").read_bytes().splitlines(keepends=True)
+    running = whole.info.model_copy(update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""})
+    for generations in (0, 1, len(lines) // 2, len(lines)):
+        partial = tmp_path / ".run.partial"
+        partial.mkdir()
+        (partial / "run.json").write_text(running.model_dump_json())
+        (partial / "history.jsonl").write_bytes(b"".join(lines[:generations]) + b'{"generation": ')
+        with pytest.raises(RunError, match="--resume"):
+            start()
+        run = start(resume=True)
+        assert prompt_bytes(run) == prompt_bytes(whole)
+        shutil.rmtree(run.path)
+
+
+def test_a_swap_that_was_cut_off_is_undone(start: Tune) -> None:
+    run = start()
+    os.rename(run.path, run.path.with_name(f".{run.path.name}.old"))
+    assert start(resume=True).info == run.info

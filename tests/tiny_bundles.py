@@ -1,0 +1,91 @@
+"""Bundles without graphs: a tokenizer.json of a few hundred pieces and the facts that the encoding needs."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from bbt_accel.bundle import Bundle, BundleInfo, SpecialTokens
+
+SIZE = 1100
+FILLER = [f"filler{i}" for i in range(SIZE)]
+
+
+def tiny_bundle(
+    folder: Path, family: str = "roberta", prompt_mode: str = "add", n: int = 10, max_length: int = 64, size: int = SIZE
+) -> Bundle:
+    make, special = {
+        "roberta": (_byte_level, (0, 2, 1, 4, "<mask>", None)),
+        "bart": (_byte_level, (0, 2, 1, 4, "<mask>", 2)),
+        "gpt2": (_byte_level, (2, 2, 1, None, None, None)),
+        "bert": (_word_pieces, (2, 3, 0, 4, "[MASK]", None)),
+        "t5": (_unigram, (None, 1, 0, 3, "<extra_id_0>", 0)),
+    }[family]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make(size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Bundle(folder, bundle_info(family, prompt_mode, n, max_length, size, special))
+
+
+def bundle_info(
+    family: str, prompt_mode: str, n: int, max_length: int, vocab_size: int, special: tuple[object, ...]
+) -> BundleInfo:
+    return BundleInfo(
+        backbone=f"tiny-{family}",
+        revision=None,
+        family=family,  # type: ignore[arg-type]
+        method="bbt",
+        prompt_mode=prompt_mode,  # type: ignore[arg-type]
+        n_prompt_tokens=n,
+        hidden_size=8,
+        n_layers=2,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        word_embedding_std=0.1,
+        special=SpecialTokens(**dict(zip(SpecialTokens.model_fields, special, strict=True))),  # type: ignore[arg-type]
+        precision="fp32",
+        target="onnx",
+        opset=20,
+        stages=["model.onnx"],
+        versions={},
+    )
+
+
+def _byte_level(size: int) -> Tokenizer:
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    starts = [f"Ġ{c}" for c in string.ascii_letters]
+    pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *starts, *FILLER][:size]
+    merges = [("Ġ", c) for c in string.ascii_letters]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    tokenizer.add_special_tokens([*specials[:4], AddedToken("<mask>", lstrip=True, special=True)])
+    return tokenizer
+
+
+def _word_pieces(size: int) -> Tokenizer:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = string.ascii_lowercase + string.digits
+    words = ["bad", "great", "it", "was"]
+    pieces = [*specials, *string.punctuation, *letters, *(f"##{c}" for c in letters), *words, *FILLER][:size]
+    tokenizer = Tokenizer(models.WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
+
+
+def _unigram(size: int) -> Tokenizer:
+    specials = ["<pad>", "</s>", "<unk>", "<extra_id_0>"]
+    words = [f"▁{w}" for w in ("negative", "positive", "text", "It", "was", ".")]
+    pieces = [*specials, "▁", *string.ascii_letters, *string.digits, ".:,?", *words, *FILLER][:size]
+    scored = [(p, 0.0 if p in specials else -2.0) for p in pieces]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=2))
+    tokenizer.normalizer = normalizers.NFKC()
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
