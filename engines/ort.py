@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from bbt_accel.engines.staged import Arrays, StagedEngine
 
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import EngineError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -72,7 +72,9 @@ class OrtEngine(StagedEngine):
 
     def versions(self) -> dict[str, str]:
         names = ("onnxruntime", "onnxruntime-gpu")
-        found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in names}
+        found = {
+            d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in names
+        }
         return {**found, "provider": self.provider}
 
     def close(self) -> None:

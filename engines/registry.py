@@ -7,9 +7,10 @@ from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 
-from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.savings import check_savings
+
+from bbt_accel.bundle import Bundle
 from bbt_accel.errors import MissingDependency, UsageError
 
 ENGINES = {

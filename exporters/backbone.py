@@ -16,15 +16,18 @@ from torch.nn import functional as F
 
 from bbt_accel.bundle import BundleInfo
 
-MASKED = -30000.0
-"""Added to the attention score of a padded key: exp() of it is 0 in fp32, and it is finite in fp16."""
+MASKED = -10000.0
+"""Added to the attention score of a padded key: exp() of it is 0 in fp32, and twice of it is finite in fp16."""
 
 State = dict[str, Tensor]
 """What passes from one stage to the next: hidden states by name, float32, population first."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, scale: float | None = None) -> Tensor:
-    """Multi-head attention of (B, Tq, H) over (B, Tk, H); bias is added to the scores, (B or 1, heads or 1, Tq or 1, Tk)."""
+    """Multi-head attention of (B, Tq, H) over (B, Tk, H).
+
+    bias: added to the scores, (B or 1, heads or 1, Tq or 1, Tk).
+    """
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bbt_accel.exporters import graph
+from bbt_accel.exporters.families import load_model, load_tokenizer, make_backbone
 from torch import nn
 
 from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode, SpecialTokens, new_folder, write_info
 from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import ExportError, UsageError
-from bbt_accel.exporters import graph
-from bbt_accel.exporters.families import load_model, load_tokenizer, make_backbone
 
 TOLERANCE = 1e-4
 """Largest difference of label logits from eager PyTorch, relative to the largest logit where that is beyond 1."""
@@ -78,11 +78,12 @@ def trace(model: nn.Module, info: BundleInfo, folder: Path, tell: Progress) -> l
     """Write the graphs of every stage; returns their names."""
     backbone = make_backbone(model, info)
     weights = graph.SharedWeights(folder / "model.safetensors")
+    others = graph.NewWeights(folder / "weights.data")
     of = 1 if info.method == "bbt" else info.n_layers + 1
     names = []
     for done, stage in enumerate(graph.stages(backbone, info.method, info.hidden_size)):
         tell(f"tracing {stage.name}", done, of)
-        graph.save_stage(graph.export_stage(stage, backbone), folder, stage.name, weights)
+        graph.save_stage(graph.export_stage(stage, backbone), folder, stage.name, weights, others)
         names.append(stage.name)
     return names
 

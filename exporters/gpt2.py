@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bbt_accel.exporters.backbone import Backbone, State, at, attend, broadcast_add, causal_bias, each, padding_bias
 from torch import Tensor
 from torch.nn import functional as F
-
-from bbt_accel.exporters.backbone import Backbone, State, at, attend, broadcast_add, causal_bias, each, padding_bias
 
 
 class GPT2Backbone(Backbone):
@@ -69,31 +68,26 @@ class GPT2Backbone(Backbone):
         With prefix_bias None the prefix is not needed any further and only its keys and values are computed.
         """
         layer = self.model.transformer.h[i]
-        heads, scale = layer.attn.num_heads, layer.attn.scaling
+        size, heads, scale = layer.attn.embed_dim, layer.attn.num_heads, layer.attn.scaling
         rows = text.shape[0] // prefix.shape[0]
-        normed = layer.ln_1(prefix)
-        prefix_kv = self.project(layer, normed, "kv")
-        text_kv = self.project(layer, layer.ln_1(text), "kv")
-        shared = prefix_kv[:, None].expand(-1, rows, -1, -1).flatten(0, 1)
-        key, value = torch.cat([shared, text_kv], dim=1).chunk(2, dim=-1)
-        context = attend(self.project(layer, layer.ln_1(query), "q"), key, value, heads, text_bias, scale)
-        text = self.feed_forward(layer, query + layer.attn.c_proj(context))
+        prefix_qkv, text_qkv = (
+            linear(layer.attn.c_attn, layer.ln_1(prefix)),
+            linear(layer.attn.c_attn, layer.ln_1(text)),
+        )
+        asked = text_qkv if query is text else linear(layer.attn.c_attn, layer.ln_1(query))
+        shared = prefix_qkv[..., size:][:, None].expand(-1, rows, -1, -1).flatten(0, 1)
+        key, value = torch.cat([shared, text_qkv[..., size:]], dim=1).chunk(2, dim=-1)
+        context = attend(asked[..., :size], key, value, heads, text_bias, scale)
+        text = self.feed_forward(layer, query + linear(layer.attn.c_proj, context))
         if prefix_bias is not None:
-            key, value = prefix_kv.chunk(2, dim=-1)
-            context = attend(self.project(layer, normed, "q"), key, value, heads, prefix_bias, scale)
-            prefix = self.feed_forward(layer, prefix + layer.attn.c_proj(context))
+            context = attend(*prefix_qkv.chunk(3, dim=-1), heads, prefix_bias, scale)
+            prefix = self.feed_forward(layer, prefix + linear(layer.attn.c_proj, context))
         return prefix, text
 
     @staticmethod
-    def project(layer: Any, x: Tensor, which: str) -> Tensor:
-        """Queries (…, H) or keys and values (…, 2H) from the joint projection."""
-        size = layer.attn.embed_dim
-        part = slice(0, size) if which == "q" else slice(size, None)
-        return x @ layer.attn.c_attn.weight[:, part] + layer.attn.c_attn.bias[part]  # type: ignore[no-any-return]
-
-    @staticmethod
     def feed_forward(layer: Any, x: Tensor) -> Tensor:
-        return x + layer.mlp(layer.ln_2(x))  # type: ignore[no-any-return]
+        hidden = layer.mlp.act(linear(layer.mlp.c_fc, layer.ln_2(x)))
+        return x + linear(layer.mlp.c_proj, hidden)
 
     def label_logits(
         self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
@@ -108,7 +102,13 @@ class GPT2Backbone(Backbone):
         return self.read(p, prefix, text, text_bias, readout, label_token_ids)
 
     def read(
-        self, p: int | torch.SymInt, prefix: Tensor, text: Tensor, bias: Tensor, readout: Tensor, label_token_ids: Tensor
+        self,
+        p: int | torch.SymInt,
+        prefix: Tensor,
+        text: Tensor,
+        bias: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
     ) -> Tensor:
         """The last block and the head at the readout position → (P, N, C)."""
         position = each(p, readout if self.cat else readout - self.n)
@@ -140,3 +140,8 @@ class GPT2Backbone(Backbone):
         p = prompts.shape[0]
         prefix, text = self.prompted_both(prompts, state)
         return self.read(p, prefix, text, each(p, self.text_bias(attention_mask)), readout, label_token_ids)
+
+
+def linear(module: Any, x: Tensor) -> Tensor:
+    """GPT-2's Conv1D without its flattening, which stands in the way of fusions."""
+    return x @ module.weight + module.bias  # type: ignore[no-any-return]

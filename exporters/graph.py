@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from bbt_accel.exporters.backbone import Backbone, State
 from onnx import external_data_helper, numpy_helper
 from onnxscript.optimizer import optimize
 from torch import Tensor, nn
 from torch.export import Dim
 
-from bbt_accel.exporters.backbone import Backbone, State
-
 OPSET = 20
 SMALL = 1024
 """Elements or bytes up to which a tensor may be folded, and stays inside the graph: shape constants, mostly."""
+
+PAGE = 4096
+"""Tensors begin at multiples of a memory page, so that they can be mapped."""
 
 
 @dataclass(frozen=True)
@@ -169,27 +171,37 @@ class SharedWeights:
         return True
 
 
+class NewWeights:
+    """A file of tensors that the checkpoint does not hold (folded, or in a lower precision), each written once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.places: dict[tuple[int, bytes], tuple[int, int]] = {}
+
+    def refer(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> bool:
+        """Replace the tensor's bytes by a reference to the file, where they are appended if they are new."""
+        name = key(tensor.raw_data)
+        if name not in self.places:
+            with self.file.open("ab") as stream:
+                stream.write(b"\0" * (-stream.tell() % PAGE))
+                self.places[name] = stream.tell(), len(tensor.raw_data)
+                stream.write(tensor.raw_data)
+        offset, length = self.places[name]
+        external_data_helper.set_external_data(tensor, self.file.name, offset=offset, length=length)
+        tensor.ClearField("raw_data")
+        return True
+
+
 def key(data: bytes) -> tuple[int, bytes]:
     return len(data), hashlib.sha256(data).digest()
 
 
-def save_stage(model: onnx.ModelProto, folder: Path, name: str, weights: SharedWeights) -> None:
-    """Write a graph whose weights lie in the bundle's safetensors file; what is not there goes to a file beside it."""
-    left = []
-    for tensor in model.graph.initializer:
-        if tensor.HasField("raw_data") and len(tensor.raw_data) > SMALL and not weights.refer(model.graph, tensor):
-            left.append(tensor)
-    if sum(len(t.raw_data) for t in left) > 2**20:
-        save_beside(left, folder / f"{name}.onnx.data")
+def save_stage(
+    model: onnx.ModelProto, folder: Path, name: str, checkpoint: SharedWeights | None, others: NewWeights
+) -> None:
+    """Write a graph whose weights lie in the checkpoint's file, or in the file of the others."""
+    for tensor in list(model.graph.initializer):
+        large = tensor.HasField("raw_data") and len(tensor.raw_data) > SMALL
+        if large and (checkpoint is None or not checkpoint.refer(model.graph, tensor)):
+            others.refer(model.graph, tensor)
     (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
-
-
-def save_beside(tensors: list[onnx.TensorProto], file: Path) -> None:
-    """Write tensors to an external data file, each at a multiple of 4,096 so that it can be mapped."""
-    with file.open("wb") as stream:
-        for tensor in tensors:
-            stream.seek(-(-stream.tell() // 4096) * 4096)
-            offset = stream.tell()
-            stream.write(tensor.raw_data)
-            external_data_helper.set_external_data(tensor, file.name, offset=offset, length=len(tensor.raw_data))
-            tensor.ClearField("raw_data")

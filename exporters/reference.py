@@ -32,7 +32,9 @@ class Reference:
     ) -> Tensor:  # fmt: skip
         """float32 (n, H) or (L, n, H), int64 rows → float32 (N, C)."""
         info = self.info
-        mask = F.pad(attention_mask, (info.n_prompt_tokens, 0), value=1) if info.prompt_mode == "cat" else attention_mask
+        mask = (
+            F.pad(attention_mask, (info.n_prompt_tokens, 0), value=1) if info.prompt_mode == "cat" else attention_mask
+        )
         arguments = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
         if info.family == "bart" and decoder_input_ids is None:
             config = self.model.config
@@ -45,7 +47,9 @@ class Reference:
         elif info.prompt_mode == "cat":
             readout = readout + info.n_prompt_tokens
         if info.family == "gpt2" and info.method == "bbt":
-            arguments["inputs_embeds"] = self.with_prompt(prompt, self.model.transformer.wte(arguments.pop("input_ids")))
+            arguments["inputs_embeds"] = self.with_prompt(
+                prompt, self.model.transformer.wte(arguments.pop("input_ids"))
+            )
             logits = self.model(**arguments).logits
         else:
             with self.hooks(prompt):

@@ -1,0 +1,76 @@
+"""How long a candidate takes, and how much arithmetic it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bbt_accel.batch import Float32
+from bbt_accel.bundle import BundleInfo
+from bbt_accel.engines.base import BoundBatch
+
+
+def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
+    """float32 (count, n, H) or (count, L, n, H), entries N(0, σ_e²): what a first generation with α = 1 looks like."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.standard_normal((count, *info.prompt_shape), dtype=np.float32)
+    return np.asarray(prompts * np.float32(info.word_embedding_std), np.float32)
+
+
+def seconds_per_candidate(bound: BoundBatch, prompts: Float32, repeats: int) -> list[float]:
+    """Seconds a candidate of each of `repeats` calls with the whole population, after one call to warm up.
+
+    For bbtv2 a call is a sweep as the search does it: one call of `layer_logits` a layer, from the lowest up.
+    """
+    call = sweep if bound.bundle.info.method == "bbtv2" else population
+    call(bound, prompts)
+    return [timed(call, bound, prompts) for _ in range(repeats)]
+
+
+def population(bound: BoundBatch, prompts: Float32) -> int:
+    """Evaluate a population; returns its candidates."""
+    bound.label_logits(prompts)
+    return len(prompts)
+
+
+def sweep(bound: BoundBatch, prompts: Float32) -> int:
+    """Evaluate a population a layer, keeping the first candidate each time; returns candidates in all."""
+    stack = np.zeros_like(prompts[0])
+    for layer in range(len(stack)):
+        candidates = np.ascontiguousarray(prompts[:, layer])
+        bound.layer_logits(stack, layer, candidates)
+        stack[layer] = candidates[0]
+    return len(prompts) * len(stack)
+
+
+def timed(call: Callable[[BoundBatch, Float32], int], bound: BoundBatch, prompts: Float32) -> float:
+    start = time.perf_counter()
+    candidates = call(bound, prompts)  # the logits have come back to the host: nothing is still under way
+    return (time.perf_counter() - start) / candidates
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 90th and 99th percentile, in milliseconds."""
+    median, p90, p99 = (1000 * float(value) for value in np.percentile(seconds, (50, 90, 99)))
+    return median, p90, p99
+
+
+def count_flops(bound: BoundBatch, prompt: Float32) -> int:
+    """Floating-point operations of one candidate in PyTorch: matrix products and attention, which are nearly all.
+
+    prompt: float32 (1, n, H) or (1, L, n, H). A multiplication and an addition count as two.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # PyTorch's counter knows the attention kernels of GPUs alone.
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={cpu_attention: attention}) as counter:
+        bound.label_logits(prompt)
+    return int(counter.get_total_flops())

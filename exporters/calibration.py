@@ -1,0 +1,77 @@
+"""What passes through the graphs on real rows: inputs of every stage, and the range of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from bbt_accel.exporters.rows import sample_rows
+from bbt_accel.exporters.validate import Feeds, open_session, prompt_feeds, row_feeds, run_stage, session_of
+
+from bbt_accel.batch import Batch, Float32
+from bbt_accel.bundle import Bundle
+from bbt_accel.decoder_input import with_decoder_input
+
+
+def calibration_rows(bundle: Bundle, task: str | None, data: Path | None, most: int = 64) -> Batch:
+    """The task's few-shot train rows, as a search with the default seed sees them; the shipped texts without a task."""
+    if task is None:
+        return sample_rows(bundle, count=32)
+    from bbt_accel.data import few_shot, load_rows
+    from bbt_accel.encoding import Encoder
+    from bbt_accel.tasks import load_task
+
+    loaded = load_task(task)
+    train, _ = few_shot(load_rows(loaded, "train", data), loaded.n_classes, 16, 42)
+    step = max(1, len(train) // most)
+    return Encoder(bundle, loaded).encode(train[::step][:most])
+
+
+def random_prompts(bundle: Bundle, count: int, seed: int = 0) -> Float32:
+    """(count, ...) prompts as large as a search's first ones (the word embeddings' spread); the first is zero."""
+    shape = (count, *bundle.info.prompt_shape)
+    prompts = bundle.info.word_embedding_std * np.random.default_rng(seed).standard_normal(shape)
+    prompts[0] = 0
+    return prompts.astype(np.float32)
+
+
+def stage_feeds(bundle: Bundle, stage: str, batch: Batch, prompts: Float32, rows: int = 4) -> Iterator[Feeds]:
+    """Inputs of one stage for some rows at a time, computed by the stages before it."""
+    batch = with_decoder_input(bundle.info, batch)
+    before = bundle.info.stages[: bundle.info.stages.index(stage)]
+    sessions = {name: open_session(bundle, name) for name in before}
+    for start in range(0, len(batch), rows):
+        feeds = row_feeds(batch.rows(slice(start, start + rows)))
+        for name, session in sessions.items():
+            feeds |= prompt_feeds(bundle.info, name, prompts)
+            feeds |= run_stage(session, name, feeds)
+        yield feeds | prompt_feeds(bundle.info, stage, prompts)
+
+
+def ranges(
+    model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path
+) -> dict[str, tuple[float, float]]:
+    """Smallest and largest value that each named tensor takes; tensors that are no floats are left out."""
+    if not names:
+        return {}
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    outputs = {o.name for o in tapped.graph.output}
+    tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    file = folder / "tapped.onnx"
+    try:
+        onnx.save(tapped, str(file), save_as_external_data=True, location="tapped.onnx.data")
+        session = session_of(file)
+    finally:
+        file.unlink(missing_ok=True)
+        file.with_suffix(".onnx.data").unlink(missing_ok=True)
+    takes = [i.name for i in session.get_inputs()]
+    found: Ranges = {}
+    for feed in feeds:
+        for name, value in zip(names, session.run(names, {k: feed[k] for k in takes}), strict=True):
+            if value.dtype == np.float32 and value.size:
+                low, high = found.get(name, (np.inf, -np.inf))
+                found[name] = min(low, float(value.min())), max(high, float(value.max()))
+    return found

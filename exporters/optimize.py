@@ -1,0 +1,157 @@
+"""From an exported bundle to a faster one: fused operators, fp16, int8, for one engine."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from bbt_accel.exporters import graph
+from bbt_accel.exporters.calibration import calibration_rows, random_prompts, stage_feeds
+from bbt_accel.exporters.half import to_half
+from bbt_accel.exporters.int8 import to_int8
+from bbt_accel.exporters.validate import run_stages, scaled_error
+from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+from bbt_accel.batch import Batch, Float32
+from bbt_accel.bundle import Bundle, BundleInfo, new_folder, write_info
+from bbt_accel.errors import BundleError, ExportError, UsageError
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Target = Literal["ort", "openvino", "trt"]
+LEAK = 0.05
+"""A row's logits may change by this share of the largest logit when padding is added; more means a lost mask."""
+
+
+def optimize_bundle(
+    source: str | Path,
+    output: str | Path,
+    *,
+    precision: Precision = "fp32",
+    target: Target = "ort",
+    calibrate: str | None = None,
+    data: Path | None = None,
+) -> Bundle:
+    """Write a new bundle for one engine and report what was fused, how large it is and what it costs in accuracy.
+
+    calibrate: the task whose few-shot train rows set int8 ranges and are compared on; the shipped texts unless given.
+    Raises UsageError for a combination that does not exist or an output that is the source, BundleError for a source
+    that is optimized already, ExportError when the result has NaN logits or has lost its attention mask.
+    """
+    source, output = Path(source), Path(output)
+    if output.resolve() == source.resolve():
+        raise UsageError(f"-o {output} is the bundle itself; optimize writes a new one")
+    if output.exists():
+        raise UsageError(f"{output} exists already; choose another -o or remove it")
+    check_combination(precision, target)
+    bundle = Bundle.read(source)
+    if bundle.info.target != "onnx":
+        raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
+    batch = calibration_rows(bundle, calibrate, data)
+    prompts = random_prompts(bundle, 4)
+    with new_folder(output) as folder:
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            shutil.copyfile(source / name, folder / name)
+        report = optimize_for_runtime(bundle, folder, precision, batch, prompts)
+        info = bundle.info.model_copy(
+            update={
+                "precision": precision,
+                "target": target,
+                "source": bundle.digest,
+                "versions": {**bundle.info.versions, "onnxruntime": runtime_version()},
+            }
+        )
+        if precision != "fp32":
+            (folder / "model.safetensors").unlink()
+        info = write_info(folder, info)
+        report |= compare(bundle, Bundle(folder, info), batch, prompts)
+        report |= {"calibrated_on": calibrate or "shipped texts", "size_before": bundle.size, "size": size_of(folder)}
+        write_info(folder, info.model_copy(update={"optimization": report}))
+    return Bundle.read(output, verify=False)
+
+
+def check_combination(precision: str, target: str) -> None:
+    allowed = {"ort": ("fp32", "fp16", "int8")}
+    if target not in allowed:
+        raise UsageError(f"--target {target} is not there yet; use --target ort")
+    if precision not in allowed[target]:
+        raise UsageError(f"--target {target} takes {', '.join(allowed[target])}, not {precision}")
+
+
+def optimize_for_runtime(
+    bundle: Bundle, folder: Path, precision: Precision, batch: Batch, prompts: Float32
+) -> dict[str, object]:
+    """Fuse every stage for ONNX Runtime and lower its precision. Returns what was done, summed over the stages."""
+    checkpoint = graph.SharedWeights(folder / "model.safetensors") if precision == "fp32" else None
+    others = graph.NewWeights(folder / "weights.data")
+    fused: Counter[str] = Counter()
+    kept: list[str] = []
+    lowered = 0
+    feeds = {}
+    if precision != "fp32":
+        few = batch.rows(np.arange(min(len(batch), 16)))
+        feeds = {stage: list(stage_feeds(bundle, stage, few, prompts[:2])) for stage in bundle.info.stages}
+    for stage in bundle.info.stages:
+        model, counts = fuse(bundle.path / f"{stage}.onnx")
+        fused.update(counts)
+        if precision == "fp16":
+            model, names = to_half(model, feeds[stage], folder)
+            kept += [f"{stage}: {name}" for name in names]
+        elif precision == "int8":
+            model, count, names = to_int8(model, feeds[stage], folder)
+            lowered += count
+            kept += [f"{stage}: {name}" for name in names]
+        graph.save_stage(model, folder, stage, checkpoint, others)
+    report: dict[str, object] = {"fused": dict(fused)}
+    if precision == "int8":
+        report["quantized"] = lowered
+    if precision != "fp32":
+        report["kept_fp32"] = kept
+    return report
+
+
+def fuse(file: Path) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """onnxscript's fusions for ONNX Runtime: attention, skip connections with norms, bias with GELU."""
+    model, counts = optimize_for_ort(ir.load(file), clear_metadata=True)
+    proto = ir.to_proto(model)
+    onnx.load_external_data_for_model(proto, str(file.parent))
+    return proto, {name: count for name, count in counts.items() if count}
+
+
+def compare(bundle: Bundle, optimized: Bundle, batch: Batch, prompts: Float32) -> dict[str, object]:
+    """Logit error and agreement of predictions on real rows against the source, and whether padding changes a row."""
+    wanted, found = run_stages(bundle, batch, prompts), run_stages(optimized, batch, prompts)
+    if not np.isfinite(found).all():
+        raise ExportError(f"the {optimized.info.precision} graphs give NaN or infinite logits on real rows")
+    longer = pad_columns(optimized.info, batch, 16)
+    leak = scaled_error(run_stages(optimized, longer, prompts), found)
+    if leak > LEAK:
+        raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
+    return {
+        "logit_error": scaled_error(found, wanted),
+        "agreement": float((wanted.argmax(-1) == found.argmax(-1)).mean()),
+        "padding_error": leak,
+        "rows": len(batch),
+        "candidates": len(prompts),
+    }
+
+
+def pad_columns(info: BundleInfo, batch: Batch, columns: int) -> Batch:
+    """The same rows with more padding on the right."""
+    ids = np.pad(batch.input_ids, ((0, 0), (0, columns)), constant_values=info.special.pad)
+    mask = np.pad(batch.attention_mask, ((0, 0), (0, columns)))
+    return Batch(ids, mask, batch.readout, batch.targets, batch.label_token_ids, batch.decoder_input_ids)
+
+
+def size_of(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def runtime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)

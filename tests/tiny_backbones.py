@@ -1,0 +1,86 @@
+"""Random checkpoints of every family: small enough to export in seconds, with weights large enough that prompts matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_bundles import tiny_bundle
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY = 320
+POSITIONS = 64
+_BERT = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
+}  # fmt: skip
+_T5 = {
+    "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2,
+    "vocab_size": VOCABULARY, "n_positions": POSITIONS, "pad_token_id": 0, "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+_BART = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 20, "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+}  # fmt: skip
+BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "roberta": ("roberta", "RobertaForMaskedLM", {**_BERT, "pad_token_id": 1, "max_position_embeddings": POSITIONS + 2}),
+    "bert": ("bert", "BertForMaskedLM", {**_BERT, "num_hidden_layers": 1}),
+    "electra": ("bert", "ElectraForMaskedLM", {**_BERT, "embedding_size": 12, "num_hidden_layers": 3}),
+    "bart": ("bart", "BartForConditionalGeneration", _BART),
+    "t5": ("t5", "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "relu"}),
+    "t5-v1.1": (
+        "t5", "T5ForConditionalGeneration",
+        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 1},
+    ),
+    "gpt2": (
+        "gpt2", "GPT2LMHeadModel",
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": POSITIONS,
+         "bos_token_id": 2, "eos_token_id": 2},
+    ),
+}  # fmt: skip
+"""Name → family, transformers class, configuration."""
+
+
+def tiny_model(name: str, cls: str | None = None, seed: int = 0, **changes: Any) -> Any:
+    """A model with random weights, biases and norms. `cls`: another class of the same configuration."""
+    _, own, settings = BACKBONES[name]
+    kind: Any = getattr(transformers, cls or own)
+    torch.manual_seed(seed)
+    model = kind(kind.config_class(**{**settings, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias += 0.2 * torch.randn_like(model.final_logits_bias)
+    return model
+
+
+def save_tokenizer(family: str, folder: Path, size: int = VOCABULARY) -> None:
+    special = tiny_bundle(folder, family, size=size).info.special
+    text = {}
+    if family in ("roberta", "bart"):
+        text = {"bos_token": "<s>", "cls_token": "<s>", "sep_token": "</s>", "eos_token": "</s>", "mask_token": "<mask>"}
+    elif family == "bert":
+        text = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    elif family == "t5":
+        text = {"eos_token": "</s>"}
+    elif family == "gpt2":
+        text = {"bos_token": "</s>", "eos_token": "</s>"}
+    unknown, pad = ("[UNK]", "[PAD]") if family == "bert" else ("<unk>", "<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), unk_token=unknown, pad_token=pad, **text
+    )
+    assert tokenizer.pad_token_id == special.pad
+    tokenizer.save_pretrained(folder)
+
+
+def save_backbone(name: str, folder: Path, cls: str | None = None, seed: int = 0, **changes: Any) -> Path:
+    """Write checkpoint and tokenizer; returns the folder."""
+    tiny_model(name, cls, seed, **changes).save_pretrained(folder)
+    save_tokenizer(BACKBONES[name][0], folder)
+    return folder
