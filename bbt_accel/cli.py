@@ -71,7 +71,7 @@ def export(
     from bbt_accel.exporters.export import export_bundle
     from bbt_accel.reports import report_bundle
 
-    with busy(f"exporting {backbone}"):
+    with busy(f"exporting {backbone}") as tell:
         bundle = export_bundle(
             backbone,
             output,
@@ -79,7 +79,7 @@ def export(
             prompt_mode=prompt_mode,
             n_prompt_tokens=n_prompt_tokens,
             revision=revision,
-            progress=None,
+            progress=tell,
         )
     report_bundle(bundle, as_json)
 
@@ -184,7 +184,7 @@ def evaluate(
     engine: RunEngine = None,
     device: RunDevice = None,
     threads: Threads = None,
-    split: Annotated[Literal["test", "train"], typer.Option(help="Rows to score on.")] = "test",
+    split: Annotated[Literal["test", "dev"], typer.Option(help="Rows to score on.")] = "test",
     as_json: AsJson = False,
 ) -> None:
     """Score a tuned prompt, and the backbone without it, on the test rows."""
@@ -226,11 +226,20 @@ def bench(
     output: Output,
     engines: Annotated[str | None, typer.Option(metavar="NAMES", help="Of torch,ort,openvino,trt.")] = None,
     precisions: Annotated[str | None, typer.Option(metavar="NAMES", help="Of fp32,fp16,bf16,int8.")] = None,
+    method: Annotated[Literal["bbt", "bbtv2"] | None, typer.Option(help="(default: bbt)")] = None,
+    prompt_mode: Annotated[Literal["add", "cat"] | None, typer.Option(help="(default: add)")] = None,
+    n_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Soft prompt vectors. (default: 50)")] = None,
+    k_shot: Annotated[int | None, typer.Option(min=1, help="Rows a class in the timed batch. (default: 16)")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the timed batch, instead.")] = None,
+    popsize: Annotated[int | None, typer.Option(min=2, help="Candidates a call. (default: 20)")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed calls a row. (default: 5)")] = None,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="Most test rows to compare. (default: 512)")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Tune a prompt by each, and compare the scores.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Tuning runs a row.")] = None,
-    popsize: Annotated[int | None, typer.Option(min=2, help="Candidates a call.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the timed batch.")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Timed calls a row.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Tuning runs a row. (default: 3)")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Candidates a run. (default: the task's)")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where all engines run. (default: cpu)")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. (default: one a core)")] = None,
+    savings: Annotated[bool, typer.Option("--savings", help="Measure what each saving brings.")] = False,
     data: Data = None,
     without: Without = "",
     as_json: AsJson = False,
@@ -242,10 +251,19 @@ def bench(
     given = _given(
         engines=_names(engines) if engines is not None else None,
         precisions=_names(precisions) if precisions is not None else None,
-        seeds=seeds,
-        popsize=popsize,
+        method=method,
+        prompt_mode=prompt_mode,
+        n_prompt_tokens=n_prompt_tokens,
+        k_shot=k_shot,
         rows=rows,
+        popsize=popsize,
         repeats=repeats,
+        test_rows=test_rows,
+        seeds=seeds,
+        budget=budget,
+        device=device,
+        threads=threads,
+        savings=savings or None,
     )
     run_bench(backbone=backbone, task=task, output=output, tune=tune, data=data, without=_names(without), **given)
     report_bench(output, as_json)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -38,9 +39,21 @@ def print_markdown(content: str) -> None:
     Console().print(Markdown(content))
 
 
-def busy(message: str) -> AbstractContextManager[object]:
-    """A spinner on a terminal's standard error while the block runs; elsewhere nothing."""
-    return Console(stderr=True).status(message)
+@contextmanager
+def busy(message: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on a terminal's standard error while the block runs; elsewhere nothing.
+
+    Gives a function to call with what is being done, how many steps are done, and of how many.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(message, total=None)
+
+        def tell(what: str, done: int, of: int) -> None:
+            progress.update(task, description=f"{message}: {what}", completed=done, total=of)
+
+        yield tell
 
 
 def text(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bbt_accel.batch import Float32
-from bbt_accel.data import Row, load_rows
+from bbt_accel.data import Row, few_shot, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
@@ -30,9 +30,9 @@ def evaluate(
     engine: str | None = None,
     device: str | None = None,
     threads: int | None = None,
-    split: Literal["train", "test"] = "test",
+    split: Literal["dev", "test"] = "test",
 ) -> dict[str, Any]:
-    """Score the prompt of a run on all labelled rows of a split.
+    """Score the prompt of a run on the task's test rows, or on the dev rows that the search chose it by.
 
     data, engine, device: as in the run unless given. bundle: another bundle of the same backbone, e.g. in another
     precision. Returns split, metric, score, rows, engine, device, bundle (its path) and without_prompt, the score of
@@ -40,7 +40,9 @@ def evaluate(
     """
     run = Run.read(run_path)
     folder = data if data is not None else run.info.data.path
-    rows = load_rows(run.task, split, Path(folder) if folder is not None else None)
+    rows = load_rows(run.task, "test" if split == "test" else "train", Path(folder) if folder is not None else None)
+    if split == "dev":
+        _, rows = few_shot(rows, run.task.n_classes, run.info.settings.k_shot, run.info.settings.seed)
     with _engine(run, bundle, engine, device, threads) as loaded:
         logits = _label_logits(loaded, Encoder(loaded.bundle, run.task), rows, [run.prompt, np.zeros_like(run.prompt)])
         _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))

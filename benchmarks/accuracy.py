@@ -20,7 +20,7 @@ ROWS = 64
 """Test rows that an engine holds at a time."""
 
 
-def test_logits(engine: Engine, batch: Batch, prompt: Float32) -> Float32:
+def row_logits(engine: Engine, batch: Batch, prompt: Float32) -> Float32:
     """Label logits (N, C) of all rows for one prompt, a few rows at a time."""
     parts = []
     for start in range(0, len(batch), ROWS):

@@ -36,7 +36,7 @@ def int8_rate(device: str, threads: int) -> tuple[float | None, str]:
     """The rate and what computed it; or None and why not."""
     try:
         return _torch_int8(device) if device == "cuda" else _ort_int8(threads)
-    except Exception as error:  # whatever is missing or unsupported: the rate is a fact beside the rows, not one of them
+    except Exception as error:  # whatever is missing or unsupported: no row depends on this rate
         return None, f"not measured ({type(error).__name__})"
 
 
@@ -70,10 +70,12 @@ def _ort_int8(threads: int) -> tuple[float, str]:
 def rate(n: int, multiply: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
     """10⁹ operations a second of an n × n × n product: 2 n³ over the median duration."""
     durations: list[float] = []
-    multiply(), wait()
+    multiply()
+    wait()
     while sum(durations) < SECONDS or len(durations) < 3:
         start = time.perf_counter()
-        multiply(), wait()
+        multiply()
+        wait()
         durations.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(durations) / 1e9
 

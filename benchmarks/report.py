@@ -53,7 +53,7 @@ class Workload(Part):
     repeats: int
     """Timed calls a row of the table, after one that is not timed; for bbtv2 sweeps of one call a layer."""
     naive_flops: int
-    """Floating-point operations of one candidate in eager PyTorch: matrix products and attention, whole padded batch."""
+    """Floating-point operations of one candidate in eager PyTorch: matrix products and attention, padding included."""
     device: str
     """cpu or cuda."""
     threads: int
@@ -63,7 +63,7 @@ class Workload(Part):
     test_rows: int
     """Rows on which logits, predictions and scores are compared."""
     prompt: Literal["random", "tuned"]
-    """The prompt of the comparison: random, of the word embeddings' standard deviation; or the first that eager tuned."""
+    """The prompt that is compared: random, as spread as the word embeddings; or the first that eager tuned."""
     seed: int
     """Of the rows, the random prompts and the first tuning run."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from bbt_accel.engines.base import BoundBatch, Engine
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
+from bbt_accel.engines.base import BoundBatch, Engine
 
 
 class DummyBoundBatch(BoundBatch):

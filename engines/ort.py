@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from bbt_accel.engines.staged import Arrays, StagedEngine
 
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import Bundle
+from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import EngineError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from bbt_accel.engines.base import BoundBatch, Engine
-from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
-from bbt_accel.exporters.families import load_model, make_backbone
-from bbt_accel.exporters.reference import Reference
 from torch import Tensor
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
+from bbt_accel.engines.base import BoundBatch, Engine
+from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError
+from bbt_accel.exporters.families import load_model, make_backbone
+from bbt_accel.exporters.reference import Reference
 
 
 def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:

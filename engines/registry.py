@@ -7,16 +7,16 @@ from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 
+from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.savings import check_savings
-
-from bbt_accel.bundle import Bundle
 from bbt_accel.errors import MissingDependency, UsageError
 
 ENGINES = {
     "torch": ("bbt_accel.engines.pytorch", "TorchEngine", "export"),
     "eager": ("bbt_accel.engines.pytorch", "EagerEngine", "export"),
     "ort": ("bbt_accel.engines.ort", "OrtEngine", "cpu"),
+    "openvino": ("bbt_accel.engines.openvino", "OpenVinoEngine", "openvino"),
     "dummy": ("bbt_accel.engines.dummy", "DummyEngine", ""),
 }
 """Name → module, class, and the extra that brings what it needs."""
@@ -30,7 +30,7 @@ def load_engine(
     threads: int | None = None,
     without: Collection[str] = (),
 ) -> Engine:
-    """Load a bundle into an engine: torch, ort, or `eager`, the naive reference that benchmarks compare with.
+    """Load a bundle into an engine: torch, ort, openvino, or `eager`, the naive reference that benchmarks compare with.
 
     device: cpu or cuda. threads: at most so many (default: all cores). without: savings to switch off for
     measurement, by the names in `engines.savings`. Raises UsageError for an unknown name, MissingDependency when the

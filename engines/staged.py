@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from bbt_accel.engines.base import BoundBatch, Engine
-from bbt_accel.engines.savings import buckets, cut
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.decoder_input import with_decoder_input
+from bbt_accel.engines.base import BoundBatch, Engine
+from bbt_accel.engines.savings import buckets, cut
 from bbt_accel.errors import UsageError
 
 Array = Any

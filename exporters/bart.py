@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from bbt_accel.exporters.backbone import Backbone, at, attend, causal_bias, each
 from torch import Tensor
 from torch.nn import functional as F
+
+from bbt_accel.exporters.backbone import Backbone, at, attend, causal_bias, each
 
 
 class DecoderBackbone(Backbone):

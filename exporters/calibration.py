@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from bbt_accel.exporters.rows import sample_rows
-from bbt_accel.exporters.validate import Feeds, open_session, prompt_feeds, row_feeds, run_stage, session_of
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.decoder_input import with_decoder_input
+from bbt_accel.exporters.rows import sample_rows
+from bbt_accel.exporters.sessions import Feeds, open_stage, prompt_feeds, row_feeds, session_of
+
+Ranges = dict[str, tuple[float, float]]
+"""Smallest and largest value of each tensor."""
 
 
 def calibration_rows(bundle: Bundle, task: str | None, data: Path | None, most: int = 64) -> Batch:
@@ -41,18 +44,16 @@ def stage_feeds(bundle: Bundle, stage: str, batch: Batch, prompts: Float32, rows
     """Inputs of one stage for some rows at a time, computed by the stages before it."""
     batch = with_decoder_input(bundle.info, batch)
     before = bundle.info.stages[: bundle.info.stages.index(stage)]
-    sessions = {name: open_session(bundle, name) for name in before}
+    stages = {name: open_stage(bundle, name) for name in before}
     for start in range(0, len(batch), rows):
         feeds = row_feeds(batch.rows(slice(start, start + rows)))
-        for name, session in sessions.items():
+        for name, run in stages.items():
             feeds |= prompt_feeds(bundle.info, name, prompts)
-            feeds |= run_stage(session, name, feeds)
+            feeds |= run(feeds)
         yield feeds | prompt_feeds(bundle.info, stage, prompts)
 
 
-def ranges(
-    model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path
-) -> dict[str, tuple[float, float]]:
+def ranges(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Ranges:
     """Smallest and largest value that each named tensor takes; tensors that are no floats are left out."""
     if not names:
         return {}

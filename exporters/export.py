@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bbt_accel.exporters import graph
-from bbt_accel.exporters.families import load_model, load_tokenizer, make_backbone
 from torch import nn
 
 from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode, SpecialTokens, new_folder, write_info
 from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import ExportError, UsageError
+from bbt_accel.exporters import graph
+from bbt_accel.exporters.families import load_model, load_tokenizer, make_backbone
 
 TOLERANCE = 1e-4
 """Largest difference of label logits from eager PyTorch, relative to the largest logit where that is beyond 1."""

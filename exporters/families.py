@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from bbt_accel.bundle import BundleInfo
+from bbt_accel.errors import ExportError
 from bbt_accel.exporters.backbone import Backbone
 from bbt_accel.exporters.bart import BartBackbone
 from bbt_accel.exporters.bert import BertBackbone, ElectraBackbone
 from bbt_accel.exporters.gpt2 import GPT2Backbone
 from bbt_accel.exporters.roberta import RobertaBackbone
 from bbt_accel.exporters.t5 import T5Backbone
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer
-
-from bbt_accel.bundle import BundleInfo
-from bbt_accel.errors import ExportError
 
 FAMILIES: dict[str, tuple[str, type[Backbone]]] = {
     "roberta": ("RobertaForMaskedLM", RobertaBackbone),
@@ -47,6 +47,7 @@ def load_model(checkpoint: str | Path, revision: str | None = None) -> nn.Module
 
     Raises ExportError for a checkpoint without an LM head, whose logits would be random.
     """
+    transformers.logging.disable_progress_bar()
     config = load_config(checkpoint, revision)
     name = FAMILIES[config.model_type][0]
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bbt_accel.exporters.backbone import Backbone, State, at, attend, broadcast_add, causal_bias, each, padding_bias
 from torch import Tensor
 from torch.nn import functional as F
+
+from bbt_accel.exporters.backbone import Backbone, State, at, attend, broadcast_add, causal_bias, each, padding_bias
 
 
 class GPT2Backbone(Backbone):

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from bbt_accel.exporters.backbone import Backbone, State
 from onnx import external_data_helper, numpy_helper
 from onnxscript.optimizer import optimize
 from torch import Tensor, nn
 from torch.export import Dim
+
+from bbt_accel.exporters.backbone import Backbone, State
 
 OPSET = 20
 SMALL = 1024

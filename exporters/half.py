@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from bbt_accel.exporters.calibration import Feeds, ranges
 from onnx import TensorProto, helper, numpy_helper
+
+from bbt_accel.exporters.calibration import Feeds, ranges
 
 LARGEST = 65504.0 / 2
 """Nodes with values beyond half of fp16's largest number stay in fp32: other rows and prompts may go further."""

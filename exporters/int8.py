@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import helper, numpy_helper
+
 from bbt_accel.exporters.calibration import Feeds, ranges
 from bbt_accel.exporters.half import drop_unused
-from onnx import helper, numpy_helper
 
 
 def to_int8(model: onnx.ModelProto, feeds: list[Feeds], folder: Path) -> tuple[onnx.ModelProto, int, list[str]]:

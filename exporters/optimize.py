@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Literal
 import numpy as np
 import onnx
 import onnx_ir as ir
-from bbt_accel.exporters import graph
-from bbt_accel.exporters.calibration import calibration_rows, random_prompts, stage_feeds
-from bbt_accel.exporters.half import to_half
-from bbt_accel.exporters.int8 import to_int8
-from bbt_accel.exporters.validate import run_stages, scaled_error
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle, BundleInfo, new_folder, write_info
 from bbt_accel.errors import BundleError, ExportError, UsageError
+from bbt_accel.exporters import graph
+from bbt_accel.exporters.calibration import calibration_rows, random_prompts, stage_feeds
+from bbt_accel.exporters.half import to_half
+from bbt_accel.exporters.int8 import to_int8
+from bbt_accel.exporters.openvino import optimize_for_openvino
+from bbt_accel.exporters.sessions import run_stages
+from bbt_accel.exporters.validate import scaled_error
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Target = Literal["ort", "openvino", "trt"]
@@ -56,16 +59,19 @@ def optimize_bundle(
     with new_folder(output) as folder:
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             shutil.copyfile(source / name, folder / name)
-        report = optimize_for_runtime(bundle, folder, precision, batch, prompts)
+        if target == "openvino":
+            report = optimize_for_openvino(bundle, folder, precision, batch, prompts)
+        else:
+            report = optimize_for_runtime(bundle, folder, precision, batch, prompts)
         info = bundle.info.model_copy(
             update={
                 "precision": precision,
                 "target": target,
                 "source": bundle.digest,
-                "versions": {**bundle.info.versions, "onnxruntime": runtime_version()},
+                "versions": bundle.info.versions | tool_versions(),
             }
         )
-        if precision != "fp32":
+        if precision != "fp32" or target != "ort":
             (folder / "model.safetensors").unlink()
         info = write_info(folder, info)
         report |= compare(bundle, Bundle(folder, info), batch, prompts)
@@ -74,12 +80,14 @@ def optimize_bundle(
     return Bundle.read(output, verify=False)
 
 
+ALLOWED: dict[str, tuple[str, ...]] = {"ort": ("fp32", "fp16", "int8"), "openvino": ("fp32", "int8")}
+
+
 def check_combination(precision: str, target: str) -> None:
-    allowed = {"ort": ("fp32", "fp16", "int8")}
-    if target not in allowed:
-        raise UsageError(f"--target {target} is not there yet; use --target ort")
-    if precision not in allowed[target]:
-        raise UsageError(f"--target {target} takes {', '.join(allowed[target])}, not {precision}")
+    if target not in ALLOWED:
+        raise UsageError(f"--target {target} is not supported yet; use {' or '.join(ALLOWED)}")
+    if precision not in ALLOWED[target]:
+        raise UsageError(f"--target {target} takes {', '.join(ALLOWED[target])}, not {precision}")
 
 
 def optimize_for_runtime(
@@ -151,7 +159,8 @@ def size_of(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
-def runtime_version() -> str:
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
+def tool_versions() -> dict[str, str]:
+    """Versions of what may have had a hand in it."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    names = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "nncf")
+    return {name: found[name] for name in names if name in found}

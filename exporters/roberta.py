@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bbt_accel.exporters.bert import BertBackbone
 from torch import Tensor
 from torch.nn import functional as F
+
+from bbt_accel.exporters.bert import BertBackbone
 
 
 class RobertaBackbone(BertBackbone):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bbt_accel.exporters.backbone import attend, causal_bias, padding_bias
-from bbt_accel.exporters.bart import DecoderBackbone
 from torch import Tensor
 from torch.nn import functional as F
+
+from bbt_accel.exporters.backbone import attend, causal_bias, padding_bias
+from bbt_accel.exporters.bart import DecoderBackbone
 
 
 class T5Backbone(DecoderBackbone):

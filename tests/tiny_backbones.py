@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load, save_file
 from tiny_bundles import tiny_bundle
 from transformers import PreTrainedTokenizerFast
 
+PARITY = Path(__file__).parent / "fixtures" / "parity.npz"
 VOCABULARY = 320
 POSITIONS = 64
 _BERT = {
@@ -17,7 +20,7 @@ _BERT = {
     "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
 }  # fmt: skip
 _T5 = {
-    "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2,
+    "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2,
     "vocab_size": VOCABULARY, "n_positions": POSITIONS, "pad_token_id": 0, "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }  # fmt: skip
@@ -44,6 +47,16 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Name → family, transformers class, configuration."""
+VARIANTS = [
+    ("roberta", "bbt", "add"), ("roberta", "bbt", "cat"), ("roberta", "bbtv2", "add"),
+    ("bert", "bbt", "add"), ("bert", "bbt", "cat"), ("bert", "bbtv2", "add"),
+    ("electra", "bbt", "add"),
+    ("bart", "bbt", "add"), ("bart", "bbt", "cat"), ("bart", "bbtv2", "add"),
+    ("t5", "bbt", "add"), ("t5-v1.1", "bbt", "cat"), ("t5", "bbtv2", "add"),
+    ("gpt2", "bbt", "add"), ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add"),
+]  # fmt: skip
+"""Backbone, method and mode: every family with each, once."""
+N_PROMPT = 3
 
 
 def tiny_model(name: str, cls: str | None = None, seed: int = 0, **changes: Any) -> Any:
@@ -82,5 +95,16 @@ def save_tokenizer(family: str, folder: Path, size: int = VOCABULARY) -> None:
 def save_backbone(name: str, folder: Path, cls: str | None = None, seed: int = 0, **changes: Any) -> Path:
     """Write checkpoint and tokenizer; returns the folder."""
     tiny_model(name, cls, seed, **changes).save_pretrained(folder)
+    save_tokenizer(BACKBONES[name][0], folder)
+    return folder
+
+
+def save_recorded_backbone(name: str, folder: Path) -> Path:
+    """The same from the weights in fixtures/parity.npz, which no version of torch or transformers changes."""
+    with np.load(PARITY) as parity:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(str(parity[f"{name}/config"]))
+        weights = load(parity[f"{name}/weights"].tobytes())
+    save_file({key: value.astype(np.float32) for key, value in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(BACKBONES[name][0], folder)
     return folder

@@ -1,0 +1,146 @@
+"""A report as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bbt_accel.benchmarks.accuracy import LARGEST_ERROR, LEAST_AGREEMENT
+from bbt_accel.benchmarks.report import Report, Row, Tuned
+
+METRICS = {"accuracy": "accuracy", "f1": "F1"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its header, the field of `Row` that it shows, and how."""
+
+    header: str
+    field: str
+    write: Callable[[Any], str]
+
+    def cell(self, row: Row) -> str:
+        value = getattr(row, self.field)
+        return "–" if value is None else self.write(value)
+
+
+def tuned_text(tuned: Tuned) -> str:
+    return f"{tuned.mean:.3f}" + (f" ± {tuned.std:.3f}" if tuned.std is not None else "")
+
+
+SPEED = (
+    Column("status", "status", str),
+    Column("ms a candidate", "ms_median", "{:.3g}".format),
+    Column("p90", "ms_p90", "{:.3g}".format),
+    Column("p99", "ms_p99", "{:.3g}".format),
+    Column("candidates/s", "candidates_per_second", "{:.3g}".format),
+    Column("× eager", "speedup", "{:.2f}".format),
+    Column("matrix rate", "matrix_share", "{:.0%}".format),
+    Column("peak MiB", "peak_mib", "{:,.0f}".format),
+)
+FIDELITY = (
+    Column("status", "status", str),
+    Column("bundle MiB", "bundle_mib", "{:,.1f}".format),
+    Column("logit error", "max_error", "{:.1e}".format),
+    Column("agreement", "agreement", "{:.3f}".format),
+    Column("{metric}", "score", "{:.3f}".format),
+)
+TUNED = (
+    Column("tuned {metric}", "tuned", tuned_text),
+    Column("search s", "tuned", lambda tuned: f"{tuned.seconds:.0f}"),
+)
+
+
+def markdown(report: Report, plot: str) -> str:
+    """The whole report.md; `plot` is the file name of the picture."""
+    columns = FIDELITY + (TUNED if any(row.tuned for row in report.rows) else ())
+    parts = [
+        f"# {report.backbone} on {report.task}",
+        summary(report),
+        "## Speed",
+        table(report, SPEED),
+        f"![Speed and {METRICS[report.metric]} of each row]({plot})",
+        "## Fidelity",
+        table(report, columns),
+        *savings(report),
+        *reasons(report),
+        "## What was measured",
+        facts(report),
+        "## Columns",
+        legend((*SPEED, *columns[1:]), report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(report: Report) -> str:
+    counts = {status: sum(row.status == status for row in report.rows) for status in (r.status for r in report.rows)}
+    found = ", ".join(f"{count} {status}" for status, count in counts.items())
+    timed = [row for row in report.rows if row.speedup is not None and row.status == "passed"]
+    best = max(timed, key=lambda row: row.speedup or 0.0, default=None)
+    text = f"{len(report.rows)} rows: {found}."
+    if best is not None and best.engine != "eager":
+        text += f" Fastest that passed: **{best.label}**, {best.speedup:.2f} times eager PyTorch."
+    return text
+
+
+def table(report: Report, columns: Sequence[Column]) -> str:
+    headers = [column.header.format(metric=METRICS[report.metric]) for column in columns]
+    lines = [["row", *headers], ["---", *("---" if c.field == "status" else "---:" for c in columns)]]
+    lines += [[row.label, *(column.cell(row) for column in columns)] for row in report.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def savings(report: Report) -> list[str]:
+    """What each saving brings: the time without it, over the time of the same row with it."""
+    lines = []
+    for row in report.rows:
+        base = next(r for r in report.rows if (r.engine, r.precision) == (row.engine, row.precision))
+        if row is base or row.ms_median is None or base.ms_median is None:
+            continue
+        off = ", ".join(name for name in row.without if name not in base.without)
+        ratio = row.ms_median / base.ms_median
+        lines.append(f"| {base.label} | {off} | {base.ms_median:.3g} | {row.ms_median:.3g} | {ratio:.2f} |")
+    header = "| row | saving | ms with it | ms without it | factor |\n| --- | --- | ---: | ---: | ---: |"
+    return ["## What each saving brings", "\n".join([header, *lines])] if lines else []
+
+
+def reasons(report: Report) -> list[str]:
+    lines = [f"- **{row.label}**: {row.status}: {row.reason}" for row in report.rows if row.reason]
+    return ["## Not passed", "\n".join(lines)] if lines else []
+
+
+def facts(report: Report) -> str:
+    work, machine, steady = report.workload, report.machine, report.baseline
+    int8 = machine.int8_rate_by if machine.int8_rate is None else f"{machine.int8_rate:,.0f} Gop/s"
+    again = f"{steady.last_ms:.3g} ms after them, drift {steady.drift:+.1%}" if steady.last_ms else "no second timing"
+    lines = [
+        f"**Backbone:** {report.backbone} ({report.family}), {report.method}, {report.prompt_mode} mode, "
+        f"{report.n_prompt_tokens} prompt tokens",
+        f"**Timed:** {work.rows} rows padded to {work.length} tokens ({work.padding:.0%} padding), "
+        f"{work.popsize} candidates a call, {work.repeats} calls after one to warm up",
+        f"**Compared:** {work.test_rows} test rows, one {work.prompt} prompt for all rows, seed {work.seed}",
+        f"**Arithmetic:** {work.naive_flops / 1e9:,.1f} GFLOP a candidate in eager PyTorch",
+        f"**Machine:** {machine.cpu}, {machine.cores} cores, {work.threads} threads, {work.device}"
+        + "".join(f"; {gpu}" for gpu in machine.gpus),
+        f"**Matrix rate:** fp32 {machine.fp32_rate:,.0f} GFLOP/s, int8 {int8}",
+        f"**Steadiness:** eager took {steady.first_ms:.3g} ms a candidate before the rows, {again}",
+        "**Versions:** " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        f"**Date:** {report.created}",
+        f"**Command:** `{report.command}`",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def legend(columns: Sequence[Column], report: Report) -> str:
+    """Each column in a sentence or two: the schema's own."""
+    lines = []
+    for field in dict.fromkeys(column.field for column in columns):
+        headers = [c.header.format(metric=METRICS[report.metric]) for c in columns if c.field == field]
+        text = " ".join((Row.model_fields[field].description or "").split())
+        lines.append(f"- **{' and '.join(headers)}**: {text}")
+    lines.append(
+        f"- An fp32 row passes with a logit error of at most {LARGEST_ERROR:.0e}, a row of lower precision with an "
+        f"agreement of at least {LEAST_AGREEMENT}."
+    )
+    return "\n".join(lines)

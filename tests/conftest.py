@@ -1,0 +1,84 @@
+"""What all tests share: no network, a fixed number of threads, and bundles that are exported once a session."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest  # noqa: E402
+
+from bbt_accel.bundle import Bundle  # noqa: E402
+from bbt_accel.engines.base import Engine  # noqa: E402
+from bbt_accel.engines.registry import load_engine  # noqa: E402
+
+THREADS = 2
+
+Export = Callable[..., Bundle]
+Load = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
+    """`exported(checkpoint, method, mode, n)`: a bundle, made at the first call. Not to be changed by a test.
+
+    The check against eager PyTorch that ends every export runs in this process here, which saves half of the time.
+    """
+    torch = pytest.importorskip("torch")
+    from bbt_accel.exporters import export, validate
+
+    torch.set_num_threads(THREADS)
+    made: dict[tuple[object, ...], Bundle] = {}
+
+    def checked(folder: Path) -> float:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            validate.main(str(folder))
+        return float(json.loads(output.getvalue())["max_error"])
+
+    def call(checkpoint: Path, method: str = "bbt", mode: str = "add", n: int = 10) -> Bundle:
+        key = (checkpoint, method, mode, n)
+        if key not in made:
+            output = tmp_path_factory.mktemp("exported") / f"{checkpoint.name}-{method}-{mode}"
+            made[key] = export.export_bundle(checkpoint, output, method=method, prompt_mode=mode, n_prompt_tokens=n)  # type: ignore[arg-type]
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "checked", checked)
+        yield call
+
+
+@pytest.fixture(scope="session")
+def tiny(exported: Export, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """`tiny(name, method, mode)`: the bundle of a tiny backbone of `tiny_backbones`, with three prompt tokens."""
+    from tiny_backbones import N_PROMPT, save_recorded_backbone
+
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def call(name: str, method: str = "bbt", mode: str = "add") -> Bundle:
+        checkpoint = root / name
+        if not checkpoint.exists():
+            save_recorded_backbone(name, checkpoint)
+        return exported(checkpoint, method, mode, N_PROMPT)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Iterator[Load]:
+    """`loaded(bundle, engine)`: an engine, loaded at the first call and closed at the end."""
+    with contextlib.ExitStack() as stack:
+        made: dict[tuple[object, ...], Engine] = {}
+
+        def call(bundle: Bundle, name: str) -> Engine:
+            key = (bundle.path, name)
+            if key not in made:
+                made[key] = stack.enter_context(load_engine(bundle, name, threads=THREADS))
+            return made[key]
+
+        yield call

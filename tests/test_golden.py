@@ -1,0 +1,104 @@
+"""Recorded losses are reproduced: those of the original program, and those of transformers when they were written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from conftest import THREADS, Export
+from tiny_backbones import N_PROMPT, PARITY, VARIANTS
+
+from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+TRACES = sorted(GOLDEN.glob("*.npz"))
+TOLERANCE = 1e-4
+N = 10
+"""Prompt tokens of the original's traces."""
+
+Trace = dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=TRACES or [None], ids=lambda path: path.stem if path else "none")
+def trace(request: pytest.FixtureRequest, exported: Export) -> Iterator[Trace]:
+    """A trace of the original program as a dict, with the bundle of its backbone."""
+    if request.param is None:
+        pytest.skip(f"the original's traces are not here ({GOLDEN})")
+    with np.load(request.param) as file:
+        arrays = {name: file[name] for name in file.files}
+    backbone, *words = request.param.stem.split("_")
+    checkpoint = min((GOLDEN / "models").glob(f"{backbone}*"))
+    method = "bbt" if len(arrays["A"]) == 1 else "bbtv2"
+    bundle = exported(checkpoint, method, "cat" if "cat" in words else "add", N)
+    objective = Objective(next((word for word in words if word in ("hinge", "perf")), "ce"))  # type: ignore[arg-type]
+    yield {**arrays, "bundle": bundle, "batch": batch(arrays, bundle.info.family), "objective": objective}
+
+
+def batch(arrays: Trace, family: str) -> Batch:
+    ids, mask = arrays["train_input_ids"], arrays["train_attention_mask"]
+    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+    rows = np.arange(len(ids))
+    decoder = arrays.get("train_decoder_input_ids")
+    readout = {"t5": np.ones_like(rows), "gpt2": last}.get(family, arrays.get("train_mask_pos"))
+    if family == "bart":
+        decoder = np.concatenate([ids[rows, last][:, None], ids[:, :-1]], axis=1)
+    labels = arrays["label_ids"]
+    targets = (arrays["train_labels"][:, None] == labels).argmax(axis=1)
+    return Batch(ids, mask, readout, targets, labels, decoder)  # type: ignore[arg-type]
+
+
+def projections(trace: Trace) -> list[Projection]:
+    p0 = trace["init_prompt"] if trace["init_prompt"].size else None
+    return [Projection(A, (N, A.shape[0] // N), p0) for A in trace["A"]]
+
+
+@pytest.mark.parametrize("engine", ["torch", "ort"])
+def test_the_losses_of_the_original_are_reproduced(trace: Trace, engine: str) -> None:
+    losses = []
+    layers = projections(trace)
+    best = [(np.inf, np.zeros(layer.prompt_shape, np.float32)) for layer in layers]
+    with load_engine(trace["bundle"], engine, threads=THREADS) as loaded, loaded.bind(trace["batch"]) as bound:
+        for generation, z in enumerate(trace["X"]):
+            at = generation % len(layers)
+            prompts = layers[at].prompts(z)
+            if trace["bundle"].info.method == "bbt":
+                logits = bound.label_logits(prompts)
+            else:
+                stack = np.stack([prompt for _, prompt in best])
+                logits = bound.layer_logits(stack, at, prompts)
+                stacks = np.repeat(stack[None], len(prompts), axis=0)
+                stacks[:, at] = prompts
+                assert np.abs(bound.label_logits(stacks) - logits).max() < TOLERANCE
+            losses.append(trace["objective"].score(logits, trace["batch"].targets)[0])
+            winner = int(trace["fitness"][generation].argmin())
+            best[at] = min(best[at], (trace["fitness"][generation][winner], prompts[winner]), key=lambda pair: pair[0])
+    np.testing.assert_allclose(losses, trace["fitness"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", ["eager", "torch", "ort"])
+@pytest.mark.parametrize(("name", "method", "mode"), VARIANTS, ids="-".join)
+def test_the_recorded_losses_of_transformers_are_reproduced(
+    tiny: Export, name: str, method: str, mode: str, engine: str
+) -> None:
+    """fixtures/make_parity.py wrote them: a later torch, transformers or exporter has to give the same numbers."""
+    bundle: Bundle = tiny(name, method, mode)
+    with np.load(PARITY) as file:
+        prefix = f"{name}-{method}-{mode}/"
+        recorded = {key.removeprefix(prefix): file[key] for key in file.files if key.startswith(prefix)}
+    fields = ("input_ids", "attention_mask", "readout", "targets", "label_token_ids")
+    rows = Batch(*(recorded[field] for field in fields))
+    layers = [
+        Projection(A, (N_PROMPT, bundle.info.hidden_size)).prompts(z)
+        for A, z in zip(recorded["A"], recorded["X"], strict=True)
+    ]
+    prompts = layers[0] if method == "bbt" else np.stack(layers, axis=1)
+    with load_engine(bundle, engine, threads=THREADS) as loaded, loaded.bind(rows) as bound:
+        logits = bound.label_logits(prompts)
+    np.testing.assert_allclose(logits, recorded["label_logits"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(Objective("ce").score(logits, rows.targets)[0], recorded["losses"], atol=1e-5)
