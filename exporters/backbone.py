@@ -103,6 +103,10 @@ class Backbone(nn.Module):
     def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
         """Block i for the positions in query (B, Tq, H), attending to x (B, T, H) → (B, Tq, H)."""
 
+    def first_block(self, prompts: Tensor, tokens: Tensor, bias: Tensor) -> Tensor | None:
+        """Block 0 of bbt's add mode from (P, n, H) and (N, S, H), where that is less work than from their sum."""
+        return None
+
     @abstractmethod
     def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
         """The LM head for the label words alone: (B, H) → (B, C), bias included."""
@@ -153,9 +157,11 @@ class Backbone(nn.Module):
         """bbt, the whole backbone: float32 (P, n, H) and int64 rows → float32 (P, N, C)."""
         p = prompts.shape[0]
         mask = self.extend(attention_mask)
-        x = self.join(prompts, self.tokens(input_ids))
+        tokens = self.tokens(input_ids)
         bias = each(p, self.attention_bias(mask))
-        for i in range(self.layers - 1):
+        first = None if self.cat or self.layers == 1 else self.first_block(prompts, tokens, bias)
+        x = self.join(prompts, tokens) if first is None else first
+        for i in range(0 if first is None else 1, self.layers - 1):
             x = self.block(i, x, x, bias)
         logits = self.finish(p, x, bias, mask, readout, label_token_ids, decoder_input_ids)
         return logits.unflatten(0, (p, -1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bbt_accel.exporters.backbone import Backbone, attend
@@ -14,17 +16,33 @@ class BertBackbone(Backbone):
     family = "bert"
 
     @property
-    def base(self) -> object:
+    def base(self) -> Any:
         return self.model.bert
 
     def tokens(self, input_ids: Tensor) -> Tensor:
         return self.base.embeddings(input_ids=input_ids)  # type: ignore[attr-defined, no-any-return]
 
     def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-        layer = self.base.encoder.layer[i]  # type: ignore[attr-defined]
-        own = layer.attention.self
-        context = attend(own.query(query), own.key(x), own.value(x), own.num_attention_heads, bias)
-        y = layer.attention.output(context, query)
+        own = self.base.encoder.layer[i].attention.self
+        return self.mix(i, query, own.query(query), own.key(x), own.value(x), bias)
+
+    def first_block(self, prompts: Tensor, tokens: Tensor, bias: Tensor) -> Tensor:
+        """Queries, keys and values are linear in the block's input, W(t + p) + b = (W t + b) + W p.
+
+        The first term is computed once a row and the second once a candidate, instead of both for each pair.
+        """
+        own, length = self.base.encoder.layer[0].attention.self, tokens.shape[1]
+
+        def both(linear: nn.Linear) -> Tensor:
+            of_prompts = self.spread(F.linear(prompts, linear.weight), length)
+            return (linear(tokens)[None] + of_prompts).flatten(0, 1)
+
+        return self.mix(0, self.join(prompts, tokens), both(own.query), both(own.key), both(own.value), bias)
+
+    def mix(self, i: int, query: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Block i behind its projections."""
+        layer = self.base.encoder.layer[i]
+        y = layer.attention.output(attend(q, k, v, layer.attention.self.num_attention_heads, bias), query)
         return layer.output(layer.intermediate(y), y)  # type: ignore[no-any-return]
 
     def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
@@ -37,7 +55,7 @@ class ElectraBackbone(BertBackbone):
     """ElectraForMaskedLM: the generator. The prompt is added after the projection to the hidden size."""
 
     @property
-    def base(self) -> object:
+    def base(self) -> Any:
         return self.model.electra
 
     def tokens(self, input_ids: Tensor) -> Tensor:

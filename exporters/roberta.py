@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +16,7 @@ class RobertaBackbone(BertBackbone):
     family = "roberta"
 
     @property
-    def base(self) -> object:
+    def base(self) -> Any:
         return self.model.roberta
 
     def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
