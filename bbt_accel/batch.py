@@ -56,7 +56,9 @@ class Batch:
             raise DataError("attention_mask must hold 0 and 1, with at least one real token a row")
         limit = self.input_ids.shape[1] if self.decoder_input_ids is None else self.decoder_input_ids.shape[1]
         if ((self.readout < 0) | (self.readout >= limit)).any():
-            raise DataError(f"readout positions must lie in 0..{limit - 1}; got {self.readout.min()}..{self.readout.max()}")
+            raise DataError(
+                f"readout positions must lie in 0..{limit - 1}; got {self.readout.min()}..{self.readout.max()}"
+            )
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

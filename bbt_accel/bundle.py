@@ -113,8 +113,7 @@ class Bundle:
         """Raises BundleError if the bundle was exported for the other method."""
         if self.info.method != method:
             raise BundleError(
-                f"{self.path} was exported for {self.info.method}, not {method}; "
-                f"export one with --method {method}"
+                f"{self.path} was exported for {self.info.method}, not {method}; export one with --method {method}"
             )
 
     @property
@@ -162,7 +161,9 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(path)
         os.rename(temporary, path)
     except OSError as error:
-        raise BbtError(f"cannot write {path} ({error.strerror or error}); free some space or choose another -o") from error
+        raise BbtError(
+            f"cannot write {path} ({error.strerror or error}); free some space or choose another -o"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

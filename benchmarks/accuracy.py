@@ -31,7 +31,7 @@ def row_logits(engine: Engine, batch: Batch, prompt: Float32) -> Float32:
 
 def judge(row: Row, logits: Float32, eager: Float32, targets: Int64, metric: Metric) -> None:
     """Compare a row's test logits (N, C) with eager's, and set its error, agreement, score and status."""
-    finite = np.isfinite(logits).all(axis=1)
+    finite = np.asarray(np.isfinite(logits).all(axis=1))
     row.agreement = float((finite & (logits.argmax(1) == eager.argmax(1))).mean())
     if not finite.all():
         row.status, row.reason = "differs", f"{(~finite).sum()} of {len(finite)} test rows have NaN or infinite logits"

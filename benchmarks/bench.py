@@ -68,7 +68,7 @@ def run_bench(
         "seeds": seeds,
         "budget": budget,
         "device": device,
-        "threads": threads or physical_cores(),
+        "threads": physical_cores() if threads is None else threads,
         "engines": engines,
         "precisions": precisions,
     }

@@ -25,23 +25,28 @@ class Column:
         return "–" if value is None else self.write(value)
 
 
+def digits(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def tuned_text(tuned: Tuned) -> str:
     return f"{tuned.mean:.3f}" + (f" ± {tuned.std:.3f}" if tuned.std is not None else "")
 
 
 SPEED = (
     Column("status", "status", str),
-    Column("ms a candidate", "ms_median", "{:.3g}".format),
-    Column("p90", "ms_p90", "{:.3g}".format),
-    Column("p99", "ms_p99", "{:.3g}".format),
-    Column("candidates/s", "candidates_per_second", "{:.3g}".format),
+    Column("ms", "ms_median", digits),
+    Column("p90", "ms_p90", digits),
+    Column("p99", "ms_p99", digits),
+    Column("cand./s", "candidates_per_second", digits),
     Column("× eager", "speedup", "{:.2f}".format),
-    Column("matrix rate", "matrix_share", "{:.0%}".format),
-    Column("peak MiB", "peak_mib", "{:,.0f}".format),
+    Column("rate", "matrix_share", "{:.0%}".format),
+    Column("MiB", "peak_mib", "{:,.0f}".format),
 )
 FIDELITY = (
     Column("status", "status", str),
-    Column("bundle MiB", "bundle_mib", "{:,.1f}".format),
+    Column("bundle", "bundle_mib", "{:,.1f}".format),
     Column("logit error", "max_error", "{:.1e}".format),
     Column("agreement", "agreement", "{:.3f}".format),
     Column("{metric}", "score", "{:.3f}".format),
@@ -100,7 +105,7 @@ def savings(report: Report) -> list[str]:
             continue
         off = ", ".join(name for name in row.without if name not in base.without)
         ratio = row.ms_median / base.ms_median
-        lines.append(f"| {base.label} | {off} | {base.ms_median:.3g} | {row.ms_median:.3g} | {ratio:.2f} |")
+        lines.append(f"| {base.label} | {off} | {digits(base.ms_median)} | {digits(row.ms_median)} | {ratio:.2f} |")
     header = "| row | saving | ms with it | ms without it | factor |\n| --- | --- | ---: | ---: | ---: |"
     return ["## What each saving brings", "\n".join([header, *lines])] if lines else []
 
@@ -113,7 +118,9 @@ def reasons(report: Report) -> list[str]:
 def facts(report: Report) -> str:
     work, machine, steady = report.workload, report.machine, report.baseline
     int8 = machine.int8_rate_by if machine.int8_rate is None else f"{machine.int8_rate:,.0f} Gop/s"
-    again = f"{steady.last_ms:.3g} ms after them, drift {steady.drift:+.1%}" if steady.last_ms else "no second timing"
+    again = (
+        f"{digits(steady.last_ms)} ms after them, drift {steady.drift:+.1%}" if steady.last_ms else "no second timing"
+    )
     lines = [
         f"**Backbone:** {report.backbone} ({report.family}), {report.method}, {report.prompt_mode} mode, "
         f"{report.n_prompt_tokens} prompt tokens",
@@ -124,7 +131,7 @@ def facts(report: Report) -> str:
         f"**Machine:** {machine.cpu}, {machine.cores} cores, {work.threads} threads, {work.device}"
         + "".join(f"; {gpu}" for gpu in machine.gpus),
         f"**Matrix rate:** fp32 {machine.fp32_rate:,.0f} GFLOP/s, int8 {int8}",
-        f"**Steadiness:** eager took {steady.first_ms:.3g} ms a candidate before the rows, {again}",
+        f"**Steadiness:** eager took {digits(steady.first_ms)} ms a candidate before the rows, {again}",
         "**Versions:** " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         f"**Date:** {report.created}",
         f"**Command:** `{report.command}`",

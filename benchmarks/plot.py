@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bbt_accel.benchmarks.markdown import METRICS
+from bbt_accel.benchmarks.markdown import METRICS, digits
 from bbt_accel.benchmarks.report import Report, Row
 
 if TYPE_CHECKING:
@@ -25,21 +25,20 @@ def draw_report(file: Path, report: Report) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     work, name = report.workload, Path(report.backbone).name
-    figure.suptitle(
-        f"{name} on {report.task}: {report.method}, {report.prompt_mode} mode, {report.n_prompt_tokens} prompt tokens",
-        fontsize=13,
+    title = (
+        f"{name} on {report.task}: {report.method}, {report.prompt_mode} mode, {report.n_prompt_tokens} prompt tokens"
     )
+    gpus, cpu = "; ".join(report.machine.gpus), f"{report.machine.cpu}, {work.threads} threads"
+    where = f"{work.rows} rows × {work.length} tokens, {work.popsize} candidates a call; "
+    figure.suptitle(f"{title}\n{where}{cpu if work.device == 'cpu' else gpus}", fontsize=11)
     draw_speed(left, report.rows)
     draw_scores(right, report)
-    left.set_yticks(range(len(report.rows)), [row.label for row in report.rows])
+    left.set_yticks(range(len(report.rows)), [row.label.replace(" without", "\nwithout") for row in report.rows])
     left.set_ylim(len(report.rows) - 0.4, -0.6)  # the baseline on top
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
         axes.grid(axis="x", alpha=0.25)
-    gpus, cpu = "; ".join(report.machine.gpus), f"{report.machine.cpu}, {work.threads} threads"
-    where = f"{work.rows} rows × {work.length} tokens, {work.popsize} candidates a call; "
-    figure.supxlabel(where + (cpu if work.device == "cpu" else gpus), fontsize=9, color="#444444")
     figure.savefig(file, metadata={"Software": None})
 
 
@@ -47,16 +46,18 @@ def draw_speed(axes: Axes, rows: list[Row]) -> None:
     most = max((row.speedup or 0.0 for row in rows), default=1.0)
     for place, row in enumerate(rows):
         if row.speedup is None:
-            axes.text(0.02 * most, place, row.status, va="center", fontsize=9, style="italic", color="#444444")
+            axes.text(1 + 0.015 * most, place, row.status, va="center", fontsize=9, style="italic", color="#444444")
             continue
         colour = EAGER if row.engine == "eager" else PASSED if row.status == "passed" else DIFFERS
         hatch = None if row.status == "passed" else "///"
         axes.barh(place, row.speedup, color=colour, height=0.66, hatch=hatch, edgecolor="white")
-        note = f"{row.speedup:.2f}×  ({row.ms_median:.3g} ms)" + ("" if row.status == "passed" else f"  {row.status}")
+        note = f"{row.speedup:.2f}×  ({digits(row.ms_median or 0.0)} ms)" + (
+            "" if row.status == "passed" else f"  {row.status}"
+        )
         axes.text(row.speedup + 0.015 * most, place, note, va="center", fontsize=9)
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlim(0, 1.42 * max(most, 1.0))
-    axes.set_xlabel("times eager PyTorch (milliseconds a candidate)")
+    axes.set_xlabel("times as fast as eager PyTorch (in brackets: milliseconds a candidate)")
     axes.set_title("Speed", fontsize=11, loc="left")
 
 
@@ -79,7 +80,7 @@ def draw_scores(axes: Axes, report: Report) -> None:
             )
     handles, labels = axes.get_legend_handles_labels()
     if shown := dict(zip(labels, handles, strict=True)):
-        axes.figure.legend(shown.values(), shown.keys(), fontsize=9, loc="outside upper right", ncols=2, frameon=False)
+        axes.figure.legend(shown.values(), shown.keys(), fontsize=9, loc="outside lower right", ncols=2, frameon=False)
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel(f"test {name}, {report.workload.test_rows} rows")
     axes.set_title(name[0].upper() + name[1:], fontsize=11, loc="left")

@@ -118,12 +118,12 @@ class Row(Part):
     ms_p99: float | None = None
     """The 99th percentile of the same; with few repeats the slowest call."""
     candidates_per_second: float | None = None
-    """1000 / ms_median."""
+    """Candidates a second: 1000 over the median milliseconds."""
     speedup: float | None = None
-    """The eager row's ms_median over this row's."""
+    """Speed-up: the eager row's median milliseconds over this row's."""
     matrix_share: float | None = None
-    """Effective share of the machine's fp32 matrix rate: naive_flops × candidates_per_second / fp32_rate. More than 1
-    where work is left out or done in lower precision."""
+    """Effective share of the machine's fp32 matrix rate: the arithmetic of a candidate in eager PyTorch (naive_flops) ×
+    candidates_per_second / fp32_rate. More than 1 where work is left out or done in lower precision."""
     peak_mib: float | None = None
     """Largest resident memory of the row's process, MiB, from its start to the end of the timed calls."""
     max_error: float | None = None
@@ -132,7 +132,7 @@ class Row(Part):
     agreement: float | None = None
     """Share of the test rows whose predicted class is eager's."""
     score: float | None = None
-    """The task's metric on the test rows, with the same prompt for every row."""
+    """The task's metric on the test rows, with the same prompt in every row of the table."""
     tuned: Tuned | None = None
     """Scores of whole tuning runs on this engine."""
     versions: dict[str, str] = {}
@@ -141,8 +141,8 @@ class Row(Part):
     @property
     def label(self) -> str:
         """How tables and plots name the row."""
-        off = f" without {', '.join(self.without)}" if self.without else ""
-        return f"{self.engine} {self.precision}{off}"
+        names = ", ".join(self.without) if len(self.without) < 3 else f"{len(self.without)} savings"
+        return f"{self.engine} {self.precision}" + (f" without {names}" if names else "")
 
 
 class Report(Part):

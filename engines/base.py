@@ -24,11 +24,8 @@ class BoundBatch(ABC):
 
         prompts: float32 (P, n, H), or (P, L, n, H) for bbtv2. Returns float32 (P, N, C).
         """
-        prompts = np.ascontiguousarray(prompts, dtype=np.float32)
         shape = self.bundle.info.prompt_shape
-        if prompts.shape[1:] != shape:
-            raise UsageError(f"prompts must have the shape (P, {', '.join(map(str, shape))}), not {prompts.shape}")
-        return self._label_logits(prompts)
+        return self._label_logits(checked("prompts", prompts, ("P", *shape)))
 
     def layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
         """bbtv2: logits for candidates of one layer's prompt while the other layers' prompts are fixed.
@@ -37,9 +34,18 @@ class BoundBatch(ABC):
         candidates: float32 (P, n, H). Returns float32 (P, N, C), the same numbers as `label_logits` on the
         whole stacks; an engine may reuse what it knows of the layers below `layer`.
         """
+        self.bundle.require("bbtv2")
+        layers, *one = self.bundle.info.prompt_shape
+        if not 0 <= layer < layers:
+            raise UsageError(f"layer must lie in 0..{layers - 1}; got {layer}")
+        return self._layer_logits(
+            checked("stack", stack, (layers, *one)), layer, checked("candidates", candidates, ("P", *one))
+        )
+
+    def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
         stacks = np.repeat(stack[None], len(candidates), axis=0)
         stacks[:, layer] = candidates
-        return self.label_logits(stacks)
+        return self._label_logits(stacks)
 
     def layer_stds(self) -> Float32:
         """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
@@ -62,6 +68,29 @@ class BoundBatch(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def checked(name: str, prompts: Float32, shape: tuple[str | int, ...]) -> Float32:
+    """The array, contiguous and in float32. Raises UsageError where its shape is another; names stand for any size."""
+    prompts = np.ascontiguousarray(prompts, dtype=np.float32)
+    fits = len(prompts.shape) == len(shape) and all(
+        isinstance(w, str) or size == w for size, w in zip(prompts.shape, shape, strict=True)
+    )
+    if not fits:
+        raise UsageError(f"{name} must have the shape ({', '.join(map(str, shape))}), not {prompts.shape}")
+    return prompts
+
+
+def check_tokens(bundle: Bundle, batch: Batch) -> None:
+    """Raises UsageError for a token id that the backbone's vocabulary does not have."""
+    limit = bundle.info.vocab_size
+    for name in ("input_ids", "label_token_ids", "decoder_input_ids"):
+        ids = getattr(batch, name)
+        if ids is None:
+            continue
+        strange = ids[(ids < 0) | (ids >= limit)]
+        if strange.size:
+            raise UsageError(f"{name} holds {strange[0]} but the backbone's vocabulary has {limit} entries")
 
 
 class Engine(ABC):

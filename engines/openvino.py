@@ -50,7 +50,7 @@ class OpenVinoEngine(StagedEngine):
             raise EngineError(f"OpenVINO failed in {stage} ({str(error).splitlines()[0]})") from error
         return {o.get_any_name(): found[o] for o in request.model_outputs}
 
-    def put(self, array: Float32 | Int64) -> Float32 | Int64:
+    def put(self, array: Float32 | Int64) -> Any:
         return np.ascontiguousarray(array)
 
     def get(self, array: Any) -> Float32:

@@ -44,7 +44,8 @@ class OrtEngine(StagedEngine):
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if self.provider not in onnxruntime.get_available_providers():
             raise EngineError(
-                f"--device {self.device}: this ONNX Runtime has no {self.provider}; see bbt-accel doctor for what to install"
+                f"--device {self.device}: this ONNX Runtime has no {self.provider}; "
+                "see bbt-accel doctor for what to install"
             )
         try:
             session = onnxruntime.InferenceSession(
@@ -64,7 +65,7 @@ class OrtEngine(StagedEngine):
             raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({str(error).splitlines()[0]})") from error
         return dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
 
-    def put(self, array: Float32 | Int64) -> Float32 | Int64:
+    def put(self, array: Float32 | Int64) -> Any:
         return np.ascontiguousarray(array)
 
     def get(self, array: Any) -> Float32:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.engines.base import BoundBatch, Engine
+from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError
-from bbt_accel.exporters.families import load_model, make_backbone
+from bbt_accel.exporters.families import first_line, load_model, make_backbone
 from bbt_accel.exporters.reference import Reference
 
 
@@ -21,8 +21,8 @@ def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
         raise EngineError("--device cuda: PyTorch finds no CUDA device; use --device cpu or see bbt-accel doctor")
     if bundle.info.precision != "fp32" or bundle.info.target != "onnx":
         raise EngineError(
-            f"{bundle.path} was optimized ({bundle.info.precision}, {bundle.info.target}) and holds no PyTorch weights; "
-            "give the torch engine the exported bundle"
+            f"{bundle.path} was optimized ({bundle.info.precision}, {bundle.info.target}) and holds no PyTorch "
+            "weights; give the torch engine the exported bundle"
         )
     if threads is not None:
         torch.set_num_threads(threads)
@@ -49,7 +49,10 @@ class TorchEngine(StagedEngine):
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays) -> Arrays:
-        return self.backbone.run(stage, {k: v for k, v in inputs.items() if k in self.takes(stage)})
+        try:
+            return self.backbone.run(stage, {k: v for k, v in inputs.items() if k in self.takes(stage)})
+        except (RuntimeError, IndexError) as error:
+            raise EngineError(f"PyTorch failed in {stage} ({first_line(error)})") from error
 
     def takes(self, stage: str) -> tuple[str, ...]:
         """Names of a stage's inputs."""
@@ -64,10 +67,13 @@ class TorchEngine(StagedEngine):
         return torch.from_numpy(array).to(self.device)
 
     def get(self, array: Tensor) -> Float32:
-        return array.float().cpu().numpy()  # type: ignore[no-any-return]
+        return array.float().cpu().numpy()
 
     def versions(self) -> dict[str, str]:
         return torch_versions(self.device)
+
+    def close(self) -> None:
+        vars(self).pop("backbone", None)
 
 
 class EagerEngine(Engine):
@@ -83,10 +89,14 @@ class EagerEngine(Engine):
         self.reference = Reference(load(bundle, device, threads), bundle.info)
 
     def bind(self, batch: Batch) -> EagerBoundBatch:
+        check_tokens(self.bundle, batch)
         return EagerBoundBatch(self, batch)
 
     def versions(self) -> dict[str, str]:
         return torch_versions(self.device)
+
+    def close(self) -> None:
+        vars(self).pop("reference", None)
 
 
 class EagerBoundBatch(BoundBatch):
@@ -101,7 +111,7 @@ class EagerBoundBatch(BoundBatch):
         each = [
             self.engine.reference.label_logits(torch.from_numpy(p).to(self.engine.device), **self.rows) for p in prompts
         ]
-        return torch.stack(each).cpu().numpy()  # type: ignore[no-any-return]
+        return torch.stack(each).cpu().numpy()
 
     def layer_stds(self) -> Float32:
         states = self.engine.reference.hidden_states(self.rows["input_ids"], self.rows["attention_mask"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def load_engine(
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     savings = check_savings(without)
     try:
-        engine: type[Engine] = getattr(import_module(module), cls)
+        engine: Callable[..., Engine] = getattr(import_module(module), cls)
     except ImportError as error:
         raise MissingDependency(f'engine {name} needs {error.name}: pip install "bbt-accel[{extra}]"') from None
     return engine(loaded, device=device, threads=threads, without=savings)

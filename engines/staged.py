@@ -15,9 +15,9 @@ import numpy as np
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.decoder_input import with_decoder_input
-from bbt_accel.engines.base import BoundBatch, Engine
+from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.savings import buckets, cut
-from bbt_accel.errors import UsageError
+from bbt_accel.errors import EngineError
 
 Array = Any
 """An array of the engine's own kind, where the engine computes: numpy, torch, OrtValue, a device address."""
@@ -49,11 +49,7 @@ class StagedEngine(Engine):
         """Bring an array back."""
 
     def bind(self, batch: Batch) -> StagedBoundBatch:
-        limit = self.bundle.info.vocab_size
-        for name in ("input_ids", "label_token_ids", "decoder_input_ids"):
-            ids = getattr(batch, name)
-            if ids is not None and ((ids < 0) | (ids >= limit)).any():
-                raise UsageError(f"{name} holds {ids.max()} but the backbone's vocabulary has {limit} entries")
+        check_tokens(self.bundle, batch)
         return StagedBoundBatch(self, with_decoder_input(self.bundle.info, batch))
 
 
@@ -100,9 +96,9 @@ class StagedBoundBatch(BoundBatch):
                 logits[some, bucket.rows] = self.engine.get(out)
         return logits
 
-    def layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
+    def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
         if "layer-cache" in self.engine.without:
-            return super().layer_logits(stack, layer, candidates)
+            return super()._layer_logits(stack, layer, candidates)
         logits = self.empty(len(candidates))
         for bucket in self.buckets:
             self.advance(bucket, stack, layer)
@@ -169,6 +165,8 @@ class StagedBoundBatch(BoundBatch):
             yield slice(start, start + size)
 
     def empty(self, population: int) -> Float32:
+        if not self.buckets:
+            raise EngineError("these rows are closed; bind them again")
         return np.empty((population, len(self.batch), len(self.batch.label_token_ids)), np.float32)
 
     def close(self) -> None:

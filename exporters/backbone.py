@@ -121,7 +121,7 @@ class Backbone(nn.Module):
             return {"label_logits": self.label_logits(**inputs)}
         if stage == "embed":
             return self.embed(**inputs)
-        state = {name: inputs[name] for name in ("prefix", "hidden") if name in inputs}
+        state: State = {name: inputs[name] for name in ("prefix", "hidden") if name in inputs}
         rest: State = {name: value for name, value in inputs.items() if name not in state}
         if stage == "last":
             return {"label_logits": self.last(state=state, **rest)}
@@ -130,7 +130,7 @@ class Backbone(nn.Module):
 
     # The computation, the same for all ------------------------------------------------------------------------
 
-    def spread(self, prompts: Tensor, length: int | torch.SymInt) -> Tensor:
+    def spread(self, prompts: Tensor, length: int) -> Tensor:
         """(P, n, H) → (P, 1, length, H): the prompt at its positions, zero elsewhere."""
         return F.pad(prompts, (0, 0, self.first, length - self.n - self.first))[:, None]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,9 +53,9 @@ class DecoderBackbone(Backbone):
         """(N, T) → (N, 1, 1, T): padding alone, without position biases."""
         return Backbone.attention_bias(self, mask)
 
-    def decoder_bias(self, length: int | torch.SymInt, device: torch.device) -> Tensor:
+    def decoder_bias(self, length: int, device: torch.device) -> Tensor:
         """(1, heads or 1, D, D)."""
-        return causal_bias(length, length, device)  # type: ignore[arg-type]
+        return causal_bias(length, length, device)
 
     decoder_layers: int
 
@@ -84,11 +86,11 @@ class BartBackbone(DecoderBackbone):
         return len(self.model.model.decoder.layers)
 
     def tokens(self, input_ids: Tensor) -> Tensor:
-        return self.model.model.encoder.embed_tokens(input_ids)  # type: ignore[no-any-return]
+        return self.model.model.encoder.embed_tokens(input_ids)
 
     def enter(self, x: Tensor) -> Tensor:
         encoder = self.model.model.encoder
-        return encoder.layernorm_embedding(x + encoder.embed_positions(x[:, :, 0]))  # type: ignore[no-any-return]
+        return encoder.layernorm_embedding(x + encoder.embed_positions(x[:, :, 0]))
 
     def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
         layer = self.model.model.encoder.layers[i]
@@ -98,11 +100,11 @@ class BartBackbone(DecoderBackbone):
     def decoder_tokens(self, decoder_input_ids: Tensor) -> Tensor:
         decoder = self.model.model.decoder
         y = decoder.embed_tokens(decoder_input_ids) + decoder.embed_positions(decoder_input_ids)
-        return decoder.layernorm_embedding(y)  # type: ignore[no-any-return]
+        return decoder.layernorm_embedding(y)
 
     def self_attention(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
         layer = self.model.model.decoder.layers[i]
-        return layer.self_attn_layer_norm(query + bart_attention(layer.self_attn, query, x, bias))  # type: ignore[no-any-return]
+        return layer.self_attn_layer_norm(query + bart_attention(layer.self_attn, query, x, bias))
 
     def cross_attention(self, i: int, x: Tensor, encoded: Tensor, bias: Tensor) -> Tensor:
         layer = self.model.model.decoder.layers[i]
@@ -113,12 +115,11 @@ class BartBackbone(DecoderBackbone):
         return F.linear(x, self.model.lm_head.weight[label_token_ids], self.model.final_logits_bias[0][label_token_ids])
 
 
-def bart_attention(module: torch.nn.Module, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    m = module
-    context = attend(m.q_proj(query), m.k_proj(x), m.v_proj(x), m.num_heads, bias)  # type: ignore[operator, arg-type]
-    return m.out_proj(context)  # type: ignore[operator, no-any-return]
+def bart_attention(module: Any, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    context = attend(module.q_proj(query), module.k_proj(x), module.v_proj(x), module.num_heads, bias)
+    return module.out_proj(context)
 
 
-def bart_feed_forward(layer: torch.nn.Module, y: Tensor) -> Tensor:
-    hidden = layer.activation_fn(layer.fc1(y))  # type: ignore[operator]
-    return layer.final_layer_norm(y + layer.fc2(hidden))  # type: ignore[operator, no-any-return]
+def bart_feed_forward(layer: Any, y: Tensor) -> Tensor:
+    hidden = layer.activation_fn(layer.fc1(y))
+    return layer.final_layer_norm(y + layer.fc2(hidden))

@@ -20,7 +20,7 @@ class BertBackbone(Backbone):
         return self.model.bert
 
     def tokens(self, input_ids: Tensor) -> Tensor:
-        return self.base.embeddings(input_ids=input_ids)  # type: ignore[attr-defined, no-any-return]
+        return self.base.embeddings(input_ids=input_ids)
 
     def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
         own = self.base.encoder.layer[i].attention.self
@@ -43,7 +43,7 @@ class BertBackbone(Backbone):
         """Block i behind its projections."""
         layer = self.base.encoder.layer[i]
         y = layer.attention.output(attend(q, k, v, layer.attention.self.num_attention_heads, bias), query)
-        return layer.output(layer.intermediate(y), y)  # type: ignore[no-any-return]
+        return layer.output(layer.intermediate(y), y)
 
     def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
         predictions = self.model.cls.predictions
@@ -61,7 +61,7 @@ class ElectraBackbone(BertBackbone):
     def tokens(self, input_ids: Tensor) -> Tensor:
         embedded = super().tokens(input_ids)
         projected = hasattr(self.model.electra, "embeddings_project")
-        return self.model.electra.embeddings_project(embedded) if projected else embedded  # type: ignore[no-any-return]
+        return self.model.electra.embeddings_project(embedded) if projected else embedded
 
     def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
         decoder = self.model.generator_lm_head

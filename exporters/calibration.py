@@ -18,7 +18,7 @@ Ranges = dict[str, tuple[float, float]]
 """Smallest and largest value of each tensor."""
 
 
-def calibration_rows(bundle: Bundle, task: str | None, data: Path | None, most: int = 64) -> Batch:
+def calibration_rows(bundle: Bundle, task: str | None, data: Path | None, most: int = 32) -> Batch:
     """The task's few-shot train rows, as a search with the default seed sees them; the shipped texts without a task."""
     if task is None:
         return sample_rows(bundle, count=32)

@@ -120,7 +120,7 @@ def describe(
 
 
 def max_length(config: Any, family: str) -> int:
-    """Positions of the backbone. RoBERTa counts from the id of its padding token; T5 has no limit but its training's."""
+    """Positions of the backbone. RoBERTa counts from its padding token's id; T5 has none but its training's."""
     if family == "t5":
         return int(getattr(config, "n_positions", 512))
     if family == "roberta":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
@@ -55,7 +56,7 @@ def load_model(checkpoint: str | Path, revision: str | None = None) -> nn.Module
             str(checkpoint), revision=revision, dtype=torch.float32, attn_implementation="sdpa",
             output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error)})") from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -64,7 +65,7 @@ def load_model(checkpoint: str | Path, revision: str | None = None) -> nn.Module
             f"{checkpoint} ({found}) has no {name} head: {missing[0]} is missing; "
             "use a checkpoint that was saved with its LM head"
         )
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
@@ -75,6 +76,8 @@ def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
         raise ExportError(f"cannot load the tokenizer of {checkpoint} ({first_line(error)})") from None
     if not tokenizer.is_fast:
         raise ExportError(f"{checkpoint} has no fast tokenizer (tokenizer.json), which bundles need")
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up from the configuration
+        raise ExportError(f"{checkpoint} has no tokenizer; save its tokenizer.json beside the weights")
     return tokenizer
 
 

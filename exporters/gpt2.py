@@ -22,7 +22,7 @@ class GPT2Backbone(Backbone):
     first = 0
 
     def tokens(self, input_ids: Tensor) -> Tensor:
-        return self.model.transformer.wte(input_ids)  # type: ignore[no-any-return]
+        return self.model.transformer.wte(input_ids)
 
     def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
         raise NotImplementedError("GPT-2's blocks move a prefix and a text: see advance")
@@ -41,7 +41,7 @@ class GPT2Backbone(Backbone):
         prefix, text = self.masks(attention_mask)
         length = text.shape[1]
         keys = torch.cat([prefix.expand(text.shape[0], -1), text], dim=1)
-        return padding_bias(keys) + causal_bias(length, self.n + length, text.device)  # type: ignore[arg-type]
+        return padding_bias(keys) + causal_bias(length, self.n + length, text.device)
 
     def prefix_bias(self, attention_mask: Tensor) -> Tensor:
         """(1, 1, n, n)."""
@@ -59,7 +59,7 @@ class GPT2Backbone(Backbone):
             prefix = prefix if prompts is None else prefix + prompts
         position = self.model.transformer.wpe.weight
         length = text.shape[1]
-        return prefix + position[: self.n], text + position[self.n : self.n + length]  # type: ignore[misc]
+        return prefix + position[: self.n], text + position[self.n : self.n + length]
 
     def advance(
         self, i: int, prefix: Tensor, text: Tensor, query: Tensor, prefix_bias: Tensor | None, text_bias: Tensor
@@ -81,7 +81,8 @@ class GPT2Backbone(Backbone):
         context = attend(asked[..., :size], key, value, heads, text_bias, scale)
         text = self.feed_forward(layer, query + linear(layer.attn.c_proj, context))
         if prefix_bias is not None:
-            context = attend(*prefix_qkv.chunk(3, dim=-1), heads, prefix_bias, scale)
+            query, key, value = prefix_qkv.chunk(3, dim=-1)
+            context = attend(query, key, value, heads, prefix_bias, scale)
             prefix = self.feed_forward(layer, prefix + linear(layer.attn.c_proj, context))
         return prefix, text
 
@@ -145,4 +146,4 @@ class GPT2Backbone(Backbone):
 
 def linear(module: Any, x: Tensor) -> Tensor:
     """GPT-2's Conv1D without its flattening, which stands in the way of fusions."""
-    return x @ module.weight + module.bias  # type: ignore[no-any-return]
+    return x @ module.weight + module.bias

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bbt_accel.exporters.calibration import Feeds, ranges
+from bbt_accel.exporters.calibration import ranges
+from bbt_accel.exporters.sessions import Feeds
 
 LARGEST = 65504.0 / 2
 """Nodes with values beyond half of fp16's largest number stay in fp32: other rows and prompts may go further."""

@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from bbt_accel.exporters.calibration import Feeds, ranges
+from bbt_accel.exporters.calibration import ranges
 from bbt_accel.exporters.half import drop_unused
+from bbt_accel.exporters.sessions import Feeds
 
 
 def to_int8(model: onnx.ModelProto, feeds: list[Feeds], folder: Path) -> tuple[onnx.ModelProto, int, list[str]]:

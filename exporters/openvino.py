@@ -31,7 +31,7 @@ def optimize_for_openvino(
         if precision == "int8" and stage != "embed":
             few = batch.rows(np.arange(min(len(batch), 16)))
             takes = [i.get_any_name() for i in model.inputs]
-            feeds = [{k: f[k] for k in takes} for f in stage_feeds(bundle, stage, few, prompts[:2], rows=1)]
+            feeds = [{k: f[k] for k in takes} for f in stage_feeds(bundle, stage, few, prompts, rows=1)]
             model = quantized(nncf, model, feeds)
         counts.update(op.get_type_name() for op in model.get_ops())
         openvino.save_model(model, folder / f"{stage}.xml", compress_to_fp16=False)

@@ -55,7 +55,7 @@ class Reference:
             with self.hooks(prompt):
                 logits = self.model(**arguments).logits
         rows = torch.arange(len(readout), device=readout.device)
-        return logits[rows, readout][:, label_token_ids].float()  # type: ignore[no-any-return]
+        return logits[rows, readout][:, label_token_ids].float()
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
         """What enters each block when all prompts are zero: L tensors (N, S, H)."""
@@ -84,11 +84,11 @@ class Reference:
         """The module whose output the bbt prompt is added to or put in front of."""
         model, family = self.model, self.info.family
         if family == "bart":
-            return model.model.encoder.embed_tokens  # type: ignore[no-any-return]
+            return model.model.encoder.embed_tokens
         if family == "t5":
-            return model.encoder.embed_tokens  # type: ignore[no-any-return]
+            return model.encoder.embed_tokens
         base = model.base_model
-        return getattr(base, "embeddings_project", base.embeddings)  # type: ignore[no-any-return]
+        return getattr(base, "embeddings_project", base.embeddings)
 
     def with_prompt(self, prompt: Tensor, x: Tensor) -> Tensor:
         """(n, H) and (N, S, H) → (N, S, H) in add mode, (N, n + S, H) in cat mode."""

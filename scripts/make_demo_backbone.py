@@ -176,7 +176,8 @@ def train(model: BertForMaskedLM, rows: torch.Tensor, steps: int, check: torch.T
             rate = step / (time.time() - start)
             print(f"step {step}/{steps} loss {loss.item():.3f} {rate:.2f} steps/s", flush=True)
         if step % 400 == 0 or step == steps:
-            print("held out: loss %.3f accuracy %.3f" % held_out(model, check), flush=True)
+            checked, accuracy = held_out(model, check)
+            print(f"held out: loss {checked:.3f} accuracy {accuracy:.3f}", flush=True)
 
 
 def save(model: BertForMaskedLM, tokenizer: Tokenizer, target: Path) -> None:

@@ -1,8 +1,7 @@
-"""Recorded losses are reproduced: those of the original program, and those of transformers when they were written down."""
+"""Recorded losses are reproduced: those of the original program, and those of transformers at the time of writing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ Trace = dict[str, Any]
 
 
 @pytest.fixture(scope="module", params=TRACES or [None], ids=lambda path: path.stem if path else "none")
-def trace(request: pytest.FixtureRequest, exported: Export) -> Iterator[Trace]:
+def trace(request: pytest.FixtureRequest, exported: Export) -> Trace:
     """A trace of the original program as a dict, with the bundle of its backbone."""
     if request.param is None:
         pytest.skip(f"the original's traces are not here ({GOLDEN})")
@@ -37,7 +36,7 @@ def trace(request: pytest.FixtureRequest, exported: Export) -> Iterator[Trace]:
     method = "bbt" if len(arrays["A"]) == 1 else "bbtv2"
     bundle = exported(checkpoint, method, "cat" if "cat" in words else "add", N)
     objective = Objective(next((word for word in words if word in ("hinge", "perf")), "ce"))  # type: ignore[arg-type]
-    yield {**arrays, "bundle": bundle, "batch": batch(arrays, bundle.info.family), "objective": objective}
+    return {**arrays, "bundle": bundle, "batch": batch(arrays, bundle.info.family), "objective": objective}
 
 
 def batch(arrays: Trace, family: str) -> Batch:
@@ -72,9 +71,10 @@ def test_the_losses_of_the_original_are_reproduced(trace: Trace, engine: str) ->
             else:
                 stack = np.stack([prompt for _, prompt in best])
                 logits = bound.layer_logits(stack, at, prompts)
-                stacks = np.repeat(stack[None], len(prompts), axis=0)
-                stacks[:, at] = prompts
-                assert np.abs(bound.label_logits(stacks) - logits).max() < TOLERANCE
+                some = slice(generation % 5, None, 5)
+                whole = np.repeat(stack[None], len(prompts), axis=0)
+                whole[:, at] = prompts
+                np.testing.assert_allclose(bound.label_logits(whole[some]), logits[some], rtol=0, atol=TOLERANCE)
             losses.append(trace["objective"].score(logits, trace["batch"].targets)[0])
             winner = int(trace["fitness"][generation].argmin())
             best[at] = min(best[at], (trace["fitness"][generation][winner], prompts[winner]), key=lambda pair: pair[0])
@@ -82,7 +82,7 @@ def test_the_losses_of_the_original_are_reproduced(trace: Trace, engine: str) ->
 
 
 @pytest.mark.parametrize("engine", ["eager", "torch", "ort"])
-@pytest.mark.parametrize(("name", "method", "mode"), VARIANTS, ids="-".join)
+@pytest.mark.parametrize(("name", "method", "mode"), VARIANTS, ids=["-".join(variant) for variant in VARIANTS])
 def test_the_recorded_losses_of_transformers_are_reproduced(
     tiny: Export, name: str, method: str, mode: str, engine: str
 ) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bbt_accel.engines.dummy import DummyEngine
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.data import load_rows
 from bbt_accel.encoding import Encoder
+from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.objective import Objective

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from search_parts import batch, search_bundle
 
 from bbt_accel.bundle import Bundle
+from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import NonFiniteLoss, RunError
 from bbt_accel.history import Generation, History
 from bbt_accel.objective import Objective

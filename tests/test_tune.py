@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bbt_accel.engines.dummy import DummyBoundBatch
 from safetensors.numpy import load_file, save_file
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.bundle import Bundle
+from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, RunError, UsageError
 from bbt_accel.run import Run
 

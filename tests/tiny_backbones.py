@@ -1,4 +1,4 @@
-"""Random checkpoints of every family: small enough to export in seconds, with weights large enough that prompts matter."""
+"""Random checkpoints of every family: exported in seconds, with weights large enough that prompts matter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _BART = {
     "decoder_start_token_id": 2, "forced_eos_token_id": 2,
 }  # fmt: skip
 BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "roberta": ("roberta", "RobertaForMaskedLM", {**_BERT, "pad_token_id": 1, "max_position_embeddings": POSITIONS + 2}),
+    "roberta": (
+        "roberta", "RobertaForMaskedLM",
+        {**_BERT, "pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
+    ),
     "bert": ("bert", "BertForMaskedLM", {**_BERT, "num_hidden_layers": 1}),
     "electra": ("bert", "ElectraForMaskedLM", {**_BERT, "embedding_size": 12, "num_hidden_layers": 3}),
     "bart": ("bart", "BartForConditionalGeneration", _BART),
@@ -77,7 +80,8 @@ def save_tokenizer(family: str, folder: Path, size: int = VOCABULARY) -> None:
     special = tiny_bundle(folder, family, size=size).info.special
     text = {}
     if family in ("roberta", "bart"):
-        text = {"bos_token": "<s>", "cls_token": "<s>", "sep_token": "</s>", "eos_token": "</s>", "mask_token": "<mask>"}
+        text = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+        text["mask_token"] = "<mask>"
     elif family == "bert":
         text = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     elif family == "t5":
@@ -105,6 +109,7 @@ def save_recorded_backbone(name: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(str(parity[f"{name}/config"]))
         weights = load(parity[f"{name}/weights"].tobytes())
-    save_file({key: value.astype(np.float32) for key, value in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {key: value.astype(np.float32) for key, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(BACKBONES[name][0], folder)
     return folder

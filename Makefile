@@ -1,0 +1,57 @@
+# make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
+# make test, make lint, make clean. Everything is installed in .venv, once; nothing outside this folder is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CLI := $(BIN)/bbt-accel
+
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types clean
+
+help:
+	@echo "make demo | test | lint | clean"
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; bbt-accel needs 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[cpu,export,test]'
+	@touch $@
+
+.venv/.lint: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# The rows, the backbone and the label words are shipped: nothing is downloaded once .venv is there.
+demo: .venv/.installed
+	rm -rf demo-run && mkdir demo-run
+	$(CLI) export demo -o demo-run/bundle --n-prompt-tokens 20
+	$(CLI) optimize demo-run/bundle -o demo-run/bundle-int8 --int8 --calibrate demo
+	@echo; echo "The same search twice: in PyTorch on the exported bundle, in ONNX Runtime on the int8 one."
+	$(CLI) tune --bundle demo-run/bundle --task demo --engine torch --budget 400 -o demo-run/torch
+	$(CLI) tune --bundle demo-run/bundle-int8 --task demo --engine ort --budget 400 -o demo-run/ort
+	$(CLI) evaluate demo-run/torch
+	$(CLI) evaluate demo-run/ort
+	$(CLI) predict demo-run/ort "The striker scored twice in the final" "Shares fell after the bank cut its forecast" \
+	  "The new phone has a faster chip" "Doctors recommend a flu shot this winter"
+	@echo; echo "demo-run/ort holds $$(ls -m demo-run/ort)"
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# mypy does not follow the editable install's map of folders to packages, so it reads an installed copy.
+types: .venv/.lint
+	@rm -rf build
+	@$(BIN)/pip install --quiet --no-deps --target build/types .
+	cd build/types && MYPY_CACHE_DIR=../../.mypy_cache ../../$(BIN)/mypy --config-file ../../pyproject.toml -p bbt_accel
+
+clean:
+	rm -rf .venv build demo-run *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

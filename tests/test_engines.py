@@ -1,0 +1,364 @@
+"""How engines are chosen, what they refuse, and that the core needs none of the heavy libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+
+import onnxruntime
+import torch
+from conftest import THREADS, Export, Load
+from tiny_backbones import POSITIONS, VOCABULARY
+
+from bbt_accel import Batch, Bundle, load_engine
+from bbt_accel.errors import BundleError, EngineError, MissingDependency, UsageError
+
+ROOT = Path(__file__).parents[1]
+REAL = ["torch", "eager", "ort"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Export) -> Bundle:
+    return tiny("roberta", "bbt", "add")
+
+
+@pytest.fixture(scope="module")
+def deep(tiny: Export) -> Bundle:
+    return tiny("roberta", "bbtv2", "add")
+
+
+def rows(count: int = 3, tokens: int = 9) -> Batch:
+    ids = np.random.default_rng(0).integers(5, VOCABULARY, (count, tokens))
+    return Batch(ids, np.ones_like(ids), np.full(count, 6), np.zeros(count), np.array([7, 8]))  # type: ignore[arg-type]
+
+
+def one_line(call: Callable[[], object], error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def like(bundle: Bundle, **changes: object) -> Bundle:
+    return Bundle(bundle.path, bundle.info.model_copy(update=changes))
+
+
+# Which engine ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("trch", "torch"), ("onrt", "ort"), ("Eager", "eager")])
+def test_an_engine_that_is_misspelled(bundle: Bundle, typed: str, meant: str) -> None:
+    assert f"Did you mean {meant}?" in one_line(lambda: load_engine(bundle, typed), UsageError)
+
+
+def test_an_engine_that_does_not_exist_gets_the_list(bundle: Bundle) -> None:
+    assert "torch, eager, ort" in one_line(lambda: load_engine(bundle, "quantum"), UsageError)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_device_that_does_not_exist(bundle: Bundle, name: str) -> None:
+    assert "cpu or cuda" in one_line(lambda: load_engine(bundle, name, device="tpu"), UsageError)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", REAL)
+def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu(bundle: Bundle, name: str) -> None:
+    message = one_line(lambda: load_engine(bundle, name, device="cuda"), EngineError)
+    assert "--device cuda" in message
+    assert "doctor" in message
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_provider_that_is_listed_but_cannot_start_is_an_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
+
+
+def test_a_provider_that_this_onnxruntime_lacks_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", list)
+    assert "CPUExecutionProvider" in one_line(lambda: load_engine(bundle, "ort"), EngineError)
+
+
+def test_two_onnxruntimes_that_broke_each_other_are_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(onnxruntime, "InferenceSession")
+    assert "uninstall both" in one_line(lambda: load_engine(bundle, "ort"), EngineError)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "library", "extra"),
+    [
+        ("ort", "ort", "onnxruntime", "cpu"),
+        ("torch", "pytorch", "torch", "export"),
+        ("eager", "pytorch", "torch", "export"),
+        ("openvino", "openvino", "openvino", "openvino"),
+    ],
+)
+def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, module: str, library: str, extra: str
+) -> None:
+    monkeypatch.delitem(sys.modules, f"bbt_accel.engines.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)  # type: ignore[arg-type]
+    message = one_line(lambda: load_engine(bundle, name), MissingDependency)
+    assert library in message
+    assert f'"bbt-accel[{extra}]"' in message
+
+
+@pytest.mark.parametrize("name", ["torch", "eager"])
+def test_pytorch_asks_for_the_exported_bundle(bundle: Bundle, name: str) -> None:
+    for changes in ({"precision": "fp16", "target": "ort"}, {"precision": "int8", "target": "openvino"}):
+        assert "exported bundle" in one_line(lambda c=changes: load_engine(like(bundle, **c), name), EngineError)
+
+
+def test_onnxruntime_names_the_engine_that_a_bundle_was_built_for(bundle: Bundle) -> None:
+    message = one_line(lambda: load_engine(like(bundle, target="openvino"), "ort"), EngineError)
+    assert "--engine openvino" in message
+
+
+def test_a_graph_that_cannot_be_loaded_is_named(bundle: Bundle) -> None:
+    assert "nothing.onnx" in one_line(lambda: load_engine(like(bundle, stages=["nothing"]), "ort"), EngineError)
+
+
+def test_a_saving_that_is_misspelled(bundle: Bundle) -> None:
+    assert "Did you mean buckets?" in one_line(lambda: load_engine(bundle, "ort", without=["bucket"]), UsageError)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_an_engine_loads_a_path_as_well_as_a_bundle(bundle: Bundle, name: str) -> None:
+    with load_engine(bundle.path, name, threads=THREADS) as engine:
+        assert engine.name == name
+        assert engine.bundle.info == bundle.info
+        assert engine.versions()
+
+
+# Threads -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads_as_before")
+@pytest.mark.parametrize("name", ["torch", "eager"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pytorch_takes_the_threads_that_it_is_given(bundle: Bundle, name: str, threads: int) -> None:
+    with load_engine(bundle, name, threads=threads) as engine:
+        assert torch.get_num_threads() == threads
+        assert f"{threads} threads" in engine.versions()["device"]
+
+
+@pytest.mark.parametrize(("threads", "wanted"), [(1, 1), (2, 2), (None, 0)])
+def test_onnxruntime_takes_the_threads_that_it_is_given(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, wanted: int
+) -> None:
+    """0 is ONNX Runtime's word for all cores."""
+    seen, session = [], onnxruntime.InferenceSession
+
+    def watched(path: str, options: Any, **more: Any) -> Any:
+        seen.append(options.intra_op_num_threads)
+        return session(path, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    load_engine(bundle, "ort", threads=threads).close()
+    assert set(seen) == {wanted}
+
+
+def test_no_threads_at_all_is_wrong_usage(bundle: Bundle) -> None:
+    assert "--threads" in one_line(lambda: load_engine(bundle, "ort", threads=0), UsageError)
+
+
+# What an engine is given -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*REAL, "dummy"])
+@pytest.mark.parametrize("shape", [(3, 16), (2, 4, 16), (2, 3, 15), (2, 2, 3, 16), (0,)])
+def test_prompts_of_another_shape_are_wrong_usage(
+    bundle: Bundle, loaded: Load, name: str, shape: tuple[int, ...]
+) -> None:
+    with loaded(bundle, name).bind(rows()) as bound:
+        message = one_line(lambda: bound.label_logits(np.zeros(shape, np.float32)), UsageError)
+    assert "(P, 3, 16)" in message
+    assert str(shape) in message
+
+
+@pytest.mark.parametrize("name", [*REAL, "dummy"])
+@pytest.mark.parametrize(
+    ("stack", "layer", "candidates", "says"),
+    [
+        ((2, 3, 16), 2, (4, 3, 16), "0..1"),
+        ((2, 3, 16), -1, (4, 3, 16), "0..1"),
+        ((3, 3, 16), 0, (4, 3, 16), "stack"),
+        ((2, 3, 16), 0, (3, 16), "candidates"),
+        ((2, 3, 16), 0, (4, 2, 16), "candidates"),
+    ],
+)
+def test_layers_that_are_not_there_and_stacks_of_another_shape_are_wrong_usage(
+    deep: Bundle, loaded: Load, name: str, stack: Any, layer: int, candidates: Any, says: str
+) -> None:
+    with loaded(deep, name).bind(rows()) as bound:
+        message = one_line(lambda: bound.layer_logits(np.zeros(stack), layer, np.zeros(candidates)), UsageError)
+    assert says in message
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_bbt_bundle_has_no_layers_to_search(bundle: Bundle, loaded: Load, name: str) -> None:
+    with loaded(bundle, name).bind(rows()) as bound:
+        none = np.zeros((2, 3, 16), np.float32)
+        assert "--method bbtv2" in one_line(lambda: bound.layer_logits(none, 0, none), BundleError)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_prompts_may_come_in_double_precision_and_any_layout(bundle: Bundle, deep: Bundle, name: str) -> None:
+    rng = np.random.default_rng(0)
+    with load_engine(bundle, name, threads=THREADS) as engine, engine.bind(rows()) as bound:
+        prompts = rng.standard_normal((16, 3, 2)).T
+        wanted = bound.label_logits(np.ascontiguousarray(prompts, np.float32))
+        np.testing.assert_array_equal(bound.label_logits(prompts), wanted)  # type: ignore[arg-type]
+    with load_engine(deep, name, threads=THREADS) as engine, engine.bind(rows()) as bound:
+        stack, some = rng.standard_normal((2, 3, 16)), rng.standard_normal((4, 3, 16))
+        wanted = bound.layer_logits(stack.astype(np.float32), 1, some.astype(np.float32))
+        np.testing.assert_array_equal(bound.layer_logits(stack, 1, some), wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("field", ["input_ids", "label_token_ids"])
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+def test_tokens_outside_the_vocabulary_are_named(
+    bundle: Bundle, loaded: Load, name: str, field: str, token: int
+) -> None:
+    batch = rows()
+    ids = getattr(batch, field).copy()
+    ids.flat[-1] = token
+    strange = dataclasses.replace(batch, **{field: ids})
+    assert f"{field} holds {token}" in one_line(lambda: loaded(bundle, name).bind(strange), UsageError)
+
+
+@pytest.mark.parametrize("name", ["torch", "ort"])
+def test_a_forward_pass_that_fails_is_one_clear_line(bundle: Bundle, loaded: Load, name: str) -> None:
+    with loaded(bundle, name).bind(rows(tokens=POSITIONS + 5)) as bound:
+        message = one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
+    assert "failed in model" in message
+
+
+# What is freed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_leaving_an_engine_frees_its_model(bundle: Bundle, name: str) -> None:
+    with load_engine(bundle, name, threads=THREADS) as engine:
+        held = {"torch": "backbone", "eager": "reference", "ort": "sessions"}[name]
+        model = getattr(engine, held)
+        watch = weakref.ref(model["model"] if name == "ort" else model)
+        with engine.bind(rows()) as bound:
+            bound.label_logits(np.zeros((2, 3, 16), np.float32))
+        del model
+    gc.collect()
+    assert watch() is None
+    engine.close()  # once more does no harm
+
+
+@pytest.mark.parametrize("name", ["torch", "ort"])
+def test_rows_that_were_closed_give_an_error_and_no_numbers(bundle: Bundle, loaded: Load, name: str) -> None:
+    with loaded(bundle, name).bind(rows()) as bound:
+        pass
+    assert "closed" in one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
+
+
+# What needs nothing ------------------------------------------------------------------------------------------
+
+BLOCK = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "nncf"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code: str, *arguments: str, folder: Path) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_bbt_accel_loads_no_runtime(tmp_path: Path) -> None:
+    heavy = "{'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'numpy', 'datasets', 'matplotlib', 'cma'}"
+    assert python(f"import sys, bbt_accel; print({heavy} & set(sys.modules))", folder=tmp_path) == "set()"
+
+
+def test_what_is_public_is_listed_and_loads() -> None:
+    import bbt_accel
+
+    assert dir(bbt_accel) == bbt_accel.__all__
+    assert all(getattr(bbt_accel, name) is not None for name in bbt_accel.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = bbt_accel.nothing
+
+
+def modules() -> list[str]:
+    """Every module of the package, from the folders it is installed from."""
+    names = []
+    for folder, prefix in (("bbt_accel", ""), *((f, "bbt_accel.") for f in ("engines", "exporters", "benchmarks"))):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            names.append(prefix + ".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def test_every_module_but_those_of_pytorch_imports_without_it(tmp_path: Path) -> None:
+    code = f"""{BLOCK}
+import importlib
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(name, error.name)
+"""
+    optional = {"openvino", "tensorrt", "tensorrt_rtx", "cuda"}
+    absent = {name for name in optional if importlib.util.find_spec(name) is None}
+    failed = [line.split() for line in python(code, *modules(), folder=tmp_path).splitlines()]
+    strange = [
+        (name, library)
+        for name, library in failed
+        if not name.startswith("bbt_accel.exporters.")
+        and name not in ("bbt_accel.engines.pytorch", "bbt_accel.benchmarks.make_backbone")
+        and library.split(".")[0] not in absent
+    ]
+    assert strange == []
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
+def test_tuning_and_predicting_need_onnxruntime_alone(tiny: Export, tmp_path: Path, method: str) -> None:
+    code = f"""{BLOCK}
+from bbt_accel import tune
+from bbt_accel.inference import evaluate, predict
+settings = dict(k_shot=2, intrinsic_dim=5, popsize=4, budget=16, eval_every=8)
+run = tune(sys.argv[1], "demo", engine="ort", threads=1, output="run", settings=settings, progress=False)
+(answer,) = predict("run", [dict(text="The match ended in a draw.")], threads=1)
+assert abs(sum(answer["probabilities"].values()) - 1) < 1e-6
+print(run.info.status, answer["word"])
+"""
+    status, word = python(code, str(tiny("roberta", method, "add").path), folder=tmp_path).split()
+    assert status == "done"
+    assert word in ("sports", "business", "technology", "health")
+    assert (tmp_path / "run" / "prompt.safetensors").is_file()

@@ -1,0 +1,249 @@
+"""Every engine gives the numbers of the naive forward, whatever it leaves out and however the work is cut up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from conftest import THREADS, Export, Load
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from tiny_backbones import VARIANTS
+
+from bbt_accel import Batch, Bundle, load_engine
+from bbt_accel.engines.savings import SAVINGS
+from bbt_accel.engines.staged import StagedEngine
+
+TOLERANCE = 1e-5
+ENGINES = ["torch", "ort"]
+few = settings(
+    max_examples=12, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+seeds = st.integers(0, 2**32 - 1)
+candidates = st.integers(1, 4)
+
+
+def named(variants: list[tuple[str, str, str]]) -> Any:
+    return pytest.mark.parametrize(("name", "method", "mode"), variants, ids=["-".join(v) for v in variants])
+
+
+all_variants, deep_variants = named(VARIANTS), named([v for v in VARIANTS if v[1] == "bbtv2"])
+each_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, Any]:
+    """What a batch may look like; `batch_of` makes one of it for a bundle."""
+    return {
+        "rows": draw(st.integers(1, 5)),
+        "text": draw(st.integers(0, 12)),
+        "labels": draw(st.integers(1, 5)),
+        "padding": draw(st.sampled_from(["none", "right", "left", "holes", "short rows"])),
+        "decoder": draw(st.sampled_from([None, None, 1, 2, 5])),
+        "seed": draw(seeds),
+    }
+
+
+def batch_of(bundle: Bundle, shape: dict[str, Any]) -> Batch:
+    """Rows of random tokens, the readout anywhere, a decoder input of `decoder` tokens where the family has one."""
+    info, rng, rows = bundle.info, np.random.default_rng(shape["seed"]), shape["rows"]
+    decodes, add = info.family in ("bart", "t5"), info.prompt_mode == "add"
+    width = shape["text"] + (info.n_prompt_tokens + 2 if add else 1)
+    ids = rng.integers(0, info.vocab_size, (rows, width))
+    if add:  # most rows begin alike, as encoded ones do
+        alike = rng.random(rows) < 0.6
+        ids[alike, : info.n_prompt_tokens + 1] = ids[:1, : info.n_prompt_tokens + 1]
+    column = np.arange(width)
+    lengths = rng.integers(1, (2 if shape["padding"] == "short rows" else width) + 1, rows)[:, None]
+    mask = {
+        "none": np.ones_like(ids),
+        "left": column >= width - lengths,
+        "holes": rng.random(ids.shape) < 0.6,
+    }.get(shape["padding"], column < lengths)
+    mask = mask.astype(np.int64)
+    mask[mask.sum(1) == 0, 0] = 1
+    decoder = None
+    if decodes and shape["decoder"]:
+        decoder = rng.integers(0, info.vocab_size, (rows, shape["decoder"]))
+    elif info.family == "t5" and width == 1:
+        decoder = np.tile([info.special.decoder_start, info.special.mask], (rows, 1))
+    first, end = 0, width
+    if decodes:
+        end = decoder.shape[1] if decoder is not None else width if info.family == "bart" else 2
+    elif info.family == "gpt2":
+        # A causal model reads behind the prompt, where it sees something.
+        first = int(mask.argmax(1).max()) if not add else max(info.n_prompt_tokens, int(mask.argmax(1).max()))
+    readout = rng.integers(first, end, rows)
+    labels = rng.integers(0, info.vocab_size, shape["labels"])
+    return Batch(ids, mask, readout, np.zeros(rows), labels, decoder)  # type: ignore[arg-type]
+
+
+def random_prompts(bundle: Bundle, count: int, seed: int) -> np.ndarray:
+    shape = (count, *bundle.info.prompt_shape)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def assert_same(logits: np.ndarray, wanted: np.ndarray) -> None:
+    assert logits.dtype == np.float32
+    assert logits.shape == wanted.shape
+    assert np.abs(logits - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+
+
+@all_variants
+def test_a_prompt_changes_the_logits(tiny: Export, loaded: Load, name: str, method: str, mode: str) -> None:
+    """Otherwise the rest of this file would prove little."""
+    bundle = tiny(name, method, mode)
+    rows = {"rows": 4, "text": 8, "labels": 3, "padding": "right", "decoder": None, "seed": 0}
+    with loaded(bundle, "eager").bind(batch_of(bundle, rows)) as bound:
+        one, other = bound.label_logits(random_prompts(bundle, 2, 0))
+    assert np.abs(one - other).max() > 0.01
+
+
+@each_engine
+@all_variants
+def test_logits_are_those_of_the_naive_forward(
+    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
+) -> None:
+    bundle = tiny(name, method, mode)
+
+    @few
+    @given(shape=shapes(), count=candidates, seed=seeds)
+    def check(shape: dict[str, Any], count: int, seed: int) -> None:
+        rows, prompts = batch_of(bundle, shape), random_prompts(bundle, count, seed)
+        with loaded(bundle, "eager").bind(rows) as bound:
+            wanted = bound.label_logits(prompts)
+        with loaded(bundle, engine).bind(rows) as bound:
+            assert_same(bound.label_logits(prompts), wanted)
+
+    check()
+
+
+@each_engine
+@all_variants
+def test_a_candidate_does_not_depend_on_its_population(
+    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
+) -> None:
+    bundle = tiny(name, method, mode)
+
+    @few
+    @given(shape=shapes(), count=st.integers(2, 7), seed=seeds)
+    def check(shape: dict[str, Any], count: int, seed: int) -> None:
+        prompts = random_prompts(bundle, count, seed)
+        with loaded(bundle, engine).bind(batch_of(bundle, shape)) as bound:
+            together = bound.label_logits(prompts)
+            for alone, wanted in zip(prompts, together, strict=True):
+                assert_same(bound.label_logits(alone[None]), wanted[None])
+
+    check()
+
+
+@each_engine
+@all_variants
+def test_logits_do_not_depend_on_how_the_work_is_cut_up(
+    tiny: Export, name: str, method: str, mode: str, engine: str
+) -> None:
+    bundle = tiny(name, method, mode)
+    shape = {"rows": 7, "text": 12, "labels": 2, "padding": "right", "decoder": None, "seed": 5}
+    rows, prompts = batch_of(bundle, shape), random_prompts(bundle, 5, 1)
+    with load_engine(bundle, engine, threads=THREADS) as one:
+        assert isinstance(one, StagedEngine)
+        with one.bind(rows) as bound:
+            wanted = bound.label_logits(prompts)
+        for tokens, step in ((1, 1), (40, 1), (200, 4), (10**6, 64)):
+            one.tokens_per_call, one.bucket_step = tokens, step
+            with one.bind(rows) as bound:
+                assert_same(bound.label_logits(prompts), wanted)
+
+
+@pytest.mark.parametrize("saving", [*SAVINGS, "all"])
+@each_engine
+@all_variants
+def test_each_saving_gives_the_same_numbers_as_the_work_it_saves(
+    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str, saving: str
+) -> None:
+    bundle = tiny(name, method, mode)
+    prompts = random_prompts(bundle, 3, 2)
+    with load_engine(bundle, engine, threads=THREADS, without=SAVINGS if saving == "all" else [saving]) as naive:
+        for padding in ("right", "left", "short rows"):
+            shape = {"rows": 5, "text": 9, "labels": 3, "padding": padding, "decoder": None, "seed": 3}
+            rows = batch_of(bundle, shape)
+            with loaded(bundle, engine).bind(rows) as saved, naive.bind(rows) as whole:
+                assert_same(whole.label_logits(prompts), saved.label_logits(prompts))
+                for layer in range(bundle.info.n_layers if method == "bbtv2" else 0):
+                    one = prompts[0], layer, prompts[:, layer]
+                    assert_same(whole.layer_logits(*one), saved.layer_logits(*one))
+
+
+@each_engine
+@deep_variants
+def test_searching_one_layer_gives_the_numbers_of_whole_stacks_in_any_order(
+    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
+) -> None:
+    """What is kept of the layers below never outlives the prompts that it was computed with."""
+    bundle = tiny(name, method, mode)
+    layers = st.integers(0, bundle.info.n_layers - 1)
+    turns = st.lists(st.tuples(layers, st.sets(layers), candidates), min_size=2, max_size=5)
+
+    @few
+    @given(shape=shapes(), turns=turns, seed=seeds)
+    def check(shape: dict[str, Any], turns: list[tuple[int, set[int], int]], seed: int) -> None:
+        rows, stack = batch_of(bundle, shape), random_prompts(bundle, 1, seed)[0]
+        with loaded(bundle, "eager").bind(rows) as naive, loaded(bundle, engine).bind(rows) as bound:
+            for turn, (layer, changed, count) in enumerate(turns):
+                fresh = random_prompts(bundle, count + 1, turn)
+                for other in changed:
+                    stack[other] = fresh[-1, other]  # in place, as a search does
+                stacks = np.repeat(stack[None], count, axis=0)
+                stacks[:, layer] = fresh[:count, layer]
+                wanted = naive.label_logits(stacks)
+                assert_same(bound.layer_logits(stack, layer, fresh[:count, layer]), wanted)
+                assert_same(bound.label_logits(stacks), wanted)
+
+    check()
+
+
+@each_engine
+@deep_variants
+def test_the_layers_below_the_one_that_is_searched_are_computed_once(
+    tiny: Export, name: str, method: str, mode: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny(name, method, mode)
+    last = bundle.info.n_layers - 1
+    shape = {"rows": 3, "text": 6, "labels": 2, "padding": "none", "decoder": None, "seed": 0}
+    stack, fresh = random_prompts(bundle, 1, 0)[0], random_prompts(bundle, 4, 1)[:, last]
+    with load_engine(bundle, engine, threads=THREADS) as one:
+        assert isinstance(one, StagedEngine)
+        ran, run = [], one.run
+        monkeypatch.setattr(one, "run", lambda stage, inputs: ran.append(stage) or run(stage, inputs))
+        with one.bind(batch_of(bundle, shape)) as bound:
+            bound.layer_logits(stack, last, fresh)
+            once = len(ran)
+            ran.clear()
+            bound.layer_logits(stack, last, fresh)
+    assert set(ran) == {"last"}
+    assert once >= len(bundle.info.stages)
+
+
+@each_engine
+@deep_variants
+def test_the_standard_deviations_of_the_layers_are_those_of_the_naive_forward(
+    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
+) -> None:
+    bundle = tiny(name, method, mode)
+
+    @few
+    @given(shape=shapes())
+    def check(shape: dict[str, Any]) -> None:
+        rows = batch_of(bundle, shape)
+        with loaded(bundle, "eager").bind(rows) as naive, loaded(bundle, engine).bind(rows) as bound:
+            wanted = naive.layer_stds()
+            assume(np.isfinite(wanted).all())
+            np.testing.assert_allclose(bound.layer_stds(), wanted, rtol=1e-5)
+        assert wanted.shape == (bundle.info.n_layers,)
+
+    check()

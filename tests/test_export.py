@@ -1,0 +1,344 @@
+"""What an export writes, what it refuses, and that it leaves nothing behind when it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import onnx
+import transformers
+from conftest import Export
+from onnx import numpy_helper
+from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, tiny_model
+
+from bbt_accel import Bundle, export_bundle
+from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
+from bbt_accel.exporters import export, graph
+
+SIZE = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+"""Weights that outweigh the graphs, as those of a real backbone do."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_backbone("bert", tmp_path_factory.mktemp("checkpoint") / "bert")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+    """A checkpoint, and its bundle as a user gets it: checked in a process of its own."""
+    root = tmp_path_factory.mktemp("whole")
+    source = save_backbone("bert", root / "source", vocab_size=4000, **SIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "checked", CHECKED)
+        return source, export_bundle(source, root / "bundle", method="bbtv2", n_prompt_tokens=4)
+
+
+CHECKED = export.checked
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
+    """Export what cannot be exported: returns the message, one line; the folder is as it was before."""
+    monkeypatch.setattr(export, "checked", CHECKED)
+
+    def call(error: type[BaseException], backbone: str | Path, output: str = "bundle", **options: Any) -> str:
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(error) as caught:
+            export_bundle(backbone, tmp_path / output, **{"n_prompt_tokens": 3, **options})
+        assert sorted(tmp_path.iterdir()) == before
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return call
+
+
+# What is written ---------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_says_what_it_holds(whole: tuple[Path, Bundle]) -> None:
+    source, bundle = whole
+    info = Bundle.read(bundle.path).info
+    model = transformers.BertForMaskedLM.from_pretrained(source)
+    assert (info.format, info.family, info.method, info.prompt_mode) == (1, "bert", "bbtv2", "add")
+    assert (info.backbone, info.revision) == (str(source), None)
+    assert (info.n_prompt_tokens, info.hidden_size, info.n_layers) == (4, 96, 2)
+    assert (info.vocab_size, info.max_length) == (4000, POSITIONS)
+    assert (info.precision, info.target, info.source) == ("fp32", "onnx", None)
+    assert info.prompt_shape == (2, 4, 96)
+    assert info.stages == ["embed", "block_00", "last"]
+    assert {"torch", "transformers", "onnx"} <= set(info.versions)
+    assert info.special.model_dump() == {
+        "begin": 2, "end": 3, "pad": 0, "mask": 4, "mask_text": "[MASK]", "decoder_start": None,
+    }  # fmt: skip
+    std = model.get_input_embeddings().weight.detach().numpy().std(dtype=np.float64)
+    assert info.word_embedding_std == pytest.approx(std, rel=1e-6)
+
+
+def test_an_export_is_measured_against_eager_pytorch(whole: tuple[Path, Bundle]) -> None:
+    error = whole[1].info.max_error
+    assert error is not None
+    assert 0 < error < 1e-5
+
+
+def test_every_file_of_a_bundle_is_hashed(whole: tuple[Path, Bundle]) -> None:
+    files = {p.name for p in whole[1].path.iterdir()} - {"bundle.json"}
+    assert set(whole[1].info.sha256) == files
+    assert {"embed.onnx", "block_00.onnx", "last.onnx", "model.safetensors", "tokenizer.json", "config.json"} == files
+
+
+def test_weights_are_written_once(whole: tuple[Path, Bundle]) -> None:
+    source, bundle = whole
+    assert bundle.size < 1.35 * (source / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "mode"), [("roberta", "bbt", "add"), ("t5", "bbtv2", "add"), ("gpt2", "bbtv2", "add")]
+)
+def test_weights_lie_outside_the_graphs_in_the_checkpoints_file(
+    tiny: Export, name: str, method: str, mode: str
+) -> None:
+    """A graph file is bounded to 2 GB; backbones are not."""
+    bundle = tiny(name, method, mode)
+    for stage in bundle.info.stages:
+        model = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False)
+        outside = 0
+        for tensor in model.graph.initializer:
+            places = {entry.key: entry.value for entry in tensor.external_data}
+            assert places.get("location", "model.safetensors") == "model.safetensors"
+            assert places or len(tensor.raw_data) <= graph.SMALL, tensor.name
+            outside += bool(places)
+        assert outside
+    assert not list(bundle.path.glob("*.data"))
+
+
+def shapes(values: Any) -> dict[str, list[str | int]]:
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+
+def test_the_axes_of_a_bbt_graph_are_open_and_named(tiny: Export) -> None:
+    bundle = tiny("roberta", "bbt", "add")
+    model = onnx.load(bundle.path / "model.onnx", load_external_data=False)
+    assert shapes(model.graph.input) == {
+        "prompts": ["candidates", 3, 16],
+        "input_ids": ["rows", "tokens"],
+        "attention_mask": ["rows", "tokens"],
+        "readout": ["rows"],
+        "label_token_ids": ["labels"],
+    }
+    assert shapes(model.graph.output) == {"label_logits": ["candidates", "rows", "labels"]}
+    assert {opset.domain for opset in model.opset_import} <= {"", "ai.onnx"}
+
+
+def test_the_stages_of_a_bbtv2_bundle_fit_together(tiny: Export) -> None:
+    bundle = tiny("gpt2", "bbtv2", "add")
+    outputs: set[str] = set()
+    for stage in bundle.info.stages:
+        model = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False)
+        states = {name for name in shapes(model.graph.input) if name in ("hidden", "prefix")}
+        assert states == outputs
+        outputs = {name.removesuffix("_out") for name in shapes(model.graph.output)}
+    assert outputs == {"label_logits"}
+
+
+def test_progress_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "checked", lambda folder: 0.0)
+    told: list[str] = []
+    export_bundle(checkpoint, tmp_path / "b", n_prompt_tokens=3, progress=lambda what, done, of: told.append(what))
+    assert told[0] == "loading the checkpoint"
+    assert any("tracing" in what for what in told)
+
+
+# What is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("roberta", "RobertaModel"),
+        ("roberta", "RobertaForSequenceClassification"),
+        ("bert", "BertForSequenceClassification"),
+        ("electra", "ElectraForPreTraining"),
+        ("t5", "T5EncoderModel"),
+    ],
+)
+def test_a_checkpoint_without_its_lm_head_is_refused_by_name(
+    refuse: Refuse, tmp_path: Path, name: str, cls: str
+) -> None:
+    message = refuse(ExportError, save_backbone(name, tmp_path / "source", cls))
+    assert cls in message
+    assert "head" in message
+
+
+@pytest.mark.parametrize("config", ["DistilBertConfig", "LlamaConfig"])
+def test_a_foreign_model_type_is_refused_with_those_that_are_not(refuse: Refuse, tmp_path: Path, config: str) -> None:
+    foreign = getattr(transformers, config)()
+    foreign.save_pretrained(tmp_path / "source")
+    message = refuse(ExportError, tmp_path / "source")
+    assert foreign.model_type in message
+    assert "roberta, bert, electra, bart, t5, gpt2" in message
+
+
+@pytest.mark.parametrize("backbone", ["no/such/folder", "nobody/no-such-model"])
+def test_a_checkpoint_that_is_not_there_is_named(refuse: Refuse, backbone: str) -> None:
+    assert backbone in refuse(ExportError, backbone)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "other shapes", "config"])
+def test_a_damaged_checkpoint_is_refused(refuse: Refuse, checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    weights, config = source / "model.safetensors", source / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "other shapes":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 32}))
+    else:
+        config.write_text("{")
+    assert str(source) in refuse(ExportError, source)
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(refuse: Refuse, checkpoint: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    plain = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(source / "tokenizer.json"), unk_token="[UNK]", pad_token="[PAD]"
+    )
+    plain.save_pretrained(source)
+    assert "no mask token" in refuse(ExportError, source)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "source")
+    assert "tokenizer" in refuse(ExportError, tmp_path / "source")
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_an_existing_output_is_left_alone(refuse: Refuse, checkpoint: Path, tmp_path: Path, filled: bool) -> None:
+    (tmp_path / "bundle").mkdir()
+    if filled:
+        (tmp_path / "bundle" / "mine").write_text("kept")
+    assert "exists already" in refuse(BbtError, checkpoint)
+    assert [p.name for p in (tmp_path / "bundle").iterdir()] == ["mine"] * filled
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "bbtv2", "prompt_mode": "cat"}, "--prompt-mode add"),
+        ({"method": "bbtv3"}, "bbt or bbtv2"),
+        ({"prompt_mode": "prefix"}, "add or cat"),
+        ({"n_prompt_tokens": 0}, "at least 1"),
+        ({"n_prompt_tokens": POSITIONS}, "no room"),
+        ({"n_prompt_tokens": POSITIONS + 100, "prompt_mode": "cat"}, "no room"),
+    ],
+)
+def test_options_that_cannot_be_are_wrong_usage(
+    refuse: Refuse, tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    source = save_backbone("gpt2", tmp_path / "source")
+    assert says in refuse(UsageError, source, **options)
+
+
+# What a failure leaves behind: `refuse` looks for it ---------------------------------------------------------
+
+
+def test_graphs_that_compute_something_else_are_not_kept(
+    refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = graph.export_stage
+
+    def wrong(stage: graph.Stage, backbone: Any) -> onnx.ModelProto:
+        model = right(stage, backbone)
+        tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 0.5, tensor.name))
+        return model
+
+    monkeypatch.setattr(graph, "export_stage", wrong)
+    assert "differ from eager PyTorch" in refuse(ExportError, checkpoint)
+
+
+def test_graphs_that_do_not_run_are_not_kept(refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: onnx.ModelProto, folder: Path, name: str, *rest: object) -> None:
+        (folder / f"{name}.onnx").write_bytes(b"no graph")
+
+    monkeypatch.setattr(graph, "save_stage", broken)
+    assert "could not be checked" in refuse(ExportError, checkpoint)
+
+
+@pytest.mark.parametrize("at", ["export_stage", "save_stage"])
+def test_ctrl_c_leaves_nothing_behind(
+    refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(graph, at, interrupted)
+    refuse(KeyboardInterrupt, checkpoint)
+
+
+# What a reader refuses ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tiny: Export, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny("roberta", "bbt", "add").path, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_that_has_changed_or_is_gone_is_named(copy: Path, file: str) -> None:
+    content = (copy / file).read_bytes()
+    (copy / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match=f"{file} has changed"):
+        Bundle.read(copy)
+    (copy / file).unlink()
+    with pytest.raises(BundleError, match=f"lacks {file}"):
+        Bundle.read(copy)
+
+
+def edited(copy: Path, **changes: object) -> Path:
+    manifest = copy / "bundle.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+    return copy
+
+
+def test_a_bundle_of_another_format_is_refused(copy: Path) -> None:
+    with pytest.raises(BundleError, match="format 99"):
+        Bundle.read(edited(copy, format=99))
+
+
+@pytest.mark.parametrize("changes", [{"family": "llama"}, {"n_layers": "many"}, {"surprise": 1}])
+def test_a_bundle_json_that_makes_no_sense_is_refused_with_the_field(copy: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match=next(iter(changes))):
+        Bundle.read(edited(copy, **changes))
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BundleError, match="not a bundle"):
+            Bundle.read(path)
+    (tmp_path / "bundle.json").write_text("{")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Bundle.read(tmp_path)
+
+
+def test_a_bundle_of_the_other_method_is_refused(tiny: Export) -> None:
+    bundle = tiny("roberta", "bbt", "add")
+    bundle.require("bbt")
+    with pytest.raises(BundleError, match="--method bbtv2"):
+        bundle.require("bbtv2")
+
+
+def test_tiny_tokenizers_fit_their_backbones(tiny: Export) -> None:
+    assert tiny("roberta", "bbt", "add").info.vocab_size == VOCABULARY

@@ -1,0 +1,140 @@
+"""README.md and CONTRIBUTING.md say what the program has: its tables, commands, options, files and task example."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from bbt_accel.cli import app
+from bbt_accel.engines.registry import ENGINES
+from bbt_accel.tasks import load_task, task_names
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+INTERNAL = {"eager", "dummy"}
+"""Engines that are no choice of --engine: the baseline of benchmarks, and that of tests."""
+
+cli: Any = typer.main.get_command(app)
+COMMANDS = cli.commands
+
+
+def table(first: str) -> list[dict[str, str]]:
+    """The rows of the table whose first column has this header, by column."""
+    start = README.index(f"\n| {first} |") + 1
+    lines = README[start:].split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def commands(text: str) -> list[str]:
+    """Every `bbt-accel ...` of a document, in code blocks and in lines of text."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(bbt-accel [^`]+)`", text)
+    return [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?bbt-accel ", line)]
+
+
+def options(command: str) -> set[str]:
+    return {name for parameter in COMMANDS[command].params for name in parameter.opts} | {"--help", "--debug"}
+
+
+@pytest.mark.parametrize("line", sorted(set(commands(README) + commands(CONTRIBUTING))))
+def test_commands_and_their_options_exist(line: str) -> None:
+    words = shlex.split(line)[1:]
+    if words[0].startswith("-"):
+        assert words[0] in {name for parameter in cli.params for name in parameter.opts} | {"--help"}
+        return
+    assert words[0] in COMMANDS
+    assert {word for word in words[1:] if re.match("--?[a-z]", word)} <= options(words[0])
+
+
+def test_every_command_has_a_section_with_an_example() -> None:
+    for name in COMMANDS:
+        section = README.split(f"### {name}: ")[1].split("\n#")[0]
+        assert any(line.startswith(f"bbt-accel {name}") for line in commands(section))
+
+
+def test_options_named_alone_exist() -> None:
+    text = README.split("## Coming from")[0]
+    known = set().union(*map(options, COMMANDS)) | {"--version"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known
+
+
+def test_options_that_replace_those_of_the_original_exist() -> None:
+    for row in table("original"):
+        for command, names in re.findall(r"`(\w+)((?: --?[\w-]+)+)", row["here"]):
+            assert {name for name in names.split() if name.startswith("-")} <= options(command), row["here"]
+    same = next(row["original"] for row in table("original") if "same names" in row["here"])
+    assert {name.replace("_", "-") for name in re.findall(r"--\w+", same)} <= options("tune")
+
+
+def test_table_of_families() -> None:
+    pytest.importorskip("torch")
+    from tiny_backbones import VARIANTS
+
+    from bbt_accel.exporters.families import FAMILIES
+
+    rows = table("`model_type`")
+    assert {row["`model_type`"]: row["class"] for row in rows} == {name: cls for name, (cls, _) in FAMILIES.items()}
+    tested = {(name.split("-")[0], method, mode) for name, method, mode in VARIANTS}
+    for row in rows:
+        for method, mode in (("bbt", "add"), ("bbt", "cat"), ("bbtv2", "add")):
+            wanted = "yes" if (row["`model_type`"], method, mode) in tested else "untested"
+            assert row[f"{method}, {mode}"] == wanted, row
+        listed = {name for name in ("torch", "ort", "openvino", "trt") if row[name] == "yes"}
+        assert listed == set(ENGINES) - INTERNAL, row
+
+
+def test_table_of_engines() -> None:
+    rows = {row["`--engine`"]: row for row in table("`--engine`")}
+    assert {name: row["extra"] for name, row in rows.items()} == {
+        name: extra for name, (_, _, extra) in ENGINES.items() if name not in INTERNAL
+    }
+    pytest.importorskip("onnxscript")
+    from bbt_accel.exporters.optimize import ALLOWED
+
+    optimized = {name: row["optimized for it"] for name, row in rows.items()}
+    assert optimized == {"torch": "–"} | {name: ", ".join(precisions) for name, precisions in ALLOWED.items()}
+
+
+def test_table_of_extras() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    rows = {row["extra"].strip("`"): row["brings"] for row in table("extra")}
+    assert set(rows) == set(extras) - {"test", "dev"}
+    for name, brings in rows.items():
+        assert set(brings.split(", ")) == {re.split("[>=;]", need)[0] for need in extras[name]}
+
+
+def test_savings_and_tasks_are_named() -> None:
+    from bbt_accel.engines.savings import SAVINGS
+
+    assert {row["saving"].strip("`") for row in table("saving")} - {"in the graph"} == set(SAVINGS)
+    listed = re.search(r"Built-in tasks: ([\w, ]+) \(", README)
+    assert listed is not None
+    assert {*listed[1].split(", "), "demo"} == set(task_names())
+
+
+def test_task_example_loads(tmp_path: Path) -> None:
+    example = re.findall(r"^```toml\n(.*?)^```", README, re.M | re.S)
+    (tmp_path / "tickets.toml").write_text(example[0], encoding="utf-8")
+    task = load_task(tmp_path / "tickets.toml")
+    assert (task.n_classes, task.text) == (3, ["subject", "body"])
+    for family in ("roberta", "t5", "gpt2"):
+        assert len(task.words(family)) == 3
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_files_named_exist(text: str) -> None:
+    named = re.findall(r"`((?:exporters|engines|bbt_accel|tests|benchmarks)/[\w/.]+\.py)`", text)
+    named += re.findall(r"\]\(([\w/.]+)\)", text)
+    assert named
+    for name in named:
+        assert "NAME" in name or (ROOT / name).exists(), name

@@ -1,0 +1,78 @@
+"""The wheel, as a user gets it: in an empty environment it tunes and predicts from a bundle, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEFT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "demo-run")
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "source", ignore=LEFT)  # a build leaves files in the source
+    pip = (sys.executable, "-m", "pip", "--retries", "1")
+    built = run(*pip, "wheel", "-q", "--no-deps", "-w", folder, folder / "source")
+    if built.returncode:
+        if "No matching distribution" in built.stderr or "onnection" in built.stderr:
+            pytest.skip("pip cannot reach an index for setuptools")
+        pytest.fail(built.stderr)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_what_it_needs(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    info = next(name for name in names if name.endswith("/METADATA")).removesuffix("METADATA")
+    for folder, package in (("exporters", "exporters"), ("engines", "engines"), ("benchmarks", "benchmarks")):
+        assert {f"bbt_accel/{package}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= set(names)
+    assert {f"{info}licenses/LICENSE", f"{info}licenses/bbt_accel/demo/backbone/NOTICE"} <= set(names)
+    shipped = ("*.toml", "*.jsonl", "*.safetensors", "*.json", "NOTICE", "README.md", "py.typed", "*.py")
+    for pattern in shipped:
+        assert {str(file.relative_to(ROOT)) for file in (ROOT / "bbt_accel").rglob(pattern)} <= set(names)
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"bbt_accel", info.rstrip("/")}
+
+
+def test_tunes_and_predicts_without_torch(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from bbt_accel import export_bundle
+
+    export_bundle("demo", tmp_path / "bundle", n_prompt_tokens=5)
+    venv.create(tmp_path / "venv", with_pip=True)
+    binaries = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    installed = run(binaries / "python", "-m", "pip", "--retries", "1", "install", "-q", f"{wheel}[cpu]")
+    if installed.returncode:
+        pytest.skip(f"pip cannot install the dependencies: {installed.stderr.strip().splitlines()[-1]}")
+    program = binaries / "bbt-accel"
+
+    tuned = run(
+        program, "tune", "--bundle", tmp_path / "bundle", "--task", "demo", "--engine", "ort", "--threads", "2",
+        "--k-shot", "4", "--popsize", "4", "--budget", "8", "-o", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert tuned.returncode == 0, tuned.stderr
+    assert json.loads(tuned.stdout)["calls"] == 8
+    predicted = run(program, "predict", tmp_path / "run", "The striker scored twice in the final", "--json")
+    assert predicted.returncode == 0, predicted.stderr
+    assert json.loads(predicted.stdout)["word"] in ("sports", "business", "technology", "health")
+    assert run(binaries / "python", "-c", "import torch").returncode, "torch was there after all"
+    exported = run(program, "export", "demo", "-o", tmp_path / "other")
+    assert exported.returncode == 1
+    assert exported.stderr.startswith("error:"), exported.stderr
+    assert "[export]" in exported.stderr
