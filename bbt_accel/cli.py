@@ -17,6 +17,14 @@ import typer
 from bbt_accel.errors import BbtError, UsageError
 
 INTERRUPTED = 130
+EXTRAS = {
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "torch", "transformers"), "export"),
+    "nncf": "openvino",
+    "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "tensorboard": "tensorboard",
+}
+"""What a command may lack, and the extra that brings it."""
 Engine = Literal["torch", "ort", "openvino", "trt"]
 Device = Literal["cpu", "cuda"]
 
@@ -312,6 +320,9 @@ def explain(error: Exception) -> tuple[int, str]:
         command = context.command_path if context else "bbt-accel"
         message = error.format_message().rstrip(".").replace("Value error, ", "")
         return getattr(error, "exit_code", 2), f"{message}; see {command} --help"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
+        module = str(error.name).partition(".")[0]
+        return 1, f'{module} is not installed: pip install "bbt-accel[{EXTRAS[module]}]"'
     if isinstance(error, MemoryError):
         return 1, "out of memory; use a smaller backbone, --popsize or --k-shot"
     if isinstance(error, OSError) and error.errno is not None:

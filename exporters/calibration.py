@@ -40,17 +40,17 @@ def random_prompts(bundle: Bundle, count: int, seed: int = 0) -> Float32:
     return prompts.astype(np.float32)
 
 
-def stage_feeds(bundle: Bundle, stage: str, batch: Batch, prompts: Float32, rows: int = 4) -> Iterator[Feeds]:
-    """Inputs of one stage for some rows at a time, computed by the stages before it."""
+def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32, rows: int) -> Iterator[tuple[str, list[Feeds]]]:
+    """Every stage with its inputs, some rows at a time, as the stages before it computed them."""
     batch = with_decoder_input(bundle.info, batch)
-    before = bundle.info.stages[: bundle.info.stages.index(stage)]
-    stages = {name: open_stage(bundle, name) for name in before}
-    for start in range(0, len(batch), rows):
-        feeds = row_feeds(batch.rows(slice(start, start + rows)))
-        for name, run in stages.items():
-            feeds |= prompt_feeds(bundle.info, name, prompts)
-            feeds |= run(feeds)
-        yield feeds | prompt_feeds(bundle.info, stage, prompts)
+    feeds = [row_feeds(batch.rows(slice(i, i + rows))) for i in range(0, len(batch), rows)]
+    for stage in bundle.info.stages:
+        for feed in feeds:
+            feed |= prompt_feeds(bundle.info, stage, prompts)
+        yield stage, feeds
+        if stage != bundle.info.stages[-1]:
+            run = open_stage(bundle, stage)
+            feeds = [feed | run(feed) for feed in feeds]
 
 
 def ranges(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Ranges:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
@@ -26,13 +25,14 @@ def optimize_for_openvino(
         raise MissingDependency(f'--target openvino needs {error.name}: pip install "bbt-accel[openvino]"') from None
     nncf.set_log_level(40)
     counts: Counter[str] = Counter()
-    for stage in bundle.info.stages:
+    seen: Iterable[tuple[str, list[Feeds]]] = ((stage, []) for stage in bundle.info.stages)
+    if precision == "int8":
+        seen = stage_feeds(bundle, batch, prompts, rows=1)
+    for stage, feeds in seen:
         model = openvino.convert_model(bundle.path / f"{stage}.onnx")
         if precision == "int8" and stage != "embed":
-            few = batch.rows(np.arange(min(len(batch), 16)))
             takes = [i.get_any_name() for i in model.inputs]
-            feeds = [{k: f[k] for k in takes} for f in stage_feeds(bundle, stage, few, prompts, rows=1)]
-            model = quantized(nncf, model, feeds)
+            model = quantized(nncf, model, [{name: feed[name] for name in takes} for feed in feeds])
         counts.update(op.get_type_name() for op in model.get_ops())
         openvino.save_model(model, folder / f"{stage}.xml", compress_to_fp16=False)
     wanted = ("FakeQuantize", "MatMul", "MVN", "Softmax", "ScaledDotProductAttention")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +22,13 @@ from bbt_accel.exporters.calibration import calibration_rows, random_prompts, st
 from bbt_accel.exporters.half import to_half
 from bbt_accel.exporters.int8 import to_int8
 from bbt_accel.exporters.openvino import optimize_for_openvino
-from bbt_accel.exporters.sessions import run_stages
+from bbt_accel.exporters.sessions import Feeds, run_stages
 from bbt_accel.exporters.validate import scaled_error
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Target = Literal["ort", "openvino", "trt"]
+CALIBRATION_ROWS = 16
+"""Rows, times the prompts of `random_prompts`, that ranges are read from."""
 LEAK = 0.05
 """A row's logits may change by this share of the largest logit when padding is added; more means a lost mask."""
 
@@ -60,7 +63,7 @@ def optimize_bundle(
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             shutil.copyfile(source / name, folder / name)
         if target == "openvino":
-            report = optimize_for_openvino(bundle, folder, precision, batch, prompts)
+            report = optimize_for_openvino(bundle, folder, precision, batch.rows(slice(0, CALIBRATION_ROWS)), prompts)
         else:
             report = optimize_for_runtime(bundle, folder, precision, batch, prompts)
         info = bundle.info.model_copy(
@@ -99,18 +102,17 @@ def optimize_for_runtime(
     fused: Counter[str] = Counter()
     kept: list[str] = []
     lowered = 0
-    feeds = {}
+    seen: Iterable[tuple[str, list[Feeds]]] = ((stage, []) for stage in bundle.info.stages)
     if precision != "fp32":
-        few = batch.rows(np.arange(min(len(batch), 16)))
-        feeds = {stage: list(stage_feeds(bundle, stage, few, prompts)) for stage in bundle.info.stages}
-    for stage in bundle.info.stages:
+        seen = stage_feeds(bundle, batch.rows(slice(0, CALIBRATION_ROWS)), prompts, rows=4)
+    for stage, feeds in seen:
         model, counts = fuse(bundle.path / f"{stage}.onnx")
         fused.update(counts)
         if precision == "fp16":
-            model, names = to_half(model, feeds[stage], folder)
+            model, names = to_half(model, feeds, folder)
             kept += [f"{stage}: {name}" for name in names]
         elif precision == "int8":
-            model, count, names = to_int8(model, feeds[stage], folder)
+            model, count, names = to_int8(model, feeds, folder)
             lowered += count
             kept += [f"{stage}: {name}" for name in names]
         graph.save_stage(model, folder, stage, checkpoint, others)

@@ -126,6 +126,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
         (MemoryError(), 1, "error: out of memory; use a smaller backbone, --popsize or --k-shot"),
         (OSError(errno.ENOSPC, "No space left", "run"), 1, "error: run: No space left; free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "error: x: Permission denied"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1,
+         'error: torch is not installed: pip install "bbt-accel[export]"'),
         (ValueError("odd"), 1, "error: internal error: ValueError: odd; run again with --debug for the traceback"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
