@@ -10,6 +10,8 @@ from bbt_accel.benchmarks.accuracy import LARGEST_ERROR, LEAST_AGREEMENT
 from bbt_accel.benchmarks.report import Report, Row, Tuned
 
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
+STEADY = 0.1
+"""Drift of the baseline beyond which the report warns."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,22 @@ def markdown(report: Report, plot: str) -> str:
 def summary(report: Report) -> str:
     counts = {status: sum(row.status == status for row in report.rows) for status in (r.status for r in report.rows)}
     found = ", ".join(f"{count} {status}" for status, count in counts.items())
-    timed = [row for row in report.rows if row.speedup is not None and row.status == "passed"]
+    timed = [row for row in report.rows if row.speedup and row.status == "passed" and row is base_of(row, report)]
     best = max(timed, key=lambda row: row.speedup or 0.0, default=None)
     text = f"{len(report.rows)} rows: {found}."
     if best is not None and best.engine != "eager":
         text += f" Fastest that passed: **{best.label}**, {best.speedup:.2f} times eager PyTorch."
+    if abs(report.baseline.drift or 0.0) > STEADY:
+        text += (
+            f"\n\n**The machine was not steady:** eager's own time changed by {report.baseline.drift:+.0%} from before "
+            "the other rows to after them, and no ratio here is better than that. Measure again on an idle machine."
+        )
     return text
+
+
+def base_of(row: Row, report: Report) -> Row:
+    """The row of the same engine and precision with the fewest savings switched off, which comes first."""
+    return next(r for r in report.rows if (r.engine, r.precision) == (row.engine, row.precision))
 
 
 def table(report: Report, columns: Sequence[Column]) -> str:
@@ -100,7 +112,7 @@ def savings(report: Report) -> list[str]:
     """What each saving brings: the time without it, over the time of the same row with it."""
     lines = []
     for row in report.rows:
-        base = next(r for r in report.rows if (r.engine, r.precision) == (row.engine, row.precision))
+        base = base_of(row, report)
         if row is base or row.ms_median is None or base.ms_median is None:
             continue
         off = ", ".join(name for name in row.without if name not in base.without)

@@ -31,6 +31,8 @@ class Case:
     precision: str
     without: tuple[str, ...] = ()
     problem: str | None = None
+    saving: bool = False
+    """Measured for what its savings bring; not tuned, for its numbers are those of the row with the savings."""
 
 
 EAGER = Case("eager", "fp32")
@@ -65,7 +67,7 @@ def plan(
             found = [case for case in found if case.problem is None]
         cases += found
         if savings and found and found[0].problem is None:
-            cases += [Case(engine, found[0].precision, names) for names in switched_off(method, off)]
+            cases += [Case(engine, found[0].precision, names, saving=True) for names in switched_off(method, off)]
     if not cases and engines is None:
         raise UsageError(f"no engine takes the precisions {', '.join(precisions or ())}")
     return cases

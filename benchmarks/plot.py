@@ -15,6 +15,10 @@ EAGER, PASSED, DIFFERS, TUNED = "#7f7f7f", "#0072b2", "#e69f00", "#000000"
 """Of Okabe and Ito's palette, which people with any colour vision can tell apart; `differs` is hatched too."""
 
 
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+"""Keeps lines from running through a text."""
+
+
 def draw_report(file: Path, report: Report) -> None:
     """Write a PNG."""
     # Not pyplot: it would pick a window system, and keep the figure.
@@ -54,7 +58,7 @@ def draw_speed(axes: Axes, rows: list[Row]) -> None:
         note = f"{row.speedup:.2f}×  ({digits(row.ms_median or 0.0)} ms)" + (
             "" if row.status == "passed" else f"  {row.status}"
         )
-        axes.text(row.speedup + 0.015 * most, place, note, va="center", fontsize=9)
+        axes.text(row.speedup + 0.015 * most, place, note, va="center", fontsize=9, bbox=PAPER)
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlim(0, 1.42 * max(most, 1.0))
     axes.set_xlabel("times as fast as eager PyTorch (in brackets: milliseconds a candidate)")

@@ -150,7 +150,7 @@ class StagedBoundBatch(BoundBatch):
 
     def hidden(self, state: Arrays) -> Float32:
         """All hidden states of some rows as one flat array; a shared prefix counts once a row."""
-        text = self.engine.get(state["hidden"])[0]
+        text: Float32 = self.engine.get(state["hidden"])[0]
         if "prefix" not in state:
             return text.reshape(-1)
         prefix = np.broadcast_to(self.engine.get(state["prefix"]), (len(text), *state["prefix"].shape[1:]))

@@ -14,9 +14,9 @@ from bbt_accel.batch import Batch
 from bbt_accel.benchmarks import worker
 from bbt_accel.benchmarks.accuracy import judge, row_logits
 from bbt_accel.benchmarks.machine import peak_mib, physical_cores, rate
-from bbt_accel.benchmarks.markdown import digits
+from bbt_accel.benchmarks.markdown import digits, summary
 from bbt_accel.benchmarks.plan import POSSIBLE, USUAL, plan, switched_off
-from bbt_accel.benchmarks.report import Report, Row
+from bbt_accel.benchmarks.report import Baseline, Report, Row
 from bbt_accel.benchmarks.timing import percentiles, random_prompts, seconds_per_candidate
 from bbt_accel.benchmarks.workload import load_batch, save_batch
 from bbt_accel.bundle import Bundle
@@ -144,6 +144,16 @@ def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_digits() -> None:
     assert [digits(x) for x in (0.01234, 12.345, 123.4, 12345.6)] == ["0.0123", "12.3", "123", "12,346"]
+
+
+def test_summary_warns_of_an_unsteady_machine() -> None:
+    rows = [Row(engine="eager", precision="fp32", speedup=1.0), Row(engine="ort", precision="fp32", speedup=2.0)]
+    rows.append(Row(engine="ort", precision="fp32", without=["buckets"], speedup=3.0))
+    for drift, warned in ((0.05, False), (-0.2, True), (None, False)):
+        baseline = Baseline(first_ms=1.0, last_ms=1.0, drift=drift)
+        text = summary(Report.model_construct(rows=rows, baseline=baseline))
+        assert ("not steady" in text) == warned
+        assert "**ort fp32**, 2.00 times" in text
 
 
 def test_every_field_is_documented() -> None:
