@@ -42,6 +42,7 @@ def report_run(run: Run, as_json: bool) -> None:
         "status": info.status if info.status == "done" else f"{info.status}; go on with --resume",
         "calls": info.calls,
         "seconds": info.seconds,
+        "calls a second": info.calls / info.seconds if info.seconds else None,
     }
     if info.best:
         facts |= {f"dev {info.task.metric}": info.best.dev_score, "dev loss": info.best.dev_loss}

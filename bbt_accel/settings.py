@@ -21,7 +21,7 @@ class Settings(BaseModel):
     """Rows a class in the train set, and as many in the dev set."""
     intrinsic_dim: int = Field(500, gt=1)
     """d, the dimension of the search space."""
-    popsize: int = Field(20, gt=1)
+    popsize: int = Field(20, ge=4)  # pycma's update of the step size needs as many
     """P, candidates a generation."""
     budget: int = Field(8000, gt=0)
     """API calls (one candidate on the train set is one call) that the search may make, never exceeded."""

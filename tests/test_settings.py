@@ -15,7 +15,7 @@ def test_what_is_given_wins_over_the_preset_and_that_over_the_default() -> None:
     ("name", "value"),
     [
         ("popsize", 0),
-        ("popsize", 1),
+        ("popsize", 3),
         ("budget", -5),
         ("k_shot", 0),
         ("intrinsic_dim", 0),
