@@ -28,10 +28,10 @@ help:
 demo: .venv/.installed
 	rm -rf demo-run && mkdir demo-run
 	$(CLI) export demo -o demo-run/bundle --n-prompt-tokens 20
-	$(CLI) optimize demo-run/bundle -o demo-run/bundle-int8 --int8 --calibrate demo
-	@echo; echo "The same search twice: in PyTorch on the exported bundle, in ONNX Runtime on the int8 one."
-	$(CLI) tune --bundle demo-run/bundle --task demo --engine torch --budget 400 -o demo-run/torch
-	$(CLI) tune --bundle demo-run/bundle-int8 --task demo --engine ort --budget 400 -o demo-run/ort
+	$(CLI) optimize demo-run/bundle -o demo-run/bundle-ort
+	@echo; echo "The same search twice: in PyTorch on the exported bundle, in ONNX Runtime on the optimized one."
+	$(CLI) tune --bundle demo-run/bundle --task demo --engine torch --budget 300 -o demo-run/torch
+	$(CLI) tune --bundle demo-run/bundle-ort --task demo --engine ort --budget 300 -o demo-run/ort
 	$(CLI) evaluate demo-run/torch
 	$(CLI) evaluate demo-run/ort
 	$(CLI) predict demo-run/ort "The striker scored twice in the final" "Shares fell after the bank cut its forecast" \

@@ -54,7 +54,7 @@ def evaluate(
             "rows": len(rows),
             "engine": loaded.name,
             "device": device or run.info.engine.device,
-            "bundle": str(loaded.bundle.path),
+            "bundle": str(loaded.bundle.path.resolve()),
         }
 
 

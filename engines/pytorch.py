@@ -40,6 +40,8 @@ class TorchEngine(StagedEngine):
     """The backbone's stages in PyTorch, with the same work left out as in the exported graphs."""
 
     name = "torch"
+    bucket_step = 4  # PyTorch's calls cost more each than those of a runtime
+    tokens_per_call = 8192
 
     def __init__(
         self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()

@@ -32,12 +32,16 @@ def calibration_rows(bundle: Bundle, task: str | None, data: Path | None, most: 
     return Encoder(bundle, loaded).encode(train[::step][:most])
 
 
-def random_prompts(bundle: Bundle, count: int, seed: int = 0) -> Float32:
-    """(count, ...) prompts as large as a search's first ones (the word embeddings' spread); the first is zero."""
-    shape = (count, *bundle.info.prompt_shape)
-    prompts = bundle.info.word_embedding_std * np.random.default_rng(seed).standard_normal(shape)
-    prompts[0] = 0
-    return prompts.astype(np.float32)
+SIZES = (0.0, 1.0, 3.0, 6.0)
+"""Spread of calibration prompts, in that of the word embeddings: a search starts at 1 and goes several times as far."""
+
+
+def random_prompts(bundle: Bundle, seed: int = 0) -> Float32:
+    """(4, ...) random prompts of the sizes that a search goes through, zero first."""
+    info = bundle.info
+    rng = np.random.default_rng(seed)
+    prompts = [size * info.word_embedding_std * rng.standard_normal(info.prompt_shape) for size in SIZES]
+    return np.stack(prompts).astype(np.float32)
 
 
 def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32, rows: int) -> Iterator[tuple[str, list[Feeds]]]:

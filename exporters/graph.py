@@ -109,7 +109,7 @@ def export_stage(stage: Stage, backbone: Backbone) -> onnx.ModelProto:
     check_names(model, stage)
     for node in model.graph.node:
         del node.metadata_props[:]  # the tracer's stack traces
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def check_names(model: onnx.ModelProto, stage: Stage) -> None:

@@ -58,7 +58,7 @@ def optimize_bundle(
     if bundle.info.target != "onnx":
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
     batch = calibration_rows(bundle, calibrate, data)
-    prompts = random_prompts(bundle, 2)
+    prompts = random_prompts(bundle)
     with new_folder(output) as folder:
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             shutil.copyfile(source / name, folder / name)
@@ -78,7 +78,7 @@ def optimize_bundle(
             (folder / "model.safetensors").unlink()
         info = write_info(folder, info)
         report |= compare(bundle, Bundle(folder, info), batch, prompts)
-        report |= {"calibrated_on": calibrate or "shipped texts", "size_before": bundle.size, "size": size_of(folder)}
+        report |= {"calibrated_on": calibrate or "shipped texts", "bytes_before": bundle.size, "bytes": size_of(folder)}
         write_info(folder, info.model_copy(update={"optimization": report}))
     return Bundle.read(output, verify=False)
 
