@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from bbt_accel.engines.savings import SAVINGS
 from bbt_accel.engines.staged import StagedEngine
 
 TOLERANCE = 1e-5
-ENGINES = ["torch", "ort"]
+ENGINES = ["torch", "ort", *(["openvino"] if find_spec("openvino") else [])]
 few = settings(
     max_examples=12, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

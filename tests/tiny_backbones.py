@@ -53,7 +53,7 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
 VARIANTS = [
     ("roberta", "bbt", "add"), ("roberta", "bbt", "cat"), ("roberta", "bbtv2", "add"),
     ("bert", "bbt", "add"), ("bert", "bbt", "cat"), ("bert", "bbtv2", "add"),
-    ("electra", "bbt", "add"),
+    ("electra", "bbt", "add"), ("electra", "bbt", "cat"), ("electra", "bbtv2", "add"),
     ("bart", "bbt", "add"), ("bart", "bbt", "cat"), ("bart", "bbtv2", "add"),
     ("t5", "bbt", "add"), ("t5-v1.1", "bbt", "cat"), ("t5", "bbtv2", "add"),
     ("gpt2", "bbt", "add"), ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add"),
