@@ -156,7 +156,7 @@ def test_tune(inside: Inside, tmp_path: Path) -> None:
 
 def test_a_budget_that_cannot_be(inside: Inside, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="budget 1 is too small"):
-        run_bench(**SMALL, k_shot=2, tune=True, budget=1, output=tmp_path / "out")
+        run_bench(**SMALL | {"popsize": 4}, k_shot=2, tune=True, budget=1, output=tmp_path / "out")
 
 
 def test_savings(inside: Inside, tmp_path: Path) -> None:
