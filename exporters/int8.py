@@ -19,8 +19,8 @@ from bbt_accel.exporters.sessions import Feeds
 def to_int8(model: onnx.ModelProto, feeds: list[Feeds], folder: Path) -> tuple[onnx.ModelProto, int, list[str]]:
     """Quantize each matrix product with a constant weight: uint8 activations, int8 weights, float results.
 
-    Returns the graph, how many products were quantized, and the names of those left in fp32 because they have one
-    row a text (the head, which is read once and costs nothing).
+    Returns the graph, how many products were quantized, and the names of those left in fp32 because calibration saw
+    no float values at their input.
     """
     constants = {t.name: t for t in model.graph.initializer}
     products = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and weight_of(n, constants) is not None]
@@ -49,7 +49,7 @@ def to_int8(model: onnx.ModelProto, feeds: list[Feeds], folder: Path) -> tuple[o
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     drop_unused(model.graph)
-    return model, len(activations) and len(chosen) - len(left), left
+    return model, len(products) - len(left), left
 
 
 def weight_of(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> onnx.TensorProto | None:

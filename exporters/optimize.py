@@ -77,8 +77,9 @@ def optimize_bundle(
         if precision != "fp32" or target != "ort":
             (folder / "model.safetensors").unlink()
         info = write_info(folder, info)
-        report |= compare(bundle, Bundle(folder, info), batch, prompts)
-        report |= {"calibrated_on": calibrate or "shipped texts", "bytes_before": bundle.size, "bytes": size_of(folder)}
+        made = Bundle(folder, info)
+        report |= compare(bundle, made, batch, prompts)
+        report |= {"calibrated_on": calibrate or "shipped texts", "bytes_before": bundle.size, "bytes": made.size}
         write_info(folder, info.model_copy(update={"optimization": report}))
     return Bundle.read(output, verify=False)
 
@@ -155,10 +156,6 @@ def pad_columns(info: BundleInfo, batch: Batch, columns: int) -> Batch:
     ids = np.pad(batch.input_ids, ((0, 0), (0, columns)), constant_values=info.special.pad)
     mask = np.pad(batch.attention_mask, ((0, 0), (0, columns)))
     return Batch(ids, mask, batch.readout, batch.targets, batch.label_token_ids, batch.decoder_input_ids)
-
-
-def size_of(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 def tool_versions() -> dict[str, str]:
