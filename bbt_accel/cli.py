@@ -22,6 +22,7 @@ EXTRAS = {
     "nncf": "openvino",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    "ray": "ray",
     "tensorboard": "tensorboard",
 }
 """What a command may lack, and the extra that brings it."""
@@ -44,6 +45,7 @@ TaskName = Annotated[str, typer.Option(help="A built-in task (sst2, yelpp, agnew
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; those of the machine unless given.")]
 Without = Annotated[str, typer.Option(metavar="NAMES", help="Savings to switch off, with commas between.")]
 OtherBundle = Annotated[Path | None, typer.Option(help="Another bundle of the backbone; that of the run unless given.")]
+Ray = Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster, or local.")]
 RunEngine = Annotated[Engine | None, typer.Option(help="The engine; that of the run unless given.")]
 RunDevice = Annotated[Device | None, typer.Option(help="The device; that of the run unless given.")]
 
@@ -145,6 +147,8 @@ def tune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of that name.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
     without: Without = "",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that share each population.")] = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Search a soft prompt for a task by CMA-ES."""
@@ -172,6 +176,8 @@ def tune(
         device=device,
         threads=threads,
         without=_names(without),
+        workers=workers,
+        ray=ray,
         output=output,
         resume=resume,
         overwrite=overwrite,

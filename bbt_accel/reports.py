@@ -38,7 +38,8 @@ def report_run(run: Run, as_json: bool) -> None:
     facts: dict[str, object] = {
         "task": f"{info.task.name}, {info.settings.k_shot} rows a class, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
-        "engine": f"{info.engine.name} on {info.engine.device}",
+        "engine": f"{info.engine.name} on {info.engine.device}"
+        + (f", {info.engine.workers} workers" if info.engine.workers else ""),
         "status": info.status if info.status == "done" else f"{info.status}; go on with --resume",
         "calls": info.calls,
         "seconds": info.seconds,
