@@ -18,7 +18,7 @@ from bbt_accel.cli import app, main
 from bbt_accel.errors import BundleError, EngineError
 from bbt_accel.tasks import load_task
 
-COMMANDS = ["export", "optimize", "tune", "evaluate", "predict", "bench", "doctor"]
+COMMANDS = ["export", "optimize", "tune", "sweep", "evaluate", "predict", "bench", "doctor"]
 SCORE = {"split": "test", "metric": "accuracy", "score": 0.75, "rows": 8, "engine": "ort", "without_prompt": 0.5}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,10 @@ from bbt_accel.tuning.search import Outcome, search
 from bbt_accel.tuning.space import Space
 from bbt_accel.tuning.workers import WorkersEvaluator
 
-pytest.importorskip("ray", reason="ray is not installed")
+pytestmark = pytest.mark.usefixtures("cluster")
 
 SMALL = Settings(intrinsic_dim=6, popsize=5, budget=60, eval_every=10, seed=3)
 TRAIN, DEV = batch(8, seed=0), batch(8, seed=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """One local Ray for all tests, with CPUs that only count."""
-    from bbt_accel.cluster import connect
-
-    with connect("local", 4):
-        yield
 
 
 @pytest.fixture(params=["bbt", "bbtv2"])

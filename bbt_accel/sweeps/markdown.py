@@ -79,7 +79,7 @@ def trials(report: Report) -> str:
         measured = [percent(t.score), percent(t.without_prompt), percent(t.dev_score)]
         spent = ["–", "–"] if t.calls is None or t.seconds is None else [f"{t.calls:,}", f"{t.seconds:,.0f}"]
         lines.append([t.task, t.bundle, t.engine, str(t.seed), t.status, *measured, *spent])
-    return table(header, lines, text_columns=3)
+    return table(header, lines, text_columns=5)
 
 
 def facts(report: Report) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,8 +41,11 @@ class Sweep(BaseModel):
     bundles: Annotated[list[str], Field(min_length=1), AfterValidator(_once)]
     """Paths; the folder's name is the bundle's in the table."""
     engines: Annotated[list[str], Field(min_length=1), AfterValidator(_once), AfterValidator(_known)] = ["ort"]
+    """By the names of `load_engine`."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_once)] = [42]
+    """Of rows, projection and search."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where all engines run."""
     data: str | None = None
     """A folder with a folder for each task, in which its rows are; None for the tasks' own data sets."""
     method: Method | None = None
@@ -140,6 +144,11 @@ def read_sweep(file: Path | None, given: Mapping[str, Any]) -> Sweep:
             raise UsageError(f"cannot read the sweep {file} ({error.strerror})") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
             raise UsageError(f"{file}: {first_problem(error)}") from None
+    for name in found:
+        if name not in Sweep.model_fields:
+            close = get_close_matches(name, Sweep.model_fields, 1)
+            hint = f"did you mean {close[0]}?" if close else f"a sweep has {', '.join(Sweep.model_fields)}"
+            raise UsageError(f"{file}: there is no {name!r}; {hint}")
     given = {name: value for name, value in given.items() if value}
     if "bundles" in given:
         found.pop("needs", None)

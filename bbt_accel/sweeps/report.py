@@ -28,10 +28,15 @@ class TrialRow(Part):
     name: str
     """Of its folder under trials/."""
     task: str
+    """Its name."""
     bundle: str
+    """Name of its folder."""
     engine: str
+    """Of the search and of the test."""
     seed: int
+    """Of rows, projection and search."""
     status: Literal["done", "failed", "not run"]
+    """done; failed; not run, for someone interrupted the sweep."""
     reason: str | None = None
     """Why it failed, in one line."""
     score: float | None = None
@@ -41,6 +46,7 @@ class TrialRow(Part):
     dev_score: float | None = None
     """Of the tuned prompt on the dev rows, by which it was chosen."""
     test_rows: int | None = None
+    """Rows behind score and without_prompt."""
     calls: int | None = None
     """Candidates that were evaluated."""
     seconds: float | None = None
@@ -53,7 +59,9 @@ class Cell(Part):
     """One task in a row of the table."""
 
     task: str
+    """Its name."""
     metric: Literal["accuracy", "f1"]
+    """What the scores are."""
     seeds: list[int]
     """Those whose trial is done."""
     scores: list[float]
@@ -72,8 +80,11 @@ class Row(Part):
     """A method, a bundle and an engine: one row of the table."""
 
     method: Method
+    """That the bundle was exported for."""
     bundle: str
+    """Name of its folder."""
     engine: str
+    """Of the searches and of the tests."""
     cells: list[Cell]
     """In the order of the tasks."""
     mean: float | None
