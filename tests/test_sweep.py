@@ -225,11 +225,12 @@ def test_what_cannot_be_is_refused_before_anything_runs(
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("tasks = [")
     (tmp_path / "odd.toml").write_text('taskes = ["sst2"]')
-    for name, complaint in (
-        ("broken", "broken.toml: "),
-        ("odd", "there is no 'taskes'; did you mean tasks"),
-        ("no", "cannot read the sweep"),
-    ):
+    found = {
+        "broken": "broken.toml: ",
+        "odd": "'taskes'; did you mean tasks",
+        "no": "cannot read the sweep",
+    }
+    for name, complaint in found.items():
         with pytest.raises(UsageError, match=complaint):
             sweep(tmp_path / "sweep", config=tmp_path / f"{name}.toml")
     (tmp_path / "letters").mkdir()

@@ -29,7 +29,8 @@ def markdown(report: Report, plot: str | None) -> str:
 
 def summary(report: Report) -> str:
     counts = [f"{report.count(status)} {status}" for status in ("done", "failed", "not run") if report.count(status)]
-    return f"{len(report.trials)} trials: {', '.join(counts)}."
+    hint = " It was interrupted; --resume goes on." if report.interrupted else ""
+    return f"{len(report.trials)} trials: {', '.join(counts)}.{hint}"
 
 
 def scores(report: Report) -> str:
