@@ -14,6 +14,7 @@ from search_parts import SETTINGS, batch, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.batch import Batch
+from bbt_accel.benchmarks import scaling
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import BundleError, EngineError, NonFiniteLoss, UsageError
 from bbt_accel.history import Generation, History
@@ -177,3 +178,13 @@ def test_a_run_goes_on_with_another_number_of_workers(
     assert [g.losses for g in run.history] == [g.losses for g in whole.history]
     with pytest.raises(UsageError, match="--workers"):
         start("other", ray="auto")
+
+
+def test_the_benchmark_of_workers(bundle: Bundle, tmp_path: Path) -> None:
+    task = task_file(tmp_path / "data")
+    report = scaling.measure(bundle, str(task), tmp_path / "data", ["dummy"], 4, 3, repeats=2, most=2)
+    assert [(row.workers, row.threads, row.same) for row in report.rows] == [
+        (None, 1, True), (1, 1, True), (2, 1, True), (None, 2, True)
+    ]  # fmt: skip
+    assert report.rows[1].overhead_ms == pytest.approx(report.rows[1].ms_median - report.rows[0].ms_median)
+    assert "| dummy | 2 workers | 1 |" in scaling.markdown(report)

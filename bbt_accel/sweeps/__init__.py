@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bbt_accel.display import busy
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.run import write_whole
 from bbt_accel.sweeps.markdown import markdown
@@ -47,14 +48,20 @@ def run_sweep(
     folder = Path(output)
     sweep = absolute(read_sweep(_source(folder, config, preset, resume), given or {}))
     trials = sweep.trials()
-    pool: Pool = Processes(jobs, threads) if ray is None else RayTasks(ray, jobs, threads, sweep.device)
-    with pool:
+    with _pool(ray, jobs, threads, sweep.device, progress) as pool:
         try:
             (folder / TRIALS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BbtError(f"cannot write to {folder} ({error.strerror}); choose another -o") from None
         write_whole(folder / SWEEP, sweep.model_dump_json(indent=1).encode() + b"\n")
         return _run(folder.absolute(), sweep, trials, pool, progress)
+
+
+def _pool(ray: str | None, jobs: int | None, threads: int | None, device: str, progress: bool) -> Pool:
+    if ray is None:
+        return Processes(jobs, threads)
+    with busy("connecting to Ray", progress):
+        return RayTasks(ray, jobs, threads, device)
 
 
 def _source(folder: Path, config: str | Path | None, preset: str | None, resume: bool) -> Path | None:
