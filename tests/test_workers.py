@@ -60,16 +60,8 @@ def die(worker: WorkersEvaluator, number: int) -> None:
     worker.actors[number].__ray_call__.remote(lambda self: os._exit(1))
 
 
-def test_the_trajectory_is_that_of_one_process(bundle: Bundle, tmp_path: Path) -> None:
-    work = job(bundle)
-    alone = walk(work.evaluator(), work, tmp_path / "alone")
-    shared = walk(WorkersEvaluator(2, "local", work), work, tmp_path / "shared")
-    assert shared[1] == alone[1]
-    assert (shared[0].kept.prompt == alone[0].kept.prompt).all()
-
-
 @pytest.mark.parametrize(("engine", "method"), [("ort", "bbt"), ("ort", "bbtv2"), ("torch", "bbt")])
-def test_the_trajectory_of_real_engines_too(engine: str, method: str, tiny: Any, tmp_path: Path) -> None:
+def test_the_trajectory_is_that_of_one_process(engine: str, method: str, tiny: Any, tmp_path: Path) -> None:
     pytest.importorskip({"ort": "onnxruntime"}.get(engine, engine))
     bundle = tiny("roberta", method)
     ids = np.random.default_rng(0).integers(10, 30, (6, 9))
@@ -92,16 +84,14 @@ def test_a_worker_that_dies_is_replaced_and_its_candidates_run_again(bundle: Bun
     def kill(generation: Generation) -> None:
         if generation.generation == 2:
             die(pool, 0)
-        if generation.generation == 5:
-            ray.kill(pool.actors[1])
-        if generation.generation == 7:
-            die(pool, 0)
+        if generation.generation == 6:
+            ray.kill(pool.actors[0])
             die(pool, 1)
         if generation.generation == 9:
             assert not set(pool.actors) & set(first)
 
     assert walk(pool, work, tmp_path / "shared", kill)[1] == alone
-    assert sorted(line.split(" (")[0] for line in told) == ["worker 1 died"] * 2 + ["worker 2 died"] * 2
+    assert sorted(line.split(" (")[0] for line in told) == ["worker 1 died", "worker 1 died", "worker 2 died"]
 
 
 def test_workers_that_die_again_and_again_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,9 +139,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         WorkersEvaluator(2, "local", replace(work, engine=record))
 
 
-def test_a_run_goes_on_with_another_number_of_workers(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = search_bundle(tmp_path / "bundle", "bbtv2")
     task, data = task_file(tmp_path / "data"), tmp_path / "data"
 
     def start(output: str, **more: Any) -> Run:
@@ -180,7 +169,8 @@ def test_a_run_goes_on_with_another_number_of_workers(
         start("other", ray="auto")
 
 
-def test_the_benchmark_of_workers(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_benchmark_of_workers(tmp_path: Path) -> None:
+    bundle = search_bundle(tmp_path / "bundle")
     task = task_file(tmp_path / "data")
     report = scaling.measure(bundle, str(task), tmp_path / "data", ["dummy"], 4, 3, repeats=2, most=2)
     assert [(row.workers, row.threads, row.same) for row in report.rows] == [
