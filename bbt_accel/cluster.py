@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from bbt_accel.errors import EngineError, MissingDependency
 
 STORE = 100 * 2**20
 """Bytes of shared memory for Ray's objects: rows and losses need little, and Ray would take a third of the machine."""
+
+PATIENCE = 10.0
+"""Seconds to wait for a cluster's address to answer."""
 
 
 @contextmanager
@@ -51,12 +55,21 @@ def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
         options |= {"num_cpus": cpus or physical_cores(), "include_dashboard": False, "object_store_memory": STORE}
         options |= {"_temp_dir": folder}
     try:
+        _reach(address)
         ray.init(**options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if address == "local":
             raise EngineError(f"Ray does not start here ({reason:.200})") from error
-        raise EngineError(f"no Ray cluster at {address} ({reason:.200}); start one with ray start --head") from error
+        hint = "start one with ray start --head, and set RAY_AUTH_MODE=token where it asks for a token"
+        raise EngineError(f"no Ray cluster at {address} ({reason:.200}); {hint}") from error
+
+
+def _reach(address: str) -> None:
+    """Raises OSError when nothing listens at HOST:PORT, which Ray itself takes minutes to find out."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "://" not in host:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
 
 
 @contextmanager

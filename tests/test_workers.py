@@ -16,6 +16,7 @@ from bbt_accel import tune
 from bbt_accel.batch import Batch
 from bbt_accel.benchmarks import scaling
 from bbt_accel.bundle import Bundle
+from bbt_accel.cluster import connect
 from bbt_accel.errors import BundleError, EngineError, NonFiniteLoss, UsageError
 from bbt_accel.history import Generation, History
 from bbt_accel.objective import Objective
@@ -178,3 +179,16 @@ def test_the_benchmark_of_workers(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert report.rows[1].overhead_ms == pytest.approx(report.rows[1].ms_median - report.rows[0].ms_median)
     assert "| dummy | 2 workers | 1 |" in scaling.markdown(report)
+
+
+def test_an_address_where_no_cluster_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(EngineError, match=f"no Ray cluster at {address}"), connect(address):
+            pass
