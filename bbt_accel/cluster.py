@@ -102,10 +102,11 @@ def share_of_cores(ray: ModuleType, parts: int) -> int:
 def require(ray: ModuleType, parts: int, cpus: int, gpus: int, what: str) -> None:
     """Raises EngineError when the cluster could never hold so many parts at once."""
     have = ray.cluster_resources()
-    for kind, each in (("CPU", cpus), ("GPU", gpus)):
-        if parts * each > have.get(kind, 0):
+    for kind, each, hint in (("CPU", cpus, "lower --threads"), ("GPU", gpus, "use --device cpu")):
+        found = have.get(kind, 0)
+        if parts * each > found:
             raise EngineError(
-                f"{what} needs {parts * each} {kind}s, the Ray cluster has {have.get(kind, 0):g}; use fewer"
+                f"{what} needs {parts * each} {kind}s, the Ray cluster has {found:g}; {hint}, or take a larger one"
             )
 
 
