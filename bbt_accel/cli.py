@@ -19,7 +19,6 @@ from bbt_accel.errors import BbtError, UsageError
 INTERRUPTED = 130
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "torch", "transformers"), "export"),
-    "nncf": "openvino",
     "onnxruntime": "cpu",
     "openvino": "openvino",
     "tensorboard": "tensorboard",
@@ -104,6 +103,9 @@ def optimize(
         str | None, typer.Option(metavar="TASK", help="Task whose few-shot rows set the int8 ranges.")
     ] = None,
     data: Data = None,
+    max_noise: Annotated[
+        float, typer.Option(metavar="SHARE", help="int8: keep products in fp32 until the logits' error is no larger.")
+    ] = 0.05,
     as_json: AsJson = False,
 ) -> None:
     """Optimize a bundle for an engine: fused operators, lower precision, a TensorRT plan."""
@@ -113,7 +115,9 @@ def optimize(
 
     precision = _precision(fp16, bf16, int8)
     with busy(f"optimizing {bundle}"):
-        optimized = optimize_bundle(bundle, output, precision=precision, target=target, calibrate=calibrate, data=data)
+        optimized = optimize_bundle(
+            bundle, output, precision=precision, target=target, calibrate=calibrate, data=data, max_noise=max_noise
+        )
     report_bundle(optimized, as_json)
 
 

@@ -206,3 +206,20 @@ def save_stage(
         if large and (checkpoint is None or not checkpoint.refer(model.graph, tensor)):
             others.refer(model.graph, tensor)
     (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+
+
+def load_stage(file: Path) -> onnx.ModelProto:
+    """A graph with its weights inside it, in the orientation in which products take them."""
+    model = onnx.load(str(file))
+    weights = {t.name: t for t in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weights:
+            (axes,) = (a.ints for a in node.attribute if a.name == "perm")
+            array = numpy_helper.to_array(weights[node.input[0]]).transpose(axes)
+            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
