@@ -71,6 +71,7 @@ def export(
     prompt_mode: Annotated[Literal["add", "cat"], typer.Option(help="Add to, or put before, the input.")] = "add",
     n_prompt_tokens: Annotated[int, typer.Option(min=1, help="Soft prompt vectors.")] = 50,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
+    without: Without = "",
     as_json: AsJson = False,
 ) -> None:
     """Export a backbone to a bundle: ONNX graphs, weights, tokenizer."""
@@ -86,6 +87,7 @@ def export(
             prompt_mode=prompt_mode,
             n_prompt_tokens=n_prompt_tokens,
             revision=revision,
+            without=_names(without),
             progress=tell,
         )
     report_bundle(bundle, as_json)
