@@ -127,7 +127,7 @@ def measure(shape: str, threads: int, repeats: int, command: str) -> Growth:
             for one in track(wanted, "measuring", console=console, disable=not console.is_terminal)
         ]
     return Growth(
-        command=command, shape=shape, base=BASE, threads=threads, machine=describe_machine(), points=points
+        command=command, shape=shape, base=BASE, threads=threads, machine=dict(describe_machine()), points=points
     )  # fmt: skip
 
 

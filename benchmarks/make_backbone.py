@@ -114,7 +114,7 @@ def make_backbone(
         "eos_token_id": words.sep_token_id,
         "decoder_start_token_id": words.pad_token_id if shape.startswith("t5") else words.sep_token_id,
     }
-    arguments = {k: layers if layers and k in DEPTHS else v for k, v in SHAPES[shape].items()}
+    arguments: dict[str, Any] = {k: layers if layers and k in DEPTHS else v for k, v in SHAPES[shape].items()}
     model_type = arguments.pop("model_type")
     config = transformers.AutoConfig.for_model(model_type, **arguments, **ids)
     transformers.utils.logging.disable_progress_bar()
