@@ -66,9 +66,11 @@ def gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
     return {"model_type": "gpt2", "vocab_size": 50257, "n_embd": width, "n_layer": layers, "n_head": heads}
 
 
+SMALL = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 4, "intermediate_size": 2048}
 SHAPES = {
     "roberta-base": roberta(False),
     "roberta-large": roberta(True),
+    "bert-small": encoder("bert", 30522, 512, False) | SMALL,
     "bert-base": encoder("bert", 30522, 512, False),
     "bert-large": encoder("bert", 30522, 512, True),
     "bart-base": bart(768, 6, 12),
@@ -83,11 +85,18 @@ SHAPES = {
 """Published checkpoint → its configuration, where that is not the default of transformers."""
 
 
-def make_backbone(shape: str, output: Path, tokenizer: Path = BACKBONE, seed: int = 0) -> None:
+DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "n_layer")
+"""What configurations call the number of blocks."""
+
+
+def make_backbone(
+    shape: str, output: Path, tokenizer: Path = BACKBONE, seed: int = 0, layers: int | None = None
+) -> None:
     """Write a checkpoint with random float32 weights into the new folder `output`.
 
     shape: a key of `SHAPES`. tokenizer: a folder with tokenizer.json; the shipped one unless given. The vocabulary
-    size stays the published one, so a tokenizer may be smaller but not larger. Raises UsageError, DataError.
+    size stays the published one, so a tokenizer may be smaller but not larger. layers: blocks, instead of the
+    published number. Raises UsageError, DataError.
     """
     import torch
     import transformers
@@ -105,7 +114,7 @@ def make_backbone(shape: str, output: Path, tokenizer: Path = BACKBONE, seed: in
         "eos_token_id": words.sep_token_id,
         "decoder_start_token_id": words.pad_token_id if shape.startswith("t5") else words.sep_token_id,
     }
-    arguments = dict(SHAPES[shape])
+    arguments: dict[str, Any] = {k: layers if layers and k in DEPTHS else v for k, v in SHAPES[shape].items()}
     model_type = arguments.pop("model_type")
     config = transformers.AutoConfig.for_model(model_type, **arguments, **ids)
     transformers.utils.logging.disable_progress_bar()
@@ -146,9 +155,10 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the new folder")
     parser.add_argument("--tokenizer", type=Path, default=BACKBONE, help="a folder with tokenizer.json")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--layers", type=int, help="blocks, instead of the published number")
     given = parser.parse_args()
     try:
-        make_backbone(given.shape, given.output, given.tokenizer, given.seed)
+        make_backbone(given.shape, given.output, given.tokenizer, given.seed, given.layers)
     except BbtError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -42,11 +42,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
             validate.main(str(folder))
         return float(json.loads(output.getvalue())["max_error"])
 
-    def call(checkpoint: Path, method: str = "bbt", mode: str = "add", n: int = 10) -> Bundle:
-        key = (checkpoint, method, mode, n)
+    def call(
+        checkpoint: Path, method: str = "bbt", mode: str = "add", n: int = 10, without: tuple[str, ...] = ()
+    ) -> Bundle:
+        key = (checkpoint, method, mode, n, without)
         if key not in made:
             output = tmp_path_factory.mktemp("exported") / f"{checkpoint.name}-{method}-{mode}"
-            made[key] = export.export_bundle(checkpoint, output, method=method, prompt_mode=mode, n_prompt_tokens=n)  # type: ignore[arg-type]
+            made[key] = export.export_bundle(
+                checkpoint,
+                output,
+                method=method,
+                prompt_mode=mode,
+                n_prompt_tokens=n,
+                without=without,  # type: ignore[arg-type]
+            )
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -56,16 +65,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
 
 @pytest.fixture(scope="session")
 def tiny(exported: Export, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """`tiny(name, method, mode)`: the bundle of a tiny backbone of `tiny_backbones`, with three prompt tokens."""
+    """`tiny(name, method, mode, without)`: the bundle of a tiny backbone, with few prompt tokens."""
     from tiny_backbones import N_PROMPT, save_recorded_backbone
 
     root = tmp_path_factory.mktemp("checkpoints")
 
-    def call(name: str, method: str = "bbt", mode: str = "add") -> Bundle:
+    def call(name: str, method: str = "bbt", mode: str = "add", without: tuple[str, ...] = ()) -> Bundle:
         checkpoint = root / name
         if not checkpoint.exists():
             save_recorded_backbone(name, checkpoint)
-        return exported(checkpoint, method, mode, N_PROMPT)
+        return exported(checkpoint, method, mode, N_PROMPT, without)
 
     return call
 

@@ -162,12 +162,27 @@ def test_a_budget_that_cannot_be(inside: Inside, tmp_path: Path) -> None:
 def test_savings(inside: Inside, tmp_path: Path) -> None:
     report = run_bench(**SMALL, engines=["ort"], precisions=["fp32"], savings=True, output=tmp_path / "out")
     off = [row.without for row in report.rows]
-    assert [] in off
-    assert ["buckets"] in off
-    assert ["population"] in off
+    assert off.count([]) == 2  # eager, and the row with all savings
+    assert {"buckets", "population", "label-head", "last-block", "shared-first"} <= {
+        name for names in off for name in names
+    }
     assert max(off, key=len) == off[-1]
     assert "## What each saving brings" in (tmp_path / "out" / "report.md").read_text()
-    assert sum(step == "optimize" for step, _ in inside.calls) == 1
+
+
+def test_savings_of_other_families_and_methods_are_not_measured(inside: Inside, tmp_path: Path) -> None:
+    report = run_bench(**SMALL, engines=["ort"], precisions=["fp32"], savings=True, output=tmp_path / "out")
+    off = [tuple(row.without) for row in report.rows[1:]]
+    assert not {"prefix-cache", "short-decoder", "layer-cache"} & {name for names in off for name in names}
+    assert len(set(off)) == len(off)
+
+
+def test_what_graphs_leave_out_is_exported_anew_when_it_is_switched_off(inside: Inside, tmp_path: Path) -> None:
+    run_bench(**SMALL, engines=["ort"], precisions=["fp32"], savings=True, output=tmp_path / "out")
+    exported = [given["without"] for step, given in inside.calls if step == "export"]
+    each = [["label-head"], ["last-block"], ["shared-first"]]
+    assert exported == [[], *each, ["label-head", "last-block", "shared-first"]]
+    assert sum(step == "optimize" for step, _ in inside.calls) == 5
 
 
 def test_bbtv2(inside: Inside, tmp_path: Path) -> None:

@@ -150,12 +150,14 @@ def test_debug_shows_the_traceback(program: Program, capsys: pytest.CaptureFixtu
 
 def test_export(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     program.result = tiny_bundle(tmp_path)
-    code, out, _ = run(capsys, "export", "demo", "-o", "b", "--method", "bbtv2", "--revision", "main", "--json")
+    more = ["--without", "last-block", "--json"]
+    code, out, _ = run(capsys, "export", "demo", "-o", "b", "--method", "bbtv2", "--revision", "main", *more)
     assert code == 0
     assert json.loads(out)["backbone"] == "tiny-roberta"
     assert program.calls[0][0] == ("demo", Path("b"))
     assert callable(program.options.pop("progress"))
-    assert program.options == {"method": "bbtv2", "prompt_mode": "add", "n_prompt_tokens": 50, "revision": "main"}
+    wanted = {"method": "bbtv2", "prompt_mode": "add", "n_prompt_tokens": 50, "revision": "main"}
+    assert program.options == {**wanted, "without": ["last-block"]}
     code, out, _ = run(capsys, "export", "demo", "-o", "b")
     assert code == 0
     assert "tiny-roberta" in out
@@ -167,11 +169,12 @@ def test_optimize(
 ) -> None:
     program.result = tiny_bundle(tmp_path)
     program.result.info.optimization = {"agreement": 1.0, "fused": ["LayerNormalization"]}
-    options = ["--target", "openvino", "--calibrate", "sst2", "--data", "d"]
+    options = ["--target", "openvino", "--calibrate", "sst2", "--data", "d", "--max-noise", "0.1"]
     code, out, _ = run(capsys, "optimize", "a", "-o", "b", *options, *flags)
     assert code == 0
     assert "LayerNormalization" in out
-    wanted = {"precision": precision, "target": "openvino", "calibrate": "sst2", "data": Path("d")}
+    read = {"calibrate": "sst2", "data": Path("d"), "max_noise": 0.1}
+    wanted = {"precision": precision, "target": "openvino", **read}
     assert program.options == wanted
 
 

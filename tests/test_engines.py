@@ -138,6 +138,11 @@ def test_a_saving_that_is_misspelled(bundle: Bundle) -> None:
     assert "Did you mean buckets?" in one_line(lambda: load_engine(bundle, "ort", without=["bucket"]), UsageError)
 
 
+def test_a_saving_that_is_part_of_the_graphs(bundle: Bundle) -> None:
+    message = one_line(lambda: load_engine(bundle, "ort", without=["last-block"]), UsageError)
+    assert "export --without last-block" in message
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_an_engine_loads_a_path_as_well_as_a_bundle(bundle: Bundle, name: str) -> None:
     with load_engine(bundle.path, name, threads=THREADS) as engine:
@@ -288,7 +293,7 @@ BLOCK = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "nncf"}:
+        if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript", "onnx_ir"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,15 @@ import pytest
 
 pytest.importorskip("torch")
 
+import cma
 from conftest import THREADS, Export, Load
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny_backbones import VARIANTS
 
-from bbt_accel import Batch, Bundle, load_engine
-from bbt_accel.engines.savings import SAVINGS
+from bbt_accel import Batch, Bundle, Objective, load_engine
 from bbt_accel.engines.staged import StagedEngine
+from bbt_accel.savings import SAVINGS, inside
 
 TOLERANCE = 1e-5
 ENGINES = ["torch", "ort", *(["openvino"] if find_spec("openvino") else [])]
@@ -89,10 +91,10 @@ def random_prompts(bundle: Bundle, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def assert_same(logits: np.ndarray, wanted: np.ndarray) -> None:
-    assert logits.dtype == np.float32
-    assert logits.shape == wanted.shape
-    assert np.abs(logits - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+def assert_same(logits: np.ndarray, wanted: np.ndarray, what: object = None) -> None:
+    assert logits.dtype == np.float32, what
+    assert logits.shape == wanted.shape, what
+    assert np.abs(logits - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max()), what
 
 
 @all_variants
@@ -161,23 +163,27 @@ def test_logits_do_not_depend_on_how_the_work_is_cut_up(
                 assert_same(bound.label_logits(prompts), wanted)
 
 
-@pytest.mark.parametrize("saving", [*SAVINGS, "all"])
 @each_engine
 @all_variants
 def test_each_saving_gives_the_same_numbers_as_the_work_it_saves(
-    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str, saving: str
+    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
 ) -> None:
+    """Alone and all together; what graphs leave out is the same code as in `torch`, and is traced all together."""
     bundle = tiny(name, method, mode)
     prompts = random_prompts(bundle, 3, 2)
-    with load_engine(bundle, engine, threads=THREADS, without=SAVINGS if saving == "all" else [saving]) as naive:
-        for padding in ("right", "left", "short rows"):
-            shape = {"rows": 5, "text": 9, "labels": 3, "padding": padding, "decoder": None, "seed": 3}
-            rows = batch_of(bundle, shape)
-            with loaded(bundle, engine).bind(rows) as saved, naive.bind(rows) as whole:
-                assert_same(whole.label_logits(prompts), saved.label_logits(prompts))
-                for layer in range(bundle.info.n_layers if method == "bbtv2" else 0):
-                    one = prompts[0], layer, prompts[:, layer]
-                    assert_same(whole.layer_logits(*one), saved.layer_logits(*one))
+    names = [saving for saving in SAVINGS if SAVINGS[saving].applies(bundle.info)]
+    outside = [saving for saving in names if engine == "torch" or not SAVINGS[saving].inside]
+    for off in [*([saving] for saving in outside), names]:
+        source = bundle if engine == "torch" else tiny(name, method, mode, tuple(inside(off)))
+        with load_engine(source, engine, threads=THREADS, without=off) as naive:
+            for padding in ("right", "left", "short rows"):
+                shape = {"rows": 5, "text": 9, "labels": 3, "padding": padding, "decoder": None, "seed": 3}
+                rows = batch_of(bundle, shape)
+                with loaded(bundle, engine).bind(rows) as saved, naive.bind(rows) as whole:
+                    assert_same(whole.label_logits(prompts), saved.label_logits(prompts), off)
+                    for layer in range(bundle.info.n_layers if method == "bbtv2" else 0):
+                        one = prompts[0], layer, prompts[:, layer]
+                        assert_same(whole.layer_logits(*one), saved.layer_logits(*one), off)
 
 
 @each_engine
@@ -248,3 +254,34 @@ def test_the_standard_deviations_of_the_layers_are_those_of_the_naive_forward(
         assert wanted.shape == (bundle.info.n_layers,)
 
     check()
+
+
+@each_engine
+def test_a_bbtv2_search_follows_the_same_trajectory_with_and_without_the_cache(
+    tiny: Export, tmp_path: Path, engine: str
+) -> None:
+    """The step size and the best prompts of every turn, over several rounds through the layers."""
+    bundle = tiny("roberta", "bbtv2", "add")
+    shape = {"rows": 6, "text": 8, "labels": 3, "padding": "right", "decoder": None, "seed": 11}
+    rows = batch_of(bundle, shape)
+    targets = np.arange(len(rows)) % 3
+    trajectories = []
+    for without in ([], ["layer-cache"]):
+        losses: list[np.ndarray] = []
+        with load_engine(bundle, engine, threads=THREADS, without=without) as one, one.bind(rows) as bound:
+            bests = [(np.inf, prompt) for prompt in np.zeros(bundle.info.prompt_shape, np.float32)]
+            searches = [cma.CMAEvolutionStrategy(np.zeros(20), 1.0, {"seed": 5 + i, "verbose": -9}) for i in range(2)]
+            projections = [np.random.default_rng(i).standard_normal((20, bests[0][1].size)) for i in range(2)]
+            for turn in range(8):
+                layer = turn % 2
+                z = np.array(searches[layer].ask(6))
+                prompts = (0.3 * z @ projections[layer]).reshape(6, *bests[0][1].shape).astype(np.float32)
+                stack = np.stack([prompt for _, prompt in bests])
+                found = Objective("ce").score(bound.layer_logits(stack, layer, prompts), targets)[0]
+                searches[layer].tell(list(z), [float(round(loss, 5)) for loss in found])
+                winner = int(found.argmin())
+                bests[layer] = min(bests[layer], (found[winner], prompts[winner]), key=lambda pair: pair[0])
+                losses.append(found)
+        trajectories.append(np.stack(losses))
+    np.testing.assert_allclose(trajectories[1], trajectories[0], atol=1e-5)
+    assert trajectories[0][6:].min() < trajectories[0][:2].min()  # it did search
