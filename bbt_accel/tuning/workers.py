@@ -65,6 +65,7 @@ class WorkersEvaluator(Evaluator):
 
     The losses are those of one process, bit for bit, where the engine computes a candidate alike in every population
     of two or more and with every number of threads: ONNX Runtime does on a CPU, PyTorch with one thread a worker.
+    (A population that is too large for one call of the engine may leave a candidate alone in the last call.)
 
     job: its engine's threads are each worker's; None for its share of the cores.
     address: of a Ray cluster, or `local` for one on this machine. tell: is told when a worker is replaced.
