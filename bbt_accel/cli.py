@@ -21,6 +21,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "torch", "transformers"), "export"),
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    "ray": "ray",
     "tensorboard": "tensorboard",
 }
 """What a command may lack, and the extra that brings it."""
@@ -43,6 +44,21 @@ TaskName = Annotated[str, typer.Option(help="A built-in task (sst2, yelpp, agnew
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; those of the machine unless given.")]
 Without = Annotated[str, typer.Option(metavar="NAMES", help="Savings to switch off, with commas between.")]
 OtherBundle = Annotated[Path | None, typer.Option(help="Another bundle of the backbone; that of the run unless given.")]
+KShot = Annotated[int | None, typer.Option(help="Rows a class, for train and for dev. (default: 16)")]
+IntrinsicDim = Annotated[int | None, typer.Option(help="Dimension of the search. (default: 500)")]
+Popsize = Annotated[int | None, typer.Option(help="Candidates a generation. (default: 20)")]
+Budget = Annotated[int | None, typer.Option(help="Candidates in all. (default: the task's, or 8000)")]
+Sigma = Annotated[float | None, typer.Option(help="Step size at the start. (default: the task's, or 1)")]
+Alpha = Annotated[float | None, typer.Option(help="Scale of the projection. (default: the task's, or 1)")]
+Bound = Annotated[float | None, typer.Option(help="Keep z in a box of this half width. (default: none)")]
+LossName = Annotated[
+    Literal["ce", "hinge", "perf"] | None, typer.Option(help="What is minimised. (default: the task's, or ce)")
+]
+EvalEvery = Annotated[int | None, typer.Option(help="Candidates between dev scores. (default: 100)")]
+RandomProj = Annotated[
+    Literal["normal", "uniform"] | None, typer.Option(help="Entries of the projection. (default: normal)")
+]
+Ray = Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster, or local.")]
 RunEngine = Annotated[Engine | None, typer.Option(help="The engine; that of the run unless given.")]
 RunDevice = Annotated[Device | None, typer.Option(help="The device; that of the run unless given.")]
 
@@ -131,26 +147,24 @@ def tune(
     engine: Annotated[Engine, typer.Option(help="What runs the backbone.")] = "ort",
     device: Annotated[Device, typer.Option(help="Where it runs.")] = "cpu",
     threads: Threads = None,
-    k_shot: Annotated[int | None, typer.Option(help="Rows a class, for train and for dev. (default: 16)")] = None,
-    intrinsic_dim: Annotated[int | None, typer.Option(help="Dimension of the search. (default: 500)")] = None,
-    popsize: Annotated[int | None, typer.Option(help="Candidates a generation. (default: 20)")] = None,
-    budget: Annotated[int | None, typer.Option(help="Candidates in all. (default: the task's, or 8000)")] = None,
-    sigma: Annotated[float | None, typer.Option(help="Step size at the start. (default: the task's, or 1)")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale of the projection. (default: the task's, or 1)")] = None,
-    bound: Annotated[float | None, typer.Option(help="Keep z in a box of this half width. (default: none)")] = None,
-    loss: Annotated[
-        Literal["ce", "hinge", "perf"] | None, typer.Option(help="What is minimised. (default: the task's, or ce)")
-    ] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Candidates between dev scores. (default: 100)")] = None,
+    k_shot: KShot = None,
+    intrinsic_dim: IntrinsicDim = None,
+    popsize: Popsize = None,
+    budget: Budget = None,
+    sigma: Sigma = None,
+    alpha: Alpha = None,
+    bound: Bound = None,
+    loss: LossName = None,
+    eval_every: EvalEvery = None,
     seed: Annotated[int | None, typer.Option(help="Of rows, projection and search. (default: 42)")] = None,
-    random_proj: Annotated[
-        Literal["normal", "uniform"] | None, typer.Option(help="Entries of the projection. (default: normal)")
-    ] = None,
+    random_proj: RandomProj = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The run's folder.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of that name.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
     without: Without = "",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that share each population.")] = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Search a soft prompt for a task by CMA-ES."""
@@ -178,6 +192,8 @@ def tune(
         device=device,
         threads=threads,
         without=_names(without),
+        workers=workers,
+        ray=ray,
         output=output,
         resume=resume,
         overwrite=overwrite,
@@ -188,6 +204,75 @@ def tune(
     report_run(run, as_json)
     if run.info.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command(epilog="Example: bbt-accel sweep --bundle bundle --task demo --seed 42 --seed 43 -o sweep")
+def sweep(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The sweep's folder.")],
+    config: Annotated[Path | None, typer.Option(help="A .toml file that says what to run.")] = None,
+    preset: Annotated[Literal["paper", "paper-v2"] | None, typer.Option(help="One that is shipped, instead.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; may stand more than once, as the next three.")] = None,
+    bundle: Annotated[list[Path] | None, typer.Option(help="A bundle.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="An engine. (default: ort)")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of rows, projection and search. (default: 42)")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where all run. (default: cpu)")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with a folder of rows for each task.")] = None,
+    k_shot: KShot = None,
+    intrinsic_dim: IntrinsicDim = None,
+    popsize: Popsize = None,
+    budget: Budget = None,
+    sigma: Sigma = None,
+    alpha: Alpha = None,
+    bound: Bound = None,
+    loss: LossName = None,
+    eval_every: EvalEvery = None,
+    random_proj: RandomProj = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trials at a time. (default: 1)")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a trial. (default: its share)")] = None,
+    ray: Ray = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on: what is done is not run again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tune on many tasks, bundles, engines and seeds; one table of test scores."""
+    from bbt_accel.reports import report_sweep
+    from bbt_accel.sweeps import run_sweep
+
+    settings = _given(
+        k_shot=k_shot,
+        intrinsic_dim=intrinsic_dim,
+        popsize=popsize,
+        budget=budget,
+        sigma=sigma,
+        alpha=alpha,
+        bound=bound,
+        loss=loss,
+        eval_every=eval_every,
+        random_proj=random_proj,
+    )
+    report = run_sweep(
+        output,
+        config=config,
+        preset=preset,
+        given={
+            "tasks": task,
+            "bundles": [str(path) for path in bundle or []],
+            "engines": engine,
+            "seeds": seed,
+            "device": device,
+            "data": None if data is None else str(data),
+            "settings": settings,
+        },
+        jobs=jobs,
+        threads=threads,
+        ray=ray,
+        resume=resume,
+        progress=not as_json,
+    )
+    report_sweep(report, output, as_json)
+    if report.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if failed := report.count("failed"):
+        raise BbtError(f"{failed} of {len(report.trials)} trials failed; --resume tries them again")
 
 
 @app.command(epilog="Example: bbt-accel evaluate runs/sst2 --data data/sst2")

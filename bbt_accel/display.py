@@ -40,14 +40,14 @@ def print_markdown(content: str) -> None:
 
 
 @contextmanager
-def busy(message: str) -> Iterator[Callable[[str, int, int], None]]:
+def busy(message: str, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on a terminal's standard error while the block runs; elsewhere nothing.
 
     Gives a function to call with what is being done, how many steps are done, and of how many.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(message, total=None)
 
         def tell(what: str, done: int, of: int) -> None:

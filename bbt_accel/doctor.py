@@ -24,6 +24,7 @@ OPTIONAL = (
     "tensorrt-rtx-cu13",
     "tensorrt",
     "cuda-python",
+    "ray",
     "tensorboard",
 )
 FEATURES = {

@@ -38,10 +38,11 @@ class Objective:
             if value not in known:
                 raise UsageError(f"unknown {kind} {value!r}; it is one of {', '.join(known)}")
 
-    def score(self, logits: Float32, targets: Int64) -> tuple[Float64, Float64]:
+    def score(self, logits: Float32, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
         """Losses and metrics of a population.
 
         logits: float32 (P, N, C); targets: int64 (N,). Returns float64 (P,) and float64 (P,).
+        first: number of the first candidate, where these are part of a population.
         Raises NonFiniteLoss when a candidate's logits are NaN or infinite.
         """
         x = np.asarray(logits, dtype=np.float64)
@@ -53,7 +54,7 @@ class Objective:
         finite = np.isfinite(x).all(axis=(1, 2))
         if not finite.all():
             raise NonFiniteLoss(
-                f"the loss of candidate {int(np.argmin(finite))} is not finite (a logit is NaN or infinite); "
+                f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite); "
                 "use an fp32 bundle, or a smaller --sigma or --alpha"
             )
         metrics = _accuracy(x, targets) if self.metric == "accuracy" else _f1(x, targets)

@@ -12,6 +12,7 @@ from bbt_accel.display import print_facts, print_json, print_markdown, print_tab
 if TYPE_CHECKING:
     from bbt_accel.bundle import Bundle
     from bbt_accel.run import Run
+    from bbt_accel.sweeps.report import Report as SweepReport
 
 
 def report_bundle(bundle: Bundle, as_json: bool) -> None:
@@ -38,7 +39,8 @@ def report_run(run: Run, as_json: bool) -> None:
     facts: dict[str, object] = {
         "task": f"{info.task.name}, {info.settings.k_shot} rows a class, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
-        "engine": f"{info.engine.name} on {info.engine.device}",
+        "engine": f"{info.engine.name} on {info.engine.device}"
+        + (f", {info.engine.workers} workers" if info.engine.workers else ""),
         "status": info.status if info.status == "done" else f"{info.status}; go on with --resume",
         "calls": info.calls,
         "seconds": info.seconds,
@@ -79,3 +81,14 @@ def report_bench(output: Path, as_json: bool) -> None:
         return
     print_markdown((output / "report.md").read_text(encoding="utf-8"))
     print(f"written to {output}")
+
+
+def report_sweep(report: SweepReport, output: Path, as_json: bool) -> None:
+    """The table of a sweep and what failed, or the whole of report.json."""
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    from bbt_accel.sweeps.markdown import failures, legend, scores, summary
+
+    print_markdown("\n\n".join([summary(report), scores(report), legend(report), *failures(report)]))
+    print(f"written to {output}; {output / 'report.md'} has every trial")

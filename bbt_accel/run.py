@@ -65,6 +65,8 @@ class EngineRecord(BaseModel):
     name: str
     device: str
     threads: int | None
+    workers: int | None = None
+    """Processes among which the population was divided; None for the process of the search alone."""
     without: list[str]
     versions: dict[str, str] = {}
 

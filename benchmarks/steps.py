@@ -1,4 +1,4 @@
-"""What a process of the benchmark does: export, optimize, measure the machine, time, compare, tune.
+"""What a process of the benchmark does: export, optimize, measure the machine, time, compare, tune; and a sweep's.
 
 Arguments and results are JSON; arrays travel as files.
 """
@@ -68,6 +68,13 @@ def tune(engine: Engine, run: str, prompt: str, batch: str, logits: str, **argum
     return {"seconds": done.info.seconds, "calls": done.info.calls}
 
 
+def trial(**arguments: Any) -> dict[str, Any]:
+    """A trial of a sweep."""
+    from bbt_accel.sweeps.trial import run_trial
+
+    return run_trial(**arguments)
+
+
 STEPS: dict[str, Callable[..., Any]] = {
     "export": export,
     "optimize": optimize,
@@ -75,4 +82,5 @@ STEPS: dict[str, Callable[..., Any]] = {
     "measure": measure,
     "compare": compare,
     "tune": tune,
+    "trial": trial,
 }

@@ -27,15 +27,34 @@ def call(step: str, **arguments: Any) -> Any:
     other error, and for a process that died.
     """
     with tempfile.TemporaryDirectory(prefix="bbt-bench-") as folder:
-        request, reply = Path(folder, "request.json"), Path(folder, "reply.json")
-        request.write_text(json.dumps(arguments, default=str), encoding="utf-8")
-        command = [sys.executable, "-m", "bbt_accel.benchmarks.worker", step, str(request), str(reply)]
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=os.environ | QUIET, check=False
+            prepare(step, arguments, Path(folder)), capture_output=True, text=True, errors="replace", env=env()
         )
-        if not reply.is_file():
-            raise EngineError(death(done.returncode, done.stderr))
-        answer = json.loads(reply.read_text(encoding="utf-8"))
+        return value(read_answer(Path(folder), done.returncode, done.stderr))
+
+
+def env() -> dict[str, str]:
+    return os.environ | QUIET
+
+
+def prepare(step: str, arguments: dict[str, Any], folder: Path) -> list[str]:
+    """The command of a process that does a step; its request and its answer are files of the folder."""
+    (folder / "request.json").write_text(json.dumps(arguments, default=str), encoding="utf-8")
+    files = str(folder / "request.json"), str(folder / "reply.json")
+    return [sys.executable, "-m", "bbt_accel.benchmarks.worker", step, *files]
+
+
+def read_answer(folder: Path, code: int, stderr: str) -> dict[str, Any]:
+    """What the process answered; for one that died, that as an error."""
+    reply = folder / "reply.json"
+    if not reply.is_file():
+        return {"error": EngineError.__name__, "message": death(code, stderr)}
+    answer: dict[str, Any] = json.loads(reply.read_text(encoding="utf-8"))
+    return answer
+
+
+def value(answer: dict[str, Any]) -> Any:
+    """What the step returned. Raises what it raised."""
     if "error" in answer:
         kind = getattr(errors, answer["error"], EngineError)
         raise kind(answer["message"])
@@ -51,22 +70,26 @@ def death(code: int, stderr: str) -> str:
     return f"the process ended with exit code {code} ({last:.200})"
 
 
-def main(step: str, request: str, reply: str) -> None:
-    answer: dict[str, Any]
+def attempt(step: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Do a step here; what it returns, or its error as a name and a line."""
     try:
         from bbt_accel.benchmarks.steps import STEPS
 
-        answer = {"value": STEPS[step](**json.loads(Path(request).read_text(encoding="utf-8")))}
+        return {"value": STEPS[step](**arguments)}
     except BbtError as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
+        return {"error": type(error).__name__, "message": str(error)}
     except ImportError as error:
         message = f"{error.name} is not installed; see bbt-accel doctor"
-        answer = {"error": MissingDependency.__name__, "message": message}
+        return {"error": MissingDependency.__name__, "message": message}
     except MemoryError:
-        answer = {"error": EngineError.__name__, "message": "out of memory"}
+        return {"error": EngineError.__name__, "message": "out of memory"}
     except Exception as error:  # whatever an engine raises is a row of the table
         line = (str(error).strip().splitlines() or [""])[0]
-        answer = {"error": EngineError.__name__, "message": f"{type(error).__name__}: {line:.200}"}
+        return {"error": EngineError.__name__, "message": f"{type(error).__name__}: {line:.200}"}
+
+
+def main(step: str, request: str, reply: str) -> None:
+    answer = attempt(step, json.loads(Path(request).read_text(encoding="utf-8")))
     partial = Path(reply).with_suffix(".part")
     partial.write_text(json.dumps(answer), encoding="utf-8")
     partial.rename(reply)

@@ -92,3 +92,13 @@ def loaded() -> Iterator[Load]:
             return made[key]
 
         yield call
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray of this machine, started once a module, with CPUs that are only counted."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    from bbt_accel.cluster import connect
+
+    with connect("local", 4):
+        yield

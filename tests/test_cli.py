@@ -18,7 +18,7 @@ from bbt_accel.cli import app, main
 from bbt_accel.errors import BundleError, EngineError
 from bbt_accel.tasks import load_task
 
-COMMANDS = ["export", "optimize", "tune", "evaluate", "predict", "bench", "doctor"]
+COMMANDS = ["export", "optimize", "tune", "sweep", "evaluate", "predict", "bench", "doctor"]
 SCORE = {"split": "test", "metric": "accuracy", "score": 0.75, "rows": 8, "engine": "ort", "without_prompt": 0.5}
 
 
@@ -183,7 +183,7 @@ def finished(status: str = "done") -> SimpleNamespace:
         task=load_task("sst2"),
         settings=SimpleNamespace(k_shot=16, seed=42),
         bundle=SimpleNamespace(backbone="tiny", method="bbt", precision="fp32"),
-        engine=SimpleNamespace(name="ort", device="cpu"),
+        engine=SimpleNamespace(name="ort", device="cpu", workers=None),
         status=status,
         calls=8000,
         seconds=12.5,
@@ -206,6 +206,8 @@ def test_tune_passes_only_the_settings_given(program: Program, capsys: pytest.Ca
         "device": "cpu",
         "threads": None,
         "without": ["kv", "cache"],
+        "workers": None,
+        "ray": None,
         "output": Path("r"),
         "resume": True,
         "overwrite": False,

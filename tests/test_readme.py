@@ -124,11 +124,23 @@ def test_savings_and_tasks_are_named() -> None:
 
 def test_task_example_loads(tmp_path: Path) -> None:
     example = re.findall(r"^```toml\n(.*?)^```", README, re.M | re.S)
-    (tmp_path / "tickets.toml").write_text(example[0], encoding="utf-8")
+    tickets = next(text for text in example if 'name = "tickets"' in text)
+    (tmp_path / "tickets.toml").write_text(tickets, encoding="utf-8")
     task = load_task(tmp_path / "tickets.toml")
     assert (task.n_classes, task.text) == (3, ["subject", "body"])
     for family in ("roberta", "t5", "gpt2"):
         assert len(task.words(family)) == 3
+
+
+def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
+    from bbt_accel.sweeps.plan import read_sweep
+
+    section = README.split("### sweep: ")[1]
+    (tmp_path / "sweep.toml").write_text(re.findall(r"^```toml\n(.*?)^```", section, re.M | re.S)[0], encoding="utf-8")
+    found, words = read_sweep(tmp_path / "sweep.toml", {}), shlex.split(commands(section)[0])
+    for option, values in (("--bundle", found.bundles), ("--task", found.tasks), ("--seed", found.seeds)):
+        assert [words[i + 1] for i, word in enumerate(words) if word == option] == list(map(str, values))
+    assert found.settings == {"budget": int(words[words.index("--budget") + 1])}
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])

@@ -15,6 +15,7 @@ from bbt_accel.history import Generation, History
 from bbt_accel.objective import Objective
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.cma import Cma
+from bbt_accel.tuning.evaluator import LocalEvaluator
 from bbt_accel.tuning.search import Outcome, search
 
 SMALL = Settings(intrinsic_dim=6, popsize=4, budget=96, eval_every=10, seed=3)
@@ -30,7 +31,8 @@ def run(
     bundle: Bundle, file: Path, settings: Settings = SMALL, engine: DummyEngine | None = None
 ) -> tuple[Outcome, list[Generation]]:
     with History(file) as history:
-        outcome = search(engine or DummyEngine(bundle), TRAIN, DEV, settings, "accuracy", history)
+        evaluator = LocalEvaluator(engine or DummyEngine(bundle), TRAIN, DEV, Objective(settings.loss, "accuracy"))
+        outcome = search(evaluator, bundle.info, settings, history)
         return outcome, history.generations
 
 

@@ -10,20 +10,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import bbt_accel
-from bbt_accel.batch import Batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import few_shot, load_rows
+from bbt_accel.display import busy
 from bbt_accel.encoding import Encoder
-from bbt_accel.engines.base import Engine
-from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import RunError, UsageError
 from bbt_accel.history import Generation, History
+from bbt_accel.objective import Objective
 from bbt_accel.run import EVENTS, HISTORY, BundleRecord, DataRecord, EngineRecord, Run, RunInfo
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import Task, load_task
+from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.events import Events
 from bbt_accel.tuning.progress import SearchProgress
 from bbt_accel.tuning.search import Outcome, search
+from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
 from bbt_accel.tuning.workspace import Workspace
 
 
@@ -36,6 +37,8 @@ def tune(
     device: str = "cpu",
     threads: int | None = None,
     without: Sequence[str] = (),
+    workers: int | None = None,
+    ray: str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -50,6 +53,8 @@ def tune(
     resume: continue an interrupted or killed run to the same prompt, bit for bit; start one if there is none, and
         return a run that is done as it is.
     overwrite: replace an existing run, once the new one is whole.
+    workers: divide each population among so many processes, each with an engine of its own and `threads`, or its
+        share of the cores. ray: the address of a Ray cluster to run them on; this machine unless given.
     progress: on a terminal, show a bar; and say on standard error when a run is interrupted or was done already.
 
     Ctrl-C ends the search early: the run then holds the best prompt so far and its status is `interrupted`. Before
@@ -59,6 +64,8 @@ def tune(
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other; choose one")
+    if ray is not None and workers is None:
+        raise UsageError("--ray says where workers run; say how many by --workers")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     task = task if isinstance(task, Task) else load_task(task)
     data = Path(data) if data is not None else None
@@ -71,6 +78,8 @@ def tune(
     elif not resume:
         space.require_free(overwrite)
     chosen.generations(bundle.info.method, bundle.info.n_layers)  # raises before anything is loaded
+    if workers is not None:
+        check_workers(workers, chosen.popsize)
 
     train, dev = few_shot(load_rows(task, "train", data), task.n_classes, chosen.k_shot, chosen.seed)
     encoder = Encoder(bundle, task)
@@ -80,7 +89,7 @@ def tune(
         settings=chosen,
         data=DataRecord.of(data, train, dev),
         bundle=BundleRecord.of(bundle, space.final),
-        engine=EngineRecord(name=engine, device=device, threads=threads, without=sorted(without)),
+        engine=EngineRecord(name=engine, device=device, threads=threads, workers=workers, without=sorted(without)),
         versions=_versions(),
     )
     if former is not None and (differences := former.differences(info)):
@@ -89,10 +98,18 @@ def tune(
         if progress:
             print(f"{space.final} is done already; there is nothing to resume", file=sys.stderr)
         return Run.read(space.final)
-    with load_engine(bundle, engine, device=device, threads=threads, without=without) as loaded:
-        info.engine.versions = loaded.versions()
+    job = Job(
+        bundle, info.engine, chosen, Objective(chosen.loss, task.metric), encoder.encode(train), encoder.encode(dev)
+    )
+    if workers is None:
+        evaluator: Evaluator = job.evaluator()
+    else:
+        with busy(f"starting {workers} workers", progress):
+            evaluator = WorkersEvaluator(workers, ray or "local", job, _say if progress else lambda line: None)
+    with evaluator:
+        info.engine.versions = evaluator.versions()
         space.open(info, resume)
-        outcome = _search(space, info, loaded, encoder.encode(train), encoder.encode(dev), tensorboard, progress)
+        outcome = _search(space, info, evaluator, bundle, tensorboard, progress)
     run = space.finish(info, outcome)
     if progress and outcome.interrupted:
         print(f"interrupted; {run.path} holds the best prompt so far, --resume goes on from here", file=sys.stderr)
@@ -100,11 +117,10 @@ def tune(
 
 
 def _search(
-    space: Workspace, info: RunInfo, engine: Engine, train: Batch, dev: Batch, tensorboard: bool, progress: bool
+    space: Workspace, info: RunInfo, evaluator: Evaluator, bundle: Bundle, tensorboard: bool, progress: bool
 ) -> Outcome:
     """The search in the open workspace, watched; leaves no workspace behind when not a generation was done."""
-    bundle = engine.bundle.info
-    calls = info.settings.generations(bundle.method, bundle.n_layers) * info.settings.popsize
+    calls = info.settings.generations(bundle.info.method, bundle.info.n_layers) * info.settings.popsize
     with History(space.folder / HISTORY) as history, SearchProgress(calls, progress) as bar, ExitStack() as stack:
         try:
             events = stack.enter_context(Events(space.folder / EVENTS)) if tensorboard else None
@@ -114,12 +130,16 @@ def _search(
                 if events is not None:
                     events(generation)
 
-            return search(engine, train, dev, info.settings, info.task.metric, history, observe)
+            return search(evaluator, bundle.info, info.settings, history, observe)
         except OSError as error:
             raise RunError(f"cannot write {space.folder} ({error.strerror}); free some space, then --resume") from error
         finally:
             if not len(history):
                 space.discard()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _versions() -> dict[str, str]:

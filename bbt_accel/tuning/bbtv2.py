@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from bbt_accel.batch import Float32
-from bbt_accel.bundle import BundleInfo
-from bbt_accel.engines.base import BoundBatch
 from bbt_accel.objective import Float64
 from bbt_accel.settings import Settings
-from bbt_accel.tuning.bbt import make_projection
 from bbt_accel.tuning.cma import Cma
+from bbt_accel.tuning.space import Space
 
 
 class BbtV2:
@@ -18,18 +16,14 @@ class BbtV2:
 
     A generation searches one layer's z while the other layers' prompts are fixed. Then that layer's prompt becomes
     A z of the best z that the layer has seen, in whatever generation.
-
-    layer_stds: float32 (L,), the clipped standard deviation of the hidden states that enter each block without a
-        prompt; the first is not used, the word embeddings' takes its place.
     """
 
-    def __init__(self, info: BundleInfo, settings: Settings, layer_stds: Float32) -> None:
+    def __init__(self, space: Space, settings: Settings) -> None:
+        self.space = space
         self.layer = 0
-        s, stds = settings, [info.word_embedding_std, *map(float, layer_stds[1:])]
-        self._projections = [make_projection(info, s, i, std) for i, std in enumerate(stds)]
-        self._cmas = [Cma(s.intrinsic_dim, s.sigma, s.popsize, [s.seed, i], s.bound) for i in range(info.n_layers)]
-        self._best_losses = [np.inf] * info.n_layers
-        self._stack: Float32 = np.zeros(info.prompt_shape, np.float32)
+        s, layers = settings, len(space.stack)
+        self._cmas = [Cma(s.intrinsic_dim, s.sigma, s.popsize, [s.seed, i], s.bound) for i in range(layers)]
+        self._best_losses = [np.inf] * layers
 
     @property
     def step_size(self) -> float:
@@ -38,16 +32,13 @@ class BbtV2:
     def ask(self) -> Float64:
         return self._cmas[self.layer].ask()
 
-    def logits(self, rows: BoundBatch, candidates: Float64) -> Float32:
-        return rows.layer_logits(self._stack, self.layer, self._projections[self.layer].prompts(candidates))
-
     def tell(self, candidates: Float64, losses: Float64) -> None:
         self._cmas[self.layer].tell(candidates, losses)
         best = int(np.argmin(losses))
         if losses[best] < self._best_losses[self.layer]:
             self._best_losses[self.layer] = float(losses[best])
-            self._stack[self.layer] = self._projections[self.layer].prompts(candidates[best][None])[0]
+            self.space.stack[self.layer] = self.space.prompts(self.layer, candidates[best][None])[0]
         self.layer = (self.layer + 1) % len(self._cmas)
 
     def prompt(self) -> Float32:
-        return self._stack.copy()
+        return self.space.stack.copy()

@@ -8,14 +8,15 @@ from time import perf_counter
 
 import numpy as np
 
-from bbt_accel.batch import Batch, Float32
-from bbt_accel.engines.base import BoundBatch, Engine
+from bbt_accel.batch import Float32
+from bbt_accel.bundle import BundleInfo
 from bbt_accel.errors import RunError
 from bbt_accel.history import Generation, History, fingerprint
-from bbt_accel.objective import Metric, Objective
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.bbt import Bbt
 from bbt_accel.tuning.bbtv2 import BbtV2
+from bbt_accel.tuning.evaluator import Evaluator
+from bbt_accel.tuning.space import Space
 from bbt_accel.tuning.strategy import Strategy
 
 
@@ -36,66 +37,67 @@ class Outcome:
 
 
 def search(
-    engine: Engine,
-    train: Batch,
-    dev: Batch,
+    evaluator: Evaluator,
+    info: BundleInfo,
     settings: Settings,
-    metric: Metric,
     history: History,
     observe: Callable[[Generation], None] = lambda generation: None,
 ) -> Outcome:
-    """Search a prompt for the bundle of `engine`, by the method that it was exported for.
+    """Search a prompt for a bundle, by the method that it was exported for.
 
     history: empty, or that of the same search up to some generation, from which it then goes on. Every generation is
         appended to it, and given to `observe` (those that were in it already, too).
     Ctrl-C ends the search with the best prompt so far; KeyboardInterrupt rises before the first new line of history.
     Raises NonFiniteLoss, EngineError, UsageError for a budget below one generation, RunError for another's history.
     """
-    objective, info = Objective(settings.loss, metric), engine.bundle.info
     total = settings.generations(info.method, info.n_layers)
-    with engine.bind(train) as train_rows, engine.bind(dev) as dev_rows:
-        strategy: Strategy
-        strategy = Bbt(info, settings) if info.method == "bbt" else BbtV2(info, settings, train_rows.layer_stds())
-        kept = _replay(strategy, history, observe)
-        try:
-            for number in range(len(history), total):
-                started = perf_counter()
-                layer, step_size, candidates = strategy.layer, strategy.step_size, strategy.ask()
-                losses, metrics = objective.score(strategy.logits(train_rows, candidates), train.targets)
-                rate = len(losses) / (perf_counter() - started)
-                strategy.tell(candidates, losses)
-                best = int(np.argmin(losses))
+    strategy = _strategy(evaluator, info, settings)
+    kept = _replay(strategy, history, observe)
+    try:
+        for number in range(len(history), total):
+            started = perf_counter()
+            layer, step_size, candidates = strategy.layer, strategy.step_size, strategy.ask()
+            losses, metrics = evaluator.train(strategy.space, layer, candidates)
+            rate = len(losses) / (perf_counter() - started)
+            strategy.tell(candidates, losses)
+            best = int(np.argmin(losses))
 
-                calls = (number + 1) * settings.popsize
-                crossed = calls // settings.eval_every > (calls - settings.popsize) // settings.eval_every
-                due = crossed or number == total - 1
-                scored = _score(strategy.prompt(), number, dev_rows, objective) if due else None
+            calls = (number + 1) * settings.popsize
+            crossed = calls // settings.eval_every > (calls - settings.popsize) // settings.eval_every
+            due = crossed or number == total - 1
+            scored = _score(evaluator, strategy.prompt(), number) if due else None
 
-                generation = Generation(
-                    generation=number,
-                    calls=calls,
-                    layer=layer,
-                    candidates=fingerprint(candidates),
-                    losses=losses.tolist(),
-                    best_loss=losses[best],
-                    mean_loss=losses.mean(),
-                    metric=metrics[best],
-                    step_size=step_size,
-                    dev_score=scored.dev_score if scored else None,
-                    dev_loss=scored.dev_loss if scored else None,
-                    seconds=perf_counter() - started,
-                    evaluations_per_second=rate,
-                )
-                history.append(generation)
-                kept = _better(kept, scored)
-                observe(generation)
-        except KeyboardInterrupt:
-            if not len(history):
-                raise
-            kept = kept or _score(strategy.prompt(), len(history) - 1, dev_rows, objective)
-            return Outcome(kept, interrupted=True)
+            generation = Generation(
+                generation=number,
+                calls=calls,
+                layer=layer,
+                candidates=fingerprint(candidates),
+                losses=losses.tolist(),
+                best_loss=losses[best],
+                mean_loss=losses.mean(),
+                metric=metrics[best],
+                step_size=step_size,
+                dev_score=scored.dev_score if scored else None,
+                dev_loss=scored.dev_loss if scored else None,
+                seconds=perf_counter() - started,
+                evaluations_per_second=rate,
+            )
+            history.append(generation)
+            kept = _better(kept, scored)
+            observe(generation)
+    except KeyboardInterrupt:
+        if not len(history):
+            raise
+        kept = kept or _score(evaluator, strategy.prompt(), len(history) - 1)
+        return Outcome(kept, interrupted=True)
     assert kept is not None  # the last generation is always scored
     return Outcome(kept, interrupted=False)
+
+
+def _strategy(evaluator: Evaluator, info: BundleInfo, settings: Settings) -> Strategy:
+    if info.method == "bbt":
+        return Bbt(Space(info, settings), settings)
+    return BbtV2(Space(info, settings, evaluator.layer_stds()), settings)
 
 
 def _replay(strategy: Strategy, history: History, observe: Callable[[Generation], None]) -> Kept | None:
@@ -115,9 +117,9 @@ def _replay(strategy: Strategy, history: History, observe: Callable[[Generation]
     return kept
 
 
-def _score(prompt: Float32, generation: int, dev_rows: BoundBatch, objective: Objective) -> Kept:
-    losses, metrics = objective.score(dev_rows.label_logits(prompt[None]), dev_rows.batch.targets)
-    return Kept(prompt, generation, float(metrics[0]), float(losses[0]))
+def _score(evaluator: Evaluator, prompt: Float32, generation: int) -> Kept:
+    loss, score = evaluator.dev(prompt)
+    return Kept(prompt, generation, score, loss)
 
 
 def _better(kept: Kept | None, scored: Kept | None) -> Kept | None:

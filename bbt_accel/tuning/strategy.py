@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from bbt_accel.batch import Float32
-from bbt_accel.engines.base import BoundBatch
 from bbt_accel.objective import Float64
+from bbt_accel.tuning.space import Space
 
 
 class Strategy(Protocol):
-    """A search, one generation at a time: ask, evaluate with `logits`, tell."""
+    """A search, one generation at a time: ask, evaluate in `space`, tell."""
+
+    space: Space
 
     @property
     def layer(self) -> int:
@@ -22,9 +24,6 @@ class Strategy(Protocol):
 
     def ask(self) -> Float64:
         """Candidates, float64 (P, d)."""
-
-    def logits(self, rows: BoundBatch, candidates: Float64) -> Float32:
-        """Label logits of the candidates, float32 (P, N, C)."""
 
     def tell(self, candidates: Float64, losses: Float64) -> None:
         """Losses of the candidates, (P,)."""

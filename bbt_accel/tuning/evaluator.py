@@ -1,0 +1,94 @@
+"""What a search asks of the backbone. Here it runs in this process; `workers.py` has it in others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+
+from bbt_accel.batch import Batch, Float32
+from bbt_accel.bundle import Bundle
+from bbt_accel.engines.base import Engine
+from bbt_accel.engines.registry import load_engine
+from bbt_accel.objective import Float64, Objective
+from bbt_accel.run import EngineRecord
+from bbt_accel.settings import Settings
+from bbt_accel.tuning.space import Space
+
+
+class Evaluator(ABC):
+    """An engine with the train and the dev rows bound, and the objective. A context manager."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Those of the engine."""
+
+    @abstractmethod
+    def layer_stds(self) -> Float32:
+        """bbtv2: `BoundBatch.layer_stds` of the train rows."""
+
+    @abstractmethod
+    def train(self, space: Space, layer: int, candidates: Float64) -> tuple[Float64, Float64]:
+        """Losses (P,) and metrics (P,) of a layer's candidates (P, d) on the train rows. Raises NonFiniteLoss."""
+
+    @abstractmethod
+    def dev(self, prompt: Float32) -> tuple[float, float]:
+        """Loss and metric of one prompt, (n, H) or (L, n, H), on the dev rows."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to free by default
+        """Free what is held."""
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LocalEvaluator(Evaluator):
+    """The engine of this process, closed with the evaluator."""
+
+    def __init__(self, engine: Engine, train: Batch, dev: Batch, objective: Objective) -> None:
+        self.engine, self.objective = engine, objective
+        self.train_rows, self.dev_rows = engine.bind(train), engine.bind(dev)
+
+    def versions(self) -> dict[str, str]:
+        return self.engine.versions()
+
+    def layer_stds(self) -> Float32:
+        return self.train_rows.layer_stds()
+
+    def train(
+        self, space: Space, layer: int, candidates: Float64 | Float32, some: slice = slice(None)
+    ) -> tuple[Float64, Float64]:
+        logits = space.logits(self.train_rows, layer, candidates, some)
+        return self.objective.score(logits, self.train_rows.batch.targets, first=some.start or 0)
+
+    def dev(self, prompt: Float32) -> tuple[float, float]:
+        losses, metrics = self.objective.score(self.dev_rows.label_logits(prompt[None]), self.dev_rows.batch.targets)
+        return float(losses[0]), float(metrics[0])
+
+    def close(self) -> None:
+        self.train_rows.close()
+        self.dev_rows.close()
+        self.engine.close()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What there is to evaluate; enough to do it anywhere."""
+
+    bundle: Bundle
+    engine: EngineRecord
+    settings: Settings
+    objective: Objective
+    train: Batch
+    dev: Batch
+
+    def evaluator(self) -> LocalEvaluator:
+        """Load the engine and bind the rows. Raises what `load_engine` raises."""
+        e = self.engine
+        engine = load_engine(self.bundle, e.name, device=e.device, threads=e.threads, without=e.without)
+        return LocalEvaluator(engine, self.train, self.dev, self.objective)

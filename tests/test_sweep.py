@@ -1,0 +1,347 @@
+"""Sweeps: what they run, what they keep, and the table that they end in."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from search_parts import search_bundle, task_file
+
+from bbt_accel import sweeps
+from bbt_accel.benchmarks import worker
+from bbt_accel.cli import app, main
+from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError
+from bbt_accel.run import Run
+from bbt_accel.sweeps import run_sweep
+from bbt_accel.sweeps.markdown import markdown, scores
+from bbt_accel.sweeps.plan import FOLDER, Sweep, Trial, preset_names, read_sweep
+from bbt_accel.sweeps.pools import Processes
+from bbt_accel.sweeps.report import Report, make_report
+from bbt_accel.sweeps.trial import Result
+from bbt_accel.tasks import load_task
+
+FAST = {"k_shot": 3, "eval_every": 10, "budget": 24}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> dict[str, Any]:
+    """What a sweep is given: the toy task, a bundle, two seeds, the engine without weights."""
+    search_bundle(tmp_path / "toy-bundle")
+    task = task_file(tmp_path / "data" / "toy")
+    return {
+        "tasks": [str(task)],
+        "bundles": [str(tmp_path / "toy-bundle")],
+        "engines": ["dummy"],
+        "seeds": [1, 2],
+        "data": str(tmp_path / "data"),
+        "settings": FAST,
+    }
+
+
+def sweep(folder: Path, given: dict[str, Any] | None = None, **more: Any) -> Report:
+    return run_sweep(folder, given=given, progress=False, **more)
+
+
+def test_every_combination_is_tuned_scored_and_in_the_table(toy: dict[str, Any], tmp_path: Path) -> None:
+    search_bundle(tmp_path / "deep", "bbtv2")
+    report = sweep(tmp_path / "sweep", {**toy, "bundles": [*toy["bundles"], str(tmp_path / "deep")]}, jobs=2)
+    assert [(t.name, t.status) for t in report.trials] == [
+        (f"toy-{bundle}-dummy-{seed}", "done") for bundle in ("toy-bundle", "deep") for seed in (1, 2)
+    ]
+    assert [(row.method, row.bundle, row.engine) for row in report.rows] == [
+        ("bbt", "toy-bundle", "dummy"),
+        ("bbtv2", "deep", "dummy"),
+    ]
+    run = Run.read(tmp_path / "sweep" / "trials" / "toy-deep-dummy-2" / "run")
+    assert (run.info.settings.seed, run.info.settings.budget, run.info.bundle.method) == (2, 24, "bbtv2")
+    assert Report.model_validate_json((tmp_path / "sweep" / "report.json").read_text()) == report
+    table = (tmp_path / "sweep" / "report.md").read_text()
+    mean, std = report.rows[0].cells[0].mean, report.rows[0].cells[0].std
+    assert mean is not None
+    assert std is not None
+    assert f"| BBT | toy-bundle | dummy | {100 * mean:.2f} ({100 * std:.2f}) |" in table
+    assert (tmp_path / "sweep" / "report.png").stat().st_size > 10_000
+    assert not list((tmp_path / "sweep").rglob(".*"))
+
+
+def test_what_is_done_is_not_run_again_and_more_can_be_added(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sweep"
+    first = sweep(folder, {**toy, "seeds": [1]})
+    with pytest.raises(BbtError, match="use --resume"):
+        sweep(folder, toy)
+    started: list[str] = []
+    start = Processes.start
+
+    def noted(self: Processes, name: str, arguments: dict[str, Any]) -> None:
+        started.append(name)
+        start(self, name, arguments)
+
+    monkeypatch.setattr(Processes, "start", noted)
+    again = sweep(folder, resume=True)
+    assert (started, again.trials) == ([], first.trials)
+    more = sweep(folder, {"seeds": [1, 2]}, resume=True)
+    assert started == ["toy-toy-bundle-dummy-2"]
+    assert more.trials[0] == first.trials[0]
+    assert more.count("done") == 2
+
+
+def test_a_trial_that_was_cut_off_goes_on(toy: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    first = sweep(folder, {**toy, "seeds": [1]})
+    trial = folder / "trials" / "toy-toy-bundle-dummy-1"
+    whole = Run.read(trial / "run")
+    partial = trial / ".run.partial"
+    shutil.move(trial / "run", partial)
+    for name in ("prompt.safetensors", "curve.png"):
+        (partial / name).unlink()
+    lines = (partial / "history.jsonl").read_text().splitlines(keepends=True)
+    (partial / "history.jsonl").write_text("".join(lines[:2]))
+    running = whole.info.model_copy(update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""})
+    (partial / "run.json").write_text(running.model_dump_json())
+    (trial / "score.json").unlink()
+    again = sweep(folder, resume=True)
+    assert again.trials[0].score == first.trials[0].score
+    resumed = Run.read(trial / "run")
+    assert (resumed.prompt == whole.prompt).all()
+    assert (resumed.path / "history.jsonl").read_text().startswith("".join(lines[:2]))  # their times, too
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_failures_are_rows_and_the_rest_is_run(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = worker.prepare
+    crash = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
+
+    def crashing(step: str, arguments: dict[str, Any], folder: Path) -> list[str]:
+        return crash if arguments["trial"]["seed"] == 1 else prepare(step, arguments, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "prepare", crashing)
+        report = sweep(tmp_path / "sweep", {**toy, "seeds": [1, 2]})
+    assert [(t.status, t.reason) for t in report.trials] == [
+        ("failed", "the process was ended by SIGSEGV"),
+        ("done", None),
+    ]
+    text = (tmp_path / "sweep" / "report.md").read_text()
+    assert "2 trials: 1 done, 1 failed." in text
+    assert "- **toy-toy-bundle-dummy-1**: the process was ended by SIGSEGV" in text
+    assert sweep(tmp_path / "sweep", resume=True).count("done") == 2
+
+    other = sweep(tmp_path / "sweep", {"seeds": [2], "settings": {"budget": 40}}, resume=True)
+    [trial] = other.trials
+    assert "budget (24 there, 40 here)" in (trial.reason or "")
+
+
+def test_an_interrupt_keeps_what_is_done(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = Processes.wait
+    ended = 0
+
+    def interrupted(self: Processes) -> Any:
+        nonlocal ended
+        if ended:
+            raise KeyboardInterrupt
+        ended += 1
+        return wait(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Processes, "wait", interrupted)
+        report = sweep(tmp_path / "sweep", toy)
+    assert report.interrupted
+    assert [t.status for t in report.trials] == ["done", "not run"]
+    report = sweep(tmp_path / "sweep", resume=True)
+    assert (report.interrupted, report.count("done")) == (False, 2)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_on_ray_it_is_the_same(toy: dict[str, Any], tmp_path: Path) -> None:
+    here = sweep(tmp_path / "here", toy)
+    there = sweep(tmp_path / "there", toy, ray="local", jobs=2)
+    assert [t.score for t in there.trials] == [t.score for t in here.trials]
+    assert there.count("done") == 2
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_task_that_dies_on_ray_is_a_failure(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(step: str, arguments: dict[str, Any]) -> None:
+        import os
+
+        os._exit(3)
+
+    crash.__module__ = "__main__"  # so that it travels whole
+    monkeypatch.setattr(worker, "attempt", crash)
+    report = sweep(tmp_path / "sweep", {**toy, "seeds": [1]}, ray="local")
+    assert report.trials[0].status == "failed"
+    assert (report.trials[0].reason or "").startswith("the process ended (")
+    with pytest.raises(EngineError, match="a trial needs 64 CPUs"):
+        sweep(tmp_path / "other", toy, ray="local", threads=64)
+
+
+def test_a_toml_file_and_options_that_replace_what_it_says(toy: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        f'tasks = ["{toy["tasks"][0]}"]\nbundles = ["{toy["bundles"][0]}"]\nengines = ["dummy"]\nseeds = [1, 2, 3]\n'
+        "[settings]\nbudget = 40\nk_shot = 3\n"
+    )
+    found = read_sweep(file, {"seeds": [5], "engines": None, "settings": {"budget": 24}})
+    assert (found.seeds, found.engines, found.settings) == ([5], ["dummy"], {"budget": 24, "k_shot": 3})
+    assert [trial.seed for trial in found.trials()] == [5]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"tasks": []}, "the sweep names no tasks; give --task, a --config or a --preset"),
+        ({"seeds": [1, 1]}, "seeds: each may stand once"),
+        ({"engines": ["ortt"]}, "there is no engine 'ortt'"),
+        ({"settings": {"budgett": 3}}, "did you mean budget"),
+        ({"settings": {"seed": 3}}, "a sweep has seeds"),
+        ({"settings": {"budget": 3}}, "budget 3 is too small"),
+        ({"tasks": ["sst"]}, "Did you mean sst2"),
+        ({"bundles": ["nowhere"]}, "nowhere is not a bundle"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    toy: dict[str, Any], tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(BbtError, match=re.escape(complaint)) as caught:
+        sweep(tmp_path / "sweep", {**toy, **change})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("tasks = [")
+    (tmp_path / "odd.toml").write_text('taskes = ["sst2"]')
+    found = {
+        "broken": "broken.toml: ",
+        "odd": "'taskes'; did you mean tasks",
+        "no": "cannot read the sweep",
+    }
+    for name, complaint in found.items():
+        with pytest.raises(UsageError, match=complaint):
+            sweep(tmp_path / "sweep", config=tmp_path / f"{name}.toml")
+    (tmp_path / "letters").mkdir()
+    with pytest.raises(BbtError, match="it is no sweep"):
+        sweep(tmp_path / "letters", resume=True)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_the_papers_and_say_how_to_make_the_bundle(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = read_sweep(FOLDER / f"{name}.toml", {})
+    assert set(found.tasks) == {"sst2", "yelpp", "agnews", "dbpedia", "mrpc", "rte", "snli"}
+    assert len(found.seeds) == 3
+    assert found.needs is not None
+    with pytest.raises(BundleError, match=re.escape(f"make it with {found.needs}, or name yours by --bundle")):
+        sweep(tmp_path / "sweep", preset=name)
+    words = shlex.split(found.needs)
+    cli: Any = typer.main.get_command(app)
+    known = {option for parameter in cli.commands[words[1]].params for option in parameter.opts}
+    assert {word for word in words if word.startswith("-")} <= known
+    assert words[-1] == found.bundles[0]
+    search_bundle(tmp_path / "own", found.method or "")
+    given = read_sweep(FOLDER / f"{name}.toml", {"bundles": [str(tmp_path / "own")]})
+    assert {trial.metric for trial in given.trials() if trial.task == "mrpc"} == {"f1"}
+    search_bundle(tmp_path / "own", "bbt" if found.method == "bbtv2" else "bbtv2")
+    with pytest.raises(BundleError, match=f"was exported for .*, not {found.method}"):
+        given.trials()
+
+
+def made_up(task: str, seed: int) -> Trial:
+    return Trial(
+        task=task,
+        task_name=task,
+        metric=load_task(task).metric,
+        bundle="/b/large",
+        digest="",
+        method="bbt",
+        engine="ort",
+        seed=seed,
+        device="cpu",
+        data=None,
+        settings={},
+    )
+
+
+def made_up_result(trial: Trial, score: float) -> Result:
+    return Result(
+        trial=trial, score=score, without_prompt=0.5, dev_score=0.75, rows=100, calls=8000, seconds=60, versions={}
+    )
+
+
+def test_the_table_is_in_the_form_of_the_papers() -> None:
+    trials = [made_up(task, seed) for task in ("sst2", "mrpc", "rte") for seed in (1, 2, 3)]
+    points = dict(zip([t.name for t in trials[:4]], (0.8950, 0.8925, 0.8993, 0.6156), strict=True))
+    results = {t.name: made_up_result(t, points[t.name]) for t in trials if t.name in points}
+    plan = Sweep(tasks=["sst2", "mrpc", "rte"], bundles=["large"], seeds=[1, 2, 3])
+    broken = {t.name: "out of memory" for t in trials[5:]}
+    report = make_report(plan, trials, results, broken)
+    assert scores(report).splitlines() == [
+        "| method | bundle | engine | sst2 | mrpc (F1) | rte | mean |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| BBT | large | ort | 89.56 (0.34) | 61.56, 1 failed | failed | – |",
+        "| no prompt | large | ort | 50.00 | 50.00 | – | – |",
+    ]
+    assert "9 trials: 4 done, 4 failed, 1 not run." in markdown(report, None)
+    results |= {t.name: made_up_result(t, 0.6) for t in trials[4:]}
+    assert scores(make_report(plan, trials, results, {})).splitlines()[2].endswith("| 60.00 (0.00) | 70.03 |")
+
+
+def test_every_field_of_the_report_is_documented() -> None:
+    schema = Report.model_json_schema()
+    for name, part in {"Report": schema, **schema["$defs"]}.items():
+        for field, description in part["properties"].items():
+            assert description.get("description"), f"{name}.{field}"
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    out, err = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, out, err
+
+
+def test_the_command_passes_what_was_given_and_ends_with_1_if_a_trial_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [made_up("sst2", 1), made_up("sst2", 2)]
+    results = {trials[0].name: made_up_result(trials[0], 0.9)}
+    plan = Sweep(tasks=["sst2"], bundles=["large"], seeds=[1, 2])
+    calls: list[dict[str, Any]] = []
+    report = make_report(plan, trials, results, {trials[1].name: "out of memory"})
+
+    def fake(output: Path, **options: Any) -> Report:
+        calls.append({"output": output, **options})
+        return report
+
+    monkeypatch.setattr(sweeps, "run_sweep", fake)
+    words = ["sweep", "-o", "s", "--task", "sst2", "--task", "rte", "--bundle", "b", "--seed", "1", "--budget", "9"]
+    code, out, err = command(capsys, *words, "--jobs", "2")
+    assert (code, err) == (1, "error: 1 of 2 trials failed; --resume tries them again\n")
+    assert "90.00" in out
+    assert "out of memory" in out
+    given = {"tasks": ["sst2", "rte"], "bundles": ["b"], "engines": None, "seeds": [1], "device": None, "data": None}
+    assert calls[0]["given"] == {**given, "settings": {"budget": 9}}
+    assert (calls[0]["output"], calls[0]["jobs"], calls[0]["resume"]) == (Path("s"), 2, False)
+    report = make_report(plan, trials, results, {}, interrupted=True)
+    code, out, err = command(capsys, *words, "--json")
+    assert (code, err) == (130, "interrupted\n")
+    assert json.loads(out)["trials"][1]["status"] == "not run"
+    report = make_report(plan, trials[:1], results, {})
+    assert command(capsys, *words)[0] == 0
