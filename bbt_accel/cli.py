@@ -22,10 +22,12 @@ EXTRAS = {
     "nncf": "openvino",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
     "tensorboard": "tensorboard",
 }
 """What a command may lack, and the extra that brings it."""
 Engine = Literal["torch", "ort", "openvino", "trt"]
+AnyEngine = Literal["torch", "ort", "openvino", "trt", "remote"]
 Device = Literal["cpu", "cuda"]
 
 app = typer.Typer(
@@ -44,7 +46,8 @@ TaskName = Annotated[str, typer.Option(help="A built-in task (sst2, yelpp, agnew
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; those of the machine unless given.")]
 Without = Annotated[str, typer.Option(metavar="NAMES", help="Savings to switch off, with commas between.")]
 OtherBundle = Annotated[Path | None, typer.Option(help="Another bundle of the backbone; that of the run unless given.")]
-RunEngine = Annotated[Engine | None, typer.Option(help="The engine; that of the run unless given.")]
+Url = Annotated[str | None, typer.Option(help="The server of --engine remote, e.g. http://127.0.0.1:8000.")]
+RunEngine = Annotated[AnyEngine | None, typer.Option(help="The engine; that of the run unless given.")]
 RunDevice = Annotated[Device | None, typer.Option(help="The device; that of the run unless given.")]
 
 
@@ -122,7 +125,8 @@ def tune(
     bundle: Annotated[Path, typer.Option(help="A bundle that export or optimize has written.")],
     task: TaskName,
     data: Data = None,
-    engine: Annotated[Engine, typer.Option(help="What runs the backbone.")] = "ort",
+    engine: Annotated[AnyEngine, typer.Option(help="What runs the backbone.")] = "ort",
+    url: Url = None,
     device: Annotated[Device, typer.Option(help="Where it runs.")] = "cpu",
     threads: Threads = None,
     k_shot: Annotated[int | None, typer.Option(help="Rows a class, for train and for dev. (default: 16)")] = None,
@@ -172,6 +176,7 @@ def tune(
         device=device,
         threads=threads,
         without=_names(without),
+        url=url,
         output=output,
         resume=resume,
         overwrite=overwrite,
@@ -190,6 +195,7 @@ def evaluate(
     data: Data = None,
     bundle: OtherBundle = None,
     engine: RunEngine = None,
+    url: Url = None,
     device: RunDevice = None,
     threads: Threads = None,
     split: Annotated[Literal["test", "dev"], typer.Option(help="Rows to score on.")] = "test",
@@ -199,7 +205,9 @@ def evaluate(
     from bbt_accel.inference import evaluate as evaluate_run
     from bbt_accel.reports import report_score
 
-    score = evaluate_run(run, data=data, bundle=bundle, engine=engine, device=device, threads=threads, split=split)
+    score = evaluate_run(
+        run, data=data, bundle=bundle, engine=engine, device=device, threads=threads, url=url, split=split
+    )
     report_score(score, as_json)
 
 
@@ -212,6 +220,7 @@ def predict(
     file: Annotated[Path | None, typer.Option(help="A text (or a JSON object) a line; - is standard input.")] = None,
     bundle: OtherBundle = None,
     engine: RunEngine = None,
+    url: Url = None,
     device: RunDevice = None,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -223,8 +232,40 @@ def predict(
     from bbt_accel.texts import read_texts
 
     rows = read_texts(texts or [], file, Run.read(run).task.text)
-    predictions = predict_run(run, rows, bundle=bundle, engine=engine, device=device, threads=threads)
+    predictions = predict_run(run, rows, bundle=bundle, engine=engine, device=device, threads=threads, url=url)
     report_predictions(rows, predictions, as_json)
+
+
+@app.command(epilog="Example: bbt-accel serve runs/sst2 --port 8000")
+def serve(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE|RUN", help="A bundle, or a run that tune has written.")],
+    engine: Annotated[Engine | None, typer.Option(help="The engine; that of the run, or ort, unless given.")] = None,
+    device: RunDevice = None,
+    threads: Threads = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 8000,
+    max_request_mib: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most rows times candidates of a request.")] = 16384,
+    keep_rows: Annotated[int, typer.Option(min=1, help="Batches of rows to keep for requests that follow.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a bundle, and the prompt of a run, by the Open Inference Protocol over HTTP."""
+    from bbt_accel.reports import report_serving
+    from bbt_accel.serving.models import Limits
+    from bbt_accel.serving.server import serve as serve_models
+
+    limits = Limits(max_request_mib * 2**20, max_batch, timeout, keep_rows)
+    serve_models(
+        path,
+        engine=engine,
+        device=device,
+        threads=threads,
+        host=host,
+        port=port,
+        limits=limits,
+        ready=lambda url, models: report_serving(url, models, as_json),
+    )
 
 
 @app.command(epilog="Example: bbt-accel bench --backbone roberta-large --task sst2 --engines torch,ort -o reports/sst2")

@@ -38,7 +38,7 @@ def report_run(run: Run, as_json: bool) -> None:
     facts: dict[str, object] = {
         "task": f"{info.task.name}, {info.settings.k_shot} rows a class, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
-        "engine": f"{info.engine.name} on {info.engine.device}",
+        "engine": f"{info.engine.name} on {info.engine.versions.get('url', info.engine.device)}",
         "status": info.status if info.status == "done" else f"{info.status}; go on with --resume",
         "calls": info.calls,
         "seconds": info.seconds,
@@ -71,6 +71,14 @@ def report_predictions(
 
 def _whole(row: Mapping[str, str]) -> object:
     return dict(row) if len(row) > 1 else next(iter(row.values()))
+
+
+def report_serving(url: str, models: Sequence[str], as_json: bool) -> None:
+    """The server's address and models, when it listens."""
+    if as_json:
+        print_json({"url": url, "models": models})
+    else:
+        print(f"serving {', '.join(models)} at {url}; Ctrl-C stops", flush=True)
 
 
 def report_bench(output: Path, as_json: bool) -> None:

@@ -36,6 +36,7 @@ def tune(
     device: str = "cpu",
     threads: int | None = None,
     without: Sequence[str] = (),
+    url: str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -45,6 +46,7 @@ def tune(
 ) -> Run:
     """Search a soft prompt for `task` by the method that `bundle` was exported for; returns the run.
 
+    url: of the server, for the engine `remote`.
     settings: any of `Settings`; the task's presets hold for what is not given (the stored ones in a resumed run).
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is whole.
     resume: continue an interrupted or killed run to the same prompt, bit for bit; start one if there is none, and
@@ -89,7 +91,7 @@ def tune(
         if progress:
             print(f"{space.final} is done already; there is nothing to resume", file=sys.stderr)
         return Run.read(space.final)
-    with load_engine(bundle, engine, device=device, threads=threads, without=without) as loaded:
+    with load_engine(bundle, engine, device=device, threads=threads, without=without, url=url) as loaded:
         info.engine.versions = loaded.versions()
         space.open(info, resume)
         outcome = _search(space, info, loaded, encoder.encode(train), encoder.encode(dev), tensorboard, progress)
