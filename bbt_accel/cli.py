@@ -69,30 +69,45 @@ def options(
 
 @app.command(epilog="Example: bbt-accel export roberta-large -o bundles/roberta-large")
 def export(
-    backbone: Annotated[str, typer.Argument(help="A hub id, a local folder, or demo (shipped).")],
-    output: Output,
+    backbone: Annotated[str, typer.Argument(help="A hub id, a local folder, demo (shipped); or a bundle, for Triton.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The new folder; none for a bundle.")] = None,
     method: Annotated[Literal["bbt", "bbtv2"], typer.Option(help="bbtv2 has a prompt in every layer.")] = "bbt",
     prompt_mode: Annotated[Literal["add", "cat"], typer.Option(help="Add to, or put before, the input.")] = "add",
     n_prompt_tokens: Annotated[int, typer.Option(min=1, help="Soft prompt vectors.")] = 50,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
+    triton_repository: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write models for Triton Inference Server there, too.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export a backbone to a bundle: ONNX graphs, weights, tokenizer."""
+    """Export a backbone to a bundle: ONNX graphs, weights, tokenizer. A bundle itself goes to a Triton repository."""
     from bbt_accel.display import busy
-    from bbt_accel.exporters.export import export_bundle
     from bbt_accel.reports import report_bundle
 
-    with busy(f"exporting {backbone}") as tell:
-        bundle = export_bundle(
-            backbone,
-            output,
-            method=method,
-            prompt_mode=prompt_mode,
-            n_prompt_tokens=n_prompt_tokens,
-            revision=revision,
-            progress=tell,
-        )
-    report_bundle(bundle, as_json)
+    if output is not None:
+        from bbt_accel.exporters.export import export_bundle
+
+        with busy(f"exporting {backbone}") as tell:
+            bundle = export_bundle(
+                backbone,
+                output,
+                method=method,
+                prompt_mode=prompt_mode,
+                n_prompt_tokens=n_prompt_tokens,
+                revision=revision,
+                progress=tell,
+            )
+    else:
+        from bbt_accel.exporters.triton import exported_bundle
+
+        bundle = exported_bundle(backbone, triton_repository)
+    models: list[str] = []
+    if triton_repository is not None:
+        from bbt_accel.exporters.triton import write_repository
+
+        with busy(f"writing {triton_repository}"):
+            models = write_repository(bundle, triton_repository)
+    report_bundle(bundle, as_json, models)
 
 
 @app.command(epilog="Example: bbt-accel optimize bundles/roberta-large -o bundles/roberta-large-int8 --int8")

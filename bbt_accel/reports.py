@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from bbt_accel.run import Run
 
 
-def report_bundle(bundle: Bundle, as_json: bool) -> None:
+def report_bundle(bundle: Bundle, as_json: bool, models: Sequence[str] = ()) -> None:
+    """models: those that were written into a Triton repository."""
     info = bundle.info
     if as_json:
-        print_json({"path": bundle.path, "bytes": bundle.size, **info.model_dump(mode="json")})
+        triton = {"triton_models": models} if models else {}
+        print_json({"path": bundle.path, "bytes": bundle.size, **info.model_dump(mode="json"), **triton})
         return
     facts: dict[str, object] = {
         "backbone": info.backbone,
@@ -27,7 +29,8 @@ def report_bundle(bundle: Bundle, as_json: bool) -> None:
         "size": f"{bundle.size / 2**20:.1f} MiB",
         "largest error against eager PyTorch": info.max_error,
     }
-    print_facts(str(bundle.path), facts | (info.optimization or {}))
+    facts |= info.optimization or {}
+    print_facts(str(bundle.path), facts | ({"models for Triton": models} if models else {}))
 
 
 def report_run(run: Run, as_json: bool) -> None:

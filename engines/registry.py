@@ -35,8 +35,9 @@ def load_engine(
     """Load a bundle into an engine: torch, ort, openvino, or `eager`, the naive reference that benchmarks compare with.
 
     device: cpu or cuda. threads: at most so many (default: all cores). without: savings to switch off for
-    measurement, by the names in `engines.savings`. url: of the server, for the engine `remote`. Raises UsageError for an unknown name, MissingDependency when the
-    engine's library is not installed, EngineError when the device is not there or the bundle does not fit.
+    measurement, by the names in `engines.savings`. url: of the server, for the engine `remote`. Raises UsageError for
+    an unknown name, MissingDependency when the engine's library is not installed, EngineError when the device is not
+    there or the bundle does not fit.
     """
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1)

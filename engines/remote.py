@@ -20,7 +20,6 @@ from tritonclient.utils import InferenceServerException
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.decoder_input import with_decoder_input
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError

@@ -214,9 +214,11 @@ def write_response(
     Raises RequestError where numbers that are not finite are asked for as JSON, which has none.
     """
     datatypes = {spec.name: spec.datatype for spec in specs}
-    parts, blobs = [], []
+    parts: list[dict[str, object]] = []
+    blobs: list[bytes] = []
     for name, binary in request.outputs.items():
-        value, part = outputs[name], {"name": name, "datatype": datatypes[name], "shape": list(outputs[name].shape)}
+        value = outputs[name]
+        part: dict[str, object] = {"name": name, "datatype": datatypes[name], "shape": list(value.shape)}
         if binary:
             blobs.append(_to_binary(value, datatypes[name]))
             parts.append(part | {"parameters": {"binary_data_size": len(blobs[-1])}})
