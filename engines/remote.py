@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import geventhttpclient  # noqa: F401 - where it is missing, tritonclient.http raises RuntimeError
 import gevent
 import gevent.ssl
+import geventhttpclient  # noqa: F401 - where it is missing, tritonclient.http raises RuntimeError
 import numpy as np
 import tritonclient.http as triton
 from geventhttpclient.response import HTTPConnectionClosed

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 
 from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.errors import BundleError, UsageError
+from bbt_accel.errors import BbtError, BundleError, UsageError
 from bbt_accel.serving import DIGEST, stage_model
 
 TYPES = {
@@ -45,6 +45,9 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
             "export the bundle that it was optimized from"
         )
     models = {stage: stage_model(name, stage) for stage in bundle.info.stages}
+    for model in models.values():
+        if (folder / model).exists():
+            raise BbtError(f"{folder / model} exists already; remove it, or give the bundle's folder another name")
     for stage, model in models.items():
         with new_folder(folder / model) as target:
             write_model(bundle, stage, model, target)
@@ -68,6 +71,8 @@ def write_model(bundle: Bundle, stage: str, name: str, target: Path) -> None:
     onnx.save_model(
         graph, files / "model.onnx", save_as_external_data=True, location="weights.data", size_threshold=SMALL
     )
+    for file in files.iterdir():
+        file.chmod(0o644)  # onnx writes weights for the owner alone; Triton often runs as somebody else
 
 
 def config(bundle: Bundle, graph: onnx.GraphProto, name: str, backend: str) -> str:
