@@ -6,14 +6,16 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("starlette")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
+import uvicorn
 from search_parts import batch
 
 from bbt_accel.batch import Batch
@@ -37,8 +39,8 @@ def app_of(engine: Engine, limits: Limits = LIMITS, token: str | None = None, ru
     return make_app(make_models(engine, limits, run), limits, token)
 
 
-def rows(seed: int = 0, count: int = 8) -> Batch:
-    return batch(rows=count, seed=seed)
+def rows(seed: int = 0, count: int = 8, readout: int = 1) -> Batch:
+    return replace(batch(rows=count, seed=seed), readout=np.full(count, readout))
 
 
 def row_tensors(found: Batch) -> dict[str, Any]:

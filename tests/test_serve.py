@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Export
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from search_parts import SETTINGS, search_bundle, task_file
@@ -34,7 +35,7 @@ from serving_parts import (
 )
 from starlette.testclient import TestClient
 
-from bbt_accel import tune
+from bbt_accel import load_engine, tune
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
@@ -308,6 +309,33 @@ def test_a_request_with_anything_in_it_is_answered_or_refused(
     assert client.get("/v2/health/live").status_code == 200
 
 
+@pytest.mark.parametrize("name", ["roberta", "bart", "t5", "gpt2"])
+@pytest.mark.parametrize("mode", ["add", "cat"])
+def test_rows_that_a_backbone_cannot_read_are_refused_before_it_fails(tiny: Export, name: str, mode: str) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = tiny(name, "bbt", mode)
+    small = st.integers(-1, 12)
+
+    @settings(deadline=None, max_examples=60)
+    @given(data=st.data(), count=st.integers(1, 3), length=st.integers(1, 9))
+    def check(data: st.DataObject, count: int, length: int) -> None:
+        def numbers(*shape: int) -> Any:
+            size = int(np.prod(shape))
+            return np.array(data.draw(st.lists(small, min_size=size, max_size=size)), np.int64).reshape(shape)
+
+        tensors = {"prompts": prompts(bundle, 2), "input_ids": numbers(count, length), "readout": numbers(count)}
+        tensors |= {"attention_mask": np.ones((count, length), np.int64), "label_token_ids": np.array([7, 8])}
+        if name in ("bart", "t5") and data.draw(st.booleans()):
+            tensors["decoder_input_ids"] = numbers(count, data.draw(st.integers(0, 3)))
+        answer = client.post(INFER, json=in_json(tensors))
+        assert answer.status_code in (200, 400), answer.json()
+        if answer.status_code == 200:
+            assert np.isfinite(from_json(answer)["label_logits"]).all()
+
+    with load_engine(bundle, "ort", threads=1) as engine, TestClient(app_of(engine)) as client:
+        check()
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=200), length=st.none() | st.integers(-1, 250))
 def test_any_bytes_are_refused(client: TestClient, body: bytes, length: int | None) -> None:
@@ -547,7 +575,7 @@ def test_an_address_for_others_needs_a_token(plain: Bundle, host: str, monkeypat
 
 
 def test_a_port_that_is_taken(plain: Bundle) -> None:
-    with running(app(plain)) as url, pytest.raises(BbtError, match="cannot listen on 127.0.0.1:.*another --port"):
+    with running(app(plain)) as url, pytest.raises(BbtError, match=r"cannot listen on 127.0.0.1:.*another --port"):
         serve(
             plain.path,
             engine="dummy",
