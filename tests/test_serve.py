@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -43,7 +44,7 @@ from bbt_accel.errors import BbtError, EngineError, UsageError
 from bbt_accel.inference import predict
 from bbt_accel.run import Run
 from bbt_accel.serving.models import Limits
-from bbt_accel.serving.server import serve
+from bbt_accel.serving.server import listen, serve
 
 INFER = "/v2/models/backbone/infer"
 
@@ -309,8 +310,9 @@ def test_a_request_with_anything_in_it_is_answered_or_refused(
     assert client.get("/v2/health/live").status_code == 200
 
 
-@pytest.mark.parametrize("name", ["roberta", "bart", "t5", "gpt2"])
-@pytest.mark.parametrize("mode", ["add", "cat"])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("roberta", "add"), ("bart", "add"), ("t5", "add"), ("gpt2", "add"), ("gpt2", "cat")]
+)
 def test_rows_that_a_backbone_cannot_read_are_refused_before_it_fails(tiny: Export, name: str, mode: str) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny(name, "bbt", mode)
@@ -583,6 +585,14 @@ def test_a_port_that_is_taken(plain: Bundle) -> None:
             limits=LIMITS,
             ready=lambda url, models: None,
         )
+
+
+def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP  # which asyncio asks for before it sets TCP_NODELAY
+        assert client.getpeername() == listener.getsockname()
 
 
 SERVE = """
