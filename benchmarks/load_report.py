@@ -83,6 +83,10 @@ def draw_load(file: Path, report: Load) -> None:
         clients = [m.clients for m in found]
         row[0].plot(clients, [m.ms_median for m in found], "o-", color=MEDIAN, label="median")
         row[0].plot(clients, [m.ms_p99 for m in found], "s--", color=TAIL, label="99th percentile")
+        alone = next((m for m in report.measured if m.what == f"{what}, no server"), None)
+        if alone is not None:
+            row[0].axhline(alone.ms_median, color="grey", linewidth=0.9, linestyle=":", label="median without a server")
+            row[1].axhline(alone.per_second, color="grey", linewidth=0.9, linestyle=":")
         row[0].set_ylabel("ms a request")
         row[0].set_title(f"Time of a request: {what}", fontsize=10, loc="left")
         row[0].legend(frameon=False, fontsize=9)
@@ -90,7 +94,7 @@ def draw_load(file: Path, report: Load) -> None:
         row[1].set_ylabel("requests a second")
         row[1].set_title(f"Rate: {what}", fontsize=10, loc="left")
         for axes in row:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(max(line.get_ydata()) for line in axes.get_lines()))
             axes.set_xlabel("clients at once")
             axes.set_xticks(clients)
             axes.grid(alpha=0.25)

@@ -48,7 +48,7 @@ def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
         assert 0 < row.ms_median <= row.ms_p90 <= row.ms_p99 <= row.ms_max
         assert row.per_second > 0
     sent = {m.what: m.kib_sent for m in report.measured}
-    assert sent["population"] < sent["population with its rows"] < sent["population as JSON"]
+    assert sent["population"] < min(sent["population with its rows"], sent["population as JSON"])
     text = (tmp_path / "report" / "report.md").read_text()
     assert all(f"| {what} | {clients} |" in text for what, clients in found)
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
