@@ -267,7 +267,7 @@ def serve(
 ) -> None:
     """Serve a bundle, and the prompt of a run, by the Open Inference Protocol over HTTP."""
     from bbt_accel.reports import report_serving
-    from bbt_accel.serving.models import Limits
+    from bbt_accel.serving import Limits
     from bbt_accel.serving.server import serve as serve_models
 
     limits = Limits(max_request_mib * 2**20, max_batch, timeout, keep_rows)

@@ -23,8 +23,9 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.run import Run
+from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
-from bbt_accel.serving.models import Limits, make_models
+from bbt_accel.serving.models import make_models
 from bbt_accel.serving.server import address, listen
 
 LIMITS = Limits(request_bytes=2**20, batch=200, timeout=30.0, kept=3)

@@ -27,8 +27,9 @@ from bbt_accel.engines.staged import StagedEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
+from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
-from bbt_accel.serving.models import Limits, Model
+from bbt_accel.serving.models import Model
 from bbt_accel.serving.protocol import HEADER_LENGTH, TensorSpec
 
 

@@ -43,7 +43,7 @@ from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import BbtError, EngineError, UsageError
 from bbt_accel.inference import predict
 from bbt_accel.run import Run
-from bbt_accel.serving.models import Limits
+from bbt_accel.serving import Limits
 from bbt_accel.serving.server import listen, serve
 
 INFER = "/v2/models/backbone/infer"
@@ -597,7 +597,7 @@ def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
 
 SERVE = """
 import sys
-from bbt_accel.serving.models import Limits
+from bbt_accel.serving import Limits
 from bbt_accel.serving.server import serve
 serve(sys.argv[1], engine="dummy", port=0, limits=Limits(2**20, 200, 30.0), ready=lambda *a: print(a[0], flush=True))
 print("closed")

@@ -6,6 +6,8 @@ tensor data. Names that server, client and the Triton repository share are here;
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 BACKBONE = "backbone"
 """Prompts in, label logits out."""
 LAYER = "backbone_layer"
@@ -25,6 +27,19 @@ DIGEST = "bundle"
 """The parameter of a model's configuration that holds the sha256 of its bundle.json."""
 TOKEN = "BBT_ACCEL_TOKEN"
 """The environment variable that holds the bearer token, at both ends."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    request_bytes: int
+    batch: int
+    """Rows times candidates."""
+    timeout: float
+    """Seconds for the body to arrive, and again for the answer to be there."""
+    kept: int = 16
+    """Batches of rows that the server keeps, the one used longest ago dropped first."""
 
 
 def stage_model(name: str, stage: str) -> str:

@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import bbt_accel
 from bbt_accel.errors import BbtError, DataError, RequestError, UsageError
-from bbt_accel.serving import ROWS_EXTENSION
-from bbt_accel.serving.models import Limits, Model
+from bbt_accel.serving import ROWS_EXTENSION, Limits
+from bbt_accel.serving.models import Model
 from bbt_accel.serving.protocol import HEADER_LENGTH, read_request, write_response
 
 EXTENSIONS = ["binary_tensor_data", "parameters", "model_configuration", ROWS_EXTENSION]

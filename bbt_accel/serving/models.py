@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.errors import RequestError
 from bbt_accel.inference import Classifier
 from bbt_accel.run import Run
-from bbt_accel.serving import BACKBONE, CLASSIFIER, DIGEST, LAYER, ROWS, STDS, UNKNOWN_ROWS
+from bbt_accel.serving import BACKBONE, CLASSIFIER, DIGEST, LAYER, ROWS, STDS, UNKNOWN_ROWS, Limits
 from bbt_accel.serving.protocol import DTYPES, Tensors, TensorSpec
 
 ROW_INPUTS = (
@@ -28,19 +27,6 @@ ROW_INPUTS = (
 )
 DECODER_INPUT = TensorSpec("decoder_input_ids", "INT64", (-1, -1))
 LABEL_LOGITS = TensorSpec("label_logits", "FP32", (-1, -1, -1))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for."""
-
-    request_bytes: int
-    batch: int
-    """Rows times candidates."""
-    timeout: float
-    """Seconds for the body to arrive, and again for the answer to be there."""
-    kept: int = 16
-    """Batches of rows that the server keeps, the one used longest ago dropped first."""
 
 
 class Model(ABC):

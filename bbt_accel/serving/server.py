@@ -15,9 +15,9 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.run import INFO, Run
-from bbt_accel.serving import TOKEN
+from bbt_accel.serving import TOKEN, Limits
 from bbt_accel.serving.app import make_app
-from bbt_accel.serving.models import Limits, make_models
+from bbt_accel.serving.models import make_models
 
 CONNECTIONS = 64
 """More at once get 503."""
