@@ -15,7 +15,7 @@ import onnx
 
 from bbt_accel.bundle import Bundle, new_folder
 from bbt_accel.errors import BbtError, BundleError, UsageError
-from bbt_accel.serving import DIGEST, stage_model
+from bbt_accel.serving import DIGEST, backbone_name, stage_model
 
 TYPES = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
@@ -79,7 +79,12 @@ def config(bundle: Bundle, graph: onnx.GraphProto, name: str, backend: str) -> s
     """The text of config.pbtxt. Rows and candidates are axes of their own, so Triton is not to batch: size 0."""
     platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[backend]
     info = bundle.info
-    facts = {DIGEST: bundle.digest, "backbone": info.backbone, "method": info.method, "precision": info.precision}
+    facts = {
+        DIGEST: bundle.digest,
+        "backbone": backbone_name(info.backbone),
+        "method": info.method,
+        "precision": info.precision,
+    }
     lines = [f"name: {json.dumps(name)}", f'platform: "{platform}"', f'backend: "{backend}"', "max_batch_size: 0"]
     lines += tensors("input", graph.input) + tensors("output", graph.output)
     for key, value in facts.items():

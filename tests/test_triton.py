@@ -50,6 +50,7 @@ def test_config_says_what_the_graph_says(tiny: Export, tmp_path: Path, kind: tup
         assert (found.name, found.backend, found.platform) == (name, "onnxruntime", "onnxruntime_onnx")
         assert found.max_batch_size == 0  # rows and candidates are axes of their own
         assert found.parameters["bundle"].string_value == bundle.digest
+        assert found.parameters["backbone"].string_value == kind[0]  # and not where it lay on this machine
         graph = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False).graph
         for told, values in ((found.input, graph.input), (found.output, graph.output)):
             assert [tensor_of(t) for t in told] == [value_of(v) for v in values]

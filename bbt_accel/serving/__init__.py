@@ -7,6 +7,7 @@ tensor data. Names that server, client and the Triton repository share are here;
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 BACKBONE = "backbone"
 """Prompts in, label logits out."""
@@ -40,6 +41,11 @@ class Limits:
     """Seconds for the body to arrive, and again for the answer to be there."""
     kept: int = 16
     """Batches of rows that the server keeps, the one used longest ago dropped first."""
+
+
+def backbone_name(backbone: str) -> str:
+    """The backbone as others may know it: a hub id, or a folder's name without the path on this machine."""
+    return PurePath(backbone).name if PurePath(backbone).is_absolute() else backbone
 
 
 def stage_model(name: str, stage: str) -> str:

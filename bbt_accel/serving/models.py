@@ -16,7 +16,7 @@ from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.errors import RequestError
 from bbt_accel.inference import Classifier
 from bbt_accel.run import Run
-from bbt_accel.serving import BACKBONE, CLASSIFIER, DIGEST, LAYER, ROWS, STDS, UNKNOWN_ROWS, Limits
+from bbt_accel.serving import BACKBONE, CLASSIFIER, DIGEST, LAYER, ROWS, STDS, UNKNOWN_ROWS, Limits, backbone_name
 from bbt_accel.serving.protocol import DTYPES, Tensors, TensorSpec
 
 ROW_INPUTS = (
@@ -71,7 +71,7 @@ class Model(ABC):
         info, versions = self.engine.bundle.info, self.engine.versions()
         return {
             DIGEST: self.engine.bundle.digest,
-            "backbone": info.backbone,
+            "backbone": backbone_name(info.backbone),
             "method": info.method,
             "precision": info.precision,
             "bbt-accel": bbt_accel.__version__,
