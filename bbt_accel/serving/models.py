@@ -11,7 +11,6 @@ import numpy as np
 
 import bbt_accel
 from bbt_accel.batch import Batch
-from bbt_accel.decoder_input import with_decoder_input
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.errors import RequestError
 from bbt_accel.inference import Classifier
@@ -125,9 +124,6 @@ class KeptRows:
             raise RequestError(f"rows have {longest} tokens, the backbone takes {limit}")
         if not batch.label_token_ids.size:
             raise RequestError("label_token_ids must name a token at least")
-        read = with_decoder_input(self.engine.bundle.info, batch).decoder_input_ids
-        if read is not None and batch.readout.max() >= read.shape[1]:
-            raise RequestError(f"readout positions must lie within the decoder's input, 0..{read.shape[1] - 1}")
         check_tokens(self.engine.bundle, batch)
         return self.engine.bind(batch)
 
