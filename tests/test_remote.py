@@ -107,12 +107,15 @@ def test_a_search_walks_the_same_path_as_with_the_engine_itself(bundle: Bundle, 
     assert answers == predict(local.path, [{"text": "w1 w2"}])
 
 
-@pytest.mark.parametrize(("name", "method"), [("roberta", "bbt"), ("roberta", "bbtv2"), ("bart", "bbt")])
-def test_a_real_backbone_gives_the_same_numbers(tiny: Export, name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "engine"),
+    [("roberta", "bbt", "ort"), ("roberta", "bbtv2", "ort"), ("bart", "bbt", "ort"), ("roberta", "bbtv2", "torch")],
+)
+def test_a_real_backbone_gives_the_same_numbers(tiny: Export, name: str, method: str, engine: str) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny(name, method)
     found = rows()
-    with load_engine(bundle, "ort", threads=1) as local, running(app_of(local)) as url:  # noqa: SIM117
+    with load_engine(bundle, engine, threads=1) as local, running(app_of(local)) as url:  # noqa: SIM117
         with load_engine(bundle, "remote", url=url) as far, local.bind(found) as near, far.bind(found) as there:
             population = prompts(bundle)
             np.testing.assert_array_equal(there.label_logits(population), near.label_logits(population))
