@@ -54,6 +54,8 @@ class BundleInfo(BaseModel):
     special: SpecialTokens
     precision: Literal["fp32", "fp16", "bf16", "int8"]
     target: Literal["onnx", "ort", "openvino", "trt"]
+    without: list[str] = []
+    """Savings that the graphs do without, by the names in `bbt_accel.savings`."""
     opset: int
     stages: list[str]
     """Graph files in the order in which they run: one for bbt; embedding, blocks and readout for bbtv2."""

@@ -19,7 +19,6 @@ from bbt_accel.errors import BbtError, UsageError
 INTERRUPTED = 130
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "torch", "transformers"), "export"),
-    "nncf": "openvino",
     "onnxruntime": "cpu",
     "openvino": "openvino",
     **dict.fromkeys(("starlette", "uvicorn"), "serve"),
@@ -78,6 +77,7 @@ def export(
     triton_repository: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write models for Triton Inference Server there, too.")
     ] = None,
+    without: Without = "",
     as_json: AsJson = False,
 ) -> None:
     """Export a backbone to a bundle: ONNX graphs, weights, tokenizer. A bundle itself goes to a Triton repository."""
@@ -95,6 +95,7 @@ def export(
                 prompt_mode=prompt_mode,
                 n_prompt_tokens=n_prompt_tokens,
                 revision=revision,
+                without=_names(without),
                 progress=tell,
             )
     else:
@@ -122,6 +123,9 @@ def optimize(
         str | None, typer.Option(metavar="TASK", help="Task whose few-shot rows set the int8 ranges.")
     ] = None,
     data: Data = None,
+    max_noise: Annotated[
+        float, typer.Option(metavar="SHARE", help="int8: keep products in fp32 until the logits' error is no larger.")
+    ] = 0.05,
     as_json: AsJson = False,
 ) -> None:
     """Optimize a bundle for an engine: fused operators, lower precision, a TensorRT plan."""
@@ -131,7 +135,9 @@ def optimize(
 
     precision = _precision(fp16, bf16, int8)
     with busy(f"optimizing {bundle}"):
-        optimized = optimize_bundle(bundle, output, precision=precision, target=target, calibrate=calibrate, data=data)
+        optimized = optimize_bundle(
+            bundle, output, precision=precision, target=target, calibrate=calibrate, data=data, max_noise=max_noise
+        )
     report_bundle(optimized, as_json)
 
 

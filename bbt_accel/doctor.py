@@ -21,7 +21,6 @@ OPTIONAL = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
-    "nncf",
     "tensorrt-rtx-cu13",
     "tensorrt",
     "cuda-python",

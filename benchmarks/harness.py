@@ -6,7 +6,7 @@ import datetime
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.doctor import CORE, OPTIONAL, describe_machine, installed
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, UsageError
+from bbt_accel.savings import SAVINGS, inside
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import load_task
 
@@ -66,8 +67,12 @@ class Harness:
         ]
         self.bundles: dict[str, Path | BbtError] = {}
         self.naive_flops = 0
+        self.expect()
+
+    def expect(self) -> None:
+        """Tell the progress bar how many steps there are."""
         tuned = sum(not lane.case.saving for lane in self.lanes)
-        tell.expect(3 + 2 * len(self.lanes) + tuned * len(options.tuning_seeds))
+        self.tell.expect(3 + 2 * len(self.lanes) + tuned * len(self.options.tuning_seeds))
 
     def run(self, command: str) -> Report:
         """Measure everything. `command` is what the report names as its command line."""
@@ -100,15 +105,8 @@ class Harness:
         tested = compared_rows(task, options.data, options.test_rows, SEED)
         if options.tune:
             timed_rows(task, options.data, options.k_shot, None, SEED)
-        worker.call(
-            "export",
-            backbone=options.backbone,
-            output=self.work / "exported",
-            method=options.method,
-            prompt_mode=options.prompt_mode,
-            n_prompt_tokens=options.n_prompt_tokens,
-        )
-        self.exported = Bundle.read(self.work / "exported")
+        self.exported = Bundle.read(self.export(()))
+        self.drop_savings_of_other_families()
         if options.tune:
             settings = resolve(task.preset(options.method), self.settings(SEED))
             settings.generations(options.method, self.exported.info.n_layers)
@@ -118,11 +116,42 @@ class Harness:
         save_batch(self.work / "tested.npz", self.tested)
         np.save(self.work / "prompt.npy", random_prompts(self.exported.info, 1, SEED)[0])
 
+    def export(self, without: tuple[str, ...]) -> Path:
+        """The bundle whose graphs do without these savings; exported when it is first needed."""
+        output = self.work / "-".join(["exported", *without])
+        if not output.exists():
+            options = self.options
+            worker.call(
+                "export",
+                backbone=options.backbone,
+                output=output,
+                method=options.method,
+                prompt_mode=options.prompt_mode,
+                n_prompt_tokens=options.n_prompt_tokens,
+                without=without,
+            )
+        return output
+
+    def drop_savings_of_other_families(self) -> None:
+        """Rows that would measure a saving which this backbone does not have anyway."""
+        info = self.exported.info
+        kept: dict[tuple[str, str, tuple[str, ...]], Lane] = {}
+        for lane in self.lanes:
+            case = lane.case
+            names = tuple(n for n in case.without if SAVINGS[n].applies(info)) if case.saving else case.without
+            lane.case, lane.row.without = replace(case, without=names), list(names)
+            kept.setdefault((case.engine, case.precision, names), lane)
+        self.lanes = list(kept.values())
+        for number, lane in enumerate(self.lanes):
+            lane.number = number
+        self.expect()
+
     def engine(self, case: Case) -> dict[str, Any]:
         """How to load a row's engine; its bundle is made when it is first needed. Raises BbtError."""
         if case.problem is not None:
             raise UsageError(case.problem)
-        bundle = self.exported.path if case.engine in PLAIN else self.optimized(case.engine, case.precision)
+        off = tuple(inside(case.without))
+        bundle = self.exported.path if case.engine in PLAIN else self.optimized(case.engine, case.precision, off)
         options = self.options
         return {
             "bundle": str(bundle),
@@ -132,14 +161,14 @@ class Harness:
             "without": case.without,
         }
 
-    def optimized(self, target: str, precision: str) -> Path:
-        name = f"{target}-{precision}"
+    def optimized(self, target: str, precision: str, without: tuple[str, ...]) -> Path:
+        name = "-".join([target, precision, *without])
         if name not in self.bundles:
             self.bundles[name] = self.work / name
             try:
                 worker.call(
                     "optimize",
-                    source=self.exported.path,
+                    source=self.export(without),
                     output=self.work / name,
                     precision=precision,
                     target=target,

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bbt_accel.bundle import Method
-from bbt_accel.engines.savings import SAVINGS, check_savings
 from bbt_accel.errors import UsageError
+from bbt_accel.savings import SAVINGS, check_savings
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 POSSIBLE = {
     "torch": ("fp32",),
     "ort": ("fp32", "fp16", "int8"),
-    "openvino": ("fp32", "fp16", "bf16", "int8"),
+    "openvino": ("fp32", "int8"),
     "trt": ("fp32", "fp16", "bf16"),
     "dummy": ("fp32",),
 }
@@ -74,8 +74,11 @@ def plan(
 
 
 def switched_off(method: Method, off: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Each saving of the method alone, then all of them; on top of those that are off anyway."""
-    names = [name for name in SAVINGS if name not in off and (method == "bbtv2" or name != "layer-cache")]
+    """Each saving of the method alone, then all of them; on top of those that are off anyway.
+
+    Which of them the backbone's family has is known when it is exported: see `Harness.prepare`.
+    """
+    names = [name for name, saving in SAVINGS.items() if name not in off and saving.method in (None, method)]
     each = [(*off, name) for name in names]
     return [*each, (*off, *names)] if len(names) > 1 else each
 

@@ -104,7 +104,7 @@ class Row(Part):
     precision: str
     """fp32, fp16, bf16 or int8."""
     without: list[str] = []
-    """Savings that were switched off, by the names in bbt_accel.engines.savings."""
+    """Savings that were switched off, by the names in bbt_accel.savings."""
     status: Status = "passed"
     """passed; differs (from eager by more than allowed); failed; not installed."""
     reason: str | None = None

@@ -13,6 +13,7 @@ from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError
 from bbt_accel.exporters.families import first_line, load_model, make_backbone
 from bbt_accel.exporters.reference import Reference
+from bbt_accel.savings import inside
 
 
 def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
@@ -46,7 +47,10 @@ class TorchEngine(StagedEngine):
     def __init__(
         self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
     ) -> None:
-        super().__init__(bundle, device, threads, without)
+        # Composed here and now, the backbone can do without any saving.
+        info = bundle.info.model_copy(update={"without": sorted({*bundle.info.without, *inside(without)})})
+        super().__init__(Bundle(bundle.path, info), device, threads, without)
+        bundle = self.bundle
         self.backbone = make_backbone(load(bundle, device, threads), bundle.info)
 
     @torch.inference_mode()

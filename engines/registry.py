@@ -9,8 +9,8 @@ from pathlib import Path
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import Engine
-from bbt_accel.engines.savings import check_savings
 from bbt_accel.errors import MissingDependency, UsageError
+from bbt_accel.savings import check_savings
 
 ENGINES = {
     "torch": ("bbt_accel.engines.pytorch", "TorchEngine", "export"),
@@ -35,7 +35,7 @@ def load_engine(
     """Load a bundle into an engine: torch, ort, openvino, or `eager`, the naive reference that benchmarks compare with.
 
     device: cpu or cuda. threads: at most so many (default: all cores). without: savings to switch off for
-    measurement, by the names in `engines.savings`. url: of the server, for the engine `remote`. Raises UsageError for
+    measurement, by the names in `bbt_accel.savings`. url: of the server, for the engine `remote`. Raises UsageError for
     an unknown name, MissingDependency when the engine's library is not installed, EngineError when the device is not
     there or the bundle does not fit.
     """

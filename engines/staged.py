@@ -16,8 +16,9 @@ from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.decoder_input import with_decoder_input
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
-from bbt_accel.engines.savings import buckets, cut
-from bbt_accel.errors import EngineError
+from bbt_accel.engines.cutting import buckets, cut
+from bbt_accel.errors import EngineError, UsageError
+from bbt_accel.savings import inside
 
 Array = Any
 """An array of the engine's own kind, where the engine computes: numpy, torch, OrtValue, a device address."""
@@ -35,6 +36,9 @@ class StagedEngine(Engine):
     def __init__(self, bundle: Bundle, device: str, threads: int | None, without: frozenset[str]) -> None:
         super().__init__(bundle)
         self.device, self.threads, self.without = device, threads, without
+        missing = [name for name in inside(without) if name not in bundle.info.without]
+        if missing:
+            raise UsageError(f"{missing[0]} is part of the graphs of {bundle.path}: export --without {missing[0]}")
 
     @abstractmethod
     def run(self, stage: str, inputs: Arrays) -> Arrays:
@@ -50,7 +54,7 @@ class StagedEngine(Engine):
 
     def bind(self, batch: Batch) -> StagedBoundBatch:
         check_tokens(self.bundle, batch)
-        return StagedBoundBatch(self, with_decoder_input(self.bundle.info, batch))
+        return StagedBoundBatch(self, with_decoder_input(self.bundle.info, batch, "short-decoder" not in self.without))
 
 
 @dataclass
@@ -77,7 +81,7 @@ class StagedBoundBatch(BoundBatch):
 
     def hold(self, rows: Int64, without: frozenset[str]) -> Bucket:
         part = cut(self.info, self.batch, rows, without)
-        if part.decoder_input_ids is not None and "buckets" not in without:
+        if part.decoder_input_ids is not None and "short-decoder" not in without:
             part = with_decoder_input(self.info, part)
         names = ("input_ids", "attention_mask", "readout", "label_token_ids", "decoder_input_ids")
         found = {name: getattr(part, name) for name in names}

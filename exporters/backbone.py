@@ -57,6 +57,12 @@ def at(x: Tensor, position: Tensor) -> Tensor:
     return x.gather(1, position[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
+def rows_at(bias: Tensor, position: Tensor) -> Tensor:
+    """(1 or B, h, D, D) at one query position a row, (B,) → (B, h, 1, D)."""
+    index = position[:, None, None, None].expand(-1, bias.shape[1], 1, bias.shape[3])
+    return bias.expand(position.shape[0], -1, -1, -1).gather(2, index)
+
+
 def broadcast_add(prompts: Tensor, hidden: Tensor) -> Tensor:
     """(P, 1, S, H) + (Q, N, S, H), where Q is 1 or P → (P, N, S, H).
 
@@ -84,6 +90,7 @@ class Backbone(nn.Module):
         self.n = info.n_prompt_tokens
         self.cat = info.prompt_mode == "cat"
         self.layers = info.n_layers
+        self.without = frozenset(info.without)
 
     # What a family provides -----------------------------------------------------------------------------------
 
@@ -107,9 +114,13 @@ class Backbone(nn.Module):
         """Block 0 of bbt's add mode from (P, n, H) and (N, S, H), where that is less work than from their sum."""
         return None
 
+    def head(self, x: Tensor) -> Tensor:
+        """What stands before the LM head's last product: (B, T, H) → (B, T, H)."""
+        return x
+
     @abstractmethod
-    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
-        """The LM head for the label words alone: (B, H) → (B, C), bias included."""
+    def vocabulary(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, H) and bias (V,) of the LM head's last product."""
 
     def run(self, stage: str, inputs: State) -> State:
         """One stage by its name, from inputs by name to outputs by name.
@@ -159,7 +170,8 @@ class Backbone(nn.Module):
         mask = self.extend(attention_mask)
         tokens = self.tokens(input_ids)
         bias = each(p, self.attention_bias(mask))
-        first = None if self.cat or self.layers == 1 else self.first_block(prompts, tokens, bias)
+        shared = not self.cat and self.layers > 1 and "shared-first" not in self.without
+        first = self.first_block(prompts, tokens, bias) if shared else None
         x = self.join(prompts, tokens) if first is None else first
         for i in range(0 if first is None else 1, self.layers - 1):
             x = self.block(i, x, x, bias)
@@ -172,8 +184,20 @@ class Backbone(nn.Module):
     ) -> Tensor:  # fmt: skip
         """The last block and the head, at the readout position alone: (P·N, T, H) → (P·N, C)."""
         position = each(p, readout + self.n if self.cat else readout)
-        last = self.block(self.layers - 1, at(x, position), x, bias)
-        return self.head(last[:, 0], label_token_ids)
+        if "last-block" in self.without:
+            return self.read(self.block(self.layers - 1, x, x, bias), position, label_token_ids)
+        bias = bias if bias.shape[2] == 1 else rows_at(bias, position)
+        return self.read(self.block(self.layers - 1, at(x, position), x, bias), None, label_token_ids)
+
+    def read(self, x: Tensor, position: Tensor | None, label_token_ids: Tensor) -> Tensor:
+        """The LM head at one position a row, (B, T, H) and (B,) → (B, C); position None: x is that position alone."""
+        weight, bias = self.vocabulary()
+        if "label-head" in self.without:
+            logits = F.linear(self.head(x), weight, bias)
+            logits = logits if position is None else at(logits, position)
+            return logits[:, 0].index_select(-1, label_token_ids)
+        x = x if position is None else at(x, position)
+        return F.linear(self.head(x)[:, 0], weight[label_token_ids], None if bias is None else bias[label_token_ids])
 
     # bbtv2: the same in stages, each with its own prompt ---------------------------------------------------------
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bbt_accel.exporters.backbone import Backbone, at, attend, causal_bias, each
+from bbt_accel.exporters.backbone import Backbone, at, attend, causal_bias, each, rows_at
 
 
 class DecoderBackbone(Backbone):
@@ -27,23 +26,27 @@ class DecoderBackbone(Backbone):
     ) -> Tensor:  # fmt: skip
         x = self.encoded(self.block(self.layers - 1, x, x, bias))
         assert decoder_input_ids is not None
-        return self.head(self.decode(p, x, each(p, self.cross_bias(mask)), decoder_input_ids, readout), label_token_ids)
+        y = self.decode(p, x, each(p, self.cross_bias(mask)), decoder_input_ids, readout)
+        return self.read(y, each(p, readout) if "last-block" in self.without else None, label_token_ids)
 
     def decode(
         self, p: int | torch.SymInt, encoded: Tensor, cross: Tensor, decoder_input_ids: Tensor, readout: Tensor
     ) -> Tensor:
-        """(P·N, T, H), (N, D), (N,) → (P·N, H)."""
+        """(P·N, T, H), (N, D), (N,) → (P·N, 1, H), the readout position; with a whole last block (P·N, D, H)."""
         y = self.decoder_tokens(decoder_input_ids)
         bias = self.decoder_bias(decoder_input_ids.shape[1], y.device)
-        position, count = readout, self.decoder_layers
-        for i in range(count):
-            query = at(y, position) if i == count - 1 else y
-            own = bias if i < count - 1 else rows_at(bias, position)
+        position, last = readout, self.decoder_layers - 1
+        shared = "shared-first" not in self.without
+        if not shared:
+            y, position = each(p, y), each(p, position)
+        for i in range(last + 1):
+            alone = i == last and "last-block" not in self.without
+            query, own = (at(y, position), rows_at(bias, position)) if alone else (y, bias)
             y = self.self_attention(i, query, y, own)
-            if i == 0:
+            if i == 0 and shared:
                 y, position = each(p, y), each(p, position)
             y = self.cross_attention(i, y, encoded, cross)
-        return y[:, 0]
+        return y
 
     def encoded(self, x: Tensor) -> Tensor:
         """What stands behind the encoder's last block (T5: a norm)."""
@@ -68,12 +71,6 @@ class DecoderBackbone(Backbone):
     def cross_attention(self, i: int, x: Tensor, encoded: Tensor, bias: Tensor) -> Tensor:
         """Attention over the encoder's output, and the feed-forward."""
         raise NotImplementedError
-
-
-def rows_at(bias: Tensor, position: Tensor) -> Tensor:
-    """(1, h, D, D) at one query position a row, (B,) → (B, h, 1, D)."""
-    index = position[:, None, None, None].expand(-1, bias.shape[1], 1, bias.shape[3])
-    return bias.expand(position.shape[0], -1, -1, -1).gather(2, index)
 
 
 class BartBackbone(DecoderBackbone):
@@ -111,8 +108,8 @@ class BartBackbone(DecoderBackbone):
         y = layer.encoder_attn_layer_norm(x + bart_attention(layer.encoder_attn, x, encoded, bias))
         return bart_feed_forward(layer, y)
 
-    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
-        return F.linear(x, self.model.lm_head.weight[label_token_ids], self.model.final_logits_bias[0][label_token_ids])
+    def vocabulary(self) -> tuple[Tensor, Tensor]:
+        return self.model.lm_head.weight, self.model.final_logits_bias[0]
 
 
 def bart_attention(module: Any, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:

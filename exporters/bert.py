@@ -45,10 +45,12 @@ class BertBackbone(Backbone):
         y = layer.attention.output(attend(q, k, v, layer.attention.self.num_attention_heads, bias), query)
         return layer.output(layer.intermediate(y), y)
 
-    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
-        predictions = self.model.cls.predictions
-        decoder = predictions.decoder
-        return F.linear(predictions.transform(x), decoder.weight[label_token_ids], decoder.bias[label_token_ids])
+    def head(self, x: Tensor) -> Tensor:
+        return self.model.cls.predictions.transform(x)
+
+    def vocabulary(self) -> tuple[Tensor, Tensor]:
+        decoder = self.model.cls.predictions.decoder
+        return decoder.weight, decoder.bias
 
 
 class ElectraBackbone(BertBackbone):
@@ -63,7 +65,9 @@ class ElectraBackbone(BertBackbone):
         projected = hasattr(self.model.electra, "embeddings_project")
         return self.model.electra.embeddings_project(embedded) if projected else embedded
 
-    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
+        return self.model.generator_predictions(x)
+
+    def vocabulary(self) -> tuple[Tensor, Tensor]:
         decoder = self.model.generator_lm_head
-        x = self.model.generator_predictions(x)
-        return F.linear(x, decoder.weight[label_token_ids], decoder.bias[label_token_ids])
+        return decoder.weight, decoder.bias

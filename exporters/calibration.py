@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
@@ -57,10 +59,43 @@ def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32, rows: int) -> It
             feeds = [feed | run(feed) for feed in feeds]
 
 
+@dataclass(frozen=True)
+class Channels:
+    """What an activation's channels (its last axis) reach, (K,) each, and the tokens of a call."""
+
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+    tokens: int
+
+
 def ranges(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Ranges:
     """Smallest and largest value that each named tensor takes; tensors that are no floats are left out."""
+    found: Ranges = {}
+    for values in passing(model, feeds, names, folder):
+        for name, value in values.items():
+            low, high = found.get(name, (np.inf, -np.inf))
+            found[name] = min(low, float(value.min())), max(high, float(value.max()))
+    return found
+
+
+def channels(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> dict[str, Channels]:
+    """The same for each channel."""
+    found: dict[str, Channels] = {}
+    for values in passing(model, feeds, names, folder):
+        for name, value in values.items():
+            flat = value.reshape(-1, value.shape[-1])
+            low, high, tokens = flat.min(axis=0), flat.max(axis=0), len(flat)
+            if name in found:
+                low, high = np.minimum(low, found[name].low), np.maximum(high, found[name].high)
+                tokens = max(tokens, found[name].tokens)
+            found[name] = Channels(low, high, tokens)
+    return found
+
+
+def passing(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Iterator[Feeds]:
+    """The float tensors of these names that pass through a graph, for each of the feeds."""
     if not names:
-        return {}
+        return
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     outputs = {o.name for o in tapped.graph.output}
@@ -73,10 +108,6 @@ def ranges(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder:
         file.unlink(missing_ok=True)
         file.with_suffix(".onnx.data").unlink(missing_ok=True)
     takes = [i.name for i in session.get_inputs()]
-    found: Ranges = {}
     for feed in feeds:
-        for name, value in zip(names, session.run(names, {k: feed[k] for k in takes}), strict=True):
-            if value.dtype == np.float32 and value.size:
-                low, high = found.get(name, (np.inf, -np.inf))
-                found[name] = min(low, float(value.min())), max(high, float(value.max()))
-    return found
+        values = zip(names, session.run(names, {k: feed[k] for k in takes}), strict=True)
+        yield {name: value for name, value in values if value.dtype == np.float32 and value.size}

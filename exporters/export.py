@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import ExportError, UsageError
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.families import load_model, load_tokenizer, make_backbone
+from bbt_accel.savings import check_savings, inside
 
 TOLERANCE = 1e-4
 """Largest difference of label logits from eager PyTorch, relative to the largest logit where that is beyond 1."""
@@ -35,14 +36,17 @@ def export_bundle(
     prompt_mode: PromptMode = "add",
     n_prompt_tokens: int = 50,
     revision: str | None = None,
+    without: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a hub id, a local folder or `demo` into a new bundle folder, and check it.
 
+    without: savings that the graphs are to do without, to be measured, by the names in `bbt_accel.savings`.
     Raises UsageError for a combination that does not exist, ExportError for a checkpoint that cannot be loaded, has
     no LM head, or whose graphs differ from eager PyTorch by more than `TOLERANCE`.
     """
     check_arguments(method, prompt_mode, n_prompt_tokens)
+    off = inside(check_savings(without))
     tell = progress or (lambda what, done, of: None)
     checkpoint = BACKBONE if str(backbone) == "demo" else backbone
     output = Path(output)
@@ -51,6 +55,7 @@ def export_bundle(
     tell("loading the checkpoint", 0, 1)
     model, tokenizer = load_model(checkpoint, revision), load_tokenizer(checkpoint, revision)
     info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, n_prompt_tokens)
+    info = info.model_copy(update={"without": off})
     with new_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size="1000GB")  # type: ignore[operator]
         (folder / "generation_config.json").unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from bbt_accel.errors import ExportError
 from bbt_accel.exporters.backbone import Backbone
 from bbt_accel.exporters.bart import BartBackbone
 from bbt_accel.exporters.bert import BertBackbone, ElectraBackbone
-from bbt_accel.exporters.gpt2 import GPT2Backbone
+from bbt_accel.exporters.gpt2 import GPT2Backbone, GPT2WholeBackbone
 from bbt_accel.exporters.roberta import RobertaBackbone
 from bbt_accel.exporters.t5 import T5Backbone
 
@@ -84,7 +84,10 @@ def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
 def make_backbone(model: nn.Module, info: BundleInfo) -> Backbone:
     """The backbone of a loaded model for one method, mode and prompt length."""
     model_type: str = model.config.model_type  # type: ignore[union-attr, assignment]
-    return FAMILIES[model_type][1](model, info).eval()
+    cls = FAMILIES[model_type][1]
+    if model_type == "gpt2" and "prefix-cache" in info.without:
+        cls = GPT2WholeBackbone
+    return cls(model, info).eval()
 
 
 def first_line(error: Exception) -> str:

@@ -6,17 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bbt_accel.exporters.backbone import Backbone, State, at, attend, broadcast_add, causal_bias, each, padding_bias
+from bbt_accel.exporters.backbone import (
+    Backbone,
+    State,
+    at,
+    attend,
+    broadcast_add,
+    causal_bias,
+    each,
+    padding_bias,
+    rows_at,
+)
 
 
-class GPT2Backbone(Backbone):
-    """GPT2LMHeadModel.
-
-    The first n positions ("prefix", (P, n, H)) and the text behind them ("hidden", (P, N, T, H)) are separate states.
-    In add mode all rows bound together begin with the same n tokens (engines group rows so).
-    """
+class GPT2WholeBackbone(Backbone):
+    """GPT2LMHeadModel with the prompt computed once a row like the text behind it: what `prefix-cache` saves."""
 
     family = "gpt2"
     first = 0
@@ -24,11 +29,40 @@ class GPT2Backbone(Backbone):
     def tokens(self, input_ids: Tensor) -> Tensor:
         return self.model.transformer.wte(input_ids)
 
-    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-        raise NotImplementedError("GPT-2's blocks move a prefix and a text: see advance")
+    def enter(self, x: Tensor) -> Tensor:
+        return x + self.model.transformer.wpe.weight[: x.shape[1]]
 
-    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
-        return F.linear(self.model.transformer.ln_f(x), self.model.lm_head.weight[label_token_ids])
+    def attention_bias(self, attention_mask: Tensor) -> Tensor:
+        length = attention_mask.shape[1]
+        return padding_bias(attention_mask) + causal_bias(length, length, attention_mask.device)
+
+    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        layer = self.model.transformer.h[i]
+        size, attn = layer.attn.embed_dim, layer.attn
+        qkv = linear(attn.c_attn, layer.ln_1(x))
+        asked = qkv if query is x else linear(attn.c_attn, layer.ln_1(query))
+        key, value = qkv[..., size:].chunk(2, dim=-1)
+        context = attend(asked[..., :size], key, value, attn.num_heads, bias, attn.scaling)
+        return self.feed_forward(layer, query + linear(attn.c_proj, context))
+
+    @staticmethod
+    def feed_forward(layer: Any, x: Tensor) -> Tensor:
+        hidden = layer.mlp.act(linear(layer.mlp.c_fc, layer.ln_2(x)))
+        return x + linear(layer.mlp.c_proj, hidden)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.model.transformer.ln_f(x)
+
+    def vocabulary(self) -> tuple[Tensor, None]:
+        return self.model.lm_head.weight, None
+
+
+class GPT2Backbone(GPT2WholeBackbone):
+    """GPT2LMHeadModel.
+
+    The first n positions ("prefix", (P, n, H)) and the text behind them ("hidden", (P, N, T, H)) are separate states.
+    In add mode all rows bound together begin with the same n tokens (engines group rows so).
+    """
 
     def masks(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Masks of the prefix (1, n) and of the text (N, T)."""
@@ -61,21 +95,26 @@ class GPT2Backbone(Backbone):
         length = text.shape[1]
         return prefix + position[: self.n], text + position[self.n : self.n + length]
 
+    def project(self, i: int, x: Tensor) -> Tensor:
+        """Queries, keys and values of block i, side by side."""
+        layer = self.model.transformer.h[i]
+        return linear(layer.attn.c_attn, layer.ln_1(x))
+
     def advance(
-        self, i: int, prefix: Tensor, text: Tensor, query: Tensor, prefix_bias: Tensor | None, text_bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, i: int, prefix: Tensor, text: Tensor, query: Tensor, prefix_bias: Tensor | None, text_bias: Tensor,
+        text_qkv: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Block i: prefix (P, n, H), text (P·N, T, H), query positions of the text (P·N, Tq, H).
 
         With prefix_bias None the prefix is not needed any further and only its keys and values are computed.
+        text_qkv: what `project` gives for the text, where that is known.
         """
         layer = self.model.transformer.h[i]
         size, heads, scale = layer.attn.embed_dim, layer.attn.num_heads, layer.attn.scaling
         rows = text.shape[0] // prefix.shape[0]
-        prefix_qkv, text_qkv = (
-            linear(layer.attn.c_attn, layer.ln_1(prefix)),
-            linear(layer.attn.c_attn, layer.ln_1(text)),
-        )
-        asked = text_qkv if query is text else linear(layer.attn.c_attn, layer.ln_1(query))
+        prefix_qkv = self.project(i, prefix)
+        text_qkv = self.project(i, text) if text_qkv is None else text_qkv
+        asked = text_qkv if query is text else self.project(i, query)
         shared = prefix_qkv[..., size:][:, None].expand(-1, rows, -1, -1).flatten(0, 1)
         key, value = torch.cat([shared, text_qkv[..., size:]], dim=1).chunk(2, dim=-1)
         context = attend(asked[..., :size], key, value, heads, text_bias, scale)
@@ -86,37 +125,31 @@ class GPT2Backbone(Backbone):
             prefix = self.feed_forward(layer, prefix + linear(layer.attn.c_proj, context))
         return prefix, text
 
-    @staticmethod
-    def feed_forward(layer: Any, x: Tensor) -> Tensor:
-        hidden = layer.mlp.act(linear(layer.mlp.c_fc, layer.ln_2(x)))
-        return x + linear(layer.mlp.c_proj, hidden)
-
     def label_logits(
         self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         decoder_input_ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         p = prompts.shape[0]
-        prefix, text = self.enter_both(prompts, input_ids)
-        text = each(p, text)
+        prefix, rows = self.enter_both(prompts, input_ids)
+        text = each(p, rows)
         prefix_bias, text_bias = self.prefix_bias(attention_mask), each(p, self.text_bias(attention_mask))
+        first = None if "shared-first" in self.without else each(p, self.project(0, rows))
         for i in range(self.layers - 1):
-            prefix, text = self.advance(i, prefix, text, text, prefix_bias, text_bias)
-        return self.read(p, prefix, text, text_bias, readout, label_token_ids)
+            prefix, text = self.advance(i, prefix, text, text, prefix_bias, text_bias, first if i == 0 else None)
+        return self.finish_both(p, prefix, text, text_bias, readout, label_token_ids)
 
-    def read(
-        self,
-        p: int | torch.SymInt,
-        prefix: Tensor,
-        text: Tensor,
-        bias: Tensor,
-        readout: Tensor,
+    def finish_both(
+        self, p: int | torch.SymInt, prefix: Tensor, text: Tensor, bias: Tensor, readout: Tensor,
         label_token_ids: Tensor,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The last block and the head at the readout position → (P, N, C)."""
-        position = each(p, readout if self.cat else readout - self.n)
-        row = position[:, None, None, None].expand(-1, 1, 1, bias.shape[-1])
-        _, last = self.advance(self.layers - 1, prefix, text, at(text, position), None, bias.gather(2, row))
-        return self.head(last[:, 0], label_token_ids).unflatten(0, (p, -1))
+        position: Tensor | None = each(p, readout if self.cat else readout - self.n)
+        assert position is not None
+        query = text
+        if "last-block" not in self.without:
+            query, bias, position = at(text, position), rows_at(bias, position), None
+        _, last = self.advance(self.layers - 1, prefix, text, query, None, bias)
+        return self.read(last, position, label_token_ids).unflatten(0, (p, -1))
 
     def embed(self, input_ids: Tensor) -> State:
         prefix, text = self.enter_both(None, input_ids)
@@ -141,7 +174,8 @@ class GPT2Backbone(Backbone):
     ) -> Tensor:  # fmt: skip
         p = prompts.shape[0]
         prefix, text = self.prompted_both(prompts, state)
-        return self.read(p, prefix, text, each(p, self.text_bias(attention_mask)), readout, label_token_ids)
+        bias = each(p, self.text_bias(attention_mask))
+        return self.finish_both(p, prefix, text, bias, readout, label_token_ids)
 
 
 def linear(module: Any, x: Tensor) -> Tensor:

@@ -74,12 +74,12 @@ def stages(backbone: Backbone, method: str, hidden_size: int) -> Iterator[Stage]
     yield Stage("last", {**inputs, **tail}, ["label_logits"])
 
 
-def dynamic_axes(inputs: dict[str, Tensor], n: int, cat: bool, prefix: bool) -> dict[str, dict[int, Any]]:
+def dynamic_axes(inputs: dict[str, Tensor], n: int, cat: bool) -> dict[str, dict[int, Any]]:
     """P, N, S, C, D and the state's population Q are open; everything else is fixed by the backbone."""
     shortest = 2 if cat else n + 2
     P, Q, N, C, D = (Dim(name) for name in ("candidates", "state", "rows", "labels", "decoder_tokens"))
     S = Dim("tokens", min=shortest, max=2**20)
-    T = S - n if prefix and not cat else S
+    T = S - n if "prefix" in inputs and not cat else S
     axes: dict[str, dict[int, Any]] = {
         "prompts": {0: P},
         "input_ids": {0: N, 1: S},
@@ -95,7 +95,7 @@ def dynamic_axes(inputs: dict[str, Tensor], n: int, cat: bool, prefix: bool) -> 
 
 def export_stage(stage: Stage, backbone: Backbone) -> onnx.ModelProto:
     """Trace one stage into ONNX with open axes."""
-    axes = dynamic_axes(stage.inputs, backbone.n, backbone.cat, backbone.family == "gpt2")
+    axes = dynamic_axes(stage.inputs, backbone.n, backbone.cat)
     with quiet():
         program = torch.onnx.export(
             Traced(backbone, stage).eval(), tuple(stage.inputs.values()), dynamo=True, opset_version=OPSET,
@@ -206,3 +206,20 @@ def save_stage(
         if large and (checkpoint is None or not checkpoint.refer(model.graph, tensor)):
             others.refer(model.graph, tensor)
     (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+
+
+def load_stage(file: Path) -> onnx.ModelProto:
+    """A graph with its weights inside it, in the orientation in which products take them."""
+    model = onnx.load(str(file))
+    weights = {t.name: t for t in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weights:
+            (axes,) = (a.ints for a in node.attribute if a.name == "perm")
+            array = numpy_helper.to_array(weights[node.input[0]]).transpose(axes)
+            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model

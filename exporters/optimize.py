@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnx
-import onnx_ir as ir
-from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle, BundleInfo, new_folder, write_info
@@ -21,7 +18,9 @@ from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import calibration_rows, random_prompts, stage_feeds
 from bbt_accel.exporters.half import to_half
 from bbt_accel.exporters.int8 import to_int8
-from bbt_accel.exporters.openvino import optimize_for_openvino
+from bbt_accel.exporters.openvino import save_openvino
+from bbt_accel.exporters.precision import choose_fp32, logit_noise
+from bbt_accel.exporters.prepare import prepare
 from bbt_accel.exporters.sessions import Feeds, run_stages
 from bbt_accel.exporters.validate import scaled_error
 
@@ -29,6 +28,10 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Target = Literal["ort", "openvino", "trt"]
 CALIBRATION_ROWS = 16
 """Rows, times the prompts of `random_prompts`, that ranges are read from."""
+MAX_NOISE = 0.05
+"""Error of int8's label logits, relative to their spread, above which products are kept in fp32."""
+MEASURED_ROWS = 8
+"""Rows, times the prompts, on which the noise of each product is measured."""
 LEAK = 0.05
 """A row's logits may change by this share of the largest logit when padding is added; more means a lost mask."""
 
@@ -41,10 +44,12 @@ def optimize_bundle(
     target: Target = "ort",
     calibrate: str | None = None,
     data: Path | None = None,
+    max_noise: float = MAX_NOISE,
 ) -> Bundle:
     """Write a new bundle for one engine and report what was fused, how large it is and what it costs in accuracy.
 
     calibrate: the task whose few-shot train rows set int8 ranges and are compared on; the shipped texts unless given.
+    max_noise: int8 keeps products in fp32 until the logits' error is at most this share of their spread.
     Raises UsageError for a combination that does not exist or an output that is the source, BundleError for a source
     that is optimized already, ExportError when the result has NaN logits or has lost its attention mask.
     """
@@ -54,6 +59,8 @@ def optimize_bundle(
     if output.exists():
         raise UsageError(f"{output} exists already; choose another -o or remove it")
     check_combination(precision, target)
+    if not max_noise >= 0:
+        raise UsageError(f"--max-noise must be 0 or more, not {max_noise}")
     bundle = Bundle.read(source)
     if bundle.info.target != "onnx":
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
@@ -62,10 +69,7 @@ def optimize_bundle(
     with new_folder(output) as folder:
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             shutil.copyfile(source / name, folder / name)
-        if target == "openvino":
-            report = optimize_for_openvino(bundle, folder, precision, batch.rows(slice(0, CALIBRATION_ROWS)), prompts)
-        else:
-            report = optimize_for_runtime(bundle, folder, precision, batch, prompts)
+        report = lower(bundle, folder, target, precision, batch, prompts, max_noise)
         info = bundle.info.model_copy(
             update={
                 "precision": precision,
@@ -94,43 +98,40 @@ def check_combination(precision: str, target: str) -> None:
         raise UsageError(f"--target {target} takes {', '.join(ALLOWED[target])}, not {precision}")
 
 
-def optimize_for_runtime(
-    bundle: Bundle, folder: Path, precision: Precision, batch: Batch, prompts: Float32
+def lower(
+    bundle: Bundle, folder: Path, target: Target, precision: Precision, batch: Batch, prompts: Float32, max_noise: float
 ) -> dict[str, object]:
-    """Fuse every stage for ONNX Runtime and lower its precision. Returns what was done, summed over the stages."""
+    """Write every stage for its engine and in its precision. Returns what was done, summed over the stages."""
     checkpoint = graph.SharedWeights(folder / "model.safetensors") if precision == "fp32" else None
     others = graph.NewWeights(folder / "weights.data")
-    fused: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
+    few = batch.rows(slice(0, CALIBRATION_ROWS))
+    noisy = choose_fp32(bundle, target, few, prompts, max_noise, folder) if precision == "int8" else set()
     kept: list[str] = []
-    lowered = 0
+    quantized = 0
     seen: Iterable[tuple[str, list[Feeds]]] = ((stage, []) for stage in bundle.info.stages)
     if precision != "fp32":
-        seen = stage_feeds(bundle, batch.rows(slice(0, CALIBRATION_ROWS)), prompts, rows=4)
+        seen = stage_feeds(bundle, few, prompts, rows=4)
     for stage, feeds in seen:
-        model, counts = fuse(bundle.path / f"{stage}.onnx")
-        fused.update(counts)
+        model, counts = prepare(bundle.path / f"{stage}.onnx", target)
+        counted.update(counts)
         if precision == "fp16":
             model, names = to_half(model, feeds, folder)
             kept += [f"{stage}: {name}" for name in names]
         elif precision == "int8":
-            model, count, names = to_int8(model, feeds, folder)
-            lowered += count
-            kept += [f"{stage}: {name}" for name in names]
-        graph.save_stage(model, folder, stage, checkpoint, others)
-    report: dict[str, object] = {"fused": dict(fused)}
+            made = to_int8(model, feeds, folder, keep={name for where, name in noisy if where == stage})
+            model, quantized = made.model, quantized + len(made.products)
+            kept += [f"{stage}: {name}" for name in made.kept]
+        if target == "openvino":
+            counted.update(save_openvino(model, folder, stage))
+        else:
+            graph.save_stage(model, folder, stage, checkpoint, others)
+    report: dict[str, object] = {"operators" if target == "openvino" else "fused": dict(counted)}
     if precision == "int8":
-        report["quantized"] = lowered
+        report |= {"quantized": quantized, "noisy": [f"{stage}: {name}" for stage, name in sorted(noisy)]}
     if precision != "fp32":
         report["kept_fp32"] = kept
     return report
-
-
-def fuse(file: Path) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """onnxscript's fusions for ONNX Runtime: attention, skip connections with norms, bias with GELU."""
-    model, counts = optimize_for_ort(ir.load(file), clear_metadata=True)
-    proto = ir.to_proto(model)
-    onnx.load_external_data_for_model(proto, str(file.parent))
-    return proto, {name: count for name, count in counts.items() if count}
 
 
 def compare(bundle: Bundle, optimized: Bundle, batch: Batch, prompts: Float32) -> dict[str, object]:
@@ -144,6 +145,7 @@ def compare(bundle: Bundle, optimized: Bundle, batch: Batch, prompts: Float32) -
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
     return {
         "logit_error": scaled_error(found, wanted),
+        "logit_noise": logit_noise(found, wanted),
         "agreement": float((wanted.argmax(-1) == found.argmax(-1)).mean()),
         "padding_error": leak,
         "rows": len(batch),
@@ -161,5 +163,5 @@ def pad_columns(info: BundleInfo, batch: Batch, columns: int) -> Batch:
 def tool_versions() -> dict[str, str]:
     """Versions of what may have had a hand in it."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    names = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "nncf")
+    names = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino")
     return {name: found[name] for name in names if name in found}

@@ -19,7 +19,10 @@ class RobertaBackbone(BertBackbone):
     def base(self) -> Any:
         return self.model.roberta
 
-    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
         lm_head = self.model.lm_head
-        x = lm_head.layer_norm(F.gelu(lm_head.dense(x)))
-        return F.linear(x, lm_head.decoder.weight[label_token_ids], lm_head.decoder.bias[label_token_ids])
+        return lm_head.layer_norm(F.gelu(lm_head.dense(x)))
+
+    def vocabulary(self) -> tuple[Tensor, Tensor]:
+        decoder = self.model.lm_head.decoder
+        return decoder.weight, decoder.bias

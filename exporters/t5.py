@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bbt_accel.exporters.backbone import attend, causal_bias, padding_bias
 from bbt_accel.exporters.bart import DecoderBackbone
@@ -57,11 +56,12 @@ class T5Backbone(DecoderBackbone):
         y = x + t5_attention(attention.EncDecAttention, attention.layer_norm(x), encoded, bias)
         return feed_forward(y)
 
-    def head(self, x: Tensor, label_token_ids: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
         x = self.model.decoder.final_layer_norm(x)
-        if self.model.config.scale_decoder_outputs:
-            x = x * self.model.model_dim**-0.5
-        return F.linear(x, self.model.lm_head.weight[label_token_ids])
+        return x * self.model.model_dim**-0.5 if self.model.config.scale_decoder_outputs else x
+
+    def vocabulary(self) -> tuple[Tensor, None]:
+        return self.model.lm_head.weight, None
 
 
 def t5_attention(module: Any, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:

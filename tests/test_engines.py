@@ -290,7 +290,7 @@ BLOCK = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "nncf"}:
+        if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript", "onnx_ir"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
 """

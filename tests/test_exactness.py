@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tiny_backbones import VARIANTS
 
 from bbt_accel import Batch, Bundle, load_engine
-from bbt_accel.engines.savings import SAVINGS
 from bbt_accel.engines.staged import StagedEngine
+from bbt_accel.savings import SAVINGS
 
 TOLERANCE = 1e-5
 ENGINES = ["torch", "ort", *(["openvino"] if find_spec("openvino") else [])]

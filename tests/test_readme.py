@@ -118,7 +118,7 @@ def test_table_of_extras() -> None:
 
 
 def test_savings_and_tasks_are_named() -> None:
-    from bbt_accel.engines.savings import SAVINGS
+    from bbt_accel.savings import SAVINGS
 
     assert {row["saving"].strip("`") for row in table("saving")} - {"in the graph"} == set(SAVINGS)
     listed = re.search(r"Built-in tasks: ([\w, ]+) \(", README)

@@ -1,37 +1,12 @@
-"""Work that engines leave out, and how the rows are cut up for it.
-
-Each saving gives the same numbers as the naive forward (tests/test_exactness.py) and can be switched off by its name.
-"""
+"""How the rows of a batch are cut up, so that like ones are computed together."""
 
 from __future__ import annotations
-
-import difflib
-from collections.abc import Collection
 
 import numpy as np
 
 from bbt_accel.batch import Batch, Int64
 from bbt_accel.bundle import BundleInfo
-from bbt_accel.errors import DataError, UsageError
-
-SAVINGS = {
-    "population": "all candidates in one call",
-    "buckets": "rows of like length together, so that padding is not computed",
-    "layer-cache": "bbtv2: the layers below the one that is searched are computed once",
-}
-"""Switched off by the engine; what a graph leaves out is fixed when it is exported."""
-
-
-def check_savings(without: Collection[str]) -> frozenset[str]:
-    """The names as a set; UsageError for one that does not exist."""
-    for name in without:
-        if name not in SAVINGS:
-            near = difflib.get_close_matches(name, SAVINGS, n=1)
-            raise UsageError(
-                f"--without does not know {name!r}. "
-                + (f"Did you mean {near[0]}?" if near else f"Savings are {', '.join(SAVINGS)}.")
-            )
-    return frozenset(without)
+from bbt_accel.errors import DataError
 
 
 def row_lengths(batch: Batch, reads_input: bool) -> Int64:
@@ -49,7 +24,7 @@ def buckets(info: BundleInfo, batch: Batch, without: frozenset[str], most_tokens
     shortest = shortest_row(info)
     lengths = np.maximum(row_lengths(batch, info.family not in ("bart", "t5")), shortest)
     group = -(-lengths // step) if "buckets" not in without else np.zeros_like(lengths)
-    if info.family == "gpt2" and info.prompt_mode == "add":
+    if info.family == "gpt2" and info.prompt_mode == "add" and "prefix-cache" not in info.without:
         if (batch.readout < info.n_prompt_tokens).any():
             raise DataError("a readout position lies within the prompt; GPT-2 reads behind it")
         n = info.n_prompt_tokens
