@@ -55,14 +55,19 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
 
 
 def write_model(bundle: Bundle, stage: str, name: str, target: Path) -> None:
-    """config.pbtxt, and version 1 of the model: model.onnx with its weights, or model.plan."""
+    """config.pbtxt, and version 1 of the model: model.onnx with its weights, or a plan for each compute capability."""
     backend = BACKENDS[bundle.info.target]
     graph = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False)
-    (target / "config.pbtxt").write_text(config(bundle, graph.graph, name, backend), encoding="utf-8")
+    found = plans(bundle, stage) if backend == "tensorrt" else {}
+    text = config(bundle, graph.graph, name, backend) + "".join(
+        f'cc_model_filenames {{ key: "{capability}" value: "sm{capability}.plan" }}\n' for capability in found
+    )
+    (target / "config.pbtxt").write_text(text, encoding="utf-8")
     version = target / "1"
-    if backend == "tensorrt":
+    if found:
         version.mkdir()
-        shutil.copyfile(bundle.path / f"{stage}.plan", version / "model.plan")
+        for capability, plan in found.items():
+            shutil.copyfile(plan, version / f"sm{capability}.plan")
         return
     # A model of more than one file is a folder of that name (Triton's user guide, "ONNX Models").
     files = version / "model.onnx"
@@ -73,6 +78,21 @@ def write_model(bundle: Bundle, stage: str, name: str, target: Path) -> None:
     )
     for file in files.iterdir():
         file.chmod(0o644)  # onnx writes weights for the owner alone; Triton often runs as somebody else
+
+
+def plans(bundle: Bundle, stage: str) -> dict[str, Path]:
+    """Compute capability → plan of a stage. Raises BundleError when the bundle has none that Triton loads."""
+    found: dict[str, Path] = {}
+    for file in sorted(bundle.path.glob(f"plans/*/{stage}.json")):
+        key = json.loads(file.read_text(encoding="utf-8"))["key"]
+        if key["runtime"].split()[0] == "tensorrt":  # Triton's backend is TensorRT's own, not that for RTX
+            found |= dict.fromkeys(key["capability"], file.with_suffix(".plan"))
+    if not found:
+        raise BundleError(
+            f"{bundle.path} has no plan of {stage} that Triton loads; optimize it for trt on the GPU itself, with the "
+            "package tensorrt (plans of TensorRT for RTX are for other programs)"
+        )
+    return found
 
 
 def config(bundle: Bundle, graph: onnx.GraphProto, name: str, backend: str) -> str:

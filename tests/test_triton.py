@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
 from pathlib import Path
@@ -140,15 +141,30 @@ def test_files_can_be_read_by_a_server_that_runs_as_somebody_else(tiny: Export, 
         assert path.stat().st_mode & wanted == wanted, path
 
 
+def add_plan(bundle: Path, gpu: str, runtime: str, capability: str) -> None:
+    """As optimize --target trt keeps plans."""
+    folder = bundle / "plans" / gpu
+    folder.mkdir(parents=True)
+    (folder / "model.plan").write_text(f"plan of {gpu}")
+    (folder / "model.json").write_text(json.dumps({"key": {"runtime": runtime, "capability": [capability]}}))
+
+
 def test_tensorrt_plans(tiny: Export, tmp_path: Path) -> None:
     source = shutil.copytree(tiny("roberta").path, tmp_path / "bundle")
-    (source / "model.plan").write_bytes(b"a plan")
-    bundle = Bundle.read(source)
-    bundle = Bundle(source, bundle.info.model_copy(update={"target": "trt"}))
+    bundle = Bundle(source, tiny("roberta").info.model_copy(update={"target": "trt"}))
+    add_plan(source, "rtx", "tensorrt_rtx 1.2.0", "12.0")
+    with pytest.raises(BundleError, match="no plan of model"):
+        write_repository(bundle, tmp_path / "repository")
+    add_plan(source, "l4", "tensorrt 10.13.0", "8.9")
+    add_plan(source, "h100", "tensorrt 10.13.0", "9.0")
     assert write_repository(bundle, tmp_path / "repository") == ["bundle"]
-    assert (tmp_path / "repository" / "bundle" / "1" / "model.plan").read_bytes() == b"a plan"
     found = read_config(tmp_path / "repository" / "bundle")
     assert (found.backend, found.platform) == ("tensorrt", "tensorrt_plan")
+    version = tmp_path / "repository" / "bundle" / "1"
+    assert {cc: (version / name).read_text() for cc, name in found.cc_model_filenames.items()} == {
+        "8.9": "plan of l4",
+        "9.0": "plan of h100",
+    }
     assert "prompts" in [tensor.name for tensor in found.input]
 
 
