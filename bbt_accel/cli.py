@@ -22,10 +22,12 @@ EXTRAS = {
     "onnxruntime": "cpu",
     "openvino": "openvino",
     "ray": "ray",
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
     "tensorboard": "tensorboard",
 }
 """What a command may lack, and the extra that brings it."""
 Engine = Literal["torch", "ort", "openvino", "trt"]
+AnyEngine = Literal["torch", "ort", "openvino", "trt", "remote"]
 Device = Literal["cpu", "cuda"]
 
 app = typer.Typer(
@@ -59,7 +61,8 @@ RandomProj = Annotated[
     Literal["normal", "uniform"] | None, typer.Option(help="Entries of the projection. (default: normal)")
 ]
 Ray = Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster, or local.")]
-RunEngine = Annotated[Engine | None, typer.Option(help="The engine; that of the run unless given.")]
+Url = Annotated[str | None, typer.Option(help="The server of --engine remote, e.g. http://127.0.0.1:8000.")]
+RunEngine = Annotated[AnyEngine | None, typer.Option(help="The engine; that of the run unless given.")]
 RunDevice = Annotated[Device | None, typer.Option(help="The device; that of the run unless given.")]
 
 
@@ -81,32 +84,47 @@ def options(
 
 @app.command(epilog="Example: bbt-accel export roberta-large -o bundles/roberta-large")
 def export(
-    backbone: Annotated[str, typer.Argument(help="A hub id, a local folder, or demo (shipped).")],
-    output: Output,
+    backbone: Annotated[str, typer.Argument(help="A hub id, a local folder, demo (shipped); or a bundle, for Triton.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The new folder; none for a bundle.")] = None,
     method: Annotated[Literal["bbt", "bbtv2"], typer.Option(help="bbtv2 has a prompt in every layer.")] = "bbt",
     prompt_mode: Annotated[Literal["add", "cat"], typer.Option(help="Add to, or put before, the input.")] = "add",
     n_prompt_tokens: Annotated[int, typer.Option(min=1, help="Soft prompt vectors.")] = 50,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
+    triton_repository: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write models for Triton Inference Server there, too.")
+    ] = None,
     without: Without = "",
     as_json: AsJson = False,
 ) -> None:
-    """Export a backbone to a bundle: ONNX graphs, weights, tokenizer."""
+    """Export a backbone to a bundle: ONNX graphs, weights, tokenizer. A bundle itself goes to a Triton repository."""
     from bbt_accel.display import busy
-    from bbt_accel.exporters.export import export_bundle
     from bbt_accel.reports import report_bundle
 
-    with busy(f"exporting {backbone}") as tell:
-        bundle = export_bundle(
-            backbone,
-            output,
-            method=method,
-            prompt_mode=prompt_mode,
-            n_prompt_tokens=n_prompt_tokens,
-            revision=revision,
-            without=_names(without),
-            progress=tell,
-        )
-    report_bundle(bundle, as_json)
+    if output is not None:
+        from bbt_accel.exporters.export import export_bundle
+
+        with busy(f"exporting {backbone}") as tell:
+            bundle = export_bundle(
+                backbone,
+                output,
+                method=method,
+                prompt_mode=prompt_mode,
+                n_prompt_tokens=n_prompt_tokens,
+                revision=revision,
+                without=_names(without),
+                progress=tell,
+            )
+    else:
+        from bbt_accel.exporters.triton import exported_bundle
+
+        bundle = exported_bundle(backbone, triton_repository)
+    models: list[str] = []
+    if triton_repository is not None:
+        from bbt_accel.exporters.triton import write_repository
+
+        with busy(f"writing {triton_repository}"):
+            models = write_repository(bundle, triton_repository)
+    report_bundle(bundle, as_json, models)
 
 
 @app.command(epilog="Example: bbt-accel optimize bundles/roberta-large -o bundles/roberta-large-int8 --int8")
@@ -144,7 +162,8 @@ def tune(
     bundle: Annotated[Path, typer.Option(help="A bundle that export or optimize has written.")],
     task: TaskName,
     data: Data = None,
-    engine: Annotated[Engine, typer.Option(help="What runs the backbone.")] = "ort",
+    engine: Annotated[AnyEngine, typer.Option(help="What runs the backbone.")] = "ort",
+    url: Url = None,
     device: Annotated[Device, typer.Option(help="Where it runs.")] = "cpu",
     threads: Threads = None,
     k_shot: KShot = None,
@@ -194,6 +213,7 @@ def tune(
         without=_names(without),
         workers=workers,
         ray=ray,
+        url=url,
         output=output,
         resume=resume,
         overwrite=overwrite,
@@ -281,6 +301,7 @@ def evaluate(
     data: Data = None,
     bundle: OtherBundle = None,
     engine: RunEngine = None,
+    url: Url = None,
     device: RunDevice = None,
     threads: Threads = None,
     split: Annotated[Literal["test", "dev"], typer.Option(help="Rows to score on.")] = "test",
@@ -290,7 +311,9 @@ def evaluate(
     from bbt_accel.inference import evaluate as evaluate_run
     from bbt_accel.reports import report_score
 
-    score = evaluate_run(run, data=data, bundle=bundle, engine=engine, device=device, threads=threads, split=split)
+    score = evaluate_run(
+        run, data=data, bundle=bundle, engine=engine, device=device, threads=threads, url=url, split=split
+    )
     report_score(score, as_json)
 
 
@@ -303,6 +326,7 @@ def predict(
     file: Annotated[Path | None, typer.Option(help="A text (or a JSON object) a line; - is standard input.")] = None,
     bundle: OtherBundle = None,
     engine: RunEngine = None,
+    url: Url = None,
     device: RunDevice = None,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -314,8 +338,40 @@ def predict(
     from bbt_accel.texts import read_texts
 
     rows = read_texts(texts or [], file, Run.read(run).task.text)
-    predictions = predict_run(run, rows, bundle=bundle, engine=engine, device=device, threads=threads)
+    predictions = predict_run(run, rows, bundle=bundle, engine=engine, device=device, threads=threads, url=url)
     report_predictions(rows, predictions, as_json)
+
+
+@app.command(epilog="Example: bbt-accel serve runs/sst2 --port 8000")
+def serve(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE|RUN", help="A bundle, or a run that tune has written.")],
+    engine: Annotated[Engine | None, typer.Option(help="The engine; that of the run, or ort, unless given.")] = None,
+    device: RunDevice = None,
+    threads: Threads = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 8000,
+    max_request_mib: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most rows times candidates of a request.")] = 16384,
+    keep_rows: Annotated[int, typer.Option(min=1, help="Batches of rows to keep for requests that follow.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a bundle, and the prompt of a run, by the Open Inference Protocol over HTTP."""
+    from bbt_accel.reports import report_serving
+    from bbt_accel.serving import Limits
+    from bbt_accel.serving.server import serve as serve_models
+
+    limits = Limits(max_request_mib * 2**20, max_batch, timeout, keep_rows)
+    serve_models(
+        path,
+        engine=engine,
+        device=device,
+        threads=threads,
+        host=host,
+        port=port,
+        limits=limits,
+        ready=lambda url, models: report_serving(url, models, as_json),
+    )
 
 
 @app.command(epilog="Example: bbt-accel bench --backbone roberta-large --task sst2 --engines torch,ort -o reports/sst2")

@@ -26,6 +26,10 @@ OPTIONAL = (
     "cuda-python",
     "ray",
     "tensorboard",
+    "starlette",
+    "uvicorn",
+    "tritonclient",
+    "geventhttpclient",
 )
 FEATURES = {
     "AVX2": {"avx2"},
@@ -165,6 +169,7 @@ def engines(found: Mapping[str, str | None], gpus: list[str], providers: list[st
         "ort (cuda)": _state(no_cuda, "gpu", no_gpu, first="pip uninstall -y onnxruntime && " if runtime else ""),
         "openvino": _state(_lacks(found, "openvino"), "openvino"),
         "trt": _state(None if rtx and cuda else "TensorRT or cuda-python is not installed", "trt", no_gpu),
+        "remote": _state(_lacks(found, "tritonclient", "geventhttpclient"), "remote"),
     }
 
 

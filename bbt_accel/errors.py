@@ -45,3 +45,11 @@ class RunError(BbtError):
 
 class NonFiniteLoss(BbtError):
     """A candidate whose loss is NaN or infinite."""
+
+
+class RequestError(BbtError):
+    """A request that the server refuses; `status` is the HTTP status that says why."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from bbt_accel.batch import Float32
 from bbt_accel.data import Row, few_shot, load_rows
@@ -30,11 +31,12 @@ def evaluate(
     engine: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    url: str | None = None,
     split: Literal["dev", "test"] = "test",
 ) -> dict[str, Any]:
     """Score the prompt of a run on the task's test rows, or on the dev rows that the search chose it by.
 
-    data, engine, device: as in the run unless given. bundle: another bundle of the same backbone, e.g. in another
+    data, engine, device, url: as in the run unless given. bundle: another bundle of the same backbone, e.g. in another
     precision. Returns split, metric, score, rows, engine, device, bundle (its path) and without_prompt, the score of
     the same bundle with a zero prompt. Raises RunError, BundleError, DataError, EngineError, NonFiniteLoss.
     """
@@ -43,7 +45,7 @@ def evaluate(
     rows = load_rows(run.task, "test" if split == "test" else "train", Path(folder) if folder is not None else None)
     if split == "dev":
         _, rows = few_shot(rows, run.task.n_classes, run.info.settings.k_shot, run.info.settings.seed)
-    with _engine(run, bundle, engine, device, threads) as loaded:
+    with _engine(run, bundle, engine, device, threads, url) as loaded:
         logits = _label_logits(loaded, Encoder(loaded.bundle, run.task), rows, [run.prompt, np.zeros_like(run.prompt)])
         _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
         return {
@@ -66,6 +68,7 @@ def predict(
     engine: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    url: str | None = None,
 ) -> list[dict[str, Any]]:
     """Classify texts with the prompt of a run.
 
@@ -79,14 +82,10 @@ def predict(
             raise DataError(f"row {number + 1} has no text {missing[0]!r}; it needs {', '.join(run.task.text)}")
     if not texts:
         return []
-    rows = [Row({column: text[column] for column in run.task.text}) for text in texts]
-    with _engine(run, bundle, engine, device, threads) as loaded:
-        encoder = Encoder(loaded.bundle, run.task)
-        logits = _label_logits(loaded, encoder, rows, [run.prompt])[0].astype(np.float64)
-    Objective().score(logits[None].astype(np.float32), np.zeros(len(rows), np.int64))  # raises when not finite
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = weights / weights.sum(axis=1, keepdims=True)
-    words = encoder.label_words
+    with _engine(run, bundle, engine, device, threads, url) as loaded:
+        classifier = Classifier(loaded, run)
+        probabilities = classifier.probabilities(texts)
+    words = classifier.words
     return [
         {
             "label": int(p.argmax()),
@@ -97,19 +96,44 @@ def predict(
     ]
 
 
+class Classifier:
+    """A loaded engine with the prompt of a run: texts in, probabilities of the label words out."""
+
+    def __init__(self, engine: Engine, run: Run) -> None:
+        self.engine, self.task, self.prompt = engine, run.task, run.prompt
+        self.encoder = Encoder(engine.bundle, run.task)
+        self.words = self.encoder.label_words
+
+    def probabilities(self, texts: Sequence[Mapping[str, str]]) -> npt.NDArray[np.float64]:
+        """float64 (N, C), a softmax over the label words, for N mappings from the task's text columns to texts.
+
+        Raises EngineError, and NonFiniteLoss where a logit is NaN or infinite.
+        """
+        rows = [Row({column: text[column] for column in self.task.text}) for text in texts]
+        logits = _label_logits(self.engine, self.encoder, rows, [self.prompt])
+        Objective().score(logits, np.zeros(len(rows), np.int64))  # raises when not finite
+        exact = logits[0].astype(np.float64)
+        weights = np.exp(exact - exact.max(axis=1, keepdims=True))
+        probabilities: npt.NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+        return probabilities
+
+
 @contextmanager
 def _engine(
-    run: Run, bundle: str | Path | None, name: str | None, device: str | None, threads: int | None
+    run: Run, bundle: str | Path | None, name: str | None, device: str | None, threads: int | None, url: str | None
 ) -> Iterator[Engine]:
     """The engine named, or the run's own as it was set up then."""
     record = run.info.engine
-    without = record.without if name in (None, record.name) else ()
+    own = name in (None, record.name)
+    without = record.without if own else ()
+    url = url or (record.url if own else None)
     with load_engine(
         run.open_bundle(bundle),
         name or record.name,
         device=device or record.device,
         threads=threads,
         without=without,
+        url=url,
     ) as engine:
         yield engine
 

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from bbt_accel.sweeps.report import Report as SweepReport
 
 
-def report_bundle(bundle: Bundle, as_json: bool) -> None:
+def report_bundle(bundle: Bundle, as_json: bool, models: Sequence[str] = ()) -> None:
+    """models: those that were written into a Triton repository."""
     info = bundle.info
     if as_json:
-        print_json({"path": bundle.path, "bytes": bundle.size, **info.model_dump(mode="json")})
+        triton = {"triton_models": models} if models else {}
+        print_json({"path": bundle.path, "bytes": bundle.size, **info.model_dump(mode="json"), **triton})
         return
     facts: dict[str, object] = {
         "backbone": info.backbone,
@@ -28,7 +30,8 @@ def report_bundle(bundle: Bundle, as_json: bool) -> None:
         "size": f"{bundle.size / 2**20:.1f} MiB",
         "largest error against eager PyTorch": info.max_error,
     }
-    print_facts(str(bundle.path), facts | (info.optimization or {}))
+    facts |= info.optimization or {}
+    print_facts(str(bundle.path), facts | ({"models for Triton": models} if models else {}))
 
 
 def report_run(run: Run, as_json: bool) -> None:
@@ -39,7 +42,7 @@ def report_run(run: Run, as_json: bool) -> None:
     facts: dict[str, object] = {
         "task": f"{info.task.name}, {info.settings.k_shot} rows a class, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
-        "engine": f"{info.engine.name} on {info.engine.device}"
+        "engine": f"{info.engine.name} on {info.engine.url or info.engine.device}"
         + (f", {info.engine.workers} workers" if info.engine.workers else ""),
         "status": info.status if info.status == "done" else f"{info.status}; go on with --resume",
         "calls": info.calls,
@@ -73,6 +76,14 @@ def report_predictions(
 
 def _whole(row: Mapping[str, str]) -> object:
     return dict(row) if len(row) > 1 else next(iter(row.values()))
+
+
+def report_serving(url: str, models: Sequence[str], as_json: bool) -> None:
+    """The server's address and models, when it listens."""
+    if as_json:
+        print_json({"url": url, "models": models})
+    else:
+        print(f"serving {', '.join(models)} at {url}; Ctrl-C stops", flush=True)
 
 
 def report_bench(output: Path, as_json: bool) -> None:

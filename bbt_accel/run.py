@@ -68,6 +68,8 @@ class EngineRecord(BaseModel):
     workers: int | None = None
     """Processes among which the population was divided; None for the process of the search alone."""
     without: list[str]
+    url: str | None = None
+    """Of the server, for the engine `remote`."""
     versions: dict[str, str] = {}
 
 

@@ -17,9 +17,10 @@ ENGINES = {
     "eager": ("bbt_accel.engines.pytorch", "EagerEngine", "export"),
     "ort": ("bbt_accel.engines.ort", "OrtEngine", "cpu"),
     "openvino": ("bbt_accel.engines.openvino", "OpenVinoEngine", "openvino"),
+    "remote": ("bbt_accel.engines.remote", "connect", "remote"),
     "dummy": ("bbt_accel.engines.dummy", "DummyEngine", ""),
 }
-"""Name → module, class, and the extra that brings what it needs."""
+"""Name → module, class (or the function that makes one), and the extra that brings what it needs."""
 
 
 def load_engine(
@@ -29,12 +30,14 @@ def load_engine(
     device: str = "cpu",
     threads: int | None = None,
     without: Collection[str] = (),
+    url: str | None = None,
 ) -> Engine:
     """Load a bundle into an engine: torch, ort, openvino, or `eager`, the naive reference that benchmarks compare with.
 
     device: cpu or cuda. threads: at most so many (default: all cores). without: savings to switch off for
-    measurement, by the names in `bbt_accel.savings`. Raises UsageError for an unknown name, MissingDependency when the
-    engine's library is not installed, EngineError when the device is not there or the bundle does not fit.
+    measurement, by the names in `bbt_accel.savings`. url: of the server, for the engine `remote`. Raises UsageError for
+    an unknown name, MissingDependency when the engine's library is not installed, EngineError when the device is not
+    there or the bundle does not fit.
     """
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1)
@@ -44,6 +47,10 @@ def load_engine(
         raise UsageError(f"--device must be cpu or cuda, not {device!r}")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, not {threads}")
+    if url is not None and name != "remote":
+        raise UsageError(f"--url is for --engine remote, not {name}")
+    if url is None and name == "remote":
+        raise UsageError("--engine remote needs --url, e.g. --url http://127.0.0.1:8000")
     module, cls, extra = ENGINES[name]
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     savings = check_savings(without)
@@ -51,4 +58,5 @@ def load_engine(
         engine: Callable[..., Engine] = getattr(import_module(module), cls)
     except ImportError as error:
         raise MissingDependency(f'engine {name} needs {error.name}: pip install "bbt-accel[{extra}]"') from None
-    return engine(loaded, device=device, threads=threads, without=savings)
+    options = {"url": url} if name == "remote" else {}
+    return engine(loaded, device=device, threads=threads, without=savings, **options)

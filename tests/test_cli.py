@@ -18,7 +18,7 @@ from bbt_accel.cli import app, main
 from bbt_accel.errors import BundleError, EngineError
 from bbt_accel.tasks import load_task
 
-COMMANDS = ["export", "optimize", "tune", "sweep", "evaluate", "predict", "bench", "doctor"]
+COMMANDS = ["export", "optimize", "tune", "sweep", "evaluate", "predict", "serve", "bench", "doctor"]
 SCORE = {"split": "test", "metric": "accuracy", "score": 0.75, "rows": 8, "engine": "ort", "without_prompt": 0.5}
 
 
@@ -36,6 +36,7 @@ class Program:
             "inference.evaluate",
             "inference.predict",
             "benchmarks.bench.run_bench",
+            "serving.server.serve",
         ):
             module, _, function = f"bbt_accel.{place}".rpartition(".")
             fake = sys.modules[module] if isinstance(sys.modules.get(module), Fake) else Fake(module)
@@ -102,6 +103,8 @@ def test_help_loads_nothing_heavy() -> None:
         (["tune", "--bundle", "b", "--task", "t", "--engine", "tensorflow"], "'tensorflow' is not one of 'torch'"),
         (["tune", "--bundle", "b", "--task", "t", "--seed", "x"], "Invalid value for '--seed'"),
         (["export"], "Missing argument '"),
+        (["serve", "b", "--engine", "remote"], "'remote' is not one of"),
+        (["serve", "b", "--port", "70000"], "Invalid value for '--port'"),
         (["optimise"], "No such command 'optimise'"),
         (["doctor", "--jsn"], "No such option"),
         (["optimize", "b", "-o", "c", "--fp16", "--int8"], "choose one of --fp16, --bf16 and --int8"),
@@ -183,7 +186,7 @@ def finished(status: str = "done") -> SimpleNamespace:
         task=load_task("sst2"),
         settings=SimpleNamespace(k_shot=16, seed=42),
         bundle=SimpleNamespace(backbone="tiny", method="bbt", precision="fp32"),
-        engine=SimpleNamespace(name="ort", device="cpu", workers=None),
+        engine=SimpleNamespace(name="ort", device="cpu", workers=None, url=None),
         status=status,
         calls=8000,
         seconds=12.5,
@@ -208,6 +211,7 @@ def test_tune_passes_only_the_settings_given(program: Program, capsys: pytest.Ca
         "without": ["kv", "cache"],
         "workers": None,
         "ray": None,
+        "url": None,
         "output": Path("r"),
         "resume": True,
         "overwrite": False,
@@ -270,6 +274,16 @@ def test_predict_of_a_folder_that_is_no_run(
     code, _, err = run(capsys, "predict", str(tmp_path), "text")
     assert (code, err.count("\n")) == (1, 1)
     assert "is not a run" in err
+
+
+def test_serve(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "serve", "r", "--engine", "ort", "--port", "0", "--max-request-mib", "2", "--json")[0] == 0
+    assert program.calls[0][0] == (Path("r"),)
+    limits, ready = program.options.pop("limits"), program.options.pop("ready")
+    assert (limits.request_bytes, limits.batch, limits.timeout, limits.kept) == (2 * 2**20, 16384, 300.0, 16)
+    assert program.options == {"engine": "ort", "device": None, "threads": None, "host": "127.0.0.1", "port": 0}
+    ready("http://127.0.0.1:8000", ["backbone"])
+    assert json.loads(capsys.readouterr().out) == {"url": "http://127.0.0.1:8000", "models": ["backbone"]}
 
 
 def test_bench(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ def test_diagnosis_is_json_and_says_what_was_not_tried() -> None:
     assert diagnosis["versions"]["python"]
     assert diagnosis["machine"]["cores"] >= 1
     assert any("have not been run on a GPU" in note for note in diagnosis["notes"])
-    assert set(diagnosis["engines"]) == {"torch", "ort (cpu)", "ort (cuda)", "openvino", "trt"}
+    assert set(diagnosis["engines"]) == {"torch", "ort (cpu)", "ort (cuda)", "openvino", "trt", "remote"}
 
 
 def test_bare_installation_names_the_extra_of_each_engine() -> None:
     engines = doctor.engines(NOTHING, gpus=[], providers=[])
     assert not any(state["runs"] for state in engines.values())
     assert [state["install"] for state in engines.values()] == [
-        f'pip install "bbt-accel[{extra}]"' for extra in ("export", "cpu", "gpu", "openvino", "trt")
+        f'pip install "bbt-accel[{extra}]"' for extra in ("export", "cpu", "gpu", "openvino", "trt", "remote")
     ]
 
 

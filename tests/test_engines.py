@@ -107,6 +107,7 @@ def test_two_onnxruntimes_that_broke_each_other_are_told(bundle: Bundle, monkeyp
         ("torch", "pytorch", "torch", "export"),
         ("eager", "pytorch", "torch", "export"),
         ("openvino", "openvino", "openvino", "openvino"),
+        ("remote", "remote", "gevent", "remote"),
     ],
 )
 def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(
@@ -114,7 +115,8 @@ def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(
 ) -> None:
     monkeypatch.delitem(sys.modules, f"bbt_accel.engines.{module}", raising=False)
     monkeypatch.setitem(sys.modules, library, None)  # type: ignore[arg-type]
-    message = one_line(lambda: load_engine(bundle, name), MissingDependency)
+    options = {"url": "http://127.0.0.1:8000"} if name == "remote" else {}
+    message = one_line(lambda: load_engine(bundle, name, **options), MissingDependency)  # type: ignore[arg-type]
     assert library in message
     assert f'"bbt-accel[{extra}]"' in message
 
@@ -340,6 +342,7 @@ for name in sys.argv[1:]:
         print(name, error.name)
 """
     optional = {"openvino", "tensorrt", "tensorrt_rtx", "cuda"}
+    optional |= {"starlette", "uvicorn", "tritonclient", "gevent", "geventhttpclient"}
     absent = {name for name in optional if importlib.util.find_spec(name) is None}
     failed = [line.split() for line in python(code, *modules(), folder=tmp_path).splitlines()]
     strange = [

@@ -19,6 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 INTERNAL = {"eager", "dummy"}
 """Engines that are no choice of --engine: the baseline of benchmarks, and that of tests."""
+REMOTE = {"remote"}
+"""Runs whatever its server runs."""
 
 cli: Any = typer.main.get_command(app)
 COMMANDS = cli.commands
@@ -88,7 +90,7 @@ def test_table_of_families() -> None:
             wanted = "yes" if (row["`model_type`"], method, mode) in tested else "untested"
             assert row[f"{method}, {mode}"] == wanted, row
         listed = {name for name in ("torch", "ort", "openvino", "trt") if row[name] == "yes"}
-        assert listed == set(ENGINES) - INTERNAL, row
+        assert listed == set(ENGINES) - INTERNAL - REMOTE, row
 
 
 def test_table_of_engines() -> None:
@@ -100,7 +102,9 @@ def test_table_of_engines() -> None:
     from bbt_accel.exporters.optimize import ALLOWED
 
     optimized = {name: row["optimized for it"] for name, row in rows.items()}
-    assert optimized == {"torch": "–"} | {name: ", ".join(precisions) for name, precisions in ALLOWED.items()}
+    assert optimized == {"torch": "–", "remote": "–"} | {
+        name: ", ".join(precisions) for name, precisions in ALLOWED.items()
+    }
 
 
 def test_table_of_extras() -> None:

@@ -39,6 +39,7 @@ def tune(
     without: Sequence[str] = (),
     workers: int | None = None,
     ray: str | None = None,
+    url: str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -48,6 +49,7 @@ def tune(
 ) -> Run:
     """Search a soft prompt for `task` by the method that `bundle` was exported for; returns the run.
 
+    url: of the server, for the engine `remote`.
     settings: any of `Settings`; the task's presets hold for what is not given (the stored ones in a resumed run).
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is whole.
     resume: continue an interrupted or killed run to the same prompt, bit for bit; start one if there is none, and
@@ -89,7 +91,9 @@ def tune(
         settings=chosen,
         data=DataRecord.of(data, train, dev),
         bundle=BundleRecord.of(bundle, space.final),
-        engine=EngineRecord(name=engine, device=device, threads=threads, workers=workers, without=sorted(without)),
+        engine=EngineRecord(
+            name=engine, device=device, threads=threads, workers=workers, without=sorted(without), url=url
+        ),
         versions=_versions(),
     )
     if former is not None and (differences := former.differences(info)):

@@ -90,5 +90,5 @@ class Job:
     def evaluator(self) -> LocalEvaluator:
         """Load the engine and bind the rows. Raises what `load_engine` raises."""
         e = self.engine
-        engine = load_engine(self.bundle, e.name, device=e.device, threads=e.threads, without=e.without)
+        engine = load_engine(self.bundle, e.name, device=e.device, threads=e.threads, without=e.without, url=e.url)
         return LocalEvaluator(engine, self.train, self.dev, self.objective)

@@ -1,0 +1,172 @@
+"""The HTTP side of the server: paths, token, limits, and errors as the protocol writes them."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import bbt_accel
+from bbt_accel.errors import BbtError, DataError, RequestError, UsageError
+from bbt_accel.serving import ROWS_EXTENSION, Limits
+from bbt_accel.serving.models import Model
+from bbt_accel.serving.protocol import HEADER_LENGTH, read_request, write_response
+
+EXTENSIONS = ["binary_tensor_data", "parameters", "model_configuration", ROWS_EXTENSION]
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """The endpoints. Models compute in one thread of their own, so that health and metadata answer meanwhile."""
+
+    def __init__(self, models: Sequence[Model], limits: Limits) -> None:
+        self.models = {model.name: model for model in models}
+        self.limits = limits
+        self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # no engine is thread-safe
+
+    def routes(self) -> list[Route]:
+        routes = [
+            Route("/v2/health/live", self.healthy),
+            Route("/v2/health/ready", self.healthy),
+            Route("/v2/repository/index", self.index, methods=["POST"]),
+        ]
+        routes += [Route(path, self.server) for path in ("/v2", "/v2/")]
+        for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+            routes += [
+                Route(path, self.metadata),
+                Route(f"{path}/ready", self.ready),
+                Route(f"{path}/config", self.config),
+                Route(f"{path}/infer", self.infer, methods=["POST"]),
+            ]
+        return routes
+
+    async def healthy(self, request: Request) -> Response:
+        return JSONResponse({"live": True} if request.url.path.endswith("live") else {"ready": True})
+
+    async def server(self, request: Request) -> Response:
+        facts = {"name": "bbt-accel", "version": bbt_accel.__version__, "extensions": EXTENSIONS}
+        return JSONResponse(facts | {"models": list(self.models)})
+
+    async def index(self, request: Request) -> Response:
+        """As Triton lists the models of its repository."""
+        return JSONResponse([{"name": name, "version": "1", "state": "READY"} for name in self.models])
+
+    async def metadata(self, request: Request) -> Response:
+        return JSONResponse(self.model(request).metadata())
+
+    async def ready(self, request: Request) -> Response:
+        return JSONResponse({"name": self.model(request).name, "ready": True})
+
+    async def config(self, request: Request) -> Response:
+        return JSONResponse(self.model(request).config())
+
+    async def infer(self, request: Request) -> Response:
+        model = self.model(request)
+        async with self.time("the request took more than {} seconds to arrive", 408):
+            body = await self.body(request)
+        read = await run_in_threadpool(
+            read_request, body, request.headers.get(HEADER_LENGTH), model.inputs, model.outputs
+        )
+        del body
+        async with self.time("the engine is busy: no answer within {} seconds", 503):
+            loop = asyncio.get_running_loop()
+            computed = loop.run_in_executor(self.engine_thread, model.infer, read.tensors, read.parameters)
+            outputs, parameters = await computed  # one that has begun goes on when time is up, one that waits is gone
+        content, headers = await run_in_threadpool(write_response, model.name, read, outputs, model.outputs, parameters)
+        return Response(content, headers=headers)
+
+    def model(self, request: Request) -> Model:
+        name, version = request.path_params["name"], request.path_params.get("version", "1")
+        if name not in self.models or version != "1":
+            listed = ", ".join(self.models)
+            raise RequestError(f"there is no model {name!r} version {version}; there are {listed}, each version 1", 404)
+        return self.models[name]
+
+    async def body(self, request: Request) -> bytes:
+        """The body, refused before or while it arrives when it is larger than the limit."""
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise RequestError(f"the body must come as it is, not in {encoding}", 415)
+        limit, parts, size = self.limits.request_bytes, [], 0
+        too_large = RequestError(f"the request is larger than {limit} bytes; send fewer candidates or rows", 413)
+        announced = request.headers.get("content-length", "0")
+        if announced.isdigit() and int(announced) > limit:
+            raise too_large
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise too_large
+            parts.append(part)
+        return b"".join(parts)
+
+    @asynccontextmanager
+    async def time(self, message: str, status: int) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                yield
+        except TimeoutError:
+            raise RequestError(message.format(f"{self.limits.timeout:g}"), status) from None
+
+
+class Token:
+    """Asks every request but those for health for `Authorization: Bearer TOKEN`."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app, self.expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith("/v2/health/"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self.expected):
+                refusal = JSONResponse(
+                    {"error": "a bearer token is needed, and it must be right"}, 401, {"www-authenticate": "Bearer"}
+                )
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def make_app(models: Sequence[Model], limits: Limits, token: str | None = None) -> Starlette:
+    """The ASGI application. Its engine stays open when it shuts down; that is for the caller to close."""
+    service = Service(models, limits)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        service.engine_thread.shutdown(wait=True, cancel_futures=True)
+
+    return Starlette(
+        routes=service.routes(),
+        lifespan=lifespan,
+        middleware=[Middleware(Token, token=token)] if token else [],
+        exception_handlers={BbtError: refuse, HTTPException: refuse, ClientDisconnect: refuse, Exception: fail},
+    )
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """An error as the protocol writes it: what the client did wrong is 400 unless it has a status of its own."""
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    if isinstance(error, RequestError):
+        return JSONResponse({"error": str(error)}, error.status)
+    if isinstance(error, (DataError, UsageError, ClientDisconnect)):
+        return JSONResponse({"error": str(error) or "the client went away"}, 400)
+    log.error("%s: %s", request.url.path, error)
+    return JSONResponse({"error": str(error)}, 500)
+
+
+async def fail(request: Request, error: Exception) -> Response:
+    """A defect of ours; Starlette raises it again for the log."""
+    return JSONResponse({"error": "internal error; the server's log has the traceback"}, 500)

@@ -1,0 +1,102 @@
+"""`bbt-accel serve`: load a bundle or a run, and answer until Ctrl-C."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import uvicorn
+
+from bbt_accel.bundle import Bundle
+from bbt_accel.engines.registry import load_engine
+from bbt_accel.errors import BbtError, UsageError
+from bbt_accel.run import INFO, Run
+from bbt_accel.serving import TOKEN, Limits
+from bbt_accel.serving.app import make_app
+from bbt_accel.serving.models import make_models
+
+CONNECTIONS = 64
+"""More at once get 503."""
+GRACE = 10
+"""Seconds that requests under way have when the server stops."""
+
+
+def serve(
+    path: str | Path,
+    *,
+    engine: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits,
+    ready: Callable[[str, list[str]], None],
+) -> None:
+    """Serve a bundle, or the prompt of a run and its bundle, until Ctrl-C or SIGTERM.
+
+    engine, device: for a run its own unless given. port: 0 is any that is free. ready: called with the server's
+    address and the names of its models when it listens. The bearer token is that of BBT_ACCEL_TOKEN.
+    Raises UsageError for an address that others can reach without a token, BbtError when it is taken, and what
+    reading and loading raise.
+    """
+    token = os.environ.get(TOKEN) or None
+    check_host(host, token)
+    run = Run.read(path) if (Path(path) / INFO).is_file() else None
+    bundle = Bundle.read(path) if run is None else run.open_bundle()
+    own = run.info.engine if run is not None and run.info.engine.name != "remote" else None
+    chosen = engine or (own.name if own else "ort")
+    with (
+        listen(host, port) as listener,
+        load_engine(bundle, chosen, device=device or (own.device if own else "cpu"), threads=threads) as loaded,
+    ):
+        models = make_models(loaded, limits, run)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(models, limits, token),
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                ws="none",
+                limit_concurrency=CONNECTIONS,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=GRACE,
+                server_header=False,
+            )
+        )
+        ready(address(listener), [model.name for model in models])
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again when it has shut down
+            server.run(sockets=[listener])
+
+
+def check_host(host: str, token: str | None) -> None:
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False  # a name, of whatever address
+    if not loopback and token is None:
+        raise UsageError(f"--host {host} can be reached by others: set a bearer token in {TOKEN} first")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, which socket.create_server does not: asyncio sends answers at once (TCP_NODELAY) on such
+    # sockets alone, and on others the client's delayed acknowledgement costs 40 ms a request.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()
+        return listener
+    except OSError as error:
+        listener.close()
+        raise BbtError(f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port") from None
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

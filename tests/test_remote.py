@@ -1,0 +1,364 @@
+"""--engine remote: the same search as with the engine itself, against our server and against a plain Triton."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("geventhttpclient")
+pytest.importorskip("tritonclient")
+
+from conftest import Export
+from search_parts import SETTINGS, search_bundle, task_file
+from serving_parts import LIMITS, app, app_of, prompts, row_tensors, rows, running
+
+from bbt_accel import load_engine, tune
+from bbt_accel.bundle import Bundle
+from bbt_accel.engines import remote
+from bbt_accel.engines.dummy import DummyEngine
+from bbt_accel.engines.remote import Server, TritonEngine
+from bbt_accel.engines.staged import StagedEngine
+from bbt_accel.errors import BundleError, EngineError, UsageError
+from bbt_accel.inference import evaluate, predict
+from bbt_accel.run import Run
+from bbt_accel.serving import Limits
+from bbt_accel.serving.app import make_app
+from bbt_accel.serving.models import Model
+from bbt_accel.serving.protocol import HEADER_LENGTH, TensorSpec
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.delenv("BBT_ACCEL_TOKEN", raising=False)
+
+
+@pytest.fixture(params=["bbt", "bbtv2"])
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
+    return search_bundle(tmp_path / "bundle", request.param)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Bundle:
+    return search_bundle(tmp_path / "bundle")
+
+
+class Watched:
+    """An app whose inference requests are noted: the names of their inputs, and the answer's status."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.requests: list[tuple[set[str], int]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith("/infer"):
+            await self.inner(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        length = dict(scope["headers"]).get(HEADER_LENGTH.encode())
+        head = json.loads(body[: int(length)] if length else body)
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Any:
+            return given.pop() if given else await receive()
+
+        async def note(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.requests.append(({tensor["name"] for tensor in head["inputs"]}, message["status"]))
+            await send(message)
+
+        await self.inner(scope, replay, note)
+
+
+def tuned(bundle: Bundle, folder: Path, name: str, engine: str, **options: Any) -> Run:
+    task = task_file(folder / "data")
+    settings = SETTINGS | {"budget": 60}
+    output = folder / name
+    return tune(
+        bundle, task, data=folder / "data", engine=engine, output=output, settings=settings, progress=False, **options
+    )
+
+
+# Our server --------------------------------------------------------------------------------------------------
+
+
+def test_a_search_walks_the_same_path_as_with_the_engine_itself(bundle: Bundle, tmp_path: Path) -> None:
+    local = tuned(bundle, tmp_path, "local", "dummy")
+    with running(app(bundle)) as url:
+        far = tuned(bundle, tmp_path, "far", "remote", url=url)
+        record = far.info.engine
+        assert (record.name, record.versions["url"]) == ("remote", url)
+        assert record.versions["server"].startswith("bbt-accel ")
+        assert record.versions["engine"] == "dummy dummy 1"
+        # evaluate and predict ask the same server unless told otherwise
+        score, answers = evaluate(far.path), predict(far.path, [{"text": "w1 w2"}])
+    assert [g.losses for g in far.history] == [g.losses for g in local.history]
+    assert far.prompt.tobytes() == local.prompt.tobytes()
+    assert {**score, "engine": "dummy"} == evaluate(local.path)
+    assert answers == predict(local.path, [{"text": "w1 w2"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "engine"),
+    [("roberta", "bbt", "ort"), ("roberta", "bbtv2", "ort"), ("bart", "bbt", "ort"), ("roberta", "bbtv2", "torch")],
+)
+def test_a_real_backbone_gives_the_same_numbers(tiny: Export, name: str, method: str, engine: str) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = tiny(name, method)
+    found = rows()
+    with load_engine(bundle, engine, threads=1) as local, running(app_of(local)) as url:  # noqa: SIM117
+        with load_engine(bundle, "remote", url=url) as far, local.bind(found) as near, far.bind(found) as there:
+            population = prompts(bundle)
+            np.testing.assert_array_equal(there.label_logits(population), near.label_logits(population))
+            if method == "bbtv2":
+                np.testing.assert_array_equal(there.layer_stds(), near.layer_stds())
+                for layer in range(bundle.info.n_layers):
+                    stack, candidates = population[0], population[:, layer]
+                    np.testing.assert_array_equal(
+                        there.layer_logits(stack, layer, candidates), near.layer_logits(stack, layer, candidates)
+                    )
+
+
+def test_rows_are_sent_once(plain: Bundle) -> None:
+    watched = Watched(app(plain))
+    with running(watched) as url, load_engine(plain, "remote", url=url) as far, far.bind(rows()) as bound:
+        for seed in range(3):
+            bound.label_logits(prompts(plain, seed=seed))
+    names = [names for names, _ in watched.requests]
+    assert "input_ids" in names[0]
+    assert names[1:] == [{"prompts"}] * 2
+
+
+def test_rows_that_the_server_dropped_are_sent_again(plain: Bundle) -> None:
+    watched = Watched(app(plain, Limits(2**20, 200, 30.0, kept=1)))
+    with running(watched) as url, load_engine(plain, "remote", url=url) as far, DummyEngine(plain) as near:
+        first, second = far.bind(rows(0)), far.bind(rows(1))
+        for bound, seed in ((first, 0), (second, 1), (first, 0), (second, 1)):
+            wanted = near.bind(rows(seed)).label_logits(prompts(plain))
+            np.testing.assert_array_equal(bound.label_logits(prompts(plain)), wanted)
+    assert [status for _, status in watched.requests] == [200, 200, 409, 200, 409, 200]
+
+
+def test_a_population_is_split_to_the_servers_limits(bundle: Bundle) -> None:
+    population = prompts(bundle, 11)
+    wanted = DummyEngine(bundle).bind(rows()).label_logits(population)
+    beside = sum(value.nbytes for value in row_tensors(rows()).values())
+    small = remote.HEAD + beside + 3 * population[0].nbytes
+    for limits in (Limits(2**20, 8 * 4, 30.0), Limits(small, 200, 30.0)):
+        watched = Watched(app(bundle, limits))
+        with running(watched) as url, load_engine(bundle, "remote", url=url) as far, far.bind(rows()) as bound:
+            np.testing.assert_array_equal(bound.label_logits(population), wanted)
+        assert len(watched.requests) > 2
+        assert {status for _, status in watched.requests} == {200}
+
+
+def test_another_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    other = search_bundle(tmp_path / "other", bundle.info.method, precision="fp16")
+    with running(app(bundle)) as url, pytest.raises(BundleError, match=r"serves another bundle.*--bundle"):
+        load_engine(other, "remote", url=url)
+
+
+def test_the_token_comes_from_the_environment(plain: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(app(plain, token="secret")) as url:
+        with pytest.raises(EngineError, match=r"401.*set BBT_ACCEL_TOKEN"):
+            load_engine(plain, "remote", url=url)
+        monkeypatch.setenv("BBT_ACCEL_TOKEN", "secret")
+        with load_engine(plain, "remote", url=url) as far, far.bind(rows()) as bound:
+            assert bound.label_logits(prompts(plain)).shape == (5, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs --url"),
+        ({"url": "localhost:8000"}, "--url must be http"),
+        ({"url": "http://"}, "--url must be http"),
+        ({"url": "ftp://host"}, "--url must be http"),
+        ({"url": "http://user:word@host"}, "--url must be http"),
+        ({"url": "http://host", "device": "cuda"}, "the server's to choose"),
+        ({"url": "http://host", "threads": 2}, "the server's to choose"),
+    ],
+)
+def test_wrong_usage(plain: Bundle, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_engine(plain, "remote", **options)
+
+
+def test_what_a_server_saves_cannot_be_switched_off_from_here(plain: Bundle) -> None:
+    with running(app(plain)) as url, pytest.raises(UsageError, match="--without"):
+        load_engine(plain, "remote", url=url, without=["buckets"])
+
+
+def test_a_url_is_for_the_remote_engine(plain: Bundle) -> None:
+    with pytest.raises(UsageError, match="--url is for --engine remote"):
+        load_engine(plain, "dummy", url="http://127.0.0.1:8000")
+
+
+# Retries -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(plain: Bundle) -> Iterator[Server]:
+    with running(app(plain)) as url:
+        found = Server(url)
+        yield found
+        found.close()
+
+
+def failing(*errors: Exception) -> tuple[Callable[[dict[str, str]], str], list[int]]:
+    """A call that raises these errors in turn and then answers; and the numbers of its attempts."""
+    left, attempts = list(errors), []
+
+    def call(headers: dict[str, str]) -> str:
+        attempts.append(len(attempts))
+        if left:
+            raise left.pop(0)
+        return "answer"
+
+    return call, attempts
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionRefusedError(), ConnectionResetError(), BrokenPipeError(), remote.HTTPConnectionClosed()]
+)
+def test_connection_errors_are_tried_again(server: Server, error: Exception) -> None:
+    call, attempts = failing(error, error, error)
+    assert server.ask(call) == "answer"
+    assert len(attempts) == 4
+    call, attempts = failing(*[error] * 4)
+    with pytest.raises(EngineError, match="is the server running"):
+        server.ask(call)
+    assert len(attempts) == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TimeoutError(), ValueError("x"), OSError(5, "x"), remote.InferenceServerException("no", status="500")],
+)
+def test_nothing_else_is_tried_again(server: Server, error: Exception) -> None:
+    call, attempts = failing(error)
+    with pytest.raises(EngineError):
+        server.ask(call)
+    assert len(attempts) == 1
+
+
+def test_waits_grow(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(remote, "WAITS", (0.5, 1.0, 2.0))
+    monkeypatch.setattr("time.sleep", waited.append)
+    server.ask(failing(*[ConnectionResetError()] * 3)[0])
+    assert waited == [0.5, 1.0, 2.0]
+
+
+def test_a_server_that_came_back_goes_on_with_the_same_search(plain: Bundle) -> None:
+    """It has lost its rows; the client sends them again."""
+    with running(app(plain)) as url:
+        far = load_engine(plain, "remote", url=url)
+        bound = far.bind(rows())
+        wanted = bound.label_logits(prompts(plain))
+    with pytest.raises(EngineError, match="cannot reach"):
+        bound.label_logits(prompts(plain))
+    with on_port(app(plain), int(url.rpartition(":")[2])):
+        np.testing.assert_array_equal(bound.label_logits(prompts(plain)), wanted)
+    far.close()
+
+
+@contextmanager
+def on_port(application: Any, port: int) -> Iterator[str]:
+    import serving_parts
+
+    free = serving_parts.listen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving_parts, "listen", lambda host, _: free(host, port))
+        with running(application) as url:
+            yield url
+
+
+# Any other server --------------------------------------------------------------------------------------------
+
+
+class StageModel(Model):
+    """One stage of a bundle as Triton's onnxruntime backend serves it: its graph's inputs and outputs, no more."""
+
+    def __init__(self, engine: Any, stage: str, name: str) -> None:
+        super().__init__(engine, LIMITS)
+        self.stage, self.name = stage, name
+        session = engine.sessions[stage]
+        self.inputs = tuple(map(spec, session.get_inputs()))
+        self.outputs = tuple(map(spec, session.get_outputs()))
+
+    def infer(self, tensors: Any, parameters: Any) -> Any:
+        assert "rows" not in parameters
+        return self.engine.run(self.stage, tensors), {}  # type: ignore[attr-defined]
+
+
+def spec(value: Any) -> TensorSpec:
+    datatype = {"tensor(float)": "FP32", "tensor(int64)": "INT64"}[value.type]
+    return TensorSpec(value.name, datatype, tuple(d if isinstance(d, int) else -1 for d in value.shape))
+
+
+@contextmanager
+def plain_triton(engine: StagedEngine, monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
+    """Our server without what only ours has."""
+    monkeypatch.setattr("bbt_accel.serving.app.EXTENSIONS", ["binary_tensor_data", "model_configuration"])
+    stages = engine.bundle.info.stages
+    models = [StageModel(engine, s, name if s == "model" else f"{name}_{s}") for s in stages]
+    with running(make_app(models, LIMITS)) as url:
+        yield url
+
+
+@pytest.mark.parametrize(("backbone", "method"), [("roberta", "bbt"), ("bart", "bbt"), ("roberta", "bbtv2")])
+def test_a_plain_triton_gives_the_same_numbers(
+    tiny: Export, backbone: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = tiny(backbone, method)
+    population = prompts(bundle)
+    with load_engine(bundle, "ort", threads=1) as local:
+        assert isinstance(local, StagedEngine)
+        with plain_triton(local, monkeypatch, bundle.path.name) as url:  # noqa: SIM117
+            with load_engine(bundle, "remote", url=url) as far, far.bind(rows()) as there, local.bind(rows()) as near:
+                assert isinstance(far, TritonEngine)
+                np.testing.assert_array_equal(there.label_logits(population), near.label_logits(population))
+                if method == "bbtv2":
+                    np.testing.assert_array_equal(there.layer_stds(), near.layer_stds())
+                    np.testing.assert_array_equal(
+                        there.layer_logits(population[0], 1, population[:, 1]),
+                        near.layer_logits(population[0], 1, population[:, 1]),
+                    )
+
+
+def test_the_model_of_a_plain_triton_may_be_named(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = tiny("roberta")
+    with load_engine(bundle, "ort", threads=1) as local:
+        assert isinstance(local, StagedEngine)
+        with plain_triton(local, monkeypatch, "mine") as url:
+            with pytest.raises(EngineError, match="404"):
+                load_engine(bundle, "remote", url=url)
+            with load_engine(bundle, "remote", url=f"{url}/v2/models/mine") as far, far.bind(rows()) as bound:
+                assert bound.label_logits(prompts(bundle)).shape == (5, 8, 2)
+
+
+def test_a_plain_triton_with_another_bundle_is_refused(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = tiny("roberta")
+    other = Bundle(bundle.path, bundle.info.model_copy(update={"n_prompt_tokens": 7}))
+    with load_engine(bundle, "ort", threads=1) as local:
+        assert isinstance(local, StagedEngine)
+        with plain_triton(local, monkeypatch, bundle.path.name) as url:
+            with pytest.raises(BundleError, match="serves another bundle"):
+                load_engine(tiny("bert"), "remote", url=f"{url}/v2/models/{bundle.path.name}")
+            # A server that tells no configuration is held to its tensors.
+            monkeypatch.setattr(Server, "config", lambda *_: {})
+            with pytest.raises(BundleError, match=r"takes prompts \[-1, 3, 16\], not \[-1, 7, 16\]"):
+                load_engine(other, "remote", url=url)

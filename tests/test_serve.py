@@ -1,0 +1,626 @@
+"""The server: what it answers, what it refuses and how, and that it goes on."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Export
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from search_parts import SETTINGS, search_bundle, task_file
+from serving_parts import (
+    HEADER,
+    LIMITS,
+    app,
+    app_of,
+    from_binary,
+    from_json,
+    in_binary,
+    in_json,
+    prompts,
+    row_tensors,
+    rows,
+    running,
+)
+from starlette.testclient import TestClient
+
+from bbt_accel import load_engine, tune
+from bbt_accel.bundle import Bundle
+from bbt_accel.engines.base import BoundBatch
+from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
+from bbt_accel.errors import BbtError, EngineError, UsageError
+from bbt_accel.inference import predict
+from bbt_accel.run import Run
+from bbt_accel.serving import Limits
+from bbt_accel.serving.server import listen, serve
+
+INFER = "/v2/models/backbone/infer"
+
+
+@pytest.fixture(params=["bbt", "bbtv2"])
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
+    return search_bundle(tmp_path / "bundle", request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return search_bundle(tmp_path_factory.mktemp("serve") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def client(plain: Bundle) -> Iterator[TestClient]:
+    with TestClient(app(plain)) as client:
+        yield client
+
+
+def whole(bundle: Bundle, **changes: Any) -> dict[str, Any]:
+    """All tensors of a right request."""
+    return {"prompts": prompts(bundle), **row_tensors(rows()), **changes}
+
+
+def wanted(bundle: Bundle) -> Any:
+    with DummyEngine(bundle).bind(rows()) as bound:
+        return bound.label_logits(prompts(bundle))
+
+
+def assert_right(client: TestClient, bundle: Bundle) -> None:
+    np.testing.assert_array_equal(
+        from_json(client.post(INFER, json=in_json(whole(bundle))))["label_logits"], wanted(bundle)
+    )
+
+
+# What it answers ---------------------------------------------------------------------------------------------
+
+
+def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").status_code == 200
+    server = client.get("/v2").json()
+    assert (server["name"], server["models"]) == ("bbt-accel", ["backbone"])
+    assert {"binary_tensor_data", "bbt_accel_rows"} <= set(server["extensions"])
+    for path in ("/v2/models/backbone", "/v2/models/backbone/versions/1"):
+        model = client.get(path).json()
+        assert model["inputs"][0] == {"name": "prompts", "datatype": "FP32", "shape": [-1, 4, 3]}
+        assert model["outputs"] == [{"name": "label_logits", "datatype": "FP32", "shape": [-1, -1, -1]}]
+        assert client.get(f"{path}/ready").json() == {"name": "backbone", "ready": True}
+        assert client.get(f"{path}/config").json()["parameters"]["bundle"]["string_value"] == plain.digest
+    assert client.post("/v2/repository/index").json() == [{"name": "backbone", "version": "1", "state": "READY"}]
+
+
+def test_json_and_binary_give_the_engines_numbers_bit_for_bit(bundle: Bundle) -> None:
+    with TestClient(app(bundle)) as client:
+        assert_right(client, bundle)
+        body, headers = in_binary(whole(bundle))
+        answer = client.post(INFER, content=body, headers=headers)
+        np.testing.assert_array_equal(from_binary(answer)["label_logits"], wanted(bundle))
+
+
+def test_nested_and_flat_data_are_the_same(client: TestClient, plain: Bundle) -> None:
+    request = in_json(whole(plain))
+    for tensor in request["inputs"]:
+        tensor["data"] = np.array(tensor["data"]).reshape(-1).tolist()
+    np.testing.assert_array_equal(from_json(client.post(INFER, json=request))["label_logits"], wanted(plain))
+
+
+def test_id_comes_back_and_outputs_may_be_chosen(client: TestClient, plain: Bundle) -> None:
+    request = in_json(whole(plain)) | {"id": "42"}
+    assert client.post(INFER, json=request).json()["id"] == "42"
+    request["outputs"] = [{"name": "label_logits", "parameters": {"binary_data": True}}]
+    np.testing.assert_array_equal(from_binary(client.post(INFER, json=request))["label_logits"], wanted(plain))
+
+
+def test_one_layer_of_bbtv2(tmp_path: Path) -> None:
+    bundle = search_bundle(tmp_path / "bundle", "bbtv2")
+    stack, candidates = prompts(bundle, 1)[0], prompts(bundle, 5, seed=1)[:, 0]
+    own = {"stack": stack, "layer": np.array([1]), "candidates": candidates}
+    with TestClient(app(bundle)) as client, DummyEngine(bundle).bind(rows()) as bound:
+        answer = client.post("/v2/models/backbone_layer/infer", json=in_json(own | row_tensors(rows())))
+        np.testing.assert_array_equal(from_json(answer)["label_logits"], bound.layer_logits(stack, 1, candidates))
+        answer = client.post("/v2/models/backbone_stds/infer", json=in_json(row_tensors(rows())))
+        np.testing.assert_array_equal(from_json(answer)["layer_stds"], bound.layer_stds())
+        wrong = client.post("/v2/models/backbone_layer/infer", json=in_json(own | {"layer": np.array([3])}))
+        assert wrong.status_code == 400
+
+
+# Rows are sent once ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_referred_to_by_their_hash(client: TestClient, plain: Bundle) -> None:
+    hash_ = client.post(INFER, json=in_json(whole(plain))).json()["parameters"]["rows"]
+    again = client.post(INFER, json=in_json({"prompts": prompts(plain)}, rows=hash_))
+    np.testing.assert_array_equal(from_json(again)["label_logits"], wanted(plain))
+    assert again.json()["parameters"]["rows"] == hash_
+
+
+def test_the_rows_used_longest_ago_are_dropped_and_may_be_sent_again(plain: Bundle) -> None:
+    with TestClient(app(plain)) as client:
+
+        def send(seed: int) -> str:
+            request = in_json({"prompts": prompts(plain), **row_tensors(rows(seed))})
+            return str(client.post(INFER, json=request).json()["parameters"]["rows"])
+
+        def known(hash_: str) -> int:
+            return int(client.post(INFER, json=in_json({"prompts": prompts(plain)}, rows=hash_)).status_code)
+
+        hashes = [send(seed) for seed in range(3)]  # as many as are kept
+        assert known(hashes[0]) == 200  # which makes the second the oldest
+        send(3)
+        assert [known(hash_) for hash_ in hashes] == [200, 409, 200]
+        assert send(1) == hashes[1]
+        assert known(hashes[1]) == 200
+
+
+def test_a_hash_that_is_not_that_of_the_rows_is_refused(client: TestClient, plain: Bundle) -> None:
+    answer = client.post(INFER, json=in_json(whole(plain), rows="0" * 64))
+    assert answer.status_code == 400
+    assert "hash" in answer.json()["error"]
+
+
+# What it refuses ---------------------------------------------------------------------------------------------
+
+
+def refused(answer: Any, status: int, text: str) -> None:
+    assert (answer.status_code, list(answer.json())) == (status, ["error"])
+    assert text in answer.json()["error"]
+    assert "\n" not in answer.json()["error"]
+
+
+LONG = np.ones((8, 41), np.int64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"prompts": None}, "prompts is missing"),
+        ({"input_ids": None}, "input_ids is missing"),
+        ({"prompts": np.zeros((5, 4, 2), np.float32)}, "shape [-1, 4, 3], not [5, 4, 2]"),
+        ({"prompts": np.zeros((0, 4, 3), np.float32)}, "at least one"),
+        ({"prompts": np.full((5, 4, 3), np.nan, np.float32)}, "finite"),
+        ({"input_ids": np.full((8, 6), 100)}, "vocabulary"),
+        ({"input_ids": np.full((8, 6), -1)}, "vocabulary"),
+        ({"input_ids": np.ones((7, 6), np.int64)}, "a batch needs"),
+        ({"input_ids": np.ones((0, 6), np.int64)}, "a batch needs"),
+        ({"input_ids": LONG, "attention_mask": LONG}, "41 tokens"),
+        ({"attention_mask": np.full((8, 6), 2)}, "attention_mask"),
+        ({"attention_mask": np.zeros((8, 6), np.int64)}, "attention_mask"),
+        ({"readout": np.full(8, 6)}, "readout"),
+        ({"readout": np.full(8, -1)}, "readout"),
+        ({"label_token_ids": np.zeros(0, np.int64)}, "label_token_ids"),
+        ({"label_token_ids": np.array([5, 100])}, "vocabulary"),
+    ],
+)
+@pytest.mark.parametrize("binary", [False, True])
+def test_tensors_that_cannot_be_right(
+    client: TestClient, plain: Bundle, changes: dict[str, Any], text: str, binary: bool
+) -> None:
+    tensors = {name: value for name, value in whole(plain, **changes).items() if value is not None}
+    if binary:
+        body, headers = in_binary(tensors)
+        answer = client.post(INFER, content=body, headers=headers)
+    else:
+        answer = client.post(INFER, content=json.dumps(in_json(tensors)))
+    refused(answer, 400, text)
+    assert_right(client, plain)
+
+
+def one(**changes: Any) -> bytes:
+    tensor = {"name": "readout", "datatype": "INT64", "shape": [2], "data": [1, 2]} | changes
+    return json.dumps({"inputs": [{k: v for k, v in tensor.items() if v is not None}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"", "malformed"),
+        (b"\xff\xfe", "malformed"),
+        (b"{", "malformed"),
+        (b"[]", "malformed"),
+        (b'{"inputs": 3}', "malformed"),
+        (b'{"inputs": [{}]}', "malformed"),
+        (b'{"inputs": [], "parameters": {"rows": {}}}', "malformed"),
+        (b"[" * 100_000, "malformed"),
+        (one(shape=[-2]), "malformed"),
+        (one(shape=[2.5]), "malformed"),
+        (one(shape=["2"]), "malformed"),
+        (one(name="nothing"), "there is no input 'nothing'"),
+        (one(datatype="FP64"), "must be INT64, not FP64"),
+        (one(shape=[1, 2]), "shape [-1]"),
+        (one(shape=[3]), "data of shape [2]"),
+        (one(shape=[2**70]), "data of shape [2]"),
+        (one(data=[1, 2.5]), "INT64 numbers"),
+        (one(data=["1", "2"]), "INT64 numbers"),
+        (one(data=[1, None]), "INT64 numbers"),
+        (one(data=[2**70, 1]), "INT64 numbers"),
+        (one(data=[2**63, 1]), "INT64 numbers"),
+        (one(data=[[1], [2, 3]]), "ragged"),
+        (one(data=None), "needs data"),
+        (one(parameters={"binary_data_size": 16}), "not both"),
+        (one(data=None, parameters={"binary_data_size": 16}), "Inference-Header-Content-Length"),
+        (one(data=None, parameters={"shared_memory_region": "x"}), "needs data"),
+        (b'{"inputs": [], "outputs": [{"name": "x"}]}', "there is no output 'x'"),
+        (json.dumps({"inputs": [json.loads(one())["inputs"][0]] * 2}).encode(), "given twice"),
+    ],
+)
+def test_bodies_that_are_malformed(client: TestClient, plain: Bundle, body: bytes, text: str) -> None:
+    refused(client.post(INFER, content=body), 400, text)
+    assert_right(client, plain)
+
+
+@pytest.mark.parametrize(
+    ("cut", "length", "text"),
+    [(-1, None, "ends within input"), (None, "-1", "number"), (None, "x", "number"), (None, "²", "number"),
+     (None, "99999999", "at most"), (None, "3", "malformed")],
+)  # fmt: skip
+def test_binary_data_of_the_wrong_length(
+    client: TestClient, plain: Bundle, cut: int | None, length: str | None, text: str
+) -> None:
+    body, headers = in_binary(whole(plain))
+    value = (length or headers[HEADER]).encode()
+    refused(client.post(INFER, content=body[:cut], headers={HEADER: value}), 400, text)
+    refused(client.post(INFER, content=body + b"x", headers=headers), 400, "bytes")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+"""NaN and infinities too, which Python writes and JSON does not have."""
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[str, Any]:
+    """A place in a right request, and something else to stand there."""
+    places = ["inputs", "outputs", "parameters", "id"]
+    places += [f"inputs.{i}{member}" for i in range(5) for member in ("", ".name", ".shape", ".datatype", ".data")]
+    places += ["inputs.0.data.0", "inputs.1.shape.0", "inputs.2.data.3.1", "inputs.0.parameters"]
+    return draw(st.sampled_from(places)), draw(json_values)
+
+
+def put(value: Any, place: str, new: Any) -> None:
+    *path, last = place.split(".")
+    for step in path:
+        value = value[int(step)] if isinstance(value, list) else value[step]
+    value[int(last) if isinstance(value, list) else last] = new
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=st.lists(damaged(), min_size=1, max_size=1))
+def test_a_request_with_anything_in_it_is_answered_or_refused(
+    client: TestClient, plain: Bundle, damage: list[tuple[str, Any]]
+) -> None:
+    request = in_json(whole(plain))
+    for place, new in damage:
+        put(request, place, new)
+    answer = client.post(INFER, content=json.dumps(request).encode())
+    assert answer.status_code in (200, 400, 409, 413)
+    assert ("error" in answer.json()) == (answer.status_code != 200)
+    assert client.get("/v2/health/live").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("roberta", "add"), ("bart", "add"), ("t5", "add"), ("gpt2", "add"), ("gpt2", "cat")]
+)
+def test_rows_that_a_backbone_cannot_read_are_refused_before_it_fails(tiny: Export, name: str, mode: str) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = tiny(name, "bbt", mode)
+    answered = []
+
+    @settings(deadline=None, max_examples=60)
+    @given(data=st.data(), count=st.integers(1, 3), length=st.integers(1, 9))
+    def check(data: st.DataObject, count: int, length: int) -> None:
+        def numbers(least: int, most: int, *shape: int) -> Any:
+            size = int(np.prod(shape))
+            values = data.draw(st.lists(st.integers(least, most), min_size=size, max_size=size))
+            return np.array(values, np.int64).reshape(shape)
+
+        tensors = {"prompts": prompts(bundle, 2), "input_ids": numbers(0, 12, count, length)}
+        tensors["readout"] = numbers(0, length, count)  # one beyond the end, too
+        tensors |= {"attention_mask": np.ones((count, length), np.int64), "label_token_ids": np.array([7, 8])}
+        if name in ("bart", "t5") and data.draw(st.booleans()):
+            tensors["decoder_input_ids"] = numbers(0, 12, count, data.draw(st.integers(0, 3)))
+        answer = client.post(INFER, json=in_json(tensors))
+        assert answer.status_code in (200, 400), answer.json()
+        if answer.status_code == 200:
+            answered.append(length)
+            assert np.isfinite(from_json(answer)["label_logits"]).all()
+
+    with load_engine(bundle, "ort", threads=1) as engine, TestClient(app_of(engine)) as client:
+        check()
+    assert answered
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=200), length=st.none() | st.integers(-1, 250))
+def test_any_bytes_are_refused(client: TestClient, body: bytes, length: int | None) -> None:
+    headers = {} if length is None else {HEADER: str(length)}
+    assert client.post(INFER, content=body, headers=headers).status_code == 400
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_binary_requests_with_bytes_changed_are_answered_or_refused(
+    client: TestClient, plain: Bundle, data: st.DataObject
+) -> None:
+    body, headers = in_binary(whole(plain))
+    changed = bytearray(body)
+    for place in data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=4)):
+        changed[place] = data.draw(st.integers(0, 255))
+    answer = client.post(INFER, content=bytes(changed), headers=headers)
+    assert answer.status_code in (200, 400, 409)
+
+
+def test_paths_methods_and_encodings_that_do_not_exist(client: TestClient) -> None:
+    refused(client.get("/v2/models/other"), 404, "there is no model 'other'")
+    refused(client.post("/v2/models/other/infer", content=b"{}"), 404, "there is no model")
+    refused(client.get("/v2/models/backbone/versions/2"), 404, "version 2")
+    refused(client.get("/v3"), 404, "Not Found")
+    refused(client.get(INFER), 405, "Method Not Allowed")
+    refused(client.post(INFER, content=b"{}", headers={"Content-Encoding": "gzip"}), 415, "gzip")
+
+
+# Limits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_body_that_is_too_large_is_refused(plain: Bundle) -> None:
+    body, headers = in_binary(whole(plain))
+    limits = Limits(len(body), LIMITS.batch, LIMITS.timeout)
+    with TestClient(app(plain, limits)) as client:
+        assert client.post(INFER, content=body, headers=headers).status_code == 200
+        refused(client.post(INFER, content=body + b" ", headers=headers), 413, "larger")
+        in_parts = client.post(INFER, content=iter([body, b" "]), headers=headers)  # chunked: no length is announced
+        refused(in_parts, 413, "larger")
+        assert_right_binary(client, plain)
+
+
+def assert_right_binary(client: TestClient, bundle: Bundle) -> None:
+    body, headers = in_binary(whole(bundle))
+    np.testing.assert_array_equal(
+        from_binary(client.post(INFER, content=body, headers=headers))["label_logits"], wanted(bundle)
+    )
+
+
+def test_a_batch_that_is_too_large_is_refused(plain: Bundle) -> None:
+    with TestClient(app(plain)) as client:
+        for population, status in ((25, 200), (26, 413)):  # of 8 rows; the limit is 200
+            answer = client.post(INFER, json=in_json(whole(plain, prompts=prompts(plain, population))))
+            assert answer.status_code == status
+
+
+class Waiting(DummyBoundBatch):
+    entered, go = threading.Event(), threading.Event()
+
+    def _label_logits(self, prompts: Any) -> Any:
+        self.entered.set()
+        assert self.go.wait(30)
+        return super()._label_logits(prompts)
+
+
+class WaitingEngine(DummyEngine):
+    def bind(self, batch: Any) -> DummyBoundBatch:
+        return Waiting(self.bundle, batch)
+
+
+@pytest.fixture
+def gates() -> Iterator[type[Waiting]]:
+    Waiting.entered.clear()
+    Waiting.go.clear()
+    yield Waiting
+    Waiting.go.set()
+
+
+def ask(url: str, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection.request(method, path, body)
+    answer = connection.getresponse()
+    found = answer.status, json.loads(answer.read())
+    connection.close()
+    return found
+
+
+def test_health_and_metadata_answer_while_the_engine_works(plain: Bundle, gates: type[Waiting]) -> None:
+    body = json.dumps(in_json(whole(plain))).encode()
+    answers: list[Any] = []
+    with running(app_of(WaitingEngine(plain))) as url:
+        busy = threading.Thread(target=lambda: answers.append(ask(url, "POST", INFER, body)))
+        busy.start()
+        assert gates.entered.wait(30)
+        assert ask(url, "GET", "/v2/health/live") == (200, {"live": True})
+        assert ask(url, "GET", "/v2/models/backbone")[0] == 200
+        gates.go.set()
+        busy.join(30)
+    assert answers[0][0] == 200
+
+
+def test_who_waits_longer_than_the_limit_gets_503_and_the_server_goes_on(plain: Bundle, gates: type[Waiting]) -> None:
+    body = json.dumps(in_json(whole(plain))).encode()
+    with running(app_of(WaitingEngine(plain), Limits(2**20, 200, timeout=0.3))) as url:
+        status, answer = ask(url, "POST", INFER, body)
+        assert status == 503
+        assert "0.3 seconds" in answer["error"]
+        assert ask(url, "POST", INFER, body)[0] == 503
+        gates.go.set()
+    with running(app_of(WaitingEngine(plain))) as url:
+        assert ask(url, "POST", INFER, body)[0] == 200
+
+
+def test_a_client_that_does_not_send_what_it_announced_is_given_up(plain: Bundle) -> None:
+    with running(app(plain, Limits(2**20, 200, timeout=0.3))) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        connection.putrequest("POST", INFER)
+        connection.putheader("Content-Length", "100")
+        connection.endheaders()
+        connection.send(b"{")
+        assert connection.getresponse().status == 408
+        connection.close()
+        assert ask(url, "GET", "/v2/health/ready")[0] == 200
+
+
+# Failures of the engine --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(EngineError("out of memory"), "out of memory"), (ValueError("odd"), "internal error")]
+)
+def test_a_failed_forward_pass_is_500_and_the_server_goes_on(
+    plain: Bundle, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    with TestClient(app(plain), raise_server_exceptions=False) as client:
+        with monkeypatch.context() as patch:
+
+            def fail(bound: BoundBatch, prompts: Any) -> Any:
+                raise error
+
+            patch.setattr(DummyBoundBatch, "_label_logits", fail)
+            refused(client.post(INFER, json=in_json(whole(plain))), 500, text)
+        assert_right(client, plain)
+
+
+def test_logits_that_are_not_finite_have_no_json(plain: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DummyBoundBatch, "_label_logits", lambda *_: np.full((5, 8, 2), np.nan, np.float32))
+    with TestClient(app(plain)) as client:
+        refused(client.post(INFER, json=in_json(whole(plain))), 400, "not finite")
+        body, headers = in_binary(whole(plain))
+        assert np.isnan(from_binary(client.post(INFER, content=body, headers=headers))["label_logits"]).all()
+
+
+# The token ---------------------------------------------------------------------------------------------------
+
+
+def test_every_request_but_health_needs_the_token(plain: Bundle) -> None:
+    with TestClient(app(plain, token="secret")) as client:
+        for given_header in (None, "secret", "Bearer wrong", "Bearer secret2", "Basic secret", "Bearer \u00e9"):
+            headers = {} if given_header is None else {"Authorization": given_header.encode("latin-1")}
+            for method, path in (("GET", "/v2"), ("GET", "/v2/models/backbone"), ("POST", INFER), ("GET", "/x")):
+                answer = client.request(method, path, headers=headers)
+                refused(answer, 401, "token")
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert client.get("/v2/health/live").status_code == 200
+        assert client.get("/v2", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+# A tuned prompt ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(bundle: Bundle, tmp_path: Path) -> Run:
+    task = task_file(tmp_path / "data")
+    return tune(
+        bundle, task, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS, progress=False
+    )
+
+
+def test_the_classifier_gives_what_predict_gives(run: Run) -> None:
+    texts = np.array([f"w{i} w{i + 1}" for i in range(70)], object)
+    answers = predict(run.path, [{"text": text} for text in texts])
+    with TestClient(app(run.open_bundle(), run=run)) as client:
+        assert client.get("/v2").json()["models"][-1] == "classifier"
+        for body, headers in (
+            (json.dumps(in_json({"text": texts})).encode(), {}),
+            in_binary({"text": texts}, binary_data_output=False),
+        ):
+            if headers:  # binary texts in, JSON out
+                head, blob = body[: int(headers[HEADER])], body[int(headers[HEADER]) :]
+                head = head.replace(b'"binary_data_output": true', b'"binary_data_output": false')
+                body, headers = head + blob, {HEADER: str(len(head))}
+            found = from_json(client.post("/v2/models/classifier/infer", content=body, headers=headers))
+            assert found["label"].tolist() == [answer["label"] for answer in answers]
+            assert found["word"].tolist() == [answer["word"] for answer in answers]
+            for row, answer in zip(found["probabilities"], answers, strict=True):
+                assert row.tolist() == pytest.approx(list(answer["probabilities"].values()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "status", "text"),
+    [
+        ({}, 400, "text is missing"),
+        ({"sentence": np.array(["a"], object)}, 400, "there is no input 'sentence'"),
+        ({"text": np.array([], object)}, 400, "at least one"),
+        ({"text": np.array([1], object)}, 400, "texts"),
+        ({"text": np.array(["a"] * 201, object)}, 413, "201 texts"),
+    ],
+)
+def test_texts_that_cannot_be_right(run: Run, tensors: dict[str, Any], status: int, text: str) -> None:
+    with TestClient(app(run.open_bundle(), run=run)) as client:
+        refused(client.post("/v2/models/classifier/infer", json=in_json(tensors)), status, text)
+
+
+@pytest.mark.parametrize("blob", [b"\x01", b"\x05\0\0\0abc", b"\x01\0\0\0\xff", b"\x01\0\0\0a\x01\0\0\0b"])
+def test_binary_texts_that_are_malformed(run: Run, blob: bytes) -> None:
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(blob)}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    with TestClient(app(run.open_bundle(), run=run)) as client:
+        answer = client.post("/v2/models/classifier/infer", content=head + blob, headers={HEADER: str(len(head))})
+        refused(answer, 400, "text")
+
+
+# The command -------------------------------------------------------------------------------------------------
+
+
+def start(path: Path, **options: Any) -> None:
+    serve(path, engine="dummy", port=0, limits=LIMITS, ready=lambda url, models: None, **options)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org", "::"])
+def test_an_address_for_others_needs_a_token(plain: Bundle, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BBT_ACCEL_TOKEN", raising=False)
+    with pytest.raises(UsageError, match="BBT_ACCEL_TOKEN"):
+        start(plain.path, host=host)
+
+
+def test_a_port_that_is_taken(plain: Bundle) -> None:
+    with running(app(plain)) as url, pytest.raises(BbtError, match=r"cannot listen on 127.0.0.1:.*another --port"):
+        serve(
+            plain.path,
+            engine="dummy",
+            port=int(url.rpartition(":")[2]),
+            limits=LIMITS,
+            ready=lambda url, models: None,
+        )
+
+
+def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP  # which asyncio asks for before it sets TCP_NODELAY
+        assert client.getpeername() == listener.getsockname()
+
+
+SERVE = """
+import sys
+from bbt_accel.serving import Limits
+from bbt_accel.serving.server import serve
+serve(sys.argv[1], engine="dummy", port=0, limits=Limits(2**20, 200, 30.0), ready=lambda *a: print(a[0], flush=True))
+print("closed")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_ends_the_server_in_order(plain: Bundle) -> None:
+    command = [sys.executable, "-c", SERVE, str(plain.path)]
+    environment = {**os.environ, "BBT_ACCEL_TOKEN": ""}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            assert ask(url, "GET", "/v2/health/live")[0] == 200  # it has its signal handlers now
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (0, "closed\n", "")
