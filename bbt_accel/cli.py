@@ -22,6 +22,7 @@ EXTRAS = {
     "nncf": "openvino",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    **dict.fromkeys(("cuda", "tensorrt", "tensorrt_rtx"), "trt"),
     "tensorboard": "tensorboard",
 }
 """What a command may lack, and the extra that brings it."""
@@ -101,9 +102,12 @@ def optimize(
     int8: Annotated[bool, typer.Option("--int8", help="8-bit integers, for CPUs.")] = False,
     target: Annotated[Literal["ort", "openvino", "trt"], typer.Option(help="The engine to optimize for.")] = "ort",
     calibrate: Annotated[
-        str | None, typer.Option(metavar="TASK", help="Task whose few-shot rows set the int8 ranges.")
+        str | None, typer.Option(metavar="TASK", help="Task whose few-shot rows set int8 ranges and TensorRT profiles.")
     ] = None,
     data: Data = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(metavar="8.9", help="Build TensorRT plans for another machine's GPU, without one.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Optimize a bundle for an engine: fused operators, lower precision, a TensorRT plan."""
@@ -112,8 +116,17 @@ def optimize(
     from bbt_accel.reports import report_bundle
 
     precision = _precision(fp16, bf16, int8)
-    with busy(f"optimizing {bundle}"):
-        optimized = optimize_bundle(bundle, output, precision=precision, target=target, calibrate=calibrate, data=data)
+    with busy(f"optimizing {bundle}") as tell:
+        optimized = optimize_bundle(
+            bundle,
+            output,
+            precision=precision,
+            target=target,
+            calibrate=calibrate,
+            data=data,
+            compute_capability=compute_capability,
+            progress=tell,
+        )
     report_bundle(optimized, as_json)
 
 
