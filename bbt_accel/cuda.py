@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -51,8 +52,8 @@ class Cuda:
     """The first GPU, one stream, and a pool of memory.
 
     Everything runs in the order of the stream, so a buffer may be used again as soon as the work that reads it has been
-    enqueued. The pool gives the buffer of a size that was given back last: a search that does the same again gets the
-    same addresses, which is what a CUDA graph needs.
+    enqueued. The pool gives the free buffer of the lowest address: a search that does the same again gets the same
+    addresses, which is what a CUDA graph needs.
     """
 
     def __init__(self) -> None:
@@ -97,11 +98,11 @@ class Cuda:
         size = -(-max(1, size_of(shape, dtype)) // ALIGNMENT) * ALIGNMENT
         pile = self.free[size]
         if pile:
-            address = pile.pop()
+            address = heapq.heappop(pile)
         else:
             address = int(self.call("cudaMalloc", size))
             self.buffers.append(address)
-        return DeviceArray(shape, dtype, address, lambda: pile.append(address))
+        return DeviceArray(shape, dtype, address, lambda: heapq.heappush(pile, address))
 
     def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
         array = np.ascontiguousarray(array)

@@ -17,6 +17,7 @@ ENGINES = {
     "eager": ("bbt_accel.engines.pytorch", "EagerEngine", "export"),
     "ort": ("bbt_accel.engines.ort", "OrtEngine", "cpu"),
     "openvino": ("bbt_accel.engines.openvino", "OpenVinoEngine", "openvino"),
+    "trt": ("bbt_accel.engines.trt", "TrtEngine", "trt"),
     "dummy": ("bbt_accel.engines.dummy", "DummyEngine", ""),
 }
 """Name → module, class, and the extra that brings what it needs."""
@@ -30,9 +31,9 @@ def load_engine(
     threads: int | None = None,
     without: Collection[str] = (),
 ) -> Engine:
-    """Load a bundle into an engine: torch, ort, openvino, or `eager`, the naive reference that benchmarks compare with.
+    """Load a bundle into an engine: torch, ort, openvino, trt, or `eager`, the naive reference of benchmarks.
 
-    device: cpu or cuda. threads: at most so many (default: all cores). without: savings to switch off for
+    device: cpu or cuda; trt runs on cuda whatever it says. threads: at most so many (default: all cores). without: savings to switch off for
     measurement, by the names in `engines.savings`. Raises UsageError for an unknown name, MissingDependency when the
     engine's library is not installed, EngineError when the device is not there or the bundle does not fit.
     """
@@ -51,4 +52,9 @@ def load_engine(
         engine: Callable[..., Engine] = getattr(import_module(module), cls)
     except ImportError as error:
         raise MissingDependency(f'engine {name} needs {error.name}: pip install "bbt-accel[{extra}]"') from None
-    return engine(loaded, device=device, threads=threads, without=savings)
+    return engine(loaded, device=place(name, device), threads=threads, without=savings)
+
+
+def place(name: str, device: str) -> str:
+    """Where an engine runs: TensorRT needs no --device cuda, for it runs nowhere else."""
+    return "cuda" if name == "trt" else device

@@ -50,8 +50,9 @@ def optimize_bundle(
     """Write a new bundle for one engine and report what was fused, how large it is and what it costs in accuracy.
 
     calibrate: the task whose few-shot train rows set int8 ranges and are compared on, and whose rows and population set
-    TensorRT's profiles; the shipped texts unless given. compute_capability: build TensorRT plans ahead of time for these
-    (8.9, or 8.6,8.9), not for this machine's GPU. progress: called with what is done, how many steps, and of how many.
+    TensorRT's profiles; the shipped texts unless given. compute_capability: build TensorRT plans ahead of time for
+    these (8.9, or 8.6,8.9), not for this machine's GPU. progress: called with what is done, and how many of how many
+    steps.
     Raises UsageError for a combination that does not exist or an output that is the source, BundleError for a source
     that is optimized already, ExportError when the result has NaN logits or has lost its attention mask, PlanError when
     TensorRT refuses the graph, EngineError when it needs a GPU that is not there.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -139,10 +140,8 @@ def sizes_of(bundle: Bundle, task: str | None, data: Path | None) -> Sizes:
     train, dev = few_shot(load_rows(loaded, "train", data), loaded.n_classes, settings.k_shot, settings.seed)
     encoder = Encoder(bundle, loaded)
     batch, others = encoder.encode(train), [encoder.encode(dev)]
-    try:
+    with suppress(DataError):  # a task without test rows can be tuned
         others.append(encoder.encode(load_rows(loaded, "test", data)[:TEST_ROWS]))
-    except DataError:
-        pass  # a task without test rows can be tuned
     longest = max(int(lengths(b).max()) for b in (batch, *others))
     return sizes(info, lengths(batch), longest, settings.popsize, loaded.n_classes, batch)
 
@@ -179,8 +178,8 @@ def build_plans(
 ) -> dict[str, object]:
     """Build and keep the plan of every stage: for this machine's GPU, or ahead of time for compute capabilities.
 
-    Each in a process of its own where there are many, for TensorRT frees little before its process ends. Returns what
-    was built. Raises PlanError; MissingDependency without TensorRT; EngineError without a GPU or capabilities.
+    Returns what was built. Raises PlanError; MissingDependency without TensorRT; EngineError where neither a GPU nor
+    capabilities are given.
     """
     api = find_api(ahead=bool(capabilities))
     gpu, capability, driver = (None, capabilities, None) if capabilities else machine()

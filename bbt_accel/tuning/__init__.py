@@ -15,7 +15,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.data import few_shot, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine
-from bbt_accel.engines.registry import load_engine
+from bbt_accel.engines.registry import load_engine, place
 from bbt_accel.errors import RunError, UsageError
 from bbt_accel.history import Generation, History
 from bbt_accel.run import EVENTS, HISTORY, BundleRecord, DataRecord, EngineRecord, Run, RunInfo
@@ -80,7 +80,7 @@ def tune(
         settings=chosen,
         data=DataRecord.of(data, train, dev),
         bundle=BundleRecord.of(bundle, space.final),
-        engine=EngineRecord(name=engine, device=device, threads=threads, without=sorted(without)),
+        engine=EngineRecord(name=engine, device=place(engine, device), threads=threads, without=sorted(without)),
         versions=_versions(),
     )
     if former is not None and (differences := former.differences(info)):
