@@ -21,6 +21,8 @@ ENGINES = {
     "dummy": ("bbt_accel.engines.dummy", "DummyEngine", ""),
 }
 """Name → module, class, and the extra that brings what it needs."""
+ON_CUDA = {"ort": ("bbt_accel.engines.ort_cuda", "OrtCudaEngine", "gpu")}
+"""The same for `--device cuda`, where that is another class."""
 
 
 def load_engine(
@@ -33,9 +35,10 @@ def load_engine(
 ) -> Engine:
     """Load a bundle into an engine: torch, ort, openvino, trt, or `eager`, the naive reference of benchmarks.
 
-    device: cpu or cuda; trt runs on cuda whatever it says. threads: at most so many (default: all cores). without: savings to switch off for
-    measurement, by the names in `engines.savings`. Raises UsageError for an unknown name, MissingDependency when the
-    engine's library is not installed, EngineError when the device is not there or the bundle does not fit.
+    device: cpu or cuda; trt runs on cuda whatever it says. threads: at most so many (default: all cores). without:
+    savings to switch off for measurement, by the names in `engines.savings`. Raises UsageError for an unknown name,
+    MissingDependency when the engine's library is not installed, EngineError when the device is not there or the bundle
+    does not fit.
     """
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1)
@@ -45,7 +48,7 @@ def load_engine(
         raise UsageError(f"--device must be cpu or cuda, not {device!r}")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, not {threads}")
-    module, cls, extra = ENGINES[name]
+    module, cls, extra = ON_CUDA[name] if device == "cuda" and name in ON_CUDA else ENGINES[name]
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     savings = check_savings(without)
     try:

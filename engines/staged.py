@@ -162,8 +162,8 @@ class StagedBoundBatch(BoundBatch):
         text: Float32 = self.engine.get(state["hidden"])[0]
         if "prefix" not in state:
             return text.reshape(-1)
-        prefix = np.broadcast_to(self.engine.get(state["prefix"]), (len(text), *state["prefix"].shape[1:]))
-        return np.concatenate([prefix, text], axis=1).reshape(-1)
+        prefix = self.engine.get(state["prefix"])
+        return np.concatenate([np.broadcast_to(prefix, (len(text), *prefix.shape[1:])), text], axis=1).reshape(-1)
 
     def chunks(self, population: int, bucket: Bucket) -> Iterator[slice]:
         """Candidates that fit one call."""

@@ -5,6 +5,7 @@ on what lies at the addresses. So the engine's own work (addresses, shapes, CUDA
 naive forward without a GPU. What TensorRT and CUDA themselves do is not tested by it.
 """
 
+# ruff: noqa: N802, N815 - the names are CUDA's
 from __future__ import annotations
 
 import ctypes
