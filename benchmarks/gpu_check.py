@@ -233,6 +233,8 @@ class GpuCheck:
                 task=self.task,
                 data=self.data,
                 calls=self.given.calls,
+                popsize=self.given.popsize,
+                k_shot=self.given.k_shot,
                 run=self.work / f"run-{speed.method}-{name}",
             )
 

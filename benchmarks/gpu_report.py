@@ -49,7 +49,7 @@ class Speed(Part):
     speedup: float | None = None
     """Over eager fp32."""
     naive_share: float | None = None
-    """The naive forward's operations a second over the fp16 matrix rate: more than is computed, for work is left out."""
+    """The naive forward's operations a second over the fp16 matrix rate: more than is computed."""
     share: float | None = None
     """The operations that are computed a second over the fp16 matrix rate."""
     measured_search: float | None = None
@@ -103,7 +103,7 @@ class GpuReport(Part):
             f"**{'FAILED' if failures else 'PASSED'}**",
             *(["\n".join(f"- {line}" for line in failures)] if failures else []),
             "## Exactness",
-            "Against eager PyTorch on the CPU, in fp32; traces: losses against those that the original program recorded.",
+            "Against eager PyTorch on the CPU, in fp32; traces: losses against those that the original recorded.",
             table(
                 ["case", "engine", "status", "error"],
                 [

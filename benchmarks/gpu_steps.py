@@ -183,7 +183,7 @@ def cpu_attention() -> dict[Any, Any]:
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """Measured: 10¹² fp16 operations a second of a matrix product, and 10⁹ bytes a second of a copy (read and write)."""
+    """Measured: 10¹² fp16 operations a second of a matrix product, 10⁹ bytes a second of a copy (read and write)."""
     import torch
 
     from bbt_accel.benchmarks.machine import rate
@@ -204,14 +204,17 @@ def ceilings(device: str) -> dict[str, float]:
     return {"matrix_tflops": matrix, "bandwidth_gbs": 2 * size / float(np.median(durations)) / 1e9}
 
 
-def search(engine: dict[str, Any], task: str, data: str | None, calls: int, run: str) -> float:
+def search(
+    engine: dict[str, Any], task: str, data: str | None, calls: int, popsize: int, k_shot: int, run: str
+) -> float:
     """Seconds of a whole search by CMA-ES, of so many calls."""
     from bbt_accel.run import Run
     from bbt_accel.tuning import tune
 
     options = {("engine" if name == "name" else name): value for name, value in engine.items()}
     folder = None if data is None else Path(data)
-    tune(task=task, data=folder, output=run, progress=False, settings={"budget": calls}, **options)
+    settings = {"budget": calls, "popsize": popsize, "k_shot": k_shot}
+    tune(task=task, data=folder, output=run, progress=False, settings=settings, **options)
     return float(Run.read(run).info.seconds)
 
 
