@@ -184,8 +184,8 @@ class TrtEngine(StagedEngine):
         except EngineError as error:
             self.capturing = False
             log.warning("calls are enqueued one by one, not as CUDA graphs: %s", error)
-            self.address(stage, plan, context, given, found)
-            self.enqueue(stage, context)
+            self.address(stage, plan, plan.context, given, found)
+            self.enqueue(stage, plan.context)
 
     def output_shapes(self, stage: str, plan: Plan, shapes: Shapes) -> list[tuple[int, ...]]:
         for name, shape in zip(plan.inputs, shapes, strict=True):

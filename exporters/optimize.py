@@ -24,7 +24,7 @@ from bbt_accel.exporters.half import to_half
 from bbt_accel.exporters.int8 import to_int8
 from bbt_accel.exporters.openvino import optimize_for_openvino
 from bbt_accel.exporters.sessions import Feeds, run_stages
-from bbt_accel.exporters.tensorrt import build_plans, lower_for_tensorrt, rounded, sizes_of
+from bbt_accel.exporters.tensorrt import build_plans, lower_for_tensorrt, machine, rounded, sizes_of
 from bbt_accel.exporters.trt_api import find_api
 from bbt_accel.exporters.validate import scaled_error
 
@@ -114,8 +114,11 @@ def check_combination(precision: str, target: str) -> None:
 
 
 def check_capabilities(text: str | None, target: str) -> tuple[str, ...]:
-    """`8.6,8.9` as a tuple; empty for the GPU of this machine. What can be told at once is: the rest takes minutes."""
+    """`8.6,8.9` as a tuple; empty for the GPU of this machine, which has to be there. The rest takes minutes."""
     if text is None:
+        if target == "trt":
+            find_api()
+            machine()
         return ()
     if target != "trt":
         raise UsageError(f"--compute-capability is for --target trt, not {target}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -285,7 +287,18 @@ class Builder:
         if self.out_of_memory:
             self.logger.log(Logger.ERROR, "Error Code 2: OutOfMemory (no memory for tactic 0x0)")
             return None
-        return Host(json.dumps({"file": str(Path(network.file).resolve()), "profile": config.profile}).encode())
+        return Host(json.dumps({"file": kept(Path(network.file)), "profile": config.profile}).encode())
+
+
+KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def kept(file: Path) -> str:
+    """A copy of a graph and its weights, which a plan holds itself: its bundle may be moved."""
+    KEPT.append(tempfile.TemporaryDirectory(prefix="plan-"))
+    for source in (file, *file.parent.glob("*.data")):
+        shutil.copy(source, KEPT[-1].name)
+    return str(Path(KEPT[-1].name, file.name))
 
 
 def fake_tensorrt(cuda: FakeRuntime) -> Any:
