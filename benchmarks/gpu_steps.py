@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.benchmarks.timing import population, random_prompts, seconds_per_candidate, sweep
+from bbt_accel.benchmarks.timing import cpu_attention, population, random_prompts, seconds_per_candidate, sweep
 from bbt_accel.benchmarks.workload import load_batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine
@@ -169,17 +169,6 @@ def work(bundle: str, batch: str, device: str, popsize: int) -> dict[str, int]:
                 candidates = (sweep if deep else population)(bound, prompts)
             found[name] = int(counter.get_total_flops() / candidates)
     return found
-
-
-def cpu_attention() -> dict[Any, Any]:
-    """PyTorch's counter knows the attention kernels of GPUs alone."""
-    import torch
-    from torch.utils.flop_counter import sdpa_flop_count
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))
-
-    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
 
 
 def ceilings(device: str) -> dict[str, float]:

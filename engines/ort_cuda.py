@@ -123,8 +123,8 @@ class OrtCudaEngine(OrtEngine):
         return value
 
     def put(self, array: Float32 | Int64) -> Any:
-        array = np.ascontiguousarray(array)
-        return array if array.dtype == np.float32 else self.there(array)
+        here = np.ascontiguousarray(array)
+        return here if here.dtype == np.float32 else self.there(here)
 
     def get(self, array: Any) -> Float32:
         return np.array(array.numpy(), np.float32)

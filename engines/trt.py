@@ -20,7 +20,7 @@ from bbt_accel.exporters.plans import get_plan, keys, profile_of, replace
 from bbt_accel.exporters.trt_api import Api, find_api, new_logger, reason
 
 log = logging.getLogger(__name__)
-DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
+DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
 MOST_GRAPHS = 512
 """CUDA graphs that are kept; each has an execution context of its own."""
 

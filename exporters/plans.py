@@ -228,7 +228,7 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key, timing: Path | None = 
     cache = timing_cache(config, timing)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)})")
+        raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)}){other_gpu(api, key)}")
     if cache is not None and timing is not None:
         with suppress(OSError):  # a bundle that cannot be written to
             replace(timing, bytes(cache.serialize()))
@@ -239,6 +239,13 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key, timing: Path | None = 
         inputs=inputs, outputs=outputs,
     )  # fmt: skip
     return content, record
+
+
+def other_gpu(api: Api, key: Key) -> str:
+    """A hint for GPUs that TensorRT for RTX does not name, those of data centres among them."""
+    if key.gpu is None or not api.builds_ahead or set(key.capability) <= set(api.capabilities()):
+        return ""
+    return f"; {api.name} names no compute capability {', '.join(key.capability)}: pip install tensorrt"
 
 
 def parse(api: Api, network: Any, file: Path, logger: Any) -> None:
