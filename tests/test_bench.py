@@ -114,7 +114,7 @@ def test_failures_are_rows(inside: Inside, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     for label in found:
         assert f"| {label} |" in text
-    assert "no GPU" in text
+    assert "add --device cuda" in text
 
 
 def test_eager_must_run(inside: Inside, tmp_path: Path) -> None:
