@@ -52,8 +52,8 @@ class Cuda:
     """The first GPU, one stream, and a pool of memory.
 
     Everything runs in the order of the stream, so a buffer may be used again as soon as the work that reads it has been
-    enqueued. The pool gives the free buffer of the lowest address: a search that does the same again gets the same
-    addresses, which is what a CUDA graph needs.
+    enqueued. The pool gives the free buffer of the lowest address: from its second generation on, a search that does
+    the same again gets the same addresses, which is what a CUDA graph needs.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,9 @@ class Cuda:
         self.gpu = self.describe()
         self.stream: Any = None
         self.free: dict[int, list[int]] = defaultdict(list)
-        self.buffers: list[int] = []
+        self.buffers: set[int] = set()
+        self.forget: Callable[[], None] = lambda: None
+        """Called before idle buffers are freed."""
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A function of the CUDA runtime. Raises EngineError with CUDA's own words for what failed."""
@@ -97,12 +99,30 @@ class Cuda:
         """A new array, of whatever its memory holds. Raises EngineError when there is no memory left."""
         size = -(-max(1, size_of(shape, dtype)) // ALIGNMENT) * ALIGNMENT
         pile = self.free[size]
-        if pile:
-            address = heapq.heappop(pile)
-        else:
-            address = int(self.call("cudaMalloc", size))
-            self.buffers.append(address)
+        address = heapq.heappop(pile) if pile else self.allocate(size)
         return DeviceArray(shape, dtype, address, lambda: heapq.heappush(pile, address))
+
+    def allocate(self, size: int) -> int:
+        """New memory; what lies idle in the pool is given up for it when there is no more."""
+        try:
+            address = int(self.call("cudaMalloc", size))
+        except EngineError:
+            if not any(self.free.values()):
+                raise
+            self.give_up()
+            address = int(self.call("cudaMalloc", size))
+        self.buffers.add(address)
+        return address
+
+    def give_up(self) -> None:
+        """Free the buffers that lie idle, after `forget` has dropped the CUDA graphs that know their addresses."""
+        self.synchronize()
+        self.forget()
+        for pile in self.free.values():
+            for address in pile:
+                self.buffers.discard(address)
+                self.call("cudaFree", address)
+            pile.clear()
 
     def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
         array = np.ascontiguousarray(array)
@@ -152,7 +172,7 @@ class Cuda:
             self.stream = None
         for address in self.buffers:
             self.call("cudaFree", address)
-        self.buffers, self.free = [], defaultdict(list)
+        self.buffers, self.free = set(), defaultdict(list)
 
 
 def load_runtime() -> Any:

@@ -60,6 +60,7 @@ class TrtEngine(StagedEngine):
         self.tokens_per_call = sizes.candidates[2] * sizes.rows[2] * sizes.tokens[2]
         self.api: Api = find_api()
         self.cuda = Cuda()
+        self.cuda.forget = self.drop_graphs
         self.logger = new_logger(self.api)
         self.plans: dict[str, Plan] = {}
         self.graphs: dict[object, tuple[Any, Any]] = {}
@@ -225,12 +226,16 @@ class TrtEngine(StagedEngine):
             "cuda graphs": "on" if self.capturing else "off",
         }
 
+    def drop_graphs(self) -> None:
+        for graph, _ in self.graphs.values():
+            self.cuda.destroy(graph)
+        self.graphs, self.seen = {}, set()
+
     def close(self) -> None:
         if self.plans and self.cache is not None:
             with suppress(OSError):
                 replace(self.kernels, bytes(self.cache.serialize()))
-        for graph, _ in self.graphs.values():
-            self.cuda.destroy(graph)
-        self.graphs, self.plans, self.seen = {}, {}, set()
+        self.drop_graphs()
+        self.plans = {}
         vars(self).pop("runtime", None)
         self.cuda.close()

@@ -128,15 +128,15 @@ def test_where_nothing_can_be_captured_calls_are_enqueued(
     assert "not as CUDA graphs" in caplog.text
 
 
-def test_a_search_runs_from_graphs_after_its_second_generation(
+def test_a_search_runs_from_graphs_after_its_third_generation(
     made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
 ) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         assert isinstance(engine, TrtEngine)
-        for _ in range(2):
+        for _ in range(3):
             bound.label_logits(candidates(bundle))
-        graphs = len(engine.graphs)
+        gpu.launches, graphs = 0, len(engine.graphs)
         assert graphs == len(bound.buckets)  # type: ignore[attr-defined]
         for _ in range(5):
             bound.label_logits(candidates(bundle))
@@ -191,6 +191,25 @@ def test_no_memory_on_the_gpu_says_what_to_do(made: Callable[..., Bundle], gpu: 
     bundle = made("roberta", "bbt", "add")
     gpu.memory = 1000
     assert "--popsize" in one_line(lambda: load_engine(bundle, "trt"), EngineError)
+
+
+def test_graphs_are_made_again_when_memory_was_short(
+    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle, prompts = made("roberta", "bbt", "add"), candidates(tiny("roberta", "bbt", "add"))
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(engine, TrtEngine)
+        wanted = bound.label_logits(prompts)
+        for _ in range(2):
+            bound.label_logits(prompts)
+        assert engine.graphs
+        gpu.memory = 20_000
+        large = engine.cuda.empty((20_500,), np.uint8)
+        assert not engine.graphs
+        del large
+        for _ in range(3):
+            np.testing.assert_array_equal(bound.label_logits(prompts), wanted)
+        assert engine.graphs
 
 
 def test_a_call_that_fails_names_the_stage(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:

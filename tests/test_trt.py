@@ -286,6 +286,20 @@ def test_no_memory_left_says_what_to_do(fake: Any) -> None:
     assert "--popsize" in one_line(lambda: device.empty((5000,), np.float32), EngineError)
 
 
+def test_idle_memory_is_given_up_before_there_is_none(fake: Any) -> None:
+    fake(memory=10_000)
+    device, forgotten = cuda.Cuda(), []
+    device.forget = lambda: forgotten.append(True)
+    kept = device.empty((1000,), np.uint8)
+    idle = device.empty((5000,), np.uint8)
+    del idle
+    large = device.empty((8000,), np.uint8)
+    assert forgotten == [True]
+    assert {kept.address, large.address} == device.buffers
+    again = device.empty((10,), np.uint8)
+    assert again.address not in (kept.address, large.address)
+
+
 def test_memory_is_used_again_at_the_same_address(fake: Any) -> None:
     runtime = fake()
     device = cuda.Cuda()
