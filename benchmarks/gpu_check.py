@@ -186,6 +186,10 @@ class GpuCheck:
                 self.time(speed, folder, batch, name, precision)
                 eager = eager or speed.ms
                 self.derive(speed, eager, work)
+            if not failed and name != "eager":
+                self.tell(f"a search of {self.given.calls} calls, {speed.engine}, {method}")
+                with self.noting() as failed:
+                    self.search(speed, folder, name, precision)
             speed.reason = failed[0] if failed else None
             yield speed
 
@@ -225,18 +229,18 @@ class GpuCheck:
             half=(name, precision) == ("eager", "fp16"),
         )
         speed.ms, speed.versions = 1000 * float(np.median(measured["seconds"])), measured["versions"]
-        if name == "trt" or (name == "ort" and self.device == "cpu"):
-            self.tell(f"a search of {self.given.calls} calls, {speed.engine}, {speed.method}")
-            speed.measured_search = worker.call(
-                "search",
-                engine=self.engine(bundle, name),
-                task=self.task,
-                data=self.data,
-                calls=self.given.calls,
-                popsize=self.given.popsize,
-                k_shot=self.given.k_shot,
-                run=self.work / f"run-{speed.method}-{name}",
-            )
+
+    def search(self, speed: Speed, folder: Path, name: str, precision: str) -> None:
+        speed.measured_search = worker.call(
+            "search",
+            engine=self.engine(self.made(folder, name, precision), name),
+            task=self.task,
+            data=self.data,
+            calls=self.given.calls,
+            popsize=self.given.popsize,
+            k_shot=self.given.k_shot,
+            run=self.work / f"run-{speed.method}-{name}",
+        )
 
     def derive(self, speed: Speed, eager: float | None, work: dict[str, int]) -> None:
         if speed.ms is None:

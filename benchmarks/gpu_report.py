@@ -119,7 +119,7 @@ class GpuReport(Part):
                 ["method", "engine", "ms", f"{self.calls:,} calls, s", "search, s", "× eager", "naive rate", "rate"],
                 [
                     [
-                        s.method, s.engine, s.reason or number(s.ms), number(s.search_seconds),
+                        s.method, s.engine, number(s.ms) if s.ms else s.reason or "–", number(s.search_seconds),
                         number(s.measured_search), number(s.speedup), percent(s.naive_share), percent(s.share),
                     ]
                     for s in self.speeds
