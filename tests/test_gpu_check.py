@@ -86,11 +86,26 @@ def test_the_script_runs_with_the_cpu_as_its_device(
 
     monkeypatch.setattr(worker, "call", inside)
     monkeypatch.setattr(gpu_check, "VARIANTS", (("bbtv2", "add"),))
-    words = "--device cpu --backbone demo --families gpt2 --methods bbt --popsize 4 --k-shot 2 --n-prompt-tokens 5"
+    STEPS["tiny"](model_type="bert", output=str(tmp_path / "bert"))
+    words = f"--device cpu --backbone {tmp_path / 'bert'} --families gpt2 --methods bbt --popsize 4 --k-shot 1"
     output = tmp_path / "report"
     none = str(tmp_path / "none")
     code = gpu_check.main(
-        [*words.split(), "--calls", "8", "--repeats", "1", "--golden", none, "--data", none, "-o", str(output)]
+        [
+            *words.split(),
+            "--n-prompt-tokens",
+            "5",
+            "--calls",
+            "8",
+            "--repeats",
+            "1",
+            "--golden",
+            none,
+            "--data",
+            none,
+            "-o",
+            str(output),
+        ]
     )
     assert code == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"FAILED; the report is in {output}"
