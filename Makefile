@@ -1,5 +1,5 @@
 # make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
-# make test, make lint, make clean. Everything is installed in .venv, once; nothing outside this folder is touched.
+# make test, make lint, make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv, once; nothing outside this folder is touched.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,15 +9,20 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types clean
+.PHONY: help demo test lint types gpu-check clean
 
 help:
-	@echo "make demo | test | lint | clean"
+	@echo "make demo | test | lint | gpu-check | clean"
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; bbt-accel needs 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[cpu,export,test]'
+	@touch $@
+
+# TensorRT for RTX builds plans without a GPU (95 MB, on Linux); without it the tests that build them are skipped.
+.venv/.trt: .venv/.installed
+	-@$(BIN)/pip install --quiet --editable '.[trt]' || echo "the trt extra cannot be installed: its tests are skipped"
 	@touch $@
 
 .venv/.lint: .venv/.installed
@@ -38,8 +43,13 @@ demo: .venv/.installed
 	  "The new phone has a faster chip" "Doctors recommend a flu shot this winter"
 	@echo; echo "demo-run/ort holds $$(ls -m demo-run/ort)"
 
-test: .venv/.installed
+test: .venv/.installed .venv/.trt
 	$(BIN)/python -m pytest
+
+# Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
+# cuda-python and bbt-accel: nothing is installed.
+gpu-check:
+	$(PYTHON) -m bbt_accel.benchmarks.gpu_check -o gpu-check
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

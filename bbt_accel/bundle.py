@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bbt_accel.errors import BbtError, BundleError
 
 FORMAT = 1
+PLANS = "plans"
+"""Folder of TensorRT plans: a cache that machines add to, so no part of a bundle's sha256."""
 Method = Literal["bbt", "bbtv2"]
 PromptMode = Literal["add", "cat"]
 
@@ -130,8 +132,9 @@ class Bundle:
 
 
 def write_info(folder: Path, info: BundleInfo) -> BundleInfo:
-    """Hash every file of `folder` into `info` and write bundle.json."""
+    """Hash every file of `folder`, but for plans, into `info` and write bundle.json."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "bundle.json")
+    files = [p for p in files if p.relative_to(folder).parts[0] != PLANS]
     info = info.model_copy(update={"sha256": {str(p.relative_to(folder)): sha256(p) for p in files}})
     (folder / "bundle.json").write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return info

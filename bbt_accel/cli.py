@@ -23,6 +23,7 @@ EXTRAS = {
     "openvino": "openvino",
     "ray": "ray",
     **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("cuda", "tensorrt", "tensorrt_rtx"), "trt"),
     "tensorboard": "tensorboard",
 }
 """What a command may lack, and the extra that brings it."""
@@ -136,12 +137,15 @@ def optimize(
     int8: Annotated[bool, typer.Option("--int8", help="8-bit integers, for CPUs.")] = False,
     target: Annotated[Literal["ort", "openvino", "trt"], typer.Option(help="The engine to optimize for.")] = "ort",
     calibrate: Annotated[
-        str | None, typer.Option(metavar="TASK", help="Task whose few-shot rows set the int8 ranges.")
+        str | None, typer.Option(metavar="TASK", help="Task whose few-shot rows set int8 ranges and TensorRT profiles.")
     ] = None,
     data: Data = None,
     max_noise: Annotated[
         float, typer.Option(metavar="SHARE", help="int8: keep products in fp32 until the logits' error is no larger.")
     ] = 0.05,
+    compute_capability: Annotated[
+        str | None, typer.Option(metavar="8.9", help="Build TensorRT plans for another machine's GPU, without one.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Optimize a bundle for an engine: fused operators, lower precision, a TensorRT plan."""
@@ -150,9 +154,17 @@ def optimize(
     from bbt_accel.reports import report_bundle
 
     precision = _precision(fp16, bf16, int8)
-    with busy(f"optimizing {bundle}"):
+    with busy(f"optimizing {bundle}") as tell:
         optimized = optimize_bundle(
-            bundle, output, precision=precision, target=target, calibrate=calibrate, data=data, max_noise=max_noise
+            bundle,
+            output,
+            precision=precision,
+            target=target,
+            calibrate=calibrate,
+            data=data,
+            max_noise=max_noise,
+            compute_capability=compute_capability,
+            progress=tell,
         )
     report_bundle(optimized, as_json)
 

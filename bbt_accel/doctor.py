@@ -38,7 +38,10 @@ FEATURES = {
     "AMX": {"amx_tile"},
     "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
 }
-GPU_NOTE = "the GPU engines have not been run on a GPU by this version: check results with bbt-accel bench"
+GPU_NOTE = (
+    "the GPU engines have not been run on a GPU by this version: "
+    "check them with make gpu-check (python -m bbt_accel.benchmarks.gpu_check)"
+)
 
 
 class EngineState(TypedDict):
@@ -77,7 +80,7 @@ def diagnose() -> Diagnosis:
         "machine": machine,
         "onnxruntime_providers": providers,
         "engines": engines(found, machine["gpus"], providers),
-        "warnings": warnings(found) + problem,
+        "warnings": warnings(found) + problem + mismatches(found, providers, machine["gpus"]),
         "notes": [
             "an ONNX Runtime provider that is listed need not work: without its libraries or its device a session "
             "falls back to the CPU; bbt-accel checks that when it loads an engine",
@@ -155,6 +158,22 @@ def warnings(found: Mapping[str, str | None]) -> list[str]:
     if not (found["onnxruntime"] or found["onnxruntime-gpu"]):
         return ['there is no ONNX Runtime: pip install "bbt-accel[cpu]", or "bbt-accel[gpu]" for an NVIDIA GPU']
     return []
+
+
+def mismatches(found: Mapping[str, str | None], providers: list[str], gpus: list[str]) -> list[str]:
+    """What is installed and does not go together."""
+    told = []
+    tensorrt = found["tensorrt"]
+    if tensorrt and int(tensorrt.split(".")[0]) > 10 and "TensorrtExecutionProvider" in providers:
+        told.append(
+            f"ONNX Runtime's own TensorRT provider links TensorRT 10 (libnvinfer.so.10), not {tensorrt}; "
+            "--engine trt, which does not use it, runs with either"
+        )
+    if tensorrt and found["tensorrt-rtx-cu13"]:
+        told.append("tensorrt and tensorrt_rtx are both installed: tensorrt is used, but for --compute-capability")
+    if gpus and found["onnxruntime"] and not found["onnxruntime-gpu"]:
+        told.append('there is a GPU and an ONNX Runtime without CUDA: pip install "bbt-accel[gpu]" in its place')
+    return told
 
 
 def engines(found: Mapping[str, str | None], gpus: list[str], providers: list[str]) -> dict[str, EngineState]:

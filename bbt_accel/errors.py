@@ -31,6 +31,10 @@ class EngineError(BbtError):
     """An engine, provider or device that is not there, or a forward pass that failed."""
 
 
+class PlanError(EngineError):
+    """A TensorRT plan that cannot be built, is damaged, or does not run here."""
+
+
 class TaskError(UsageError):
     """A task file that is missing, malformed or asks for something that the bundle cannot do."""
 

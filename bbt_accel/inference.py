@@ -14,7 +14,7 @@ from bbt_accel.batch import Float32
 from bbt_accel.data import Row, few_shot, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine
-from bbt_accel.engines.registry import load_engine
+from bbt_accel.engines.registry import load_engine, place
 from bbt_accel.errors import DataError
 from bbt_accel.objective import Objective
 from bbt_accel.run import Run
@@ -55,7 +55,7 @@ def evaluate(
             "without_prompt": float(without),
             "rows": len(rows),
             "engine": loaded.name,
-            "device": device or run.info.engine.device,
+            "device": place(engine or run.info.engine.name, device or run.info.engine.device),
             "bundle": str(loaded.bundle.path.resolve()),
         }
 

@@ -24,6 +24,7 @@ from bbt_accel.benchmarks.workload import compared_rows, save_batch, timed_rows
 from bbt_accel.bundle import Bundle
 from bbt_accel.doctor import CORE, OPTIONAL, describe_machine, installed
 from bbt_accel.encoding import Encoder
+from bbt_accel.engines.registry import place
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, UsageError
 from bbt_accel.savings import SAVINGS, inside
 from bbt_accel.settings import resolve
@@ -150,6 +151,8 @@ class Harness:
         """How to load a row's engine; its bundle is made when it is first needed. Raises BbtError."""
         if case.problem is not None:
             raise UsageError(case.problem)
+        if place(case.engine, self.options.device) != self.options.device:
+            raise UsageError(f"{case.engine} runs on a GPU: add --device cuda, so that eager runs there too")
         off = tuple(inside(case.without))
         bundle = self.exported.path if case.engine in PLAIN else self.optimized(case.engine, case.precision, off)
         options = self.options

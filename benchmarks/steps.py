@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bbt_accel.benchmarks.accuracy import row_logits
+from bbt_accel.benchmarks.gpu_steps import GPU_STEPS
 from bbt_accel.benchmarks.machine import matrix_rates, peak_mib
 from bbt_accel.benchmarks.timing import count_flops, random_prompts, seconds_per_candidate
 from bbt_accel.benchmarks.workload import load_batch
@@ -83,4 +84,5 @@ STEPS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "tune": tune,
     "trial": trial,
+    **GPU_STEPS,
 }

@@ -63,14 +63,19 @@ def count_flops(bound: BoundBatch, prompt: Float32) -> int:
 
     prompt: float32 (1, n, H) or (1, L, n, H). A multiplication and an addition count as two.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
+        bound.label_logits(prompt)
+    return int(counter.get_total_flops())
+
+
+def cpu_attention() -> dict[Any, Any]:
+    """How PyTorch's counter counts the attention kernel of CPUs: it knows those of GPUs alone."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from torch.utils.flop_counter import sdpa_flop_count
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 
-    # PyTorch's counter knows the attention kernels of GPUs alone.
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={cpu_attention: attention}) as counter:
-        bound.label_logits(prompt)
-    return int(counter.get_total_flops())
+    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}

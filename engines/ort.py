@@ -39,23 +39,21 @@ class OrtEngine(StagedEngine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or 0
-        if self.device == "cuda":
-            # Without this, ONNX Runtime falls back to the CPU and says nothing.
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if self.provider not in onnxruntime.get_available_providers():
             raise EngineError(
                 f"--device {self.device}: this ONNX Runtime has no {self.provider}; "
                 "see bbt-accel doctor for what to install"
             )
         try:
-            session = onnxruntime.InferenceSession(
-                str(self.bundle.path / f"{stage}.onnx"), options, providers=[self.provider]
-            )
+            session = self.session(str(self.bundle.path / f"{stage}.onnx"), options)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineError(f"ONNX Runtime cannot load {stage}.onnx ({str(error).splitlines()[0]})") from error
-        if session.get_providers()[0] != self.provider:
+        if session.get_providers()[0] != self.provider:  # it fell back to the CPU and says nothing
             raise EngineError(f"--device {self.device}: {self.provider} could not start; see bbt-accel doctor")
         return session
+
+    def session(self, file: str, options: Any) -> Any:
+        return onnxruntime.InferenceSession(file, options, providers=[self.provider])
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         session = self.sessions[stage]

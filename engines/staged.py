@@ -32,6 +32,10 @@ class StagedEngine(Engine):
     """Tokens (candidates × rows × length) in one call: bounds the memory, and keeps activations near the cores."""
     bucket_step = 1
     """Rows whose lengths round up to the same multiple of this are computed together."""
+    rows_per_call: int | None = None
+    """Rows in one call at most, where what is compiled takes no more."""
+    candidates_per_call: int | None = None
+    """Candidates in one call at most, likewise."""
 
     def __init__(self, bundle: Bundle, device: str, threads: int | None, without: frozenset[str]) -> None:
         super().__init__(bundle)
@@ -76,8 +80,14 @@ class StagedBoundBatch(BoundBatch):
     def __init__(self, engine: StagedEngine, batch: Batch) -> None:
         super().__init__(engine.bundle, batch)
         self.engine, self.info = engine, engine.bundle.info
-        groups = buckets(self.info, batch, engine.without, engine.tokens_per_call, engine.bucket_step)
+        groups = self.groups(engine.without, engine.bucket_step)
         self.buckets = [self.hold(rows, engine.without) for rows in groups]
+
+    def groups(self, without: frozenset[str], step: int) -> list[Int64]:
+        """Row indices of each bucket."""
+        found = buckets(self.info, self.batch, without, self.engine.tokens_per_call, step)
+        most = self.engine.rows_per_call or len(self.batch)
+        return [rows[i : i + most] for rows in found for i in range(0, len(rows), most)]
 
     def hold(self, rows: Int64, without: frozenset[str]) -> Bucket:
         part = cut(self.info, self.batch, rows, without)
@@ -141,8 +151,7 @@ class StagedBoundBatch(BoundBatch):
 
     def layer_stds(self) -> Float32:
         whole = frozenset({"buckets"})  # the original measures the padded batch
-        groups = buckets(self.info, self.batch, whole, self.engine.tokens_per_call, 1)
-        held = [self.hold(rows, whole) for rows in groups]
+        held = [self.hold(rows, whole) for rows in self.groups(whole, 1)]
         states = [self.embed(bucket) for bucket in held]
         nothing = np.zeros((1, *self.info.prompt_shape[1:]), np.float32)
         stds = []
@@ -157,12 +166,13 @@ class StagedBoundBatch(BoundBatch):
         text: Float32 = self.engine.get(state["hidden"])[0]
         if "prefix" not in state:
             return text.reshape(-1)
-        prefix = np.broadcast_to(self.engine.get(state["prefix"]), (len(text), *state["prefix"].shape[1:]))
-        return np.concatenate([prefix, text], axis=1).reshape(-1)
+        prefix = self.engine.get(state["prefix"])
+        return np.concatenate([np.broadcast_to(prefix, (len(text), *prefix.shape[1:])), text], axis=1).reshape(-1)
 
     def chunks(self, population: int, bucket: Bucket) -> Iterator[slice]:
         """Candidates that fit one call."""
         size = max(1, self.engine.tokens_per_call // (len(bucket.rows) * bucket.length))
+        size = min(size, self.engine.candidates_per_call or size)
         if "population" in self.engine.without:
             size = 1
         for start in range(0, population, size):

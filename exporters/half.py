@@ -22,10 +22,13 @@ FP32_MAKERS = {"ConstantOfShape", "Range"}
 """Nodes that make fp32 from no fp32 input, often without saying so."""
 
 
-def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path) -> tuple[onnx.ModelProto, list[str]]:
+def to_half(
+    model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int = TensorProto.FLOAT16
+) -> tuple[onnx.ModelProto, list[str]]:
     """The graph in fp16 with fp32 inputs and outputs, and the names of the nodes that overflow and stay in fp32.
 
     A node overflows when an input or output is beyond `LARGEST` on the rows of `feeds`. Norms stay in fp32 too.
+    dtype: BFLOAT16 instead, which has fp32's range: masks and positions that are beyond `LARGEST` stay in fp32 too.
     """
     for i, node in enumerate(model.graph.node):
         node.name = node.name or f"{node.op_type}_{i}"
@@ -35,7 +38,7 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path) -> tuple[o
     overflowing = [n.name for n in model.graph.node if large & {*n.input, *n.output}]
     norms = [n.name for n in model.graph.node if n.op_type in NORMS or n.op_type == "Pow"]
     floats = set(found) | {i.name for i in model.graph.input if i.type.tensor_type.elem_type == TensorProto.FLOAT}
-    lower(model, floats, {*overflowing, *norms}, TensorProto.FLOAT16)
+    lower(model, floats, {*overflowing, *norms}, dtype)
     return model, overflowing
 
 

@@ -1,11 +1,12 @@
-"""From an exported bundle to a faster one: fused operators, fp16, int8, for one engine."""
+"""From an exported bundle to a faster one: fused operators, fp16, int8, TensorRT plans, for one engine."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,8 @@ from bbt_accel.exporters.openvino import save_openvino
 from bbt_accel.exporters.precision import choose_fp32, logit_noise
 from bbt_accel.exporters.prepare import prepare
 from bbt_accel.exporters.sessions import Feeds, run_stages
+from bbt_accel.exporters.tensorrt import build_plans, lower_for_tensorrt, machine, rounded, sizes_of
+from bbt_accel.exporters.trt_api import find_api
 from bbt_accel.exporters.validate import scaled_error
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -45,13 +48,19 @@ def optimize_bundle(
     calibrate: str | None = None,
     data: Path | None = None,
     max_noise: float = MAX_NOISE,
+    compute_capability: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Bundle:
     """Write a new bundle for one engine and report what was fused, how large it is and what it costs in accuracy.
 
-    calibrate: the task whose few-shot train rows set int8 ranges and are compared on; the shipped texts unless given.
-    max_noise: int8 keeps products in fp32 until the logits' error is at most this share of their spread.
+    calibrate: the task whose few-shot train rows set int8 ranges and are compared on, and whose rows and population set
+    TensorRT's profiles; the shipped texts unless given. compute_capability: build TensorRT plans ahead of time for
+    these (8.9, or 8.6,8.9), not for this machine's GPU. max_noise: int8 keeps products in fp32 until the logits' error
+    is at most this share of their spread. progress: called with what is done, and how many of how many
+    steps.
     Raises UsageError for a combination that does not exist or an output that is the source, BundleError for a source
-    that is optimized already, ExportError when the result has NaN logits or has lost its attention mask.
+    that is optimized already, ExportError when the result has NaN logits or has lost its attention mask, PlanError when
+    TensorRT refuses the graph, EngineError when it needs a GPU that is not there.
     """
     source, output = Path(source), Path(output)
     if output.resolve() == source.resolve():
@@ -61,6 +70,8 @@ def optimize_bundle(
     check_combination(precision, target)
     if not max_noise >= 0:
         raise UsageError(f"--max-noise must be 0 or more, not {max_noise}")
+    tell = progress or (lambda what, done, of: None)
+    capabilities = check_capabilities(compute_capability, target)
     bundle = Bundle.read(source)
     if bundle.info.target != "onnx":
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
@@ -69,7 +80,11 @@ def optimize_bundle(
     with new_folder(output) as folder:
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             shutil.copyfile(source / name, folder / name)
-        report = lower(bundle, folder, target, precision, batch, prompts, max_noise)
+        if target == "trt":
+            report = lower_for_tensorrt(bundle, folder, precision, batch.rows(slice(0, CALIBRATION_ROWS)), prompts)
+            report["profile"] = sizes_of(bundle, calibrate, data).model_dump()
+        else:
+            report = lower(bundle, folder, target, precision, batch, prompts, max_noise)
         info = bundle.info.model_copy(
             update={
                 "precision": precision,
@@ -83,19 +98,40 @@ def optimize_bundle(
         info = write_info(folder, info)
         made = Bundle(folder, info)
         report |= compare(bundle, made, batch, prompts)
+        if target == "trt":
+            made = Bundle(folder, write_info(folder, info.model_copy(update={"optimization": report})))
+            report |= build_plans(made, capabilities, tell)
         report |= {"calibrated_on": calibrate or "shipped texts", "bytes_before": bundle.size, "bytes": made.size}
         write_info(folder, info.model_copy(update={"optimization": report}))
     return Bundle.read(output, verify=False)
 
 
-ALLOWED: dict[str, tuple[str, ...]] = {"ort": ("fp32", "fp16", "int8"), "openvino": ("fp32", "int8")}
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "ort": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "int8"),
+    "trt": ("fp32", "fp16", "bf16"),
+}
 
 
 def check_combination(precision: str, target: str) -> None:
-    if target not in ALLOWED:
-        raise UsageError(f"--target {target} is not supported yet; use {' or '.join(ALLOWED)}")
     if precision not in ALLOWED[target]:
         raise UsageError(f"--target {target} takes {', '.join(ALLOWED[target])}, not {precision}")
+
+
+def check_capabilities(text: str | None, target: str) -> tuple[str, ...]:
+    """`8.6,8.9` as a tuple; empty for the GPU of this machine, which has to be there. The rest takes minutes."""
+    if text is None:
+        if target == "trt":
+            find_api()
+            machine()
+        return ()
+    if target != "trt":
+        raise UsageError(f"--compute-capability is for --target trt, not {target}")
+    api = find_api(ahead=True)
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        api.capability(name)
+    return names
 
 
 def lower(
@@ -136,6 +172,13 @@ def lower(
 
 def compare(bundle: Bundle, optimized: Bundle, batch: Batch, prompts: Float32) -> dict[str, object]:
     """Logit error and agreement of predictions on real rows against the source, and whether padding changes a row."""
+    if optimized.info.precision == "bf16":
+        with tempfile.TemporaryDirectory(prefix=".rounded.", dir=optimized.path.parent) as folder:
+            return compare_runs(bundle, rounded(optimized, Path(folder)), batch, prompts)
+    return compare_runs(bundle, optimized, batch, prompts)
+
+
+def compare_runs(bundle: Bundle, optimized: Bundle, batch: Batch, prompts: Float32) -> dict[str, object]:
     wanted, found = run_stages(bundle, batch, prompts), run_stages(optimized, batch, prompts)
     if not np.isfinite(found).all():
         raise ExportError(f"the {optimized.info.precision} graphs give NaN or infinite logits on real rows")
@@ -163,5 +206,5 @@ def pad_columns(info: BundleInfo, batch: Batch, columns: int) -> Batch:
 def tool_versions() -> dict[str, str]:
     """Versions of what may have had a hand in it."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    names = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino")
+    names = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx_cu13")
     return {name: found[name] for name in names if name in found}

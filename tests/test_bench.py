@@ -96,7 +96,6 @@ def test_files(inside: Inside, tmp_path: Path) -> None:
 def test_failures_are_rows(inside: Inside, tmp_path: Path) -> None:
     inside.errors = {
         ("optimize", "openvino-int8"): MissingDependency('pip install "bbt-accel[openvino]"'),
-        ("measure", "trt"): EngineError("no GPU"),
         ("compare", "torch"): EngineError("out of memory"),
     }
     report = run_bench(
@@ -109,13 +108,13 @@ def test_failures_are_rows(inside: Inside, tmp_path: Path) -> None:
         "torch int8": ("failed", "torch takes fp32", False),
         "openvino fp32": ("passed", None, True),
         "openvino int8": ("not installed", 'pip install "bbt-accel[openvino]"', False),
-        "trt fp32": ("failed", "no GPU", False),
+        "trt fp32": ("failed", "trt runs on a GPU: add --device cuda, so that eager runs there too", False),
         "trt int8": ("failed", "trt takes fp32, fp16, bf16", False),
     }
     text = (tmp_path / "out" / "report.md").read_text()
     for label in found:
         assert f"| {label} |" in text
-    assert "no GPU" in text
+    assert "add --device cuda" in text
 
 
 def test_eager_must_run(inside: Inside, tmp_path: Path) -> None:

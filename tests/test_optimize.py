@@ -103,7 +103,7 @@ def test_an_optimized_bundle_has_its_weights_once(tiny: Tiny, tmp_path: Path) ->
     assert sum(int(dict(p)["length"]) for p in places) <= (made.path / "weights.data").stat().st_size
 
 
-@pytest.mark.parametrize(("precision", "target"), [("bf16", "ort"), ("fp32", "trt"), ("fp16", "openvino")])
+@pytest.mark.parametrize(("precision", "target"), [("bf16", "ort"), ("int8", "trt"), ("fp16", "openvino")])
 def test_refuses_combinations_that_do_not_exist(tiny: Tiny, tmp_path: Path, precision: str, target: str) -> None:
     with pytest.raises(UsageError, match=f"--target {target}"):
         optimize_bundle(

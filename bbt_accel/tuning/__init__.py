@@ -14,6 +14,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.data import few_shot, load_rows
 from bbt_accel.display import busy
 from bbt_accel.encoding import Encoder
+from bbt_accel.engines.registry import place
 from bbt_accel.errors import RunError, UsageError
 from bbt_accel.history import Generation, History
 from bbt_accel.objective import Objective
@@ -92,7 +93,12 @@ def tune(
         data=DataRecord.of(data, train, dev),
         bundle=BundleRecord.of(bundle, space.final),
         engine=EngineRecord(
-            name=engine, device=device, threads=threads, workers=workers, without=sorted(without), url=url
+            name=engine,
+            device=place(engine, device),
+            threads=threads,
+            workers=workers,
+            without=sorted(without),
+            url=url,
         ),
         versions=_versions(),
     )

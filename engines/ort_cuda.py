@@ -1,0 +1,144 @@
+"""ONNX Runtime on an NVIDIA GPU: rows stay on the device, calls that come again become CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnxruntime
+
+from bbt_accel.batch import Float32, Int64
+from bbt_accel.bundle import Bundle
+from bbt_accel.engines.ort import OrtEngine
+from bbt_accel.engines.staged import Arrays
+from bbt_accel.errors import EngineError
+
+log = logging.getLogger(__name__)
+MOST_GRAPHS = 64
+"""CUDA graphs that are kept: ONNX Runtime frees them with the session alone."""
+
+
+@dataclass
+class Call:
+    """A call whose inputs and outputs stay where they are, as a CUDA graph needs it."""
+
+    binding: Any
+    prompts: Any
+    outputs: list[Any]
+    options: Any
+
+
+class OrtCudaEngine(OrtEngine):
+    """Arrays are OrtValues on the device; prompts come as numpy arrays and are copied to where the call reads them.
+
+    CUDA graphs are for bbt, whose one stage has fixed shapes and addresses. In bbtv2 the state of a layer may be held
+    while the layer runs again, so its outputs cannot stay in one place.
+    """
+
+    memory: ClassVar[str] = "cuda"
+    # fp32 products stay in fp32: TF32, the default on GPUs that have it, keeps 10 bits.
+    provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    bucket_step = 8
+    tokens_per_call = 2**17
+
+    def __init__(
+        self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
+    ) -> None:
+        self.graphs = bundle.info.method == "bbt"
+        self.calls: dict[object, Call] = {}
+        self.seen: dict[object, list[tuple[int, ...]]] = {}
+        """A call that has come once → the shapes of its outputs."""
+        super().__init__(bundle, device, threads, without)
+
+    def session(self, file: str, options: Any) -> Any:
+        """With CUDA graphs; without them for a graph that ONNX Runtime cannot keep on the device as a whole."""
+        if self.graphs:
+            try:
+                return self.opened(file, options, {"enable_cuda_graph": "1"})
+            except Exception as error:  # ONNX Runtime's exceptions share no public base class
+                self.graphs = False
+                log.warning("no CUDA graphs: %s", str(error).splitlines()[0])
+        return self.opened(file, options, {})
+
+    def opened(self, file: str, options: Any, more: dict[str, str]) -> Any:
+        provider = (self.provider, self.provider_options | more)
+        return onnxruntime.InferenceSession(file, options, providers=[provider])
+
+    def run(self, stage: str, inputs: Arrays) -> Arrays:
+        session = self.sessions[stage]
+        given = {i.name: inputs[i.name] for i in session.get_inputs()}
+        names = [o.name for o in session.get_outputs()]
+        try:
+            found = self.again(session, given, names) if self.graphs else self.once(session, given, names)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({str(error).splitlines()[0]})") from error
+        return dict(zip(names, found, strict=True))
+
+    def once(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
+        """A call whose outputs are new arrays on the device."""
+        binding = session.io_binding()
+        for name, value in given.items():
+            binding.bind_ortvalue_input(name, self.there(value))
+        for name in names:
+            binding.bind_output(name, self.memory)
+        session.run_with_iobinding(binding, options_for(-1))
+        found: list[Any] = binding.get_outputs()
+        return found
+
+    def again(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
+        """A call that is captured when it comes for the second time: same rows, same shapes."""
+        rows = (value.data_ptr() for value in given.values() if not isinstance(value, np.ndarray))
+        key = (
+            *rows,
+            *(tuple(value.shape if isinstance(value, np.ndarray) else value.shape()) for value in given.values()),
+        )
+        if key not in self.calls:
+            if key not in self.seen or len(self.calls) >= MOST_GRAPHS:
+                found = self.once(session, given, names)
+                self.seen[key] = [tuple(value.shape()) for value in found]
+                return found
+            self.calls[key] = self.fixed(session, given, names, self.seen[key])
+        call = self.calls[key]
+        call.prompts.update_inplace(given["prompts"])
+        session.run_with_iobinding(call.binding, call.options)
+        return call.outputs
+
+    def fixed(self, session: Any, given: Arrays, names: list[str], shapes: list[tuple[int, ...]]) -> Call:
+        binding, held = session.io_binding(), {name: self.there(value) for name, value in given.items()}
+        for name, value in held.items():
+            binding.bind_ortvalue_input(name, value)
+        outputs = [
+            onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.memory) for shape in shapes
+        ]
+        for name, value in zip(names, outputs, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        return Call(binding, held["prompts"], outputs, options_for(len(self.calls) + 1))
+
+    def there(self, value: Any) -> Any:
+        """A numpy array as an OrtValue on the device; an OrtValue as it is."""
+        if isinstance(value, np.ndarray):
+            return onnxruntime.OrtValue.ortvalue_from_numpy(value, self.memory)
+        return value
+
+    def put(self, array: Float32 | Int64) -> Any:
+        here = np.ascontiguousarray(array)
+        return here if here.dtype == np.float32 else self.there(here)
+
+    def get(self, array: Any) -> Float32:
+        return np.array(array.numpy(), np.float32)
+
+    def versions(self) -> dict[str, str]:
+        return super().versions() | {"cuda graphs": "on" if self.graphs else "off"}
+
+    def close(self) -> None:
+        self.calls, self.seen = {}, {}
+        super().close()
+
+
+def options_for(graph: int) -> Any:
+    """Run options that capture or launch the CUDA graph of this number; -1 is none."""
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options

@@ -1,0 +1,241 @@
+"""TensorRT on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bbt_accel.batch import Batch, Float32, Int64
+from bbt_accel.bundle import PLANS, Bundle
+from bbt_accel.cuda import Cuda, DeviceArray
+from bbt_accel.engines.staged import Arrays, StagedBoundBatch, StagedEngine
+from bbt_accel.errors import EngineError, PlanError
+from bbt_accel.exporters.plans import get_plan, keys, profile_of, replace
+from bbt_accel.exporters.trt_api import Api, find_api, new_logger, reason
+
+log = logging.getLogger(__name__)
+DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
+MOST_GRAPHS = 512
+"""CUDA graphs that are kept; each has an execution context of its own."""
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Plan:
+    """A stage's engine, as TensorRT calls it, with the context for calls that are not in a CUDA graph."""
+
+    engine: Any
+    context: Any
+    inputs: list[str]
+    outputs: dict[str, type[np.generic]]
+    """Name → dtype."""
+    shapes: dict[Shapes, list[tuple[int, ...]]] = field(default_factory=dict)
+    """Shapes of the inputs → those of the outputs."""
+
+
+class TrtEngine(StagedEngine):
+    """The plans of a bundle for TensorRT; a plan that does not fit this machine is built again, and the reason told.
+
+    All contexts share one scratch buffer: calls follow each other on one stream. A call that comes a second time with
+    the same shapes and addresses is captured as a CUDA graph and launched as such from then on.
+    """
+
+    name = "trt"
+    bucket_step = 8
+
+    def __init__(
+        self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(bundle, device, threads, without)
+        sizes = profile_of(bundle)
+        self.longest = sizes.tokens[2]
+        self.candidates_per_call, self.rows_per_call = sizes.candidates[2], sizes.rows[2]
+        self.tokens_per_call = sizes.candidates[2] * sizes.rows[2] * sizes.tokens[2]
+        self.api: Api = find_api()
+        self.cuda = Cuda()
+        self.cuda.forget = self.drop_graphs
+        self.logger = new_logger(self.api)
+        self.plans: dict[str, Plan] = {}
+        self.graphs: dict[object, tuple[Any, Any]] = {}
+        """What a call is → its CUDA graph, and the context that it was captured from, which has to live as long."""
+        self.seen: set[object] = set()
+        self.capturing = True
+        try:
+            self.load()
+        except BaseException:
+            self.close()
+            raise
+
+    # Loading --------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        gpu = self.cuda.gpu
+        wanted = keys(self.bundle, self.api, gpu.name, (gpu.capability,), gpu.driver)
+        self.kernels = Path(self.bundle.path / PLANS / next(iter(wanted.values())).folder / "kernels.cache")
+        self.runtime = self.api.module.Runtime(self.logger)
+        self.cache: Any = None
+        engines = {}
+        for stage, key in wanted.items():
+            plan = get_plan(self.bundle, stage, key, self.api, tell=lambda line: print(line, file=sys.stderr))
+            engines[stage] = self.deserialize(stage, plan)
+        self.cuda.open()
+        self.scratch = self.cuda.empty((max(int(e.device_memory_size_v2) for e in engines.values()),), np.uint8)
+        self.plans = {stage: self.prepare(engine) for stage, engine in engines.items()}
+
+    def deserialize(self, stage: str, plan: bytes) -> Any:
+        """TensorRT gives None for a plan that it cannot load, and raises nothing."""
+        self.logger.errors.clear()
+        engine = self.runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise PlanError(
+                f"TensorRT cannot load the plan of {stage} ({reason(self.logger.errors)}); "
+                f"remove {self.bundle.path / PLANS} to have it built again"
+            )
+        return engine
+
+    def prepare(self, engine: Any) -> Plan:
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        mode = self.api.module.TensorIOMode
+        inputs = [name for name in names if engine.get_tensor_mode(name) == mode.INPUT]
+        outputs = {
+            name: DTYPES[str(engine.get_tensor_dtype(name)).rpartition(".")[2]]
+            for name in names
+            if engine.get_tensor_mode(name) == mode.OUTPUT
+        }
+        return Plan(engine, self.new_context(engine), inputs, outputs)
+
+    def new_context(self, engine: Any) -> Any:
+        trt = self.api.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.logger.errors.clear()
+        if self.api.caches_kernels:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.set_runtime_cache(self.kernel_cache(config))
+            # Kernels for the shapes at hand are compiled at the first call, not behind the back of a CUDA graph.
+            if self.api.has("DynamicShapesKernelSpecializationStrategy", "EAGER"):
+                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                config.dynamic_shapes_kernel_specialization_strategy = eager
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(strategy)
+        if context is None:
+            raise EngineError(f"TensorRT cannot make an execution context ({reason(self.logger.errors)})")
+        context.set_device_memory(self.scratch.address, self.scratch.nbytes)
+        return context
+
+    def kernel_cache(self, config: Any) -> Any:
+        """TensorRT for RTX compiles kernels when they first run; all stages share one cache of them, kept on disk."""
+        if self.cache is None:
+            self.cache = config.create_runtime_cache()
+            with suppress(OSError):
+                if not self.cache.deserialize(self.kernels.read_bytes()):
+                    log.info("%s is of another machine or version; kernels are compiled again", self.kernels)
+        return self.cache
+
+    # Running --------------------------------------------------------------------------------------------------
+
+    def bind(self, batch: Batch) -> StagedBoundBatch:
+        longest = int(batch.attention_mask.sum(axis=1).max())
+        if longest > self.longest:
+            raise EngineError(
+                f"a row of {longest} tokens is longer than the {self.longest} that {self.bundle.path} was built for; "
+                "optimize again, with --calibrate and the task of these rows"
+            )
+        return super().bind(batch)
+
+    def run(self, stage: str, inputs: Arrays) -> Arrays:
+        plan = self.plans[stage]
+        given: list[DeviceArray] = [inputs[name] for name in plan.inputs]
+        shapes = tuple(array.shape for array in given)
+        if shapes not in plan.shapes:
+            plan.shapes[shapes] = self.output_shapes(stage, plan, shapes)
+        found = [
+            self.cuda.empty(shape, dtype)
+            for shape, dtype in zip(plan.shapes[shapes], plan.outputs.values(), strict=True)
+        ]
+        call = (stage, shapes, *(array.address for array in (*given, *found)))
+        if call in self.graphs:
+            self.cuda.launch(self.graphs[call][0])
+        elif call in self.seen and self.capturing and len(self.graphs) < MOST_GRAPHS:
+            self.record(call, stage, plan, given, found)
+        else:
+            self.seen.add(call)
+            self.address(stage, plan, plan.context, given, found)
+            self.enqueue(stage, plan.context)
+        return dict(zip(plan.outputs, found, strict=True))
+
+    def record(self, call: object, stage: str, plan: Plan, given: list[DeviceArray], found: list[DeviceArray]) -> None:
+        """Run a call and capture it. A context that a graph was captured from must not be changed: it gets its own."""
+        context = self.new_context(plan.engine)
+        self.address(stage, plan, context, given, found)
+        self.enqueue(stage, context)
+        try:
+            if not getattr(context, "is_stream_capturable", lambda stream: True)(int(self.cuda.stream)):
+                raise EngineError(f"{stage} does something that cannot be captured")
+            self.cuda.synchronize()
+            self.graphs[call] = self.cuda.capture(lambda: self.enqueue(stage, context)), context
+        except EngineError as error:
+            self.capturing = False
+            log.warning("calls are enqueued one by one, not as CUDA graphs: %s", error)
+            self.address(stage, plan, plan.context, given, found)
+            self.enqueue(stage, plan.context)
+
+    def output_shapes(self, stage: str, plan: Plan, shapes: Shapes) -> list[tuple[int, ...]]:
+        for name, shape in zip(plan.inputs, shapes, strict=True):
+            if not plan.context.set_input_shape(name, shape):
+                limits = plan.engine.get_tensor_profile_shape(name, 0)
+                raise EngineError(
+                    f"{name} of the shape {shape} is outside the profile of {stage}, {tuple(limits[0])} to "
+                    f"{tuple(limits[2])}; optimize again, with --calibrate and the task of these rows"
+                )
+        return [tuple(plan.context.get_tensor_shape(name)) for name in plan.outputs]
+
+    def address(self, stage: str, plan: Plan, context: Any, given: list[DeviceArray], found: list[DeviceArray]) -> None:
+        """Tell a context the shapes of its inputs, and where inputs and outputs lie."""
+        for name, array in zip(plan.inputs, given, strict=True):
+            context.set_input_shape(name, array.shape)
+            context.set_tensor_address(name, array.address)
+        for name, array in zip(plan.outputs, found, strict=True):
+            context.set_tensor_address(name, array.address)
+
+    def enqueue(self, stage: str, context: Any) -> None:
+        self.logger.errors.clear()
+        if not context.execute_async_v3(int(self.cuda.stream)):
+            raise EngineError(f"TensorRT failed in {stage} ({reason(self.logger.errors)})")
+
+    def put(self, array: Float32 | Int64) -> DeviceArray:
+        return self.cuda.upload(array)
+
+    def get(self, array: DeviceArray) -> Float32:
+        return np.asarray(self.cuda.download(array), np.float32)
+
+    def versions(self) -> dict[str, str]:
+        gpu = self.cuda.gpu
+        return {
+            self.api.name: self.api.version.partition(" ")[2],
+            "device": f"{gpu.name}, compute capability {gpu.capability}",
+            "driver": gpu.driver,
+            "cuda graphs": "on" if self.capturing else "off",
+        }
+
+    def drop_graphs(self) -> None:
+        for graph, _ in self.graphs.values():
+            self.cuda.destroy(graph)
+        self.graphs, self.seen = {}, set()
+
+    def close(self) -> None:
+        if self.plans and self.cache is not None:
+            with suppress(OSError):
+                replace(self.kernels, bytes(self.cache.serialize()))
+        self.drop_graphs()
+        self.plans = {}
+        vars(self).pop("runtime", None)
+        self.cuda.close()

@@ -1,0 +1,129 @@
+"""TensorRT's Python API under whichever name it is installed, told apart by what it can do, not by its version.
+
+`tensorrt` (10.12 and later, 11) builds plans for the GPU of this machine. `tensorrt_rtx` (TensorRT for RTX) also builds
+them ahead of time, for a compute capability of another machine, and compiles kernels when they first run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from bbt_accel.errors import MissingDependency, PlanError, UsageError
+
+MODULES = ("tensorrt", "tensorrt_rtx")
+NEEDED = {
+    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
+    "OnnxParser": ("parse_from_file", "get_error"),
+    "ParserError": ("node_name", "node_operator", "desc"),
+    "IBuilderConfig": ("add_optimization_profile", "clear_flag"),
+    "ICudaEngine": ("create_execution_context", "device_memory_size_v2", "get_tensor_name"),
+    "IExecutionContext": ("execute_async_v3", "set_input_shape", "set_tensor_address", "set_device_memory"),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+}
+"""Class → what the builder and the engine use of it."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """An importable TensorRT and what it can do."""
+
+    name: str
+    module: Any
+
+    @property
+    def version(self) -> str:
+        return f"{self.name} {getattr(self.module, '__version__', 'of unknown version')}"
+
+    def has(self, cls: str, *names: str) -> bool:
+        found = getattr(self.module, cls, None)
+        return found is not None and all(hasattr(found, name) for name in names)
+
+    @property
+    def builds_ahead(self) -> bool:
+        """Whether plans can be built for a compute capability, without its GPU."""
+        return self.has("IBuilderConfig", "set_compute_capability", "num_compute_capabilities")
+
+    @property
+    def caches_kernels(self) -> bool:
+        """Whether kernels are compiled when they first run, and can be kept."""
+        return self.has("IRuntimeConfig", "create_runtime_cache", "set_runtime_cache")
+
+    def capabilities(self) -> list[str]:
+        """What `capability` knows, as NVIDIA writes it: 8.9 and the like. Empty where nothing is built ahead."""
+        names = vars(self.module.ComputeCapability) if self.builds_ahead else ()
+        numbers = sorted(int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdigit())
+        return [f"{number // 10}.{number % 10}" for number in numbers]
+
+    def capability(self, text: str) -> Any:
+        """8.9 → ComputeCapability.SM89. Raises UsageError for one that this TensorRT does not know."""
+        if text not in self.capabilities():
+            raise UsageError(
+                f"--compute-capability {text} is not one that {self.version} builds for; "
+                f"it knows {', '.join(self.capabilities()) or 'none'}"
+            )
+        return getattr(self.module.ComputeCapability, f"SM{text.replace('.', '')}")
+
+
+def find_api(ahead: bool = False) -> Api:
+    """The installed TensorRT: `tensorrt` before `tensorrt_rtx`; with `ahead` the first that builds ahead of time.
+
+    Raises MissingDependency when there is none (that can), PlanError when what is there is too old or broken.
+    """
+    found = [api for name in MODULES if (api := load(name)) is not None]
+    if not found:
+        raise MissingDependency('TensorRT is not installed: pip install "bbt-accel[trt]"')
+    if ahead:
+        found = [api for api in found if api.builds_ahead]
+        if not found:
+            raise MissingDependency(
+                '--compute-capability needs TensorRT for RTX, which builds without a GPU: pip install "bbt-accel[trt]"'
+            )
+    check(found[0])
+    return found[0]
+
+
+def load(name: str) -> Api | None:
+    """A module by name; None where it is not installed. Raises PlanError where it is and cannot be loaded."""
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError:
+        return None
+    except (ImportError, OSError, RuntimeError) as error:  # the bindings without their libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PlanError(f"{name} is installed and cannot be loaded ({reason}); install it again") from None
+    return Api(name, module)
+
+
+def check(api: Api) -> None:
+    for cls, names in NEEDED.items():
+        missing = [name for name in names if not api.has(cls, name)]
+        if missing:
+            raise PlanError(f"{api.version} has no {cls}.{missing[0]}; bbt-accel needs TensorRT 10.12 or later")
+
+
+def new_logger(api: Api) -> Any:
+    """A logger for TensorRT that keeps errors in its list `errors` and prints nothing."""
+
+    class Logger(api.module.ILogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            api.module.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (api.module.ILogger.ERROR, api.module.ILogger.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+
+    return Logger()
+
+
+def reason(errors: list[str]) -> str:
+    """The first error that TensorRT told, and what it means where that is known."""
+    first = errors[0] if errors else "TensorRT gave no reason"
+    told = " ".join(errors).lower()
+    if "out of memory" in told or "outofmemory" in told or "memory allocation" in told:
+        return f"out of memory: {first:.200}; use a smaller backbone, or --calibrate a task with shorter rows"
+    if "driver version is insufficient" in told or "no cuda-capable device" in told:
+        return "there is no NVIDIA GPU, or its driver is too old; see bbt-accel doctor"
+    return f"{first:.300}"

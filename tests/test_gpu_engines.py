@@ -1,0 +1,322 @@
+"""The engines of NVIDIA GPUs: their own work on a GPU of the tests' own, and the real thing where there is one.
+
+`-m gpu` runs what needs a GPU; everything else runs anywhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import fake_gpu
+import onnxruntime
+import torch
+from conftest import Export
+from tiny_backbones import VARIANTS
+
+from bbt_accel import Batch, Bundle, cuda, load_engine
+from bbt_accel.engines import ort, trt
+from bbt_accel.engines.ort import OrtEngine
+from bbt_accel.engines.ort_cuda import OrtCudaEngine
+from bbt_accel.engines.trt import TrtEngine
+from bbt_accel.errors import EngineError, PlanError
+from bbt_accel.exporters import optimize, tensorrt
+from bbt_accel.exporters.optimize import optimize_bundle, pad_columns
+from bbt_accel.exporters.rows import sample_rows
+from bbt_accel.exporters.trt_api import Api
+
+DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"),
+             ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add")]  # fmt: skip
+"""Every way in which stages hand on arrays."""
+each = pytest.mark.parametrize("variant", DIFFERENT, ids="-".join)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_gpu.FakeRuntime:
+    """One GPU, and a TensorRT for it."""
+    runtime = fake_gpu.FakeRuntime()
+    api = Api("tensorrt", fake_gpu.fake_tensorrt(runtime))
+    monkeypatch.setattr(cuda, "load_runtime", lambda: runtime)
+    for module in (optimize, tensorrt, trt):
+        monkeypatch.setattr(module, "find_api", lambda ahead=False: api)
+    monkeypatch.setattr(cuda.Cuda, "driver", lambda self: "580.1")
+    return runtime
+
+
+@pytest.fixture
+def made(tiny: Export, gpu: Any, tmp_path: Path) -> Callable[..., Bundle]:
+    return lambda *variant: optimize_bundle(tiny(*variant).path, tmp_path / "made", target="trt")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ort_cuda with the CPU as its device."""
+    monkeypatch.setitem(ort.PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(OrtCudaEngine, "memory", "cpu")
+    monkeypatch.setattr(
+        OrtCudaEngine, "opened", lambda self, file, options, more: OrtEngine.session(self, file, options)
+    )
+
+
+def candidates(bundle: Bundle, count: int = 5) -> Any:
+    return np.random.default_rng(0).standard_normal((count, *bundle.info.prompt_shape), dtype=np.float32)
+
+
+def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> None:
+    """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine has kept meanwhile."""
+    rows, prompts, info = sample_rows(bundle, 12), candidates(bundle), bundle.info
+    with (
+        load_engine(bundle, name, device="cuda", threads=1, **options) as engine,
+        load_engine(source, "ort", threads=1) as other,
+        engine.bind(rows) as found,
+        other.bind(rows) as wanted,
+    ):
+        for times in range(1, 5):
+            np.testing.assert_allclose(
+                found.label_logits(prompts * times), wanted.label_logits(prompts * times), rtol=0, atol=atol
+            )
+        if info.method == "bbtv2":
+            stack = prompts[0].copy()
+            for turn in range(3 * info.n_layers):
+                layer = turn % info.n_layers
+                some = prompts[:, layer] + turn
+                np.testing.assert_allclose(
+                    found.layer_logits(stack, layer, some), wanted.layer_logits(stack, layer, some), rtol=0, atol=atol
+                )
+                np.testing.assert_allclose(
+                    found.label_logits(stack[None]), wanted.label_logits(stack[None]), rtol=0, atol=atol
+                )
+                stack[layer] = some[turn % 5]
+            np.testing.assert_allclose(found.layer_stds(), wanted.layer_stds(), rtol=max(atol, 1e-4))
+
+
+def one_line(call: Callable[[], object], error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# TensorRT on the tests' own GPU ------------------------------------------------------------------------------
+
+
+@each
+def test_trt_gives_the_numbers_of_the_graphs(
+    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, variant: tuple[str, str, str]
+) -> None:
+    assert_alike("trt", made(*variant), tiny(*variant))
+    assert gpu.launches > 0, "no CUDA graph was launched"
+    assert gpu.blocks == {}, "memory was not freed"
+
+
+def test_where_nothing_can_be_captured_calls_are_enqueued(
+    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu.captures = False
+    assert_alike("trt", made("roberta", "bbtv2", "add"), tiny("roberta", "bbtv2", "add"))
+    assert gpu.launches == 0
+    assert "not as CUDA graphs" in caplog.text
+
+
+def test_a_search_runs_from_graphs_after_its_third_generation(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(engine, TrtEngine)
+        for _ in range(3):
+            bound.label_logits(candidates(bundle))
+        gpu.launches, graphs = 0, len(engine.graphs)
+        assert graphs == len(bound.buckets)  # type: ignore[attr-defined]
+        for _ in range(5):
+            bound.label_logits(candidates(bundle))
+        assert (len(engine.graphs), gpu.launches) == (graphs, 5 * graphs)
+        assert engine.versions()["device"] == "NVIDIA Fake 1000, compute capability 8.9"
+
+
+def test_savings_can_be_switched_off(tiny: Export, made: Callable[..., Bundle]) -> None:
+    bundle = made("roberta", "bbtv2", "add")
+    assert_alike("trt", bundle, tiny("roberta", "bbtv2", "add"), without=["buckets", "population", "layer-cache"])
+
+
+def test_a_larger_population_than_the_profile_has_is_cut_up(
+    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle, rows = made("roberta", "bbt", "add"), sample_rows(tiny("roberta", "bbt", "add"), 50)
+    prompts = candidates(bundle, 45)
+    with load_engine(bundle, "trt") as engine, engine.bind(rows) as bound:
+        found = bound.label_logits(prompts)
+    with load_engine(tiny("roberta", "bbt", "add"), "ort", threads=1) as engine, engine.bind(rows) as bound:
+        np.testing.assert_allclose(found, bound.label_logits(prompts), rtol=0, atol=1e-5)
+
+
+def test_a_new_driver_has_the_plans_built_again_and_says_so(
+    made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = made("roberta", "bbt", "add")
+    load_engine(bundle, "trt").close()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cuda.Cuda, "driver", lambda self: "590.2")
+    load_engine(bundle, "trt").close()
+    assert "the driver was 580.1 and is 590.2" in capsys.readouterr().err
+    load_engine(Bundle.read(bundle.path), "trt").close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_plan_that_tensorrt_refuses_is_an_error(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = made("roberta", "bbt", "add")
+    monkeypatch.setattr(trt, "get_plan", lambda *_, **__: b"of another version")
+    message = one_line(lambda: load_engine(bundle, "trt"), PlanError)
+    assert "cannot load the plan of model (Serialization assertion magicTag failed)" in message
+
+
+def test_no_memory_for_a_plan_says_what_to_do(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = made("roberta", "bbt", "add")
+    shutil.rmtree(bundle.path / "plans")
+    monkeypatch.setattr(fake_gpu.Builder, "out_of_memory", True)
+    assert "out of memory" in one_line(lambda: load_engine(bundle, "trt"), PlanError)
+
+
+def test_no_memory_on_the_gpu_says_what_to_do(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+    bundle = made("roberta", "bbt", "add")
+    gpu.memory = 1000
+    assert "--popsize" in one_line(lambda: load_engine(bundle, "trt"), EngineError)
+
+
+def test_graphs_are_made_again_when_memory_was_short(
+    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle, prompts = made("roberta", "bbt", "add"), candidates(tiny("roberta", "bbt", "add"))
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(engine, TrtEngine)
+        wanted = bound.label_logits(prompts)
+        for _ in range(2):
+            bound.label_logits(prompts)
+        assert engine.graphs
+        gpu.memory = 20_000
+        large = engine.cuda.empty((20_500,), np.uint8)
+        assert not engine.graphs
+        del large
+        for _ in range(3):
+            np.testing.assert_array_equal(bound.label_logits(prompts), wanted)
+        assert engine.graphs
+
+
+def test_a_call_that_fails_names_the_stage(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 3)) as bound:
+        monkeypatch.setattr(fake_gpu.Engine, "fails", True)
+        assert "failed in model" in one_line(lambda: bound.label_logits(candidates(bundle)), EngineError)
+
+
+def test_rows_that_are_longer_than_the_profile_are_refused(made: Callable[..., Bundle]) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine:
+        rows = sample_rows(bundle, 2)
+        long = pad_columns(bundle.info, rows, 60)
+        whole = Batch(long.input_ids, np.ones_like(long.input_ids), long.readout, long.targets, long.label_token_ids)
+        assert "--calibrate" in one_line(lambda: engine.bind(whole), EngineError)
+
+
+def test_a_bundle_that_was_not_made_for_tensorrt_names_the_command(tiny: Export, gpu: Any) -> None:
+    bundle = tiny("roberta", "bbt", "add")
+    assert "--target trt" in one_line(lambda: load_engine(bundle, "trt"), PlanError)
+    assert "--engine trt" in one_line(
+        lambda: load_engine(Bundle(bundle.path, bundle.info.model_copy(update={"target": "trt"})), "ort"), EngineError
+    )
+
+
+# ONNX Runtime, its device being the CPU ----------------------------------------------------------------------
+
+
+@each
+@pytest.mark.usefixtures("on_cpu")
+def test_ort_with_bound_arrays_gives_the_same_numbers(tiny: Export, variant: tuple[str, str, str]) -> None:
+    assert_alike("ort", tiny(*variant), tiny(*variant))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_calls_of_bbt_that_come_again_have_fixed_arrays(tiny: Export) -> None:
+    bundle = tiny("roberta", "bbt", "add")
+    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(engine, OrtCudaEngine)
+        bound.label_logits(candidates(bundle))
+        assert len(engine.calls) == 0
+        for _ in range(3):
+            bound.label_logits(candidates(bundle))
+        assert len(engine.calls) == len(bound.buckets)  # type: ignore[attr-defined]
+        numbers = [call.options.get_run_config_entry("gpu_graph_id") for call in engine.calls.values()]
+        assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_graph_that_cannot_be_captured_runs_without(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def opened(self: OrtCudaEngine, file: str, options: Any, more: dict[str, str]) -> Any:
+        if more:
+            raise RuntimeError("This session cannot use the graph capture feature")
+        return OrtEngine.session(self, file, options)
+
+    monkeypatch.setattr(OrtCudaEngine, "opened", opened)
+    bundle = tiny("roberta", "bbt", "add")
+    assert_alike("ort", bundle, bundle)
+    assert "no CUDA graphs" in caplog.text
+
+
+def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def session(file: str, options: Any, providers: Any) -> Any:
+        seen.extend(providers)
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    one_line(lambda: load_engine(tiny("roberta", "bbt", "add"), "ort", device="cuda"), EngineError)
+    assert {name for name, _ in seen} == {"CUDAExecutionProvider"}
+    assert all(options["use_tf32"] == "0" for _, options in seen)
+
+
+# On a GPU ----------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no NVIDIA GPU: run pytest -m gpu where there is one"
+)
+all_variants = pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@all_variants
+def test_torch_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
+    assert_alike("torch", tiny(*variant), tiny(*variant), atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@all_variants
+def test_ort_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has no CUDA provider: [gpu]")
+    assert_alike("ort", tiny(*variant), tiny(*variant), atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not (find_spec("tensorrt") or find_spec("tensorrt_rtx")), reason="TensorRT is not installed: [trt]")
+@pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-4), ("fp16", 0.05)])
+@all_variants
+def test_trt_on_a_gpu(tiny: Export, tmp_path: Path, variant: tuple[str, str, str], precision: Any, atol: float) -> None:
+    made = optimize_bundle(tiny(*variant).path, tmp_path / "made", precision=precision, target="trt")
+    assert_alike("trt", made, tiny(*variant), atol=atol)

@@ -1,0 +1,492 @@
+"""TensorRT as far as it goes without a GPU: which API is there, what plans depend on, building them ahead of time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+import onnx
+from conftest import Export
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_backbones import VARIANTS
+from tiny_bundles import tiny_bundle
+
+from bbt_accel import Batch, cuda
+from bbt_accel.bundle import PLANS, Bundle
+from bbt_accel.errors import BbtError, EngineError, MissingDependency, PlanError, UsageError
+from bbt_accel.exporters import plans, trt_api
+from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.exporters.plans import Key, Record, Sizes
+from bbt_accel.exporters.tensorrt import sizes, sizes_of
+from bbt_accel.exporters.trt_api import Api, find_api
+
+SURFACES = json.loads((Path(__file__).parent / "fixtures" / "trt_api.json").read_text())
+"""What real modules have: class → names, of tensorrt 10.12 and 11.4 and of tensorrt_rtx 1.7."""
+SIZES = Sizes(candidates=(1, 20, 20), rows=(1, 8, 32), tokens=(5, 16, 64))
+KEY = Key(graph="a", runtime="tensorrt 11.4", gpu="GPU", capability=("9.0",), driver="580.1", profile=SIZES)
+
+
+def one_line(call: Callable[[], object], error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Which TensorRT ----------------------------------------------------------------------------------------------
+
+
+def recorded(name: str) -> ModuleType:
+    """A module with the classes and attributes of a real one, that do nothing."""
+    surface = next(s for title, s in SURFACES.items() if title.startswith(name))
+    title = next(title for title in SURFACES if title.startswith(name))
+    module = ModuleType(title.split()[0])
+    module.__version__ = title.split()[1]  # type: ignore[attr-defined]
+    for cls, names in surface.items():
+        setattr(module, cls, type(cls, (), dict.fromkeys(names)))
+    return module
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`install(tensorrt="tensorrt 11")`: only these are there."""
+
+    def only(**modules: str | ModuleType) -> None:
+        for name in trt_api.MODULES:
+            found = modules.get(name)
+            monkeypatch.setitem(sys.modules, name, recorded(found) if isinstance(found, str) else found)  # type: ignore[arg-type]
+
+    return only
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_each_recorded_api_has_what_is_used_of_it(install: Any, name: str) -> None:
+    module = name.split()[0]
+    install(**{module: name})
+    api = find_api()
+    assert api.version == name
+    assert api.builds_ahead == (module == "tensorrt_rtx")
+    assert api.caches_kernels == (module == "tensorrt_rtx")
+
+
+def test_tensorrt_comes_before_tensorrt_for_rtx_but_for_building_ahead(install: Any) -> None:
+    install(tensorrt="tensorrt 11", tensorrt_rtx="tensorrt_rtx")
+    assert find_api().name == "tensorrt"
+    assert find_api(ahead=True).name == "tensorrt_rtx"
+
+
+def test_no_tensorrt_names_the_extra(install: Any) -> None:
+    install()
+    assert '"bbt-accel[trt]"' in one_line(find_api, MissingDependency)
+
+
+def test_tensorrt_alone_cannot_build_ahead(install: Any) -> None:
+    install(tensorrt="tensorrt 10.12")
+    assert "--compute-capability" in one_line(lambda: find_api(ahead=True), MissingDependency)
+
+
+@pytest.mark.parametrize(("cls", "name"), [(cls, n) for cls, names in trt_api.NEEDED.items() for n in names])
+def test_an_api_that_is_too_old_is_told_by_what_it_lacks(install: Any, cls: str, name: str) -> None:
+    module = recorded("tensorrt 10.12")
+    delattr(getattr(module, cls), name)
+    install(tensorrt=module)
+    assert f"{cls}.{name}" in one_line(find_api, PlanError)
+
+
+def test_bindings_without_their_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> ModuleType:
+        raise ImportError("libnvinfer.so.11: cannot open shared object file\nmore")
+
+    monkeypatch.setattr(trt_api, "import_module", load)
+    assert "libnvinfer.so.11" in one_line(find_api, PlanError)
+
+
+def test_compute_capabilities_are_those_that_the_api_knows(install: Any) -> None:
+    install(tensorrt_rtx="tensorrt_rtx")
+    api = find_api(ahead=True)
+    assert api.capabilities() == ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
+    assert "7.5, 8.0" in one_line(lambda: api.capability("9.0"), UsageError)
+    assert "--compute-capability banana" in one_line(lambda: api.capability("banana"), UsageError)
+
+
+# What a plan depends on --------------------------------------------------------------------------------------
+
+ranges = st.tuples(st.integers(1, 4), st.integers(5, 9), st.integers(10, 99))
+words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
+keys = st.builds(
+    Key, graph=words, runtime=words, gpu=words, capability=st.tuples(words), driver=words,
+    profile=st.builds(Sizes, candidates=ranges, rows=ranges, tokens=ranges, labels=ranges, decoder=ranges),
+    options=st.dictionaries(words, words, max_size=2),
+)  # fmt: skip
+PARTS = {"graph": "graph", "runtime": "runtime", "gpu": "GPU", "capability": "capability", "driver": "driver",
+         "profile": "profile", "options": "options"}  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(one=keys, other=keys, part=st.sampled_from(list(PARTS)))
+def test_any_part_that_changes_makes_another_key_and_is_named(one: Key, other: Key, part: str) -> None:
+    changed = one.model_copy(update={part: getattr(other, part)})
+    same = getattr(one, part) == getattr(other, part)
+    assert (changed.digest == one.digest) == same
+    told = one.differences(changed)
+    assert [PARTS[part] in line for line in told] == ([] if same else [True])
+
+
+def test_a_key_that_was_read_back_is_the_same() -> None:
+    assert Key.model_validate_json(KEY.model_dump_json()).differences(KEY) == []
+
+
+def test_a_plan_that_was_built_ahead_serves_every_gpu_of_its_capability_and_every_driver() -> None:
+    ahead = KEY.model_copy(update={"gpu": None, "driver": None, "capability": ("8.6", "9.0")})
+    assert ahead.differences(KEY) == []
+    [why] = ahead.differences(KEY.model_copy(update={"capability": ("12.0",)}))
+    assert why == "the compute capability was 8.6, 9.0 and is 12.0"
+    assert ahead.differences(KEY.model_copy(update={"runtime": "tensorrt 12"})) == [
+        "the runtime was tensorrt 11.4 and is tensorrt 12"
+    ]
+
+
+def test_reasons_say_what_it_was_and_what_it_is() -> None:
+    longer = SIZES.model_copy(update={"tokens": (5, 16, 128)})
+    changes = {"driver": "590.2", "profile": longer, "options": {**plans.OPTIONS, "tf32": "yes"}}
+    assert KEY.differences(KEY.model_copy(update=changes)) == [
+        "the driver was 580.1 and is 590.2",
+        "the profile has changed: tokens (5, 16, 64) → (5, 16, 128)",
+        "build options have changed: tf32 no → yes",
+    ]
+
+
+def test_folders_are_named_after_what_a_plan_is_for() -> None:
+    assert KEY.model_copy(update={"gpu": "NVIDIA H100 80GB HBM3"}).folder == "nvidia-h100-80gb-hbm3"
+    assert KEY.model_copy(update={"gpu": None, "capability": ("8.9", "12.0")}).folder == "sm89-sm120"
+
+
+# Plans that are kept -----------------------------------------------------------------------------------------
+
+
+def keep(folder: Path, key: Key, plan: bytes = b"plan", stage: str = "model") -> Path:
+    place = folder / PLANS / key.folder
+    place.mkdir(parents=True, exist_ok=True)
+    record = Record(key=key, sha256=plans.hashlib.sha256(b"plan").hexdigest(), bytes=4, layers=1, inputs=[], outputs=[])
+    (place / f"{stage}.json").write_text(record.model_dump_json())
+    (place / f"{stage}.plan").write_bytes(plan)
+    return place
+
+
+def test_a_plan_of_the_same_key_is_found(tmp_path: Path) -> None:
+    assert plans.find_plan(tmp_path, "model", KEY) == (None, "there is none yet")
+    keep(tmp_path, KEY)
+    assert plans.find_plan(tmp_path, "model", KEY) == (b"plan", "")
+
+
+def test_a_damaged_plan_is_not_used(tmp_path: Path) -> None:
+    place = keep(tmp_path, KEY, b"damaged")
+    plan, why = plans.find_plan(tmp_path, "model", KEY)
+    assert plan is None
+    assert "damaged" in why
+    (place / "model.json").write_text("{")
+    assert "cannot be read" in plans.find_plan(tmp_path, "model", KEY)[1]
+
+
+def test_the_reason_is_that_of_the_nearest_plan(tmp_path: Path) -> None:
+    keep(tmp_path, KEY.model_copy(update={"gpu": "Another", "graph": "b", "driver": "1"}))
+    keep(tmp_path, KEY.model_copy(update={"driver": "579"}))
+    assert plans.find_plan(tmp_path, "model", KEY)[1] == "the driver was 579 and is 580.1"
+
+
+# Profiles ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(lengths: list[int], width: int) -> Batch:
+    mask = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)
+    one = np.ones(len(lengths), np.int64)
+    return Batch(np.ones_like(mask), mask, one, one * 0, np.arange(2))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.lists(st.integers(13, 60), min_size=1, max_size=40), more=st.integers(0, 4), popsize=st.integers(4, 80)
+)
+def test_a_profile_is_in_order_and_takes_the_rows_that_it_was_made_from(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], more: int, popsize: int
+) -> None:
+    info = tiny_bundle(tmp_path_factory.mktemp("bundle"), "gpt2").info
+    batch = rows_of(lengths, 60)
+    found = sizes(info, np.array(lengths), max(lengths) + more, popsize, 2, batch)
+    for name in Sizes.model_fields:
+        low, best, high = getattr(found, name)
+        assert 1 <= low <= best <= high, name
+    assert max(lengths) + more <= found.tokens[2] <= info.max_length
+    assert found.tokens[0] == info.n_prompt_tokens + 2
+    assert found.candidates[2] == popsize
+    shapes = found.of_input("hidden", (-1, -1, -1, 8), info)
+    assert [s[2] for s in shapes] == [t - info.n_prompt_tokens for t in found.tokens]
+    assert [s[0] for s in shapes] == [1, popsize, popsize]
+
+
+def test_a_profile_bounds_the_tokens_of_a_call(tmp_path: Path) -> None:
+    info = tiny_bundle(tmp_path, "roberta", max_length=512).info
+    found = sizes(info, np.full(224, 500), 512, 20, 14, rows_of([500] * 224, 512))
+    assert found.rows[2] == 2**17 // (20 * 512)
+
+
+def test_a_task_sets_lengths_population_and_labels(exported: Export) -> None:
+    from bbt_accel.demo import BACKBONE
+
+    bundle = exported(BACKBONE)
+    found, other = sizes_of(bundle, "demo", None), sizes_of(bundle, None, None)
+    assert found.labels == (1, 4, 256)
+    assert found.tokens[2] < other.tokens[2] == bundle.info.max_length
+    assert found.rows[2] == 64
+
+
+# Errors of CUDA ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    from fake_gpu import FakeRuntime
+
+    def use(**options: int) -> FakeRuntime:
+        runtime = FakeRuntime(**options)
+        monkeypatch.setattr(cuda, "load_runtime", lambda: runtime)
+        return runtime
+
+    return use
+
+
+@pytest.mark.parametrize("devices", [-1, 0])
+def test_no_driver_or_no_gpu_is_one_clear_line(fake: Any, devices: int) -> None:
+    fake(devices=devices)
+    assert "no NVIDIA GPU" in one_line(cuda.Cuda, EngineError)
+
+
+def test_a_gpu_is_described(fake: Any) -> None:
+    fake()
+    gpu = cuda.Cuda().gpu
+    assert (gpu.name, gpu.capability) == ("NVIDIA Fake 1000", "8.9")
+
+
+def test_no_memory_left_says_what_to_do(fake: Any) -> None:
+    fake(memory=10_000)
+    device = cuda.Cuda()
+    assert "--popsize" in one_line(lambda: device.empty((5000,), np.float32), EngineError)
+
+
+def test_idle_memory_is_given_up_before_there_is_none(fake: Any) -> None:
+    fake(memory=10_000)
+    device, forgotten = cuda.Cuda(), []
+    device.forget = lambda: forgotten.append(True)
+    kept = device.empty((1000,), np.uint8)
+    idle = device.empty((5000,), np.uint8)
+    del idle
+    large = device.empty((8000,), np.uint8)
+    assert forgotten == [True]
+    assert {kept.address, large.address} == device.buffers
+    again = device.empty((10,), np.uint8)
+    assert again.address not in (kept.address, large.address)
+
+
+def test_memory_is_used_again_at_the_same_address(fake: Any) -> None:
+    runtime = fake()
+    device = cuda.Cuda()
+    device.open()
+    first = device.upload(np.arange(10.0))
+    second = device.upload(np.arange(9.0))
+    addresses = [first.address, second.address]
+    np.testing.assert_array_equal(device.download(first), np.arange(10.0))
+    del first, second
+    again = [device.empty((10,), np.float64), device.empty((8,), np.float64)]
+    assert sorted(a.address for a in again) == sorted(addresses)
+    assert len(runtime.blocks) == 2
+    device.close()
+    assert runtime.blocks == {}
+
+
+@pytest.mark.parametrize("present", cuda.LAYOUTS)
+def test_cuda_python_is_found_in_each_of_its_layouts(monkeypatch: pytest.MonkeyPatch, present: str) -> None:
+    def load(name: str) -> str:
+        if name != present:
+            raise ModuleNotFoundError(name=name)
+        return name
+
+    monkeypatch.setattr(cuda, "import_module", load)
+    assert cuda.load_runtime() == present
+
+
+def test_no_cuda_python_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> ModuleType:
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr(cuda, "import_module", load)
+    assert '"bbt-accel[trt]"' in one_line(cuda.load_runtime, MissingDependency)
+
+
+# Building ahead of time, with the real TensorRT for RTX -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Api:
+    module = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: [trt]")
+    return Api("tensorrt_rtx", module)
+
+
+def records(bundle: Bundle) -> dict[str, Record]:
+    files = (bundle.path / PLANS).glob("*/*.json")
+    return {file.stem: Record.model_validate_json(file.read_text()) for file in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+def test_every_family_method_and_mode_is_built_ahead_of_time(
+    tiny: Export, rtx: Api, tmp_path: Path, variant: tuple[str, str, str]
+) -> None:
+    source = tiny(*variant)
+    made = optimize_bundle(source.path, tmp_path / "made", precision="fp16", target="trt", compute_capability="8.9")
+    report, info = made.info.optimization or {}, made.info
+    assert (info.precision, info.target) == ("fp16", "trt")
+    assert report["plans"] == len(info.stages)
+    assert report["agreement"] >= 0.95
+    assert report["logit_error"] < 0.05
+    found = records(made)
+    assert set(found) == set(info.stages)
+    for stage, record in found.items():
+        inspect(made, stage, record)
+
+
+def inspect(bundle: Bundle, stage: str, record: Record) -> None:
+    """Inputs, outputs, types and profiles are those of the graph; a driver is needed for more."""
+    assert record.key.capability == ("8.9",)
+    assert record.key.gpu is None
+    graph = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False).graph
+    assert {t.name for t in record.inputs} == {i.name for i in graph.input}
+    assert [t.name for t in record.outputs] == [o.name for o in graph.output]
+    assert {t.dtype for t in record.outputs} == {"float"}
+    for tensor in record.inputs:
+        assert tensor.dtype == ("float" if tensor.name in ("prompts", "hidden", "prefix") else "int64")
+        assert tensor.profile is not None
+        low, best, high = tensor.profile
+        for size, *bounds in zip(tensor.shape, low, best, high, strict=True):
+            assert bounds == sorted(bounds)
+            assert size < 0 or bounds == [size] * 3
+    plan = bundle.path / PLANS / "sm89" / f"{stage}.plan"
+    assert plan.stat().st_size == record.bytes > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", [("t5", "bbt", "add"), ("gpt2", "bbtv2", "add")], ids="-".join)
+def test_the_other_precisions_are_built_too(
+    tiny: Export, rtx: Api, tmp_path: Path, variant: tuple[str, str, str], precision: str
+) -> None:
+    made = optimize_bundle(
+        tiny(*variant).path, tmp_path / "made", precision=precision, target="trt", compute_capability="8.6,8.9"
+    )
+    report = made.info.optimization or {}
+    assert report["logit_error"] < (0.06 if precision == "bf16" else 1e-5)
+    assert {record.key.capability for record in records(made).values()} == {("8.6", "8.9")}
+    types = {t.data_type for t in onnx.load(made.path / f"{made.info.stages[-1]}.onnx").graph.initializer}
+    assert (onnx.TensorProto.BFLOAT16 in types) == (precision == "bf16")
+
+
+@pytest.fixture(scope="module")
+def ahead(tiny: Export, rtx: Api, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    output = tmp_path_factory.mktemp("ahead") / "made"
+    return optimize_bundle(tiny("bert", "bbt", "add").path, output, target="trt", compute_capability="8.9")
+
+
+@pytest.fixture
+def copy(ahead: Bundle, tmp_path: Path) -> Bundle:
+    shutil.copytree(ahead.path, tmp_path / "copy")
+    return Bundle.read(tmp_path / "copy")
+
+
+def ahead_key(bundle: Bundle, api: Api) -> Key:
+    return plans.keys(bundle, api, None, ("8.9",), None)["model"]
+
+
+def test_a_plan_that_fits_is_not_built_again(copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "build", lambda *_: pytest.fail("it was built"))
+    told: list[str] = []
+    assert plans.get_plan(copy, "model", ahead_key(copy, rtx), rtx, told.append)
+    assert told == []
+
+
+def test_a_plan_that_is_damaged_is_built_again_and_the_reason_told(copy: Bundle, rtx: Api) -> None:
+    file = copy.path / PLANS / "sm89" / "model.plan"
+    file.write_bytes(file.read_bytes()[:-1])
+    told: list[str] = []
+    plan = plans.get_plan(copy, "model", ahead_key(copy, rtx), rtx, told.append)
+    assert "damaged" in told[0]
+    assert file.read_bytes() == plan
+    assert {p.name for p in file.parent.iterdir()} == {"model.plan", "model.json", "timing.cache"}
+    Bundle.read(copy.path)  # plans are no part of its sha256
+
+
+def test_a_node_that_the_parser_refuses_is_named(copy: Bundle, rtx: Api) -> None:
+    model = onnx.load(copy.path / "model.onnx", load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "MatMul")
+    node.op_type, node.name = "Hardmax2", "strange"
+    (copy.path / "model.onnx").write_bytes(model.SerializeToString())
+    message = one_line(lambda: plans.build(rtx, copy, "model", ahead_key(copy, rtx)), PlanError)
+    assert "Hardmax2 strange" in message
+
+
+def test_a_plan_cannot_be_loaded_without_a_driver_and_says_so(copy: Bundle, rtx: Api) -> None:
+    logger = trt_api.new_logger(rtx)
+    plan = (copy.path / PLANS / "sm89" / "model.plan").read_bytes()
+    if rtx.module.Runtime(logger).deserialize_cuda_engine(plan) is not None:
+        pytest.skip("this machine has a GPU")
+    assert "no NVIDIA GPU" in trt_api.reason(logger.errors)
+
+
+def test_out_of_memory_is_told_with_what_to_do() -> None:
+    message = trt_api.reason(["Error Code 2: OutOfMemory (Requested size was 17179869184 bytes.)"])
+    assert message.startswith("out of memory")
+    assert "--calibrate" in message
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="cuda-python is not installed")
+def test_without_a_gpu_optimize_names_the_way_ahead(tiny: Export, rtx: Api, tmp_path: Path) -> None:
+    try:
+        cuda.Cuda()
+    except EngineError:
+        pass
+    else:
+        pytest.skip("this machine has a GPU")
+    source = tiny("bert", "bbt", "add").path
+    assert "--compute-capability" in one_line(
+        lambda: optimize_bundle(source, tmp_path / "made", target="trt"), EngineError
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compute_capability_belongs_to_tensorrt(tiny: Export, rtx: Api, tmp_path: Path) -> None:
+    source = tiny("bert", "bbt", "add").path
+    for options in ({"target": "ort"}, {"target": "trt", "compute_capability": "9.9"}):
+        with pytest.raises(BbtError, match="--compute-capability"):
+            optimize_bundle(source, tmp_path / "made", **{"compute_capability": "8.9", **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_builder_that_gives_nothing_is_an_error(copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(api: Api) -> Any:
+        return SimpleNamespace(errors=["no memory"])
+
+    module = SimpleNamespace(Builder=lambda logger: None)
+    monkeypatch.setattr(plans, "new_logger", none)
+    message = one_line(lambda: plans.build(Api("tensorrt", module), copy, "model", KEY), PlanError)
+    assert "cannot start" in message
