@@ -57,3 +57,15 @@ def test_gpus_are_what_nvidia_smi_tells(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(subprocess, "run", answer)
     assert doctor.describe_machine()["gpus"] == ["NVIDIA X, 80 GiB, 580.1"]
+
+
+def test_what_does_not_go_together_is_told() -> None:
+    listed = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    [told] = doctor.mismatches(NOTHING | {"tensorrt": "11.4.0"}, listed, ["X"])
+    assert "libnvinfer.so.10" in told
+    assert doctor.mismatches(NOTHING | {"tensorrt": "10.12.0"}, listed, ["X"]) == []
+    assert doctor.mismatches(NOTHING | {"tensorrt": "11.4.0"}, ["CPUExecutionProvider"], ["X"]) == []
+    [told] = doctor.mismatches(NOTHING | {"tensorrt": "10.12", "tensorrt-rtx-cu13": "1.7"}, [], [])
+    assert "--compute-capability" in told
+    [told] = doctor.mismatches(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
+    assert "bbt-accel[gpu]" in told
