@@ -1,5 +1,6 @@
 # make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
-# make test, make lint, make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv, once; nothing outside this folder is touched.
+# make test, make lint, make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv,
+# once; nothing outside this folder is touched.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +18,7 @@ help:
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; bbt-accel needs 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[cpu,export,test]'
+	$(BIN)/pip install --quiet --editable '.[cpu,export,serve,remote,test]'
 	@touch $@
 
 # TensorRT for RTX builds plans without a GPU (95 MB, on Linux); without it the tests that build them are skipped.
@@ -44,7 +45,7 @@ demo: .venv/.installed
 	@echo; echo "demo-run/ort holds $$(ls -m demo-run/ort)"
 
 test: .venv/.installed .venv/.trt
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
 # cuda-python and bbt-accel: nothing is installed.

@@ -22,7 +22,6 @@ from rich.progress import track
 from bbt_accel.batch import Batch
 from bbt_accel.benchmarks import worker
 from bbt_accel.benchmarks.machine import physical_cores
-from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.timing import percentiles
 from bbt_accel.benchmarks.workload import save_batch
 from bbt_accel.bundle import Bundle, new_folder
@@ -80,6 +79,8 @@ class Measuring:
         if path.exists():
             return path
         if target == "eager":
+            from bbt_accel.benchmarks.make_backbone import make_backbone
+
             checkpoint = self.work / f"{layers}"
             make_backbone(self.shape, checkpoint, layers=layers)
             worker.call("export", backbone=checkpoint, output=path)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
-pytest.importorskip("tritonclient")
+pytest.importorskip("tritonclient.grpc", reason="tritonclient and grpcio are not installed", exc_type=ImportError)
 pytest.importorskip("grpc")
 pytest.importorskip("google.protobuf")
 
