@@ -19,26 +19,53 @@ def row_lengths(batch: Batch, reads_input: bool) -> Int64:
 def buckets(info: BundleInfo, batch: Batch, without: frozenset[str], most_tokens: int, step: int) -> list[Int64]:
     """Row indices, grouped: rows of like length (up to a multiple of `step`), at most `most_tokens` a group.
 
-    GPT-2 in add mode computes its first n positions once for all rows of a group: they begin alike.
+    GPT-2 computes the n positions of its prompt once a group and candidate, so its groups are as few as pays. In add
+    mode the rows of a group begin with the same n tokens.
     """
     shortest = shortest_row(info)
     lengths = np.maximum(row_lengths(batch, info.family not in ("bart", "t5")), shortest)
-    group = -(-lengths // step) if "buckets" not in without else np.zeros_like(lengths)
-    if info.family == "gpt2" and info.prompt_mode == "add" and "prefix-cache" not in info.without:
-        if (batch.readout < info.n_prompt_tokens).any():
-            raise DataError("a readout position lies within the prompt; GPT-2 reads behind it")
-        n = info.n_prompt_tokens
-        start = np.concatenate([batch.input_ids[:, :n], batch.attention_mask[:, :n]], axis=1)
-        _, first = np.unique(start, axis=0, return_inverse=True)
-        group = group + (group.max() + 1) * first.reshape(-1)
+    begin, prefix = np.zeros(len(batch), np.int64), 0
+    if info.family == "gpt2" and "prefix-cache" not in info.without:
+        prefix = info.n_prompt_tokens
+        if info.prompt_mode == "add":
+            begin = beginnings(batch, prefix)
     found = []
-    for value in np.unique(group):
-        rows = np.flatnonzero(group == value)
+    for value in np.unique(begin):
+        rows = np.flatnonzero(begin == value)
         rows = rows[np.argsort(lengths[rows], kind="stable")]
-        width = batch.input_ids.shape[1] if "buckets" in without else int(lengths[rows].max())
-        size = max(1, most_tokens // width)
-        found += [rows[i : i + size] for i in range(0, len(rows), size)]
+        rounded = -(-lengths[rows] // step) * step
+        parts = [rows] if "buckets" in without else np.split(rows, cuts(rounded, prefix))
+        for part in parts:
+            width = batch.input_ids.shape[1] if "buckets" in without else int(lengths[part].max())
+            size = max(1, most_tokens // width)
+            found += [part[i : i + size] for i in range(0, len(part), size)]
     return found
+
+
+def beginnings(batch: Batch, n: int) -> Int64:
+    """(N,): the same number for rows whose first n tokens are the same. Raises DataError for a readout among them."""
+    if (batch.readout < n).any():
+        raise DataError("a readout position lies within the prompt; GPT-2 reads behind it")
+    start = np.concatenate([batch.input_ids[:, :n], batch.attention_mask[:, :n]], axis=1)
+    _, same = np.unique(start, axis=0, return_inverse=True)
+    return np.asarray(same.reshape(-1), np.int64)
+
+
+def cuts(lengths: Int64, overhead: int) -> list[int]:
+    """Where to cut rows, sorted by length (N,), so that the tokens that are computed are fewest.
+
+    A group of rows costs its rows times its longest, and `overhead`. By dynamic programming over the lengths.
+    """
+    ends = [*np.flatnonzero(np.diff(lengths)) + 1, len(lengths)]  # behind the last row of each length
+    best, before = {0: 0}, {}
+    for end in ends:
+        longest = int(lengths[end - 1])
+        best[end], before[end] = min((best[i] + (end - i) * longest + overhead, i) for i in best)
+    found, end = [], before[len(lengths)]
+    while end > 0:
+        found.append(int(end))
+        end = before[end]
+    return found[::-1]
 
 
 def shortest_row(info: BundleInfo) -> int:

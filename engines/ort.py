@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from typing import Any
 
@@ -14,6 +15,16 @@ from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import EngineError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@functools.cache
+def share_memory() -> None:
+    """One arena of host memory for all stages: each session's own would keep the largest call's tensors for itself."""
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    exactly = 1  # kSameAsRequested: doubling what is asked for would leave half of it unused
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, exactly, -1, -1))
 
 
 class OrtEngine(StagedEngine):
@@ -39,6 +50,8 @@ class OrtEngine(StagedEngine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or 0
+        share_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         if self.provider not in onnxruntime.get_available_providers():
             raise EngineError(
                 f"--device {self.device}: this ONNX Runtime has no {self.provider}; "

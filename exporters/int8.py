@@ -25,8 +25,8 @@ from bbt_accel.exporters.half import drop_unused
 from bbt_accel.exporters.sessions import Feeds
 
 FEW_TOKENS = 0.25
-"""Products over at most this share of the tokens stay in fp32: what is computed once a row or a candidate (calibration
-has four of each in a call), at the readout position, or in a short decoder. It is little of the work."""
+"""Weights that meet at most this share of the tokens stay in fp32: those of what is computed once a row or a candidate
+(calibration has four of each in a call), at the readout position, or in a short decoder. It is little of the work."""
 FURTHER_COLUMNS = 1 / 16
 """Columns that large channels may take further, relative to the channels: what they cost is of that order."""
 
@@ -80,10 +80,12 @@ def to_int8(
     found = products(graph)
     seen = channels(model, feeds, sorted({n.input[0] for n in found}), folder)
     most = max((c.tokens for c in seen.values()), default=0)
+    tokens: dict[str, int] = defaultdict(int)  # of the products with each weight, which it is stored once for
+    for node in found:
+        if node.input[0] in seen:
+            tokens[node.input[1]] = max(tokens[node.input[1]], seen[node.input[0]].tokens)
     chosen = [
-        n.name
-        for n in found
-        if n.name not in keep and n.input[0] in seen and seen[n.input[0]].tokens > FEW_TOKENS * most
+        n.name for n in found if n.name not in keep and n.input[0] in seen and tokens[n.input[1]] > FEW_TOKENS * most
     ]
     fits = {n.input[0]: fit(seen[n.input[0]]) for n in found if n.name in chosen}
     weights = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name in {n.input[1] for n in found}}
