@@ -14,6 +14,8 @@ from bbt_accel.exporters.sessions import Feeds
 
 LARGEST = 65504.0 / 2
 """Nodes with values beyond half of fp16's largest number stay in fp32: other rows and prompts may go further."""
+TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+"""Precision → the type that stands in the graph."""
 NORMS = {"LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
          "SkipSimplifiedLayerNormalization"}  # fmt: skip
 """Their sums of squares overflow first (RoBERTa, T5)."""

@@ -44,6 +44,10 @@ class Range:
     sign: NDArray[np.float32]
     offset: NDArray[np.float32]
 
+    def side(self, sign: float) -> tuple[float, float]:
+        """How far the channel's own column reaches on this side, and each further one."""
+        return sides(self.high, -self.low)[0 if sign > 0 else 1]
+
 
 def products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """Matrix products of an activation with a constant weight."""
@@ -145,7 +149,7 @@ def fit(seen: Channels) -> Range:
     wide, narrow = max(top, bottom, 1e-6), 0.0
     for _ in range(30):  # bisection of the reach on either side
         reach = (wide + narrow) / 2
-        if further(seen, min(top, reach), min(bottom, reach))[0].size <= allowed:
+        if sum(steps.sum() for steps in needed(seen, min(top, reach), min(bottom, reach))) <= allowed:
             wide = reach
         else:
             narrow = reach
@@ -153,18 +157,31 @@ def fit(seen: Channels) -> Range:
     return Range(-low, high, *further(seen, high, low))
 
 
+def sides(high: float, low: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Above and below: how far the channel's own column reaches in [−low, high], and each further one.
+
+    Further columns are positive on both sides, so none goes beyond `high`.
+    """
+    return (high, high), (low, min(low, high))
+
+
+def needed(seen: Channels, high: float, low: float) -> list[NDArray[np.floating]]:
+    """Above and below: further columns of each channel, (K,), for what lies beyond [−low, high]."""
+    reaches = zip((seen.high, -seen.low), sides(high, low), strict=True)
+    return [np.ceil(np.maximum(ends - reach, 0) / max(step, 1e-12)) for ends, (reach, step) in reaches]
+
+
 def further(
     seen: Channels, high: float, low: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    """Channel, sign and offset of the columns for what lies beyond [−low, high], a step of the range each."""
+    """Channel, sign and offset of the further columns."""
     channel, sign, offset = [], [], []
-    for side, ends, reach in ((1.0, seen.high, high), (-1.0, -seen.low, low)):
-        step = min(reach, high) if side < 0 else reach  # all columns are positive, and quantized in [−low, high]
-        steps = np.ceil(np.maximum(ends - reach, 0) / max(step, 1e-12)).astype(int)
+    for side, (reach, step), steps in zip((1.0, -1.0), sides(high, low), needed(seen, high, low), strict=True):
         for c in np.flatnonzero(steps):
-            channel += [c] * steps[c]
-            sign += [side] * steps[c]
-            offset += [reach + step * i for i in range(steps[c])]
+            for i in range(int(steps[c])):
+                channel.append(c)
+                sign.append(side)
+                offset.append(reach + step * i)
     return np.array(channel, np.int64), np.array(sign, np.float32), np.array(offset, np.float32)
 
 
@@ -221,15 +238,11 @@ def with_further_rows(exact: NDArray[np.float32], fitted: Range) -> NDArray[np.i
     """
     rounded = np.rint(exact)
     further = np.zeros((len(fitted.channel), exact.shape[1]), np.float32)
-    passed: dict[tuple[int, float], tuple[float, NDArray[np.float32]]] = {}
+    passed: dict[tuple[int, float], NDArray[np.float32]] = defaultdict(lambda: np.zeros_like(exact[0]))
     for j, (channel, sign, offset) in enumerate(zip(fitted.channel, fitted.sign, fitted.offset, strict=True)):
-        if (channel, sign) not in passed:
-            passed[channel, sign] = 0.0, np.zeros_like(exact[0])
-        _, sum_ = passed[channel, sign]
-        reach = fitted.high if sign > 0 else -fitted.low
-        step = fitted.high if sign > 0 else min(-fitted.low, fitted.high)
-        wanted = exact[channel] * (offset + step) - rounded[channel] * reach - sum_
+        reach, step = fitted.side(sign)
+        wanted = exact[channel] * (offset + step) - rounded[channel] * reach - passed[channel, sign]
         row = np.clip(np.rint(wanted / step), -127, 127)
-        passed[channel, sign] = offset, sum_ + row * step
+        passed[channel, sign] += row * step
         further[j] = sign * row
     return np.concatenate([np.clip(rounded, -127, 127), further]).astype(np.int8)

@@ -17,13 +17,13 @@ from bbt_accel.bundle import Bundle, BundleInfo, new_folder, write_info
 from bbt_accel.errors import BundleError, ExportError, UsageError
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import calibration_rows, random_prompts, stage_feeds
-from bbt_accel.exporters.half import to_half
+from bbt_accel.exporters.half import TYPES, to_half
 from bbt_accel.exporters.int8 import to_int8
 from bbt_accel.exporters.openvino import save_openvino
 from bbt_accel.exporters.precision import choose_fp32, logit_noise
 from bbt_accel.exporters.prepare import prepare
 from bbt_accel.exporters.sessions import Feeds, run_stages
-from bbt_accel.exporters.tensorrt import build_plans, lower_for_tensorrt, machine, rounded, sizes_of
+from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, machine, rounded, sizes_of
 from bbt_accel.exporters.trt_api import find_api
 from bbt_accel.exporters.validate import scaled_error
 
@@ -33,8 +33,6 @@ CALIBRATION_ROWS = 16
 """Rows, times the prompts of `random_prompts`, that ranges are read from."""
 MAX_NOISE = 0.05
 """Error of int8's label logits, relative to their spread, above which products are kept in fp32."""
-MEASURED_ROWS = 8
-"""Rows, times the prompts, on which the noise of each product is measured."""
 LEAK = 0.05
 """A row's logits may change by this share of the largest logit when padding is added; more means a lost mask."""
 
@@ -78,13 +76,13 @@ def optimize_bundle(
     batch = calibration_rows(bundle, calibrate, data)
     prompts = random_prompts(bundle)
     with new_folder(output) as folder:
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        # The checkpoint's own tensors serve fused graphs in fp32 alone; all others keep theirs elsewhere.
+        weights = ["model.safetensors"] if (precision, target) == ("fp32", "ort") else []
+        for name in ("config.json", "tokenizer.json", *weights):
             shutil.copyfile(source / name, folder / name)
+        report = lower(bundle, folder, target, precision, batch, prompts, max_noise)
         if target == "trt":
-            report = lower_for_tensorrt(bundle, folder, precision, batch.rows(slice(0, CALIBRATION_ROWS)), prompts)
             report["profile"] = sizes_of(bundle, calibrate, data).model_dump()
-        else:
-            report = lower(bundle, folder, target, precision, batch, prompts, max_noise)
         info = bundle.info.model_copy(
             update={
                 "precision": precision,
@@ -93,8 +91,6 @@ def optimize_bundle(
                 "versions": bundle.info.versions | tool_versions(),
             }
         )
-        if precision != "fp32" or target != "ort":
-            (folder / "model.safetensors").unlink()
         info = write_info(folder, info)
         made = Bundle(folder, info)
         report |= compare(bundle, made, batch, prompts)
@@ -138,7 +134,8 @@ def lower(
     bundle: Bundle, folder: Path, target: Target, precision: Precision, batch: Batch, prompts: Float32, max_noise: float
 ) -> dict[str, object]:
     """Write every stage for its engine and in its precision. Returns what was done, summed over the stages."""
-    checkpoint = graph.SharedWeights(folder / "model.safetensors") if precision == "fp32" else None
+    file = folder / "model.safetensors"
+    checkpoint = graph.SharedWeights(file) if file.is_file() else None
     others = graph.NewWeights(folder / "weights.data")
     counted: Counter[str] = Counter()
     few = batch.rows(slice(0, CALIBRATION_ROWS))
@@ -151,8 +148,8 @@ def lower(
     for stage, feeds in seen:
         model, counts = prepare(bundle.path / f"{stage}.onnx", target)
         counted.update(counts)
-        if precision == "fp16":
-            model, names = to_half(model, feeds, folder)
+        if precision in TYPES:
+            model, names = to_half(model, feeds, folder, TYPES[precision])
             kept += [f"{stage}: {name}" for name in names]
         elif precision == "int8":
             made = to_int8(model, feeds, folder, keep={name for where, name in noisy if where == stage})
@@ -160,9 +157,11 @@ def lower(
             kept += [f"{stage}: {name}" for name in made.kept]
         if target == "openvino":
             counted.update(save_openvino(model, folder, stage))
-        else:
-            graph.save_stage(model, folder, stage, checkpoint, others)
-    report: dict[str, object] = {"operators" if target == "openvino" else "fused": dict(counted)}
+            continue
+        if target == "trt":
+            counted.update(node.op_type for node in model.graph.node if node.op_type in OPERATORS)
+        graph.save_stage(model, folder, stage, checkpoint, others)
+    report: dict[str, object] = {"fused" if target == "ort" else "operators": dict(counted)}
     if precision == "int8":
         report |= {"quantized": quantized, "noisy": [f"{stage}: {name}" for stage, name in sorted(noisy)]}
     if precision != "fp32":

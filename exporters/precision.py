@@ -42,8 +42,8 @@ class SwitchedStage:
     run: RunStage
     sizes: dict[str, int]
     """Elements of each product's weight: the work of a product goes with it."""
-    feeds: Feeds
-    """The stage's inputs, as the stages before it compute them in fp32."""
+    feeds: list[Feeds]
+    """The stage's inputs, some rows at a time, as the stages before it compute them in fp32."""
 
 
 def choose_fp32(
@@ -76,15 +76,14 @@ def choose_fp32(
 
 def switched_stages(bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path) -> list[SwitchedStage]:
     found = []
-    whole = stage_feeds(bundle, batch, prompts, rows=len(batch))
-    for (stage, feeds), (_, (together,)) in zip(stage_feeds(bundle, batch, prompts, rows=4), whole, strict=True):
+    for stage, feeds in stage_feeds(bundle, batch, prompts, rows=4):
         made = to_int8(prepare(bundle.path / f"{stage}.onnx", target)[0], feeds, folder, switches=True)
         weights = {t.name: int(np.prod(t.dims)) for t in made.model.graph.initializer}
         sizes = {n.name: weights[n.input[1]] for n in products(made.model.graph) if n.name in made.products}
         file = folder / "switched.onnx"
         try:
             onnx.save(made.model, str(file), save_as_external_data=True, location="switched.onnx.data")
-            found.append(SwitchedStage(stage, onnx_stage(file), sizes, together))
+            found.append(SwitchedStage(stage, onnx_stage(file), sizes, [dict(feed) for feed in feeds]))
         finally:
             file.unlink(missing_ok=True)
             file.with_suffix(".onnx.data").unlink(missing_ok=True)
@@ -93,9 +92,11 @@ def switched_stages(bundle: Bundle, target: str, batch: Batch, prompts: Float32,
 
 def run_from(stages: list[SwitchedStage], first: int, exact: Collection[Product]) -> Float32:
     """Label logits (P, N, C) from stage `first` upward, with these products in fp32 and the others in int8."""
-    state: Feeds = {}
-    for stage in stages[first:]:
-        switches = {switch(name): np.array([(stage.name, name) in exact]) for name in stage.sizes}
-        state |= stage.run(stage.feeds | state | switches)
-    logits: Float32 = state["label_logits"]
-    return logits
+    parts: list[Float32] = []
+    for number in range(len(stages[first].feeds)):
+        state: Feeds = {}
+        for stage in stages[first:]:
+            switches = {switch(name): np.array([(stage.name, name) in exact]) for name in stage.sizes}
+            state |= stage.run(stage.feeds[number] | state | switches)
+        parts.append(state["label_logits"])
+    return np.concatenate(parts, axis=1)

@@ -13,7 +13,9 @@ from bbt_accel.exporters import graph
 
 def prepare(file: Path, target: str) -> tuple[onnx.ModelProto, dict[str, int]]:
     """The graph, and how many operators were fused: for ONNX Runtime alone, other runtimes fuse by themselves."""
-    return fuse(file) if target == "ort" else (graph.load_stage(file), {})
+    if target == "ort":
+        return fuse(file)
+    return (onnx.load(str(file)) if target == "trt" else graph.load_stage(file)), {}
 
 
 def fuse(file: Path) -> tuple[onnx.ModelProto, dict[str, int]]:

@@ -7,7 +7,7 @@ The fused graphs of ONNX Runtime hold operators that TensorRT does not know; it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,46 +15,21 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bbt_accel.batch import Batch, Float32, Int64
+from bbt_accel.batch import Batch, Int64
 from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.errors import DataError, EngineError
-from bbt_accel.exporters import graph
-from bbt_accel.exporters.calibration import stage_feeds
-from bbt_accel.exporters.half import to_half
 from bbt_accel.exporters.plans import Sizes, get_plan, keys
 from bbt_accel.exporters.rows import sample_rows
-from bbt_accel.exporters.sessions import Feeds
 from bbt_accel.exporters.trt_api import find_api
 
-TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+OPERATORS = ("MatMul", "Softmax", "LayerNormalization", "Gelu", "Erf", "Tanh")
+"""Those that the report counts."""
 TOKENS = 2**17
 """Candidates × rows × tokens of a profile's largest call: bounds the memory of a plan, about 2 GiB at H = 1024."""
 STEP = 8
 """Rows whose lengths round up to the same multiple are computed together; also the granule of the longest row."""
 TEST_ROWS = 4096
 """Test rows whose lengths are looked at, at most."""
-
-
-def lower_for_tensorrt(
-    bundle: Bundle, folder: Path, precision: str, batch: Batch, prompts: Float32
-) -> dict[str, object]:
-    """Write every stage's plain graph in the precision, norms and what overflows in fp32; returns what was done."""
-    others = graph.NewWeights(folder / "weights.data")
-    kept: list[str] = []
-    counts: Counter[str] = Counter()
-    seen: Iterable[tuple[str, list[Feeds]]] = ((stage, []) for stage in bundle.info.stages)
-    if precision != "fp32":
-        seen = stage_feeds(bundle, batch, prompts, rows=4)
-    for stage, feeds in seen:
-        model = onnx.load(bundle.path / f"{stage}.onnx")
-        if precision != "fp32":
-            model, names = to_half(model, feeds, folder, TYPES[precision])
-            kept += [f"{stage}: {name}" for name in names]
-        counts.update(node.op_type for node in model.graph.node)
-        graph.save_stage(model, folder, stage, None, others)
-    wanted = ("MatMul", "Softmax", "LayerNormalization", "Gelu", "Erf", "Tanh")
-    report: dict[str, object] = {"operators": {name: counts[name] for name in wanted if counts[name]}}
-    return report if precision == "fp32" else report | {"kept_fp32": kept}
 
 
 def rounded(bundle: Bundle, folder: Path) -> Bundle:

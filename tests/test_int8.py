@@ -46,6 +46,15 @@ def seen(x: np.ndarray) -> Channels:
     return Channels(x.min(0), x.max(0), len(x))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_on_one_side_alone_need_no_columns_on_the_other(sign: int) -> None:
+    x = sign * np.abs(np.random.default_rng(0).standard_normal((50, 64), dtype=np.float32))
+    x[:, 3] *= 30
+    fitted = fit(seen(x))
+    assert (fitted.sign == sign).all()
+    assert len(fitted.channel) <= 64 * FURTHER_COLUMNS
+
+
 def columns(x: np.ndarray, fitted: Range) -> np.ndarray:
     """What the graph computes before it rounds: (T, K) → (T, K + J)."""
     further = np.maximum(fitted.sign * x[:, fitted.channel] - fitted.offset, 0)
