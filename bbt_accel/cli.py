@@ -455,19 +455,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for word in words[:end] if word != "--debug"] + words[end:]
-    with _quiet(debug):
-        try:
-            code = app(args=words or ["--help"], prog_name="bbt-accel", standalone_mode=False) or 0
-        except KeyboardInterrupt:
-            code = INTERRUPTED
-        except Exception as error:
-            if debug:
-                traceback.print_exc()
-            code, message = explain(error)
-            print("error:", " ".join(message.split()), file=sys.stderr)
-    if code == INTERRUPTED:
+    with _quiet(debug), one_line(debug):
+        code = app(args=words or ["--help"], prog_name="bbt-accel", standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
+
+
+@contextmanager
+def one_line(debug: bool = False) -> Iterator[None]:
+    """An error in the block, or Ctrl-C, ends the process with one line and its exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-    sys.exit(code)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, message = explain(error)
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(code)
 
 
 def explain(error: Exception) -> tuple[int, str]:

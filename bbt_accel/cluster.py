@@ -13,7 +13,7 @@ from importlib import import_module
 from types import ModuleType
 
 from bbt_accel.benchmarks.machine import physical_cores
-from bbt_accel.errors import EngineError, MissingDependency
+from bbt_accel.errors import EngineError, MissingDependency, first_line
 
 STORE = 100 * 2**20
 """Bytes of shared memory for Ray's objects: rows and losses need little, and Ray would take a third of the machine."""
@@ -58,7 +58,7 @@ def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
         _reach(address)
         ray.init(**options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if address == "local":
             raise EngineError(f"Ray does not start here ({reason:.200})") from error
         hint = "start one with ray start --head, and set RAY_AUTH_MODE=token where it asks for a token"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from bbt_accel.errors import DataError
+from bbt_accel.errors import DataError, first_line
 from bbt_accel.tasks import Task
 
 Split = Literal["train", "test"]
@@ -107,7 +107,7 @@ def _read(file: Path) -> Columns:
     except DataError:
         raise
     except (OSError, ValueError, KeyError, NotImplementedError) as error:  # what json and pyarrow raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"cannot read {file} ({reason})") from None
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +41,23 @@ def print_markdown(content: str) -> None:
     Console().print(Markdown(content))
 
 
+class StderrBar:
+    """A progress bar on a terminal's standard error while the block runs; elsewhere, or unless `shown`, silent."""
+
+    def __init__(self, shown: bool, *columns: ProgressColumn) -> None:
+        console = Console(stderr=True)
+        self.bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+
 @contextmanager
 def busy(message: str, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on a terminal's standard error while the block runs; elsewhere nothing.
@@ -46,14 +65,19 @@ def busy(message: str, shown: bool = True) -> Iterator[Callable[[str, int, int],
     Gives a function to call with what is being done, how many steps are done, and of how many.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task(message, total=None)
+    with StderrBar(shown, *columns) as it:
+        task = it.bar.add_task(message, total=None)
 
         def tell(what: str, done: int, of: int) -> None:
-            progress.update(task, description=f"{message}: {what}", completed=done, total=of)
+            it.bar.update(task, description=f"{message}: {what}", completed=done, total=of)
 
         yield tell
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A table in Markdown: the first columns hold text, the others numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
 
 
 def text(value: object) -> str:

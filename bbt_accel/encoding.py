@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from bbt_accel.batch import Batch, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import Row
-from bbt_accel.errors import BundleError, DataError, TaskError
+from bbt_accel.errors import BundleError, DataError, TaskError, first_line
 from bbt_accel.tasks import GROUPS, Task, parse_template
 
 FIRST_PROMPT_ID = 1000
@@ -193,7 +193,7 @@ def _tokenizer(bundle: Bundle) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
-        raise BundleError(f"cannot read {file} ({str(error).splitlines()[0]}); export the bundle again") from None
+        raise BundleError(f"cannot read {file} ({first_line(error)}); export the bundle again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a text that contains <mask> or </s> is ordinary text

@@ -27,6 +27,11 @@ class ExportError(BbtError):
     """A backbone that cannot be exported, or whose export differs from eager PyTorch."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error; the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class EngineError(BbtError):
     """An engine, provider or device that is not there, or a forward pass that failed."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from bbt_accel.benchmarks.markdown import digits
+from bbt_accel.benchmarks.report import Part
+from bbt_accel.display import markdown_table
 
 SECONDS = 30.0
 """Target on one H100: a search of 8,000 calls on RoBERTa-large and SST-2, in seconds."""
@@ -12,10 +16,6 @@ SHARE = 0.6
 """Target: share of the measured fp16 matrix rate."""
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.02}
 """Largest error of logits, relative to the largest logit where that is beyond 1; of losses for recorded traces."""
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Check(Part):
@@ -54,7 +54,7 @@ class Speed(Part):
     """The operations that are computed a second over the fp16 matrix rate."""
     measured_search: float | None = None
     """Seconds of a whole search, CMA-ES included; None where it was not run."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 class GpuReport(Part):
@@ -104,18 +104,19 @@ class GpuReport(Part):
             *(["\n".join(f"- {line}" for line in failures)] if failures else []),
             "## Exactness",
             "Against eager PyTorch on the CPU, in fp32; traces: losses against those that the original recorded.",
-            table(
+            markdown_table(
                 ["case", "engine", "status", "error"],
                 [
                     [c.case, c.engine, "passed" if c.passed else "failed", c.reason or f"{c.error:.1e}"]
                     for c in self.checks
                 ],
+                text_columns=4,
             ),
             "## Speed",
             f"{self.backbone}, {self.rows} rows ({self.data}), {self.popsize} candidates a call, on {self.device}"
             f"{''.join(f'; {gpu}' for gpu in self.gpus)}. Ceilings: fp16 matrix rate {number(self.matrix_tflops)} "
             f"TFLOP/s, copy {number(self.bandwidth_gbs)} GB/s.",
-            table(
+            markdown_table(
                 ["method", "engine", "ms", f"{self.calls:,} calls, s", "search, s", "× eager", "naive rate", "rate"],
                 [
                     [
@@ -124,6 +125,7 @@ class GpuReport(Part):
                     ]
                     for s in self.speeds
                 ],
+                text_columns=8,
             ),
             "ms is for one candidate. The third column of times is what the calls of a search would take at that rate, "
             "the fourth a whole search with CMA-ES. Rates are shares of the fp16 matrix rate: of the naive forward's "
@@ -134,13 +136,8 @@ class GpuReport(Part):
         return "\n\n".join(parts) + "\n"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return "–" if value is None else digits(value)
 
 
 def percent(value: float | None) -> str:

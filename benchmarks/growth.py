@@ -8,6 +8,7 @@ Random weights of a published shape, random rows without padding; one factor cha
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.benchmarks.timing import percentiles
 from bbt_accel.benchmarks.workload import save_batch
 from bbt_accel.bundle import Bundle, new_folder
+from bbt_accel.cli import one_line
+from bbt_accel.display import markdown_table
 from bbt_accel.doctor import describe_machine
-from bbt_accel.errors import BbtError
 
 BASE = {"rows": 16, "length": 96, "population": 8, "layers": 4}
 STEPS = {
@@ -143,10 +145,9 @@ def table(growth: Growth) -> str:
     ]
     for factor in STEPS:
         found = {(p.value, p.row): p.ms for p in growth.points if p.factor == factor}
-        lines += ["", f"| {AXES[factor]} | " + " | ".join(ROWS) + " |", "| ---: |" + " ---: |" * len(ROWS)]
-        for value in STEPS[factor]:
-            lines.append(f"| {value} | " + " | ".join(f"{found[value, row]:.1f}" for row in ROWS) + " |")
-        lines += ["", f"![{AXES[factor]}]({factor}.png)"]
+        cells = [[str(value), *(f"{found[value, row]:.1f}" for row in ROWS)] for value in STEPS[factor]]
+        header = [AXES[factor], *ROWS]
+        lines += ["", markdown_table(header, cells, text_columns=0), "", f"![{AXES[factor]}]({factor}.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -178,16 +179,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    command = f"python -m bbt_accel.benchmarks.growth --shape {given.shape} --repeats {given.repeats} -o {given.output}"
-    try:
-        with new_folder(given.output) as folder:
-            growth = measure(given.shape, given.threads, given.repeats, command)
-            (folder / "growth.json").write_text(growth.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            (folder / "growth.md").write_text(table(growth), encoding="utf-8")
-            draw(folder, growth)
-    except BbtError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    command = shlex.join(["python", "-m", "bbt_accel.benchmarks.growth", *sys.argv[1:]])
+    with one_line(), new_folder(given.output) as folder:
+        growth = measure(given.shape, given.threads, given.repeats, command)
+        (folder / "growth.json").write_text(growth.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / "growth.md").write_text(table(growth), encoding="utf-8")
+        draw(folder, growth)
 
 
 if __name__ == "__main__":

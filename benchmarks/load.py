@@ -30,11 +30,12 @@ from bbt_accel.benchmarks.load_report import Load, Measured, draw_load, load_mar
 from bbt_accel.benchmarks.timing import percentiles, random_prompts
 from bbt_accel.benchmarks.workload import timed_rows
 from bbt_accel.bundle import Bundle, new_folder
+from bbt_accel.cli import one_line
 from bbt_accel.display import busy, print_markdown
 from bbt_accel.doctor import describe_machine
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError, EngineError, UsageError
+from bbt_accel.errors import EngineError, UsageError
 from bbt_accel.run import INFO, Run
 from bbt_accel.serving import BACKBONE, CLASSIFIER, ROWS, TOKEN
 from bbt_accel.tasks import load_task
@@ -267,12 +268,9 @@ def main() -> None:
     if not all(count.isdigit() and int(count) for count in given.clients.split(",")):
         parser.error("--clients takes numbers from 1, with commas between")
     given.clients = [int(count) for count in given.clients.split(",")]
-    try:
+    with one_line():
         measure(**vars(given))
         print_markdown((given.output / "report.md").read_text(encoding="utf-8"))
-    except BbtError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from bbt_accel.benchmarks.markdown import digits
+from bbt_accel.display import markdown_table
 
 MEDIAN, TAIL = "#0072b2", "#e69f00"
 
@@ -51,10 +52,11 @@ class Load(BaseModel):
 
 def load_markdown(report: Load) -> str:
     header = ["request", "clients", "requests", "errors", "a second", "ms", "p90", "p99", "max", "KiB sent"]
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
-    for m in report.measured:
-        times = " | ".join(digits(value) for value in (m.per_second, m.ms_median, m.ms_p90, m.ms_p99, m.ms_max))
-        lines.append(f"| {m.what} | {m.clients} | {m.requests} | {m.errors} | {times} | {digits(m.kib_sent)} |")
+    lines = [
+        [m.what, str(m.clients), str(m.requests), str(m.errors)]
+        + [digits(value) for value in (m.per_second, m.ms_median, m.ms_p90, m.ms_p99, m.ms_max, m.kib_sent)]
+        for m in report.measured
+    ]
     threads = "as many threads as it takes" if report.threads is None else f"{report.threads} thread(s)"
     facts = [
         f"- **Population:** {report.popsize} candidates, {report.rows} rows of {report.length} tokens; backbone "
@@ -64,9 +66,8 @@ def load_markdown(report: Load) -> str:
         f"- **Machine:** {report.machine['cpu']}, {report.machine['cores']} cores",
         f"- **Version:** bbt-accel {report.version}, {report.created}",
     ]
-    return "\n".join(
-        ["# Load test of bbt-accel serve", "", *lines, "", "![Latency and rate by clients](report.png)", "", *facts, ""]
-    )
+    table, plot = markdown_table(header, lines), "![Latency and rate by clients](report.png)"
+    return "\n".join(["# Load test of bbt-accel serve", "", table, "", plot, "", *facts, ""])
 
 
 def draw_load(file: Path, report: Load) -> None:

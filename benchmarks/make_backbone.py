@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from pathlib import Path
 from typing import Any
 
 from bbt_accel.bundle import new_folder
+from bbt_accel.cli import one_line
 from bbt_accel.demo import BACKBONE
-from bbt_accel.errors import BbtError, DataError, UsageError
+from bbt_accel.errors import DataError, UsageError
 from bbt_accel.exporters.families import FAMILIES
 
 
@@ -157,11 +157,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--layers", type=int, help="blocks, instead of the published number")
     given = parser.parse_args()
-    try:
+    with one_line():
         make_backbone(given.shape, given.output, given.tokenizer, given.seed, given.layers)
-    except BbtError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

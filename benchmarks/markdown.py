@@ -8,6 +8,7 @@ from typing import Any
 
 from bbt_accel.benchmarks.accuracy import LARGEST_ERROR, LEAST_AGREEMENT
 from bbt_accel.benchmarks.report import Report, Row, Tuned
+from bbt_accel.display import markdown_table
 
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 STEADY = 0.1
@@ -103,9 +104,8 @@ def base_of(row: Row, report: Report) -> Row:
 
 def table(report: Report, columns: Sequence[Column]) -> str:
     headers = [column.header.format(metric=METRICS[report.metric]) for column in columns]
-    lines = [["row", *headers], ["---", *("---" if c.field == "status" else "---:" for c in columns)]]
-    lines += [[row.label, *(column.cell(row) for column in columns)] for row in report.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[row.label, *(column.cell(row) for column in columns)] for row in report.rows]
+    return markdown_table(["row", *headers], lines, text_columns=1 + sum(c.field == "status" for c in columns))
 
 
 def savings(report: Report) -> list[str]:
@@ -117,9 +117,9 @@ def savings(report: Report) -> list[str]:
             continue
         off = ", ".join(name for name in row.without if name not in base.without)
         ratio = row.ms_median / base.ms_median
-        lines.append(f"| {base.label} | {off} | {digits(base.ms_median)} | {digits(row.ms_median)} | {ratio:.2f} |")
-    header = "| row | saving | ms with it | ms without it | factor |\n| --- | --- | ---: | ---: | ---: |"
-    return ["## What each saving brings", "\n".join([header, *lines])] if lines else []
+        lines.append([base.label, off, digits(base.ms_median), digits(row.ms_median), f"{ratio:.2f}"])
+    header = ["row", "saving", "ms with it", "ms without it", "factor"]
+    return ["## What each saving brings", markdown_table(header, lines, text_columns=2)] if lines else []
 
 
 def reasons(report: Report) -> list[str]:

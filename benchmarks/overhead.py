@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from pydantic import BaseModel
 
 from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.bundle import Bundle, new_folder
+from bbt_accel.cli import one_line
 from bbt_accel.data import few_shot, load_rows
+from bbt_accel.display import markdown_table
 from bbt_accel.doctor import describe_machine
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError
 from bbt_accel.history import History
 from bbt_accel.objective import Objective
 from bbt_accel.settings import resolve
@@ -116,16 +118,15 @@ def measure(bundle: Bundle, task_name: str, engine: str, threads: int, generatio
 
 
 def table(found: Overhead) -> str:
+    parts = [[part, f"{ms:.2f}", f"{ms / found.ms_generation:.1%}"] for part, ms in found.ms.items()]
+    whole = ["all", f"{found.ms_generation:.2f}", f"{found.outside:.1%} outside the model"]
     lines = [
         f"# Where a generation's time goes: {found.backbone}, {found.method}, {found.engine} {found.precision}",
         "",
         f"{found.rows} rows, {found.popsize} candidates, mean of {found.generations} generations with their scores on "
         f"the dev rows; {found.threads} threads. `{found.command}`",
         "",
-        "| part | ms a generation | share |",
-        "| --- | ---: | ---: |",
-        *(f"| {part} | {ms:.2f} | {ms / found.ms_generation:.1%} |" for part, ms in found.ms.items()),
-        f"| all | {found.ms_generation:.2f} | {found.outside:.1%} outside the model |",
+        markdown_table(["part", "ms a generation", "share"], [*parts, whole]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -139,17 +140,14 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=20)
     parser.add_argument("-o", "--output", type=Path, required=True, help="the new folder")
     given = parser.parse_args()
-    command = f"python -m bbt_accel.benchmarks.overhead {given.bundle} --engine {given.engine} -o {given.output}"
-    try:
+    command = shlex.join(["python", "-m", "bbt_accel.benchmarks.overhead", *sys.argv[1:]])
+    with one_line():
         with new_folder(given.output) as folder:
             bundle = Bundle.read(given.bundle)
             found = measure(bundle, given.task, given.engine, given.threads, given.generations, command)
             (folder / "overhead.json").write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
             (folder / "overhead.md").write_text(table(found), encoding="utf-8")
         print(table(found))
-    except BbtError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

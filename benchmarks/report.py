@@ -13,6 +13,8 @@ Status = Literal["passed", "differs", "failed", "not installed"]
 
 
 class Part(BaseModel):
+    """What every report is made of: no field that is not described."""
+
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from bbt_accel.benchmarks.markdown import digits
+from bbt_accel.benchmarks.report import Part
 from bbt_accel.benchmarks.timing import percentiles
 from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.cli import explain
+from bbt_accel.cli import one_line
 from bbt_accel.data import few_shot, load_rows
 from bbt_accel.display import busy
 from bbt_accel.doctor import describe_machine
@@ -33,10 +33,6 @@ from bbt_accel.tuning.space import Space
 from bbt_accel.tuning.workers import WorkersEvaluator
 
 SEED = 42
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Row(Part):
@@ -207,15 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--k-shot", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=20)
     a = parser.parse_args(arguments)
-    try:
-        with new_folder(a.output) as folder, busy("measuring") as tell:
-            sizes = a.popsize, a.k_shot, a.repeats, a.workers
-            report = measure(Bundle.read(a.bundle), a.task, a.data, ["dummy", a.engine], *sizes, tell)
-            (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            (folder / "report.md").write_text(markdown(report), encoding="utf-8")
-    except Exception as error:
-        code, line = explain(error)
-        parser.exit(code, f"error: {' '.join(line.split())}\n")
+    with one_line(), new_folder(a.output) as folder, busy("measuring") as tell:
+        sizes = a.popsize, a.k_shot, a.repeats, a.workers
+        report = measure(Bundle.read(a.bundle), a.task, a.data, ["dummy", a.engine], *sizes, tell)
+        (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))
 
 

@@ -10,7 +10,7 @@ import openvino
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.staged import Arrays, StagedEngine
-from bbt_accel.errors import EngineError
+from bbt_accel.errors import EngineError, first_line
 
 
 class OpenVinoEngine(StagedEngine):
@@ -38,7 +38,7 @@ class OpenVinoEngine(StagedEngine):
         try:
             model = core.compile_model(str(self.bundle.path / f"{stage}.{ending}"), "CPU", config)
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO cannot load {stage}.{ending} ({str(error).splitlines()[0]})") from error
+            raise EngineError(f"OpenVINO cannot load {stage}.{ending} ({first_line(error)})") from error
         return model.create_infer_request()
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
@@ -47,7 +47,7 @@ class OpenVinoEngine(StagedEngine):
         try:
             found = request.infer({i.get_any_name(): inputs[i.get_any_name()] for i in model}, share_inputs=True)
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO failed in {stage} ({str(error).splitlines()[0]})") from error
+            raise EngineError(f"OpenVINO failed in {stage} ({first_line(error)})") from error
         return {o.get_any_name(): found[o] for o in request.model_outputs}
 
     def put(self, array: Float32 | Int64) -> Any:

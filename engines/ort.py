@@ -12,7 +12,7 @@ import onnxruntime
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.staged import Arrays, StagedEngine
-from bbt_accel.errors import EngineError
+from bbt_accel.errors import EngineError, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -60,7 +60,7 @@ class OrtEngine(StagedEngine):
         try:
             session = self.session(str(self.bundle.path / f"{stage}.onnx"), options)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise EngineError(f"ONNX Runtime cannot load {stage}.onnx ({str(error).splitlines()[0]})") from error
+            raise EngineError(f"ONNX Runtime cannot load {stage}.onnx ({first_line(error)})") from error
         if session.get_providers()[0] != self.provider:  # it fell back to the CPU and says nothing
             raise EngineError(f"--device {self.device}: {self.provider} could not start; see bbt-accel doctor")
         return session
@@ -73,7 +73,7 @@ class OrtEngine(StagedEngine):
         try:
             outputs = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({str(error).splitlines()[0]})") from error
+            raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({first_line(error)})") from error
         return dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
 
     def put(self, array: Float32 | Int64) -> Any:

@@ -13,7 +13,7 @@ from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.ort import OrtEngine
 from bbt_accel.engines.staged import Arrays
-from bbt_accel.errors import EngineError
+from bbt_accel.errors import EngineError, first_line
 
 log = logging.getLogger(__name__)
 MOST_GRAPHS = 64
@@ -59,7 +59,7 @@ class OrtCudaEngine(OrtEngine):
                 return self.opened(file, options, {"enable_cuda_graph": "1"})
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
                 self.graphs = False
-                log.warning("no CUDA graphs: %s", str(error).splitlines()[0])
+                log.warning("no CUDA graphs: %s", first_line(error))
         return self.opened(file, options, {})
 
     def opened(self, file: str, options: Any, more: dict[str, str]) -> Any:
@@ -73,7 +73,7 @@ class OrtCudaEngine(OrtEngine):
         try:
             found = self.again(session, given, names) if self.graphs else self.once(session, given, names)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({str(error).splitlines()[0]})") from error
+            raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({first_line(error)})") from error
         return dict(zip(names, found, strict=True))
 
     def once(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:

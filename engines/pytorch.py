@@ -10,8 +10,8 @@ from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
-from bbt_accel.errors import EngineError
-from bbt_accel.exporters.families import first_line, load_model, make_backbone
+from bbt_accel.errors import EngineError, first_line
+from bbt_accel.exporters.families import load_model, make_backbone
 from bbt_accel.exporters.reference import Reference
 from bbt_accel.savings import inside
 
@@ -58,7 +58,7 @@ class TorchEngine(StagedEngine):
         try:
             return self.backbone.run(stage, {k: v for k, v in inputs.items() if k in self.takes(stage)})
         except (RuntimeError, IndexError) as error:
-            raise EngineError(f"PyTorch failed in {stage} ({first_line(error)})") from error
+            raise EngineError(f"PyTorch failed in {stage} ({first_line(error).rstrip('.')})") from error
 
     def takes(self, stage: str) -> tuple[str, ...]:
         """Names of a stage's inputs."""

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from bbt_accel.bundle import BundleInfo
-from bbt_accel.errors import ExportError
+from bbt_accel.errors import ExportError, first_line
 from bbt_accel.exporters.backbone import Backbone
 from bbt_accel.exporters.bart import BartBackbone
 from bbt_accel.exporters.bert import BertBackbone, ElectraBackbone
@@ -36,7 +36,9 @@ def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(checkpoint), revision=revision)
     except (OSError, ValueError) as error:
-        raise ExportError(f"cannot load {checkpoint} ({first_line(error)}); give a local folder or a hub id") from None
+        raise ExportError(
+            f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder or a hub id"
+        ) from None
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ExportError(f"{checkpoint} is a {config.model_type} model; supported families are {known}")
@@ -57,7 +59,7 @@ def load_model(checkpoint: str | Path, revision: str | None = None) -> nn.Module
             output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error)})") from None
+        raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error).rstrip('.')})") from None
     missing = sorted(report["missing_keys"])
     if missing:
         found = ", ".join(config.architectures or ["an unnamed class"])
@@ -73,7 +75,7 @@ def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), revision=revision, use_fast=True)
     except (OSError, ValueError, ImportError) as error:
-        raise ExportError(f"cannot load the tokenizer of {checkpoint} ({first_line(error)})") from None
+        raise ExportError(f"cannot load the tokenizer of {checkpoint} ({first_line(error).rstrip('.')})") from None
     if not tokenizer.is_fast:
         raise ExportError(f"{checkpoint} has no fast tokenizer (tokenizer.json), which bundles need")
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up from the configuration
@@ -88,7 +90,3 @@ def make_backbone(model: nn.Module, info: BundleInfo) -> Backbone:
     if model_type == "gpt2" and "prefix-cache" in info.without:
         cls = GPT2WholeBackbone
     return cls(model, info).eval()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -14,6 +14,7 @@ from conftest import THREADS, Export
 from tiny_backbones import N_PROMPT, PARITY, VARIANTS
 
 from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
+from bbt_accel.benchmarks.gpu_steps import traced_batch
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 TRACES = sorted(GOLDEN.glob("*.npz"))
@@ -36,20 +37,7 @@ def trace(request: pytest.FixtureRequest, exported: Export) -> Trace:
     method = "bbt" if len(arrays["A"]) == 1 else "bbtv2"
     bundle = exported(checkpoint, method, "cat" if "cat" in words else "add", N)
     objective = Objective(next((word for word in words if word in ("hinge", "perf")), "ce"))  # type: ignore[arg-type]
-    return {**arrays, "bundle": bundle, "batch": batch(arrays, bundle.info.family), "objective": objective}
-
-
-def batch(arrays: Trace, family: str) -> Batch:
-    ids, mask = arrays["train_input_ids"], arrays["train_attention_mask"]
-    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
-    rows = np.arange(len(ids))
-    decoder = arrays.get("train_decoder_input_ids")
-    readout = {"t5": np.ones_like(rows), "gpt2": last}.get(family, arrays.get("train_mask_pos"))
-    if family == "bart":
-        decoder = np.concatenate([ids[rows, last][:, None], ids[:, :-1]], axis=1)
-    labels = arrays["label_ids"]
-    targets = (arrays["train_labels"][:, None] == labels).argmax(axis=1)
-    return Batch(ids, mask, readout, targets, labels, decoder)  # type: ignore[arg-type]
+    return {**arrays, "bundle": bundle, "batch": traced_batch(arrays, bundle.info.family), "objective": objective}
 
 
 def projections(trace: Trace) -> list[Projection]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from bbt_accel.benchmarks.markdown import METRICS
+from bbt_accel.display import markdown_table
 from bbt_accel.sweeps.report import Cell, Report, Row
 
-METRICS = {"accuracy": "accuracy", "f1": "F1"}
 METHODS = {"bbt": "BBT", "bbtv2": "BBTv2"}
 
 
@@ -46,7 +45,7 @@ def scores(report: Report) -> str:
             [percent(row.without_prompt)] if several else []
         )
         lines.append(["no prompt", row.bundle, row.engine, *without])
-    return table(header, lines, text_columns=3)
+    return markdown_table(header, lines, text_columns=3)
 
 
 def cell_text(cell: Cell) -> str:
@@ -80,7 +79,7 @@ def trials(report: Report) -> str:
         measured = [percent(t.score), percent(t.without_prompt), percent(t.dev_score)]
         spent = ["–", "–"] if t.calls is None or t.seconds is None else [f"{t.calls:,}", f"{t.seconds:,.0f}"]
         lines.append([t.task, t.bundle, t.engine, str(t.seed), t.status, *measured, *spent])
-    return table(header, lines, text_columns=5)
+    return markdown_table(header, lines, text_columns=5)
 
 
 def facts(report: Report) -> str:
@@ -96,11 +95,6 @@ def facts(report: Report) -> str:
         "Date": report.created,
     }
     return "\n".join(f"- **{name}:** {value}" for name, value in found.items() if value)
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int) -> str:
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
 
 
 def label(row: Row) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bbt_accel.sweeps.markdown import METRICS, label
+from bbt_accel.benchmarks.markdown import METRICS
+from bbt_accel.sweeps.markdown import label
 from bbt_accel.sweeps.report import Report
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

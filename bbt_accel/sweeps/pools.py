@@ -17,7 +17,7 @@ from typing import IO, Any
 from bbt_accel.benchmarks import worker
 from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_cores
-from bbt_accel.errors import EngineError
+from bbt_accel.errors import EngineError, first_line
 
 Answer = dict[str, Any]
 """As `benchmarks.worker.attempt` returns it."""
@@ -124,8 +124,7 @@ class RayTasks(Pool):
             return name, self._ray.get(ready)
         except self._ray.exceptions.RayError as error:
             cause = first_cause(error)
-            line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            return name, {"error": EngineError.__name__, "message": f"the process ended ({line:.200})"}
+            return name, {"error": EngineError.__name__, "message": f"the process ended ({first_line(cause):.200})"}
 
     def close(self) -> None:
         for reference in getattr(self, "_running", {}):

@@ -8,18 +8,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 import bbt_accel
+from bbt_accel.benchmarks.report import Part
 from bbt_accel.bundle import Method
 from bbt_accel.sweeps.plan import Sweep, Trial
 from bbt_accel.sweeps.trial import Result
 
 VERSION = 1
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class TrialRow(Part):
@@ -51,7 +48,7 @@ class TrialRow(Part):
     """Candidates that were evaluated."""
     seconds: float | None = None
     """Duration of the search."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     """Of the libraries that computed."""
 
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
+from bbt_accel.display import StderrBar
 from bbt_accel.history import Generation
 
 TEXT = "{task.completed:.0f}/{task.total:.0f} calls · {task.fields[rate]} · loss {task.fields[loss]} · "
 TEXT += "dev {task.fields[dev]} · {task.fields[left]} left"
 
 
-class SearchProgress:
+class SearchProgress(StderrBar):
     """Calls, rate, train loss, best dev score and time left, on a terminal's standard error; elsewhere silent."""
 
     def __init__(self, total_calls: int, shown: bool = True) -> None:
-        console = Console(stderr=True)
-        self._bar = Progress(
-            BarColumn(24),
-            TextColumn(TEXT),
-            console=console,
-            disable=not (shown and console.is_terminal),
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=total_calls, rate="-", loss="-", dev="-", left="-")
+        super().__init__(shown, BarColumn(24), TextColumn(TEXT))
+        self._task = self.bar.add_task("", total=total_calls, rate="-", loss="-", dev="-", left="-")
         self._total = total_calls
         self._dev: float | None = None
 
@@ -35,7 +27,7 @@ class SearchProgress:
         if g.dev_score is not None:
             self._dev = max(g.dev_score, self._dev or 0.0)
         seconds_left = (self._total - g.calls) * g.seconds / len(g.losses)
-        self._bar.update(
+        self.bar.update(
             self._task,
             completed=g.calls,
             rate=f"{g.evaluations_per_second:.1f}/s",
@@ -43,12 +35,3 @@ class SearchProgress:
             dev="-" if self._dev is None else f"{self._dev:.3f}",
             left=str(timedelta(seconds=round(seconds_left))),
         )
-
-    def __enter__(self) -> SearchProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()

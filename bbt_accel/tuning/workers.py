@@ -19,7 +19,7 @@ from bbt_accel.batch import Float32
 from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.bundle import Bundle
 from bbt_accel.cluster import connect, first_cause, require, share_of_cores
-from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError
+from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError, first_line
 from bbt_accel.objective import Float64
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.space import Space
@@ -167,9 +167,9 @@ class WorkersEvaluator(Evaluator):
         self._deaths += 1
         if self._deaths >= DEATHS:
             raise EngineError(
-                f"{DEATHS} workers died one after the other ({reason(death)}); if they lack memory, use fewer"
+                f"{DEATHS} workers died one after the other ({first_line(death):.200}); if they lack memory, use fewer"
             ) from death
-        self._tell(f"worker {number + 1} died ({reason(death)}); another takes its place")
+        self._tell(f"worker {number + 1} died ({first_line(death):.200}); another takes its place")
         self._ray.kill(self.actors[number])  # where it was only out of reach
         self.actors[number], self._known[number] = self._make(), {}
         self._await_open(number, self.actors[number].open.remote(self._job, self._digest, self._stds))
@@ -188,7 +188,7 @@ class WorkersEvaluator(Evaluator):
             cause = first_cause(error)
             if isinstance(cause, BbtError):
                 raise cause from error
-            raise EngineError(f"a worker failed ({type(cause).__name__}: {reason(cause)})") from error
+            raise EngineError(f"a worker failed ({type(cause).__name__}: {first_line(cause):.200})") from error
 
 
 def check_workers(workers: int, popsize: int) -> None:
@@ -198,8 +198,3 @@ def check_workers(workers: int, popsize: int) -> None:
     """
     if not 1 <= workers <= popsize // 2:
         raise UsageError(f"--workers must lie in 1..{popsize // 2}, half of --popsize {popsize}; got {workers}")
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error."""
-    return f"{(str(error).strip().splitlines() or [type(error).__name__])[0]:.200}"
