@@ -124,9 +124,10 @@ class Cuda:
                 self.call("cudaFree", address)
             pile.clear()
 
-    def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
+    def upload(self, array: npt.NDArray[Any], there: DeviceArray | None = None) -> DeviceArray:
+        """Copy an array to the device: into another of its size, or into a new one."""
         array = np.ascontiguousarray(array)
-        there = self.empty(array.shape, array.dtype)
+        there = there or self.empty(array.shape, array.dtype)
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         # From pageable memory this returns when the array has been read: it may change right after.
         self.call("cudaMemcpyAsync", there.address, array.ctypes.data, array.nbytes, kind, self.stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,40 @@ class Projection:
             raise UsageError(f"candidates must have the shape (P, {self.matrix.shape[1]}), not {z.shape}")
         prompts: Float32 = (z @ self.matrix.T + self.p0).reshape(len(z), *self.prompt_shape)
         return prompts
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Prompts of a population as what they are projected from, for engines that project where they compute.
+
+    z: float32 (P, d). Its length, shape and slices are those of the prompts, (P, n, H).
+    """
+
+    projection: Projection
+    z: Float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.z), *self.projection.prompt_shape
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def __getitem__(self, some: slice) -> Projected:
+        return Projected(self.projection, self.z[some])
+
+    def compute(self) -> Float32:
+        """The prompts, float32 (P, n, H)."""
+        return self.projection.prompts(self.z)
+
+
+Prompts = Float32 | Projected
+"""Prompts, or what they are projected from."""
+
+
+def computed(prompts: Prompts) -> Float32:
+    """The prompts as an array."""
+    return prompts.compute() if isinstance(prompts, Projected) else prompts
 
 
 def prompt_std(alpha: float, embedding_std: float, d: int, sigma: float) -> float:

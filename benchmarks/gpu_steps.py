@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.benchmarks.timing import cpu_attention, population, random_prompts, seconds_per_candidate, sweep
+from bbt_accel.benchmarks.timing import clock_of, cpu_attention, population, random_prompts, sweep
 from bbt_accel.benchmarks.workload import load_batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine
@@ -147,14 +147,37 @@ def traced_batch(arrays: dict[str, Any], family: str) -> Batch:
 
 
 def speed(engine: dict[str, Any], batch: str, popsize: int, repeats: int, half: bool = False) -> dict[str, Any]:
-    """Seconds a candidate. half: the eager model in fp16. Graphs and kernels are made before the clock runs."""
+    """Seconds a candidate, as the search evaluates it: from z to label logits.
+
+    half: the eager model in fp16. Graphs and kernels are made before the clock runs.
+    """
     with load_engine(**engine) as loaded, loaded.bind(load_batch(batch)) as bound:
         if half:
             loaded.reference.model.half()  # type: ignore[attr-defined]
-        prompts = random_prompts(loaded.bundle.info, popsize, 0)
-        if engine["name"] != "eager":
-            seconds_per_candidate(bound, prompts, 2)
-        return {"seconds": seconds_per_candidate(bound, prompts, repeats), "versions": loaded.versions()}
+        turn, clock = searching(bound, popsize), clock_of(engine["name"], engine["device"])
+        for _ in range(1 if engine["name"] == "eager" else 3):
+            turn()
+        return {"seconds": [clock(turn) for _ in range(repeats)], "versions": loaded.versions()}
+
+
+def searching(bound: BoundBatch, popsize: int) -> Callable[[], int]:
+    """A generation of a search, or for bbtv2 one for each layer, without CMA-ES; it returns its candidates."""
+    from bbt_accel.settings import resolve
+    from bbt_accel.tuning.space import Space
+
+    info, settings = bound.bundle.info, resolve({"popsize": popsize})
+    deep = info.method == "bbtv2"
+    space = Space(info, settings, bound.layer_stds() if deep else None)
+    z = np.random.default_rng(0).standard_normal((popsize, settings.intrinsic_dim), dtype=np.float32)
+
+    def turn() -> int:
+        for layer in range(info.n_layers if deep else 1):
+            space.logits(bound, layer, z)
+            if deep:  # the best of a generation then stands in its layer
+                space.stack[layer] = space.prompts(layer, z[:1])[0]
+        return popsize * (info.n_layers if deep else 1)
+
+    return turn
 
 
 def work(bundle: str, batch: str, device: str, popsize: int) -> dict[str, int]:

@@ -136,7 +136,7 @@ def measure(shape: str, threads: int, repeats: int, command: str) -> Growth:
 
 def table(growth: Growth) -> str:
     """Milliseconds a candidate, one Markdown table a factor."""
-    base = ", ".join(f"{value} {name}" for name, value in growth.base.items())
+    base = "{rows} rows of {length} tokens, {population} candidates, {layers} blocks".format_map(growth.base)
     lines = [
         f"# How the cost of a candidate grows ({growth.shape})",
         "",

@@ -14,7 +14,7 @@ import numpy as np
 from bbt_accel.benchmarks.accuracy import row_logits
 from bbt_accel.benchmarks.gpu_steps import GPU_STEPS
 from bbt_accel.benchmarks.machine import matrix_rates, peak_mib
-from bbt_accel.benchmarks.timing import count_flops, random_prompts, seconds_per_candidate
+from bbt_accel.benchmarks.timing import clock_of, count_flops, random_prompts, seconds_per_candidate
 from bbt_accel.benchmarks.workload import load_batch
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.run import Run
@@ -39,7 +39,8 @@ def measure(engine: Engine, batch: str, popsize: int, repeats: int, seed: int, f
     """Time a population. flops: count the operations of one candidate too, which the eager engine alone can."""
     with load_engine(**engine) as loaded, loaded.bind(load_batch(batch)) as bound:
         prompts = random_prompts(loaded.bundle.info, popsize, seed)
-        seconds = seconds_per_candidate(bound, prompts, repeats)
+        clock = clock_of(engine["name"], engine["device"])
+        seconds = seconds_per_candidate(bound, prompts, repeats, clock)
         return {
             "seconds": seconds,
             "peak_mib": peak_mib(),

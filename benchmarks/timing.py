@@ -20,14 +20,41 @@ def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
     return np.asarray(prompts * np.float32(info.word_embedding_std), np.float32)
 
 
-def seconds_per_candidate(bound: BoundBatch, prompts: Float32, repeats: int) -> list[float]:
+Clock = Callable[[Callable[[], int]], float]
+"""Seconds a candidate of a call that returns how many there were."""
+
+
+def wall_clock(call: Callable[[], int]) -> float:
+    start = time.perf_counter()
+    candidates = call()  # the logits have come back to the host: nothing is still under way
+    return (time.perf_counter() - start) / candidates
+
+
+def cuda_clock(call: Callable[[], int]) -> float:
+    """By CUDA events on PyTorch's stream."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    candidates = call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / candidates
+
+
+def clock_of(engine: str, device: str) -> Clock:
+    """PyTorch on a GPU is timed by events there, everything else by the wall clock."""
+    return cuda_clock if device == "cuda" and engine in ("eager", "torch") else wall_clock
+
+
+def seconds_per_candidate(bound: BoundBatch, prompts: Float32, repeats: int, clock: Clock = wall_clock) -> list[float]:
     """Seconds a candidate of each of `repeats` calls with the whole population, after one call to warm up.
 
     For bbtv2 a call is a sweep as the search does it: one call of `layer_logits` a layer, from the lowest up.
     """
     call = sweep if bound.bundle.info.method == "bbtv2" else population
     call(bound, prompts)
-    return [timed(call, bound, prompts) for _ in range(repeats)]
+    return [clock(lambda: call(bound, prompts)) for _ in range(repeats)]
 
 
 def population(bound: BoundBatch, prompts: Float32) -> int:
@@ -44,12 +71,6 @@ def sweep(bound: BoundBatch, prompts: Float32) -> int:
         bound.layer_logits(stack, layer, candidates)
         stack[layer] = candidates[0]
     return len(prompts) * len(stack)
-
-
-def timed(call: Callable[[BoundBatch, Float32], int], bound: BoundBatch, prompts: Float32) -> float:
-    start = time.perf_counter()
-    candidates = call(bound, prompts)  # the logits have come back to the host: nothing is still under way
-    return (time.perf_counter() - start) / candidates
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
+from bbt_accel.projection import Projected, Prompts
 
 
 class BoundBatch(ABC):
     """Rows that an engine holds ready; candidates come and go."""
 
+    projects = False
+    """Whether `_label_logits` and `_layer_logits` take `Projected` too, and project where the engine computes."""
+
     def __init__(self, bundle: Bundle, batch: Batch) -> None:
         self.bundle = bundle
         self.batch = batch
 
-    def label_logits(self, prompts: Float32) -> Float32:
+    def label_logits(self, prompts: Prompts) -> Float32:
         """Logits of the label words at the readout position of every row, for every candidate.
 
         prompts: float32 (P, n, H), or (P, L, n, H) for bbtv2. Returns float32 (P, N, C).
         """
         shape = self.bundle.info.prompt_shape
-        return self._label_logits(checked("prompts", prompts, ("P", *shape)))
+        return self._label_logits(self._taken("prompts", prompts, ("P", *shape)))
 
-    def layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
+    def layer_logits(self, stack: Float32, layer: int, candidates: Prompts) -> Float32:
         """bbtv2: logits for candidates of one layer's prompt while the other layers' prompts are fixed.
 
         stack: float32 (L, n, H), the prompts of all layers (that of `layer` is ignored).
@@ -39,13 +44,20 @@ class BoundBatch(ABC):
         if not 0 <= layer < layers:
             raise UsageError(f"layer must lie in 0..{layers - 1}; got {layer}")
         return self._layer_logits(
-            checked("stack", stack, (layers, *one)), layer, checked("candidates", candidates, ("P", *one))
+            checked("stack", stack, (layers, *one)), layer, self._taken("candidates", candidates, ("P", *one))
         )
 
     def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
         stacks = np.repeat(stack[None], len(candidates), axis=0)
         stacks[:, layer] = candidates
         return self._label_logits(stacks)
+
+    def _taken(self, name: str, prompts: Prompts, shape: tuple[str | int, ...]) -> Any:
+        """Prompts as the engine takes them. Raises UsageError where their shape is another."""
+        if not isinstance(prompts, Projected):
+            return checked(name, prompts, shape)
+        check_shape(name, prompts.shape, shape)
+        return prompts if self.projects else prompts.compute()
 
     def layer_stds(self) -> Float32:
         """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
@@ -73,12 +85,15 @@ class BoundBatch(ABC):
 def checked(name: str, prompts: Float32, shape: tuple[str | int, ...]) -> Float32:
     """The array, contiguous and in float32. Raises UsageError where its shape is another; names stand for any size."""
     prompts = np.ascontiguousarray(prompts, dtype=np.float32)
-    fits = len(prompts.shape) == len(shape) and all(
-        isinstance(w, str) or size == w for size, w in zip(prompts.shape, shape, strict=True)
-    )
-    if not fits:
-        raise UsageError(f"{name} must have the shape ({', '.join(map(str, shape))}), not {prompts.shape}")
+    check_shape(name, prompts.shape, shape)
     return prompts
+
+
+def check_shape(name: str, found: tuple[int, ...], shape: tuple[str | int, ...]) -> None:
+    """Raises UsageError unless the shapes agree; names stand for any size."""
+    fits = len(found) == len(shape) and all(isinstance(w, str) or n == w for n, w in zip(found, shape, strict=True))
+    if not fits:
+        raise UsageError(f"{name} must have the shape ({', '.join(map(str, shape))}), not {found}")
 
 
 def check_tokens(bundle: Bundle, batch: Batch) -> None:

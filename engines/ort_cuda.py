@@ -1,19 +1,21 @@
-"""ONNX Runtime on an NVIDIA GPU: rows stay on the device, calls that come again become CUDA graphs."""
+"""ONNX Runtime on an NVIDIA GPU: rows and projections stay there, calls that come again become CUDA graphs."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
 
 from bbt_accel.batch import Float32, Int64
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import PROJECT, Bundle
 from bbt_accel.engines.ort import OrtEngine
 from bbt_accel.engines.staged import Arrays
 from bbt_accel.errors import EngineError, first_line
+from bbt_accel.projection import Projected, Prompts
 
 log = logging.getLogger(__name__)
 MOST_GRAPHS = 64
@@ -31,7 +33,7 @@ class Call:
 
 
 class OrtCudaEngine(OrtEngine):
-    """Arrays are OrtValues on the device; prompts come as numpy arrays and are copied to where the call reads them.
+    """Arrays are OrtValues on the device; prompts are copied, or projected, to where the call reads them.
 
     CUDA graphs are for bbt, whose one stage has fixed shapes and addresses. In bbtv2 the state of a layer may be held
     while the layer runs again, so its outputs cannot stay in one place.
@@ -42,6 +44,7 @@ class OrtCudaEngine(OrtEngine):
     provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     bucket_step = 8
     tokens_per_call = 2**17
+    projects = True
 
     def __init__(
         self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
@@ -51,10 +54,11 @@ class OrtCudaEngine(OrtEngine):
         self.seen: dict[object, list[tuple[int, ...]]] = {}
         """A call that has come once → the shapes of its outputs."""
         super().__init__(bundle, device, threads, without)
+        self.sessions[PROJECT] = self.open(PROJECT)
 
     def session(self, file: str, options: Any) -> Any:
         """With CUDA graphs; without them for a graph that ONNX Runtime cannot keep on the device as a whole."""
-        if self.graphs:
+        if self.graphs and Path(file).stem != PROJECT:
             try:
                 return self.opened(file, options, {"enable_cuda_graph": "1"})
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
@@ -89,11 +93,8 @@ class OrtCudaEngine(OrtEngine):
 
     def again(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
         """A call that is captured when it comes for the second time: same rows, same shapes."""
-        rows = (value.data_ptr() for value in given.values() if not isinstance(value, np.ndarray))
-        key = (
-            *rows,
-            *(tuple(value.shape if isinstance(value, np.ndarray) else value.shape()) for value in given.values()),
-        )
+        rows = [value for name, value in given.items() if name != "prompts"]
+        key = (given["prompts"].shape, *((value.data_ptr(), *value.shape()) for value in rows))
         if key not in self.calls:
             if key not in self.seen or len(self.calls) >= MOST_GRAPHS:
                 found = self.once(session, given, names)
@@ -101,7 +102,10 @@ class OrtCudaEngine(OrtEngine):
                 return found
             self.calls[key] = self.fixed(session, given, names, self.seen[key])
         call = self.calls[key]
-        call.prompts.update_inplace(given["prompts"])
+        if isinstance(given["prompts"], Projected):
+            self.project(given["prompts"], call.prompts)
+        else:
+            call.prompts.update_inplace(given["prompts"])
         session.run_with_iobinding(call.binding, call.options)
         return call.outputs
 
@@ -117,14 +121,30 @@ class OrtCudaEngine(OrtEngine):
         return Call(binding, held["prompts"], outputs, options_for(len(self.calls) + 1))
 
     def there(self, value: Any) -> Any:
-        """A numpy array as an OrtValue on the device; an OrtValue as it is."""
+        """A numpy array, or what prompts are projected from, as an OrtValue on the device; an OrtValue as it is."""
         if isinstance(value, np.ndarray):
             return onnxruntime.OrtValue.ortvalue_from_numpy(value, self.memory)
-        return value
+        return self.project(value) if isinstance(value, Projected) else value
+
+    def project(self, prompts: Projected, place: Any = None) -> Any:
+        """Prompts on the device, in an OrtValue that is there or in a new one."""
+        binding = self.sessions[PROJECT].io_binding()
+        for name, value in {"z": self.there(prompts.z), **self.held(prompts.projection)}.items():
+            binding.bind_ortvalue_input(name, value)
+        if place is None:
+            binding.bind_output("prompts", self.memory)
+        else:
+            binding.bind_ortvalue_output("prompts", place)
+        self.sessions[PROJECT].run_with_iobinding(binding, options_for(-1))
+        return binding.get_outputs()[0]
+
+    def put_prompts(self, prompts: Prompts) -> Any:
+        """To the device; with CUDA graphs as they are, for the call knows where it reads them."""
+        here = prompts if isinstance(prompts, Projected) else np.ascontiguousarray(prompts)
+        return here if self.graphs else self.there(here)
 
     def put(self, array: Float32 | Int64) -> Any:
-        here = np.ascontiguousarray(array)
-        return here if here.dtype == np.float32 else self.there(here)
+        return self.there(np.ascontiguousarray(array))
 
     def get(self, array: Any) -> Float32:
         return np.array(array.numpy(), np.float32)

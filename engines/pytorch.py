@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bbt_accel.batch import Batch, Float32, Int64
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import PROJECT, Bundle
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError, first_line
@@ -52,9 +53,13 @@ class TorchEngine(StagedEngine):
         super().__init__(Bundle(bundle.path, info), device, threads, without)
         bundle = self.bundle
         self.backbone = make_backbone(load(bundle, device, threads), bundle.info)
+        self.projects = device == "cuda"
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays) -> Arrays:
+        if stage == PROJECT:
+            flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
+            return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}
         try:
             return self.backbone.run(stage, {k: v for k, v in inputs.items() if k in self.takes(stage)})
         except (RuntimeError, IndexError) as error:

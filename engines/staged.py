@@ -6,18 +6,21 @@ A subclass of `StagedEngine` says how to run one stage and how arrays come and g
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32, Int64
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import PROJECT, Bundle
 from bbt_accel.decoder_input import with_decoder_input
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.cutting import buckets, cut
 from bbt_accel.errors import EngineError, UsageError
+from bbt_accel.projection import Projected, Projection, Prompts, computed
 from bbt_accel.savings import inside
 
 Array = Any
@@ -36,10 +39,14 @@ class StagedEngine(Engine):
     """Rows in one call at most, where what is compiled takes no more."""
     candidates_per_call: int | None = None
     """Candidates in one call at most, likewise."""
+    projects = False
+    """Whether `run` runs the graph `project`: then a matrix is brought there once, and z comes in place of prompts."""
 
     def __init__(self, bundle: Bundle, device: str, threads: int | None, without: frozenset[str]) -> None:
         super().__init__(bundle)
         self.device, self.threads, self.without = device, threads, without
+        self.projections: WeakKeyDictionary[Projection, Arrays] = WeakKeyDictionary()
+        """The matrices that have been brought to where the engine computes."""
         missing = [name for name in inside(without) if name not in bundle.info.without]
         if missing:
             raise UsageError(f"{missing[0]} is part of the graphs of {bundle.path}: export --without {missing[0]}")
@@ -55,6 +62,23 @@ class StagedEngine(Engine):
     @abstractmethod
     def get(self, array: Array) -> Float32:
         """Bring an array back."""
+
+    def put_prompts(self, prompts: Prompts) -> Array:
+        """Bring prompts to where the engine computes; those that are projected there come as z."""
+        if not isinstance(prompts, Projected):
+            return self.put(np.ascontiguousarray(prompts))
+        return self.run(PROJECT, {"z": self.put(prompts.z), **self.held(prompts.projection)})["prompts"]
+
+    def put_again(self, array: Array | None, prompts: Float32) -> Array:
+        """Bring prompts that take the place of others, into the same array where its address matters."""
+        return self.put_prompts(prompts)
+
+    def held(self, projection: Projection) -> Arrays:
+        """The other inputs of the graph `project`; they stay as long as the projection is in use."""
+        if projection not in self.projections:
+            arrays = {"matrix": projection.matrix, "p0": projection.p0}
+            self.projections[projection] = {name: self.put(array) for name, array in arrays.items()}
+        return self.projections[projection]
 
     def bind(self, batch: Batch) -> StagedBoundBatch:
         check_tokens(self.bundle, batch)
@@ -80,8 +104,11 @@ class StagedBoundBatch(BoundBatch):
     def __init__(self, engine: StagedEngine, batch: Batch) -> None:
         super().__init__(engine.bundle, batch)
         self.engine, self.info = engine, engine.bundle.info
+        self.projects = engine.projects and "layer-cache" not in engine.without
         groups = self.groups(engine.without, engine.bucket_step)
         self.buckets = [self.hold(rows, engine.without) for rows in groups]
+        self.standing: dict[tuple[int, int], tuple[Float32, Array]] = {}
+        """bbtv2: layer and population → the prompt that stood in the layer last, and the engine's array of it."""
 
     def groups(self, without: frozenset[str], step: int) -> list[Int64]:
         """Row indices of each bucket."""
@@ -98,28 +125,40 @@ class StagedBoundBatch(BoundBatch):
         inputs = {name: self.engine.put(value) for name, value in found.items() if value is not None}
         return Bucket(rows, part.input_ids.shape[1], inputs)
 
-    def _label_logits(self, prompts: Float32) -> Float32:
+    def _label_logits(self, prompts: Prompts) -> Float32:
         logits = self.empty(len(prompts))
+
+        @cache
+        def brought(start: int, stop: int) -> list[Array]:
+            some = prompts[start:stop]
+            deep = self.info.method == "bbtv2"
+            return [self.engine.put_prompts(p) for p in (np.moveaxis(computed(some), 1, 0) if deep else [some])]
+
         for bucket in self.buckets:
             for some in self.chunks(len(prompts), bucket):
+                here = brought(some.start, some.stop)
                 if self.info.method == "bbt":
-                    inputs = {**bucket.inputs, "prompts": self.engine.put(prompts[some])}
-                    out = self.engine.run("model", inputs)["label_logits"]
+                    out = self.engine.run("model", {**bucket.inputs, "prompts": here[0]})["label_logits"]
                 else:
-                    out = self.upward(bucket, self.embed(bucket), 0, list(np.moveaxis(prompts[some], 1, 0)))
+                    out = self.upward(bucket, self.embed(bucket), 0, here)
                 logits[some, bucket.rows] = self.engine.get(out)
         return logits
 
-    def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
+    def _layer_logits(self, stack: Float32, layer: int, candidates: Prompts) -> Float32:
         if "layer-cache" in self.engine.without:
-            return super()._layer_logits(stack, layer, candidates)
+            return super()._layer_logits(stack, layer, computed(candidates))
         logits = self.empty(len(candidates))
+
+        @cache
+        def brought(start: int, stop: int) -> list[Array]:
+            above = [self.stand(stack, i, stop - start) for i in range(layer + 1, self.info.n_layers)]
+            return [self.engine.put_prompts(candidates[start:stop]), *above]
+
         for bucket in self.buckets:
             self.advance(bucket, stack, layer)
             for some in self.chunks(len(candidates), bucket):
-                above = [np.ascontiguousarray(p[None]) for p in stack[layer + 1 :]]
-                prompts = [candidates[some], *above]
-                logits[some, bucket.rows] = self.engine.get(self.upward(bucket, bucket.state, layer, prompts))
+                out = self.upward(bucket, bucket.state, layer, brought(some.start, some.stop))
+                logits[some, bucket.rows] = self.engine.get(out)
         return logits
 
     def advance(self, bucket: Bucket, stack: Float32, layer: int) -> None:
@@ -127,33 +166,40 @@ class StagedBoundBatch(BoundBatch):
         if not (0 <= bucket.layer <= layer and bucket.below == stack[: bucket.layer].tobytes()):
             bucket.layer, bucket.state = 0, self.embed(bucket)
         while bucket.layer < layer:
-            bucket.state = self.block(bucket, bucket.state, bucket.layer, stack[bucket.layer][None])
+            bucket.state = self.block(bucket, bucket.state, bucket.layer, self.stand(stack, bucket.layer, 1))
             bucket.layer += 1
         bucket.below = stack[:layer].tobytes()
+
+    def stand(self, stack: Float32, layer: int, population: int) -> Array:
+        """The prompt that stands in a layer, once for each of so many candidates; it is brought when it has changed."""
+        known, array = self.standing.get((layer, population), (None, None))
+        if known is None or not np.array_equal(known, stack[layer]):
+            known = stack[layer].copy()
+            array = self.engine.put_again(array, np.repeat(known[None], population, axis=0))
+            self.standing[layer, population] = known, array
+        return array
 
     def embed(self, bucket: Bucket) -> Arrays:
         return self.engine.run("embed", bucket.inputs)
 
-    def block(self, bucket: Bucket, state: Arrays, layer: int, prompts: Float32) -> Arrays:
+    def block(self, bucket: Bucket, state: Arrays, layer: int, prompts: Array) -> Arrays:
         """Block `layer` with its prompts (P or 1, n, H)."""
-        inputs = {**bucket.inputs, **state, "prompts": self.engine.put(np.ascontiguousarray(prompts))}
-        out = self.engine.run(f"block_{layer:02d}", inputs)
+        out = self.engine.run(f"block_{layer:02d}", {**bucket.inputs, **state, "prompts": prompts})
         return {name.removesuffix("_out"): value for name, value in out.items()}
 
-    def upward(self, bucket: Bucket, state: Arrays, layer: int, prompts: list[Float32]) -> Array:
+    def upward(self, bucket: Bucket, state: Arrays, layer: int, prompts: Sequence[Array]) -> Array:
         """From what enters block `layer` to the label logits; one array of prompts for each block from there."""
-        population = max(len(p) for p in prompts)
-        for p in prompts[:-1]:
-            state = self.block(bucket, state, layer, widen(p, population))
+        *below, last = prompts
+        for here in below:
+            state = self.block(bucket, state, layer, here)
             layer += 1
-        last = self.engine.put(np.ascontiguousarray(widen(prompts[-1], population)))
         return self.engine.run("last", {**bucket.inputs, **state, "prompts": last})["label_logits"]
 
     def layer_stds(self) -> Float32:
         whole = frozenset({"buckets"})  # the original measures the padded batch
         held = [self.hold(rows, whole) for rows in self.groups(whole, 1)]
         states = [self.embed(bucket) for bucket in held]
-        nothing = np.zeros((1, *self.info.prompt_shape[1:]), np.float32)
+        nothing = self.engine.put_prompts(np.zeros((1, *self.info.prompt_shape[1:]), np.float32))
         stds = []
         for layer in range(self.info.n_layers):
             stds.append(clipped_std(np.concatenate([self.hidden(s) for s in states])))
@@ -176,7 +222,7 @@ class StagedBoundBatch(BoundBatch):
         if "population" in self.engine.without:
             size = 1
         for start in range(0, population, size):
-            yield slice(start, start + size)
+            yield slice(start, min(start + size, population))
 
     def empty(self, population: int) -> Float32:
         if not self.buckets:
@@ -184,12 +230,7 @@ class StagedBoundBatch(BoundBatch):
         return np.empty((population, len(self.batch), len(self.batch.label_token_ids)), np.float32)
 
     def close(self) -> None:
-        self.buckets = []
-
-
-def widen(prompts: Float32, population: int) -> Float32:
-    """One prompt for all candidates → the same for each."""
-    return prompts if len(prompts) == population else np.repeat(prompts, population, axis=0)
+        self.buckets, self.standing = [], {}
 
 
 def clipped_std(values: Float32, rounds: int = 5) -> float:

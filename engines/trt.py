@@ -49,6 +49,7 @@ class TrtEngine(StagedEngine):
 
     name = "trt"
     bucket_step = 8
+    projects = True
 
     def __init__(
         self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
@@ -213,6 +214,9 @@ class TrtEngine(StagedEngine):
 
     def put(self, array: Float32 | Int64) -> DeviceArray:
         return self.cuda.upload(array)
+
+    def put_again(self, array: DeviceArray | None, prompts: Float32) -> DeviceArray:
+        return self.cuda.upload(prompts, array)
 
     def get(self, array: DeviceArray) -> Float32:
         return np.asarray(self.cuda.download(array), np.float32)

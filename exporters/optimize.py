@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import Bundle, BundleInfo, new_folder, write_info
+from bbt_accel.bundle import PROJECT, Bundle, BundleInfo, new_folder, write_info
 from bbt_accel.errors import BundleError, ExportError, UsageError
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import calibration_rows, random_prompts, stage_feeds
@@ -76,9 +76,12 @@ def optimize_bundle(
     batch = calibration_rows(bundle, calibrate, data)
     prompts = random_prompts(bundle)
     with new_folder(output) as folder:
-        # The checkpoint's own tensors serve fused graphs in fp32 alone; all others keep theirs elsewhere.
-        weights = ["model.safetensors"] if (precision, target) == ("fp32", "ort") else []
-        for name in ("config.json", "tokenizer.json", *weights):
+        kept = ["config.json", "tokenizer.json"]
+        if (precision, target) == ("fp32", "ort"):  # all others have tensors of their own
+            kept.append("model.safetensors")
+        if target != "openvino":  # which runs on the CPU
+            kept.append(f"{PROJECT}.onnx")
+        for name in kept:
             shutil.copyfile(source / name, folder / name)
         report = lower(bundle, folder, target, precision, batch, prompts, max_noise)
         if target == "trt":

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bbt_accel.bundle import PLANS, Bundle, BundleInfo
+from bbt_accel.bundle import PLANS, PROJECT, Bundle, BundleInfo
 from bbt_accel.errors import PlanError
 from bbt_accel.exporters.trt_api import Api, new_logger, reason
 
@@ -38,6 +38,8 @@ class Sizes(BaseModel):
     tokens: Range
     labels: Range = (1, 2, 256)
     decoder: Range = (1, 2, 2)
+    dim: Range = (1, 500, 2**14)
+    """Of the space that is searched."""
 
     def of_input(self, name: str, shape: tuple[int, ...], info: BundleInfo) -> list[list[int]]:
         """min, opt and max shape of a stage's input; open axes (-1) are those of `exporters.graph.dynamic_axes`."""
@@ -53,6 +55,9 @@ class Sizes(BaseModel):
             "decoder_input_ids": {0: self.rows, 1: self.decoder},
             "hidden": {0: state, 1: self.rows, 2: text},
             "prefix": {0: state},
+            "z": {0: self.candidates, 1: self.dim},
+            "matrix": {1: self.dim},
+            "p0": {},
         }
         return [[axes[name][i][k] if size < 0 else size for i, size in enumerate(shape)] for k in range(3)]
 
@@ -155,14 +160,14 @@ def profile_of(bundle: Bundle) -> Sizes:
 
 
 def keys(bundle: Bundle, api: Api, gpu: str | None, capability: tuple[str, ...], driver: str | None) -> dict[str, Key]:
-    """The key of each stage."""
+    """The key of each stage, and of the projection."""
     profile = profile_of(bundle)
     return {
         stage: Key(
             graph=graph_digest(bundle, stage), runtime=api.version, gpu=gpu, capability=capability, driver=driver,
             profile=profile,
         )
-        for stage in bundle.info.stages
+        for stage in (*bundle.info.stages, PROJECT)
     }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class FakeRuntime:
         self.memory, self.devices = memory, devices
         self.blocks: dict[int, Any] = {}
         self.capturing: list[Callable[[], None]] | None = None
-        self.launches = 0
+        self.launches = self.uploaded = 0
         self.captures = True
         self.properties = SimpleNamespace(name=b"NVIDIA Fake 1000\0\0", major=8, minor=9)
 
@@ -79,6 +79,7 @@ class FakeRuntime:
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[Any, ...]:
         assert stream == 7
         assert self.capturing is None, "a copy from pageable memory cannot be captured"
+        self.uploaded += size if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else 0
         ctypes.memmove(to, source, size)
         return (Status.cudaSuccess,)
 

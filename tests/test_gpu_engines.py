@@ -24,7 +24,7 @@ import torch
 from conftest import Export
 from tiny_backbones import VARIANTS
 
-from bbt_accel import Batch, Bundle, cuda, load_engine
+from bbt_accel import Batch, Bundle, Projection, cuda, load_engine
 from bbt_accel.engines import ort, trt
 from bbt_accel.engines.ort import OrtEngine
 from bbt_accel.engines.ort_cuda import OrtCudaEngine
@@ -34,6 +34,7 @@ from bbt_accel.exporters import optimize, tensorrt
 from bbt_accel.exporters.optimize import optimize_bundle, pad_columns
 from bbt_accel.exporters.rows import sample_rows
 from bbt_accel.exporters.trt_api import Api
+from bbt_accel.projection import Projected
 
 DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"),
              ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add")]  # fmt: skip
@@ -72,9 +73,22 @@ def candidates(bundle: Bundle, count: int = 5) -> Any:
     return np.random.default_rng(0).standard_normal((count, *bundle.info.prompt_shape), dtype=np.float32)
 
 
+def projected(bundle: Bundle, count: int = 5, dim: int = 16) -> Projected:
+    n, hidden = bundle.info.prompt_shape[-2:]
+    rng = np.random.default_rng(0)
+    projection = Projection.normal(rng, dim, n, hidden, 0.3, p0=rng.standard_normal(n * hidden))
+    return Projected(projection, rng.standard_normal((count, dim), dtype=np.float32))
+
+
+def moved(prompts: Projected, step: int) -> Projected:
+    """Another population under the same projection."""
+    return Projected(prompts.projection, prompts.z + np.float32(step))
+
+
 def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> None:
     """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine has kept meanwhile."""
     rows, prompts, info = sample_rows(bundle, 12), candidates(bundle), bundle.info
+    there = projected(bundle)
     with (
         load_engine(bundle, name, device="cuda", threads=1, **options) as engine,
         load_engine(source, "ort", threads=1) as other,
@@ -85,11 +99,21 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
             np.testing.assert_allclose(
                 found.label_logits(prompts * times), wanted.label_logits(prompts * times), rtol=0, atol=atol
             )
-        if info.method == "bbtv2":
+        assert found.projects == ("layer-cache" not in options.get("without", ()))
+        assert not wanted.projects
+        if info.method == "bbt":
+            for turn in range(4):
+                z = moved(there, turn)
+                np.testing.assert_allclose(found.label_logits(z), wanted.label_logits(z), rtol=0, atol=atol)
+        else:
             stack = prompts[0].copy()
-            for turn in range(3 * info.n_layers):
+            for turn in range(4 * info.n_layers):
                 layer = turn % info.n_layers
                 some = prompts[:, layer] + turn
+                z = moved(there, turn)
+                np.testing.assert_allclose(
+                    found.layer_logits(stack, layer, z), wanted.layer_logits(stack, layer, z), rtol=0, atol=atol
+                )
                 np.testing.assert_allclose(
                     found.layer_logits(stack, layer, some), wanted.layer_logits(stack, layer, some), rtol=0, atol=atol
                 )
@@ -142,6 +166,25 @@ def test_a_search_runs_from_graphs_after_its_third_generation(
             bound.label_logits(candidates(bundle))
         assert (len(engine.graphs), gpu.launches) == (graphs, 5 * graphs)
         assert engine.versions()["device"] == "NVIDIA Fake 1000, compute capability 8.9"
+
+
+def test_a_generation_sends_z_alone(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        prompts = projected(bundle)
+        bound.label_logits(prompts)
+        gpu.uploaded = 0
+        for generation in range(1, 4):
+            bound.label_logits(moved(prompts, generation))
+        assert gpu.uploaded == 3 * prompts.z.nbytes
+
+
+def test_a_projection_leaves_the_gpu_with_its_search(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(engine, TrtEngine)
+        bound.label_logits(projected(bundle))
+        assert not engine.projections
 
 
 def test_savings_can_be_switched_off(tiny: Export, made: Callable[..., Bundle]) -> None:
