@@ -21,9 +21,12 @@ help:
 	$(BIN)/pip install --quiet --editable '.[cpu,export,serve,remote,test]'
 	@touch $@
 
-# TensorRT for RTX builds plans without a GPU (95 MB, on Linux); without it the tests that build them are skipped.
-.venv/.trt: .venv/.installed
-	-@$(BIN)/pip install --quiet --editable '.[trt]' || echo "the trt extra cannot be installed: its tests are skipped"
+# What has no wheel for this system or Python is left out, and its tests are skipped. TensorRT for RTX builds plans
+# without a GPU.
+.venv/.extras: .venv/.installed
+	@for extra in openvino ray trt; do \
+	  $(BIN)/pip install --quiet --editable ".[$$extra]" || echo "no [$$extra] here: its tests are skipped"; \
+	done
 	@touch $@
 
 .venv/.lint: .venv/.installed
@@ -44,7 +47,7 @@ demo: .venv/.installed
 	  "The new phone has a faster chip" "Doctors recommend a flu shot this winter"
 	@echo; echo "demo-run/ort holds $$(ls -m demo-run/ort)"
 
-test: .venv/.installed .venv/.trt
+test: .venv/.installed .venv/.extras
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,

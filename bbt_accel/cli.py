@@ -259,7 +259,9 @@ def sweep(
     loss: LossName = None,
     eval_every: EvalEvery = None,
     random_proj: RandomProj = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Trials at a time. (default: 1)")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time. (default: 1; --ray: one a node or GPU)")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a trial. (default: its share)")] = None,
     ray: Ray = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on: what is done is not run again.")] = False,
@@ -335,7 +337,7 @@ def predict(
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="Texts; those of a sentence pair with a tab between.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A text (or a JSON object) a line; - is standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text (for pairs: JSON) a line; - is standard input.")] = None,
     bundle: OtherBundle = None,
     engine: RunEngine = None,
     url: Url = None,

@@ -127,7 +127,9 @@ class Cuda:
     def upload(self, array: npt.NDArray[Any], there: DeviceArray | None = None) -> DeviceArray:
         """Copy an array to the device: into another of its size, or into a new one."""
         array = np.ascontiguousarray(array)
-        there = there or self.empty(array.shape, array.dtype)
+        there = self.empty(array.shape, array.dtype) if there is None else there
+        if there.nbytes != array.nbytes:
+            raise ValueError(f"{array.nbytes} bytes do not fit into {there.nbytes}")
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         # From pageable memory this returns when the array has been read: it may change right after.
         self.call("cudaMemcpyAsync", there.address, array.ctypes.data, array.nbytes, kind, self.stream)
@@ -195,6 +197,6 @@ def failure(runtime: Any, function: str, status: Any) -> str:
     if name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorStubLibrary"):
         return "there is no NVIDIA GPU, or its driver is too old for this cuda-python; see bbt-accel doctor"
     if name == "cudaErrorMemoryAllocation":
-        return "the GPU is out of memory; use a smaller backbone, --popsize or --k-shot"
+        return "the GPU is out of memory; use a smaller backbone, --popsize, --k-shot or --intrinsic-dim"
     _, text = runtime.cudaGetErrorString(status)
     return f"CUDA failed in {function} ({name}: {text.decode() if isinstance(text, bytes) else text})"

@@ -96,6 +96,12 @@ def installed(package: str) -> str | None:
         return None
 
 
+def installed_versions() -> dict[str, str]:
+    """Of Python, bbt-accel, and whatever of its dependencies is installed."""
+    ours = {"python": platform.python_version(), "bbt-accel": bbt_accel.__version__}
+    return ours | {name: found for name in (*CORE, *OPTIONAL) if (found := installed(name)) is not None}
+
+
 def describe_machine() -> Machine:
     info = _cpuinfo()
     flags = set(info.get("flags", info.get("Features", "")).split())

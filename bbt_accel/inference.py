@@ -46,7 +46,7 @@ def evaluate(
     if split == "dev":
         _, rows = few_shot(rows, run.task.n_classes, run.info.settings.k_shot, run.info.settings.seed)
     with _engine(run, bundle, engine, device, threads, url) as loaded:
-        logits = _label_logits(loaded, Encoder(loaded.bundle, run.task), rows, [run.prompt, np.zeros_like(run.prompt)])
+        logits = label_logits(loaded, Encoder(loaded.bundle, run.task), rows, [run.prompt, np.zeros_like(run.prompt)])
         _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
         return {
             "split": split,
@@ -110,7 +110,7 @@ class Classifier:
         Raises EngineError, and NonFiniteLoss where a logit is NaN or infinite.
         """
         rows = [Row({column: text[column] for column in self.task.text}) for text in texts]
-        logits = _label_logits(self.engine, self.encoder, rows, [self.prompt])
+        logits = label_logits(self.engine, self.encoder, rows, [self.prompt])
         Objective().score(logits, np.zeros(len(rows), np.int64))  # raises when not finite
         exact = logits[0].astype(np.float64)
         weights = np.exp(exact - exact.max(axis=1, keepdims=True))
@@ -138,7 +138,7 @@ def _engine(
         yield engine
 
 
-def _label_logits(engine: Engine, encoder: Encoder, rows: Sequence[Row], prompts: Sequence[Float32]) -> Float32:
+def label_logits(engine: Engine, encoder: Encoder, rows: Sequence[Row], prompts: Sequence[Float32]) -> Float32:
     """float32 (P, N, C), a few rows at a time."""
     population, parts = np.stack(prompts), []
     for start in range(0, len(rows), ROWS):

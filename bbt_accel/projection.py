@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -55,22 +54,27 @@ class Projection:
         One matrix product for the population; a candidate's prompt does not depend on its neighbours beyond the
         rounding of that product.
         """
-        z = np.asarray(Z, dtype=np.float32)
-        if z.ndim != 2 or z.shape[1] != self.matrix.shape[1]:
-            raise UsageError(f"candidates must have the shape (P, {self.matrix.shape[1]}), not {z.shape}")
+        z = self.checked(Z)
         prompts: Float32 = (z @ self.matrix.T + self.p0).reshape(len(z), *self.prompt_shape)
         return prompts
 
+    def checked(self, Z: npt.ArrayLike) -> Float32:
+        """Z as a contiguous float32 (P, d). Raises UsageError where it has another shape."""
+        z = np.ascontiguousarray(Z, dtype=np.float32)
+        if z.ndim != 2 or z.shape[1] != self.matrix.shape[1]:
+            raise UsageError(f"candidates must have the shape (P, {self.matrix.shape[1]}), not {z.shape}")
+        return z
 
-@dataclass(frozen=True)
-class Projected:
+
+class Latent:
     """Prompts of a population as what they are projected from, for engines that project where they compute.
 
-    z: float32 (P, d). Its length, shape and slices are those of the prompts, (P, n, H).
+    Z: (P, d), cast to float32. Length, shape and slices are those of the prompts, (P, n, H).
+    Raises UsageError when Z does not fit the projection.
     """
 
-    projection: Projection
-    z: Float32
+    def __init__(self, projection: Projection, Z: npt.ArrayLike) -> None:
+        self.projection, self.z = projection, projection.checked(Z)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,21 +83,21 @@ class Projected:
     def __len__(self) -> int:
         return len(self.z)
 
-    def __getitem__(self, some: slice) -> Projected:
-        return Projected(self.projection, self.z[some])
+    def __getitem__(self, some: slice) -> Latent:
+        return Latent(self.projection, self.z[some])
 
     def compute(self) -> Float32:
         """The prompts, float32 (P, n, H)."""
         return self.projection.prompts(self.z)
 
 
-Prompts = Float32 | Projected
+Prompts = Float32 | Latent
 """Prompts, or what they are projected from."""
 
 
 def computed(prompts: Prompts) -> Float32:
     """The prompts as an array."""
-    return prompts.compute() if isinstance(prompts, Projected) else prompts
+    return prompts.compute() if isinstance(prompts, Latent) else prompts
 
 
 def prompt_std(alpha: float, embedding_std: float, d: int, sigma: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,11 @@ def report_run(run: Run, as_json: bool) -> None:
 
 
 def report_score(score: Mapping[str, object], as_json: bool) -> None:
-    print_json(score) if as_json else print_facts("Score", score)
+    if as_json:
+        print_json(score)
+        return
+    here = os.path.relpath(str(score["bundle"]))
+    print_facts("Score", {**score, "bundle": score["bundle"] if here.startswith("..") else here})
 
 
 def report_predictions(

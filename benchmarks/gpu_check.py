@@ -27,7 +27,7 @@ from bbt_accel.benchmarks.gpu_steps import N_PROMPT, TINY
 from bbt_accel.benchmarks.progress import StepProgress
 from bbt_accel.benchmarks.workload import save_batch, timed_rows
 from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.doctor import CORE, OPTIONAL, describe_machine, installed
+from bbt_accel.doctor import describe_machine, installed_versions
 from bbt_accel.errors import BbtError, EngineError
 
 ENGINES = (("torch", "fp32"), ("ort", "fp32"), ("ort", "fp16"), ("trt", "fp32"), ("trt", "fp16"))
@@ -53,7 +53,6 @@ class GpuCheck:
             print(f"the ceilings could not be measured: {failed[0]}", file=sys.stderr)
         checks = [*self.exactness(), *self.traces()]
         speeds = [speed for method in self.given.methods.split(",") for speed in self.speeds(method)]
-        versions = {name: v for name in (*CORE, *OPTIONAL) if (v := installed(name)) is not None}
         return GpuReport(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command,
@@ -68,7 +67,7 @@ class GpuCheck:
             bandwidth_gbs=self.ceilings.get("bandwidth_gbs"),
             checks=checks,
             speeds=speeds,
-            versions=versions,
+            versions=installed_versions(),
         )
 
     @contextmanager

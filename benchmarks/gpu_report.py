@@ -6,7 +6,7 @@ from pydantic import Field
 
 from bbt_accel.benchmarks.markdown import digits
 from bbt_accel.benchmarks.report import Part
-from bbt_accel.display import markdown_table
+from bbt_accel.display import markdown_table, text
 
 SECONDS = 30.0
 """Target on one H100: a search of 8,000 calls on RoBERTa-large and SST-2, in seconds."""
@@ -127,11 +127,10 @@ class GpuReport(Part):
                 ],
                 text_columns=8,
             ),
-            "ms is for one candidate. The third column of times is what the calls of a search would take at that rate, "
-            "the fourth a whole search with CMA-ES. Rates are shares of the fp16 matrix rate: of the naive forward's "
-            "operations, and of those that are computed.",
-            f"{self.created}; `{self.command}`; "
-            + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "ms is for one candidate, from z to its label logits, the projection included. The next column is what the "
+            "calls of a search would take at that rate, then comes a whole search with CMA-ES. Rates are shares of the "
+            "fp16 matrix rate: of the naive forward's operations, and of those that are computed.",
+            f"{self.created}; `{self.command}`; {text(self.versions)}",
         ]  # fmt: skip
         return "\n\n".join(parts) + "\n"
 

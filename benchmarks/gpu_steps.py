@@ -15,12 +15,15 @@ from bbt_accel.benchmarks.workload import load_batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
+from bbt_accel.projection import Latent, Projection
 
 TINY: dict[str, dict[str, Any]] = {
     "roberta": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,
                 "max_position_embeddings": 130, "type_vocab_size": 1},
     "bert": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,
              "max_position_embeddings": 128},
+    "electra": {"hidden_size": 64, "embedding_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+                "intermediate_size": 96, "max_position_embeddings": 128},
     "bart": {"d_model": 64, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
              "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
              "max_position_embeddings": 128},
@@ -31,6 +34,8 @@ TINY: dict[str, dict[str, Any]] = {
 SIZES = {"cuda": (8192, 2**30), "cpu": (512, 2**24)}
 """Side of the fp16 matrices, and bytes that are copied."""
 N_PROMPT = 5
+DIM = 20
+"""Of the space that prompts are projected from."""
 SHAPES = ((8, 40, 5), (5, 12, 3), (1, 8, 1))
 """Rows, words of the longest and candidates of the batches that engines are held to the CPU on."""
 
@@ -96,11 +101,17 @@ def logits_of(engine: Engine) -> list[Float32]:
 
 
 def both(bound: BoundBatch, prompts: Float32) -> list[Float32]:
-    """Logits of whole prompts; for bbtv2 of each layer's candidates too."""
-    found = [bound.label_logits(prompts)]
-    if bound.bundle.info.method == "bbtv2":
-        found += [bound.layer_logits(prompts[0], layer, prompts[:, layer]) for layer in range(prompts.shape[1])]
-    return found
+    """Logits of whole prompts and of projected ones; for bbtv2 of each layer's candidates too."""
+    n, hidden = prompts.shape[-2:]
+    rng, std = np.random.default_rng(0), float(prompts.std())
+    p0 = std * rng.standard_normal(n * hidden)
+    projection = Projection.normal(rng, DIM, n, hidden, std / DIM**0.5, p0)
+    z = Latent(projection, rng.standard_normal((len(prompts), DIM)))
+    if bound.bundle.info.method == "bbt":
+        return [bound.label_logits(prompts), bound.label_logits(z)]
+    layers = range(prompts.shape[1])
+    found = [bound.layer_logits(prompts[0], layer, prompts[:, layer]) for layer in layers]
+    return [bound.label_logits(prompts), *found, *(bound.layer_logits(prompts[0], layer, z) for layer in layers)]
 
 
 def cases(bundle: Bundle) -> list[tuple[Batch, Float32]]:
@@ -115,7 +126,6 @@ def cases(bundle: Bundle) -> list[tuple[Batch, Float32]]:
 def golden(trace: str, engine: dict[str, Any]) -> float:
     """Largest difference of the first generation's losses from those that the original program recorded."""
     from bbt_accel.objective import Objective
-    from bbt_accel.projection import Projection
 
     with np.load(trace) as file:
         arrays = {name: file[name] for name in file.files}
@@ -123,7 +133,7 @@ def golden(trace: str, engine: dict[str, Any]) -> float:
         batch = traced_batch(arrays, loaded.bundle.info.family)
         n, hidden = loaded.bundle.info.prompt_shape[-2:]
         p0 = arrays["init_prompt"] if arrays["init_prompt"].size else None
-        prompts = Projection(arrays["A"][0], (n, hidden), p0).prompts(arrays["X"][0])
+        prompts = Latent(Projection(arrays["A"][0], (n, hidden), p0), arrays["X"][0])
         with loaded.bind(batch) as bound:
             if loaded.bundle.info.method == "bbt":
                 logits = bound.label_logits(prompts)
@@ -147,7 +157,7 @@ def traced_batch(arrays: dict[str, Any], family: str) -> Batch:
 
 
 def speed(engine: dict[str, Any], batch: str, popsize: int, repeats: int, half: bool = False) -> dict[str, Any]:
-    """Seconds a candidate, as the search evaluates it: from z to label logits.
+    """Seconds a candidate, as the search evaluates it: from z to label logits, the best of a layer put in its place.
 
     half: the eager model in fp16. Graphs and kernels are made before the clock runs.
     """
@@ -168,10 +178,11 @@ def searching(bound: BoundBatch, popsize: int) -> Callable[[], int]:
     info, settings = bound.bundle.info, resolve({"popsize": popsize})
     deep = info.method == "bbtv2"
     space = Space(info, settings, bound.layer_stds() if deep else None)
-    z = np.random.default_rng(0).standard_normal((popsize, settings.intrinsic_dim), dtype=np.float32)
+    rng = np.random.default_rng(0)
 
     def turn() -> int:
         for layer in range(info.n_layers if deep else 1):
+            z = settings.sigma * rng.standard_normal((popsize, settings.intrinsic_dim))
             space.logits(bound, layer, z)
             if deep:  # the best of a generation then stands in its layer
                 space.stack[layer] = space.prompts(layer, z[:1])[0]

@@ -27,8 +27,8 @@ from bbt_accel.benchmarks.timing import percentiles
 from bbt_accel.benchmarks.workload import save_batch
 from bbt_accel.bundle import Bundle, new_folder
 from bbt_accel.cli import one_line
-from bbt_accel.display import markdown_table
-from bbt_accel.doctor import describe_machine
+from bbt_accel.display import markdown_table, text
+from bbt_accel.doctor import describe_machine, installed_versions
 
 BASE = {"rows": 16, "length": 96, "population": 8, "layers": 4}
 STEPS = {
@@ -64,6 +64,7 @@ class Growth(BaseModel):
     base: dict[str, int]
     threads: int
     machine: dict[str, Any]
+    versions: dict[str, str] = {}
     points: list[Point]
 
 
@@ -130,7 +131,8 @@ def measure(shape: str, threads: int, repeats: int, command: str) -> Growth:
             for one in track(wanted, "measuring", console=console, disable=not console.is_terminal)
         ]
     return Growth(
-        command=command, shape=shape, base=BASE, threads=threads, machine=dict(describe_machine()), points=points
+        command=command, shape=shape, base=BASE, threads=threads, machine=dict(describe_machine()),
+        versions=installed_versions(), points=points,
     )  # fmt: skip
 
 
@@ -142,6 +144,7 @@ def table(growth: Growth) -> str:
         "",
         f"Median milliseconds a candidate; {base} unless the table says otherwise. {growth.machine.get('cpu', '')}, "
         f"{growth.threads} threads. `{growth.command}`",
+        *([f"\n{text(growth.versions)}"] if growth.versions else []),
     ]
     for factor in STEPS:
         found = {(p.value, p.row): p.ms for p in growth.points if p.factor == factor}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-import bbt_accel
 from bbt_accel.benchmarks import worker
 from bbt_accel.benchmarks.accuracy import judge, score, summarize
 from bbt_accel.benchmarks.options import SEED, Options
@@ -22,7 +20,7 @@ from bbt_accel.benchmarks.report import Baseline, Machine, Report, Row, Workload
 from bbt_accel.benchmarks.timing import percentiles, random_prompts
 from bbt_accel.benchmarks.workload import compared_rows, save_batch, timed_rows
 from bbt_accel.bundle import Bundle
-from bbt_accel.doctor import CORE, OPTIONAL, describe_machine, installed
+from bbt_accel.doctor import describe_machine, installed_versions
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import place
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, UsageError
@@ -264,8 +262,6 @@ class Harness:
 
     def report(self, command: str, machine: Machine, steady: Baseline) -> Report:
         options, info = self.options, self.exported.info
-        found = {name: installed(name) for name in (*CORE, *OPTIONAL)}
-        versions = {name: version for name, version in found.items() if version is not None}
         return Report(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command,
@@ -293,7 +289,7 @@ class Harness:
             ),
             baseline=steady,
             rows=[lane.row for lane in self.lanes],
-            versions={"bbt-accel": bbt_accel.__version__, "python": platform.python_version(), **versions},
+            versions=installed_versions(),
         )
 
 

@@ -10,6 +10,7 @@ import argparse
 import http.client
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -24,7 +25,6 @@ from typing import Any
 import numpy as np
 import tritonclient.http as triton
 
-import bbt_accel
 from bbt_accel.batch import Batch
 from bbt_accel.benchmarks.load_report import Load, Measured, draw_load, load_markdown
 from bbt_accel.benchmarks.timing import percentiles, random_prompts
@@ -32,7 +32,7 @@ from bbt_accel.benchmarks.workload import timed_rows
 from bbt_accel.bundle import Bundle, new_folder
 from bbt_accel.cli import one_line
 from bbt_accel.display import busy, print_markdown
-from bbt_accel.doctor import describe_machine
+from bbt_accel.doctor import describe_machine, installed_versions
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import EngineError, UsageError
@@ -70,9 +70,11 @@ def measure(
     seconds: float = 5.0,
     rows: int = 16,
     popsize: int = 10,
+    command: str = "",
 ) -> None:
     """Measure a bundle, or a run with its bundle, and write report.json, report.md and report.png into `output`.
 
+    command: for the report.
     Raises UsageError, EngineError when the server does not start, and what reading the bundle and the task raises.
     """
     run = Run.read(path) if (path / INFO).is_file() else None
@@ -94,6 +96,7 @@ def measure(
                 measured.append(load(url, request, count, seconds))
         report = Load(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=command,
             bundle=bundle.info.backbone,
             engine=engine,
             threads=threads,
@@ -102,7 +105,7 @@ def measure(
             popsize=popsize,
             seconds=seconds,
             machine=dict(describe_machine()),
-            version=bbt_accel.__version__,
+            versions=installed_versions(),
             measured=measured,
         )
         (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -269,7 +272,8 @@ def main() -> None:
         parser.error("--clients takes numbers from 1, with commas between")
     given.clients = [int(count) for count in given.clients.split(",")]
     with one_line():
-        measure(**vars(given))
+        command = shlex.join(["python", "-m", "bbt_accel.benchmarks.load", *sys.argv[1:]])
+        measure(**vars(given), command=command)
         print_markdown((given.output / "report.md").read_text(encoding="utf-8"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from bbt_accel.benchmarks.markdown import digits
-from bbt_accel.display import markdown_table
+from bbt_accel.display import markdown_table, text
 
 MEDIAN, TAIL = "#0072b2", "#e69f00"
 
@@ -38,6 +38,7 @@ class Load(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     created: str
+    command: str
     bundle: str
     engine: str
     threads: int | None
@@ -46,7 +47,7 @@ class Load(BaseModel):
     popsize: int
     seconds: float
     machine: dict[str, Any]
-    version: str
+    versions: dict[str, str]
     measured: list[Measured]
 
 
@@ -64,7 +65,8 @@ def load_markdown(report: Load) -> str:
         f"- **Clients:** threads of one process on the same machine, each sends again when it is answered; "
         f"{report.seconds:g} seconds a row",
         f"- **Machine:** {report.machine['cpu']}, {report.machine['cores']} cores",
-        f"- **Version:** bbt-accel {report.version}, {report.created}",
+        f"- **Command:** `{report.command}`, {report.created}",
+        f"- **Versions:** {text(report.versions)}",
     ]
     table, plot = markdown_table(header, lines), "![Latency and rate by clients](report.png)"
     return "\n".join(["# Load test of bbt-accel serve", "", table, "", plot, "", *facts, ""])

@@ -8,7 +8,7 @@ from typing import Any
 
 from bbt_accel.benchmarks.accuracy import LARGEST_ERROR, LEAST_AGREEMENT
 from bbt_accel.benchmarks.report import Report, Row, Tuned
-from bbt_accel.display import markdown_table
+from bbt_accel.display import markdown_table, text
 
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 STEADY = 0.1
@@ -144,7 +144,7 @@ def facts(report: Report) -> str:
         + "".join(f"; {gpu}" for gpu in machine.gpus),
         f"**Matrix rate:** fp32 {machine.fp32_rate:,.0f} GFLOP/s, int8 {int8}",
         f"**Steadiness:** eager took {digits(steady.first_ms)} ms a candidate before the rows, {again}",
-        "**Versions:** " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        f"**Versions:** {text(report.versions)}",
         f"**Date:** {report.created}",
         f"**Command:** `{report.command}`",
     ]

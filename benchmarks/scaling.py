@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +23,8 @@ from bbt_accel.benchmarks.timing import percentiles
 from bbt_accel.bundle import Bundle, new_folder
 from bbt_accel.cli import one_line
 from bbt_accel.data import few_shot, load_rows
-from bbt_accel.display import busy
-from bbt_accel.doctor import describe_machine
+from bbt_accel.display import busy, text
+from bbt_accel.doctor import describe_machine, installed_versions
 from bbt_accel.encoding import Encoder
 from bbt_accel.objective import Float64, Objective
 from bbt_accel.run import EngineRecord
@@ -63,6 +65,8 @@ class Report(Part):
 
     created: str
     """When the benchmark ended, UTC, ISO 8601."""
+    command: str
+    """That made it."""
     cpu: str
     """Model name of the processor."""
     cores: int
@@ -79,13 +83,18 @@ class Report(Part):
     """How far the first row's time had changed when it was measured again at the end; ratios are no better."""
     rows: list[Row]
     """One a configuration."""
+    versions: dict[str, str]
+    """Of what is installed."""
 
 
 def measure(
     bundle: Bundle, task_name: str, data: Path | None, engines: Sequence[str], popsize: int, k_shot: int, repeats: int,
-    most: int, tell: Callable[[str, int, int], None] = lambda what, done, of: None,
+    most: int, command: str = "", tell: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Report:  # fmt: skip
-    """Time every engine in this process and in 1 .. `most` workers of one thread, and with `most` threads here."""
+    """Time every engine in this process and in 1 .. `most` workers of one thread, and with `most` threads here.
+
+    command: for the report.
+    """
     task = load_task(task_name)
     settings = resolve(task.preset(bundle.info.method), {"popsize": popsize, "k_shot": k_shot, "seed": SEED})
     rows, _ = few_shot(load_rows(task, "train", data), task.n_classes, k_shot, SEED)
@@ -129,6 +138,7 @@ def measure(
     machine = describe_machine()
     return Report(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
         cpu=machine["cpu"],
         cores=machine["cores"],
         bundle=f"{Path(bundle.info.backbone).name}, {bundle.info.method}, {bundle.info.precision}",
@@ -137,6 +147,7 @@ def measure(
         repeats=repeats,
         drift=percentiles(again)[0] / found[0].ms_median - 1,
         rows=found,
+        versions=installed_versions(),
     )
 
 
@@ -174,7 +185,7 @@ def markdown(report: Report) -> str:
     facts = (
         f"{report.bundle}; {report.rows_of_task} rows, {report.popsize} candidates a generation, {report.repeats} "
         f"generations a row after one to warm up, medians. {report.cpu}, {report.cores} cores. The first row measured "
-        f"again at the end: {report.drift:+.1%}. {report.created}"
+        f"again at the end: {report.drift:+.1%}. `{report.command}`, {report.created}; {text(report.versions)}"
     )
     legend = "\n".join(
         f"- **{name}**: {' '.join((Row.model_fields[field].description or '').split())}"
@@ -205,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     with one_line(), new_folder(a.output) as folder, busy("measuring") as tell:
         sizes = a.popsize, a.k_shot, a.repeats, a.workers
-        report = measure(Bundle.read(a.bundle), a.task, a.data, ["dummy", a.engine], *sizes, tell)
+        words = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", "-m", "bbt_accel.benchmarks.scaling", *words])
+        report = measure(Bundle.read(a.bundle), a.task, a.data, ["dummy", a.engine], *sizes, command, tell)
         (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))

@@ -11,14 +11,14 @@ import numpy as np
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
-from bbt_accel.projection import Projected, Prompts
+from bbt_accel.projection import Latent, Prompts
 
 
 class BoundBatch(ABC):
     """Rows that an engine holds ready; candidates come and go."""
 
     projects = False
-    """Whether `_label_logits` and `_layer_logits` take `Projected` too, and project where the engine computes."""
+    """Whether `_label_logits` and `_layer_logits` take `Latent` too, and project where the engine computes."""
 
     def __init__(self, bundle: Bundle, batch: Batch) -> None:
         self.bundle = bundle
@@ -27,7 +27,8 @@ class BoundBatch(ABC):
     def label_logits(self, prompts: Prompts) -> Float32:
         """Logits of the label words at the readout position of every row, for every candidate.
 
-        prompts: float32 (P, n, H), or (P, L, n, H) for bbtv2. Returns float32 (P, N, C).
+        prompts: float32 (P, n, H), or (P, L, n, H) for bbtv2; or, for bbt, what they are projected from.
+        Returns float32 (P, N, C).
         """
         shape = self.bundle.info.prompt_shape
         return self._label_logits(self._taken("prompts", prompts, ("P", *shape)))
@@ -36,8 +37,8 @@ class BoundBatch(ABC):
         """bbtv2: logits for candidates of one layer's prompt while the other layers' prompts are fixed.
 
         stack: float32 (L, n, H), the prompts of all layers (that of `layer` is ignored).
-        candidates: float32 (P, n, H). Returns float32 (P, N, C), the same numbers as `label_logits` on the
-        whole stacks; an engine may reuse what it knows of the layers below `layer`.
+        candidates: float32 (P, n, H), or what they are projected from. Returns float32 (P, N, C), the same numbers as
+        `label_logits` on the whole stacks; an engine may reuse what it knows of the layers below `layer`.
         """
         self.bundle.require("bbtv2")
         layers, *one = self.bundle.info.prompt_shape
@@ -54,7 +55,7 @@ class BoundBatch(ABC):
 
     def _taken(self, name: str, prompts: Prompts, shape: tuple[str | int, ...]) -> Any:
         """Prompts as the engine takes them. Raises UsageError where their shape is another."""
-        if not isinstance(prompts, Projected):
+        if not isinstance(prompts, Latent):
             return checked(name, prompts, shape)
         check_shape(name, prompts.shape, shape)
         return prompts if self.projects else prompts.compute()

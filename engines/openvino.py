@@ -48,6 +48,8 @@ class OpenVinoEngine(StagedEngine):
             found = request.infer({i.get_any_name(): inputs[i.get_any_name()] for i in model}, share_inputs=True)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO failed in {stage} ({first_line(error)})") from error
+        if len(self.requests) > 1:  # else each of bbtv2's stages would keep its activations, for none but itself
+            request.get_compiled_model().release_memory()
         return {o.get_any_name(): found[o] for o in request.model_outputs}
 
     def put(self, array: Float32 | Int64) -> Any:

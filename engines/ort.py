@@ -90,4 +90,5 @@ class OrtEngine(StagedEngine):
         return {**found, "provider": self.provider}
 
     def close(self) -> None:
+        super().close()
         self.sessions = {}

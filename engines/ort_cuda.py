@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +17,7 @@ from bbt_accel.bundle import PROJECT, Bundle
 from bbt_accel.engines.ort import OrtEngine
 from bbt_accel.engines.staged import Arrays
 from bbt_accel.errors import EngineError, first_line
-from bbt_accel.projection import Projected, Prompts
+from bbt_accel.projection import Latent, Prompts
 
 log = logging.getLogger(__name__)
 MOST_GRAPHS = 64
@@ -74,19 +76,29 @@ class OrtCudaEngine(OrtEngine):
         session = self.sessions[stage]
         given = {i.name: inputs[i.name] for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
-        try:
-            found = self.again(session, given, names) if self.graphs else self.once(session, given, names)
-        except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({first_line(error)})") from error
-        return dict(zip(names, found, strict=True))
+        again = self.graphs and stage != PROJECT
+        with self.failing(f"in {stage}.onnx"):
+            found = self.again(session, given, names) if again else self.once(session, given, names)
+            return dict(zip(names, found, strict=True))
 
-    def once(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
-        """A call whose outputs are new arrays on the device."""
+    @contextmanager
+    def failing(self, where: str) -> Iterator[None]:
+        """Makes an EngineError of whatever ONNX Runtime raises."""
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise EngineError(f"ONNX Runtime failed {where} ({first_line(error)})") from error
+
+    def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:
+        """A call whose outputs are new arrays on the device, or whose one output is `place`."""
         binding = session.io_binding()
         for name, value in given.items():
             binding.bind_ortvalue_input(name, self.there(value))
         for name in names:
-            binding.bind_output(name, self.memory)
+            if place is None:
+                binding.bind_output(name, self.memory)
+            else:
+                binding.bind_ortvalue_output(name, place)
         session.run_with_iobinding(binding, options_for(-1))
         found: list[Any] = binding.get_outputs()
         return found
@@ -102,7 +114,7 @@ class OrtCudaEngine(OrtEngine):
                 return found
             self.calls[key] = self.fixed(session, given, names, self.seen[key])
         call = self.calls[key]
-        if isinstance(given["prompts"], Projected):
+        if isinstance(given["prompts"], Latent):
             self.project(given["prompts"], call.prompts)
         else:
             call.prompts.update_inplace(given["prompts"])
@@ -124,27 +136,22 @@ class OrtCudaEngine(OrtEngine):
         """A numpy array, or what prompts are projected from, as an OrtValue on the device; an OrtValue as it is."""
         if isinstance(value, np.ndarray):
             return onnxruntime.OrtValue.ortvalue_from_numpy(value, self.memory)
-        return self.project(value) if isinstance(value, Projected) else value
+        return self.project(value) if isinstance(value, Latent) else value
 
-    def project(self, prompts: Projected, place: Any = None) -> Any:
+    def project(self, prompts: Latent, place: Any = None) -> Any:
         """Prompts on the device, in an OrtValue that is there or in a new one."""
-        binding = self.sessions[PROJECT].io_binding()
-        for name, value in {"z": self.there(prompts.z), **self.held(prompts.projection)}.items():
-            binding.bind_ortvalue_input(name, value)
-        if place is None:
-            binding.bind_output("prompts", self.memory)
-        else:
-            binding.bind_ortvalue_output("prompts", place)
-        self.sessions[PROJECT].run_with_iobinding(binding, options_for(-1))
-        return binding.get_outputs()[0]
+        given = {"z": prompts.z, **self.matrices(prompts.projection)}
+        return self.once(self.sessions[PROJECT], given, ["prompts"], place)[0]
 
     def put_prompts(self, prompts: Prompts) -> Any:
         """To the device; with CUDA graphs as they are, for the call knows where it reads them."""
-        here = prompts if isinstance(prompts, Projected) else np.ascontiguousarray(prompts)
-        return here if self.graphs else self.there(here)
+        if self.graphs:
+            return prompts if isinstance(prompts, Latent) else np.ascontiguousarray(prompts)
+        return super().put_prompts(prompts)
 
     def put(self, array: Float32 | Int64) -> Any:
-        return self.there(np.ascontiguousarray(array))
+        with self.failing("to bring an array to the GPU"):
+            return self.there(np.ascontiguousarray(array))
 
     def get(self, array: Any) -> Float32:
         return np.array(array.numpy(), np.float32)

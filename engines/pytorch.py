@@ -57,10 +57,10 @@ class TorchEngine(StagedEngine):
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays) -> Arrays:
-        if stage == PROJECT:
-            flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
-            return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}
         try:
+            if stage == PROJECT:
+                flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
+                return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}
             return self.backbone.run(stage, {k: v for k, v in inputs.items() if k in self.takes(stage)})
         except (RuntimeError, IndexError) as error:
             raise EngineError(f"PyTorch failed in {stage} ({first_line(error).rstrip('.')})") from error
@@ -84,6 +84,7 @@ class TorchEngine(StagedEngine):
         return torch_versions(self.device)
 
     def close(self) -> None:
+        super().close()
         vars(self).pop("backbone", None)
 
 

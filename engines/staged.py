@@ -6,7 +6,7 @@ A subclass of `StagedEngine` says how to run one stage and how arrays come and g
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,12 +20,14 @@ from bbt_accel.decoder_input import with_decoder_input
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.cutting import buckets, cut
 from bbt_accel.errors import EngineError, UsageError
-from bbt_accel.projection import Projected, Projection, Prompts, computed
+from bbt_accel.projection import Latent, Projection, Prompts, computed
 from bbt_accel.savings import inside
 
 Array = Any
 """An array of the engine's own kind, where the engine computes: numpy, torch, OrtValue, a device address."""
 Arrays = dict[str, Array]
+Bring = Callable[[int, int], list[Array]]
+"""The prompts of candidates start .. stop - 1, as the engine's arrays: one, or one for each layer."""
 
 
 class StagedEngine(Engine):
@@ -46,7 +48,9 @@ class StagedEngine(Engine):
         super().__init__(bundle)
         self.device, self.threads, self.without = device, threads, without
         self.projections: WeakKeyDictionary[Projection, Arrays] = WeakKeyDictionary()
-        """The matrices that have been brought to where the engine computes."""
+        """The matrices that have been brought to where the engine computes, for as long as they are in use."""
+        self.standing: dict[tuple[int, int], tuple[Float32, Array]] = {}
+        """bbtv2 on a device: layer and population → the prompt that stood in the layer last, and its array."""
         missing = [name for name in inside(without) if name not in bundle.info.without]
         if missing:
             raise UsageError(f"{missing[0]} is part of the graphs of {bundle.path}: export --without {missing[0]}")
@@ -65,20 +69,35 @@ class StagedEngine(Engine):
 
     def put_prompts(self, prompts: Prompts) -> Array:
         """Bring prompts to where the engine computes; those that are projected there come as z."""
-        if not isinstance(prompts, Projected):
+        if not isinstance(prompts, Latent):
             return self.put(np.ascontiguousarray(prompts))
-        return self.run(PROJECT, {"z": self.put(prompts.z), **self.held(prompts.projection)})["prompts"]
+        return self.run(PROJECT, {"z": self.put(prompts.z), **self.matrices(prompts.projection)})["prompts"]
 
-    def put_again(self, array: Array | None, prompts: Float32) -> Array:
+    def refill(self, array: Array | None, prompts: Float32) -> Array:
         """Bring prompts that take the place of others, into the same array where its address matters."""
         return self.put_prompts(prompts)
 
-    def held(self, projection: Projection) -> Arrays:
-        """The other inputs of the graph `project`; they stay as long as the projection is in use."""
+    def stand(self, layer: int, prompt: Float32, population: int) -> Array:
+        """A layer's prompt (n, H), once for each of so many candidates; on a device it stays until it has changed."""
+        if not self.projects:
+            return self.put_prompts(np.repeat(prompt[None], population, axis=0))
+        known, array = self.standing.get((layer, population), (None, None))
+        if known is None or not np.array_equal(known, prompt):
+            known = prompt.copy()
+            array = self.refill(array, np.repeat(known[None], population, axis=0))
+            self.standing[layer, population] = known, array
+        return array
+
+    def matrices(self, projection: Projection) -> Arrays:
+        """The inputs of the graph `project` besides z."""
         if projection not in self.projections:
             arrays = {"matrix": projection.matrix, "p0": projection.p0}
             self.projections[projection] = {name: self.put(array) for name, array in arrays.items()}
         return self.projections[projection]
+
+    def close(self) -> None:
+        self.projections.clear()
+        self.standing.clear()
 
     def bind(self, batch: Batch) -> StagedBoundBatch:
         check_tokens(self.bundle, batch)
@@ -104,11 +123,9 @@ class StagedBoundBatch(BoundBatch):
     def __init__(self, engine: StagedEngine, batch: Batch) -> None:
         super().__init__(engine.bundle, batch)
         self.engine, self.info = engine, engine.bundle.info
-        self.projects = engine.projects and "layer-cache" not in engine.without
+        self.projects = engine.projects
         groups = self.groups(engine.without, engine.bucket_step)
         self.buckets = [self.hold(rows, engine.without) for rows in groups]
-        self.standing: dict[tuple[int, int], tuple[Float32, Array]] = {}
-        """bbtv2: layer and population → the prompt that stood in the layer last, and the engine's array of it."""
 
     def groups(self, without: frozenset[str], step: int) -> list[Int64]:
         """Row indices of each bucket."""
@@ -128,7 +145,7 @@ class StagedBoundBatch(BoundBatch):
     def _label_logits(self, prompts: Prompts) -> Float32:
         logits = self.empty(len(prompts))
 
-        @cache
+        @self.once
         def brought(start: int, stop: int) -> list[Array]:
             some = prompts[start:stop]
             deep = self.info.method == "bbtv2"
@@ -149,9 +166,9 @@ class StagedBoundBatch(BoundBatch):
             return super()._layer_logits(stack, layer, computed(candidates))
         logits = self.empty(len(candidates))
 
-        @cache
+        @self.once
         def brought(start: int, stop: int) -> list[Array]:
-            above = [self.stand(stack, i, stop - start) for i in range(layer + 1, self.info.n_layers)]
+            above = [self.engine.stand(i, stack[i], stop - start) for i in range(layer + 1, self.info.n_layers)]
             return [self.engine.put_prompts(candidates[start:stop]), *above]
 
         for bucket in self.buckets:
@@ -166,18 +183,14 @@ class StagedBoundBatch(BoundBatch):
         if not (0 <= bucket.layer <= layer and bucket.below == stack[: bucket.layer].tobytes()):
             bucket.layer, bucket.state = 0, self.embed(bucket)
         while bucket.layer < layer:
-            bucket.state = self.block(bucket, bucket.state, bucket.layer, self.stand(stack, bucket.layer, 1))
+            here = self.engine.stand(bucket.layer, stack[bucket.layer], 1)
+            bucket.state = self.block(bucket, bucket.state, bucket.layer, here)
             bucket.layer += 1
         bucket.below = stack[:layer].tobytes()
 
-    def stand(self, stack: Float32, layer: int, population: int) -> Array:
-        """The prompt that stands in a layer, once for each of so many candidates; it is brought when it has changed."""
-        known, array = self.standing.get((layer, population), (None, None))
-        if known is None or not np.array_equal(known, stack[layer]):
-            known = stack[layer].copy()
-            array = self.engine.put_again(array, np.repeat(known[None], population, axis=0))
-            self.standing[layer, population] = known, array
-        return array
+    def once(self, bring: Bring) -> Bring:
+        """On a device, what is brought for one bucket serves the others; elsewhere it would but take memory."""
+        return cache(bring) if self.projects else bring
 
     def embed(self, bucket: Bucket) -> Arrays:
         return self.engine.run("embed", bucket.inputs)
@@ -230,7 +243,7 @@ class StagedBoundBatch(BoundBatch):
         return np.empty((population, len(self.batch), len(self.batch.label_token_ids)), np.float32)
 
     def close(self) -> None:
-        self.buckets, self.standing = [], {}
+        self.buckets = []
 
 
 def clipped_std(values: Float32, rounds: int = 5) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32, Int64
-from bbt_accel.bundle import PLANS, Bundle
+from bbt_accel.bundle import PLANS, PROJECT, Bundle
 from bbt_accel.cuda import Cuda, DeviceArray
 from bbt_accel.engines.staged import Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
@@ -192,10 +192,11 @@ class TrtEngine(StagedEngine):
     def output_shapes(self, stage: str, plan: Plan, shapes: Shapes) -> list[tuple[int, ...]]:
         for name, shape in zip(plan.inputs, shapes, strict=True):
             if not plan.context.set_input_shape(name, shape):
-                limits = plan.engine.get_tensor_profile_shape(name, 0)
+                low, _, high = plan.engine.get_tensor_profile_shape(name, 0)
+                hint = "with --calibrate and the task of these rows" if stage != PROJECT else "or lower --intrinsic-dim"
                 raise EngineError(
-                    f"{name} of the shape {shape} is outside the profile of {stage}, {tuple(limits[0])} to "
-                    f"{tuple(limits[2])}; optimize again, with --calibrate and the task of these rows"
+                    f"{name} of the shape {shape} is outside the profile of {stage}, {tuple(low)} to {tuple(high)}; "
+                    f"optimize again, {hint}"
                 )
         return [tuple(plan.context.get_tensor_shape(name)) for name in plan.outputs]
 
@@ -215,7 +216,7 @@ class TrtEngine(StagedEngine):
     def put(self, array: Float32 | Int64) -> DeviceArray:
         return self.cuda.upload(array)
 
-    def put_again(self, array: DeviceArray | None, prompts: Float32) -> DeviceArray:
+    def refill(self, array: DeviceArray | None, prompts: Float32) -> DeviceArray:
         return self.cuda.upload(prompts, array)
 
     def get(self, array: DeviceArray) -> Float32:
@@ -239,6 +240,7 @@ class TrtEngine(StagedEngine):
         if self.plans and self.cache is not None:
             with suppress(OSError):
                 replace(self.kernels, bytes(self.cache.serialize()))
+        super().close()
         self.drop_graphs()
         self.plans = {}
         vars(self).pop("runtime", None)

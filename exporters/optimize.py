@@ -22,6 +22,7 @@ from bbt_accel.exporters.int8 import to_int8
 from bbt_accel.exporters.openvino import save_openvino
 from bbt_accel.exporters.precision import choose_fp32, logit_noise
 from bbt_accel.exporters.prepare import prepare
+from bbt_accel.exporters.project import projection_graph
 from bbt_accel.exporters.sessions import Feeds, run_stages
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, machine, rounded, sizes_of
 from bbt_accel.exporters.trt_api import find_api
@@ -76,13 +77,12 @@ def optimize_bundle(
     batch = calibration_rows(bundle, calibrate, data)
     prompts = random_prompts(bundle)
     with new_folder(output) as folder:
-        kept = ["config.json", "tokenizer.json"]
-        if (precision, target) == ("fp32", "ort"):  # all others have tensors of their own
-            kept.append("model.safetensors")
-        if target != "openvino":  # which runs on the CPU
-            kept.append(f"{PROJECT}.onnx")
-        for name in kept:
+        # The checkpoint's own tensors serve fused graphs in fp32 alone; all others keep theirs elsewhere.
+        weights = ["model.safetensors"] if (precision, target) == ("fp32", "ort") else []
+        for name in ("config.json", "tokenizer.json", *weights):
             shutil.copyfile(source / name, folder / name)
+        if target != "openvino":  # which runs on the CPU
+            (folder / f"{PROJECT}.onnx").write_bytes(projection_graph(bundle.info).SerializeToString())
         report = lower(bundle, folder, target, precision, batch, prompts, max_noise)
         if target == "trt":
             report["profile"] = sizes_of(bundle, calibrate, data).model_dump()

@@ -38,11 +38,11 @@ class Sizes(BaseModel):
     tokens: Range
     labels: Range = (1, 2, 256)
     decoder: Range = (1, 2, 2)
-    dim: Range = (1, 500, 2**14)
+    dim: Range = (1, 500, 1024)
     """Of the space that is searched."""
 
     def of_input(self, name: str, shape: tuple[int, ...], info: BundleInfo) -> list[list[int]]:
-        """min, opt and max shape of a stage's input; open axes (-1) are those of `exporters.graph.dynamic_axes`."""
+        """min, opt and max shape of an input; open axes (-1) are those of `graph.dynamic_axes` and of project.py."""
         state = (1, *self.candidates[1:])
         behind_prompt = info.family == "gpt2" and info.prompt_mode == "add"
         text = tuple(t - info.n_prompt_tokens for t in self.tokens) if behind_prompt else self.tokens
@@ -147,6 +147,8 @@ class Record(BaseModel):
 def graph_digest(bundle: Bundle, stage: str) -> str:
     """sha256 over a stage's ONNX file and the weights beside it, from the sums that the bundle keeps."""
     sums = bundle.info.sha256
+    if f"{stage}.onnx" not in sums:
+        raise PlanError(f"{bundle.path} lacks {stage}.onnx; optimize the exported bundle again")
     parts = [sums[f"{stage}.onnx"], *(sums[n] for n in sorted(sums) if n in ("weights.data", "model.safetensors"))]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 

@@ -118,7 +118,8 @@ def sizes_of(bundle: Bundle, task: str | None, data: Path | None) -> Sizes:
     with suppress(DataError):  # a task without test rows can be tuned
         others.append(encoder.encode(load_rows(loaded, "test", data)[:TEST_ROWS]))
     longest = max(int(lengths(b).max()) for b in (batch, *others))
-    return sizes(info, lengths(batch), longest, settings.popsize, loaded.n_classes, batch)
+    popsize, dim = settings.popsize, settings.intrinsic_dim
+    return sizes(info, lengths(batch), longest, popsize, loaded.n_classes, batch, dim)
 
 
 def lengths(batch: Batch) -> Int64:
@@ -127,7 +128,9 @@ def lengths(batch: Batch) -> Int64:
     return found
 
 
-def sizes(info: BundleInfo, found: Int64, longest: int, popsize: int, labels: int, batch: Batch) -> Sizes:
+def sizes(
+    info: BundleInfo, found: Int64, longest: int, popsize: int, labels: int, batch: Batch, dim: int = 500
+) -> Sizes:
     shortest = 2 if info.prompt_mode == "cat" else info.n_prompt_tokens + 2
     longest = max(shortest, min(info.max_length, -(-longest // STEP) * STEP))
     found = np.clip(found, shortest, longest)
@@ -142,6 +145,7 @@ def sizes(info: BundleInfo, found: Int64, longest: int, popsize: int, labels: in
         tokens=(shortest, min(longest, int(group) * STEP), longest),
         labels=(1, labels, max(256, labels)),
         decoder=decoder if info.family in ("bart", "t5") else (1, 2, 2),
+        dim=(1, dim, max(dim, 1024)),
     )
 
 
@@ -151,7 +155,7 @@ def sizes(info: BundleInfo, found: Int64, longest: int, popsize: int, labels: in
 def build_plans(
     bundle: Bundle, capabilities: tuple[str, ...], tell: Callable[[str, int, int], None]
 ) -> dict[str, object]:
-    """Build and keep the plan of every stage: for this machine's GPU, or ahead of time for compute capabilities.
+    """Build and keep the plans of all stages and of the projection, for this machine's GPU or ahead of time.
 
     Returns what was built. Raises PlanError; MissingDependency without TensorRT; EngineError where neither a GPU nor
     capabilities are given.

@@ -19,7 +19,15 @@ from bbt_accel.errors import BundleError, EngineError
 from bbt_accel.tasks import load_task
 
 COMMANDS = ["export", "optimize", "tune", "sweep", "evaluate", "predict", "serve", "bench", "doctor"]
-SCORE = {"split": "test", "metric": "accuracy", "score": 0.75, "rows": 8, "engine": "ort", "without_prompt": 0.5}
+SCORE = {
+    "bundle": "b",
+    "split": "test",
+    "metric": "accuracy",
+    "score": 0.75,
+    "rows": 8,
+    "engine": "ort",
+    "without_prompt": 0.5,
+}
 
 
 class Program:

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny_backbones import VARIANTS
 
-from bbt_accel import Batch, Bundle, Objective, load_engine
+from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
 from bbt_accel.engines.staged import StagedEngine
+from bbt_accel.projection import Latent
 from bbt_accel.savings import SAVINGS, inside
 
 TOLERANCE = 1e-5
@@ -234,6 +235,37 @@ def test_the_layers_below_the_one_that_is_searched_are_computed_once(
             bound.layer_logits(stack, last, fresh)
     assert set(ran) == {"last"}
     assert once >= len(bundle.info.stages)
+
+
+@all_variants
+def test_prompts_may_be_projected_where_the_engine_computes(
+    tiny: Export, loaded: Load, monkeypatch: pytest.MonkeyPatch, name: str, method: str, mode: str
+) -> None:
+    """As engines on a GPU do; here PyTorch on the CPU."""
+    bundle = tiny(name, method, mode)
+    engine, naive = loaded(bundle, "torch"), loaded(bundle, "eager")
+    monkeypatch.setattr(engine, "projects", True)
+
+    @few
+    @given(shape=shapes(), count=candidates, seed=seeds)
+    def check(shape: dict[str, Any], count: int, seed: int) -> None:
+        rows, rng = batch_of(bundle, shape), np.random.default_rng(seed)
+        *deep, n, hidden = bundle.info.prompt_shape
+        projection = Projection.normal(rng, 9, n, hidden, 0.3, p0=rng.standard_normal(n * hidden))
+        stack = random_prompts(bundle, 1, seed)[0]
+        with engine.bind(rows) as bound, naive.bind(rows) as other:
+            assert bound.projects
+            for turn in range(3 if deep else 1):
+                z, layer = Latent(projection, rng.standard_normal((count, 9))), turn % (deep or [1])[0]
+                if deep:
+                    assert_same(
+                        bound.layer_logits(stack, layer, z), other.layer_logits(stack, layer, z), (shape, layer)
+                    )
+                    stack[layer] += np.float32(0.1)
+                else:
+                    assert_same(bound.label_logits(z), other.label_logits(z), shape)
+
+    check()
 
 
 @each_engine

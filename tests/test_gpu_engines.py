@@ -24,7 +24,8 @@ import torch
 from conftest import Export
 from tiny_backbones import VARIANTS
 
-from bbt_accel import Batch, Bundle, Projection, cuda, load_engine
+from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
+from bbt_accel.bundle import write_info
 from bbt_accel.engines import ort, trt
 from bbt_accel.engines.ort import OrtEngine
 from bbt_accel.engines.ort_cuda import OrtCudaEngine
@@ -34,7 +35,7 @@ from bbt_accel.exporters import optimize, tensorrt
 from bbt_accel.exporters.optimize import optimize_bundle, pad_columns
 from bbt_accel.exporters.rows import sample_rows
 from bbt_accel.exporters.trt_api import Api
-from bbt_accel.projection import Projected
+from bbt_accel.projection import Latent
 
 DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"),
              ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add")]  # fmt: skip
@@ -73,22 +74,22 @@ def candidates(bundle: Bundle, count: int = 5) -> Any:
     return np.random.default_rng(0).standard_normal((count, *bundle.info.prompt_shape), dtype=np.float32)
 
 
-def projected(bundle: Bundle, count: int = 5, dim: int = 16) -> Projected:
+def latent(bundle: Bundle, count: int = 5, dim: int = 16) -> Latent:
     n, hidden = bundle.info.prompt_shape[-2:]
     rng = np.random.default_rng(0)
     projection = Projection.normal(rng, dim, n, hidden, 0.3, p0=rng.standard_normal(n * hidden))
-    return Projected(projection, rng.standard_normal((count, dim), dtype=np.float32))
+    return Latent(projection, rng.standard_normal((count, dim)))
 
 
-def moved(prompts: Projected, step: int) -> Projected:
+def moved(prompts: Latent, step: int) -> Latent:
     """Another population under the same projection."""
-    return Projected(prompts.projection, prompts.z + np.float32(step))
+    return Latent(prompts.projection, prompts.z + step)
 
 
 def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> None:
     """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine has kept meanwhile."""
     rows, prompts, info = sample_rows(bundle, 12), candidates(bundle), bundle.info
-    there = projected(bundle)
+    there = latent(bundle)
     with (
         load_engine(bundle, name, device="cuda", threads=1, **options) as engine,
         load_engine(source, "ort", threads=1) as other,
@@ -99,7 +100,7 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
             np.testing.assert_allclose(
                 found.label_logits(prompts * times), wanted.label_logits(prompts * times), rtol=0, atol=atol
             )
-        assert found.projects == ("layer-cache" not in options.get("without", ()))
+        assert found.projects
         assert not wanted.projects
         if info.method == "bbt":
             for turn in range(4):
@@ -168,10 +169,10 @@ def test_a_search_runs_from_graphs_after_its_third_generation(
         assert engine.versions()["device"] == "NVIDIA Fake 1000, compute capability 8.9"
 
 
-def test_a_generation_sends_z_alone(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+def test_a_generation_of_bbt_sends_z_alone(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
-        prompts = projected(bundle)
+        prompts = latent(bundle)
         bound.label_logits(prompts)
         gpu.uploaded = 0
         for generation in range(1, 4):
@@ -179,12 +180,75 @@ def test_a_generation_sends_z_alone(made: Callable[..., Bundle], gpu: fake_gpu.F
         assert gpu.uploaded == 3 * prompts.z.nbytes
 
 
-def test_a_projection_leaves_the_gpu_with_its_search(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+def test_a_generation_of_bbtv2_sends_z_and_the_prompt_that_has_changed(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle = made("roberta", "bbtv2", "add")
+    layers, *one = bundle.info.prompt_shape
+    stack = candidates(bundle, 1)[0]
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(engine, TrtEngine)
+        spaces = [latent(bundle) for _ in range(layers)]
+
+        def generation(number: int, change: bool = True) -> int:
+            layer, before = number % layers, gpu.uploaded
+            bound.layer_logits(stack, layer, moved(spaces[layer], number))
+            stack[layer] += float(change)
+            return gpu.uploaded - before
+
+        for number in range(4 * layers):
+            generation(number)
+            bound.label_logits(stack[None])  # as when the dev rows are scored
+        graphs, gpu.launches = len(engine.graphs), 0
+        z, prompt = spaces[0].z.nbytes, 4 * int(np.prod(one))
+        for number in range(4 * layers):
+            # The layer before stands below now, once; and above the next sweep's lowest layers, once a candidate.
+            sent = generation(number) - z
+            assert sent in (prompt, len(spaces[0]) * prompt), (number, sent)
+            bound.label_logits(stack[None])
+        assert len(engine.graphs) == graphs, "arrays have moved"
+        assert gpu.launches > 0
+        sent_unchanged = [generation(number, change=False) for number in range(2 * layers)][layers:]
+        assert sent_unchanged == [z] * layers
+
+
+def test_a_projection_is_kept_as_long_as_its_search(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         assert isinstance(engine, TrtEngine)
-        bound.label_logits(projected(bundle))
+        prompts = latent(bundle)
+        bound.label_logits(prompts)
+        assert list(engine.projections) == [prompts.projection]
+        del prompts
         assert not engine.projections
+
+
+def test_a_space_that_the_plan_does_not_take_says_what_to_lower(made: Callable[..., Bundle]) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 3)) as bound:
+        large = latent(bundle, dim=1025)
+        assert "--intrinsic-dim" in one_line(lambda: bound.label_logits(large), EngineError)
+
+
+def test_a_bundle_without_the_projection_has_to_be_made_again(made: Callable[..., Bundle]) -> None:
+    bundle = made("roberta", "bbt", "add")
+    (bundle.path / "project.onnx").unlink()
+    old = write_info(bundle.path, bundle.info)
+    assert "lacks project.onnx" in one_line(lambda: load_engine(Bundle(bundle.path, old), "trt"), PlanError)
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
+def test_a_search_follows_the_path_of_the_cpu(
+    tiny: Export, made: Callable[..., Bundle], tmp_path: Path, method: str
+) -> None:
+    settings = {"k_shot": 2, "intrinsic_dim": 5, "popsize": 4, "budget": 48, "eval_every": 16}
+
+    def losses(bundle: Bundle, engine: str) -> list[list[float]]:
+        run = tune(bundle, "demo", engine=engine, output=tmp_path / engine, settings=settings, progress=False)
+        return [generation.losses for generation in run.history]
+
+    on_gpu, wanted = losses(made("roberta", method, "add"), "trt"), losses(tiny("roberta", method, "add"), "ort")
+    np.testing.assert_allclose(on_gpu, wanted, rtol=0, atol=1e-4)
 
 
 def test_savings_can_be_switched_off(tiny: Export, made: Callable[..., Bundle]) -> None:
@@ -196,11 +260,14 @@ def test_a_larger_population_than_the_profile_has_is_cut_up(
     tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
 ) -> None:
     bundle, rows = made("roberta", "bbt", "add"), sample_rows(tiny("roberta", "bbt", "add"), 50)
-    prompts = candidates(bundle, 45)
-    with load_engine(bundle, "trt") as engine, engine.bind(rows) as bound:
-        found = bound.label_logits(prompts)
-    with load_engine(tiny("roberta", "bbt", "add"), "ort", threads=1) as engine, engine.bind(rows) as bound:
-        np.testing.assert_allclose(found, bound.label_logits(prompts), rtol=0, atol=1e-5)
+    with (
+        load_engine(bundle, "trt") as engine,
+        load_engine(tiny("roberta", "bbt", "add"), "ort", threads=1) as other,
+        engine.bind(rows) as found,
+        other.bind(rows) as wanted,
+    ):
+        for prompts in (candidates(bundle, 45), latent(bundle, 45)):
+            np.testing.assert_allclose(found.label_logits(prompts), wanted.label_logits(prompts), rtol=0, atol=1e-5)
 
 
 def test_a_new_driver_has_the_plans_built_again_and_says_so(

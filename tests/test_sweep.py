@@ -17,8 +17,11 @@ from search_parts import search_bundle, task_file
 
 from bbt_accel import sweeps
 from bbt_accel.benchmarks import worker
+from bbt_accel.benchmarks.crossing import cross
+from bbt_accel.benchmarks.crossing import markdown as crossing_markdown
 from bbt_accel.cli import app, main
-from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError
+from bbt_accel.engines.dummy import DummyBoundBatch
+from bbt_accel.errors import BbtError, BundleError, EngineError, RunError, UsageError
 from bbt_accel.run import Run
 from bbt_accel.sweeps import run_sweep
 from bbt_accel.sweeps.markdown import markdown, scores
@@ -206,6 +209,7 @@ def test_a_toml_file_and_options_that_replace_what_it_says(toy: dict[str, Any], 
         ({"tasks": []}, "the sweep names no tasks; give --task, a --config or a --preset"),
         ({"seeds": [1, 1]}, "seeds: each may stand once"),
         ({"engines": ["ortt"]}, "there is no engine 'ortt'"),
+        ({"engines": ["remote"]}, "a sweep has no --url"),
         ({"settings": {"budgett": 3}}, "did you mean budget"),
         ({"settings": {"seed": 3}}, "a sweep has seeds"),
         ({"settings": {"budget": 3}}, "budget 3 is too small"),
@@ -345,3 +349,51 @@ def test_the_command_passes_what_was_given_and_ends_with_1_if_a_trial_failed(
     assert json.loads(out)["trials"][1]["status"] == "not run"
     report = make_report(plan, trials[:1], results, {})
     assert command(capsys, *words)[0] == 0
+
+
+def test_prompts_are_scored_in_every_bundle_they_fit(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search_bundle(tmp_path / "half", precision="fp16")
+    search_bundle(tmp_path / "deep", "bbtv2")
+    bundles = [*toy["bundles"], str(tmp_path / "half"), str(tmp_path / "deep")]
+    report = sweep(tmp_path / "sweep", {**toy, "bundles": bundles})
+    whole = DummyBoundBatch._label_logits
+
+    def inverted(self: DummyBoundBatch, prompts: Any) -> Any:
+        return whole(self, prompts) * (-1 if self.bundle.info.precision == "fp16" else 1)
+
+    monkeypatch.setattr(DummyBoundBatch, "_label_logits", inverted)
+    crossing = cross(tmp_path / "sweep", 1, "command")
+    assert crossing.test_rows == {"toy": report.trials[0].test_rows}
+    own = {row.bundle: row.cells[0].scores for row in report.rows}
+    found = {(s.searched, s.scored): s.scores for s in crossing.scores}
+    assert set(found) == {(a, b) for a in ("toy-bundle", "half") for b in ("toy-bundle", "half")} | {("deep", "deep")}
+    for (searched, scored), some in found.items():
+        assert some == pytest.approx([1 - s if scored == "half" else s for s in own[searched]])
+    assert {(a.searched, a.agreement) for a in crossing.agreements} == {("toy-bundle", 0.0), ("half", 0.0)}
+    mean = 100 * sum(found["half", "toy-bundle"]) / 2
+    assert f"| toy | dummy | half | toy-bundle | 2 | {mean:.2f} (" in crossing_markdown(crossing)
+
+
+def test_a_trial_on_tensorrt_asks_ray_for_a_gpu(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def pool(ray: Any, jobs: Any, threads: Any, device: str, progress: bool) -> Any:
+        asked.append(device)
+        raise EngineError("no cluster")
+
+    monkeypatch.setattr(sweeps, "_pool", pool)
+    for engine in ("trt", "dummy"):
+        with pytest.raises(EngineError):
+            sweep(tmp_path / "sweep", {**toy, "engines": [engine]}, ray="local")
+    assert asked == ["cuda", "cpu"]
+
+
+def test_a_sweep_without_a_result_has_no_prompts_to_score(toy: dict[str, Any], tmp_path: Path) -> None:
+    sweep(tmp_path / "sweep", toy)
+    shutil.rmtree(tmp_path / "sweep" / "trials")
+    with pytest.raises(RunError, match="no trial"):
+        cross(tmp_path / "sweep", 1, "command")

@@ -213,6 +213,8 @@ def test_usage_is_checked_before_anything_is_written(start: Tune, tmp_path: Path
         start("runs/run", resume=True, overwrite=True)
     with pytest.raises(UsageError, match="too small"):
         start("runs/run", {**SETTINGS, "budget": 3})
+    with pytest.raises(UsageError, match="a server divides its own"):
+        start("runs/run", engine="remote", workers=2)
     with pytest.raises(BbtError, match="class 0 has 15 rows"):
         start("runs/run", {**SETTINGS, "k_shot": 16})
     assert not (tmp_path / "runs").exists()

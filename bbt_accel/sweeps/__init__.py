@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bbt_accel.display import busy
+from bbt_accel.engines.registry import place
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.run import write_whole
 from bbt_accel.sweeps.markdown import markdown
@@ -48,7 +49,8 @@ def run_sweep(
     folder = Path(output)
     sweep = absolute(read_sweep(_source(folder, config, preset, resume), given or {}))
     trials = sweep.trials()
-    with _pool(ray, jobs, threads, sweep.device, progress) as pool:
+    device = "cuda" if any(place(name, sweep.device) == "cuda" for name in sweep.engines) else "cpu"
+    with _pool(ray, jobs, threads, device, progress) as pool:
         try:
             (folder / TRIALS).mkdir(parents=True, exist_ok=True)
         except OSError as error:

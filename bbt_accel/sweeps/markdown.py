@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bbt_accel.benchmarks.markdown import METRICS
-from bbt_accel.display import markdown_table
+from bbt_accel.display import markdown_table, text
 from bbt_accel.sweeps.report import Cell, Report, Row
 
 METHODS = {"bbt": "BBT", "bbtv2": "BBTv2"}
@@ -91,7 +91,7 @@ def facts(report: Report) -> str:
         "Settings": f"{settings}; for the rest the tasks' presets" if settings else "the tasks' presets",
         "Device": sweep.device,
         "Test rows": ", ".join(f"{task} {rows:,}" for task, rows in _test_rows(report).items()),
-        "Versions": ", ".join(f"{name} {version}" for name, version in _versions(report).items()),
+        "Versions": text(_versions(report)),
         "Date": report.created,
     }
     return "\n".join(f"- **{name}:** {value}" for name, value in found.items() if value)

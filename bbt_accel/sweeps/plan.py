@@ -27,6 +27,8 @@ def _once(values: list[Any]) -> list[Any]:
 
 def _known(values: list[str]) -> list[str]:
     for name in values:
+        if name == "remote":
+            raise ValueError("a sweep has no --url for the engine remote; tune and evaluate have")
         if name not in ENGINES:
             raise ValueError(f"there is no engine {name!r}, they are {', '.join(ENGINES)}")
     return values

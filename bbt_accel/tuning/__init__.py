@@ -67,6 +67,8 @@ def tune(
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other; choose one")
+    if workers is not None and engine == "remote":
+        raise UsageError("--workers divide the work among engines of their own; a server divides its own: leave it out")
     if ray is not None and workers is None:
         raise UsageError("--ray says where workers run; say how many by --workers")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)

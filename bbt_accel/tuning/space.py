@@ -9,7 +9,7 @@ from bbt_accel.batch import Float32
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.objective import Float64
-from bbt_accel.projection import Projected, Projection, Prompts, prompt_std
+from bbt_accel.projection import Latent, Projection, Prompts, prompt_std
 from bbt_accel.settings import Settings
 
 
@@ -40,11 +40,11 @@ class Space:
         """Label logits of some of a population, float32 (P', N, C); the stack stands in the other layers.
 
         The whole population is projected whatever `some` is: the last bits of the product depend on its size.
-        An engine on a GPU projects there, so that z alone is sent.
+        An engine on a GPU projects some alone, and where it computes, so that z is all that is sent.
         """
         prompts: Prompts
         if rows.projects:
-            prompts = Projected(self._projections[layer], np.asarray(candidates, np.float32))[some]
+            prompts = Latent(self._projections[layer], candidates[some])
         else:
             prompts = self.prompts(layer, candidates)[some]
         return rows.layer_logits(self.stack, layer, prompts) if self._deep else rows.label_logits(prompts)
