@@ -48,6 +48,8 @@ def export_bundle(
     """
     check_arguments(method, prompt_mode, n_prompt_tokens)
     off = inside(check_savings(without))
+    if others := [name for name in without if name not in off]:
+        raise UsageError(f"{others[0]} is no part of the graphs: switch it off where they run, in tune and bench")
     tell = progress or (lambda what, done, of: None)
     checkpoint = BACKBONE if str(backbone) == "demo" else backbone
     output = Path(output)

@@ -44,6 +44,8 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
             f"{bundle.path} was built for {bundle.info.target}, which Triton is not given here; "
             "export the bundle that it was optimized from"
         )
+    if folder.resolve().is_relative_to(bundle.path.resolve()):
+        raise UsageError(f"the repository {folder} would lie in the bundle itself; choose another folder")
     models = {stage: stage_model(name, stage) for stage in bundle.info.stages}
     for model in models.values():
         if (folder / model).exists():

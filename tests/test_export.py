@@ -162,6 +162,10 @@ def test_progress_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.
 # What is refused ---------------------------------------------------------------------------------------------
 
 
+def test_a_saving_that_is_no_part_of_the_graphs_is_refused(refuse: Refuse) -> None:
+    assert "in tune and bench" in refuse(UsageError, "demo", without=["last-block", "buckets"])
+
+
 @pytest.mark.parametrize(
     ("name", "cls"),
     [

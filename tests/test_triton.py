@@ -178,6 +178,8 @@ def test_what_is_refused(tiny: Export, tmp_path: Path) -> None:
         write_repository(bundle, tmp_path, "a model")
     with pytest.raises(BundleError, match="openvino"):
         write_repository(Bundle(bundle.path, bundle.info.model_copy(update={"target": "openvino"})), tmp_path, "third")
+    with pytest.raises(UsageError, match="in the bundle itself"):
+        write_repository(bundle, bundle.path / "repository")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["model", "other"]
 
 
