@@ -53,15 +53,20 @@ def report_run(run: Run, as_json: bool) -> None:
     if info.best:
         facts |= {f"dev {info.task.metric}": info.best.dev_score, "dev loss": info.best.dev_loss}
         facts |= {"best prompt found after": f"{info.best.calls} calls"}
-    print_facts(str(run.path), facts)
+    print_facts(from_here(run.path), facts)
 
 
 def report_score(score: Mapping[str, object], as_json: bool) -> None:
     if as_json:
         print_json(score)
         return
-    here = os.path.relpath(str(score["bundle"]))
-    print_facts("Score", {**score, "bundle": score["bundle"] if here.startswith("..") else here})
+    print_facts("Score", {**score, "bundle": from_here(str(score["bundle"]))})
+
+
+def from_here(path: str | Path) -> str:
+    """A path as one would write it here: relative, if what it names lies below."""
+    here = os.path.relpath(path)
+    return str(path) if here.startswith("..") else here
 
 
 def report_predictions(
