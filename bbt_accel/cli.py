@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shlex
 import sys
 import traceback
 import warnings
@@ -478,6 +479,12 @@ def one_line(debug: bool = False) -> Iterator[None]:
         code, message = explain(error)
         print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(code)
+
+
+def called(script: str, arguments: Sequence[str] | None = None) -> str:
+    """The command that runs a script of the benchmarks with these arguments, or with those of this process."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["python", "-m", f"bbt_accel.benchmarks.{script}", *words])
 
 
 def explain(error: Exception) -> tuple[int, str]:

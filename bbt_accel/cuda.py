@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bbt_accel.errors import EngineError, MissingDependency
+from bbt_accel.errors import EngineError, MissingDependency, first_line
 
 LAYOUTS = ("cuda.bindings.runtime", "cuda.cudart")
 """Where cuda-python keeps the runtime's functions, the present place first."""
@@ -186,8 +186,7 @@ def load_runtime() -> Any:
         except ModuleNotFoundError:
             continue
         except (ImportError, OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise EngineError(f"cuda-python cannot be loaded ({reason}); see bbt-accel doctor") from None
+            raise EngineError(f"cuda-python cannot be loaded ({first_line(error)}); see bbt-accel doctor") from None
     raise MissingDependency('cuda-python is not installed: pip install "bbt-accel[trt]"')
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import bbt_accel
+from bbt_accel.errors import first_line
 
 CORE = ("cma", "datasets", "matplotlib", "numpy", "pyarrow", "pydantic", "safetensors", "tokenizers", "typer")
 OPTIONAL = (
@@ -71,8 +72,7 @@ class Diagnosis(TypedDict):
 
 def diagnose() -> Diagnosis:
     """Versions, machine and engines, as one JSON-ready object. Never raises for what is not installed."""
-    versions = {"python": platform.python_version(), "bbt-accel": bbt_accel.__version__}
-    found = versions | {name: installed(name) for name in (*CORE, *OPTIONAL)}
+    found: dict[str, str | None] = {**dict.fromkeys(("python", "bbt-accel", *CORE, *OPTIONAL)), **installed_versions()}
     machine = describe_machine()
     providers, problem = onnxruntime_providers(found)
     return {
@@ -151,8 +151,7 @@ def onnxruntime_providers(found: Mapping[str, str | None]) -> tuple[list[str], l
 
         return list(onnxruntime.get_available_providers()), []
     except Exception as error:  # a broken installation fails in many ways
-        reason = (str(error).splitlines() or [""])[0]
-        return [], [f"onnxruntime cannot be loaded ({reason or type(error).__name__}); install it again"]
+        return [], [f"onnxruntime cannot be loaded ({first_line(error)}); install it again"]
 
 
 def warnings(found: Mapping[str, str | None]) -> list[str]:

@@ -9,8 +9,6 @@ chance too. The same prompt in two precisions does not.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import combinations
@@ -25,7 +23,7 @@ from bbt_accel.batch import Float32, Int64
 from bbt_accel.benchmarks.accuracy import score
 from bbt_accel.benchmarks.report import Part
 from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.cli import one_line
+from bbt_accel.cli import called, one_line
 from bbt_accel.data import load_rows
 from bbt_accel.display import markdown_table
 from bbt_accel.encoding import Encoder
@@ -160,7 +158,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the report's folder")
     parser.add_argument("--threads", type=int, help="CPU threads, all cores unless given")
     given = parser.parse_args()
-    command = shlex.join(["python", "-m", "bbt_accel.benchmarks.crossing", *sys.argv[1:]])
+    command = called("crossing")
     with one_line(), new_folder(given.output) as folder:
         report = cross(given.sweep, given.threads, command)
         (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from bbt_accel.benchmarks.gpu_steps import N_PROMPT, TINY
 from bbt_accel.benchmarks.progress import StepProgress
 from bbt_accel.benchmarks.workload import save_batch, timed_rows
 from bbt_accel.bundle import Bundle, new_folder
+from bbt_accel.cli import called
 from bbt_accel.doctor import describe_machine, installed_versions
 from bbt_accel.errors import BbtError, EngineError
 
@@ -284,8 +284,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "bbt_accel.benchmarks.gpu_check", *words])
+    command = called("gpu_check", arguments)
     try:
         check_device(given.device)
         with new_folder(given.output) as folder:

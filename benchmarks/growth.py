@@ -8,8 +8,6 @@ Random weights of a published shape, random rows without padding; one factor cha
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +24,7 @@ from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.benchmarks.timing import percentiles
 from bbt_accel.benchmarks.workload import save_batch
 from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.cli import one_line
+from bbt_accel.cli import called, one_line
 from bbt_accel.display import markdown_table, text
 from bbt_accel.doctor import describe_machine, installed_versions
 
@@ -182,7 +180,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    command = shlex.join(["python", "-m", "bbt_accel.benchmarks.growth", *sys.argv[1:]])
+    command = called("growth")
     with one_line(), new_folder(given.output) as folder:
         growth = measure(given.shape, given.threads, given.repeats, command)
         (folder / "growth.json").write_text(growth.model_dump_json(indent=1) + "\n", encoding="utf-8")

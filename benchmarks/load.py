@@ -10,7 +10,6 @@ import argparse
 import http.client
 import json
 import os
-import shlex
 import subprocess
 import sys
 import threading
@@ -30,7 +29,7 @@ from bbt_accel.benchmarks.load_report import Load, Measured, draw_load, load_mar
 from bbt_accel.benchmarks.timing import percentiles, random_prompts
 from bbt_accel.benchmarks.workload import timed_rows
 from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.cli import one_line
+from bbt_accel.cli import called, one_line
 from bbt_accel.display import busy, print_markdown
 from bbt_accel.doctor import describe_machine, installed_versions
 from bbt_accel.encoding import Encoder
@@ -272,7 +271,7 @@ def main() -> None:
         parser.error("--clients takes numbers from 1, with commas between")
     given.clients = [int(count) for count in given.clients.split(",")]
     with one_line():
-        command = shlex.join(["python", "-m", "bbt_accel.benchmarks.load", *sys.argv[1:]])
+        command = called("load")
         measure(**vars(given), command=command)
         print_markdown((given.output / "report.md").read_text(encoding="utf-8"))
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +18,7 @@ from pydantic import BaseModel
 
 from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.cli import one_line
+from bbt_accel.cli import called, one_line
 from bbt_accel.data import few_shot, load_rows
 from bbt_accel.display import markdown_table
 from bbt_accel.doctor import describe_machine
@@ -140,7 +138,7 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=20)
     parser.add_argument("-o", "--output", type=Path, required=True, help="the new folder")
     given = parser.parse_args()
-    command = shlex.join(["python", "-m", "bbt_accel.benchmarks.overhead", *sys.argv[1:]])
+    command = called("overhead")
     with one_line():
         with new_folder(given.output) as folder:
             bundle = Bundle.read(given.bundle)

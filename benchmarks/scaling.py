@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from bbt_accel.benchmarks.markdown import digits
 from bbt_accel.benchmarks.report import Part
 from bbt_accel.benchmarks.timing import percentiles
 from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.cli import one_line
+from bbt_accel.cli import called, one_line
 from bbt_accel.data import few_shot, load_rows
 from bbt_accel.display import busy, text
 from bbt_accel.doctor import describe_machine, installed_versions
@@ -216,8 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     with one_line(), new_folder(a.output) as folder, busy("measuring") as tell:
         sizes = a.popsize, a.k_shot, a.repeats, a.workers
-        words = sys.argv[1:] if arguments is None else arguments
-        command = shlex.join(["python", "-m", "bbt_accel.benchmarks.scaling", *words])
+        command = called("scaling", arguments)
         report = measure(Bundle.read(a.bundle), a.task, a.data, ["dummy", a.engine], *sizes, command, tell)
         (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")

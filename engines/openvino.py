@@ -62,4 +62,5 @@ class OpenVinoEngine(StagedEngine):
         return {"openvino": openvino.__version__, "device": "CPU"}
 
     def close(self) -> None:
+        super().close()
         self.requests = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,15 @@ def share_memory() -> None:
     )
     exactly = 1  # kSameAsRequested: doubling what is asked for would leave half of it unused
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, exactly, -1, -1))
+
+
+@contextmanager
+def failing(where: str) -> Iterator[None]:
+    """Makes an EngineError of whatever ONNX Runtime raises."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        raise EngineError(f"ONNX Runtime failed {where} ({first_line(error)})") from error
 
 
 class OrtEngine(StagedEngine):
@@ -70,10 +81,8 @@ class OrtEngine(StagedEngine):
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         session = self.sessions[stage]
-        try:
+        with failing(f"in {stage}.onnx"):
             outputs = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
-        except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in {stage}.onnx ({first_line(error)})") from error
         return dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
 
     def put(self, array: Float32 | Int64) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +12,9 @@ import onnxruntime
 
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import PROJECT, Bundle
-from bbt_accel.engines.ort import OrtEngine
+from bbt_accel.engines.ort import OrtEngine, failing
 from bbt_accel.engines.staged import Arrays
-from bbt_accel.errors import EngineError, first_line
+from bbt_accel.errors import first_line
 from bbt_accel.projection import Latent, Prompts
 
 log = logging.getLogger(__name__)
@@ -77,17 +75,9 @@ class OrtCudaEngine(OrtEngine):
         given = {i.name: inputs[i.name] for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
         again = self.graphs and stage != PROJECT
-        with self.failing(f"in {stage}.onnx"):
+        with failing(f"in {stage}.onnx"):
             found = self.again(session, given, names) if again else self.once(session, given, names)
             return dict(zip(names, found, strict=True))
-
-    @contextmanager
-    def failing(self, where: str) -> Iterator[None]:
-        """Makes an EngineError of whatever ONNX Runtime raises."""
-        try:
-            yield
-        except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise EngineError(f"ONNX Runtime failed {where} ({first_line(error)})") from error
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:
         """A call whose outputs are new arrays on the device, or whose one output is `place`."""
@@ -150,7 +140,7 @@ class OrtCudaEngine(OrtEngine):
         return super().put_prompts(prompts)
 
     def put(self, array: Float32 | Int64) -> Any:
-        with self.failing("to bring an array to the GPU"):
+        with failing("to bring an array to the GPU"):
             return self.there(np.ascontiguousarray(array))
 
     def get(self, array: Any) -> Float32:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from bbt_accel.errors import MissingDependency, PlanError, UsageError
+from bbt_accel.errors import MissingDependency, PlanError, UsageError, first_line
 
 MODULES = ("tensorrt", "tensorrt_rtx")
 NEEDED = {
@@ -91,8 +91,7 @@ def load(name: str) -> Api | None:
     except ModuleNotFoundError:
         return None
     except (ImportError, OSError, RuntimeError) as error:  # the bindings without their libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PlanError(f"{name} is installed and cannot be loaded ({reason}); install it again") from None
+        raise PlanError(f"{name} is installed and cannot be loaded ({first_line(error)}); install it again") from None
     return Api(name, module)
 
 
