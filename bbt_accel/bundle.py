@@ -18,8 +18,8 @@ from bbt_accel.errors import BbtError, BundleError
 FORMAT = 1
 PLANS = "plans"
 """Folder of TensorRT plans: a cache that machines add to, so no part of a bundle's sha256."""
-PROJECT = "project"
-"""The graph that projects z to prompts, for engines on a GPU; no stage of the backbone."""
+PROJECT, TALLY = "project", "tally"
+"""The graphs from z to prompts and from label logits to a tally, for engines on a GPU; no stages of the backbone."""
 Method = Literal["bbt", "bbtv2"]
 PromptMode = Literal["add", "cat"]
 

@@ -16,6 +16,51 @@ Metric = Literal["accuracy", "f1"]
 Float64 = npt.NDArray[np.float64]
 MARGIN = 2.0
 """Of the hinge loss, as in the original."""
+COLUMNS = ("ce", "hinge", "right", "hits", "ones")
+"""Columns of a tally: sums over the rows of the cross entropy, of the hinge loss, of rows that are classified right, of
+those of class 1 that are, and of those that are taken for class 1."""
+
+
+def tally(logits: Float32, targets: Int64) -> Float64:
+    """What every loss and metric is made of, for each candidate of a population: float64 (P, 5), `COLUMNS`.
+
+    logits: float32 (P, N, C); targets: int64 (N,). The losses of a candidate with a NaN or infinite logit are NaN.
+    The tally of some rows is the sum of those of its parts. exporters/device.py has the same as a graph.
+    Raises UsageError for other shapes, and for a target that is no class.
+    """
+    x = np.asarray(logits, dtype=np.float64)
+    targets = np.asarray(targets, dtype=np.int64)
+    if x.ndim != 3 or targets.shape != x.shape[1:2] or not x.size:
+        raise UsageError(f"logits must be (P, N, C) and targets (N,), not {x.shape} and {targets.shape}")
+    check_targets(targets, x.shape[2])
+    finite = np.asarray(np.isfinite(x).all(axis=(1, 2)))
+    x = np.where(finite[:, None, None], x, 0.0)
+    predicted, actual = x.argmax(axis=2), targets == 1
+    right, ones = predicted == targets, predicted == 1
+    columns = [_cross_entropy(x, targets), _hinge(x, targets), right, right & actual, ones]
+    found = np.stack([column.sum(axis=1, dtype=np.float64) for column in columns], axis=1)
+    found[~finite, :2] = np.nan
+    return found
+
+
+def check_targets(targets: Int64, classes: int) -> None:
+    """Raises UsageError for a target that is none of so many classes."""
+    if not ((targets >= 0) & (targets < classes)).all():
+        raise UsageError(f"targets must lie in 0..{classes - 1}; got {targets.min()}..{targets.max()}")
+
+
+def _cross_entropy(x: Float64, targets: Int64) -> Float64:
+    """(P, N)"""
+    shifted = x - x.max(axis=2, keepdims=True)
+    return np.asarray(np.log(np.exp(shifted).sum(axis=2)) - shifted[:, np.arange(len(targets)), targets])
+
+
+def _hinge(x: Float64, targets: Int64) -> Float64:
+    """(P, N)"""
+    rows = np.arange(len(targets))
+    violations = np.maximum(0.0, x - x[:, rows, targets][:, :, None] + MARGIN)
+    violations[:, rows, targets] = 0.0
+    return np.asarray(violations.sum(axis=2))
 
 
 @dataclass(frozen=True)
@@ -45,43 +90,19 @@ class Objective:
         first: number of the first candidate, where these are part of a population.
         Raises NonFiniteLoss when a candidate's logits are NaN or infinite.
         """
-        x = np.asarray(logits, dtype=np.float64)
-        targets = np.asarray(targets, dtype=np.int64)
-        if x.ndim != 3 or targets.shape != x.shape[1:2] or not x.size:
-            raise UsageError(f"logits must be (P, N, C) and targets (N,), not {x.shape} and {targets.shape}")
-        if not ((targets >= 0) & (targets < x.shape[2])).all():
-            raise UsageError(f"targets must lie in 0..{x.shape[2] - 1}; got {targets.min()}..{targets.max()}")
-        finite = np.isfinite(x).all(axis=(1, 2))
+        return self.of(tally(logits, targets), targets, first)
+
+    def of(self, found: Float64, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
+        """Losses and metrics of a population from its tally (P, 5), as `score` gives them."""
+        finite = np.isfinite(found).all(axis=1)
         if not finite.all():
             raise NonFiniteLoss(
                 f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite); "
                 "use an fp32 bundle, or a smaller --sigma or --alpha"
             )
-        metrics = _accuracy(x, targets) if self.metric == "accuracy" else _f1(x, targets)
-        if self.loss == "perf":
-            return -metrics, metrics
-        return (_cross_entropy(x, targets) if self.loss == "ce" else _hinge(x, targets)), metrics
-
-
-def _cross_entropy(x: Float64, targets: Int64) -> Float64:
-    shifted = x - x.max(axis=2, keepdims=True)
-    per_row = np.log(np.exp(shifted).sum(axis=2)) - shifted[:, np.arange(len(targets)), targets]
-    return np.asarray(per_row.mean(axis=1))
-
-
-def _hinge(x: Float64, targets: Int64) -> Float64:
-    rows = np.arange(len(targets))
-    violations = np.maximum(0.0, x - x[:, rows, targets][:, :, None] + MARGIN)
-    violations[:, rows, targets] = 0.0
-    return np.asarray(violations.sum(axis=(1, 2)) / len(targets))
-
-
-def _accuracy(x: Float64, targets: Int64) -> Float64:
-    return np.asarray((x.argmax(axis=2) == targets).mean(axis=1))
-
-
-def _f1(x: Float64, targets: Int64) -> Float64:
-    predicted, actual = x.argmax(axis=2) == 1, targets == 1
-    hits = (predicted & actual).sum(axis=1)
-    total = predicted.sum(axis=1) + actual.sum()
-    return np.asarray(2.0 * hits / np.maximum(total, 1))
+        sums = dict(zip(COLUMNS, found.T, strict=True))
+        if self.metric == "accuracy":
+            metrics = sums["right"] / len(targets)
+        else:
+            metrics = 2.0 * sums["hits"] / np.maximum(sums["ones"] + np.sum(np.equal(targets, 1)), 1)
+        return (-metrics if self.loss == "perf" else sums[self.loss] / len(targets)), metrics

@@ -127,7 +127,7 @@ class GpuReport(Part):
                 ],
                 text_columns=8,
             ),
-            "ms is for one candidate, from z to its label logits, the projection included. The next column is what the "
+            "ms is for one candidate, from z to its loss, the projection included. The next column is what the "
             "calls of a search would take at that rate, then comes a whole search with CMA-ES. Rates are shares of the "
             "fp16 matrix rate: of the naive forward's operations, and of those that are computed.",
             f"{self.created}; `{self.command}`; {text(self.versions)}",

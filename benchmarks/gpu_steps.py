@@ -15,6 +15,7 @@ from bbt_accel.benchmarks.workload import load_batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
+from bbt_accel.objective import Float64, Objective
 from bbt_accel.projection import Latent, Projection
 
 TINY: dict[str, dict[str, Any]] = {
@@ -70,11 +71,11 @@ def tiny(model_type: str, output: str) -> None:
 def expected(bundle: str, output: str) -> None:
     """What eager PyTorch gives on the CPU for `cases`, into the file `output`."""
     with load_engine(bundle, "eager") as engine:
-        np.savez(output, *logits_of(engine))
+        np.savez(output, *numbers_of(engine))
 
 
 def exact(exported: str, expected: str, engine: dict[str, Any], made: dict[str, Any] | None) -> float:
-    """Largest error of an engine against the recorded logits, relative to the largest where that is beyond 1.
+    """Largest error of an engine against the recorded numbers, relative to the largest where that is beyond 1.
 
     made: how to optimize the exported bundle first, or None to run it as it is.
     """
@@ -84,34 +85,42 @@ def exact(exported: str, expected: str, engine: dict[str, Any], made: dict[str, 
     if made is not None:
         optimize_bundle(exported, engine["bundle"], **made)
     with load_engine(**engine) as loaded:
-        found = logits_of(loaded)
+        found = numbers_of(loaded)
     with np.load(expected) as file:
         return max(scaled_error(a, file[name]) for a, name in zip(found, file.files, strict=True))
 
 
-def logits_of(engine: Engine) -> list[Float32]:
-    """Logits on batches of several shapes, twice each: the second time from whatever the engine keeps."""
+def numbers_of(engine: Engine) -> list[Float32]:
+    """Logits and losses on batches of several shapes, twice each: the second time from whatever the engine keeps."""
     found = []
     for batch, prompts in cases(engine.bundle):
         with engine.bind(batch) as bound:
             for _ in range(1 if engine.name == "eager" else 3):
-                last = both(bound, prompts)
+                last = numbers(bound, prompts)
         found += last
     return found
 
 
-def both(bound: BoundBatch, prompts: Float32) -> list[Float32]:
-    """Logits of whole prompts and of projected ones; for bbtv2 of each layer's candidates too."""
+def numbers(bound: BoundBatch, prompts: Float32) -> list[Float32]:
+    """Logits of whole prompts and of projected ones, for bbtv2 of each layer's candidates too; and losses of those."""
     n, hidden = prompts.shape[-2:]
     rng, std = np.random.default_rng(0), float(prompts.std())
     p0 = std * rng.standard_normal(n * hidden)
     projection = Projection.normal(rng, DIM, n, hidden, std / DIM**0.5, p0)
     z = Latent(projection, rng.standard_normal((len(prompts), DIM)))
     if bound.bundle.info.method == "bbt":
-        return [bound.label_logits(prompts), bound.label_logits(z)]
-    layers = range(prompts.shape[1])
-    found = [bound.layer_logits(prompts[0], layer, prompts[:, layer]) for layer in layers]
-    return [bound.label_logits(prompts), *found, *(bound.layer_logits(prompts[0], layer, z) for layer in layers)]
+        return [bound.label_logits(prompts), bound.label_logits(z), losses(bound, bound.tally(z))]
+    found = [bound.label_logits(prompts)]
+    for layer in range(prompts.shape[1]):
+        found += [bound.layer_logits(prompts[0], layer, some) for some in (prompts[:, layer], z)]
+        found.append(losses(bound, bound.layer_tally(prompts[0], layer, z)))
+    return found
+
+
+def losses(bound: BoundBatch, tally: Float64) -> Float32:
+    """Cross entropies (P,) and hinge losses (P,) of a tally."""
+    targets = bound.batch.targets
+    return np.stack([Objective(loss).of(tally, targets)[0] for loss in ("ce", "hinge")]).astype(np.float32)
 
 
 def cases(bundle: Bundle) -> list[tuple[Batch, Float32]]:
@@ -125,8 +134,6 @@ def cases(bundle: Bundle) -> list[tuple[Batch, Float32]]:
 
 def golden(trace: str, engine: dict[str, Any]) -> float:
     """Largest difference of the first generation's losses from those that the original program recorded."""
-    from bbt_accel.objective import Objective
-
     with np.load(trace) as file:
         arrays = {name: file[name] for name in file.files}
     with load_engine(**engine) as loaded:
@@ -136,10 +143,10 @@ def golden(trace: str, engine: dict[str, Any]) -> float:
         prompts = Latent(Projection(arrays["A"][0], (n, hidden), p0), arrays["X"][0])
         with loaded.bind(batch) as bound:
             if loaded.bundle.info.method == "bbt":
-                logits = bound.label_logits(prompts)
+                tally = bound.tally(prompts)
             else:
-                logits = bound.layer_logits(np.zeros(loaded.bundle.info.prompt_shape, np.float32), 0, prompts)
-    losses, _ = Objective("ce").score(logits, batch.targets)
+                tally = bound.layer_tally(np.zeros(loaded.bundle.info.prompt_shape, np.float32), 0, prompts)
+    losses, _ = Objective("ce").of(tally, batch.targets)
     return float(np.abs(losses - arrays["fitness"][0]).max())
 
 
@@ -157,7 +164,7 @@ def traced_batch(arrays: dict[str, Any], family: str) -> Batch:
 
 
 def speed(engine: dict[str, Any], batch: str, popsize: int, repeats: int, half: bool = False) -> dict[str, Any]:
-    """Seconds a candidate, as the search evaluates it: from z to label logits, the best of a layer put in its place.
+    """Seconds a candidate, as the search evaluates it: from z to the tally, the best of a layer put in its place.
 
     half: the eager model in fp16. Graphs and kernels are made before the clock runs.
     """
@@ -183,7 +190,7 @@ def searching(bound: BoundBatch, popsize: int) -> Callable[[], int]:
     def turn() -> int:
         for layer in range(info.n_layers if deep else 1):
             z = settings.sigma * rng.standard_normal((popsize, settings.intrinsic_dim))
-            space.logits(bound, layer, z)
+            space.tally(bound, layer, z)
             if deep:  # the best of a generation then stands in its layer
                 space.stack[layer] = space.prompts(layer, z[:1])[0]
         return popsize * (info.n_layers if deep else 1)

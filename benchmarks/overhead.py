@@ -23,6 +23,7 @@ from bbt_accel.data import few_shot, load_rows
 from bbt_accel.display import markdown_table
 from bbt_accel.doctor import describe_machine
 from bbt_accel.encoding import Encoder
+from bbt_accel.engines import base
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.history import History
 from bbt_accel.objective import Objective
@@ -91,7 +92,7 @@ def measure(bundle: Bundle, task_name: str, engine: str, threads: int, generatio
         history = stack.enter_context(History(folder / "history.jsonl"))
         for part, owner, name in (
             ("model", loaded, "run"), ("CMA-ES", Cma, "ask"), ("CMA-ES", Cma, "tell"),
-            ("projection", Space, "prompts"), ("loss", Objective, "score"),
+            ("projection", Space, "prompts"), ("loss", base, "tally"), ("loss", Objective, "of"),
         ):  # fmt: skip
             stack.enter_context(timing(spent, part, owner, name))
         start = time.perf_counter()

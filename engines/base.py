@@ -11,14 +11,15 @@ import numpy as np
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
+from bbt_accel.objective import Float64, check_targets, tally
 from bbt_accel.projection import Latent, Prompts
 
 
 class BoundBatch(ABC):
     """Rows that an engine holds ready; candidates come and go."""
 
-    projects = False
-    """Whether `_label_logits` and `_layer_logits` take `Latent` too, and project where the engine computes."""
+    on_device = False
+    """Whether the engine projects, and tallies, where it computes: then its methods are given `Latent` as it is."""
 
     def __init__(self, bundle: Bundle, batch: Batch) -> None:
         self.bundle = bundle
@@ -30,8 +31,7 @@ class BoundBatch(ABC):
         prompts: float32 (P, n, H), or (P, L, n, H) for bbtv2; or, for bbt, what they are projected from.
         Returns float32 (P, N, C).
         """
-        shape = self.bundle.info.prompt_shape
-        return self._label_logits(self._taken("prompts", prompts, ("P", *shape)))
+        return self._label_logits(self._taken("prompts", prompts, ("P", *self.bundle.info.prompt_shape)))
 
     def layer_logits(self, stack: Float32, layer: int, candidates: Prompts) -> Float32:
         """bbtv2: logits for candidates of one layer's prompt while the other layers' prompts are fixed.
@@ -40,25 +40,45 @@ class BoundBatch(ABC):
         candidates: float32 (P, n, H), or what they are projected from. Returns float32 (P, N, C), the same numbers as
         `label_logits` on the whole stacks; an engine may reuse what it knows of the layers below `layer`.
         """
+        return self._layer_logits(*self._taken_layer(stack, layer, candidates))
+
+    def tally(self, prompts: Prompts) -> Float64:
+        """`objective.tally` of the label logits: float64 (P, 5). Takes what `label_logits` takes.
+
+        An engine on a GPU adds up there, in float32, and the label logits stay there.
+        """
+        check_targets(self.batch.targets, len(self.batch.label_token_ids))
+        return self._tally(self._taken("prompts", prompts, ("P", *self.bundle.info.prompt_shape)))
+
+    def layer_tally(self, stack: Float32, layer: int, candidates: Prompts) -> Float64:
+        """bbtv2: the tally of `layer_logits`, which takes the same."""
+        check_targets(self.batch.targets, len(self.batch.label_token_ids))
+        return self._layer_tally(*self._taken_layer(stack, layer, candidates))
+
+    def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
+        return self._label_logits(stacks(stack, layer, candidates))
+
+    def _tally(self, prompts: Float32) -> Float64:
+        return tally(self._label_logits(prompts), self.batch.targets)
+
+    def _layer_tally(self, stack: Float32, layer: int, candidates: Float32) -> Float64:
+        return tally(self._layer_logits(stack, layer, candidates), self.batch.targets)
+
+    def _taken_layer(self, stack: Float32, layer: int, candidates: Prompts) -> tuple[Float32, int, Any]:
+        """What `layer_logits` is given, checked."""
         self.bundle.require("bbtv2")
         layers, *one = self.bundle.info.prompt_shape
         if not 0 <= layer < layers:
             raise UsageError(f"layer must lie in 0..{layers - 1}; got {layer}")
-        return self._layer_logits(
-            checked("stack", stack, (layers, *one)), layer, self._taken("candidates", candidates, ("P", *one))
-        )
-
-    def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
-        stacks = np.repeat(stack[None], len(candidates), axis=0)
-        stacks[:, layer] = candidates
-        return self._label_logits(stacks)
+        stack = checked("stack", stack, (layers, *one))
+        return stack, layer, self._taken("candidates", candidates, ("P", *one))
 
     def _taken(self, name: str, prompts: Prompts, shape: tuple[str | int, ...]) -> Any:
         """Prompts as the engine takes them. Raises UsageError where their shape is another."""
         if not isinstance(prompts, Latent):
             return checked(name, prompts, shape)
         check_shape(name, prompts.shape, shape)
-        return prompts if self.projects else prompts.compute()
+        return prompts if self.on_device else prompts.compute()
 
     def layer_stds(self) -> Float32:
         """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
@@ -81,6 +101,13 @@ class BoundBatch(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def stacks(stack: Float32, layer: int, candidates: Float32) -> Float32:
+    """Each candidate of a layer in its place in the stack: (L, n, H) and (P, n, H) to (P, L, n, H)."""
+    whole = np.repeat(stack[None], len(candidates), axis=0)
+    whole[:, layer] = candidates
+    return whole
 
 
 def checked(name: str, prompts: Float32, shape: tuple[str | int, ...]) -> Float32:

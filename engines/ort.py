@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,15 +69,16 @@ class OrtEngine(StagedEngine):
                 "see bbt-accel doctor for what to install"
             )
         try:
-            session = self.session(str(self.bundle.path / f"{stage}.onnx"), options)
+            session = self.session(stage, options)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineError(f"ONNX Runtime cannot load {stage}.onnx ({first_line(error)})") from error
         if session.get_providers()[0] != self.provider:  # it fell back to the CPU and says nothing
             raise EngineError(f"--device {self.device}: {self.provider} could not start; see bbt-accel doctor")
         return session
 
-    def session(self, file: str, options: Any) -> Any:
-        return onnxruntime.InferenceSession(file, options, providers=[self.provider])
+    def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
+        file = str(self.bundle.path / f"{stage}.onnx")
+        return onnxruntime.InferenceSession(file, options, providers=providers or [self.provider])
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         session = self.sessions[stage]

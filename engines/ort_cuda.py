@@ -1,17 +1,17 @@
-"""ONNX Runtime on an NVIDIA GPU: rows and projections stay there, calls that come again become CUDA graphs."""
+"""ONNX Runtime on an NVIDIA GPU: rows, projections and logits stay there, calls that come again become CUDA graphs."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
 
 from bbt_accel.batch import Float32, Int64
-from bbt_accel.bundle import PROJECT, Bundle
+from bbt_accel.bundle import PROJECT, TALLY, Bundle
 from bbt_accel.engines.ort import OrtEngine, failing
 from bbt_accel.engines.staged import Arrays
 from bbt_accel.errors import first_line
@@ -44,7 +44,7 @@ class OrtCudaEngine(OrtEngine):
     provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     bucket_step = 8
     tokens_per_call = 2**17
-    projects = True
+    on_device = True
 
     def __init__(
         self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
@@ -54,29 +54,30 @@ class OrtCudaEngine(OrtEngine):
         self.seen: dict[object, list[tuple[int, ...]]] = {}
         """A call that has come once → the shapes of its outputs."""
         super().__init__(bundle, device, threads, without)
-        self.sessions[PROJECT] = self.open(PROJECT)
+        self.sessions |= {stage: self.open(stage) for stage in (PROJECT, TALLY)}
 
-    def session(self, file: str, options: Any) -> Any:
+    def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
         """With CUDA graphs; without them for a graph that ONNX Runtime cannot keep on the device as a whole."""
-        if self.graphs and Path(file).stem != PROJECT:
+        if self.captures(stage):
             try:
-                return self.opened(file, options, {"enable_cuda_graph": "1"})
+                return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
                 self.graphs = False
                 log.warning("no CUDA graphs: %s", first_line(error))
-        return self.opened(file, options, {})
+        return super().session(stage, options, self.providers({}))
 
-    def opened(self, file: str, options: Any, more: dict[str, str]) -> Any:
-        provider = (self.provider, self.provider_options | more)
-        return onnxruntime.InferenceSession(file, options, providers=[provider])
+    def captures(self, stage: str) -> bool:
+        return self.graphs and stage in self.bundle.info.stages
+
+    def providers(self, more: dict[str, str]) -> list[Any]:
+        return [(self.provider, self.provider_options | more)]
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         session = self.sessions[stage]
         given = {i.name: inputs[i.name] for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
-        again = self.graphs and stage != PROJECT
         with failing(f"in {stage}.onnx"):
-            found = self.again(session, given, names) if again else self.once(session, given, names)
+            found = (self.again if self.captures(stage) else self.once)(session, given, names)
             return dict(zip(names, found, strict=True))
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from bbt_accel.batch import Batch, Float32, Int64
-from bbt_accel.bundle import PROJECT, Bundle
+from bbt_accel.bundle import PROJECT, TALLY, Bundle
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.exporters.families import load_model, make_backbone
 from bbt_accel.exporters.reference import Reference
+from bbt_accel.objective import MARGIN
 from bbt_accel.savings import inside
 
 
@@ -38,6 +39,18 @@ def torch_versions(device: str) -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "device": name}
 
 
+def tally(logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
+    """`objective.tally` in PyTorch: logits (P, N, C), one-hot targets (N, C), classes 0 … C-1; float32 (P, 5)."""
+    logits = logits.float()
+    shifted = logits - logits.amax(2, keepdim=True)
+    wanted = (shifted * targets).sum(2)  # NaN where a logit is not finite
+    hinge = (functional.relu(shifted - wanted[..., None] + MARGIN) * (1 - targets)).sum(2)
+    predicted, actual = (shifted == 0).float().argmax(2), targets.argmax(1)  # of equal logits the first
+    right, ones = predicted == actual, predicted == 1
+    columns = (shifted.logsumexp(2) - wanted, hinge, right, right & ones, ones)
+    return torch.stack([column.sum(1, dtype=torch.float32) for column in columns], dim=1)
+
+
 class TorchEngine(StagedEngine):
     """The backbone's stages in PyTorch, with the same work left out as in the exported graphs."""
 
@@ -53,7 +66,7 @@ class TorchEngine(StagedEngine):
         super().__init__(Bundle(bundle.path, info), device, threads, without)
         bundle = self.bundle
         self.backbone = make_backbone(load(bundle, device, threads), bundle.info)
-        self.projects = device == "cuda"
+        self.on_device = device == "cuda"
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays) -> Arrays:
@@ -61,6 +74,8 @@ class TorchEngine(StagedEngine):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
                 return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}
+            if stage == TALLY:
+                return {"tally": tally(inputs["label_logits"], inputs["targets"], inputs["classes"])}
             return self.backbone.run(stage, {k: v for k, v in inputs.items() if k in self.takes(stage)})
         except (RuntimeError, IndexError) as error:
             raise EngineError(f"PyTorch failed in {stage} ({first_line(error).rstrip('.')})") from error

@@ -15,11 +15,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32, Int64
-from bbt_accel.bundle import PROJECT, Bundle
+from bbt_accel.bundle import PROJECT, TALLY, Bundle
 from bbt_accel.decoder_input import with_decoder_input
-from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
+from bbt_accel.engines.base import BoundBatch, Engine, check_tokens, stacks
 from bbt_accel.engines.cutting import buckets, cut
 from bbt_accel.errors import EngineError, UsageError
+from bbt_accel.objective import COLUMNS, Float64
 from bbt_accel.projection import Latent, Projection, Prompts, computed
 from bbt_accel.savings import inside
 
@@ -41,8 +42,9 @@ class StagedEngine(Engine):
     """Rows in one call at most, where what is compiled takes no more."""
     candidates_per_call: int | None = None
     """Candidates in one call at most, likewise."""
-    projects = False
-    """Whether `run` runs the graph `project`: then a matrix is brought there once, and z comes in place of prompts."""
+    on_device = False
+    """Whether `run` runs the graphs `project` and `tally` too: then a matrix and the targets are brought there once, z
+    comes in place of prompts, and a tally goes back in place of label logits."""
 
     def __init__(self, bundle: Bundle, device: str, threads: int | None, without: frozenset[str]) -> None:
         super().__init__(bundle)
@@ -79,7 +81,7 @@ class StagedEngine(Engine):
 
     def stand(self, layer: int, prompt: Float32, population: int) -> Array:
         """A layer's prompt (n, H), once for each of so many candidates; on a device it stays until it has changed."""
-        if not self.projects:
+        if not self.on_device:
             return self.put_prompts(np.repeat(prompt[None], population, axis=0))
         known, array = self.standing.get((layer, population), (None, None))
         if known is None or not np.array_equal(known, prompt):
@@ -117,13 +119,17 @@ class Bucket:
     """What enters block `layer` when the prompts below it are `below`: bbtv2's cache."""
 
 
+Calls = Iterator[tuple[Bucket, slice, Array]]
+"""Label logits of some candidates on the rows of a bucket, call after call."""
+
+
 class StagedBoundBatch(BoundBatch):
     """Rows bound to a staged engine."""
 
     def __init__(self, engine: StagedEngine, batch: Batch) -> None:
         super().__init__(engine.bundle, batch)
         self.engine, self.info = engine, engine.bundle.info
-        self.projects = engine.projects
+        self.on_device = engine.on_device
         groups = self.groups(engine.without, engine.bucket_step)
         self.buckets = [self.hold(rows, engine.without) for rows in groups]
 
@@ -139,11 +145,49 @@ class StagedBoundBatch(BoundBatch):
             part = with_decoder_input(self.info, part)
         names = ("input_ids", "attention_mask", "readout", "label_token_ids", "decoder_input_ids")
         found = {name: getattr(part, name) for name in names}
+        if self.on_device:
+            found["classes"] = np.arange(len(part.label_token_ids), dtype=np.float32)
+            found["targets"] = np.equal.outer(part.targets, found["classes"]).astype(np.float32)
         inputs = {name: self.engine.put(value) for name, value in found.items() if value is not None}
         return Bucket(rows, part.input_ids.shape[1], inputs)
 
     def _label_logits(self, prompts: Prompts) -> Float32:
-        logits = self.empty(len(prompts))
+        return self.logits(len(prompts), self.calls(prompts))
+
+    def _layer_logits(self, stack: Float32, layer: int, candidates: Prompts) -> Float32:
+        return self.logits(len(candidates), self.layer_calls(stack, layer, candidates))
+
+    def _tally(self, prompts: Prompts) -> Float64:
+        if not self.on_device:
+            return super()._tally(computed(prompts))
+        return self.tallied(len(prompts), self.calls(prompts))
+
+    def _layer_tally(self, stack: Float32, layer: int, candidates: Prompts) -> Float64:
+        if not self.on_device:
+            return super()._layer_tally(stack, layer, computed(candidates))
+        return self.tallied(len(candidates), self.layer_calls(stack, layer, candidates))
+
+    def logits(self, population: int, calls: Calls) -> Float32:
+        """The label logits of all calls, in the order of the rows."""
+        found = np.empty((population, len(self.batch), len(self.batch.label_token_ids)), np.float32)
+        for bucket, some, logits in calls:
+            found[some, bucket.rows] = self.engine.get(logits)
+        return found
+
+    def tallied(self, population: int, calls: Calls) -> Float64:
+        """The tally of all calls. What is waited for is waited for once, when all has been given to the device."""
+        parts = [
+            (some, self.engine.run(TALLY, {**bucket.inputs, "label_logits": logits})["tally"])
+            for bucket, some, logits in calls
+        ]
+        found = np.zeros((population, len(COLUMNS)))
+        for some, part in parts:
+            found[some] += self.engine.get(part)
+        return found
+
+    def calls(self, prompts: Prompts) -> Calls:
+        """Run whole populations; label logits are yielded where the engine computes."""
+        self.require_open()
 
         @self.once
         def brought(start: int, stop: int) -> list[Array]:
@@ -158,13 +202,14 @@ class StagedBoundBatch(BoundBatch):
                     out = self.engine.run("model", {**bucket.inputs, "prompts": here[0]})["label_logits"]
                 else:
                     out = self.upward(bucket, self.embed(bucket), 0, here)
-                logits[some, bucket.rows] = self.engine.get(out)
-        return logits
+                yield bucket, some, out
 
-    def _layer_logits(self, stack: Float32, layer: int, candidates: Prompts) -> Float32:
+    def layer_calls(self, stack: Float32, layer: int, candidates: Prompts) -> Calls:
+        """Run the candidates of one layer, from what is cached of the layers below."""
         if "layer-cache" in self.engine.without:
-            return super()._layer_logits(stack, layer, computed(candidates))
-        logits = self.empty(len(candidates))
+            yield from self.calls(stacks(stack, layer, computed(candidates)))
+            return
+        self.require_open()
 
         @self.once
         def brought(start: int, stop: int) -> list[Array]:
@@ -174,9 +219,7 @@ class StagedBoundBatch(BoundBatch):
         for bucket in self.buckets:
             self.advance(bucket, stack, layer)
             for some in self.chunks(len(candidates), bucket):
-                out = self.upward(bucket, bucket.state, layer, brought(some.start, some.stop))
-                logits[some, bucket.rows] = self.engine.get(out)
-        return logits
+                yield bucket, some, self.upward(bucket, bucket.state, layer, brought(some.start, some.stop))
 
     def advance(self, bucket: Bucket, stack: Float32, layer: int) -> None:
         """Bring the cached state to what enters block `layer`, from where it stands or from the embedding."""
@@ -190,7 +233,7 @@ class StagedBoundBatch(BoundBatch):
 
     def once(self, bring: Bring) -> Bring:
         """On a device, what is brought for one bucket serves the others; elsewhere it would but take memory."""
-        return cache(bring) if self.projects else bring
+        return cache(bring) if self.on_device else bring
 
     def embed(self, bucket: Bucket) -> Arrays:
         return self.engine.run("embed", bucket.inputs)
@@ -237,10 +280,9 @@ class StagedBoundBatch(BoundBatch):
         for start in range(0, population, size):
             yield slice(start, min(start + size, population))
 
-    def empty(self, population: int) -> Float32:
+    def require_open(self) -> None:
         if not self.buckets:
             raise EngineError("these rows are closed; bind them again")
-        return np.empty((population, len(self.batch), len(self.batch.label_token_ids)), np.float32)
 
     def close(self) -> None:
         self.buckets = []

@@ -49,7 +49,7 @@ class TrtEngine(StagedEngine):
 
     name = "trt"
     bucket_step = 8
-    projects = True
+    on_device = True
 
     def __init__(
         self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from bbt_accel.bundle import PROJECT, Bundle, BundleInfo, Method, PromptMode, SpecialTokens, new_folder, write_info
+from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode, SpecialTokens, new_folder, write_info
 from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import ExportError, UsageError
 from bbt_accel.exporters import graph
+from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.families import load_model, load_tokenizer, make_backbone
-from bbt_accel.exporters.project import projection_graph
 from bbt_accel.savings import check_savings, inside
 
 TOLERANCE = 1e-4
@@ -64,7 +64,7 @@ def export_bundle(
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         info = info.model_copy(update={"stages": trace(model, info, folder, tell)})
-        (folder / f"{PROJECT}.onnx").write_bytes(projection_graph(info).SerializeToString())
+        write_device_graphs(folder, info)
         write_info(folder, info)
         tell("checking against eager PyTorch", 0, 1)
         error = checked(folder)

@@ -13,16 +13,16 @@ from typing import Literal
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import PROJECT, Bundle, BundleInfo, new_folder, write_info
+from bbt_accel.bundle import Bundle, BundleInfo, new_folder, write_info
 from bbt_accel.errors import BundleError, ExportError, UsageError
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import calibration_rows, random_prompts, stage_feeds
+from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.half import TYPES, to_half
 from bbt_accel.exporters.int8 import to_int8
 from bbt_accel.exporters.openvino import save_openvino
 from bbt_accel.exporters.precision import choose_fp32, logit_noise
 from bbt_accel.exporters.prepare import prepare
-from bbt_accel.exporters.project import projection_graph
 from bbt_accel.exporters.sessions import Feeds, run_stages
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, machine, rounded, sizes_of
 from bbt_accel.exporters.trt_api import find_api
@@ -82,7 +82,7 @@ def optimize_bundle(
         for name in ("config.json", "tokenizer.json", *weights):
             shutil.copyfile(source / name, folder / name)
         if target != "openvino":  # which runs on the CPU
-            (folder / f"{PROJECT}.onnx").write_bytes(projection_graph(bundle.info).SerializeToString())
+            write_device_graphs(folder, bundle.info)
         report = lower(bundle, folder, target, precision, batch, prompts, max_noise)
         if target == "trt":
             report["profile"] = sizes_of(bundle, calibrate, data).model_dump()

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bbt_accel.bundle import PLANS, PROJECT, Bundle, BundleInfo
+from bbt_accel.bundle import PLANS, PROJECT, TALLY, Bundle, BundleInfo
 from bbt_accel.errors import PlanError
 from bbt_accel.exporters.trt_api import Api, new_logger, reason
 
@@ -42,7 +42,7 @@ class Sizes(BaseModel):
     """Of the space that is searched."""
 
     def of_input(self, name: str, shape: tuple[int, ...], info: BundleInfo) -> list[list[int]]:
-        """min, opt and max shape of an input; open axes (-1) are those of `graph.dynamic_axes` and of project.py."""
+        """min, opt and max shape of an input; open axes (-1) are those of `graph.dynamic_axes` and of device.py."""
         state = (1, *self.candidates[1:])
         behind_prompt = info.family == "gpt2" and info.prompt_mode == "add"
         text = tuple(t - info.n_prompt_tokens for t in self.tokens) if behind_prompt else self.tokens
@@ -58,6 +58,9 @@ class Sizes(BaseModel):
             "z": {0: self.candidates, 1: self.dim},
             "matrix": {1: self.dim},
             "p0": {},
+            "label_logits": {0: self.candidates, 1: self.rows, 2: self.labels},
+            "targets": {0: self.rows, 1: self.labels},
+            "classes": {0: self.labels},
         }
         return [[axes[name][i][k] if size < 0 else size for i, size in enumerate(shape)] for k in range(3)]
 
@@ -162,14 +165,14 @@ def profile_of(bundle: Bundle) -> Sizes:
 
 
 def keys(bundle: Bundle, api: Api, gpu: str | None, capability: tuple[str, ...], driver: str | None) -> dict[str, Key]:
-    """The key of each stage, and of the projection."""
+    """The key of each stage, of the projection, and of the tally."""
     profile = profile_of(bundle)
     return {
         stage: Key(
             graph=graph_digest(bundle, stage), runtime=api.version, gpu=gpu, capability=capability, driver=driver,
             profile=profile,
         )
-        for stage in (*bundle.info.stages, PROJECT)
+        for stage in (*bundle.info.stages, PROJECT, TALLY)
     }  # fmt: skip
 
 

@@ -40,7 +40,9 @@ class FakeRuntime:
         self.memory, self.devices = memory, devices
         self.blocks: dict[int, Any] = {}
         self.capturing: list[Callable[[], None]] | None = None
-        self.launches = self.uploaded = 0
+        self.launches = self.uploaded = self.downloaded = 0
+        self.course: list[str] = []
+        """What came in which order: `run` for a plan or a graph, `upload`, `download`."""
         self.captures = True
         self.properties = SimpleNamespace(name=b"NVIDIA Fake 1000\0\0", major=8, minor=9)
 
@@ -79,7 +81,12 @@ class FakeRuntime:
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[Any, ...]:
         assert stream == 7
         assert self.capturing is None, "a copy from pageable memory cannot be captured"
-        self.uploaded += size if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else 0
+        if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
+            self.uploaded += size
+            self.course.append("upload")
+        else:
+            self.downloaded += size
+            self.course.append("download")
         ctypes.memmove(to, source, size)
         return (Status.cudaSuccess,)
 
@@ -96,6 +103,7 @@ class FakeRuntime:
 
     def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[Any, ...]:
         self.launches += 1
+        self.course.append("run")
         for work in graph:
             work()
         return (Status.cudaSuccess,)
@@ -222,6 +230,7 @@ class Context:
             self.captured = True
             runtime.capturing.append(lambda: self.run(shapes))
         else:
+            runtime.course.append("run")
             self.run(shapes)
         return True
 

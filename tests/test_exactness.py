@@ -98,6 +98,12 @@ def assert_same(logits: np.ndarray, wanted: np.ndarray, what: object = None) -> 
     assert np.abs(logits - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max()), what
 
 
+def losses(tally: np.ndarray, rows: Batch) -> np.ndarray:
+    """Cross entropy and hinge loss of each candidate, (P, 2)."""
+    found: np.ndarray = (tally[:, :2] / len(rows)).astype(np.float32)
+    return found
+
+
 @all_variants
 def test_a_prompt_changes_the_logits(tiny: Export, loaded: Load, name: str, method: str, mode: str) -> None:
     """Otherwise the rest of this file would prove little."""
@@ -238,13 +244,13 @@ def test_the_layers_below_the_one_that_is_searched_are_computed_once(
 
 
 @all_variants
-def test_prompts_may_be_projected_where_the_engine_computes(
+def test_prompts_and_losses_may_be_computed_where_the_engine_computes(
     tiny: Export, loaded: Load, monkeypatch: pytest.MonkeyPatch, name: str, method: str, mode: str
 ) -> None:
     """As engines on a GPU do; here PyTorch on the CPU."""
     bundle = tiny(name, method, mode)
     engine, naive = loaded(bundle, "torch"), loaded(bundle, "eager")
-    monkeypatch.setattr(engine, "projects", True)
+    monkeypatch.setattr(engine, "on_device", True)
 
     @few
     @given(shape=shapes(), count=candidates, seed=seeds)
@@ -254,16 +260,22 @@ def test_prompts_may_be_projected_where_the_engine_computes(
         projection = Projection.normal(rng, 9, n, hidden, 0.3, p0=rng.standard_normal(n * hidden))
         stack = random_prompts(bundle, 1, seed)[0]
         with engine.bind(rows) as bound, naive.bind(rows) as other:
-            assert bound.projects
+            assert bound.on_device
             for turn in range(3 if deep else 1):
                 z, layer = Latent(projection, rng.standard_normal((count, 9))), turn % (deep or [1])[0]
                 if deep:
                     assert_same(
                         bound.layer_logits(stack, layer, z), other.layer_logits(stack, layer, z), (shape, layer)
                     )
+                    assert_same(
+                        losses(bound.layer_tally(stack, layer, z), rows),
+                        losses(other.layer_tally(stack, layer, z), rows),
+                        (shape, layer),
+                    )
                     stack[layer] += np.float32(0.1)
                 else:
                     assert_same(bound.label_logits(z), other.label_logits(z), shape)
+                    assert_same(losses(bound.tally(z), rows), losses(other.tally(z), rows), shape)
 
     check()
 

@@ -93,7 +93,7 @@ def test_an_export_is_measured_against_eager_pytorch(whole: tuple[Path, Bundle])
 def test_every_file_of_a_bundle_is_hashed(whole: tuple[Path, Bundle]) -> None:
     files = {p.name for p in whole[1].path.iterdir()} - {"bundle.json"}
     assert set(whole[1].info.sha256) == files
-    graphs = {"embed.onnx", "block_00.onnx", "last.onnx", "project.onnx"}
+    graphs = {"embed.onnx", "block_00.onnx", "last.onnx", "project.onnx", "tally.onnx"}
     assert files == {*graphs, "model.safetensors", "tokenizer.json", "config.json"}
 
 

@@ -27,7 +27,6 @@ from tiny_backbones import VARIANTS
 from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
 from bbt_accel.bundle import write_info
 from bbt_accel.engines import ort, trt
-from bbt_accel.engines.ort import OrtEngine
 from bbt_accel.engines.ort_cuda import OrtCudaEngine
 from bbt_accel.engines.trt import TrtEngine
 from bbt_accel.errors import EngineError, PlanError
@@ -35,6 +34,7 @@ from bbt_accel.exporters import optimize, tensorrt
 from bbt_accel.exporters.optimize import optimize_bundle, pad_columns
 from bbt_accel.exporters.rows import sample_rows
 from bbt_accel.exporters.trt_api import Api
+from bbt_accel.objective import tally
 from bbt_accel.projection import Latent
 
 DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"),
@@ -65,9 +65,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """ort_cuda with the CPU as its device."""
     monkeypatch.setitem(ort.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(OrtCudaEngine, "memory", "cpu")
-    monkeypatch.setattr(
-        OrtCudaEngine, "opened", lambda self, file, options, more: OrtEngine.session(self, file, options)
-    )
+    monkeypatch.setattr(OrtCudaEngine, "providers", lambda self, more: ["CPUExecutionProvider"])
 
 
 def candidates(bundle: Bundle, count: int = 5) -> Any:
@@ -100,12 +98,13 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
             np.testing.assert_allclose(
                 found.label_logits(prompts * times), wanted.label_logits(prompts * times), rtol=0, atol=atol
             )
-        assert found.projects
-        assert not wanted.projects
+        assert found.on_device
+        assert not wanted.on_device
         if info.method == "bbt":
             for turn in range(4):
                 z = moved(there, turn)
                 np.testing.assert_allclose(found.label_logits(z), wanted.label_logits(z), rtol=0, atol=atol)
+                assert_tally(found.tally(z), found.label_logits(z), rows)
         else:
             stack = prompts[0].copy()
             for turn in range(4 * info.n_layers):
@@ -115,14 +114,21 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
                 np.testing.assert_allclose(
                     found.layer_logits(stack, layer, z), wanted.layer_logits(stack, layer, z), rtol=0, atol=atol
                 )
+                assert_tally(found.layer_tally(stack, layer, z), found.layer_logits(stack, layer, z), rows)
                 np.testing.assert_allclose(
                     found.layer_logits(stack, layer, some), wanted.layer_logits(stack, layer, some), rtol=0, atol=atol
                 )
                 np.testing.assert_allclose(
                     found.label_logits(stack[None]), wanted.label_logits(stack[None]), rtol=0, atol=atol
                 )
+                assert_tally(found.tally(stack[None]), found.label_logits(stack[None]), rows)
                 stack[layer] = some[turn % 5]
             np.testing.assert_allclose(found.layer_stds(), wanted.layer_stds(), rtol=max(atol, 1e-4))
+
+
+def assert_tally(found: Any, logits: Any, rows: Batch) -> None:
+    """What was added up on the device is what the logits of the same engine add up to."""
+    np.testing.assert_allclose(found, tally(logits, rows.targets), rtol=1e-4, atol=1e-4)
 
 
 def one_line(call: Callable[[], object], error: type[Exception]) -> str:
@@ -169,15 +175,30 @@ def test_a_search_runs_from_graphs_after_its_third_generation(
         assert engine.versions()["device"] == "NVIDIA Fake 1000, compute capability 8.9"
 
 
-def test_a_generation_of_bbt_sends_z_alone(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+def test_a_generation_of_bbt_moves_z_and_losses_alone(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         prompts = latent(bundle)
-        bound.label_logits(prompts)
-        gpu.uploaded = 0
+        bound.tally(prompts)
+        gpu.uploaded = gpu.downloaded = 0
         for generation in range(1, 4):
-            bound.label_logits(moved(prompts, generation))
+            bound.tally(moved(prompts, generation))
         assert gpu.uploaded == 3 * prompts.z.nbytes
+        assert gpu.downloaded == 3 * len(bound.buckets) * len(prompts) * 5 * 4  # type: ignore[attr-defined]
+
+
+def test_the_host_waits_for_the_device_once_a_generation(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert len(bound.buckets) > 1  # type: ignore[attr-defined]
+        bound.tally(latent(bundle))
+        gpu.course.clear()
+        bound.tally(latent(bundle))
+        first = gpu.course.index("download")
+        assert "run" in gpu.course[:first]
+        assert "run" not in gpu.course[first:]
 
 
 def test_a_generation_of_bbtv2_sends_z_and_the_prompt_that_has_changed(
@@ -192,20 +213,20 @@ def test_a_generation_of_bbtv2_sends_z_and_the_prompt_that_has_changed(
 
         def generation(number: int, change: bool = True) -> int:
             layer, before = number % layers, gpu.uploaded
-            bound.layer_logits(stack, layer, moved(spaces[layer], number))
+            bound.layer_tally(stack, layer, moved(spaces[layer], number))
             stack[layer] += float(change)
             return gpu.uploaded - before
 
         for number in range(4 * layers):
             generation(number)
-            bound.label_logits(stack[None])  # as when the dev rows are scored
+            bound.tally(stack[None])  # as when the dev rows are scored
         graphs, gpu.launches = len(engine.graphs), 0
         z, prompt = spaces[0].z.nbytes, 4 * int(np.prod(one))
         for number in range(4 * layers):
             # The layer before stands below now, once; and above the next sweep's lowest layers, once a candidate.
             sent = generation(number) - z
             assert sent in (prompt, len(spaces[0]) * prompt), (number, sent)
-            bound.label_logits(stack[None])
+            bound.tally(stack[None])
         assert len(engine.graphs) == graphs, "arrays have moved"
         assert gpu.launches > 0
         sent_unchanged = [generation(number, change=False) for number in range(2 * layers)][layers:]
@@ -230,11 +251,12 @@ def test_a_space_that_the_plan_does_not_take_says_what_to_lower(made: Callable[.
         assert "--intrinsic-dim" in one_line(lambda: bound.label_logits(large), EngineError)
 
 
-def test_a_bundle_without_the_projection_has_to_be_made_again(made: Callable[..., Bundle]) -> None:
+@pytest.mark.parametrize("graph", ["project", "tally"])
+def test_a_bundle_without_the_graphs_of_a_device_has_to_be_made_again(made: Callable[..., Bundle], graph: str) -> None:
     bundle = made("roberta", "bbt", "add")
-    (bundle.path / "project.onnx").unlink()
+    (bundle.path / f"{graph}.onnx").unlink()
     old = write_info(bundle.path, bundle.info)
-    assert "lacks project.onnx" in one_line(lambda: load_engine(Bundle(bundle.path, old), "trt"), PlanError)
+    assert f"lacks {graph}.onnx" in one_line(lambda: load_engine(Bundle(bundle.path, old), "trt"), PlanError)
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbtv2"])
@@ -373,12 +395,12 @@ def test_calls_of_bbt_that_come_again_have_fixed_arrays(tiny: Export) -> None:
 def test_a_graph_that_cannot_be_captured_runs_without(
     tiny: Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def opened(self: OrtCudaEngine, file: str, options: Any, more: dict[str, str]) -> Any:
+    def providers(self: OrtCudaEngine, more: dict[str, str]) -> list[str]:
         if more:
             raise RuntimeError("This session cannot use the graph capture feature")
-        return OrtEngine.session(self, file, options)
+        return ["CPUExecutionProvider"]
 
-    monkeypatch.setattr(OrtCudaEngine, "opened", opened)
+    monkeypatch.setattr(OrtCudaEngine, "providers", providers)
     bundle = tiny("roberta", "bbt", "add")
     assert_alike("ort", bundle, bundle)
     assert "no CUDA graphs" in caplog.text

@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 
 from bbt_accel import Objective
 from bbt_accel.errors import NonFiniteLoss, UsageError
+from bbt_accel.objective import tally
 
 
 @st.composite
@@ -74,6 +75,16 @@ def test_what_is_not_finite_names_its_candidate(loss: str, value: float) -> None
     logits[2, 1, 0] = value
     with pytest.raises(NonFiniteLoss, match="candidate 2"):
         Objective(loss).score(logits, np.array([0, 1]))  # type: ignore[arg-type]
+
+
+@given(scored(), st.data())
+def test_the_tally_of_all_rows_is_the_sum_of_its_parts(
+    case: tuple[np.ndarray, np.ndarray], data: st.DataObject
+) -> None:
+    logits, targets = case
+    cut = data.draw(st.integers(0, len(targets)))
+    parts = [tally(logits[:, some], targets[some]) for some in (slice(cut), slice(cut, None)) if len(targets[some])]
+    np.testing.assert_allclose(sum(parts), tally(logits, targets), rtol=1e-12, atol=1e-12)
 
 
 def test_unknown_names_and_shapes_are_refused() -> None:

@@ -183,9 +183,9 @@ class CountingBound(DummyBoundBatch):
     def layer_stds(self) -> np.ndarray:
         return np.array(self.engine.stds, np.float32)
 
-    def layer_logits(self, stack: np.ndarray, layer: int, candidates: np.ndarray) -> np.ndarray:
+    def layer_tally(self, stack: np.ndarray, layer: int, candidates: np.ndarray) -> np.ndarray:
         self.engine.layer_calls.append((stack.copy(), layer, candidates.copy()))
-        return super().layer_logits(stack, layer, candidates)
+        return super().layer_tally(stack, layer, candidates)
 
     def _label_logits(self, prompts: np.ndarray) -> np.ndarray:
         logits = super()._label_logits(prompts)

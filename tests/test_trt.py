@@ -358,11 +358,11 @@ def test_every_family_method_and_mode_is_built_ahead_of_time(
     made = optimize_bundle(source.path, tmp_path / "made", precision="fp16", target="trt", compute_capability="8.9")
     report, info = made.info.optimization or {}, made.info
     assert (info.precision, info.target) == ("fp16", "trt")
-    assert report["plans"] == len(info.stages) + 1
+    assert report["plans"] == len(info.stages) + 2
     assert report["agreement"] >= 0.95
     assert report["logit_error"] < 0.05
     found = records(made)
-    assert set(found) == {*info.stages, "project"}
+    assert set(found) == {*info.stages, "project", "tally"}
     for stage, record in found.items():
         inspect(made, stage, record)
 
@@ -376,7 +376,7 @@ def inspect(bundle: Bundle, stage: str, record: Record) -> None:
     assert [t.name for t in record.outputs] == [o.name for o in graph.output]
     assert {t.dtype for t in record.outputs} == {"float"}
     for tensor in record.inputs:
-        floats = ("prompts", "hidden", "prefix", "z", "matrix", "p0")
+        floats = ("prompts", "hidden", "prefix", "z", "matrix", "p0", "label_logits", "targets", "classes")
         assert tensor.dtype == ("float" if tensor.name in floats else "int64")
         assert tensor.profile is not None
         low, best, high = tensor.profile

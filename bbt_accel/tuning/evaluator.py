@@ -63,11 +63,11 @@ class LocalEvaluator(Evaluator):
     def train(
         self, space: Space, layer: int, candidates: Float64 | Float32, some: slice = slice(None)
     ) -> tuple[Float64, Float64]:
-        logits = space.logits(self.train_rows, layer, candidates, some)
-        return self.objective.score(logits, self.train_rows.batch.targets, first=some.start or 0)
+        tally = space.tally(self.train_rows, layer, candidates, some)
+        return self.objective.of(tally, self.train_rows.batch.targets, first=some.start or 0)
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
-        losses, metrics = self.objective.score(self.dev_rows.label_logits(prompt[None]), self.dev_rows.batch.targets)
+        losses, metrics = self.objective.of(self.dev_rows.tally(prompt[None]), self.dev_rows.batch.targets)
         return float(losses[0]), float(metrics[0])
 
     def close(self) -> None:

@@ -36,18 +36,18 @@ class Space:
         with self._blas.limit(limits=1, user_api="blas"):
             return self._projections[layer].prompts(candidates)
 
-    def logits(self, rows: BoundBatch, layer: int, candidates: Float64 | Float32, some: slice = slice(None)) -> Float32:
-        """Label logits of some of a population, float32 (P', N, C); the stack stands in the other layers.
+    def tally(self, rows: BoundBatch, layer: int, candidates: Float64 | Float32, some: slice = slice(None)) -> Float64:
+        """Tally of some of a population, float64 (P', 5); the stack stands in the other layers.
 
         The whole population is projected whatever `some` is: the last bits of the product depend on its size.
         An engine on a GPU projects some alone, and where it computes, so that z is all that is sent.
         """
         prompts: Prompts
-        if rows.projects:
+        if rows.on_device:
             prompts = Latent(self._projections[layer], candidates[some])
         else:
             prompts = self.prompts(layer, candidates)[some]
-        return rows.layer_logits(self.stack, layer, prompts) if self._deep else rows.label_logits(prompts)
+        return rows.layer_tally(self.stack, layer, prompts) if self._deep else rows.tally(prompts)
 
 
 def make_projection(info: BundleInfo, settings: Settings, layer: int, embedding_std: float) -> Projection:

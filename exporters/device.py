@@ -1,0 +1,78 @@
+"""The graphs before and behind the backbone, for engines that compute on a device: from z to prompts, and from label
+logits to a tally. So what a generation moves is z, and five numbers a candidate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnx import parser
+
+from bbt_accel.bundle import PROJECT, TALLY, BundleInfo
+from bbt_accel.objective import MARGIN
+
+PROJECTION = """
+<ir_version: 10, opset_import: ["" : {opset}]>
+project (float[candidates, dim] z, float[{size}, dim] matrix, float[{size}] p0)
+     => (float[candidates, {n}, {hidden}] prompts)
+<int64[3] shape = {{-1, {n}, {hidden}}}> {{
+    flat = Gemm <transB = 1> (z, matrix, p0)
+    prompts = Reshape (flat, shape)
+}}
+"""
+"""prompts = reshape(z Aᵀ + p0): A is `matrix`, (n·H, d)."""
+
+TALLYING = """
+<ir_version: 10, opset_import: ["" : {opset}]>
+tally (float[candidates, rows, labels] label_logits, float[rows, labels] targets, float[labels] classes)
+   => (float[candidates, 5] tally)
+<int64[1] over_rows = {{1}}, int64[1] over_labels = {{2}},
+ float[1] one = {{1}}, float[1] margin = {{{margin}}}, float[1] many = {{1000000}}> {{
+    top = ReduceMax (label_logits, over_labels)
+    shifted = Sub (label_logits, top)
+    wanted_alone = Mul (shifted, targets)
+    wanted = ReduceSum (wanted_alone, over_labels)
+    powers = Exp (shifted)
+    power = ReduceSum (powers, over_labels)
+    log_power = Log (power)
+    ce = Sub (log_power, wanted)
+
+    above = Sub (shifted, wanted)
+    beyond = Add (above, margin)
+    violation = Relu (beyond)
+    others = Sub (one, targets)
+    violations = Mul (violation, others)
+    hinge = ReduceSum (violations, over_labels)
+
+    is_top = Equal (label_logits, top)
+    tops = Cast <to = 1> (is_top)
+    no_tops = Sub (one, tops)
+    far = Mul (no_tops, many)
+    numbers = Add (far, classes)
+    predicted = ReduceMin (numbers, over_labels)
+    class_alone = Mul (targets, classes)
+    actual = ReduceSum (class_alone, over_rows)
+    is_right = Equal (predicted, actual)
+    right = Cast <to = 1> (is_right)
+    is_one = Equal (predicted, one)
+    ones = Cast <to = 1> (is_one)
+    hits = Mul (right, ones)
+
+    each = Concat <axis = 2> (ce, hinge, right, hits, ones)
+    tally = ReduceSum <keepdims = 0> (each, over_rows)
+}}
+"""
+"""`objective.tally` in fp32. targets is one-hot, classes is 0 … C-1.
+
+A logit that is not finite makes `wanted_alone` NaN, the one at the target or another times 0. Of equal logits the first
+class counts, as numpy's argmax has it; ArgMax does not promise that in TensorRT.
+"""
+
+
+def write_device_graphs(folder: Path, info: BundleInfo) -> None:
+    """project.onnx and tally.onnx, beside the stages of the backbone."""
+    n, hidden = info.prompt_shape[-2:]
+    sizes = {"opset": info.opset, "n": n, "hidden": hidden, "size": n * hidden, "margin": MARGIN}
+    for name, text in ((PROJECT, PROJECTION), (TALLY, TALLYING)):
+        model = parser.parse_model(text.format(**sizes))
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
