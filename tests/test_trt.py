@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -314,6 +315,49 @@ def test_memory_is_used_again_at_the_same_address(fake: Any) -> None:
     assert len(runtime.blocks) == 2
     device.close()
     assert runtime.blocks == {}
+
+
+class Both:
+    """The imitated runtime, every call of which is made in the installed cuda-python too; that has no driver."""
+
+    def __init__(self, fake: Any, real: Any) -> None:
+        self.fake, self.real, self.called = fake, real, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        if not callable(getattr(self.fake, name)) or name == "cudaGetErrorString":
+            return getattr(self.real, name)
+
+        def call(*arguments: Any) -> Any:
+            self.called.add(name)
+            graph = self.real.cudaGraphExec_t if name in ("cudaGraphLaunch", "cudaGraphExecDestroy") else None
+            handles = {int: self.real.cudaStream_t, list: graph or self.real.cudaGraph_t}
+            is_handle = [type(a) is list or a == 7 for a in arguments]
+            getattr(self.real, name)(
+                *(handles[type(a)](0) if h else a for a, h in zip(arguments, is_handle, strict=True))
+            )
+            return getattr(self.fake, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="cuda-python is not installed")
+def test_every_call_is_one_that_the_installed_cuda_python_takes(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cuda.load_runtime()
+    if not int(real.cudaGetDeviceCount()[0]):
+        pytest.skip("this machine has a GPU")
+    both = Both(fake(), real)
+    monkeypatch.setattr(cuda, "load_runtime", lambda: both)
+    device = cuda.Cuda()
+    device.open()
+    array = device.upload(np.arange(10.0))
+    graph = device.capture(lambda: None)
+    device.launch(graph)
+    device.destroy(graph)
+    np.testing.assert_array_equal(device.download(array), np.arange(10.0))
+    device.call("cudaDriverGetVersion")
+    device.close()
+    text = Path(str(cuda.__file__)).read_text(encoding="utf-8")
+    assert both.called == set(re.findall(r'call\("(\w+)"', text))
 
 
 @pytest.mark.parametrize("present", cuda.LAYOUTS)
