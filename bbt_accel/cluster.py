@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-from bbt_accel.benchmarks.machine import physical_cores
+from bbt_accel.cores import physical_cores
 from bbt_accel.errors import EngineError, MissingDependency, first_line
 
 STORE = 100 * 2**20

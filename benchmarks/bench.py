@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bbt_accel.benchmarks.harness import Harness
-from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.benchmarks.markdown import markdown
 from bbt_accel.benchmarks.options import Options
 from bbt_accel.benchmarks.plan import plan
@@ -16,6 +15,7 @@ from bbt_accel.benchmarks.plot import draw_report
 from bbt_accel.benchmarks.progress import StepProgress
 from bbt_accel.benchmarks.report import Report
 from bbt_accel.bundle import Method, PromptMode, new_folder
+from bbt_accel.cores import physical_cores
 
 JSON, TABLE, PLOT = "report.json", "report.md", "report.png"
 

@@ -20,11 +20,11 @@ from rich.progress import track
 
 from bbt_accel.batch import Batch
 from bbt_accel.benchmarks import worker
-from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.benchmarks.timing import percentiles
 from bbt_accel.benchmarks.workload import save_batch
 from bbt_accel.bundle import Bundle, new_folder
 from bbt_accel.cli import called, one_line
+from bbt_accel.cores import physical_cores
 from bbt_accel.display import markdown_table, text
 from bbt_accel.doctor import describe_machine, installed_versions
 

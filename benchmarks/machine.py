@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -99,16 +98,3 @@ def peak_mib() -> float | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-
-
-def physical_cores() -> int:
-    """Cores that the process may use, two hyperthreads counted as one where the system tells: one thread each."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    siblings = set()
-    for cpu in allowed:
-        try:
-            file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-            siblings.add(file.read_text(encoding="ascii").strip())
-        except OSError:
-            siblings.add(str(cpu))
-    return len(siblings)

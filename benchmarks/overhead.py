@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.bundle import Bundle, new_folder
 from bbt_accel.cli import called, one_line
+from bbt_accel.cores import physical_cores
 from bbt_accel.data import few_shot, load_rows
 from bbt_accel.display import markdown_table
 from bbt_accel.doctor import describe_machine

@@ -13,13 +13,14 @@ from tiny_bundles import tiny_bundle
 from bbt_accel.batch import Batch
 from bbt_accel.benchmarks import worker
 from bbt_accel.benchmarks.accuracy import judge, row_logits
-from bbt_accel.benchmarks.machine import peak_mib, physical_cores, rate
+from bbt_accel.benchmarks.machine import peak_mib, rate
 from bbt_accel.benchmarks.markdown import digits, summary
 from bbt_accel.benchmarks.plan import POSSIBLE, USUAL, plan, switched_off
 from bbt_accel.benchmarks.report import Baseline, Report, Row
 from bbt_accel.benchmarks.timing import percentiles, random_prompts, seconds_per_candidate
 from bbt_accel.benchmarks.workload import load_batch, save_batch
 from bbt_accel.bundle import Bundle
+from bbt_accel.cores import physical_cores
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import EngineError, MissingDependency, UsageError
 

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from bbt_accel.benchmarks import worker
-from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_cores
+from bbt_accel.cores import physical_cores
 from bbt_accel.errors import EngineError, first_line
 
 Answer = dict[str, Any]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from bbt_accel.batch import Float32
-from bbt_accel.benchmarks.machine import physical_cores
 from bbt_accel.bundle import Bundle
 from bbt_accel.cluster import connect, first_cause, require, share_of_cores
+from bbt_accel.cores import physical_cores
 from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError, first_line
 from bbt_accel.objective import Float64
 from bbt_accel.tuning.evaluator import Evaluator, Job
