@@ -176,6 +176,8 @@ def mismatches(found: Mapping[str, str | None], providers: list[str], gpus: list
         )
     if tensorrt and found["tensorrt-rtx-cu13"]:
         told.append("tensorrt and tensorrt_rtx are both installed: tensorrt is used, but for --compute-capability")
+    if (gpu := found["onnxruntime-gpu"]) and tuple(map(int, gpu.split(".")[:2])) < (1, 31):
+        told.append(f"onnxruntime-gpu {gpu} runs parts of the graphs on the CPU; 1.31 and later have kernels for all")
     if gpus and found["onnxruntime"] and not found["onnxruntime-gpu"]:
         told.append('there is a GPU and an ONNX Runtime without CUDA: pip install "bbt-accel[gpu]" in its place')
     return told

@@ -1,4 +1,4 @@
-"""Hold the GPU engines to the CPU, measure them against eager PyTorch and the GPU's ceilings, and say PASSED or FAILED.
+"""Measure the GPU engines against eager PyTorch and the GPU's ceilings, hold them to the CPU, and say PASSED or FAILED.
 
 python -m bbt_accel.benchmarks.gpu_check -o gpu-check
 
@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,19 @@ class GpuCheck:
         self.given, self.work, self.tell = given, work, tell
         self.device: str = given.device
         self.ceilings: dict[str, float] = {}
+        self.checks: list[Check] = []
+        self.timed: list[Speed] = []
 
     def run(self, command: str) -> GpuReport:
-        with self.noting() as failed:
-            self.ceilings = worker.call("ceilings", device=self.device)
-        if failed:
-            print(f"the ceilings could not be measured: {failed[0]}", file=sys.stderr)
-        checks = [*self.exactness(), *self.traces()]
-        speeds = [speed for method in self.given.methods.split(",") for speed in self.speeds(method)]
+        """Speeds come first. Ctrl-C and SIGTERM end it with a report of what there is."""
+        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interrupted = False
+        try:
+            self.everything()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            signal.signal(signal.SIGTERM, former)
         return GpuReport(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command,
@@ -61,14 +68,27 @@ class GpuCheck:
             backbone=self.given.backbone,
             rows=self.rows,
             popsize=self.given.popsize,
+            n_prompt_tokens=self.given.n_prompt_tokens,
             calls=self.given.calls,
             data=self.task if self.data is None else str(self.data),
+            interrupted=interrupted,
             matrix_tflops=self.ceilings.get("matrix_tflops"),
             bandwidth_gbs=self.ceilings.get("bandwidth_gbs"),
-            checks=checks,
-            speeds=speeds,
+            checks=self.checks,
+            speeds=self.timed,
             versions=installed_versions(),
         )
+
+    def everything(self) -> None:
+        with self.noting() as failed:
+            self.ceilings = worker.call("ceilings", device=self.device)
+        if failed:
+            print(f"the ceilings could not be measured: {failed[0]}", file=sys.stderr)
+        for method in listed(self.given.methods):
+            for speed in self.speeds(method):
+                self.timed.append(speed)
+        for check in chain(self.exactness(), self.traces()):
+            self.checks.append(check)
 
     @contextmanager
     def noting(self) -> Iterator[list[str]]:
@@ -86,7 +106,7 @@ class GpuCheck:
 
     def exactness(self) -> Iterator[Check]:
         """Every family, method and engine on batches of several shapes."""
-        for family in self.given.families.split(","):
+        for family in listed(self.given.families):
             checkpoint = self.work / f"tiny-{family}"
             with self.noting() as failed:
                 worker.call("tiny", model_type=family, output=checkpoint)
@@ -173,7 +193,8 @@ class GpuCheck:
             self.tell(f"exporting {self.given.backbone} for {method}")
             self.export(folder, method)
             self.encode(folder, batch)
-            work = worker.call("work", bundle=folder, batch=batch, device=self.device, popsize=2)
+            popsize = self.given.popsize if self.device == "cuda" else 2
+            work = worker.call("work", bundle=folder, batch=batch, device=self.device, popsize=popsize)
         if failed:
             yield Speed(method=method, engine="eager fp32", reason=failed[0])
             return
@@ -183,7 +204,8 @@ class GpuCheck:
             self.tell(f"timing {speed.engine}, {method}")
             with self.noting() as failed:
                 self.time(speed, folder, batch, name, precision)
-                eager = eager or speed.ms
+                if (name, precision) == ("eager", "fp32"):
+                    eager = speed.ms
                 self.derive(speed, eager, work)
             if not failed and name != "eager":
                 self.tell(f"a search of {self.given.calls} calls, {speed.engine}, {method}")
@@ -252,6 +274,11 @@ class GpuCheck:
             speed.share = work["naive" if speed.engine.startswith("eager") else "done"] / rate
 
 
+def listed(names: str) -> list[str]:
+    """The names between commas; none where there are none."""
+    return [name for name in names.split(",") if name]
+
+
 def plain(name: str, precision: str) -> bool:
     """Whether an engine runs the exported bundle as it is."""
     return name == "torch" or (name, precision) == ("ort", "fp32")
@@ -270,8 +297,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu-check"), help="the report's folder")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script itself")
     parser.add_argument("--backbone", default="roberta-large", help="a shape of make_backbone, a folder, or demo")
-    parser.add_argument("--families", default=",".join(TINY), help="of the tiny backbones that are held to the CPU")
-    parser.add_argument("--methods", default="bbt,bbtv2", help="that are timed")
+    parser.add_argument(
+        "--families", default=",".join(TINY), help='of the tiny backbones that are held to the CPU; "" for none'
+    )
+    parser.add_argument("--methods", default="bbt,bbtv2", help='that are timed; "" for none')
     parser.add_argument("--popsize", type=int, default=20, help="candidates a call")
     parser.add_argument("--k-shot", type=int, default=16, help="rows a class")
     parser.add_argument("--n-prompt-tokens", type=int, default=50, help="soft prompt vectors")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
+from io import StringIO
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +23,14 @@ from bbt_accel.projection import Latent, Prompts
 log = logging.getLogger(__name__)
 MOST_GRAPHS = 64
 """CUDA graphs that are kept: ONNX Runtime frees them with the session alone."""
+
+
+@cache
+def find_cuda() -> None:
+    """Load the libraries of CUDA and cuDNN from pip's packages, where they are; or else the system's are looked for."""
+    if hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(StringIO()):  # it prints what it does not find
+            onnxruntime.preload_dlls()
 
 
 @dataclass
@@ -49,7 +60,10 @@ class OrtCudaEngine(OrtEngine):
     def __init__(
         self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
     ) -> None:
+        find_cuda()
         self.graphs = bundle.info.method == "bbt"
+        if not self.graphs:  # the stages are many, and each session keeps the memory of its largest call
+            self.tokens_per_call = 2**14
         self.calls: dict[object, Call] = {}
         self.seen: dict[object, list[tuple[int, ...]]] = {}
         """A call that has come once → the shapes of its outputs."""

@@ -17,11 +17,11 @@ from bbt_accel.cuda import Cuda, DeviceArray
 from bbt_accel.engines.staged import Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
 from bbt_accel.exporters.plans import get_plan, keys, profile_of, replace
-from bbt_accel.exporters.trt_api import Api, find_api, new_logger, reason
+from bbt_accel.exporters.trt_api import Api, find_api, new_logger, reason, start
 
 log = logging.getLogger(__name__)
 DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
-MOST_GRAPHS = 512
+MOST_GRAPHS = 2048
 """CUDA graphs that are kept; each has an execution context of its own."""
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -80,7 +80,7 @@ class TrtEngine(StagedEngine):
         gpu = self.cuda.gpu
         wanted = keys(self.bundle, self.api, gpu.name, (gpu.capability,), gpu.driver)
         self.kernels = Path(self.bundle.path / PLANS / next(iter(wanted.values())).folder / "kernels.cache")
-        self.runtime = self.api.module.Runtime(self.logger)
+        self.runtime = start(self.api, "Runtime", self.logger)
         self.cache: Any = None
         engines = {}
         for stage, key in wanted.items():
@@ -174,18 +174,23 @@ class TrtEngine(StagedEngine):
         return dict(zip(plan.outputs, found, strict=True))
 
     def record(self, call: object, stage: str, plan: Plan, given: list[DeviceArray], found: list[DeviceArray]) -> None:
-        """Run a call and capture it. A context that a graph was captured from must not be changed: it gets its own."""
-        context = self.new_context(plan.engine)
-        self.address(stage, plan, context, given, found)
-        self.enqueue(stage, context)
+        """Run a call and capture it. A context that a graph was captured from must not be changed: it gets its own.
+
+        Where there is no memory for it, or something cannot be captured, further calls are enqueued one by one.
+        """
+        context = None
         try:
+            context = self.new_context(plan.engine)
+            self.address(stage, plan, context, given, found)
+            self.enqueue(stage, context)  # what the first call of a context allocates, a capture would not allow
             if not getattr(context, "is_stream_capturable", lambda stream: True)(int(self.cuda.stream)):
                 raise EngineError(f"{stage} does something that cannot be captured")
             self.cuda.synchronize()
             self.graphs[call] = self.cuda.capture(lambda: self.enqueue(stage, context)), context
         except EngineError as error:
             self.capturing = False
-            log.warning("calls are enqueued one by one, not as CUDA graphs: %s", error)
+            log.warning("further calls are enqueued one by one, not as CUDA graphs: %s", error)
+            self.cuda.synchronize()  # before the context goes, whose kernels may still run
             self.address(stage, plan, plan.context, given, found)
             self.enqueue(stage, plan.context)
 
@@ -239,6 +244,7 @@ class TrtEngine(StagedEngine):
     def close(self) -> None:
         if self.plans and self.cache is not None:
             with suppress(OSError):
+                self.kernels.parent.mkdir(parents=True, exist_ok=True)  # plans built ahead lie in another folder
                 replace(self.kernels, bytes(self.cache.serialize()))
         super().close()
         self.drop_graphs()

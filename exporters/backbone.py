@@ -197,7 +197,10 @@ class Backbone(nn.Module):
             logits = logits if position is None else at(logits, position)
             return logits[:, 0].index_select(-1, label_token_ids)
         x = x if position is None else at(x, position)
-        return F.linear(self.head(x)[:, 0], weight[label_token_ids], None if bias is None else bias[label_token_ids])
+        # index_select becomes Gather. Indexing becomes GatherND, which no CUDA graph held before ONNX Runtime 1.31.
+        weight = weight.index_select(0, label_token_ids)
+        bias = None if bias is None else bias.index_select(0, label_token_ids)
+        return F.linear(self.head(x)[:, 0], weight, bias)
 
     # bbtv2: the same in stages, each with its own prompt ---------------------------------------------------------
 

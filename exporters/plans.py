@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bbt_accel.bundle import PLANS, PROJECT, TALLY, Bundle, BundleInfo
 from bbt_accel.errors import PlanError
-from bbt_accel.exporters.trt_api import Api, new_logger, reason
+from bbt_accel.exporters.trt_api import Api, new_logger, reason, start
 
 log = logging.getLogger(__name__)
 Range = tuple[int, int, int]
@@ -227,9 +227,7 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key, timing: Path | None = 
     timing: a file of kernel timings, read if it is there and written afterwards; builds after the first are faster.
     """
     trt, logger = api.module, new_logger(api)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise PlanError(f"{api.version} cannot start ({reason(logger.errors)})")
+    builder = start(api, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(api, network, bundle.path / f"{stage}.onnx", logger)
     config = builder.create_builder_config()

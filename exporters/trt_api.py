@@ -117,6 +117,14 @@ def new_logger(api: Api) -> Any:
     return Logger()
 
 
+def start(api: Api, name: str, logger: Any) -> Any:
+    """TensorRT's `Builder` or `Runtime`. Raises PlanError where it cannot start, as without a driver that it takes."""
+    try:
+        return getattr(api.module, name)(logger)
+    except TypeError:  # pybind11's, for a factory that gives a null pointer
+        raise PlanError(f"{api.version} cannot start ({reason(logger.errors)})") from None
+
+
 def reason(errors: list[str]) -> str:
     """The first error that TensorRT told, and what it means where that is known."""
     first = errors[0] if errors else "TensorRT gave no reason"

@@ -67,5 +67,8 @@ def test_what_does_not_go_together_is_told() -> None:
     assert doctor.mismatches(NOTHING | {"tensorrt": "11.4.0"}, ["CPUExecutionProvider"], ["X"]) == []
     [told] = doctor.mismatches(NOTHING | {"tensorrt": "10.12", "tensorrt-rtx-cu13": "1.7"}, [], [])
     assert "--compute-capability" in told
+    [told] = doctor.mismatches(NOTHING | {"onnxruntime-gpu": "1.26.0"}, [], ["X"])
+    assert "1.31" in told
+    assert doctor.mismatches(NOTHING | {"onnxruntime-gpu": "1.31.1"}, [], ["X"]) == []
     [told] = doctor.mismatches(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
     assert "bbt-accel[gpu]" in told

@@ -24,7 +24,8 @@ def report(**changes: Any) -> GpuReport:
     ]
     facts = {
         "created": "now", "command": "python -m x", "device": "cuda", "gpus": ["NVIDIA X"], "backbone": "roberta-large",
-        "rows": 32, "popsize": 20, "calls": 8000, "data": "sst2", "matrix_tflops": 700.0, "bandwidth_gbs": 3000.0,
+        "rows": 32, "popsize": 20, "n_prompt_tokens": 50, "calls": 8000, "data": "sst2", "interrupted": False,
+        "matrix_tflops": 700.0, "bandwidth_gbs": 3000.0,
         "checks": [Check(case="t5 bbt add", engine="trt fp16", error=1e-3)], "speeds": speeds,
         "versions": {"torch": "2"},
     }  # fmt: skip
@@ -51,8 +52,13 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
         ({"speeds": goal(share=None)}, "not 60%"),
         ({"speeds": goal(reason="out of memory", ms=None)}, "out of memory"),
         ({"speeds": []}, "not measured"),
-        ({"calls": 100}, "8000 calls"),
-        ({"backbone": "demo"}, "roberta-large"),
+        ({"speeds": goal(versions={"cuda graphs": "off"})}, "not CUDA graphs"),
+        ({"calls": 100}, "this was calls 100"),
+        ({"backbone": "demo"}, "this was backbone demo"),
+        ({"n_prompt_tokens": 5, "popsize": 4}, "popsize 4, n_prompt_tokens 5"),
+        ({"data": "demo"}, "the shipped rows"),
+        ({"interrupted": True}, "the rest has not been checked"),
+        ({"checks": []}, "no engine was held"),
         ({"checks": [Check(case="a", engine="trt fp16", error=0.03)]}, "error 3.0e-02"),
         ({"checks": [Check(case="a", engine="ort fp32", error=1e-3)]}, "error 1.0e-03"),
         ({"checks": [Check(case="a", engine="ort fp32", error=float("nan"))]}, "error nan"),
@@ -75,6 +81,22 @@ def test_without_a_gpu_nothing_is_written(
         "error: there is no NVIDIA GPU here (nvidia-smi finds none): nothing was checked"
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_check_leaves_a_report_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(step: str, **arguments: Any) -> Any:
+        if step == "ceilings":
+            return {"matrix_tflops": 700.0, "bandwidth_gbs": 3000.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "call", ended)
+    output = tmp_path / "report"
+    assert gpu_check.main(["--device", "cpu", "--backbone", "demo", "-o", str(output)]) == 1
+    found = GpuReport.model_validate_json((output / "report.json").read_text())
+    assert (found.interrupted, found.matrix_tflops) == (True, 700.0)
+    assert "- interrupted: the rest has not been checked" in capsys.readouterr().out
 
 
 @pytest.mark.slow

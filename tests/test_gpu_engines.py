@@ -84,8 +84,11 @@ def moved(prompts: Latent, step: int) -> Latent:
     return Latent(prompts.projection, prompts.z + step)
 
 
-def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> None:
-    """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine has kept meanwhile."""
+def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> dict[str, str]:
+    """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine has kept meanwhile.
+
+    Returns the engine's versions.
+    """
     rows, prompts, info = sample_rows(bundle, 12), candidates(bundle), bundle.info
     there = latent(bundle)
     with (
@@ -124,6 +127,7 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
                 assert_tally(found.tally(stack[None]), found.label_logits(stack[None]), rows)
                 stack[layer] = some[turn % 5]
             np.testing.assert_allclose(found.layer_stds(), wanted.layer_stds(), rtol=max(atol, 1e-4))
+        return engine.versions()
 
 
 def assert_tally(found: Any, logits: Any, rows: Batch) -> None:
@@ -157,6 +161,21 @@ def test_where_nothing_can_be_captured_calls_are_enqueued(
     assert_alike("trt", made("roberta", "bbtv2", "add"), tiny("roberta", "bbtv2", "add"))
     assert gpu.launches == 0
     assert "not as CUDA graphs" in caplog.text
+
+
+def test_where_there_is_no_memory_for_another_context_the_search_goes_on(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        wanted = bound.label_logits(candidates(bundle))
+        monkeypatch.setattr(fake_gpu.Engine, "create_execution_context", lambda self, strategy: None)
+        for _ in range(3):
+            np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
+        assert engine.versions()["cuda graphs"] == "off"
+    assert gpu.launches == 0
+    assert "cannot make an execution context" in caplog.text
 
 
 def test_a_search_runs_from_graphs_after_its_third_generation(
@@ -441,7 +460,9 @@ def test_torch_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
 def test_ort_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider: [gpu]")
-    assert_alike("ort", tiny(*variant), tiny(*variant), atol=1e-4)
+    versions = assert_alike("ort", tiny(*variant), tiny(*variant), atol=1e-4)
+    if variant == ("roberta", "bbt", "add"):
+        assert versions["cuda graphs"] == "on"
 
 
 @pytest.mark.gpu
@@ -451,4 +472,4 @@ def test_ort_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
 @all_variants
 def test_trt_on_a_gpu(tiny: Export, tmp_path: Path, variant: tuple[str, str, str], precision: Any, atol: float) -> None:
     made = optimize_bundle(tiny(*variant).path, tmp_path / "made", precision=precision, target="trt")
-    assert_alike("trt", made, tiny(*variant), atol=atol)
+    assert assert_alike("trt", made, tiny(*variant), atol=atol)["cuda graphs"] == "on"

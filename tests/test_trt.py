@@ -527,11 +527,14 @@ def test_compute_capability_belongs_to_tensorrt(tiny: Export, rtx: Api, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_builder_that_gives_nothing_is_an_error(copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_cannot_start_is_an_error(copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(api: Api) -> Any:
         return SimpleNamespace(errors=["no memory"])
 
-    module = SimpleNamespace(Builder=lambda logger: None)
+    def builder(logger: Any) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module = SimpleNamespace(Builder=builder)
     monkeypatch.setattr(plans, "new_logger", none)
     message = one_line(lambda: plans.build(Api("tensorrt", module), copy, "model", KEY), PlanError)
     assert "cannot start" in message
