@@ -70,6 +70,8 @@ class OrtEngine(StagedEngine):
             )
         try:
             session = self.session(stage, options)
+        except EngineError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineError(f"ONNX Runtime cannot load {stage}.onnx ({first_line(error)})") from error
         if session.get_providers()[0] != self.provider:  # it fell back to the CPU and says nothing

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import PROJECT, TALLY, Bundle
 from bbt_accel.engines.ort import OrtEngine, failing
 from bbt_accel.engines.staged import Arrays
-from bbt_accel.errors import first_line
+from bbt_accel.errors import EngineError, first_line
 from bbt_accel.projection import Latent, Prompts
 
 log = logging.getLogger(__name__)
@@ -25,9 +27,22 @@ MOST_GRAPHS = 64
 """CUDA graphs that are kept: ONNX Runtime frees them with the session alone."""
 
 
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
+
 @cache
 def find_cuda() -> None:
-    """Load the libraries of CUDA and cuDNN from pip's packages, where they are; or else the system's are looked for."""
+    """Load the libraries of CUDA and cuDNN from pip's packages, where they are; or else the system's are looked for.
+
+    Raises EngineError without NVIDIA's driver: ONNX Runtime would log it at length, and go on with the CPU.
+    """
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        raise EngineError(
+            f"--device cuda: there is no NVIDIA GPU, or no driver for it ({DRIVER}); "
+            "use --device cpu or see bbt-accel doctor"
+        ) from None
     if hasattr(onnxruntime, "preload_dlls"):
         with redirect_stdout(StringIO()):  # it prints what it does not find
             onnxruntime.preload_dlls()
@@ -60,7 +75,6 @@ class OrtCudaEngine(OrtEngine):
     def __init__(
         self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
     ) -> None:
-        find_cuda()
         self.graphs = bundle.info.method == "bbt"
         if not self.graphs:  # the stages are many, and each session keeps the memory of its largest call
             self.tokens_per_call = 2**14
@@ -73,8 +87,9 @@ class OrtCudaEngine(OrtEngine):
     def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
         """With CUDA graphs; without them for a graph that ONNX Runtime cannot keep on the device as a whole."""
         if self.captures(stage):
+            graphs = self.providers({"enable_cuda_graph": "1"})
             try:
-                return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
+                return super().session(stage, options, graphs)
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
                 self.graphs = False
                 log.warning("no CUDA graphs: %s", first_line(error))
@@ -84,6 +99,7 @@ class OrtCudaEngine(OrtEngine):
         return self.graphs and stage in self.bundle.info.stages
 
     def providers(self, more: dict[str, str]) -> list[Any]:
+        find_cuda()
         return [(self.provider, self.provider_options | more)]
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:

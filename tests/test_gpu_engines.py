@@ -26,7 +26,7 @@ from tiny_backbones import VARIANTS
 
 from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
 from bbt_accel.bundle import write_info
-from bbt_accel.engines import ort, trt
+from bbt_accel.engines import ort, ort_cuda, trt
 from bbt_accel.engines.ort_cuda import OrtCudaEngine
 from bbt_accel.engines.trt import TrtEngine
 from bbt_accel.errors import EngineError, PlanError
@@ -414,12 +414,15 @@ def test_calls_of_bbt_that_come_again_have_fixed_arrays(tiny: Export) -> None:
 def test_a_graph_that_cannot_be_captured_runs_without(
     tiny: Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def providers(self: OrtCudaEngine, more: dict[str, str]) -> list[str]:
-        if more:
-            raise RuntimeError("This session cannot use the graph capture feature")
-        return ["CPUExecutionProvider"]
+    real = onnxruntime.InferenceSession
 
-    monkeypatch.setattr(OrtCudaEngine, "providers", providers)
+    def session(file: str, options: Any, providers: Any) -> Any:
+        if "enable_cuda_graph" in providers:
+            raise RuntimeError("This session cannot use the graph capture feature")
+        return real(file, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(OrtCudaEngine, "providers", lambda self, more: list(more))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     bundle = tiny("roberta", "bbt", "add")
     assert_alike("ort", bundle, bundle)
     assert "no CUDA graphs" in caplog.text
@@ -432,11 +435,23 @@ def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(tiny: Export, monkeypatch: p
         seen.extend(providers)
         raise RuntimeError("no device")
 
+    monkeypatch.setattr(ort_cuda, "find_cuda", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     one_line(lambda: load_engine(tiny("roberta", "bbt", "add"), "ort", device="cuda"), EngineError)
     assert {name for name, _ in seen} == {"CUDAExecutionProvider"}
     assert all(options["use_tf32"] == "0" for _, options in seen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_ort_without_a_driver_is_one_line_that_names_the_cpu(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort_cuda, "DRIVER", "libno.so.1")
+    for method in ("bbt", "bbtv2"):
+        bundle = tiny("roberta", method, "add")
+        message = one_line(lambda bundle=bundle: load_engine(bundle, "ort", device="cuda"), EngineError)  # type: ignore[misc]
+        assert "no NVIDIA GPU" in message
+        assert "--device cpu" in message
 
 
 # On a GPU ----------------------------------------------------------------------------------------------------
