@@ -21,12 +21,16 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @functools.cache
 def share_memory() -> None:
-    """One arena of host memory for all stages: each session's own would keep the largest call's tensors for itself."""
+    """One arena of host memory for all stages: each session's own would keep the largest call's tensors for itself.
+
+    It grows by doubling: tensors of the many shapes of a search then share its blocks, where blocks of the sizes that
+    were asked for would each stand alone. Pages that nothing has touched take no memory.
+    """
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    exactly = 1  # kSameAsRequested: doubling what is asked for would leave half of it unused
-    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, exactly, -1, -1))
+    doubling = 0  # kNextPowerOfTwo
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, doubling, -1, -1))
 
 
 @contextmanager
@@ -61,6 +65,9 @@ class OrtEngine(StagedEngine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or 0
+        options.enable_mem_pattern = (
+            self.device == "cuda"
+        )  # on a CPU it would keep a block for each shape of the inputs
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
         if self.provider not in onnxruntime.get_available_providers():
