@@ -65,9 +65,8 @@ class OrtEngine(StagedEngine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or 0
-        options.enable_mem_pattern = (
-            self.device == "cuda"
-        )  # on a CPU it would keep a block for each shape of the inputs
+        # On a CPU it would keep a block of memory for each shape of the inputs.
+        options.enable_mem_pattern = self.device == "cuda"
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
         if self.provider not in onnxruntime.get_available_providers():
