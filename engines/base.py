@@ -11,7 +11,7 @@ import numpy as np
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
-from bbt_accel.objective import Float64, check_targets, tally
+from bbt_accel.objective import Float64, tally
 from bbt_accel.projection import Latent, Prompts
 
 
@@ -47,12 +47,10 @@ class BoundBatch(ABC):
 
         An engine on a GPU adds up there, in float32, and the label logits stay there.
         """
-        check_targets(self.batch.targets, len(self.batch.label_token_ids))
         return self._tally(self._taken("prompts", prompts, ("P", *self.bundle.info.prompt_shape)))
 
     def layer_tally(self, stack: Float32, layer: int, candidates: Prompts) -> Float64:
         """bbtv2: the tally of `layer_logits`, which takes the same."""
-        check_targets(self.batch.targets, len(self.batch.label_token_ids))
         return self._layer_tally(*self._taken_layer(stack, layer, candidates))
 
     def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:

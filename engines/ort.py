@@ -59,7 +59,16 @@ class OrtEngine(StagedEngine):
         if bundle.info.target not in ("onnx", "ort"):
             raise EngineError(f"{bundle.path} was built for {bundle.info.target}; use --engine {bundle.info.target}")
         self.provider = PROVIDERS[device]
+        self.require_provider()
         self.sessions = {stage: self.open(stage) for stage in bundle.info.stages}
+
+    def require_provider(self) -> None:
+        """Raises EngineError where there is no such provider; one that is there may still not start."""
+        if self.provider not in onnxruntime.get_available_providers():
+            raise EngineError(
+                f"--device {self.device}: this ONNX Runtime has no {self.provider}; "
+                "see bbt-accel doctor for what to install"
+            )
 
     def open(self, stage: str) -> Any:
         options = onnxruntime.SessionOptions()
@@ -69,15 +78,8 @@ class OrtEngine(StagedEngine):
         options.enable_mem_pattern = self.device == "cuda"
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        if self.provider not in onnxruntime.get_available_providers():
-            raise EngineError(
-                f"--device {self.device}: this ONNX Runtime has no {self.provider}; "
-                "see bbt-accel doctor for what to install"
-            )
         try:
             session = self.session(stage, options)
-        except EngineError:
-            raise
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineError(f"ONNX Runtime cannot load {stage}.onnx ({first_line(error)})") from error
         if session.get_providers()[0] != self.provider:  # it fell back to the CPU and says nothing

@@ -25,9 +25,8 @@ from bbt_accel.projection import Latent, Prompts
 log = logging.getLogger(__name__)
 MOST_GRAPHS = 64
 """CUDA graphs that are kept: ONNX Runtime frees them with the session alone."""
-
-
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+"""The library of NVIDIA's driver, which no package brings."""
 
 
 @cache
@@ -84,12 +83,15 @@ class OrtCudaEngine(OrtEngine):
         super().__init__(bundle, device, threads, without)
         self.sessions |= {stage: self.open(stage) for stage in (PROJECT, TALLY)}
 
+    def require_provider(self) -> None:
+        super().require_provider()
+        find_cuda()
+
     def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
         """With CUDA graphs; without them for a graph that ONNX Runtime cannot keep on the device as a whole."""
         if self.captures(stage):
-            graphs = self.providers({"enable_cuda_graph": "1"})
             try:
-                return super().session(stage, options, graphs)
+                return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
                 self.graphs = False
                 log.warning("no CUDA graphs: %s", first_line(error))
@@ -99,7 +101,6 @@ class OrtCudaEngine(OrtEngine):
         return self.graphs and stage in self.bundle.info.stages
 
     def providers(self, more: dict[str, str]) -> list[Any]:
-        find_cuda()
         return [(self.provider, self.provider_options | more)]
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:

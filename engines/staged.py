@@ -20,7 +20,7 @@ from bbt_accel.decoder_input import with_decoder_input
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens, stacks
 from bbt_accel.engines.cutting import buckets, cut
 from bbt_accel.errors import EngineError, UsageError
-from bbt_accel.objective import COLUMNS, Float64
+from bbt_accel.objective import COLUMNS, Float64, check_targets
 from bbt_accel.projection import Latent, Projection, Prompts, computed
 from bbt_accel.savings import inside
 
@@ -176,6 +176,7 @@ class StagedBoundBatch(BoundBatch):
 
     def tallied(self, population: int, calls: Calls) -> Float64:
         """The tally of all calls. What is waited for is waited for once, when all has been given to the device."""
+        check_targets(self.batch.targets, len(self.batch.label_token_ids))
         parts = [
             (some, self.engine.run(TALLY, {**bucket.inputs, "label_logits": logits})["tally"])
             for bucket, some, logits in calls

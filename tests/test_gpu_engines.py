@@ -65,6 +65,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """ort_cuda with the CPU as its device."""
     monkeypatch.setitem(ort.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(OrtCudaEngine, "memory", "cpu")
+    monkeypatch.setattr(ort_cuda, "find_cuda", lambda: None)
     monkeypatch.setattr(OrtCudaEngine, "providers", lambda self, more: ["CPUExecutionProvider"])
 
 
@@ -429,7 +430,7 @@ def test_a_graph_that_cannot_be_captured_runs_without(
 
 
 def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
+    bundle, seen = tiny("roberta", "bbt", "add"), list[Any]()
 
     def session(file: str, options: Any, providers: Any) -> Any:
         seen.extend(providers)
@@ -438,20 +439,22 @@ def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(tiny: Export, monkeypatch: p
     monkeypatch.setattr(ort_cuda, "find_cuda", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    one_line(lambda: load_engine(tiny("roberta", "bbt", "add"), "ort", device="cuda"), EngineError)
+    one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
     assert {name for name, _ in seen} == {"CUDAExecutionProvider"}
     assert all(options["use_tf32"] == "0" for _, options in seen)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_ort_without_a_driver_is_one_line_that_names_the_cpu(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
+def test_ort_without_a_driver_is_one_line_that_names_the_cpu(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    bundle = tiny("roberta", method, "add")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort_cuda, "DRIVER", "libno.so.1")
-    for method in ("bbt", "bbtv2"):
-        bundle = tiny("roberta", method, "add")
-        message = one_line(lambda bundle=bundle: load_engine(bundle, "ort", device="cuda"), EngineError)  # type: ignore[misc]
-        assert "no NVIDIA GPU" in message
-        assert "--device cpu" in message
+    message = one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
+    assert "no NVIDIA GPU" in message
+    assert "--device cpu" in message
 
 
 # On a GPU ----------------------------------------------------------------------------------------------------
