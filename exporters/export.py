@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from torch import nn
 
 from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode, SpecialTokens, new_folder, write_info
 from bbt_accel.demo import BACKBONE
-from bbt_accel.errors import ExportError, UsageError
+from bbt_accel.errors import ExportError, UsageError, first_line
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.families import load_model, load_tokenizer, make_backbone
@@ -60,7 +61,12 @@ def export_bundle(
     info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, n_prompt_tokens)
     info = info.model_copy(update={"without": off})
     with new_folder(output) as folder:
-        model.save_pretrained(folder, max_shard_size="1000GB")  # type: ignore[operator]
+        try:
+            model.save_pretrained(folder, max_shard_size="1000GB")  # type: ignore[operator]
+        except SafetensorError as refusal:  # no OSError, even where the disk is full
+            raise ExportError(
+                f"cannot write {output} ({first_line(refusal)}); free some space or choose another -o"
+            ) from refusal
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         info = info.model_copy(update={"stages": trace(model, info, folder, tell)})

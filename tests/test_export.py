@@ -17,6 +17,7 @@ import onnx
 import transformers
 from conftest import Export
 from onnx import numpy_helper
+from safetensors import SafetensorError
 from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, tiny_model
 
 from bbt_accel import Bundle, export_bundle
@@ -88,6 +89,19 @@ def test_an_export_is_measured_against_eager_pytorch(whole: tuple[Path, Bundle])
     error = whole[1].info.max_error
     assert error is not None
     assert 0 < error < 1e-5
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(
+    whole: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(ExportError, match=r"cannot write .*No space left.*; free some space") as caught:
+        export_bundle(whole[0], tmp_path / "bundle")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_file_of_a_bundle_is_hashed(whole: tuple[Path, Bundle]) -> None:
