@@ -60,11 +60,12 @@ lint: .venv/.lint
 	$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types
 
-# mypy does not follow the editable install's map of folders to packages, so it reads an installed copy.
+# mypy and import-linter do not follow the editable install's map of folders to packages: they read an installed copy.
 types: .venv/.lint
 	@rm -rf build
 	@$(BIN)/pip install --quiet --no-deps --target build/types .
 	cd build/types && MYPY_CACHE_DIR=../../.mypy_cache ../../$(BIN)/mypy --config-file ../../pyproject.toml -p bbt_accel
+	cd build/types && ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
 
 clean:
 	rm -rf .venv build demo-run *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

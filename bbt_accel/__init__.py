@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bbt_accel.batch import Batch as Batch
     from bbt_accel.bundle import Bundle as Bundle
+    from bbt_accel.encoding import Encoder as Encoder
     from bbt_accel.engines.registry import load_engine as load_engine
     from bbt_accel.exporters.export import export_bundle as export_bundle
     from bbt_accel.objective import Objective as Objective
+    from bbt_accel.population import Population as Population
     from bbt_accel.projection import Projection as Projection
     from bbt_accel.tasks import Task as Task
     from bbt_accel.tasks import load_task as load_task
@@ -24,7 +26,9 @@ __version__ = "0.1.0"
 _HOME = {
     "Batch": "batch",
     "Bundle": "bundle",
+    "Encoder": "encoding",
     "Objective": "objective",
+    "Population": "population",
     "Projection": "projection",
     "Task": "tasks",
     "export_bundle": "exporters.export",

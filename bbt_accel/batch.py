@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from bbt_accel.bundle import BundleInfo
 from bbt_accel.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,13 @@ class Batch:
     """N encoded rows of a task, padded to S tokens, and the C label words.
 
     input_ids, attention_mask: int64 (N, S); 1 marks a real token.
-    readout: int64 (N,), the position whose logits are read: in `input_ids` for masked LMs and GPT-2 (in cat mode
-        counted without the prompt), in the decoder's input for BART and T5.
+    readout: int64 (N,), the position whose logits are read: in `input_ids` for encoders and decoders (in cat mode
+        counted without the prompt), in the decoder's input for encoder-decoders.
     targets: int64 (N,), the class of each row, 0 .. C-1.
     label_token_ids: int64 (C,), the vocabulary id of each class's label word.
-    decoder_input_ids: int64 (N, D) to override what BART and T5 derive by themselves, else None.
+    decoder_input_ids: int64 (N, D), to override the decoder input that is derived from the rows, else None.
+
+    Raises DataError for shapes that do not fit, a mask without a real token, and a readout outside the row.
     """
 
     input_ids: Int64
@@ -33,10 +37,8 @@ class Batch:
     decoder_input_ids: Int64 | None = None
 
     def __post_init__(self) -> None:
-        for name in ("input_ids", "attention_mask", "readout", "targets", "label_token_ids", "decoder_input_ids"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, np.ascontiguousarray(value, dtype=np.int64))
+        for name, value in self.arrays().items():
+            object.__setattr__(self, name, np.ascontiguousarray(value, dtype=np.int64))
         rows = self.input_ids.shape[0] if self.input_ids.ndim == 2 else -1
         shapes_fit = (
             rows > 0
@@ -53,7 +55,7 @@ class Batch:
                 f"{self.targets.shape}, {self.label_token_ids.shape}"
             )
         if not np.isin(self.attention_mask, (0, 1)).all() or not self.attention_mask.any(axis=1).all():
-            raise DataError("attention_mask must hold 0 and 1, with at least one real token a row")
+            raise DataError("attention_mask must hold 0 and 1, with at least one real token per row")
         limit = self.input_ids.shape[1] if self.decoder_input_ids is None else self.decoder_input_ids.shape[1]
         if ((self.readout < 0) | (self.readout >= limit)).any():
             raise DataError(
@@ -63,14 +65,39 @@ class Batch:
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
 
+    def arrays(self) -> dict[str, Int64]:
+        """Every field that is given, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def inputs(self) -> dict[str, Int64]:
+        """What the backbone reads: every field but the targets."""
+        return {name: value for name, value in self.arrays().items() if name != "targets"}
+
     def rows(self, index: Int64 | slice) -> Batch:
         """The same batch with some of its rows, in the order of `index`."""
-        decoder = None if self.decoder_input_ids is None else self.decoder_input_ids[index]
-        return replace(
-            self,
-            input_ids=self.input_ids[index],
-            attention_mask=self.attention_mask[index],
-            readout=self.readout[index],
-            targets=self.targets[index],
-            decoder_input_ids=decoder,
-        )
+        per_row = {name: value[index] for name, value in self.arrays().items() if name != "label_token_ids"}
+        return replace(self, **per_row)
+
+    def with_decoder_input(self, info: BundleInfo, short: bool = True) -> Batch:
+        """The batch with decoder_input_ids (N, D), if `short` only up to the last readout position.
+
+        A decoder with a masked template reads the encoder's input shifted right behind its start token (transformers'
+        shift_tokens_right); one with a span template its start token and the sentinel. A batch for a backbone without
+        a decoder is returned unchanged.
+        """
+        if not info.decodes:
+            return self
+        ids = self.decoder_input_ids
+        if ids is None:
+            start = np.full((len(self), 1), info.special.decoder_start)
+            shifted = info.template_group == "masked"
+            follow = self.input_ids[:, :-1] if shifted else np.full((len(self), 1), info.special.mask)
+            ids = np.concatenate([start, follow], axis=1)
+        return replace(self, decoder_input_ids=ids[:, : self.readout.max() + 1] if short else ids)
+
+    def padded(self, length: int, pad: int) -> Batch:
+        """The same rows with padding on the right up to `length` columns, or cut to them."""
+        short = max(0, length - self.input_ids.shape[1])
+        ids = np.pad(self.input_ids[:, :length], ((0, 0), (0, short)), constant_values=pad)
+        mask = np.pad(self.attention_mask[:, :length], ((0, 0), (0, short)))
+        return replace(self, input_ids=ids, attention_mask=mask)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bbt_accel.errors import BbtError, BundleError
+from bbt_accel.engine_specs import Precision
+from bbt_accel.errors import BundleError
+from bbt_accel.files import sha256
 
-FORMAT = 1
+FORMAT = 2
 PLANS = "plans"
-"""Folder of TensorRT plans: a cache that machines add to, so no part of a bundle's sha256."""
-PROJECT, TALLY = "project", "tally"
-"""The graphs from z to prompts and from label logits to a tally, for engines on a GPU; no stages of the backbone."""
+"""Folder of TensorRT plans: a cache that machines add to, so it is not part of a bundle's sha256."""
+PROJECT, STATISTICS = "project", "statistics"
+"""Graphs from z to prompts and from label logits to batch statistics, for engines on a GPU; not backbone stages."""
 Method = Literal["bbt", "bbtv2"]
 PromptMode = Literal["add", "cat"]
+Architecture = Literal["encoder", "encoder-decoder", "decoder"]
+TemplateGroup = Literal["masked", "span", "causal"]
+"""How a row is written and where its logits are read: at the mask token of a masked LM; at the sentinel in the decoder
+of a span-corruption model (position 1, behind the start token); at the last real token of a causal LM."""
 
 
 class SpecialTokens(BaseModel):
-    """Vocabulary ids that the encoding needs; None where the backbone's tokenizer has no such token."""
+    """Vocabulary ids that the encoding uses; None where rows of this family have no such token."""
 
     model_config = ConfigDict(extra="forbid")
     begin: int | None
@@ -33,7 +33,7 @@ class SpecialTokens(BaseModel):
     pad: int
     mask: int | None
     mask_text: str | None
-    """How the mask token is written in a text: `<mask>`, `[MASK]`, `<extra_id_0>` for T5."""
+    """The mask token's text, e.g. `<mask>` or `[MASK]`; the sentinel's for the template group `span`."""
     decoder_start: int | None
 
 
@@ -44,32 +44,32 @@ class BundleInfo(BaseModel):
     format: int = FORMAT
     backbone: str
     revision: str | None
-    family: Literal["roberta", "bert", "bart", "t5", "gpt2"]
+    family: str = Field(description="Name of the family that exported it; for readers, nothing depends on it.")
+    architecture: Architecture
+    template_group: TemplateGroup
     method: Method
     prompt_mode: PromptMode
     n_prompt_tokens: int
     hidden_size: int
-    n_layers: int
-    """Blocks that take a prompt: encoder blocks for BART and T5."""
+    n_layers: int = Field(description="Blocks that take a prompt: those of the encoder where there is one.")
     vocab_size: int
     max_length: int
-    """Tokens that a row may have, special tokens and (in add mode) initial prompt tokens included."""
+    """Tokens of the longest row, special tokens and (in add mode) initial prompt tokens included."""
     word_embedding_std: float
     special: SpecialTokens
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
-    target: Literal["onnx", "ort", "openvino", "trt"]
+    precision: Precision
+    target: str = Field(description="`onnx` as exported, else the engine that it was optimized for.")
     without: list[str] = []
-    """Savings that the graphs do without, by the names in `bbt_accel.savings`."""
+    """Optimizations that the graphs leave out, by the names in `bbt_accel.optimizations`."""
     opset: int
     stages: list[str]
     """Graph files in the order in which they run: one for bbt; embedding, blocks and readout for bbtv2."""
     versions: dict[str, str]
     max_error: float | None = None
     """Largest absolute difference of label logits from eager PyTorch, measured after the export."""
-    source: str | None = None
-    """sha256 of the bundle.json that this one was optimized from."""
+    source: str | None = Field(default=None, description="sha256 of the bundle.json that this one was optimized from.")
     optimization: dict[str, object] | None = None
-    """What the optimizer did and measured: fused operators, size, logit error, agreement."""
+    """What `optimize` did and measured: fused operators, size, logit error, agreement."""
     sha256: dict[str, str] = {}
 
     @property
@@ -77,6 +77,21 @@ class BundleInfo(BaseModel):
         """Shape of one candidate's prompt: (n, H) for bbt, (L, n, H) for bbtv2."""
         one = (self.n_prompt_tokens, self.hidden_size)
         return one if self.method == "bbt" else (self.n_layers, *one)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether logits are read from a decoder behind an encoder."""
+        return self.architecture == "encoder-decoder"
+
+    @property
+    def causal(self) -> bool:
+        """Whether the prompt sees nothing behind it, so that its states are computed once per candidate."""
+        return self.architecture == "decoder"
+
+    @property
+    def shortest_row(self) -> int:
+        """Tokens of the shortest row that the graphs take: the prompt positions and one on each side."""
+        return 2 if self.prompt_mode == "cat" else self.n_prompt_tokens + 2
 
 
 class Bundle:
@@ -88,14 +103,14 @@ class Bundle:
 
     @classmethod
     def read(cls, path: str | Path, verify: bool = True) -> Bundle:
-        """Read `path`/bundle.json and check format and sha256 of every file.
+        """Read `path`/bundle.json and check its format and the sha256 of every file.
 
-        Raises BundleError when the folder is no bundle, is of another format, or a file is missing or changed.
+        Raises BundleError for a folder that is not a bundle or of another format, and for a missing or changed file.
         """
         path = Path(path)
         manifest = path / "bundle.json"
         if not manifest.is_file():
-            raise BundleError(f"{path} is not a bundle (it has no bundle.json); make one with bbt-accel export")
+            raise BundleError(f"{path} is not a bundle (it has no bundle.json); create one with bbt-accel export")
         try:
             info = BundleInfo.model_validate_json(manifest.read_text(encoding="utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:
@@ -142,43 +157,10 @@ def write_info(folder: Path, info: BundleInfo) -> BundleInfo:
     return info
 
 
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends without an error.
-
-    Nothing half-written ever appears under the final name, and nothing is left behind after an error or an interrupt.
-    """
-    path = path.absolute()
-    if path.exists() and not overwrite:
-        raise BbtError(f"{path} exists already; choose another -o or remove it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise BbtError(f"cannot write to {path.parent} ({error.strerror}); choose another -o") from None
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
-    except OSError as error:
-        raise BbtError(
-            f"cannot write {path} ({error.strerror or error}); free some space or choose another -o"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def first_problem(error: Exception) -> str:
-    """The first complaint of a validation error, in one line."""
+    """The first problem of a validation error, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return f"{where}: {first['msg']}" if where else str(first["msg"])
+        where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
     return str(error).splitlines()[0]

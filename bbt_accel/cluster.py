@@ -1,4 +1,4 @@
-"""Ray: a cluster that is joined, or one of this machine's that is started and stopped again."""
+"""Ray: connect to a cluster, or start one on this machine and stop it again."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-from bbt_accel.cores import physical_cores
 from bbt_accel.errors import EngineError, MissingDependency, first_line
+from bbt_accel.machine import physical_cores
 
-STORE = 100 * 2**20
-"""Bytes of shared memory for Ray's objects: rows and losses need little, and Ray would take a third of the machine."""
+OBJECT_STORE = 100 * 2**20
+"""Bytes of shared memory for Ray's objects: rows and losses need little, and Ray's default is a third of the memory."""
 
-PATIENCE = 10.0
-"""Seconds to wait for a cluster's address to answer."""
+CONNECT_TIMEOUT = 10.0
+"""Seconds to wait for a connection to a cluster's address."""
 
 
 @contextmanager
 def connect(address: str = "local", cpus: int | None = None) -> Iterator[ModuleType]:
     """The ray module, connected while the block runs.
 
-    address: of a cluster (HOST:PORT, or auto for the one that runs here); `local` starts one on this machine, with
-        `cpus` to give away (its cores unless given). A program that is connected already stays so.
+    address: of a cluster (HOST:PORT, or auto for the one running on this machine); `local` starts one on this machine
+        that offers `cpus` CPUs (its cores unless given). An existing connection of this process is used as it is.
     Raises MissingDependency without ray, EngineError when there is no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # which it would print; they are raised anyway
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # it would print them; they are raised anyway
     try:
         import ray
     except ImportError:
@@ -52,7 +52,11 @@ def connect(address: str = "local", cpus: int | None = None) -> Iterator[ModuleT
 def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
     options: dict[str, object] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        options |= {"num_cpus": cpus or physical_cores(), "include_dashboard": False, "object_store_memory": STORE}
+        options |= {
+            "num_cpus": cpus or physical_cores(),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+        }
         options |= {"_temp_dir": folder}
     try:
         _reach(address)
@@ -60,23 +64,23 @@ def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = first_line(error)
         if address == "local":
-            raise EngineError(f"Ray does not start here ({reason:.200})") from error
-        hint = "start one with ray start --head, and set RAY_AUTH_MODE=token where it asks for a token"
+            raise EngineError(f"Ray does not start on this machine ({reason:.200})") from error
+        hint = "start one with ray start --head; if it requires a token, set RAY_AUTH_MODE=token"
         raise EngineError(f"no Ray cluster at {address} ({reason:.200}); {hint}") from error
 
 
 def _reach(address: str) -> None:
-    """Raises OSError when nothing listens at HOST:PORT, which Ray itself takes minutes to find out."""
+    """Raises OSError when nothing listens at HOST:PORT; Ray itself takes minutes to notice."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "://" not in host:
-        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep Ray from printing the deaths of processes on standard output, which is for results; they are raised, too.
+    """Keep Ray from printing deaths of processes to standard output, which is for results; they are raised anyway.
 
-    Ray has no setting for it.
+    Ray has no setting for this.
     """
     worker = import_module("ray._private.worker")
     former = getattr(worker, "print_to_stdstream", None)
@@ -88,29 +92,29 @@ def _silent() -> Iterator[None]:
 
 
 def cpus_of(ray: ModuleType) -> list[int]:
-    """CPUs of each node that is alive, those without any left out."""
+    """CPUs of each node that is alive and has any."""
     found = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return [cpus for cpus in found if cpus]
 
 
 def share_of_cores(ray: ModuleType, parts: int) -> int:
-    """CPUs for each of so many equal parts of the cluster: one at least, and no more than every node has."""
+    """CPUs for each of `parts` equal shares of the cluster: at least 1, and no more than the smallest node has."""
     nodes = cpus_of(ray) or [1]
     return max(1, min(sum(nodes) // parts, *nodes))
 
 
 def require(ray: ModuleType, parts: int, cpus: int, gpus: int, what: str) -> None:
-    """Raises EngineError when the cluster could never hold so many parts at once."""
+    """Raises EngineError when the cluster could never run `parts` processes with these resources at once."""
     have = ray.cluster_resources()
     for kind, each, hint in (("CPU", cpus, "lower --threads"), ("GPU", gpus, "use --device cpu")):
         found = have.get(kind, 0)
         if parts * each > found:
             raise EngineError(
-                f"{what} needs {parts * each} {kind}s, the Ray cluster has {found:g}; {hint}, or take a larger one"
+                f"{what} needs {parts * each} {kind}s, the Ray cluster has {found:g}; {hint}, or use a larger cluster"
             )
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The error that a task raised, out of what Ray wraps around it."""
+    """The error that a task raised, without Ray's wrapper."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error

@@ -1,4 +1,4 @@
-"""Device memory, streams and CUDA graphs through cuda-python: what the TensorRT engine needs of CUDA, and no more."""
+"""Device memory, a stream and CUDA graphs through cuda-python, as far as the TensorRT engine needs them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,25 @@ import numpy.typing as npt
 from bbt_accel.errors import EngineError, MissingDependency, first_line
 
 LAYOUTS = ("cuda.bindings.runtime", "cuda.cudart")
-"""Where cuda-python keeps the runtime's functions, the present place first."""
+"""Modules in which releases of cuda-python have the runtime's functions, the current one first."""
 ALIGNMENT = 256
-"""Bytes that TensorRT wants device memory aligned to; buffers are multiples of it, so that they can be used again."""
+"""TensorRT's alignment of device memory in bytes; buffer sizes are multiples of it, so that buffers can be reused."""
 
 
 @dataclass(frozen=True)
 class Gpu:
     name: str
     capability: str
-    """Compute capability, as NVIDIA writes it: 8.9."""
+    """Compute capability, e.g. 8.9."""
     driver: str
 
 
 class DeviceArray:
-    """An array in device memory. Its memory goes back to the pool when nothing refers to it any more."""
+    """An array in device memory; `release` returns its memory to the pool when it is garbage-collected."""
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: npt.DTypeLike, address: int, give_back: Callable[[], None]
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, address: int, release: Callable[[], None]) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
-        weakref.finalize(self, give_back).atexit = False
+        weakref.finalize(self, release).atexit = False
 
     @property
     def nbytes(self) -> int:
@@ -49,27 +47,27 @@ def size_of(shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:
 
 
 class Cuda:
-    """The first GPU, one stream, and a pool of memory.
+    """The first GPU, one stream, and a memory pool.
 
-    Everything runs in the order of the stream, so a buffer may be used again as soon as the work that reads it has been
-    enqueued. The pool gives the free buffer of the lowest address: from its second generation on, a search that does
-    the same again gets the same addresses, which is what a CUDA graph needs.
+    Everything runs in stream order, so a buffer can be reused as soon as the work that reads it has been enqueued. The
+    pool returns the free buffer with the lowest address: from its second generation on, a search that repeats the same
+    steps gets the same addresses, which CUDA graphs need.
     """
 
     def __init__(self) -> None:
         self.runtime = load_runtime()
         count = self.call("cudaGetDeviceCount")
         if not count:
-            raise EngineError("there is no NVIDIA GPU; see bbt-accel doctor")
+            raise EngineError("no NVIDIA GPU found; see bbt-accel doctor")
         self.gpu = self.describe()
         self.stream: Any = None
         self.free: dict[int, list[int]] = defaultdict(list)
         self.buffers: set[int] = set()
         self.forget: Callable[[], None] = lambda: None
-        """Called before idle buffers are freed."""
+        """Called before idle buffers are freed, to drop the CUDA graphs that use their addresses."""
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A function of the CUDA runtime. Raises EngineError with CUDA's own words for what failed."""
+        """Call a function of the CUDA runtime. Raises EngineError with CUDA's own message."""
         status, *values = getattr(self.runtime, name)(*arguments)
         if int(status):
             raise EngineError(failure(self.runtime, name, status))
@@ -81,7 +79,7 @@ class Cuda:
         return Gpu(name.strip("\0 "), f"{properties.major}.{properties.minor}", self.driver())
 
     def driver(self) -> str:
-        """The driver's own version; where the system does not tell, the CUDA version that it supports."""
+        """The driver's version; if the system does not provide it, the CUDA version that the driver supports."""
         try:
             return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
         except OSError:
@@ -91,31 +89,31 @@ class Cuda:
     # Memory ---------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Make the stream. Raises EngineError."""
+        """Create the stream. Raises EngineError."""
         if self.stream is None:
             self.stream = self.call("cudaStreamCreate")
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
-        """A new array, of whatever its memory holds. Raises EngineError when there is no memory left."""
+        """A new, uninitialized array. Raises EngineError when the GPU is out of memory."""
         size = -(-max(1, size_of(shape, dtype)) // ALIGNMENT) * ALIGNMENT
         pile = self.free[size]
         address = heapq.heappop(pile) if pile else self.allocate(size)
         return DeviceArray(shape, dtype, address, lambda: heapq.heappush(pile, address))
 
     def allocate(self, size: int) -> int:
-        """New memory; what lies idle in the pool is given up for it when there is no more."""
+        """New memory; if there is none left, the pool's idle buffers are released first."""
         try:
             address = int(self.call("cudaMalloc", size))
         except EngineError:
             if not any(self.free.values()):
                 raise
-            self.give_up()
+            self.release_idle()
             address = int(self.call("cudaMalloc", size))
         self.buffers.add(address)
         return address
 
-    def give_up(self) -> None:
-        """Free the buffers that lie idle, after `forget` has dropped the CUDA graphs that know their addresses."""
+    def release_idle(self) -> None:
+        """Free the idle buffers, after `forget` has dropped the CUDA graphs that use their addresses."""
         self.synchronize()
         self.forget()
         for pile in self.free.values():
@@ -124,24 +122,24 @@ class Cuda:
                 self.call("cudaFree", address)
             pile.clear()
 
-    def upload(self, array: npt.NDArray[Any], there: DeviceArray | None = None) -> DeviceArray:
-        """Copy an array to the device: into another of its size, or into a new one."""
+    def upload(self, array: npt.NDArray[Any], target: DeviceArray | None = None) -> DeviceArray:
+        """Copy an array to the device, into `target` (of the same size) or into a new array."""
         array = np.ascontiguousarray(array)
-        there = self.empty(array.shape, array.dtype) if there is None else there
-        if there.nbytes != array.nbytes:
-            raise ValueError(f"{array.nbytes} bytes do not fit into {there.nbytes}")
+        target = self.empty(array.shape, array.dtype) if target is None else target
+        if target.nbytes != array.nbytes:
+            raise ValueError(f"{array.nbytes} bytes do not fit into {target.nbytes}")
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        # From pageable memory this returns when the array has been read: it may change right after.
-        self.call("cudaMemcpyAsync", there.address, array.ctypes.data, array.nbytes, kind, self.stream)
-        return there
+        # With pageable memory this returns once the array has been read: the caller may change it right away.
+        self.call("cudaMemcpyAsync", target.address, array.ctypes.data, array.nbytes, kind, self.stream)
+        return target
 
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
-        """The array on the host, when all that was enqueued before has been done."""
-        here = np.empty(array.shape, array.dtype)
+        """The array on the host, after all work enqueued before."""
+        host = np.empty(array.shape, array.dtype)
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self.call("cudaMemcpyAsync", here.ctypes.data, array.address, here.nbytes, kind, self.stream)
+        self.call("cudaMemcpyAsync", host.ctypes.data, array.address, host.nbytes, kind, self.stream)
         self.synchronize()
-        return here
+        return host
 
     def synchronize(self) -> None:
         self.call("cudaStreamSynchronize", self.stream)
@@ -149,7 +147,7 @@ class Cuda:
     # Graphs ---------------------------------------------------------------------------------------------------
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
-        """What `enqueue` puts on the stream as a CUDA graph that can be launched. Raises EngineError."""
+        """An executable CUDA graph of the work that `enqueue` puts on the stream. Raises EngineError."""
         mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self.stream, mode)
         try:
@@ -168,7 +166,7 @@ class Cuda:
         self.call("cudaGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Free the stream and all memory. Arrays that are still referred to are void."""
+        """Free the stream and all memory; remaining arrays become invalid."""
         if self.stream is not None:
             self.synchronize()
             self.call("cudaStreamDestroy", self.stream)
@@ -179,7 +177,7 @@ class Cuda:
 
 
 def load_runtime() -> Any:
-    """cuda-python's module of the CUDA runtime, in whichever place its release has it."""
+    """cuda-python's module of the CUDA runtime."""
     for name in LAYOUTS:
         try:
             return import_module(name)
@@ -191,10 +189,10 @@ def load_runtime() -> Any:
 
 
 def failure(runtime: Any, function: str, status: Any) -> str:
-    """One line for a status that is no success."""
+    """One line for a status other than success."""
     name = getattr(status, "name", str(status))
     if name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorStubLibrary"):
-        return "there is no NVIDIA GPU, or its driver is too old for this cuda-python; see bbt-accel doctor"
+        return "no NVIDIA GPU found, or its driver is too old for this cuda-python; see bbt-accel doctor"
     if name == "cudaErrorMemoryAllocation":
         return "the GPU is out of memory; use a smaller backbone, --popsize, --k-shot or --intrinsic-dim"
     _, text = runtime.cudaGetErrorString(status)

@@ -1,4 +1,4 @@
-"""Rows of a task: from a folder, from the hub, or shipped; and the few-shot split."""
+"""Rows of a task, from a folder, the hub or the package; and the few-shot split."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from typing import Literal
 import numpy as np
 
 from bbt_accel.errors import DataError, first_line
+from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task
 
 Split = Literal["train", "test"]
 SUFFIXES = (".jsonl", ".csv", ".parquet")
-UNLABELLED = -1  # how data sets of the hub write that a row's label is withheld or was not agreed on
+UNLABELLED = -1
+"""The label of hub data sets for rows whose label is withheld or disputed."""
 Columns = dict[str, list[object]]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The text columns of a row, and its class; None where it is to be predicted."""
+    """The text columns of a row, and its class; None if it is unknown."""
 
     fields: dict[str, str]
     label: int | None = None
@@ -32,9 +34,9 @@ class Row:
 def load_rows(task: Task, split: Split, data: Path | None = None) -> list[Row]:
     """The labelled rows of a split, in file order.
 
-    data: a folder with {train,validation,test}.{jsonl,csv,parquet}. Without it, the rows shipped with the demo task
-    or the task's data set on the hub. `test` is the test file, or the validation file where test has no labels.
-    Rows with the label -1 have none and are left out. Raises DataError.
+    data: a folder with {train,validation,test}.{jsonl,csv,parquet}. Without it, the shipped rows of the demo task or
+    the task's data set on the hub. `test` is the test file, or the validation file if test has no labels. Rows with
+    the label -1 are skipped. Raises DataError.
     """
     if data is None and task.name == "demo" and task.hub is None:
         data = Path(__file__).parent / "demo" / "data"
@@ -44,7 +46,7 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> list[Row]:
 
 
 def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Train and dev rows, k of each class in both, after a shuffle by `seed`.
+    """Train and dev rows, k examples per class in each, after a shuffle by `seed`.
 
     Raises DataError when a class has fewer than 2 k rows.
     """
@@ -64,6 +66,11 @@ def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[li
                 f"class {label} has {have} rows, --k-shot {k} needs {2 * k} (train and dev); add rows or lower --k-shot"
             )
     return train, dev
+
+
+def load_few_shot(task: Task, data: Path | None, settings: Settings) -> tuple[list[Row], list[Row]]:
+    """The train and dev rows that a search with these settings uses. Raises DataError."""
+    return few_shot(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
@@ -107,12 +114,11 @@ def _read(file: Path) -> Columns:
     except DataError:
         raise
     except (OSError, ValueError, KeyError, NotImplementedError) as error:  # what json and pyarrow raise
-        reason = first_line(error)
-        raise DataError(f"cannot read {file} ({reason})") from None
+        raise DataError(f"cannot read {file} ({first_line(error)})") from None
 
 
 def _read_jsonl(file: Path) -> Columns:
-    # Not by pyarrow: it turns texts that look like dates into dates, and refuses long lines.
+    # Not pyarrow: it converts texts that look like dates, and refuses long lines.
     records: list[dict[str, object]] = []
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -138,7 +144,7 @@ def _read_csv(file: Path) -> Columns:
     read = csv.ReadOptions(block_size=1 << 24)
     parse = csv.ParseOptions(newlines_in_values=True)
     names = csv.open_csv(file, read, parse).schema.names
-    # Every column as text: a text that reads "1984" or "NA" stays what it is.
+    # Every column as text, so that "1984" and "NA" remain texts.
     convert = csv.ConvertOptions(column_types={name: string() for name in names}, strings_can_be_null=False)
     return _columns(csv.read_csv(file, read, parse, convert))
 
@@ -157,7 +163,7 @@ def _columns(table: object) -> Columns:
 def _from_hub(task: Task, split: Split) -> list[Row]:
     hub = task.hub
     if hub is None:
-        raise DataError(f"task {task.name} names no data set of the hub; pass --data DIR")
+        raise DataError(f"task {task.name} has no data set on the hub; pass --data DIR")
     source = "/".join(filter(None, (hub.path, hub.config)))
     try:
         import datasets
@@ -165,9 +171,8 @@ def _from_hub(task: Task, split: Split) -> list[Row]:
         table = datasets.load_dataset(hub.path, hub.config, split="train" if split == "train" else hub.test)
         columns = {name: list(table[name]) for name in table.column_names}
     except Exception as error:  # the hub's client raises errors of many libraries
-        reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"cannot load {source} from the hub ({type(error).__name__}: {reason[:200]}); "
+            f"cannot load {source} from the hub ({type(error).__name__}: {first_line(error):.200}); "
             "pass --data DIR with {train,test}.{jsonl,csv,parquet}"
         ) from None
     return _rows(task, columns, source)

@@ -1,64 +1,38 @@
-"""What this machine can run, and what to install for the rest. Needs nothing but the core dependencies."""
+"""What this machine can run, what is fastest on it, and what to install for the rest."""
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TypedDict
 
-import bbt_accel
+from bbt_accel.engine_specs import Backend, Device, Precision, engine_names, engine_spec
 from bbt_accel.errors import first_line
+from bbt_accel.machine import Machine, dependencies, describe_machine, installed, installed_versions
 
-CORE = ("cma", "datasets", "matplotlib", "numpy", "pyarrow", "pydantic", "safetensors", "tokenizers", "typer")
-OPTIONAL = (
-    "torch",
-    "transformers",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt-rtx-cu13",
-    "tensorrt",
-    "cuda-python",
-    "ray",
-    "tensorboard",
-    "starlette",
-    "uvicorn",
-    "tritonclient",
-    "geventhttpclient",
+NOTES = (
+    "a provider listed by ONNX Runtime may still not work: without its libraries or its device a session falls back to "
+    "the CPU. bbt-accel checks this when it loads an engine",
+    "this version's GPU engines have not been run on a GPU; check them with make gpu-check "
+    "(python -m bbt_accel.benchmarks.gpu_check)",
 )
-FEATURES = {
-    "AVX2": {"avx2"},
-    "AVX-512": {"avx512f"},
-    "AVX-512 VNNI": {"avx512_vnni", "avx_vnni"},
-    "AMX": {"amx_tile"},
-    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
-}
-GPU_NOTE = (
-    "the GPU engines have not been run on a GPU by this version: "
-    "check them with make gpu-check (python -m bbt_accel.benchmarks.gpu_check)"
-)
+Versions = Mapping[str, str | None]
 
 
 class EngineState(TypedDict):
     runs: bool
     reason: str
     install: str | None
-    """The command that brings what is missing; None when nothing is."""
+    """The command that installs what is missing; None if nothing is."""
 
 
-class Machine(TypedDict):
-    system: str
-    cpu: str
-    cores: int
-    features: list[str]
-    memory_gb: float | None
-    gpus: list[str]
+class Recommendation(TypedDict):
+    engine: str
+    device: Device
+    precision: Precision
+    reason: str
+    command: str
+    """The command that makes the bundle."""
 
 
 class Diagnosis(TypedDict):
@@ -66,84 +40,115 @@ class Diagnosis(TypedDict):
     machine: Machine
     onnxruntime_providers: list[str]
     engines: dict[str, EngineState]
+    recommended: Recommendation
     warnings: list[str]
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """An engine and a precision, and what makes them fast: one of the instruction sets in `needs`, or a GPU."""
+
+    engine: str
+    device: Device
+    precision: Precision
+    reason: str
+    needs: frozenset[str] = frozenset()
+
+
+GPU = frozenset({"GPU"})
+INT8 = frozenset({"AVX-512 VNNI", "AMX"})
+BF16 = frozenset({"bf16"})
+TENSOR_CORES = "the GPU's tensor cores multiply fp16"
+DOT_PRODUCTS = "the processor has 8-bit dot products (VNNI or AMX)"
+RULES = (
+    Rule("trt", "cuda", "fp16", TENSOR_CORES, GPU),
+    Rule("ort", "cuda", "fp16", TENSOR_CORES, GPU),
+    Rule("openvino", "cpu", "int8", DOT_PRODUCTS, INT8),
+    Rule("ort", "cpu", "int8", DOT_PRODUCTS, INT8),
+    Rule("openvino", "cpu", "bf16", "the processor multiplies bf16", BF16),
+    Rule("openvino", "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
+    Rule("ort", "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
+)
+"""From the fastest to the slowest."""
+
+
 def diagnose() -> Diagnosis:
-    """Versions, machine and engines, as one JSON-ready object. Never raises for what is not installed."""
-    found: dict[str, str | None] = {**dict.fromkeys(("python", "bbt-accel", *CORE, *OPTIONAL)), **installed_versions()}
+    """Versions, machine, engines and the fastest precision, ready for JSON. Never raises for missing packages."""
+    found = versions()
     machine = describe_machine()
-    providers, problem = onnxruntime_providers(found)
+    providers, problems = onnxruntime_providers(found)
+    states = engines(found, machine["gpus"])
     return {
         "versions": found,
         "machine": machine,
         "onnxruntime_providers": providers,
-        "engines": engines(found, machine["gpus"], providers),
-        "warnings": warnings(found) + problem + mismatches(found, providers, machine["gpus"]),
-        "notes": [
-            "an ONNX Runtime provider that is listed need not work: without its libraries or its device a session "
-            "falls back to the CPU; bbt-accel checks that when it loads an engine",
-            GPU_NOTE,
-        ],
+        "engines": states,
+        "recommended": recommend(machine, states),
+        "warnings": warnings(found) + problems + mismatches(found, providers, machine["gpus"]),
+        "notes": list(NOTES),
     }
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    """Python, bbt-accel, its dependencies, and what the engines need; None for what is not installed."""
+    backends = [backend for name in engine_names() for backend in engine_spec(name).backends.values()]
+    packages = {one: installed(one) for backend in backends for need in backend.packages for one in need.split("|")}
+    return {**dict.fromkeys(("python", "bbt-accel", *dependencies())), **packages, **installed_versions()}
 
 
-def installed_versions() -> dict[str, str]:
-    """Of Python, bbt-accel, and whatever of its dependencies is installed."""
-    ours = {"python": platform.python_version(), "bbt-accel": bbt_accel.__version__}
-    return ours | {name: found for name in (*CORE, *OPTIONAL) if (found := installed(name)) is not None}
-
-
-def describe_machine() -> Machine:
-    info = _cpuinfo()
-    flags = set(info.get("flags", info.get("Features", "")).split())
+def engines(found: Versions, gpus: Collection[str]) -> dict[str, EngineState]:
+    """For each engine and device whether it can run here, why (not), and the command that installs what is missing."""
     return {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "features": [name for name, wanted in FEATURES.items() if wanted & flags],
-        "memory_gb": _memory(),
-        "gpus": _gpus(),
+        label(name, device): _state(backend, device, found, gpus)
+        for name in engine_names()
+        for device, backend in engine_spec(name).backends.items()
     }
 
 
-def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is none."""
-    try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
+def label(name: str, device: Device) -> str:
+    """The engine, and its device if it has several."""
+    return f"{name} ({device})" if len(engine_spec(name).backends) > 1 else name
 
 
-def _memory() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):  # Windows
-        return None
+def _state(backend: Backend, device: Device, found: Versions, gpus: Collection[str]) -> EngineState:
+    missing = [need for need in backend.packages if not any(found.get(one) for one in need.split("|"))]
+    reasons = [f"{' and '.join(missing).replace('|', ' or ')} not installed"] if missing else []
+    if device == "cuda" and not gpus:
+        reasons.append("no NVIDIA GPU found (nvidia-smi)")
+    uninstall = f"pip uninstall -y {backend.replaces} && " if found.get(backend.replaces) else ""
+    wanted = f'"bbt-accel[{backend.extra}]"' if backend.extra else " ".join(need.split("|")[0] for need in missing)
+    return {
+        "runs": not reasons,
+        "reason": "; ".join(reasons) or "installed",
+        "install": f"{uninstall}pip install {wanted}" if missing else None,
+    }
 
 
-def _gpus() -> list[str]:
-    """Name, memory and driver of each NVIDIA GPU, as nvidia-smi tells them."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+def recommend(machine: Machine, states: Mapping[str, EngineState]) -> Recommendation:
+    """The fastest engine and precision that this machine can run; the reason names what would be faster."""
+    features = {*machine["features"], *(GPU if machine["gpus"] else ())}
+    rules = [rule for rule in RULES if not rule.needs or rule.needs & features]
+    chosen = next((rule for rule in rules if states[label(rule.engine, rule.device)]["runs"]), rules[0])
+    reason = chosen.reason
+    if chosen.precision == "int8" and features & BF16:
+        reason += "; --target openvino --bf16 is slower but needs no calibration"
+    best = label(rules[0].engine, rules[0].device)
+    if install := states[best]["install"]:
+        faster = "to run it" if chosen is rules[0] else f"{best} in {rules[0].precision} is faster"
+        reason += f"; {faster}: {install}"
+    flag = "" if chosen.precision == "fp32" else f" --{chosen.precision}"
+    return {
+        "engine": chosen.engine,
+        "device": chosen.device,
+        "precision": chosen.precision,
+        "reason": reason,
+        "command": f"bbt-accel optimize BUNDLE -o OPTIMIZED --target {chosen.engine}{flag}",
+    }
 
 
-def onnxruntime_providers(found: Mapping[str, str | None]) -> tuple[list[str], list[str]]:
-    """The providers that onnxruntime lists, and what is wrong if it cannot be loaded."""
+def onnxruntime_providers(found: Versions) -> tuple[list[str], list[str]]:
+    """The providers that onnxruntime lists, and the problem if it cannot be imported."""
     if not (found["onnxruntime"] or found["onnxruntime-gpu"]):
         return [], []
     try:
@@ -151,80 +156,36 @@ def onnxruntime_providers(found: Mapping[str, str | None]) -> tuple[list[str], l
 
         return list(onnxruntime.get_available_providers()), []
     except Exception as error:  # a broken installation fails in many ways
-        return [], [f"onnxruntime cannot be loaded ({first_line(error)}); install it again"]
+        return [], [f"onnxruntime cannot be imported ({first_line(error)}); reinstall it"]
 
 
-def warnings(found: Mapping[str, str | None]) -> list[str]:
+def warnings(found: Versions) -> list[str]:
+    """What is wrong with the installation of ONNX Runtime."""
     if found["onnxruntime"] and found["onnxruntime-gpu"]:
         return [
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install the one of bbt-accel[cpu] or bbt-accel[gpu]"
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall -y onnxruntime "
+            "onnxruntime-gpu, then pip install either bbt-accel[cpu] or bbt-accel[gpu]"
         ]
     if not (found["onnxruntime"] or found["onnxruntime-gpu"]):
-        return ['there is no ONNX Runtime: pip install "bbt-accel[cpu]", or "bbt-accel[gpu]" for an NVIDIA GPU']
+        return ['ONNX Runtime is not installed: pip install "bbt-accel[cpu]", or "bbt-accel[gpu]" for an NVIDIA GPU']
     return []
 
 
-def mismatches(found: Mapping[str, str | None], providers: list[str], gpus: list[str]) -> list[str]:
-    """What is installed and does not go together."""
-    told = []
+def mismatches(found: Versions, providers: Collection[str], gpus: Collection[str]) -> list[str]:
+    """Installed packages that do not fit each other or this machine."""
+    problems = []
     tensorrt = found["tensorrt"]
     if tensorrt and int(tensorrt.split(".")[0]) > 10 and "TensorrtExecutionProvider" in providers:
-        told.append(
-            f"ONNX Runtime's own TensorRT provider links TensorRT 10 (libnvinfer.so.10), not {tensorrt}; "
-            "--engine trt, which does not use it, runs with either"
+        problems.append(
+            f"ONNX Runtime's TensorRT provider links TensorRT 10 (libnvinfer.so.10), not {tensorrt}; "
+            "--engine trt does not use that provider and runs with either"
         )
     if tensorrt and found["tensorrt-rtx-cu13"]:
-        told.append("tensorrt and tensorrt_rtx are both installed: tensorrt is used, but for --compute-capability")
+        problems.append(
+            "tensorrt and tensorrt-rtx-cu13 are both installed: tensorrt is used, except for --compute-capability"
+        )
     if (gpu := found["onnxruntime-gpu"]) and tuple(map(int, gpu.split(".")[:2])) < (1, 31):
-        told.append(f"onnxruntime-gpu {gpu} runs parts of the graphs on the CPU; 1.31 and later have kernels for all")
+        problems.append(f"onnxruntime-gpu {gpu} runs parts of the graphs on the CPU; 1.31 and later do not")
     if gpus and found["onnxruntime"] and not found["onnxruntime-gpu"]:
-        told.append('there is a GPU and an ONNX Runtime without CUDA: pip install "bbt-accel[gpu]" in its place')
-    return told
-
-
-def engines(found: Mapping[str, str | None], gpus: list[str], providers: list[str]) -> dict[str, EngineState]:
-    """For each engine whether it can run here, why (not), and the command that brings what is missing."""
-    runtime = found["onnxruntime"] or found["onnxruntime-gpu"]
-    rtx, cuda = found["tensorrt-rtx-cu13"] or found["tensorrt"], found["cuda-python"]
-    no_gpu = None if gpus else "no NVIDIA GPU found (nvidia-smi)"
-    no_cuda = None if "CUDAExecutionProvider" in providers else "no onnxruntime-gpu"
-    return {
-        "torch": _state(_lacks(found, "torch", "transformers"), "export"),
-        "ort (cpu)": _state(None if runtime else "onnxruntime is not installed", "cpu"),
-        "ort (cuda)": _state(no_cuda, "gpu", no_gpu, first="pip uninstall -y onnxruntime && " if runtime else ""),
-        "openvino": _state(_lacks(found, "openvino"), "openvino"),
-        "trt": _state(None if rtx and cuda else "TensorRT or cuda-python is not installed", "trt", no_gpu),
-        "remote": _state(_lacks(found, "tritonclient", "geventhttpclient"), "remote"),
-    }
-
-
-def _state(lacking: str | None, extra: str, no_gpu: str | None = None, first: str = "") -> EngineState:
-    """lacking: what an installation would bring; no_gpu: what none would; first: what must go before it."""
-    reasons = [reason for reason in (lacking, no_gpu) if reason]
-    install = f'{first}pip install "bbt-accel[{extra}]"' if lacking else None
-    return {"runs": not reasons, "reason": "; ".join(reasons) or "installed", "install": install}
-
-
-def _lacks(found: Mapping[str, str | None], *packages: str) -> str | None:
-    missing = [name for name in packages if not found[name]]
-    return f"{' and '.join(missing)} not installed" if missing else None
-
-
-def show(diagnosis: Diagnosis) -> None:
-    """Print a diagnosis as tables."""
-    from bbt_accel.display import print_facts, print_table
-
-    print_facts("Machine", {**diagnosis["machine"], "gpus": diagnosis["machine"]["gpus"] or "none found"})
-    print_facts("Versions", {name: found or "not installed" for name, found in diagnosis["versions"].items()})
-    if diagnosis["onnxruntime_providers"]:
-        print_facts("ONNX Runtime", {"listed providers": diagnosis["onnxruntime_providers"]})
-    rows = [
-        (name, "yes" if state["runs"] else "no", state["reason"], state["install"] or "")
-        for name, state in diagnosis["engines"].items()
-    ]
-    print_table("Engines", ["engine", "can run here", "reason", "to install"], rows)
-    for warning in diagnosis["warnings"]:
-        print(f"warning: {warning}")
-    for note in diagnosis["notes"]:
-        print(f"note: {note}")
+        problems.append('there is a GPU, but ONNX Runtime has no CUDA: replace it by pip install "bbt-accel[gpu]"')
+    return problems

@@ -1,4 +1,4 @@
-"""Rows to Batch: template, initial prompt tokens, truncation and readout position."""
+"""From rows to a Batch: template, initial prompt tokens, truncation and readout position."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from bbt_accel.batch import Batch, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, DataError, TaskError, first_line
-from bbt_accel.tasks import GROUPS, Task, parse_template
+from bbt_accel.tasks import Task, parse_template
 
 FIRST_PROMPT_ID = 1000
+"""Vocabulary id of the first initial prompt token, as in the original."""
 UNKNOWN = ("<unk>", "[UNK]")
 Fields = Mapping[str, str]
-Text = list[tuple[str, str | None]]  # literal text and the column that follows it
-Fixed = tuple[int, ...]  # token ids that are the same in every row
+Text = list[tuple[str, str | None]]
+"""Literal texts, each with the column that follows it."""
+Fixed = tuple[int, ...]
+"""Token ids that are the same in every row."""
 
 
 class Encoder:
-    """Writes rows of `task` as the backbone of `bundle` takes them, with the bundle's own tokenizer.
+    """Encodes rows of `task` for the backbone of `bundle`, with the bundle's own tokenizer.
 
-    A row is laid out as alternating texts and fixed token ids, e.g. for a masked LM in add mode: begin token and
-    initial prompt ids, text, mask token, text, end token. Special tokens come from the layout alone: what looks like
-    one inside a user's text is ordinary text.
+    A row alternates between texts and fixed token ids, e.g. for a masked LM in add mode: begin token and initial prompt
+    ids, text, mask token, text, end token. Only the layout inserts special tokens: one that is spelled out in a user's
+    text is ordinary text.
 
-    Raises TaskError when the task does not fit the bundle: no template for its family, label words that begin with
-    the same token or are unknown to the vocabulary, or a template that leaves no room.
+    Raises TaskError when the task does not fit the bundle: no template for its group, label words that begin with the
+    same token or are not in the vocabulary, or a template longer than the bundle's maximum length.
     """
 
     def __init__(self, bundle: Bundle, task: Task) -> None:
         self.bundle = bundle
         self.task = task
-        self.label_words = task.words(bundle.info.family)
+        self.label_words = task.words(bundle.info.template_group)
         self._tokenizer = _tokenizer(bundle)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
@@ -43,14 +46,15 @@ class Encoder:
         room = bundle.info.max_length - len(self._ids([dict.fromkeys(task.text, "")])[0])
         if room < 0:
             raise TaskError(
-                f"the template of task {task.name} alone takes {-room} tokens more than the {bundle.info.max_length} "
-                f"that {bundle.path} allows; shorten it"
+                f"the template of task {task.name} alone exceeds the {bundle.info.max_length} tokens of {bundle.path} "
+                f"by {-room}; shorten it"
             )
 
     def encode(self, rows: Sequence[Row]) -> Batch:
-        """All rows, in order, padded on the right to the longest; targets are 0 where a row has no label.
+        """All rows, in order, padded on the right to the longest; the target of a row without a label is 0.
 
-        A row that is too long loses tokens at the end of its text columns, the longest column first.
+        Rows that are too long are truncated at the end of their text columns, the longest column first.
+        Raises DataError for no rows, and for a row without one of the columns.
         """
         special, limit = self.bundle.info.special, self.bundle.info.max_length
         fields = [self._fields(row) for row in rows]
@@ -73,17 +77,16 @@ class Encoder:
         )
 
     def _readout(self, ids: list[int]) -> int:
-        family = self.bundle.info.family
-        if family == "gpt2":
+        if self.bundle.info.template_group == "causal":
             return len(ids) - 1
-        if family == "t5":
-            return 1  # the decoder reads <pad> <extra_id_0>
+        if self.bundle.info.template_group == "span":
+            return 1  # behind the decoder's start token
         return ids.index(self._mask())
 
     def _mask(self) -> int:
         mask = self.bundle.info.special.mask
         if mask is None:
-            raise BundleError(f"{self.bundle.path} names no mask token; export it again")
+            raise BundleError(f"{self.bundle.path} has no mask token; export it again")
         return mask
 
     def _fields(self, row: Row) -> dict[str, str]:
@@ -100,14 +103,12 @@ class Encoder:
 
     def _lay_out(self) -> list[Text | Fixed]:
         info = self.bundle.info
-        template = self.task.template(info.family)
+        template = self.task.template(info.template_group)
         if info.prompt_mode == "cat":
             template = template.replace("{prompt} ", "").replace("{prompt}", "")
         elif "{prompt}" not in template:
             template = "{prompt}" + self.task.separator + template
-        masked = GROUPS[info.family] == "masked"
-        begin = (info.special.begin,) if masked and info.special.begin is not None else ()
-        end = (info.special.end,) if info.family != "gpt2" and info.special.end is not None else ()
+        begin, end = ((() if token is None else (token,)) for token in (info.special.begin, info.special.end))
         layout: list[Text | Fixed] = [begin]
         text: Text = []
         for literal, name in parse_template(template):
@@ -118,7 +119,7 @@ class Encoder:
         return [*layout, text, end]
 
     def _prompt_ids(self) -> Fixed:
-        """Ids 1000 .. 1000+n-1; in a vocabulary that has not so many ordinary tokens, those there are, in turn."""
+        """Ids 1000 .. 1000+n-1; in a smaller vocabulary its ordinary tokens, repeated if necessary."""
         n, size = self.bundle.info.n_prompt_tokens, self.bundle.info.vocab_size
         wanted = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + n)
         if wanted.stop <= size and self._special.isdisjoint(wanted):
@@ -127,7 +128,7 @@ class Encoder:
         return tuple(ordinary[i % len(ordinary)] for i in wanted)
 
     def _ids(self, fields: Sequence[Fields]) -> list[list[int]]:
-        """Token ids of each row, of whatever length."""
+        """Token ids of each row, before truncation."""
         texts = [_write(part, row) for row in fields for part in self._layout if isinstance(part, list)]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         rows = []
@@ -139,35 +140,37 @@ class Encoder:
         return rows
 
     def _ordinary(self, ids: list[int]) -> list[int]:
-        # A unigram vocabulary holds its special tokens as pieces too, so a user's text can still spell one.
+        # A unigram vocabulary has its special tokens as pieces too, so a user's text can still produce one.
         return [i for i in ids if i not in self._special]
 
     def _shortened(self, fields: dict[str, str], length: int) -> list[int]:
-        """Token ids of a row of `length` tokens, which is too long, with its text columns cut until it fits."""
+        """Token ids of a row of `length` tokens, too many, with its text columns truncated until it fits."""
         limit = self.bundle.info.max_length
         pieces = {name: self._tokenizer.encode(text, add_special_tokens=False) for name, text in fields.items()}
         keep = {name: len(piece) for name, piece in pieces.items()}
         while True:
-            # Cutting can change how the text around the cut is split, hence the loop; each turn cuts a token or more.
+            # Truncation can change the tokenization around it, hence the loop; each turn removes at least one token.
             for _ in range(min(length - limit, sum(keep.values()))):
                 keep[max(keep, key=lambda name: keep[name])] -= 1
-            cut = {
+            shorter = {
                 name: text[: pieces[name].offsets[keep[name] - 1][1]] if keep[name] else ""
                 for name, text in fields.items()
             }
-            ids = self._ids([cut])[0]
+            ids = self._ids([shorter])[0]
             length = len(ids)
             if length <= limit:
                 return ids
 
     def _label_token_ids(self) -> Int64:
-        """The first token of each label word, in the form that it has in its place in the template."""
+        """The first token of each label word, as it is tokenized at its position in the template."""
         space = " " if self._word_follows_space() else ""
         owner: dict[int, str] = {}
         for word in self.label_words:
             ids = self._tokenizer.encode(space + word, add_special_tokens=False).ids
             if not ids or ids[0] in self._unknown():
-                raise TaskError(f"label word {word!r} of task {self.task.name} is unknown to {self.bundle.path}")
+                raise TaskError(
+                    f"label word {word!r} of task {self.task.name} is not in the vocabulary of {self.bundle.path}"
+                )
             if ids[0] in owner:
                 raise TaskError(
                     f"label words {owner[ids[0]]!r} and {word!r} of task {self.task.name} begin with the same token "
@@ -177,12 +180,15 @@ class Encoder:
         return np.array(list(owner), dtype=np.int64)
 
     def _word_follows_space(self) -> bool:
-        """Whether a label word begins with a space: in byte-level vocabularies the space belongs to the word."""
-        family = self.bundle.info.family
-        if family in ("bert", "t5"):  # word pieces know no spaces; sentence pieces always begin with one
+        """Whether a label word begins with a space: in byte-level vocabularies the space belongs to the word.
+
+        WordPiece drops spaces, and SentencePiece itself puts one before every word.
+        """
+        if "ByteLevel(" not in repr(self._tokenizer.pre_tokenizer):
             return False
-        before = self.task.template(family).partition("{mask}")[0]
-        return family == "gpt2" or not before or before[-1].isspace()
+        group = self.bundle.info.template_group
+        before = self.task.template(group).partition("{mask}")[0]
+        return group == "causal" or not before or before[-1].isspace()
 
     def _unknown(self) -> set[int | None]:
         return {self._tokenizer.token_to_id(token) for token in UNKNOWN}
@@ -201,5 +207,5 @@ def _tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 def _write(text: Text, fields: Fields) -> str:
-    # Without the space before a fixed token: mask tokens swallow it, and at the end a word brings its own.
+    # No space before a fixed token: mask tokens swallow it. At the end, the label word has its own.
     return "".join(literal + (fields[column] if column else "") for literal, column in text).rstrip()

@@ -1,6 +1,9 @@
-"""What can go wrong, as types. Each message is one line that says what is wrong and what to do."""
+"""Error types. Each message is one line that says what is wrong and what to do."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class BbtError(Exception):
@@ -10,38 +13,33 @@ class BbtError(Exception):
 
 
 class UsageError(BbtError):
-    """An argument or option that cannot be right, whatever the machine or the data."""
+    """An argument or option that is wrong whatever the machine or the data."""
 
     exit_code = 2
 
 
 class MissingDependency(BbtError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 class BundleError(BbtError):
-    """A bundle that is missing, damaged, of another format, or not fit for what was asked."""
+    """A bundle that is missing, damaged, of another format, or unsuitable for the request."""
 
 
 class ExportError(BbtError):
     """A backbone that cannot be exported, or whose export differs from eager PyTorch."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error; the name of its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class EngineError(BbtError):
-    """An engine, provider or device that is not there, or a forward pass that failed."""
+    """An engine, provider or device that is not available, or a forward pass that failed."""
 
 
 class PlanError(EngineError):
-    """A TensorRT plan that cannot be built, is damaged, or does not run here."""
+    """A TensorRT plan that cannot be built, is damaged, or does not run on this machine."""
 
 
 class TaskError(UsageError):
-    """A task file that is missing, malformed or asks for something that the bundle cannot do."""
+    """A task file that is missing, malformed or incompatible with the bundle."""
 
 
 class DataError(BbtError):
@@ -57,8 +55,27 @@ class NonFiniteLoss(BbtError):
 
 
 class RequestError(BbtError):
-    """A request that the server refuses; `status` is the HTTP status that says why."""
+    """A request that the server refuses; `status` is the HTTP status of the response."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error message; the name of its class where the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not known: the closest known one, or all of them."""
+    known = list(known)
+    close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+
+
+def check_known(what: str, name: str, known: Iterable[str], error: type[BbtError] = UsageError) -> None:
+    """Raises `error` for a name that is not among those known, and suggests the closest one."""
+    known = list(known)
+    if name not in known:
+        raise error(f"unknown {what} {name!r}; {did_you_mean(name, known)}")

@@ -1,4 +1,4 @@
-"""What a search has done so far, one line a generation. It is also the checkpoint."""
+"""The generations of a search so far, one line each: its log, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,55 +6,50 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bbt_accel.batch import Float64
 from bbt_accel.errors import RunError
-from bbt_accel.objective import Float64
 
 
 class Generation(BaseModel):
     """One line of history.jsonl."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    generation: int
-    """Counted from 0."""
-    calls: int
-    """API calls up to and with this generation."""
-    layer: int
-    """The layer that was searched; 0 in BBT."""
+    generation: int = Field(description="Counted from 0.")
+    calls: int = Field(description="API calls up to and including this generation.")
+    layer: int = Field(description="The layer that was searched; 0 in BBT.")
     candidates: str
-    """Digest of the candidates' coordinates, by which a resumed search knows that it walks the same way."""
-    losses: list[float]
-    """Train loss of every candidate, exact."""
+    """Digest of the candidates' coordinates, by which a resumed search verifies that it repeats the same ones."""
+    losses: list[float] = Field(description="Train loss of every candidate, in full precision.")
     best_loss: float
     mean_loss: float
-    metric: float
-    """Train metric of the best candidate."""
+    metric: float = Field(description="Train metric of the best candidate.")
     step_size: float
     dev_score: float | None = None
-    dev_loss: float | None = None
-    """Of the generation's prompt, where it was scored on the dev set."""
-    seconds: float
+    """Metric of the generation's prompt on the dev rows, if it was scored."""
+    dev_loss: float | None = Field(default=None, description="Its loss there.")
+    seconds: float = Field(description="Duration of the generation, dev score included.")
     evaluations_per_second: float
+    """Candidates per second, without CMA-ES's update and the dev score."""
 
 
 class History:
-    """Generations, in memory and in a file to which each is appended as soon as it is known.
+    """Generations, in memory and in a file to which each is appended as soon as it ends. A context manager.
 
-    A search follows from its seed and its losses, so these lines are all that a resumed run needs: a line that was
-    cut off by a crash is dropped, and its generation is done again. Only one process may have the file open.
+    A search follows from its seed and its losses, so these lines are all that a resumed run needs. A line that a crash
+    left incomplete is dropped, and its generation repeated. Raises RunError if another process has the file open.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._stream: IO[bytes] = file.open("ab")
         _lock(self._stream, file)
-        self.generations, whole = _parse(file)
-        self._stream.truncate(whole)
+        self.generations, size = _parse(file)
+        self._stream.truncate(size)
 
     def append(self, generation: Generation) -> None:
         self._stream.write(json.dumps(generation.model_dump()).encode() + b"\n")
@@ -68,17 +63,15 @@ class History:
     def __len__(self) -> int:
         return len(self.generations)
 
-    def __enter__(self) -> History:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def read_history(file: Path) -> list[Generation]:
-    """The whole lines of history.jsonl. Raises RunError when one is no generation, or out of order."""
+    """The complete lines of history.jsonl. Raises RunError for one that is not a generation, or out of order."""
     return _parse(file)[0]
 
 
@@ -88,14 +81,14 @@ def fingerprint(candidates: Float64) -> str:
 
 
 def _parse(file: Path) -> tuple[list[Generation], int]:
-    """The generations, and the bytes that their lines take."""
+    """The generations, and the number of bytes of their lines."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise RunError(f"cannot read {file} ({error.strerror})") from None
-    whole = content.rfind(b"\n") + 1
+    size = content.rfind(b"\n") + 1
     generations = []
-    for number, line in enumerate(content[:whole].splitlines()):
+    for number, line in enumerate(content[:size].splitlines()):
         try:
             generation = Generation.model_validate(json.loads(line))
         except (ValueError, ValidationError):
@@ -103,7 +96,7 @@ def _parse(file: Path) -> tuple[list[Generation], int]:
         if generation.generation != number:
             raise RunError(f"{file} is damaged: line {number + 1} is generation {generation.generation}; tune again")
         generations.append(generation)
-    return generations, whole
+    return generations, size
 
 
 def _lock(stream: IO[bytes], file: Path) -> None:

@@ -1,26 +1,25 @@
-"""What a tuned prompt is good for: a score on the test rows, and predictions."""
+"""Inference with a tuned prompt: a score on the test rows, and predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from bbt_accel.batch import Float32
-from bbt_accel.data import Row, few_shot, load_rows
+from bbt_accel.batch import Float32, Float64
+from bbt_accel.data import Row, load_few_shot, load_rows
 from bbt_accel.encoding import Encoder
+from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines.base import Engine
-from bbt_accel.engines.registry import load_engine, place
+from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError
 from bbt_accel.objective import Objective
 from bbt_accel.run import Run
 
-ROWS = 64
-"""Rows that an engine holds at a time."""
+BATCH_SIZE = 64
+"""Rows that an engine gets at a time."""
 
 
 def evaluate(
@@ -34,19 +33,18 @@ def evaluate(
     url: str | None = None,
     split: Literal["dev", "test"] = "test",
 ) -> dict[str, Any]:
-    """Score the prompt of a run on the task's test rows, or on the dev rows that the search chose it by.
+    """Score the prompt of a run on the task's test rows, or on the dev rows of its search.
 
-    data, engine, device, url: as in the run unless given. bundle: another bundle of the same backbone, e.g. in another
-    precision. Returns split, metric, score, rows, engine, device, bundle (its path) and without_prompt, the score of
-    the same bundle with a zero prompt. Raises RunError, BundleError, DataError, EngineError, NonFiniteLoss.
+    data, engine, device, url: those of the run unless given. bundle: another bundle of the same backbone, e.g. in
+    another precision. Returns split, metric, score, rows, engine, device, bundle (its path) and without_prompt, the
+    score of the same bundle with a zero prompt. Raises RunError, BundleError, DataError, EngineError, NonFiniteLoss.
     """
     run = Run.read(run_path)
     folder = data if data is not None else run.info.data.path
-    rows = load_rows(run.task, "test" if split == "test" else "train", Path(folder) if folder is not None else None)
-    if split == "dev":
-        _, rows = few_shot(rows, run.task.n_classes, run.info.settings.k_shot, run.info.settings.seed)
-    with _engine(run, bundle, engine, device, threads, url) as loaded:
-        logits = label_logits(loaded, Encoder(loaded.bundle, run.task), rows, [run.prompt, np.zeros_like(run.prompt)])
+    rows = _rows(run, split, Path(folder) if folder is not None else None)
+    with _load(run, bundle, engine, device, threads, url) as loaded:
+        prompts = [run.prompt, np.zeros_like(run.prompt)]
+        logits = label_logits(loaded, Encoder(loaded.bundle, run.task), rows, prompts)
         _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
         return {
             "split": split,
@@ -55,7 +53,7 @@ def evaluate(
             "without_prompt": float(without),
             "rows": len(rows),
             "engine": loaded.name,
-            "device": place(engine or run.info.engine.name, device or run.info.engine.device),
+            "device": engine_spec(engine or run.info.engine.name).device(device or run.info.engine.device),
             "bundle": str(loaded.bundle.path.resolve()),
         }
 
@@ -72,9 +70,9 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Classify texts with the prompt of a run.
 
-    texts: one mapping a row, from the task's text columns to texts. Returns, in order, label (the class), word (its
+    texts: one mapping per row, from the task's text columns to texts. Returns, in order, label (the class), word (its
     label word) and probabilities (a softmax over the label words, by word). Raises RunError, BundleError, EngineError,
-    NonFiniteLoss, and DataError for a row that lacks a column.
+    NonFiniteLoss, and DataError for a row without one of the columns.
     """
     run = Run.read(run_path)
     for number, text in enumerate(texts):
@@ -82,66 +80,64 @@ def predict(
             raise DataError(f"row {number + 1} has no text {missing[0]!r}; it needs {', '.join(run.task.text)}")
     if not texts:
         return []
-    with _engine(run, bundle, engine, device, threads, url) as loaded:
+    with _load(run, bundle, engine, device, threads, url) as loaded:
         classifier = Classifier(loaded, run)
-        probabilities = classifier.probabilities(texts)
-    words = classifier.words
+        words, probabilities = classifier.words, classifier.probabilities(texts)
+    labels = probabilities.argmax(axis=1).tolist()
     return [
-        {
-            "label": int(p.argmax()),
-            "word": words[int(p.argmax())],
-            "probabilities": dict(zip(words, map(float, p), strict=True)),
-        }
-        for p in probabilities
+        {"label": label, "word": words[label], "probabilities": dict(zip(words, p, strict=True))}
+        for label, p in zip(labels, probabilities.tolist(), strict=True)
     ]
 
 
 class Classifier:
-    """A loaded engine with the prompt of a run: texts in, probabilities of the label words out."""
+    """A loaded engine with the prompt of a run: from texts to probabilities of the label words."""
 
     def __init__(self, engine: Engine, run: Run) -> None:
         self.engine, self.task, self.prompt = engine, run.task, run.prompt
         self.encoder = Encoder(engine.bundle, run.task)
         self.words = self.encoder.label_words
 
-    def probabilities(self, texts: Sequence[Mapping[str, str]]) -> npt.NDArray[np.float64]:
+    def probabilities(self, texts: Sequence[Mapping[str, str]]) -> Float64:
         """float64 (N, C), a softmax over the label words, for N mappings from the task's text columns to texts.
 
-        Raises EngineError, and NonFiniteLoss where a logit is NaN or infinite.
+        Raises EngineError, and NonFiniteLoss if a logit is NaN or infinite.
         """
         rows = [Row({column: text[column] for column in self.task.text}) for text in texts]
         logits = label_logits(self.engine, self.encoder, rows, [self.prompt])
-        Objective().score(logits, np.zeros(len(rows), np.int64))  # raises when not finite
+        Objective().score(logits, np.zeros(len(rows), np.int64))  # raises NonFiniteLoss
         exact = logits[0].astype(np.float64)
         weights = np.exp(exact - exact.max(axis=1, keepdims=True))
-        probabilities: npt.NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+        probabilities: Float64 = weights / weights.sum(axis=1, keepdims=True)
         return probabilities
 
 
-@contextmanager
-def _engine(
+def label_logits(engine: Engine, encoder: Encoder, rows: Sequence[Row], prompts: Sequence[Float32]) -> Float32:
+    """Label logits of N rows for P prompts, float32 (P, N, C), `BATCH_SIZE` rows at a time."""
+    population, parts = np.stack(prompts), []
+    for start in range(0, len(rows), BATCH_SIZE):
+        with engine.bind(encoder.encode(rows[start : start + BATCH_SIZE])) as bound:
+            parts.append(bound.label_logits(population))
+    return np.concatenate(parts, axis=1)
+
+
+def _rows(run: Run, split: Literal["dev", "test"], folder: Path | None) -> list[Row]:
+    if split == "test":
+        return load_rows(run.task, "test", folder)
+    return load_few_shot(run.task, folder, run.info.settings)[1]
+
+
+def _load(
     run: Run, bundle: str | Path | None, name: str | None, device: str | None, threads: int | None, url: str | None
-) -> Iterator[Engine]:
-    """The engine named, or the run's own as it was set up then."""
+) -> Engine:
+    """The named engine, or the run's own with the options of the run."""
     record = run.info.engine
     own = name in (None, record.name)
-    without = record.without if own else ()
-    url = url or (record.url if own else None)
-    with load_engine(
+    return load_engine(
         run.open_bundle(bundle),
         name or record.name,
         device=device or record.device,
         threads=threads,
-        without=without,
-        url=url,
-    ) as engine:
-        yield engine
-
-
-def label_logits(engine: Engine, encoder: Encoder, rows: Sequence[Row], prompts: Sequence[Float32]) -> Float32:
-    """float32 (P, N, C), a few rows at a time."""
-    population, parts = np.stack(prompts), []
-    for start in range(0, len(rows), ROWS):
-        with engine.bind(encoder.encode(rows[start : start + ROWS])) as bound:
-            parts.append(bound.label_logits(population))
-    return np.concatenate(parts, axis=1)
+        without=record.without if own else (),
+        url=url or (record.url if own else None),
+    )

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from bbt_accel.batch import Float32, Int64
-from bbt_accel.errors import NonFiniteLoss, UsageError
+from bbt_accel.batch import Float32, Float64, Int64
+from bbt_accel.errors import NonFiniteLoss, UsageError, check_known
+from bbt_accel.settings import Loss as Loss
+from bbt_accel.settings import Metric as Metric
 
-Loss = Literal["ce", "hinge", "perf"]
-Metric = Literal["accuracy", "f1"]
-Float64 = npt.NDArray[np.float64]
 MARGIN = 2.0
-"""Of the hinge loss, as in the original."""
-COLUMNS = ("ce", "hinge", "right", "hits", "ones")
-"""Columns of a tally: sums over the rows of the cross entropy, of the hinge loss, of rows that are classified right, of
-those of class 1 that are, and of those that are taken for class 1."""
+"""Margin of the hinge loss, as in the original."""
+STATISTICS = ("ce", "hinge", "correct", "true_positives", "positives")
+"""Columns of the batch statistics: sums over the rows of the cross entropy, of the hinge loss, of correct predictions,
+of those of class 1, and of all predictions of class 1."""
 
 
-def tally(logits: Float32, targets: Int64) -> Float64:
-    """What every loss and metric is made of, for each candidate of a population: float64 (P, 5), `COLUMNS`.
+def batch_statistics(logits: Float32, targets: Int64) -> Float64:
+    """The sums from which every loss and metric follows, for each candidate: float64 (P, 5), columns `STATISTICS`.
 
     logits: float32 (P, N, C); targets: int64 (N,). The losses of a candidate with a NaN or infinite logit are NaN.
-    The tally of some rows is the sum of those of its parts. exporters/device.py has the same as a graph.
-    Raises UsageError for other shapes, and for a target that is no class.
+    Statistics of several batches add up. exporters/device.py has the same as a graph.
+    Raises UsageError for other shapes, and for a target that is not a class.
     """
     x = np.asarray(logits, dtype=np.float64)
     targets = np.asarray(targets, dtype=np.int64)
@@ -36,15 +34,15 @@ def tally(logits: Float32, targets: Int64) -> Float64:
     finite = np.asarray(np.isfinite(x).all(axis=(1, 2)))
     x = np.where(finite[:, None, None], x, 0.0)
     predicted, actual = x.argmax(axis=2), targets == 1
-    right, ones = predicted == targets, predicted == 1
-    columns = [_cross_entropy(x, targets), _hinge(x, targets), right, right & actual, ones]
+    correct, positives = predicted == targets, predicted == 1
+    columns = [_cross_entropy(x, targets), _hinge(x, targets), correct, correct & actual, positives]
     found = np.stack([column.sum(axis=1, dtype=np.float64) for column in columns], axis=1)
     found[~finite, :2] = np.nan
     return found
 
 
 def check_targets(targets: Int64, classes: int) -> None:
-    """Raises UsageError for a target that is none of so many classes."""
+    """Raises UsageError for a target outside 0 .. classes - 1."""
     if not ((targets >= 0) & (targets < classes)).all():
         raise UsageError(f"targets must lie in 0..{classes - 1}; got {targets.min()}..{targets.max()}")
 
@@ -72,37 +70,36 @@ class Objective:
     metric: `accuracy`; `f1`, the F1 of class 1 (0 where it has neither a row nor a prediction), which is what GLUE
         reports for MRPC.
 
-    Raises UsageError for another loss or metric.
+    Raises UsageError for an unknown loss or metric.
     """
 
     loss: Loss = "ce"
     metric: Metric = "accuracy"
 
     def __post_init__(self) -> None:
-        for kind, value, known in (("loss", self.loss, get_args(Loss)), ("metric", self.metric, get_args(Metric))):
-            if value not in known:
-                raise UsageError(f"unknown {kind} {value!r}; it is one of {', '.join(known)}")
+        check_known("loss", self.loss, get_args(Loss))
+        check_known("metric", self.metric, get_args(Metric))
 
     def score(self, logits: Float32, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
         """Losses and metrics of a population.
 
         logits: float32 (P, N, C); targets: int64 (N,). Returns float64 (P,) and float64 (P,).
-        first: number of the first candidate, where these are part of a population.
+        first: number of the first candidate, where these are a slice of a population.
         Raises NonFiniteLoss when a candidate's logits are NaN or infinite.
         """
-        return self.of(tally(logits, targets), targets, first)
+        return self.from_statistics(batch_statistics(logits, targets), targets, first)
 
-    def of(self, found: Float64, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
-        """Losses and metrics of a population from its tally (P, 5), as `score` gives them."""
+    def from_statistics(self, found: Float64, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
+        """Losses and metrics of a population from its batch statistics (P, 5), as `score` gives them."""
         finite = np.isfinite(found).all(axis=1)
         if not finite.all():
             raise NonFiniteLoss(
                 f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite); "
                 "use an fp32 bundle, or a smaller --sigma or --alpha"
             )
-        sums = dict(zip(COLUMNS, found.T, strict=True))
+        sums = dict(zip(STATISTICS, found.T, strict=True))
         if self.metric == "accuracy":
-            metrics = sums["right"] / len(targets)
+            metrics = sums["correct"] / len(targets)
         else:
-            metrics = 2.0 * sums["hits"] / np.maximum(sums["ones"] + np.sum(np.equal(targets, 1)), 1)
+            metrics = 2.0 * sums["true_positives"] / np.maximum(sums["positives"] + np.sum(np.equal(targets, 1)), 1)
         return (-metrics if self.loss == "perf" else sums[self.loss] / len(targets)), metrics

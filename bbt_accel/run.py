@@ -1,4 +1,4 @@
-"""The folder of a tuning run: the prompt, what it came from, and how it was found."""
+"""The folder of a tuning run: the prompt, what it was tuned for, and how it was found."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from bbt_accel.batch import Float32
-from bbt_accel.bundle import Bundle, Method, PromptMode, first_problem, sha256
+from bbt_accel.bundle import Bundle, Method, PromptMode, first_problem
 from bbt_accel.data import Row, rows_digest
 from bbt_accel.errors import BundleError, RunError
+from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task
@@ -28,10 +29,8 @@ class BundleRecord(BaseModel):
     """The bundle that a prompt was tuned for."""
 
     model_config = ConfigDict(extra="forbid")
-    path: str
-    """Absolute."""
-    relative: str
-    """From the run's folder, so that both may move together."""
+    path: str = Field(description="Absolute.")
+    relative: str = Field(description="From the run's folder, so that both may move together.")
     digest: str
     backbone: str
     revision: str | None
@@ -66,10 +65,9 @@ class EngineRecord(BaseModel):
     device: str
     threads: int | None
     workers: int | None = None
-    """Processes among which the population was divided; None for the process of the search alone."""
-    without: list[str]
-    url: str | None = None
-    """Of the server, for the engine `remote`."""
+    """Processes that shared the evaluation; None if the process of the search did it."""
+    without: list[str] = Field(description="Optimizations that were switched off.")
+    url: str | None = Field(default=None, description="Address of the server, for the engine `remote`.")
     versions: dict[str, str] = {}
 
 
@@ -77,10 +75,8 @@ class DataRecord(BaseModel):
     """The few-shot rows."""
 
     model_config = ConfigDict(extra="forbid")
-    path: str | None
-    """The folder given as --data, absolute; None for the task's own data set."""
-    digest: str
-    """sha256 of the train rows, then the dev rows."""
+    path: str | None = Field(description="The folder given as --data, absolute; None for the task's own data set.")
+    digest: str = Field(description="sha256 of the train rows, then the dev rows.")
     train_rows: int
     dev_rows: int
 
@@ -94,8 +90,8 @@ class DataRecord(BaseModel):
         )
 
 
-class Best(BaseModel):
-    """Where the prompt that was kept comes from."""
+class BestRecord(BaseModel):
+    """The generation that the saved prompt comes from."""
 
     model_config = ConfigDict(extra="forbid")
     generation: int
@@ -116,17 +112,15 @@ class RunInfo(BaseModel):
     data: DataRecord
     bundle: BundleRecord
     engine: EngineRecord
-    versions: dict[str, str]
-    """Of bbt-accel, cma, numpy and Python."""
+    versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")
     calls: int = 0
-    best: Best | None = None
+    best: BestRecord | None = None
     seconds: float = 0.0
     prompt_shape: list[int] = []
-    prompt_sha256: str = ""
-    """Of prompt.safetensors."""
+    prompt_sha256: str = Field("", description="Of prompt.safetensors.")
 
     def differences(self, other: RunInfo) -> list[str]:
-        """What keeps `other` from continuing this run, each named with both values."""
+        """Differences that keep `other` from continuing this run, with both values."""
         pairs = {name: (getattr(self.settings, name), getattr(other.settings, name)) for name in Settings.model_fields}
         pairs |= {
             "bundle": (self.bundle.digest[:12], other.bundle.digest[:12]),
@@ -138,24 +132,24 @@ class RunInfo(BaseModel):
         }
         if all(pairs[name][0] == pairs[name][1] for name in ("seed", "k_shot")):  # which choose the rows
             pairs["data"] = (self.data.digest[:12], other.data.digest[:12])
-        found = [f"{name} ({there} there, {here} here)" for name, (there, here) in pairs.items() if there != here]
+        found = [f"{name} (was {was}, is now {now})" for name, (was, now) in pairs.items() if was != now]
         if self.task.name == other.task.name and self.task != other.task:
-            found.append("the task's definition")
+            found.append("task definition")
         return found
 
 
 class Run:
-    """A run folder that has been read and checked."""
+    """A complete run folder, read and checked."""
 
     def __init__(self, path: Path, info: RunInfo, prompt: Float32) -> None:
         self.path = path
         self.info = info
         self.prompt = prompt
-        """float32 (n, H) for bbt, (L, n, H) for bbtv2: the final vectors, as an engine takes them."""
+        """float32 (n, H) for bbt, (L, n, H) for bbtv2: the final vectors, as engines take them."""
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
-        """Read run.json and the prompt. Raises RunError when one is missing, damaged, or not the other's."""
+        """Read run.json and the prompt. Raises RunError when one is missing or damaged, or they do not match."""
         path = Path(path)
         info = read_info(path)
         file = path / PROMPT
@@ -168,7 +162,7 @@ class Run:
         except (SafetensorError, KeyError, ValueError):
             raise RunError(f"{file} cannot be read; tune again") from None
         if prompt.dtype != np.float32 or list(prompt.shape) != info.prompt_shape:
-            raise RunError(f"{file} holds a prompt {prompt.shape}, {INFO} says {tuple(info.prompt_shape)}; tune again")
+            raise RunError(f"{file} has a prompt {prompt.shape}, {INFO} says {tuple(info.prompt_shape)}; tune again")
         return cls(path, info, prompt)
 
     @property
@@ -182,7 +176,7 @@ class Run:
     def open_bundle(self, override: str | Path | None = None) -> Bundle:
         """The bundle that the prompt was tuned for, or another of the same backbone, e.g. in another precision.
 
-        Raises BundleError when it is not there, has changed since, or (an override) does not take this prompt.
+        Raises BundleError when it is missing, has changed since, or (an override) does not take this prompt.
         """
         record = self.info.bundle
         if override is None:
@@ -190,16 +184,14 @@ class Run:
             bundle = Bundle.read(next((place for place in places if place.exists()), places[1]))
             if bundle.digest != record.digest:
                 raise BundleError(
-                    f"{bundle.path} is not the bundle that {self.path} was tuned for; name one by --bundle"
+                    f"{bundle.path} is not the bundle that {self.path} was tuned for; pass one with --bundle"
                 )
             return bundle
-        bundle, wanted = Bundle.read(override), record
+        bundle = Bundle.read(override)
         for name in ("backbone", "revision", "method", "prompt_mode"):
-            if getattr(bundle.info, name) != getattr(wanted, name):
-                raise BundleError(
-                    f"{override} has the {name} {getattr(bundle.info, name)}, the prompt of {self.path} was tuned for "
-                    f"{getattr(wanted, name)}"
-                )
+            found, wanted = getattr(bundle.info, name), getattr(record, name)
+            if found != wanted:
+                raise BundleError(f"{override} has the {name} {found}, the prompt of {self.path} needs {wanted}")
         if bundle.info.prompt_shape != self.prompt.shape:
             raise BundleError(f"{override} takes prompts {bundle.info.prompt_shape}, not {self.prompt.shape}")
         return bundle
@@ -220,23 +212,14 @@ def read_info(path: Path) -> RunInfo:
 
 
 def write_info(path: Path, info: RunInfo) -> None:
-    """Write run.json in one step: a reader sees the old one or the new one."""
-    write_whole(path / INFO, info.model_dump_json(indent=1).encode() + b"\n")
+    """Write run.json atomically."""
+    write_atomically(path / INFO, info.model_dump_json(indent=1).encode() + b"\n")
 
 
 def write_prompt(path: Path, prompt: Float32) -> str:
     """Write prompt.safetensors; returns its sha256."""
-    write_whole(path / PROMPT, save({"prompt": np.ascontiguousarray(prompt, dtype=np.float32)}))
+    write_atomically(path / PROMPT, save({"prompt": np.ascontiguousarray(prompt, dtype=np.float32)}))
     return sha256(path / PROMPT)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 def _unfinished(path: Path) -> str:

@@ -1,46 +1,48 @@
-"""What a search can be told."""
+"""Settings of a search, with their limits and defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Method, first_problem
-from bbt_accel.errors import UsageError
-from bbt_accel.objective import Loss
+from bbt_accel.errors import UsageError, check_known
+
+Loss = Literal["ce", "hinge", "perf"]
+Metric = Literal["accuracy", "f1"]
 
 
 class Settings(BaseModel):
-    """Everything that decides the course of a search, besides the bundle, the task and its rows."""
+    """Everything that determines a search, besides the bundle, the task and its rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    k_shot: int = Field(16, gt=0)
-    """Rows a class in the train set, and as many in the dev set."""
-    intrinsic_dim: int = Field(500, gt=1)
-    """d, the dimension of the search space."""
-    popsize: int = Field(20, ge=4)  # pycma's update of the step size needs as many
-    """P, candidates a generation."""
-    budget: int = Field(8000, gt=0)
-    """API calls (one candidate on the train set is one call) that the search may make, never exceeded."""
-    sigma: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """First step size of CMA-ES."""
-    alpha: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Factor of the projection's standard deviation."""
-    bound: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Half the side of the box that holds z; 0 for none."""
-    loss: Loss = "ce"
-    eval_every: int = Field(100, gt=0)
-    """API calls between two scorings on the dev set."""
-    seed: int = Field(42, ge=0, lt=2**32)
-    random_proj: Literal["normal", "uniform"] = "normal"
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    k_shot: int = Field(
+        default=16, gt=0, description="Examples per class in the train set, and as many in the dev set."
+    )
+    intrinsic_dim: int = Field(default=500, gt=1, description="Dimension d of the search space.")
+    popsize: int = Field(default=20, ge=4)  # the fewest for which pycma updates the step size
+    """Candidates per generation, P."""
+    budget: int = Field(default=8000, gt=0)
+    """API calls of the whole search; one candidate on the train set is one call."""
+    sigma: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Initial step size of CMA-ES.")
+    alpha: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Scale of the random projection.")
+    bound: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Half width of the box that z is kept in; 0 for none."""
+    loss: Loss = Field(default="ce", description="What is minimized.")
+    eval_every: int = Field(default=100, gt=0, description="API calls between two evaluations on the dev set.")
+    seed: int = Field(
+        default=42, ge=0, lt=2**32, description="Seed of the few-shot rows, the projection and the search."
+    )
+    random_proj: Literal["normal", "uniform"] = Field(
+        default="normal", description="Distribution of the projection's entries."
+    )
 
     def generations(self, method: Method, n_layers: int) -> int:
-        """Generations that the budget pays for; in bbtv2 whole sweeps over the layers alone.
+        """Generations within the budget; for bbtv2 those of whole sweeps over the layers.
 
-        Raises UsageError when it does not pay for one.
+        Raises UsageError for a budget below one of them.
         """
         turn = self.popsize if method == "bbt" else self.popsize * n_layers
         if self.budget < turn:
@@ -52,14 +54,11 @@ class Settings(BaseModel):
 def resolve(*layers: Mapping[str, object]) -> Settings:
     """Settings from mappings of which a later one overrides an earlier; a value None means not given.
 
-    Raises UsageError, in one line, for an unknown name or a value that cannot be.
+    Raises UsageError, in one line, for an unknown name or an invalid value.
     """
     given = {key: value for layer in layers for key, value in layer.items() if value is not None}
     for key in given:
-        if key not in Settings.model_fields:
-            close = get_close_matches(key, Settings.model_fields, 1)
-            hint = f"did you mean {close[0]}?" if close else f"they are {', '.join(Settings.model_fields)}"
-            raise UsageError(f"there is no setting {key!r}; {hint}")
+        check_known("setting", key, Settings.model_fields)
     try:
         return Settings.model_validate(given)
     except ValidationError as error:

@@ -11,10 +11,10 @@ from bbt_accel.errors import DataError, UsageError
 
 
 def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) -> list[dict[str, str]]:
-    """A dict of column to text for each of `texts`, or for each line of `file` (standard input if it is `-`).
+    """Texts by column, for each of `texts` or for each line of `file` (`-` is standard input).
 
-    Without either, lines come from standard input unless that is a terminal. A task with one text column takes a
-    text a line; one with more takes a JSON object or tab-separated columns. Raises UsageError and DataError.
+    Without either, lines are read from standard input unless that is a terminal. For a task with one text column a
+    line is a text; for one with more it is a JSON object or tab-separated columns. Raises UsageError and DataError.
     """
     if texts and file is not None:
         raise UsageError("give texts or --file, not both")
@@ -38,7 +38,7 @@ def parse(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
     values = text.split("\t")
     if len(values) != len(columns):
         raise DataError(
-            f"{where} has {len(values)} column(s), the task needs {', '.join(columns)}: separate them by a tab, "
+            f"{where} has {len(values)} column(s), the task needs {', '.join(columns)}: separate them with tabs, "
             "or write a JSON object"
         )
     return dict(zip(columns, values, strict=True))

@@ -1,7 +1,8 @@
-"""How a served bundle or prompt answers under load, on loopback: requests a second, and percentiles of their time.
+"""Load test of a served bundle or run on loopback: requests/s, and percentiles of their time.
 
-Run as `python -m bbt_accel.benchmarks.load RUN -o REPORT`. The server is a process of its own; each client is a thread
-that sends its next request when the last one is answered. Every row of the report is bounded in time.
+python -m bbt_accel.benchmarks.load RUN -o load
+
+The server is a process of its own; each client is a thread that sends its next request when the last one is answered.
 """
 
 from __future__ import annotations
@@ -15,172 +16,142 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.http as triton
+from pydantic import Field
 
-from bbt_accel.batch import Batch
-from bbt_accel.benchmarks.load_report import Load, Measured, draw_load, load_markdown
-from bbt_accel.benchmarks.timing import percentiles, random_prompts
-from bbt_accel.benchmarks.workload import timed_rows
-from bbt_accel.bundle import Bundle, new_folder
-from bbt_accel.cli import called, one_line
-from bbt_accel.display import busy, print_markdown
-from bbt_accel.doctor import describe_machine, installed_versions
+from bbt_accel.batch import Batch, Float32
+from bbt_accel.benchmarks.script import ScriptReport, Timed, run_script
+from bbt_accel.benchmarks.steps import SEED, timed_rows
+from bbt_accel.benchmarks.timing import random_prompts
+from bbt_accel.bundle import Bundle
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import EngineError, UsageError
+from bbt_accel.inference_protocol import BACKBONE, CLASSIFIER, ROWS, TOKEN
+from bbt_accel.progress import StepProgress
+from bbt_accel.reporting import BLUE, GREY, ORANGE, figure, tidy
 from bbt_accel.run import INFO, Run
-from bbt_accel.serving import BACKBONE, CLASSIFIER, ROWS, TOKEN
 from bbt_accel.tasks import load_task
 
-SEED = 42
-START = 120.0
-"""Seconds that the server may take to load."""
-ANSWER = 120.0
-"""Seconds that an answer may take."""
-WARM = 2
+TIMEOUT = 120.0
+"""Seconds that the server may take to load, and to answer."""
+WARM_UP = 2
 """Requests before those that are timed."""
 
 
 @dataclass
 class Request:
-    """What a client sends, again and again."""
+    """What a client sends repeatedly."""
 
-    what: str
+    name: str
     path: str
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def measure(
-    path: Path,
-    output: Path,
-    *,
-    task: str = "demo",
-    engine: str = "ort",
-    threads: int | None = None,
-    clients: list[int],
-    seconds: float = 5.0,
-    rows: int = 16,
-    popsize: int = 10,
-    command: str = "",
-) -> None:
-    """Measure a bundle, or a run with its bundle, and write report.json, report.md and report.png into `output`.
+class RequestTiming(Timed):
+    """One kind of request. Times are per request."""
 
-    command: for the report.
-    Raises UsageError, EngineError when the server does not start, and what reading the bundle and the task raises.
-    """
-    run = Run.read(path) if (path / INFO).is_file() else None
-    bundle = Bundle.read(path) if run is None else run.open_bundle()
-    if bundle.info.method != "bbt":
-        raise UsageError("the load test takes a bundle for bbt")
-    chosen = load_task(task) if run is None else run.task
-    batch = Encoder(bundle, chosen).encode(timed_rows(chosen, None, 16, rows, SEED))
-    prompts = random_prompts(bundle.info, popsize, SEED)
-    texts = None if run is None else [row.fields for row in timed_rows(chosen, None, 16, 1, SEED)]
-    measured = []
-    with new_folder(output) as folder, busy("load test") as tell:
-        tell("the engine by itself", 0, 1)
-        measured.append(direct(bundle, engine, threads, batch, prompts, seconds))
-        with served(path, engine, threads) as url:
-            steps = list(pairs(requests(url, batch, prompts, texts), clients))
-            for done, (request, count) in enumerate(steps):
-                tell(f"{request.what}, {count} clients", done, len(steps))
-                measured.append(load(url, request, count, seconds))
-        report = Load(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=command,
-            bundle=bundle.info.backbone,
-            engine=engine,
-            threads=threads,
-            rows=len(batch),
-            length=batch.input_ids.shape[1],
-            popsize=popsize,
-            seconds=seconds,
-            machine=dict(describe_machine()),
-            versions=installed_versions(),
-            measured=measured,
-        )
-        (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(load_markdown(report), encoding="utf-8")
-        draw_load(folder / "report.png", report)
+    request: str = Field(description="What is sent.")
+    clients: int = Field(description="Concurrent clients.")
+    requests: int = Field(description="Requests answered within the time, without those to warm up.")
+    errors: int = Field(description="Clients that ended with an error.")
+    per_second: float = Field(description="Requests/s of all clients together.")
+    ms_max: float = Field(description="Milliseconds of the slowest request.")
+    kib_sent: float = Field(description="Body of one request, KiB.")
 
 
-def pairs(plan: list[Request], clients: list[int]) -> Iterator[tuple[Request, int]]:
-    """Each request with one client, then those that are worth it with more."""
-    for request in plan:
-        for count in clients if request.what in ("population", "texts") else clients[:1]:
-            yield request, count
+class LoadReport(ScriptReport):
+    """Load test of bbt-accel serve."""
+
+    caption = "Latency and throughput by clients"
+    backbone: str = Field(description="Of the bundle.")
+    length: int = Field(description="S, tokens per row.")
+    rows: list[RequestTiming] = Field(description="Every kind of request and number of clients.")
 
 
-def requests(url: str, batch: Batch, prompts: Any, texts: list[dict[str, str]] | None) -> list[Request]:
-    """Health alone, a population with its rows each time, with rows sent before, the same as JSON; and texts."""
-    names = ("input_ids", "attention_mask", "readout", "label_token_ids")
-    arrays = {"prompts": prompts, **{name: getattr(batch, name) for name in names}}
+def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> LoadReport:
+    """Raises UsageError; EngineError when the server does not start; what reading the bundle and the task raises."""
+    run = Run.read(given.path) if (given.path / INFO).is_file() else None
+    bundle = Bundle.read(given.path) if run is None else run.open_bundle()
+    bundle.require("bbt")
+    if min(given.clients) < 1:
+        raise UsageError("--clients must be at least 1")
+    task = load_task(given.task) if run is None else run.task
+    batch = Encoder(bundle, task).encode(timed_rows(task, None, 16, given.rows))
+    prompts = random_prompts(bundle.info, given.popsize, SEED)
+    text = None if run is None else timed_rows(task, None, 16, 1)[0].fields
+    tell("population, no server")
+    with load_engine(bundle, given.engine, threads=given.threads) as engine, engine.bind(batch) as bound:
+        timings = [summary("population, no server", repeat(lambda: bound.label_logits(prompts), given.seconds))]
+    with served(given.path, given.engine, given.threads) as url:
+        for request in requests(url, batch, prompts, text):
+            for clients in given.clients if request.name in ("population", "texts") else given.clients[:1]:
+                tell(f"{request.name}, {clients} clients")
+                timings.append(load(url, request, clients, given.seconds))
+    length = batch.input_ids.shape[1]
+    return LoadReport(backbone=bundle.info.backbone, length=length, rows=timings, **given.report)
+
+
+def requests(url: str, batch: Batch, prompts: Float32, text: dict[str, str] | None) -> list[Request]:
+    """Health alone; a population with its rows, with rows sent before, and the same as JSON; and a text."""
     path = f"/v2/models/{BACKBONE}/infer"
-    full = infer("population with its rows", path, arrays)
-    hash_ = json.loads(once(url, infer("", path, arrays, binary=False)))["parameters"][ROWS]
+    arrays = {"prompts": prompts, **batch.inputs()}
+    with closing(connection(url)) as client:
+        sent = json.loads(send(client, infer("", path, arrays, binary=False)))["parameters"][ROWS]
     found = [
         Request("health", "/v2/health/live"),
-        full,
-        infer("population", path, {"prompts": prompts}, rows=hash_),
-        infer("population as JSON", path, {"prompts": prompts}, rows=hash_, binary=False),
+        infer("population with its rows", path, arrays),
+        infer("population", path, {"prompts": prompts}, rows=sent),
+        infer("population as JSON", path, {"prompts": prompts}, rows=sent, binary=False),
     ]
-    if texts is not None:
-        columns = {name: np.array([row[name] for row in texts], object) for name in texts[0]}
+    if text is not None:
+        columns = {name: np.array([value], object) for name, value in text.items()}
         found.append(infer("texts", f"/v2/models/{CLASSIFIER}/infer", columns))
     return found
 
 
-def infer(what: str, path: str, arrays: dict[str, Any], rows: str | None = None, binary: bool = True) -> Request:
+def infer(name: str, path: str, arrays: dict[str, Any], rows: str | None = None, binary: bool = True) -> Request:
     """A request as Triton's client writes it."""
     datatypes = {"f": "FP32", "i": "INT64", "O": "BYTES"}
-    inputs = [triton.InferInput(name, list(a.shape), datatypes[a.dtype.kind]) for name, a in arrays.items()]
+    inputs = [triton.InferInput(key, list(a.shape), datatypes[a.dtype.kind]) for key, a in arrays.items()]
     for tensor, array in zip(inputs, arrays.values(), strict=True):
         tensor.set_data_from_numpy(array, binary_data=binary)
     outputs = None if binary else [triton.InferRequestedOutput("label_logits", binary_data=False)]
     parameters = {ROWS: rows} if rows else None
     body, length = triton.InferenceServerClient.generate_request_body(inputs, outputs=outputs, parameters=parameters)
-    return Request(what, path, body, {} if length is None else {"Inference-Header-Content-Length": str(length)})
+    return Request(name, path, body, {} if length is None else {"Inference-Header-Content-Length": str(length)})
 
 
-def direct(bundle: Bundle, engine: str, threads: int | None, batch: Batch, prompts: Any, seconds: float) -> Measured:
-    """The same population in this process, without a server."""
-    with load_engine(bundle, engine, threads=threads) as loaded, loaded.bind(batch) as bound:
-        return summary("population, no server", 1, repeat(lambda: bound.label_logits(prompts), seconds), [], 0)
-
-
-def load(url: str, request: Request, clients: int, seconds: float) -> Measured:
-    """The request from so many clients at once, each in a loop."""
+def load(url: str, request: Request, clients: int, seconds: float) -> RequestTiming:
+    """The request from several clients at once, each in a loop. Raises EngineError if none is answered."""
     durations: list[float] = []
     errors: list[str] = []
 
-    def client() -> None:
+    def run(_: int) -> None:
         try:
-            with connection(url) as held:
-                durations.extend(repeat(lambda: send(held, request), seconds))
+            with closing(connection(url)) as client:
+                durations.extend(repeat(lambda: send(client, request), seconds))
         except (EngineError, OSError, http.client.HTTPException) as error:
             errors.append(str(error) or type(error).__name__)
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(run, range(clients)))
     if not durations:
         raise EngineError(f"no request was answered ({errors[0]})")
-    return summary(request.what, clients, durations, errors, len(request.body))
+    return summary(request.name, durations, clients, len(errors), len(request.body))
 
 
 def repeat(call: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds that each call took, of those that began within `seconds`; after a few that are not timed."""
-    for _ in range(WARM):
+    """Seconds of each call that began within `seconds`, after some to warm up."""
+    for _ in range(WARM_UP):
         call()
     durations: list[float] = []
     end = time.perf_counter() + seconds
@@ -190,53 +161,43 @@ def repeat(call: Callable[[], object], seconds: float) -> list[float]:
     return durations
 
 
-def summary(what: str, clients: int, durations: list[float], errors: list[str], sent: int) -> Measured:
-    median, p90, p99 = percentiles(durations)
-    return Measured(
-        what=what,
+def summary(request: str, durations: list[float], clients: int = 1, errors: int = 0, sent: int = 0) -> RequestTiming:
+    timing = RequestTiming(
+        request=request,
         clients=clients,
         requests=len(durations),
-        errors=len(errors),
+        errors=errors,
         per_second=clients * len(durations) / sum(durations),
-        ms_median=median,
-        ms_p90=p90,
-        ms_p99=p99,
         ms_max=1000 * max(durations),
         kib_sent=sent / 2**10,
     )
+    timing.set_times([1000 * duration for duration in durations])
+    return timing
 
 
-@contextmanager
-def connection(url: str) -> Iterator[http.client.HTTPConnection]:
-    held = http.client.HTTPConnection(url.removeprefix("http://"), timeout=ANSWER)
-    try:
-        yield held
-    finally:
-        held.close()
+def connection(url: str) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(url.removeprefix("http://"), timeout=TIMEOUT)
 
 
-def send(held: http.client.HTTPConnection, request: Request) -> bytes:
-    held.request("POST" if request.body else "GET", request.path, request.body, request.headers)
-    answer = held.getresponse()
-    content = answer.read()
-    if answer.status != 200:
-        raise EngineError(f"status {answer.status}: {content.decode(errors='replace'):.200}")
+def send(client: http.client.HTTPConnection, request: Request) -> bytes:
+    """The body of the response. Raises EngineError for another status than 200."""
+    client.request("POST" if request.body else "GET", request.path, request.body, request.headers)
+    response = client.getresponse()
+    content = response.read()
+    if response.status != 200:
+        raise EngineError(f"status {response.status}: {content.decode(errors='replace'):.200}")
     return content
-
-
-def once(url: str, request: Request) -> bytes:
-    with connection(url) as held:
-        return send(held, request)
 
 
 @contextmanager
 def served(path: Path, engine: str, threads: int | None) -> Iterator[str]:
-    """`bbt-accel serve` in a process of its own, on a free port; gives its address."""
+    """`bbt-accel serve` in a process of its own, on a free port; yields its address."""
     command = [sys.executable, "-m", "bbt_accel.cli", "serve", str(path), "--engine", engine, "--port", "0", "--json"]
     command += ["--threads", str(threads)] if threads is not None else []
-    free = {name: value for name, value in os.environ.items() if name != TOKEN}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=free) as process:
-        limit = threading.Timer(START, process.kill)
+    open_access = {name: value for name, value in os.environ.items() if name != TOKEN}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=open_access) as process:
+        limit = threading.Timer(TIMEOUT, process.kill)
         limit.start()
         try:
             assert process.stdout is not None
@@ -255,26 +216,38 @@ def served(path: Path, engine: str, threads: int | None) -> Iterator[str]:
                 process.kill()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="load", description="Load test of bbt-accel serve, on loopback.")
+def draw_load(report: LoadReport, file: Path) -> None:
+    """Latency (median and 99th percentile) and throughput by clients."""
+    kinds = [name for name in ("population", "texts") if any(t.request == name for t in report.rows)]
+    with figure(file, 9, 3.2 * len(kinds), nrows=len(kinds), ncols=2, squeeze=False) as (_, grid):
+        for (latency, throughput), name in zip(grid, kinds, strict=True):
+            found = [t for t in report.rows if t.request == name]
+            clients = [t.clients for t in found]
+            latency.plot(clients, [t.ms_median for t in found], "o-", color=BLUE, label="median")
+            latency.plot(clients, [t.ms_p99 for t in found], "s--", color=ORANGE, label="99th percentile")
+            throughput.plot(clients, [t.per_second for t in found], "o-", color=BLUE)
+            for direct in (t for t in report.rows if t.request == f"{name}, no server"):
+                style = {"color": GREY, "linewidth": 0.9, "linestyle": ":"}
+                latency.axhline(direct.ms_median, label="median without a server", **style)
+                throughput.axhline(direct.per_second, **style)
+            latency.legend(frameon=False, fontsize=9)
+            for axes, label in ((latency, "ms per request"), (throughput, "requests/s")):
+                axes.set_title(name, fontsize=10, loc="left")
+                top = max(max(line.get_ydata()) for line in axes.get_lines())
+                axes.set(xlabel="concurrent clients", ylabel=label, xticks=clients, ylim=(0, 1.1 * top))
+                tidy(axes)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a bundle, or a run that tune has written")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the new folder")
-    parser.add_argument("--task", default="demo", help="whose rows are sent, for a bundle (default: demo)")
+    parser.add_argument("--task", default="demo", help="task of the rows that are sent, for a bundle (default: demo)")
     parser.add_argument("--engine", default="ort")
-    parser.add_argument("--threads", type=int, help="of the server's engine (default: its own)")
-    parser.add_argument("--clients", default="1,2,4,8", help="at once, with commas between (default: 1,2,4,8)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="a row of the report (default: 5)")
-    parser.add_argument("--rows", type=int, default=16, help="of a request (default: 16)")
-    parser.add_argument("--popsize", type=int, default=10, help="candidates of a request (default: 10)")
-    given = parser.parse_args()
-    if not all(count.isdigit() and int(count) for count in given.clients.split(",")):
-        parser.error("--clients takes numbers from 1, with commas between")
-    given.clients = [int(count) for count in given.clients.split(",")]
-    with one_line():
-        command = called("load")
-        measure(**vars(given), command=command)
-        print_markdown((given.output / "report.md").read_text(encoding="utf-8"))
+    parser.add_argument("--threads", type=int, help="CPU threads of the server's engine")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per row of the report (default: 5)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a population request (default: 16)")
+    parser.add_argument("--popsize", type=int, default=10, help="candidates of a population request (default: 10)")
 
 
 if __name__ == "__main__":
-    main()
+    run_script("load", __doc__, add_options, measure_load, draw_load)

@@ -1,70 +1,76 @@
-"""What a benchmark was asked to do."""
+"""What a benchmark is asked to measure. `bbt-accel bench` takes its options, limits and help texts from here."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Method, PromptMode
+from bbt_accel.engine_specs import Device
 from bbt_accel.errors import UsageError
 
-SEED = 42
-"""Of the timed and compared rows, the random prompts and the first tuning run."""
 
+class BenchOptions(BaseModel):
+    """The options of `run_bench`; None leaves the choice to the task or the machine."""
 
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `run_bench`, defaults filled in; None is left where another part knows the default."""
-
-    backbone: str
-    task: str
-    data: Path | None = None
-    method: Method = "bbt"
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    backbone: str = Field(description="Hub id, local folder, or demo (shipped).")
+    task: str = Field(description="Built-in task, or path of a task.toml.")
+    data: Path | None = Field(default=None, description="Folder with {train,validation,test}.{jsonl,csv,parquet}.")
+    method: Method = Field(default="bbt", description="One prompt (bbt), or one in every layer (bbtv2).")
     prompt_mode: PromptMode = "add"
-    n_prompt_tokens: int = 50
-    rows: int | None = None
-    """Rows of the timed batch; None for k_shot a class."""
-    k_shot: int = 16
-    test_rows: int = 512
-    popsize: int = 20
-    repeats: int = 5
-    tune: bool = False
-    seeds: int = 3
-    budget: int | None = None
-    """Candidates of a tuning run; None for the task's own number."""
-    device: str = "cpu"
-    threads: int = 1
-    engines: Sequence[str] | None = None
-    precisions: Sequence[str] | None = None
-    without: Sequence[str] = ()
-    savings: bool = False
-
-    def __post_init__(self) -> None:
-        names = ("n_prompt_tokens", "rows", "k_shot", "test_rows", "repeats", "seeds", "budget", "threads")
-        for name, least in (*((name, 1) for name in names), ("popsize", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{option(name)} must be at least {least}, not {value}")
-
-    @property
-    def tuning_seeds(self) -> list[int]:
-        """Empty without --tune."""
-        return list(range(SEED, SEED + self.seeds)) if self.tune else []
+    """Add the prompt to the first tokens, or concatenate it in front of the row."""
+    n_prompt_tokens: int = Field(default=50, ge=1, description="Soft prompt vectors.")
+    rows: int | None = Field(
+        default=None, ge=1, description="Rows of the timed batch, instead of --k-shot examples per class."
+    )
+    k_shot: int = Field(default=16, ge=1, description="Examples per class, in the timed batch and for tuning.")
+    test_rows: int = Field(default=512, ge=1)
+    """Maximum number of test rows on which logits and predictions are compared."""
+    popsize: int = Field(default=20, ge=2, description="Candidates per call.")
+    repeats: int = Field(default=5, ge=1, description="Timed calls per row of the report, after one warm-up call.")
+    tune: bool = Field(
+        default=False, description="Also search for soft prompts with every engine, and compare their scores."
+    )
+    seeds: int = Field(default=3, ge=1, description="Searches per engine, with --tune.")
+    budget: int | None = Field(
+        default=None, ge=1, description="API calls of a search, with --tune (default: the task's)."
+    )
+    device: Device = Field(default="cpu", description="Where all engines and baselines run.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of every engine (default: one per physical core)."
+    )
+    engines: list[str] = Field(
+        default=[], description="Engines to measure (default: all that have precisions to benchmark)."
+    )
+    precisions: list[str] = Field(default=[], description="Precisions to measure (default: those of each engine).")
+    without: list[str] = Field(
+        default=[], description="Optimizations to switch off in every engine, baselines excepted."
+    )
+    ablate: bool = Field(
+        default=False, description="Also measure what each optimization contributes, by switching it off."
+    )
 
     def command_line(self, output: Path) -> str:
-        """The command that repeats the benchmark; options that have their default are left out."""
+        """The command that repeats the benchmark; options at their default are omitted."""
         words = ["bbt-accel", "bench"]
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, field in type(self).model_fields.items():
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if value is True:
-                words.append(option(field.name))
-            elif value != field.default and value is not None:
-                text = ",".join(value) if isinstance(value, (list, tuple)) else str(value)
-                words += [option(field.name), text]
+                words.append(option)
+            elif value != field.default:
+                words += [option, ",".join(value) if isinstance(value, list) else str(value)]
         return shlex.join([*words, "-o", str(output)])
 
 
-def option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def bench_options(**given: Any) -> BenchOptions:
+    """The options of a benchmark. Raises UsageError, in one line, for an unknown name or an invalid value."""
+    try:
+        return BenchOptions(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}"
+        raise UsageError(f"{option}: {first['msg']}; got {first['input']!r}") from None

@@ -1,89 +1,93 @@
-"""What a process of the benchmark does: export, optimize, measure the machine, time, compare, tune; and a sweep's.
-
-Arguments and results are JSON; arrays travel as files.
-"""
+"""The rows of a benchmark, and what its processes do with them: time, compare, search. Large arrays are files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bbt_accel.benchmarks.accuracy import row_logits
-from bbt_accel.benchmarks.gpu_steps import GPU_STEPS
-from bbt_accel.benchmarks.machine import matrix_rates, peak_mib
-from bbt_accel.benchmarks.timing import clock_of, count_flops, random_prompts, seconds_per_candidate
-from bbt_accel.benchmarks.workload import load_batch
+from bbt_accel.batch import Batch, Float32
+from bbt_accel.benchmarks.timing import count_flops, generation, milliseconds, peak_mib
+from bbt_accel.data import Row, few_shot, load_rows
+from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
+from bbt_accel.errors import DataError
 from bbt_accel.run import Run
+from bbt_accel.tasks import Task
 
-Engine = dict[str, Any]
+SEED = 42
+"""Seed of the timed and compared rows, of the random prompts and of the first search."""
+ROWS = 64
+"""Test rows per call."""
+WARM_UP = {"cpu": 1, "cuda": 3}
+"""Calls before the timed ones, by device: buffers, kernels and CUDA graphs are made in them."""
+LoadArguments = dict[str, Any]
 """Arguments of `load_engine`: bundle, name, device, threads, without."""
 
 
-def export(**arguments: Any) -> None:
-    from bbt_accel.exporters.export import export_bundle
-
-    export_bundle(**arguments)
-
-
-def optimize(data: str | None, **arguments: Any) -> None:
-    from bbt_accel.exporters.optimize import optimize_bundle
-
-    optimize_bundle(data=None if data is None else Path(data), **arguments)
-
-
-def measure(engine: Engine, batch: str, popsize: int, repeats: int, seed: int, flops: bool) -> dict[str, Any]:
-    """Time a population. flops: count the operations of one candidate too, which the eager engine alone can."""
+def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops: bool = False) -> dict[str, Any]:
+    """Time generations of candidates, after some to warm up. flops: count the operations of a candidate too."""
     with load_engine(**engine) as loaded, loaded.bind(load_batch(batch)) as bound:
-        prompts = random_prompts(loaded.bundle.info, popsize, seed)
-        clock = clock_of(engine["name"], engine["device"])
-        seconds = seconds_per_candidate(bound, prompts, repeats, clock)
+        evaluate = generation(bound, popsize)
+        milliseconds(evaluate, WARM_UP[engine["device"]])
         return {
-            "seconds": seconds,
+            "ms": milliseconds(evaluate, repeats),
             "peak_mib": peak_mib(),
             "versions": loaded.versions(),
-            "flops": count_flops(bound, prompts[:1]) if flops else None,
+            "flops": count_flops(evaluate) if flops else None,
         }
 
 
-def compare(engine: Engine, batch: str, prompt: str, logits: str) -> None:
-    """Label logits (N, C) of the batch in `batch` for the prompt in `prompt`, both files, into the file `logits`."""
+def compare(engine: LoadArguments, batch: str, prompt: str) -> list[list[float]]:
+    """Label logits (N, C) of the batch for the prompt, both files."""
     with load_engine(**engine) as loaded:
-        np.save(logits, row_logits(loaded, load_batch(batch), np.load(prompt)))
+        found: list[list[float]] = row_logits(loaded, load_batch(batch), np.load(prompt)).tolist()
+        return found
 
 
-def tune(engine: Engine, run: str, prompt: str, batch: str, logits: str, **arguments: Any) -> dict[str, Any]:
-    """A whole tuning run into the folder `run`; its prompt, and its logits on `batch`, into files.
-
-    Returns the seconds that the search took and the candidates that it evaluated.
-    """
-    from bbt_accel.tuning import tune as tune_prompt
+def search(engine: LoadArguments, run: str, data: str | None, **arguments: Any) -> dict[str, Any]:
+    """A whole search into the folder `run`: its seconds and API calls; the prompt goes into prompt.npy there."""
+    from bbt_accel.tuning import tune
 
     options = {("engine" if name == "name" else name): value for name, value in engine.items()}
-    tune_prompt(output=run, progress=False, **options, **arguments)
+    tune(data=None if data is None else Path(data), output=run, progress=False, **options, **arguments)
     done = Run.read(run)
-    np.save(prompt, done.prompt)
-    compare(engine, batch, prompt, logits)
+    np.save(Path(run) / "prompt.npy", done.prompt)
     return {"seconds": done.info.seconds, "calls": done.info.calls}
 
 
-def trial(**arguments: Any) -> dict[str, Any]:
-    """A trial of a sweep."""
-    from bbt_accel.sweeps.trial import run_trial
+def row_logits(engine: Engine, batch: Batch, prompt: Float32) -> Float32:
+    """Label logits (N, C) of all rows for one prompt, a few rows at a time."""
+    parts = []
+    for start in range(0, len(batch), ROWS):
+        with engine.bind(batch.rows(slice(start, start + ROWS))) as bound:
+            parts.append(bound.label_logits(prompt[None])[0])
+    return np.concatenate(parts)
 
-    return run_trial(**arguments)
+
+def timed_rows(task: Task, data: Path | None, k_shot: int, count: int | None = None) -> list[Row]:
+    """The few-shot train rows, k per class; or `count` rows drawn from the train split. Raises DataError."""
+    rows = load_rows(task, "train", data)
+    return few_shot(rows, task.n_classes, k_shot, SEED)[0] if count is None else _draw(rows, count)
 
 
-STEPS: dict[str, Callable[..., Any]] = {
-    "export": export,
-    "optimize": optimize,
-    "rates": matrix_rates,
-    "measure": measure,
-    "compare": compare,
-    "tune": tune,
-    "trial": trial,
-    **GPU_STEPS,
-}
+def compared_rows(task: Task, data: Path | None, most: int) -> list[Row]:
+    """The test rows, or a random `most` of them where there are more."""
+    rows = load_rows(task, "test", data)
+    return _draw(rows, min(most, len(rows)))
+
+
+def _draw(rows: list[Row], count: int) -> list[Row]:
+    if count > len(rows):
+        raise DataError(f"--rows {count} is more than the {len(rows)} rows of the train split")
+    return [rows[i] for i in np.random.default_rng(SEED).permutation(len(rows))[:count]]
+
+
+def save_batch(file: Path, batch: Batch) -> None:
+    np.savez(file, **batch.arrays())  # type: ignore[arg-type]
+
+
+def load_batch(file: str | Path) -> Batch:
+    with np.load(file) as arrays:
+        return Batch(**arrays)

@@ -4,79 +4,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Any
+from typing import Self
 
-import numpy as np
-
-from bbt_accel.batch import Batch, Float32
+from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
-from bbt_accel.objective import Float64, tally
-from bbt_accel.projection import Latent, Prompts
+from bbt_accel.objective import batch_statistics
+from bbt_accel.population import LayerPrompts, Population
 
 
 class BoundBatch(ABC):
-    """Rows that an engine holds ready; candidates come and go."""
+    """The rows of a batch, held by an engine, against which populations are evaluated. A context manager."""
 
-    on_device = False
-    """Whether the engine projects, and tallies, where it computes: then its methods are given `Latent` as it is."""
+    projects = False
+    """Whether the engine projects `Latent` prompts on its device; others get them projected."""
 
     def __init__(self, bundle: Bundle, batch: Batch) -> None:
         self.bundle = bundle
         self.batch = batch
 
-    def label_logits(self, prompts: Prompts) -> Float32:
+    def label_logits(self, prompts: LayerPrompts | Population) -> Float32:
         """Logits of the label words at the readout position of every row, for every candidate.
 
-        prompts: float32 (P, n, H), or (P, L, n, H) for bbtv2; or, for bbt, what they are projected from.
-        Returns float32 (P, N, C).
+        prompts: float32 (P, n, H), for bbtv2 whole stacks (P, L, n, H); or a `Population`, which for bbtv2 may vary
+            one layer alone, so that the layers below it are computed once.
+        Returns float32 (P, N, C). Raises UsageError for prompts of another shape, EngineError when the pass fails.
         """
-        return self._label_logits(self._taken("prompts", prompts, ("P", *self.bundle.info.prompt_shape)))
+        return self._label_logits(self._population(prompts))
 
-    def layer_logits(self, stack: Float32, layer: int, candidates: Prompts) -> Float32:
-        """bbtv2: logits for candidates of one layer's prompt while the other layers' prompts are fixed.
+    def statistics(self, prompts: LayerPrompts | Population) -> Float64:
+        """`objective.batch_statistics` of the label logits: float64 (P, 5). Takes what `label_logits` takes.
 
-        stack: float32 (L, n, H), the prompts of all layers (that of `layer` is ignored).
-        candidates: float32 (P, n, H), or what they are projected from. Returns float32 (P, N, C), the same numbers as
-        `label_logits` on the whole stacks; an engine may reuse what it knows of the layers below `layer`.
+        An engine on a GPU sums there, in float32, and the label logits stay there.
         """
-        return self._layer_logits(*self._taken_layer(stack, layer, candidates))
-
-    def tally(self, prompts: Prompts) -> Float64:
-        """`objective.tally` of the label logits: float64 (P, 5). Takes what `label_logits` takes.
-
-        An engine on a GPU adds up there, in float32, and the label logits stay there.
-        """
-        return self._tally(self._taken("prompts", prompts, ("P", *self.bundle.info.prompt_shape)))
-
-    def layer_tally(self, stack: Float32, layer: int, candidates: Prompts) -> Float64:
-        """bbtv2: the tally of `layer_logits`, which takes the same."""
-        return self._layer_tally(*self._taken_layer(stack, layer, candidates))
-
-    def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
-        return self._label_logits(stacks(stack, layer, candidates))
-
-    def _tally(self, prompts: Float32) -> Float64:
-        return tally(self._label_logits(prompts), self.batch.targets)
-
-    def _layer_tally(self, stack: Float32, layer: int, candidates: Float32) -> Float64:
-        return tally(self._layer_logits(stack, layer, candidates), self.batch.targets)
-
-    def _taken_layer(self, stack: Float32, layer: int, candidates: Prompts) -> tuple[Float32, int, Any]:
-        """What `layer_logits` is given, checked."""
-        self.bundle.require("bbtv2")
-        layers, *one = self.bundle.info.prompt_shape
-        if not 0 <= layer < layers:
-            raise UsageError(f"layer must lie in 0..{layers - 1}; got {layer}")
-        stack = checked("stack", stack, (layers, *one))
-        return stack, layer, self._taken("candidates", candidates, ("P", *one))
-
-    def _taken(self, name: str, prompts: Prompts, shape: tuple[str | int, ...]) -> Any:
-        """Prompts as the engine takes them. Raises UsageError where their shape is another."""
-        if not isinstance(prompts, Latent):
-            return checked(name, prompts, shape)
-        check_shape(name, prompts.shape, shape)
-        return prompts if self.on_device else prompts.compute()
+        return self._statistics(self._population(prompts))
 
     def layer_stds(self) -> Float32:
         """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
@@ -86,13 +47,20 @@ class BoundBatch(ABC):
         """
         raise UsageError(f"{type(self).__name__} cannot measure hidden states, which bbtv2 needs")
 
-    @abstractmethod
-    def _label_logits(self, prompts: Float32) -> Float32: ...
-
     def close(self) -> None:  # noqa: B027 - nothing to free by default
         """Free what the engine holds for this batch."""
 
-    def __enter__(self) -> BoundBatch:
+    @abstractmethod
+    def _label_logits(self, population: Population) -> Float32: ...
+
+    def _statistics(self, population: Population) -> Float64:
+        return batch_statistics(self._label_logits(population), self.batch.targets)
+
+    def _population(self, prompts: LayerPrompts | Population) -> Population:
+        population = prompts if isinstance(prompts, Population) else Population(prompts)
+        return population.check(self.bundle.info, self.projects)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -101,41 +69,8 @@ class BoundBatch(ABC):
         self.close()
 
 
-def stacks(stack: Float32, layer: int, candidates: Float32) -> Float32:
-    """Each candidate of a layer in its place in the stack: (L, n, H) and (P, n, H) to (P, L, n, H)."""
-    whole = np.repeat(stack[None], len(candidates), axis=0)
-    whole[:, layer] = candidates
-    return whole
-
-
-def checked(name: str, prompts: Float32, shape: tuple[str | int, ...]) -> Float32:
-    """The array, contiguous and in float32. Raises UsageError where its shape is another; names stand for any size."""
-    prompts = np.ascontiguousarray(prompts, dtype=np.float32)
-    check_shape(name, prompts.shape, shape)
-    return prompts
-
-
-def check_shape(name: str, found: tuple[int, ...], shape: tuple[str | int, ...]) -> None:
-    """Raises UsageError unless the shapes agree; names stand for any size."""
-    fits = len(found) == len(shape) and all(isinstance(w, str) or n == w for n, w in zip(found, shape, strict=True))
-    if not fits:
-        raise UsageError(f"{name} must have the shape ({', '.join(map(str, shape))}), not {found}")
-
-
-def check_tokens(bundle: Bundle, batch: Batch) -> None:
-    """Raises UsageError for a token id that the backbone's vocabulary does not have."""
-    limit = bundle.info.vocab_size
-    for name in ("input_ids", "label_token_ids", "decoder_input_ids"):
-        ids = getattr(batch, name)
-        if ids is None:
-            continue
-        strange = ids[(ids < 0) | (ids >= limit)]
-        if strange.size:
-            raise UsageError(f"{name} holds {strange[0]} but the backbone's vocabulary has {limit} entries")
-
-
 class Engine(ABC):
-    """A backbone that is ready to run. Made by `load_engine`; used as a context manager."""
+    """A backbone that is ready to run. Made by `load_engine`; a context manager."""
 
     name: str
 
@@ -144,7 +79,7 @@ class Engine(ABC):
 
     @abstractmethod
     def bind(self, batch: Batch) -> BoundBatch:
-        """Hold the rows of `batch` ready for many candidates. The result is a context manager."""
+        """Hold the rows of `batch` for many candidates."""
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
@@ -153,10 +88,21 @@ class Engine(ABC):
     def close(self) -> None:  # noqa: B027 - nothing to free by default
         """Free the model."""
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_tokens(bundle: Bundle, batch: Batch) -> None:
+    """Raises UsageError for a token id outside the backbone's vocabulary."""
+    limit = bundle.info.vocab_size
+    for name, ids in batch.arrays().items():
+        if not name.endswith("_ids"):
+            continue
+        outside = ids[(ids < 0) | (ids >= limit)]
+        if outside.size:
+            raise UsageError(f"{name} holds {outside[0]} but the backbone's vocabulary has {limit} entries")

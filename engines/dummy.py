@@ -7,18 +7,19 @@ import numpy as np
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine
+from bbt_accel.population import Population
 
 
 class DummyBoundBatch(BoundBatch):
-    def _label_logits(self, prompts: Float32) -> Float32:
+    def _label_logits(self, population: Population) -> Float32:
+        prompts = population.prompts()
         rng = np.random.default_rng(0)
         flat = prompts.reshape(len(prompts), -1)
         rows, classes = len(self.batch), len(self.batch.label_token_ids)
         weight = rng.standard_normal((flat.shape[1], classes), dtype=np.float32) / np.sqrt(flat.shape[1])
         row = (self.batch.input_ids * self.batch.attention_mask).sum(1) % 97 / 97
         logits = np.tanh(flat @ weight)[:, None, :] + row[None, :, None] * np.arange(classes, dtype=np.float32)
-        result: Float32 = logits.astype(np.float32).reshape(len(prompts), rows, classes)
-        return result
+        return np.asarray(logits, np.float32).reshape(len(prompts), rows, classes)
 
     def layer_stds(self) -> Float32:
         return np.ones(self.bundle.info.n_layers, dtype=np.float32)

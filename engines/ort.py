@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import onnxruntime
 
-from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import EngineError, first_line
@@ -21,10 +19,10 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @functools.cache
 def share_memory() -> None:
-    """One arena of host memory for all stages: each session's own would keep the largest call's tensors for itself.
+    """One arena of host memory for all stages: a session's own would keep the tensors of its largest call.
 
-    It grows by doubling: tensors of the many shapes of a search then share its blocks, where blocks of the sizes that
-    were asked for would each stand alone. Pages that nothing has touched take no memory.
+    It grows by doubling, so that tensors of the many shapes of a search share its blocks. Untouched pages take no
+    memory.
     """
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
@@ -35,7 +33,7 @@ def share_memory() -> None:
 
 @contextmanager
 def failing(where: str) -> Iterator[None]:
-    """Makes an EngineError of whatever ONNX Runtime raises."""
+    """Turns whatever ONNX Runtime raises into an EngineError."""
     try:
         yield
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
@@ -43,7 +41,7 @@ def failing(where: str) -> Iterator[None]:
 
 
 class OrtEngine(StagedEngine):
-    """The bundle's graphs in ONNX Runtime, on the provider that was asked for or not at all."""
+    """The bundle's graphs in ONNX Runtime, on the requested provider or not at all."""
 
     name = "ort"
 
@@ -56,14 +54,12 @@ class OrtEngine(StagedEngine):
                 "onnxruntime is broken (onnxruntime and onnxruntime-gpu overwrite each other): "
                 "uninstall both, then install one extra, [cpu] or [gpu]"
             )
-        if bundle.info.target not in ("onnx", "ort"):
-            raise EngineError(f"{bundle.path} was built for {bundle.info.target}; use --engine {bundle.info.target}")
         self.provider = PROVIDERS[device]
         self.require_provider()
         self.sessions = {stage: self.open(stage) for stage in bundle.info.stages}
 
     def require_provider(self) -> None:
-        """Raises EngineError where there is no such provider; one that is there may still not start."""
+        """Raises EngineError where ONNX Runtime lacks the provider; one that it has may still not start."""
         if self.provider not in onnxruntime.get_available_providers():
             raise EngineError(
                 f"--device {self.device}: this ONNX Runtime has no {self.provider}; "
@@ -74,7 +70,7 @@ class OrtEngine(StagedEngine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or 0
-        # On a CPU it would keep a block of memory for each shape of the inputs.
+        # On a CPU it would keep a block of memory for each input shape.
         options.enable_mem_pattern = self.device == "cuda"
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -82,7 +78,7 @@ class OrtEngine(StagedEngine):
             session = self.session(stage, options)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineError(f"ONNX Runtime cannot load {stage}.onnx ({first_line(error)})") from error
-        if session.get_providers()[0] != self.provider:  # it fell back to the CPU and says nothing
+        if session.get_providers()[0] != self.provider:  # it fell back to the CPU silently
             raise EngineError(f"--device {self.device}: {self.provider} could not start; see bbt-accel doctor")
         return session
 
@@ -95,12 +91,6 @@ class OrtEngine(StagedEngine):
         with failing(f"in {stage}.onnx"):
             outputs = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
         return dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
-
-    def put(self, array: Float32 | Int64) -> Any:
-        return np.ascontiguousarray(array)
-
-    def get(self, array: Any) -> Float32:
-        return np.asarray(array, np.float32)
 
     def versions(self) -> dict[str, str]:
         names = ("onnxruntime", "onnxruntime-gpu")

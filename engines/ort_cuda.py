@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU: rows, projections and logits stay there, calls that come again become CUDA graphs."""
+"""ONNX Runtime on an NVIDIA GPU: rows, projections and logits stay there, repeated calls become CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import numpy as np
 import onnxruntime
 
 from bbt_accel.batch import Float32, Int64
-from bbt_accel.bundle import PROJECT, TALLY, Bundle
+from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
 from bbt_accel.engines.ort import OrtEngine, failing
 from bbt_accel.engines.staged import Arrays
 from bbt_accel.errors import EngineError, first_line
-from bbt_accel.projection import Latent, Prompts
+from bbt_accel.population import Latent, LayerPrompts
 
 log = logging.getLogger(__name__)
-MOST_GRAPHS = 64
-"""CUDA graphs that are kept: ONNX Runtime frees them with the session alone."""
+MAX_GRAPHS = 64
+"""CUDA graphs at most: ONNX Runtime frees them only with the session."""
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-"""The library of NVIDIA's driver, which no package brings."""
+"""The library of NVIDIA's driver, which no Python package installs."""
 
 
 @cache
 def find_cuda() -> None:
-    """Load the libraries of CUDA and cuDNN from pip's packages, where they are; or else the system's are looked for.
+    """Load CUDA and cuDNN from pip's packages if they are installed; otherwise ONNX Runtime finds the system's.
 
-    Raises EngineError without NVIDIA's driver: ONNX Runtime would log it at length, and go on with the CPU.
+    Raises EngineError without NVIDIA's driver: ONNX Runtime would log it at length and fall back to the CPU.
     """
     try:
         ctypes.CDLL(DRIVER)
@@ -43,13 +43,13 @@ def find_cuda() -> None:
             "use --device cpu or see bbt-accel doctor"
         ) from None
     if hasattr(onnxruntime, "preload_dlls"):
-        with redirect_stdout(StringIO()):  # it prints what it does not find
+        with redirect_stdout(StringIO()):  # it prints what it cannot find
             onnxruntime.preload_dlls()
 
 
 @dataclass
 class Call:
-    """A call whose inputs and outputs stay where they are, as a CUDA graph needs it."""
+    """A call with fixed addresses of its inputs and outputs, as a CUDA graph needs it."""
 
     binding: Any
     prompts: Any
@@ -60,12 +60,12 @@ class Call:
 class OrtCudaEngine(OrtEngine):
     """Arrays are OrtValues on the device; prompts are copied, or projected, to where the call reads them.
 
-    CUDA graphs are for bbt, whose one stage has fixed shapes and addresses. In bbtv2 the state of a layer may be held
-    while the layer runs again, so its outputs cannot stay in one place.
+    CUDA graphs are for bbt, whose one stage has fixed shapes and addresses. In bbtv2 a layer's state may be cached
+    while the layer runs again, so its outputs cannot have a fixed address.
     """
 
     memory: ClassVar[str] = "cuda"
-    # fp32 products stay in fp32: TF32, the default on GPUs that have it, keeps 10 bits.
+    # fp32 matmuls stay in fp32: TF32, the default on GPUs that have it, keeps 10 bits.
     provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     bucket_step = 8
     tokens_per_call = 2**17
@@ -75,20 +75,20 @@ class OrtCudaEngine(OrtEngine):
         self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
     ) -> None:
         self.graphs = bundle.info.method == "bbt"
-        if not self.graphs:  # the stages are many, and each session keeps the memory of its largest call
+        if not self.graphs:  # there are many stages, and each session keeps the memory of its largest call
             self.tokens_per_call = 2**14
         self.calls: dict[object, Call] = {}
         self.seen: dict[object, list[tuple[int, ...]]] = {}
-        """A call that has come once → the shapes of its outputs."""
+        """A call seen once → the shapes of its outputs."""
         super().__init__(bundle, device, threads, without)
-        self.sessions |= {stage: self.open(stage) for stage in (PROJECT, TALLY)}
+        self.sessions |= {stage: self.open(stage) for stage in (PROJECT, STATISTICS)}
 
     def require_provider(self) -> None:
         super().require_provider()
         find_cuda()
 
     def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
-        """With CUDA graphs; without them for a graph that ONNX Runtime cannot keep on the device as a whole."""
+        """With CUDA graphs, or without them if part of the graph cannot run on the device."""
         if self.captures(stage):
             try:
                 return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
@@ -108,14 +108,14 @@ class OrtCudaEngine(OrtEngine):
         given = {i.name: inputs[i.name] for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
         with failing(f"in {stage}.onnx"):
-            found = (self.again if self.captures(stage) else self.once)(session, given, names)
+            found = (self.replay if self.captures(stage) else self.once)(session, given, names)
             return dict(zip(names, found, strict=True))
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:
-        """A call whose outputs are new arrays on the device, or whose one output is `place`."""
+        """A call whose outputs are new arrays on the device, or whose only output is `place`."""
         binding = session.io_binding()
         for name, value in given.items():
-            binding.bind_ortvalue_input(name, self.there(value))
+            binding.bind_ortvalue_input(name, self.on_gpu(value))
         for name in names:
             if place is None:
                 binding.bind_output(name, self.memory)
@@ -125,16 +125,16 @@ class OrtCudaEngine(OrtEngine):
         found: list[Any] = binding.get_outputs()
         return found
 
-    def again(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
-        """A call that is captured when it comes for the second time: same rows, same shapes."""
+    def replay(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
+        """A call that is captured the second time that it comes with the same rows and shapes."""
         rows = [value for name, value in given.items() if name != "prompts"]
         key = (given["prompts"].shape, *((value.data_ptr(), *value.shape()) for value in rows))
         if key not in self.calls:
-            if key not in self.seen or len(self.calls) >= MOST_GRAPHS:
+            if key not in self.seen or len(self.calls) >= MAX_GRAPHS:
                 found = self.once(session, given, names)
                 self.seen[key] = [tuple(value.shape()) for value in found]
                 return found
-            self.calls[key] = self.fixed(session, given, names, self.seen[key])
+            self.calls[key] = self.bind_call(session, given, names, self.seen[key])
         call = self.calls[key]
         if isinstance(given["prompts"], Latent):
             self.project(given["prompts"], call.prompts)
@@ -143,39 +143,39 @@ class OrtCudaEngine(OrtEngine):
         session.run_with_iobinding(call.binding, call.options)
         return call.outputs
 
-    def fixed(self, session: Any, given: Arrays, names: list[str], shapes: list[tuple[int, ...]]) -> Call:
-        binding, held = session.io_binding(), {name: self.there(value) for name, value in given.items()}
-        for name, value in held.items():
+    def bind_call(self, session: Any, given: Arrays, names: list[str], shapes: list[tuple[int, ...]]) -> Call:
+        binding, inputs = session.io_binding(), {name: self.on_gpu(value) for name, value in given.items()}
+        for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         outputs = [
             onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.memory) for shape in shapes
         ]
         for name, value in zip(names, outputs, strict=True):
             binding.bind_ortvalue_output(name, value)
-        return Call(binding, held["prompts"], outputs, options_for(len(self.calls) + 1))
+        return Call(binding, inputs["prompts"], outputs, options_for(len(self.calls) + 1))
 
-    def there(self, value: Any) -> Any:
-        """A numpy array, or what prompts are projected from, as an OrtValue on the device; an OrtValue as it is."""
+    def on_gpu(self, value: Any) -> Any:
+        """A numpy array or `Latent` prompts as an OrtValue on the device; an OrtValue unchanged."""
         if isinstance(value, np.ndarray):
             return onnxruntime.OrtValue.ortvalue_from_numpy(value, self.memory)
         return self.project(value) if isinstance(value, Latent) else value
 
     def project(self, prompts: Latent, place: Any = None) -> Any:
-        """Prompts on the device, in an OrtValue that is there or in a new one."""
-        given = {"z": prompts.z, **self.matrices(prompts.projection)}
+        """Projected prompts on the device, in the given OrtValue or a new one."""
+        given = {"z": prompts.z, **self.upload_projection(prompts.projection)}
         return self.once(self.sessions[PROJECT], given, ["prompts"], place)[0]
 
-    def put_prompts(self, prompts: Prompts) -> Any:
-        """To the device; with CUDA graphs as they are, for the call knows where it reads them."""
+    def upload_prompts(self, prompts: LayerPrompts) -> Any:
+        """To the device; with CUDA graphs unchanged, because the call copies them to its fixed address."""
         if self.graphs:
             return prompts if isinstance(prompts, Latent) else np.ascontiguousarray(prompts)
-        return super().put_prompts(prompts)
+        return super().upload_prompts(prompts)
 
-    def put(self, array: Float32 | Int64) -> Any:
-        with failing("to bring an array to the GPU"):
-            return self.there(np.ascontiguousarray(array))
+    def to_device(self, array: Float32 | Int64) -> Any:
+        with failing("to upload an array to the GPU"):
+            return self.on_gpu(np.ascontiguousarray(array))
 
-    def get(self, array: Any) -> Float32:
+    def to_host(self, array: Any) -> Float32:
         return np.array(array.numpy(), np.float32)
 
     def versions(self) -> dict[str, str]:
@@ -187,7 +187,7 @@ class OrtCudaEngine(OrtEngine):
 
 
 def options_for(graph: int) -> Any:
-    """Run options that capture or launch the CUDA graph of this number; -1 is none."""
+    """Run options that capture or launch the CUDA graph with this number; -1 is none."""
     options = onnxruntime.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
     return options

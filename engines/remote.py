@@ -1,4 +1,4 @@
-"""A backbone that somebody else runs: a server of the Open Inference Protocol, ours (bbt-accel serve) or any other."""
+"""A backbone on a server of the Open Inference Protocol: `bbt-accel serve` or any other."""
 
 from __future__ import annotations
 
@@ -18,19 +18,30 @@ import tritonclient.http as triton
 from geventhttpclient.response import HTTPConnectionClosed
 from tritonclient.utils import InferenceServerException
 
-from bbt_accel.batch import Batch, Float32, Int64
+from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
-from bbt_accel.serving import BACKBONE, DIGEST, LAYER, ROWS, ROWS_EXTENSION, STDS, TOKEN, UNKNOWN_ROWS, stage_model
+from bbt_accel.inference_protocol import (
+    BACKBONE,
+    DIGEST,
+    LAYER,
+    ROWS,
+    ROWS_EXTENSION,
+    STDS,
+    TOKEN,
+    UNKNOWN_ROWS,
+    stage_model,
+)
+from bbt_accel.population import Population
 
 TIMEOUT = 600.0
-"""Seconds for an answer."""
+"""Seconds to wait for a response."""
 WAITS = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each further attempt after a connection error."""
+"""Seconds before each retry after a connection error."""
 HEAD = 65536
-"""Bytes of a request that are left for its JSON object."""
+"""Bytes of a request that are reserved for its JSON header."""
 DATATYPES = {np.dtype(np.float32): "FP32", np.dtype(np.float16): "FP16", np.dtype(np.int64): "INT64"}
 
 Result = TypeVar("Result")
@@ -39,23 +50,23 @@ Result = TypeVar("Result")
 def connect(
     bundle: Bundle, *, url: str, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
 ) -> Engine:
-    """An engine that sends its work to `url`, after a check that this bundle is what the server has.
+    """An engine that sends its work to `url`, after checking that the server has the same bundle.
 
-    Raises UsageError for options that are the server's, EngineError when it cannot be reached or refuses, BundleError
-    when it has another bundle.
+    Raises UsageError for options that only the server can set, EngineError when it cannot be reached or refuses,
+    BundleError when it has another bundle.
     """
     if device != "cpu" or threads is not None:
-        raise UsageError("--device and --threads are the server's to choose; leave them out with --engine remote")
+        raise UsageError("--device and --threads are set on the server; omit them with --engine remote")
     server = Server(url)
     if ROWS_EXTENSION not in server.facts.get("extensions", ()):
         return TritonEngine(bundle, server, without)
     if without:
-        raise UsageError("--without cannot switch off what a bbt-accel server saves; leave it out")
+        raise UsageError("--without does not apply to a bbt-accel server; omit it")
     return RemoteEngine(bundle, server)
 
 
 class Server:
-    """A server, by its address: `http://HOST:PORT[/BASE]`, and /v2/models/NAME behind it where it has many models."""
+    """A server at `http://HOST:PORT[/BASE]`, with `/v2/models/NAME` appended to choose one of several models."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -63,7 +74,7 @@ class Server:
             raise UsageError(f"--url must be http://HOST:PORT or https://HOST:PORT, not {url!r}")
         base, _, name = parts.path.rstrip("/").partition("/v2/models/")
         self.url, self.model = url, name or None
-        gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)  # Ctrl-C is ours to handle; gevent would print it
+        gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)  # gevent would print Ctrl-C instead of raising it
         secure = parts.scheme == "https"
         try:
             self.client = triton.InferenceServerClient(
@@ -74,11 +85,11 @@ class Server:
                 ssl_context_factory=gevent.ssl.create_default_context if secure else None,
             )
         except (ValueError, InferenceServerException) as error:
-            raise UsageError(f"--url {url!r} is no address ({error})") from None
+            raise UsageError(f"--url {url!r} is not an address ({error})") from None
         self.facts = self.ask(lambda headers: self.client.get_server_metadata(headers=headers))
 
     def ask(self, call: Callable[[dict[str, str]], Any]) -> Any:
-        """The server's answer; connection errors alone are tried again. Raises EngineError, or ServerRefused."""
+        """The server's response; only connection errors are retried. Raises EngineError, or ServerRefused."""
         for wait in (*WAITS, None):
             token = os.environ.get(TOKEN)
             try:
@@ -86,19 +97,19 @@ class Server:
             except (ConnectionError, HTTPConnectionClosed) as error:
                 if wait is None:
                     raise EngineError(
-                        f"cannot reach {self.url} ({error}), after {len(WAITS)} more attempts; is the server running?"
+                        f"cannot reach {self.url} ({error}), after {len(WAITS)} retries; is the server running?"
                     ) from None
                 time.sleep(wait)
             except InferenceServerException as error:
                 raise ServerRefused(self.url, error) from None
             except TimeoutError:
-                raise EngineError(f"{self.url} gave no answer within {TIMEOUT:g} seconds") from None
+                raise EngineError(f"{self.url} did not respond within {TIMEOUT:g} seconds") from None
             except (OSError, ValueError) as error:
-                raise EngineError(f"cannot ask {self.url} ({error}); check --url") from None
+                raise EngineError(f"cannot query {self.url} ({error}); check --url") from None
         raise AssertionError
 
     def config(self, model: str) -> dict[str, str]:
-        """The parameters of a model's configuration; none from a server that tells no configuration."""
+        """The parameters of a model's configuration; empty for a server that has none."""
         try:
             found = self.ask(lambda headers: self.client.get_model_config(model, headers=headers))
         except ServerRefused as error:
@@ -128,7 +139,7 @@ class Server:
         if found.get(DIGEST, bundle.digest) != bundle.digest:
             raise BundleError(
                 f"{self.url} serves another bundle ({found.get('backbone', 'unknown')}, {found[DIGEST][:12]}) than "
-                f"{bundle.path} ({bundle.digest[:12]}); give --bundle what the server has"
+                f"{bundle.path} ({bundle.digest[:12]}); pass the server's bundle as --bundle"
             )
         return found
 
@@ -137,7 +148,7 @@ class Server:
 
 
 class ServerRefused(EngineError):
-    """The server answered with an error; `status` is its HTTP status."""
+    """The server responded with an error; `status` is its HTTP status."""
 
     def __init__(self, url: str, error: InferenceServerException) -> None:
         status = str(error.status() or "")
@@ -147,7 +158,7 @@ class ServerRefused(EngineError):
 
 
 class RemoteEngine(Engine):
-    """A bbt-accel server: rows go there once, and then prompts alone."""
+    """A bbt-accel server: rows are sent once, then only prompts."""
 
     name = "remote"
 
@@ -157,7 +168,7 @@ class RemoteEngine(Engine):
         self.facts = server.check(bundle, BACKBONE)
 
     @cached_property
-    def most(self) -> tuple[int, int]:
+    def limits(self) -> tuple[int, int]:
         """The server's limits: rows times candidates, and bytes."""
         return int(self.facts.get("max_batch", 2**31)), int(self.facts.get("max_request_bytes", 2**31))
 
@@ -174,16 +185,14 @@ class RemoteEngine(Engine):
 
 
 class RemoteBoundBatch(BoundBatch):
-    """Rows that the server holds, or is sent again when it has dropped them."""
+    """Rows that the server caches; they are sent again when it has dropped them."""
 
     def __init__(self, engine: RemoteEngine, batch: Batch) -> None:
         super().__init__(engine.bundle, batch)
         self.engine = engine
-        names = ("input_ids", "attention_mask", "readout", "label_token_ids", "decoder_input_ids")
-        found = {name: getattr(batch, name) for name in names}
-        self.rows = {name: value for name, value in found.items() if value is not None}
+        self.rows = batch.inputs()
         self.hash: str | None = None
-        """As the server told it; None until it has the rows."""
+        """As the server returned it; None until it has the rows."""
 
     def infer(self, model: str, own: dict[str, Any], output: str) -> Float32:
         server = self.engine.server
@@ -200,37 +209,36 @@ class RemoteBoundBatch(BoundBatch):
     def numpy(self, result: Any, output: str) -> Float32:
         found = result.as_numpy(output)
         if found is None:
-            raise EngineError(f"{self.engine.server.url} answered without {output}")
+            raise EngineError(f"{self.engine.server.url} responded without {output}")
         return np.array(found, np.float32)
 
-    def _label_logits(self, prompts: Float32) -> Float32:
-        parts = [self.infer(BACKBONE, {"prompts": prompts[some]}, "label_logits") for some in self.chunks(prompts, 0)]
-        return np.concatenate(parts)
-
-    def _layer_logits(self, stack: Float32, layer: int, candidates: Float32) -> Float32:
-        fixed = {"stack": stack, "layer": np.array([layer], np.int64)}
-        parts = [
-            self.infer(LAYER, {"candidates": candidates[some], **fixed}, "label_logits")
-            for some in self.chunks(candidates, stack.nbytes)
-        ]
-        return np.concatenate(parts)
+    def _label_logits(self, population: Population) -> Float32:
+        candidates = np.asarray(population.candidates)  # this engine does not project
+        if population.layer is None or population.fixed is None:
+            model, name, other = BACKBONE, "prompts", {}
+        else:
+            model, name = LAYER, "candidates"
+            other = {"stack": population.fixed, "layer": np.array([population.layer], np.int64)}
+        reserved = sum(array.nbytes for array in other.values())
+        chunks = self.chunks(candidates, reserved)
+        return np.concatenate([self.infer(model, {name: candidates[some], **other}, "label_logits") for some in chunks])
 
     def layer_stds(self) -> Float32:
         return self.infer(STDS, {}, "layer_stds")
 
-    def chunks(self, candidates: Float32, beside: int) -> Iterator[slice]:
-        """Candidates that fit into one request, with the rows and so many bytes beside them."""
-        batch, size = self.engine.most
-        room = size - HEAD - beside - sum(value.nbytes for value in self.rows.values())
+    def chunks(self, candidates: Float32, reserved: int) -> Iterator[slice]:
+        """Candidates that fit into one request, with the rows and the reserved bytes."""
+        batch, size = self.engine.limits
+        room = size - HEAD - reserved - sum(value.nbytes for value in self.rows.values())
         step = max(1, min(batch // len(self.batch), room // candidates[:1].nbytes))
         for start in range(0, len(candidates), step):
             yield slice(start, start + step)
 
 
 class TritonEngine(StagedEngine):
-    """Any other server, with one model for each stage of the bundle (export --triton-repository writes them).
+    """Any other server, with one model for each stage of the bundle (`bbt-accel triton` writes them).
 
-    All tensors go with each request; buckets, chunks and bbtv2's cached layers are kept on this side.
+    Every request carries all its tensors; buckets, chunks and bbtv2's cached layers stay on the client.
     """
 
     name = "remote"
@@ -246,13 +254,13 @@ class TritonEngine(StagedEngine):
             self.inputs[stage] = self.check_tensors(stage, server.metadata(model))
 
     def check_tensors(self, stage: str, metadata: dict[str, Any]) -> list[str]:
-        """Names of a model's inputs. Raises BundleError when its prompts are not those of the bundle."""
+        """Names of a model's inputs. Raises BundleError when its prompts have another shape than the bundle's."""
         shapes = {tensor["name"]: [int(size) for size in tensor["shape"]] for tensor in metadata["inputs"]}
         wanted = [-1, *self.bundle.info.prompt_shape[-2:]]
         if stage != "embed" and shapes.get("prompts") != wanted:
             raise BundleError(
                 f"model {self.models[stage]} of {self.server.url} takes prompts {shapes.get('prompts')}, not {wanted}; "
-                "it is not of this bundle"
+                "it belongs to another bundle"
             )
         return list(shapes)
 
@@ -261,12 +269,6 @@ class TritonEngine(StagedEngine):
         result = self.server.infer(self.models[stage], arrays)
         names = [output["name"] for output in result.get_response()["outputs"]]
         return {name: result.as_numpy(name) for name in names}
-
-    def put(self, array: Float32 | Int64) -> Any:
-        return np.ascontiguousarray(array)
-
-    def get(self, array: Any) -> Float32:
-        return np.asarray(array, np.float32)
 
     def versions(self) -> dict[str, str]:
         facts = self.server.facts

@@ -16,20 +16,21 @@ from bbt_accel.bundle import PLANS, PROJECT, Bundle
 from bbt_accel.cuda import Cuda, DeviceArray
 from bbt_accel.engines.staged import Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
-from bbt_accel.exporters.plans import get_plan, keys, profile_of, replace
+from bbt_accel.exporters.plans import get_plan, keys, profile_of
 from bbt_accel.exporters.trt_api import Api, find_api, new_logger, reason, start
+from bbt_accel.files import write_atomically
 
 log = logging.getLogger(__name__)
 DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
-MOST_GRAPHS = 2048
-"""CUDA graphs that are kept; each has an execution context of its own."""
+MAX_GRAPHS = 2048
+"""CUDA graphs at most; each has an execution context of its own."""
 
 Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass
 class Plan:
-    """A stage's engine, as TensorRT calls it, with the context for calls that are not in a CUDA graph."""
+    """A stage's TensorRT engine, with the execution context for calls outside CUDA graphs."""
 
     engine: Any
     context: Any
@@ -41,10 +42,10 @@ class Plan:
 
 
 class TrtEngine(StagedEngine):
-    """The plans of a bundle for TensorRT; a plan that does not fit this machine is built again, and the reason told.
+    """A bundle's TensorRT plans; a plan that does not fit this machine is rebuilt, and the reason printed.
 
-    All contexts share one scratch buffer: calls follow each other on one stream. A call that comes a second time with
-    the same shapes and addresses is captured as a CUDA graph and launched as such from then on.
+    All contexts share one scratch buffer, because calls follow each other on one stream. A call that comes a second
+    time with the same shapes and addresses is captured as a CUDA graph, and launched as such from then on.
     """
 
     name = "trt"
@@ -55,17 +56,17 @@ class TrtEngine(StagedEngine):
         self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
     ) -> None:
         super().__init__(bundle, device, threads, without)
-        sizes = profile_of(bundle)
-        self.longest = sizes.tokens[2]
-        self.candidates_per_call, self.rows_per_call = sizes.candidates[2], sizes.rows[2]
-        self.tokens_per_call = sizes.candidates[2] * sizes.rows[2] * sizes.tokens[2]
+        profile = profile_of(bundle)
+        self.longest = profile.tokens[2]
+        self.candidates_per_call, self.rows_per_call = profile.candidates[2], profile.rows[2]
+        self.tokens_per_call = profile.candidates[2] * profile.rows[2] * profile.tokens[2]
         self.api: Api = find_api()
         self.cuda = Cuda()
         self.cuda.forget = self.drop_graphs
         self.logger = new_logger(self.api)
         self.plans: dict[str, Plan] = {}
         self.graphs: dict[object, tuple[Any, Any]] = {}
-        """What a call is → its CUDA graph, and the context that it was captured from, which has to live as long."""
+        """Call → its CUDA graph, and the context that it was captured from, which must live as long."""
         self.seen: set[object] = set()
         self.capturing = True
         try:
@@ -97,7 +98,7 @@ class TrtEngine(StagedEngine):
         if engine is None:
             raise PlanError(
                 f"TensorRT cannot load the plan of {stage} ({reason(self.logger.errors)}); "
-                f"remove {self.bundle.path / PLANS} to have it built again"
+                f"remove {self.bundle.path / PLANS} to rebuild it"
             )
         return engine
 
@@ -120,7 +121,7 @@ class TrtEngine(StagedEngine):
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.set_runtime_cache(self.kernel_cache(config))
-            # Kernels for the shapes at hand are compiled at the first call, not behind the back of a CUDA graph.
+            # Kernels for the current shapes are compiled at the first call, not in the background of a CUDA graph.
             if self.api.has("DynamicShapesKernelSpecializationStrategy", "EAGER"):
                 eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
                 config.dynamic_shapes_kernel_specialization_strategy = eager
@@ -133,12 +134,12 @@ class TrtEngine(StagedEngine):
         return context
 
     def kernel_cache(self, config: Any) -> Any:
-        """TensorRT for RTX compiles kernels when they first run; all stages share one cache of them, kept on disk."""
+        """TensorRT for RTX compiles kernels at their first run; all stages share one cache of them on disk."""
         if self.cache is None:
             self.cache = config.create_runtime_cache()
             with suppress(OSError):
                 if not self.cache.deserialize(self.kernels.read_bytes()):
-                    log.info("%s is of another machine or version; kernels are compiled again", self.kernels)
+                    log.info("%s is from another machine or version; kernels are recompiled", self.kernels)
         return self.cache
 
     # Running --------------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ class TrtEngine(StagedEngine):
         longest = int(batch.attention_mask.sum(axis=1).max())
         if longest > self.longest:
             raise EngineError(
-                f"a row of {longest} tokens is longer than the {self.longest} that {self.bundle.path} was built for; "
+                f"a row of {longest} tokens is longer than the {self.longest} of the profile of {self.bundle.path}; "
                 "optimize again, with --calibrate and the task of these rows"
             )
         return super().bind(batch)
@@ -165,7 +166,7 @@ class TrtEngine(StagedEngine):
         call = (stage, shapes, *(array.address for array in (*given, *found)))
         if call in self.graphs:
             self.cuda.launch(self.graphs[call][0])
-        elif call in self.seen and self.capturing and len(self.graphs) < MOST_GRAPHS:
+        elif call in self.seen and self.capturing and len(self.graphs) < MAX_GRAPHS:
             self.record(call, stage, plan, given, found)
         else:
             self.seen.add(call)
@@ -174,23 +175,23 @@ class TrtEngine(StagedEngine):
         return dict(zip(plan.outputs, found, strict=True))
 
     def record(self, call: object, stage: str, plan: Plan, given: list[DeviceArray], found: list[DeviceArray]) -> None:
-        """Run a call and capture it. A context that a graph was captured from must not be changed: it gets its own.
+        """Run a call and capture it, from a context of its own: a captured one must not be changed.
 
-        Where there is no memory for it, or something cannot be captured, further calls are enqueued one by one.
+        Without memory for it, or if a call cannot be captured, further calls are enqueued one by one.
         """
         context = None
         try:
             context = self.new_context(plan.engine)
             self.address(stage, plan, context, given, found)
-            self.enqueue(stage, context)  # what the first call of a context allocates, a capture would not allow
+            self.enqueue(stage, context)  # a context allocates at its first call, which a capture would not allow
             if not getattr(context, "is_stream_capturable", lambda stream: True)(int(self.cuda.stream)):
-                raise EngineError(f"{stage} does something that cannot be captured")
+                raise EngineError(f"{stage} cannot be captured")
             self.cuda.synchronize()
             self.graphs[call] = self.cuda.capture(lambda: self.enqueue(stage, context)), context
         except EngineError as error:
             self.capturing = False
             log.warning("further calls are enqueued one by one, not as CUDA graphs: %s", error)
-            self.cuda.synchronize()  # before the context goes, whose kernels may still run
+            self.cuda.synchronize()  # before the context is freed, whose kernels may still run
             self.address(stage, plan, plan.context, given, found)
             self.enqueue(stage, plan.context)
 
@@ -200,13 +201,13 @@ class TrtEngine(StagedEngine):
                 low, _, high = plan.engine.get_tensor_profile_shape(name, 0)
                 hint = "with --calibrate and the task of these rows" if stage != PROJECT else "or lower --intrinsic-dim"
                 raise EngineError(
-                    f"{name} of the shape {shape} is outside the profile of {stage}, {tuple(low)} to {tuple(high)}; "
+                    f"{name} of shape {shape} is outside the shape profile of {stage}, {tuple(low)} to {tuple(high)}; "
                     f"optimize again, {hint}"
                 )
         return [tuple(plan.context.get_tensor_shape(name)) for name in plan.outputs]
 
     def address(self, stage: str, plan: Plan, context: Any, given: list[DeviceArray], found: list[DeviceArray]) -> None:
-        """Tell a context the shapes of its inputs, and where inputs and outputs lie."""
+        """Set the shapes of a context's inputs, and the addresses of inputs and outputs."""
         for name, array in zip(plan.inputs, given, strict=True):
             context.set_input_shape(name, array.shape)
             context.set_tensor_address(name, array.address)
@@ -218,13 +219,13 @@ class TrtEngine(StagedEngine):
         if not context.execute_async_v3(int(self.cuda.stream)):
             raise EngineError(f"TensorRT failed in {stage} ({reason(self.logger.errors)})")
 
-    def put(self, array: Float32 | Int64) -> DeviceArray:
+    def to_device(self, array: Float32 | Int64) -> DeviceArray:
         return self.cuda.upload(array)
 
-    def refill(self, array: DeviceArray | None, prompts: Float32) -> DeviceArray:
+    def overwrite(self, array: DeviceArray | None, prompts: Float32) -> DeviceArray:
         return self.cuda.upload(prompts, array)
 
-    def get(self, array: DeviceArray) -> Float32:
+    def to_host(self, array: DeviceArray) -> Float32:
         return np.asarray(self.cuda.download(array), np.float32)
 
     def versions(self) -> dict[str, str]:
@@ -244,8 +245,8 @@ class TrtEngine(StagedEngine):
     def close(self) -> None:
         if self.plans and self.cache is not None:
             with suppress(OSError):
-                self.kernels.parent.mkdir(parents=True, exist_ok=True)  # plans built ahead lie in another folder
-                replace(self.kernels, bytes(self.cache.serialize()))
+                self.kernels.parent.mkdir(parents=True, exist_ok=True)  # plans built ahead have another folder
+                write_atomically(self.kernels, bytes(self.cache.serialize()))
         super().close()
         self.drop_graphs()
         self.plans = {}

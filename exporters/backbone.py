@@ -1,14 +1,14 @@
 """One shape for every backbone: embed → blocks → readout.
 
-A `Backbone` is composed of the modules of a transformers model (none of their code is repeated) so that the parts
-which do not depend on a candidate, or are read by nothing, are not computed. `exporters.reference` runs the model's
-own forward; the two are held together by tests and after every export.
+A `Backbone` is composed of the modules of a transformers model (none of their code is repeated) so that nothing is
+computed that does not depend on the candidate or is not read. `exporters.reference` runs the model's own forward; tests
+and every export validate the one against the other.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ MASKED = -10000.0
 """Added to the attention score of a padded key: exp() of it is 0 in fp32, and twice of it is finite in fp16."""
 
 State = dict[str, Tensor]
-"""What passes from one stage to the next: hidden states by name, float32, population first."""
+"""What one stage passes to the next: hidden states by name, float32, population first."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, scale: float | None = None) -> Tensor:
@@ -32,7 +32,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    context = F.scaled_dot_product_attention(split(query), split(key), split(value), attn_mask=bias, scale=scale)
+    mask = bias if bias.dtype == query.dtype else bias.to(query.dtype)
+    context = F.scaled_dot_product_attention(split(query), split(key), split(value), attn_mask=mask, scale=scale)
     return context.transpose(1, 2).flatten(2)
 
 
@@ -53,12 +54,12 @@ def each(population: int | torch.SymInt, x: Tensor) -> Tensor:
 
 
 def at(x: Tensor, position: Tensor) -> Tensor:
-    """(B, S, H) at one position a row, (B,) → (B, 1, H)."""
+    """(B, S, H) at one position per row, (B,) → (B, 1, H)."""
     return x.gather(1, position[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
 def rows_at(bias: Tensor, position: Tensor) -> Tensor:
-    """(1 or B, h, D, D) at one query position a row, (B,) → (B, h, 1, D)."""
+    """(1 or B, h, D, D) at one query position per row, (B,) → (B, h, 1, D)."""
     index = position[:, None, None, None].expand(-1, bias.shape[1], 1, bias.shape[3])
     return bias.expand(position.shape[0], -1, -1, -1).gather(2, index)
 
@@ -66,8 +67,8 @@ def rows_at(bias: Tensor, position: Tensor) -> Tensor:
 def broadcast_add(prompts: Tensor, hidden: Tensor) -> Tensor:
     """(P, 1, S, H) + (Q, N, S, H), where Q is 1 or P → (P, N, S, H).
 
-    Q stays open in the graph: cached layers come with Q = 1, the output of a lower block with Q = P. torch.export
-    would decide for one of the two, so the exported graph is given ONNX's own broadcasting Add.
+    Q stays dynamic in the graph: cached layers come with Q = 1, the output of a lower block with Q = P. torch.export
+    would specialize on one of the two, so the graph gets ONNX's own broadcasting Add.
     """
     if torch.onnx.is_in_onnx_export():
         shape = (prompts.shape[0], *hidden.shape[1:])
@@ -76,30 +77,29 @@ def broadcast_add(prompts: Tensor, hidden: Tensor) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """A frozen language model with the prompt of one method and mode. Subclasses say how a family computes."""
+    """A frozen language model with the prompt of one method and mode. Subclasses define how a family computes.
 
-    family: ClassVar[str]
-    first: ClassVar[int] = 1
-    """The position of the first prompt token in add mode."""
-    decodes: ClassVar[bool] = False
-    """Whether logits are read from a decoder (BART, T5)."""
+    first: position of the first prompt token in add mode.
+    """
 
-    def __init__(self, model: nn.Module, info: BundleInfo) -> None:
+    def __init__(self, model: nn.Module, info: BundleInfo, first: int) -> None:
         super().__init__()
         self.model: Any = model
+        self.first = first
+        self.decodes = info.decodes
         self.n = info.n_prompt_tokens
         self.cat = info.prompt_mode == "cat"
         self.layers = info.n_layers
         self.without = frozenset(info.without)
 
-    # What a family provides -----------------------------------------------------------------------------------
+    # What a family defines -----------------------------------------------------------------------------------
 
     @abstractmethod
     def tokens(self, input_ids: Tensor) -> Tensor:
-        """(N, S) → (N, S, H): what the bbt prompt is added to or put in front of."""
+        """(N, S) → (N, S, H): what the bbt prompt is added to or prepended to."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """(B, T, H) → (B, T, H): what stands between the prompt and the first block (positions, a norm)."""
+        """(B, T, H) → (B, T, H): what comes between the prompt and the first block (positions, a norm)."""
         return x
 
     def attention_bias(self, attention_mask: Tensor) -> Tensor:
@@ -111,22 +111,22 @@ class Backbone(nn.Module):
         """Block i for the positions in query (B, Tq, H), attending to x (B, T, H) → (B, Tq, H)."""
 
     def first_block(self, prompts: Tensor, tokens: Tensor, bias: Tensor) -> Tensor | None:
-        """Block 0 of bbt's add mode from (P, n, H) and (N, S, H), where that is less work than from their sum."""
+        """Block 0 of bbt's add mode from (P, n, H) and (N, S, H), where that takes less work than from their sum."""
         return None
 
     def head(self, x: Tensor) -> Tensor:
-        """What stands before the LM head's last product: (B, T, H) → (B, T, H)."""
+        """The LM head up to its last matmul: (B, T, H) → (B, T, H)."""
         return x
 
     @abstractmethod
     def vocabulary(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, H) and bias (V,) of the LM head's last product."""
+        """Weight (V, H) and bias (V,) of the LM head's last matmul."""
 
     def run(self, stage: str, inputs: State) -> State:
         """One stage by its name, from inputs by name to outputs by name.
 
-        `model` is all of bbt; bbtv2 runs `embed`, then `block_00`, `block_01`, … and `last`. Blocks hand on what they
-        return under the same name with `_out`.
+        `model` is all of bbt; bbtv2 runs `embed`, then `block_00`, `block_01`, … and `last`. A block's outputs have
+        the names of its inputs with `_out`.
         """
         if stage == "model":
             return {"label_logits": self.label_logits(**inputs)}
@@ -146,7 +146,7 @@ class Backbone(nn.Module):
         return F.pad(prompts, (0, 0, self.first, length - self.n - self.first))[:, None]
 
     def extend(self, attention_mask: Tensor) -> Tensor:
-        """In cat mode the mask is extended with ones for the prompt."""
+        """In cat mode the mask gets ones for the prompt."""
         if not self.cat:
             return attention_mask
         return F.pad(attention_mask, (self.n, 0), value=1)
@@ -190,14 +190,14 @@ class Backbone(nn.Module):
         return self.read(self.block(self.layers - 1, at(x, position), x, bias), None, label_token_ids)
 
     def read(self, x: Tensor, position: Tensor | None, label_token_ids: Tensor) -> Tensor:
-        """The LM head at one position a row, (B, T, H) and (B,) → (B, C); position None: x is that position alone."""
+        """The LM head at one position per row, (B, T, H) and (B,) → (B, C); position None: x is that position alone."""
         weight, bias = self.vocabulary()
         if "label-head" in self.without:
             logits = F.linear(self.head(x), weight, bias)
             logits = logits if position is None else at(logits, position)
             return logits[:, 0].index_select(-1, label_token_ids)
         x = x if position is None else at(x, position)
-        # index_select becomes Gather. Indexing becomes GatherND, which no CUDA graph held before ONNX Runtime 1.31.
+        # index_select becomes Gather. Indexing becomes GatherND, which breaks CUDA graphs before ONNX Runtime 1.31.
         weight = weight.index_select(0, label_token_ids)
         bias = None if bias is None else bias.index_select(0, label_token_ids)
         return F.linear(self.head(x)[:, 0], weight, bias)

@@ -1,4 +1,4 @@
-"""BERT, ELECTRA generators and (in roberta.py) RoBERTa: masked LMs whose blocks normalise after the residual."""
+"""BERT, RoBERTa and ELECTRA's generator: masked LMs whose blocks normalize after the residual."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bbt_accel.exporters.backbone import Backbone, attend
+from bbt_accel.exporters.family import FamilySpec
 
 
 class BertBackbone(Backbone):
     """BertForMaskedLM."""
-
-    family = "bert"
 
     @property
     def base(self) -> Any:
@@ -29,7 +28,7 @@ class BertBackbone(Backbone):
     def first_block(self, prompts: Tensor, tokens: Tensor, bias: Tensor) -> Tensor:
         """Queries, keys and values are linear in the block's input, W(t + p) + b = (W t + b) + W p.
 
-        The first term is computed once a row and the second once a candidate, instead of both for each pair.
+        The first term is computed once per row and the second once per candidate, instead of both for each pair.
         """
         own, length = self.base.encoder.layer[0].attention.self, tokens.shape[1]
 
@@ -40,7 +39,7 @@ class BertBackbone(Backbone):
         return self.mix(0, self.join(prompts, tokens), both(own.query), both(own.key), both(own.value), bias)
 
     def mix(self, i: int, query: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Block i behind its projections."""
+        """Block i from its projections on."""
         layer = self.base.encoder.layer[i]
         y = layer.attention.output(attend(q, k, v, layer.attention.self.num_attention_heads, bias), query)
         return layer.output(layer.intermediate(y), y)
@@ -53,6 +52,22 @@ class BertBackbone(Backbone):
         return decoder.weight, decoder.bias
 
 
+class RobertaBackbone(BertBackbone):
+    """RobertaForMaskedLM."""
+
+    @property
+    def base(self) -> Any:
+        return self.model.roberta
+
+    def head(self, x: Tensor) -> Tensor:
+        lm_head = self.model.lm_head
+        return lm_head.layer_norm(F.gelu(lm_head.dense(x)))
+
+    def vocabulary(self) -> tuple[Tensor, Tensor]:
+        decoder = self.model.lm_head.decoder
+        return decoder.weight, decoder.bias
+
+
 class ElectraBackbone(BertBackbone):
     """ElectraForMaskedLM: the generator. The prompt is added after the projection to the hidden size."""
 
@@ -62,8 +77,8 @@ class ElectraBackbone(BertBackbone):
 
     def tokens(self, input_ids: Tensor) -> Tensor:
         embedded = super().tokens(input_ids)
-        projected = hasattr(self.model.electra, "embeddings_project")
-        return self.model.electra.embeddings_project(embedded) if projected else embedded
+        projection = getattr(self.model.electra, "embeddings_project", None)
+        return embedded if projection is None else projection(embedded)
 
     def head(self, x: Tensor) -> Tensor:
         return self.model.generator_predictions(x)
@@ -71,3 +86,61 @@ class ElectraBackbone(BertBackbone):
     def vocabulary(self) -> tuple[Tensor, Tensor]:
         decoder = self.model.generator_lm_head
         return decoder.weight, decoder.bias
+
+
+def _shape(layers: int, hidden: int, heads: int, vocabulary: int, positions: int, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        **more,
+    }
+
+
+BERT = FamilySpec(
+    model_type="bert",
+    model_class="BertForMaskedLM",
+    backbone=BertBackbone,
+    architecture="encoder",
+    template_group="masked",
+    blocks=lambda model: model.bert.encoder.layer,
+    embedding=lambda model: model.bert.embeddings,
+    head=lambda model: model.cls,
+    tiny=_shape(3, 64, 4, 1000, 128),
+    shapes={
+        "bert-small": _shape(4, 512, 8, 30522, 512),
+        "bert-base": _shape(12, 768, 12, 30522, 512),
+        "bert-large": _shape(24, 1024, 16, 30522, 512),
+    },
+)
+ROBERTA = FamilySpec(
+    model_type="roberta",
+    model_class="RobertaForMaskedLM",
+    backbone=RobertaBackbone,
+    architecture="encoder",
+    template_group="masked",
+    blocks=lambda model: model.roberta.encoder.layer,
+    embedding=lambda model: model.roberta.embeddings,
+    head=lambda model: model.lm_head,
+    # Positions count from the id of the padding token.
+    positions=lambda config: int(config.max_position_embeddings - config.pad_token_id - 1),
+    tiny=_shape(3, 64, 4, 1000, 130, type_vocab_size=1),
+    shapes={
+        "roberta-base": _shape(12, 768, 12, 50265, 514, type_vocab_size=1, layer_norm_eps=1e-5),
+        "roberta-large": _shape(24, 1024, 16, 50265, 514, type_vocab_size=1, layer_norm_eps=1e-5),
+    },
+)
+ELECTRA = FamilySpec(
+    model_type="electra",
+    model_class="ElectraForMaskedLM",
+    backbone=ElectraBackbone,
+    architecture="encoder",
+    template_group="masked",
+    blocks=lambda model: model.electra.encoder.layer,
+    embedding=lambda model: getattr(model.electra, "embeddings_project", model.electra.embeddings),
+    head=lambda model: model.generator_predictions,
+    tiny=_shape(3, 64, 4, 1000, 128, embedding_size=32),
+)

@@ -1,8 +1,9 @@
-"""What passes through the graphs on real rows: inputs of every stage, and the range of every tensor."""
+"""What passes through the graphs on real rows: the rows, the inputs of every stage, and the range of every tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,46 +11,76 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from bbt_accel.batch import Batch, Float32
+from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.decoder_input import with_decoder_input
+from bbt_accel.data import load_few_shot, load_rows
+from bbt_accel.encoding import Encoder
+from bbt_accel.errors import DataError
 from bbt_accel.exporters.rows import sample_rows
-from bbt_accel.exporters.sessions import Feeds, open_stage, prompt_feeds, row_feeds, session_of
+from bbt_accel.exporters.sessions import Feeds, open_session, open_stage, prompt_feeds, temporary_graph
+from bbt_accel.settings import resolve
+from bbt_accel.tasks import load_task
 
+ROWS = 32
+"""Rows that a bundle is calibrated and measured on, at most."""
+TEST_ROWS = 4096
+"""Test rows whose lengths are looked at, at most."""
+SCALES = (0.0, 1.0, 3.0, 6.0)
+"""Standard deviations of calibration prompts, relative to the word embeddings': a search starts at 1 and grows."""
 Ranges = dict[str, tuple[float, float]]
 """Smallest and largest value of each tensor."""
 
 
-def calibration_rows(bundle: Bundle, task: str | None, data: Path | None, most: int = 32) -> Batch:
-    """The task's few-shot train rows, as a search with the default seed sees them; the shipped texts without a task."""
-    if task is None:
-        return sample_rows(bundle, count=32)
-    from bbt_accel.data import few_shot, load_rows
-    from bbt_accel.encoding import Encoder
-    from bbt_accel.tasks import load_task
+class TaskRows:
+    """The rows that a search with the task's preset uses; the shipped texts, with default settings, without a task.
 
-    loaded = load_task(task)
-    train, _ = few_shot(load_rows(loaded, "train", data), loaded.n_classes, 16, 42)
-    step = max(1, len(train) // most)
-    return Encoder(bundle, loaded).encode(train[::step][:most])
+    settings: of that search. train: its few-shot train rows, encoded.
+    """
+
+    def __init__(self, bundle: Bundle, task: str | None, data: Path | None = None) -> None:
+        self.info, self.data = bundle.info, data
+        self.encoder: Encoder | None = None
+        if task is None:
+            self.settings, self.train = resolve(), sample_rows(bundle, count=ROWS)
+            return
+        self.task = load_task(task)
+        self.settings = resolve(self.task.preset(bundle.info.method))
+        self.encoder = Encoder(bundle, self.task)
+        train, self.dev = load_few_shot(self.task, data, self.settings)
+        self.train = self.encoder.encode(train)
+
+    def calibration(self) -> Batch:
+        """At most `ROWS` of the train rows, evenly spaced, without padding that all of them share."""
+        batch = self.train.rows(slice(None, None, max(1, len(self.train) // ROWS))).rows(slice(0, ROWS))
+        return batch.padded(int(lengths(batch).max()), self.info.special.pad)
+
+    def longest(self) -> int:
+        """Tokens of the longest train, dev or test row; the longest that the backbone accepts if there is no task."""
+        if self.encoder is None:
+            return self.info.max_length
+        batches = [self.train, self.encoder.encode(self.dev)]
+        with suppress(DataError):  # a task without test rows can be tuned
+            batches.append(self.encoder.encode(load_rows(self.task, "test", self.data)[:TEST_ROWS]))
+        return max(int(lengths(batch).max()) for batch in batches)
 
 
-SIZES = (0.0, 1.0, 3.0, 6.0)
-"""Spread of calibration prompts, in that of the word embeddings: a search starts at 1 and goes several times as far."""
+def lengths(batch: Batch) -> Int64:
+    """Real tokens of each row, (N,)."""
+    return np.asarray(batch.attention_mask.sum(axis=1))
 
 
 def random_prompts(bundle: Bundle, seed: int = 0) -> Float32:
-    """(4, ...) random prompts of the sizes that a search goes through, zero first."""
+    """(4, n, H) or (4, L, n, H): random prompts of the scales that a search goes through, zero first."""
     info = bundle.info
     rng = np.random.default_rng(seed)
-    prompts = [size * info.word_embedding_std * rng.standard_normal(info.prompt_shape) for size in SIZES]
+    prompts = [scale * info.word_embedding_std * rng.standard_normal(info.prompt_shape) for scale in SCALES]
     return np.stack(prompts).astype(np.float32)
 
 
 def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32, rows: int) -> Iterator[tuple[str, list[Feeds]]]:
-    """Every stage with its inputs, some rows at a time, as the stages before it computed them."""
-    batch = with_decoder_input(bundle.info, batch)
-    feeds = [row_feeds(batch.rows(slice(i, i + rows))) for i in range(0, len(batch), rows)]
+    """Every stage with its inputs, `rows` rows at a time, as the stages before it computed them."""
+    batch = batch.with_decoder_input(bundle.info)
+    feeds: list[Feeds] = [dict(batch.rows(slice(i, i + rows)).inputs()) for i in range(0, len(batch), rows)]
     for stage in bundle.info.stages:
         for feed in feeds:
             feed |= prompt_feeds(bundle.info, stage, prompts)
@@ -61,7 +92,7 @@ def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32, rows: int) -> It
 
 @dataclass(frozen=True)
 class Channels:
-    """What an activation's channels (its last axis) reach, (K,) each, and the tokens of a call."""
+    """Smallest and largest value of each channel (last axis) of an activation, (K,) each, and the tokens per call."""
 
     low: NDArray[np.float32]
     high: NDArray[np.float32]
@@ -69,9 +100,9 @@ class Channels:
 
 
 def ranges(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Ranges:
-    """Smallest and largest value that each named tensor takes; tensors that are no floats are left out."""
+    """Smallest and largest value of each named float tensor."""
     found: Ranges = {}
-    for values in passing(model, feeds, names, folder):
+    for values in intermediate_values(model, feeds, names, folder):
         for name, value in values.items():
             low, high = found.get(name, (np.inf, -np.inf))
             found[name] = min(low, float(value.min())), max(high, float(value.max()))
@@ -79,9 +110,9 @@ def ranges(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder:
 
 
 def channels(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> dict[str, Channels]:
-    """The same for each channel."""
+    """The same per channel."""
     found: dict[str, Channels] = {}
-    for values in passing(model, feeds, names, folder):
+    for values in intermediate_values(model, feeds, names, folder):
         for name, value in values.items():
             flat = value.reshape(-1, value.shape[-1])
             low, high, tokens = flat.min(axis=0), flat.max(axis=0), len(flat)
@@ -92,22 +123,17 @@ def channels(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folde
     return found
 
 
-def passing(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Iterator[Feeds]:
-    """The float tensors of these names that pass through a graph, for each of the feeds."""
+def intermediate_values(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Iterator[Feeds]:
+    """The named float tensors of a graph, for each of the feeds."""
     if not names:
         return
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     outputs = {o.name for o in tapped.graph.output}
     tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
-    file = folder / "tapped.onnx"
-    try:
-        onnx.save(tapped, str(file), save_as_external_data=True, location="tapped.onnx.data")
-        session = session_of(file)
-    finally:
-        file.unlink(missing_ok=True)
-        file.with_suffix(".onnx.data").unlink(missing_ok=True)
-    takes = [i.name for i in session.get_inputs()]
+    with temporary_graph(tapped, folder) as file:
+        session = open_session(file)
+    inputs = [i.name for i in session.get_inputs()]
     for feed in feeds:
-        values = zip(names, session.run(names, {k: feed[k] for k in takes}), strict=True)
+        values = zip(names, session.run(names, {k: feed[k] for k in inputs}), strict=True)
         yield {name: value for name, value in values if value.dtype == np.float32 and value.size}

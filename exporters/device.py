@@ -1,5 +1,5 @@
-"""The graphs before and behind the backbone, for engines that compute on a device: from z to prompts, and from label
-logits to a tally. So what a generation moves is z, and five numbers a candidate.
+"""The graphs before and after the backbone, for engines on a GPU: from z to prompts, and from label logits to batch
+statistics. A generation then transfers z, and five numbers per candidate.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnx import parser
 
-from bbt_accel.bundle import PROJECT, TALLY, BundleInfo
+from bbt_accel.bundle import PROJECT, STATISTICS, BundleInfo
 from bbt_accel.objective import MARGIN
 
 PROJECTION = """
@@ -22,10 +22,10 @@ project (float[candidates, dim] z, float[{size}, dim] matrix, float[{size}] p0)
 """
 """prompts = reshape(z Aᵀ + p0): A is `matrix`, (n·H, d)."""
 
-TALLYING = """
+SUMS = """
 <ir_version: 10, opset_import: ["" : {opset}]>
-tally (float[candidates, rows, labels] label_logits, float[rows, labels] targets, float[labels] classes)
-   => (float[candidates, 5] tally)
+statistics (float[candidates, rows, labels] label_logits, float[rows, labels] targets, float[labels] classes)
+   => (float[candidates, 5] statistics)
 <int64[1] over_rows = {{1}}, int64[1] over_labels = {{2}},
  float[1] one = {{1}}, float[1] margin = {{{margin}}}, float[1] many = {{1000000}}> {{
     top = ReduceMax (label_logits, over_labels)
@@ -52,27 +52,27 @@ tally (float[candidates, rows, labels] label_logits, float[rows, labels] targets
     predicted = ReduceMin (numbers, over_labels)
     class_alone = Mul (targets, classes)
     actual = ReduceSum (class_alone, over_rows)
-    is_right = Equal (predicted, actual)
-    right = Cast <to = 1> (is_right)
+    is_correct = Equal (predicted, actual)
+    correct = Cast <to = 1> (is_correct)
     is_one = Equal (predicted, one)
-    ones = Cast <to = 1> (is_one)
-    hits = Mul (right, ones)
+    positives = Cast <to = 1> (is_one)
+    true_positives = Mul (correct, positives)
 
-    each = Concat <axis = 2> (ce, hinge, right, hits, ones)
-    tally = ReduceSum <keepdims = 0> (each, over_rows)
+    each = Concat <axis = 2> (ce, hinge, correct, true_positives, positives)
+    statistics = ReduceSum <keepdims = 0> (each, over_rows)
 }}
 """
-"""`objective.tally` in fp32. targets is one-hot, classes is 0 … C-1.
+"""`objective.batch_statistics` in fp32. targets is one-hot, classes is 0 … C-1.
 
-A logit that is not finite makes `wanted_alone` NaN, the one at the target or another times 0. Of equal logits the first
-class counts, as numpy's argmax has it; ArgMax does not promise that in TensorRT.
+A logit that is not finite makes `wanted_alone` NaN, be it the target's or another times 0. Of equal logits the first
+class is predicted, as by numpy's argmax; TensorRT's ArgMax does not guarantee that.
 """
 
 
 def write_device_graphs(folder: Path, info: BundleInfo) -> None:
-    """project.onnx and tally.onnx, beside the stages of the backbone."""
+    """Write project.onnx and statistics.onnx beside the stages of the backbone."""
     n, hidden = info.prompt_shape[-2:]
     sizes = {"opset": info.opset, "n": n, "hidden": hidden, "size": n * hidden, "margin": MARGIN}
-    for name, text in ((PROJECT, PROJECTION), (TALLY, TALLYING)):
+    for name, text in ((PROJECT, PROJECTION), (STATISTICS, SUMS)):
         model = parser.parse_model(text.format(**sizes))
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())

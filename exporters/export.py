@@ -1,33 +1,31 @@
-"""From a checkpoint to a bundle: load, trace, share the weights, check against eager PyTorch."""
+"""From a checkpoint to a bundle: load, trace, share the weights, validate against eager PyTorch."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from safetensors import SafetensorError
 from torch import nn
 
-from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode, SpecialTokens, new_folder, write_info
+from bbt_accel import processes
+from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode, SpecialTokens, write_info
 from bbt_accel.demo import BACKBONE
-from bbt_accel.errors import ExportError, UsageError, first_line
+from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, first_line
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.device import write_device_graphs
-from bbt_accel.exporters.families import load_model, load_tokenizer, make_backbone
-from bbt_accel.savings import check_savings, inside
+from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
+from bbt_accel.exporters.family import FamilySpec
+from bbt_accel.exporters.validate import validate
+from bbt_accel.files import new_folder
+from bbt_accel.optimizations import check_optimizations, in_graph
+from bbt_accel.progress import Tell, silent
 
 TOLERANCE = 1e-4
-"""Largest difference of label logits from eager PyTorch, relative to the largest logit where that is beyond 1."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how many steps are done, and of how many."""
+"""Largest error of label logits against eager PyTorch, relative to the largest logit where that is beyond 1."""
 
 
 def export_bundle(
@@ -39,24 +37,23 @@ def export_bundle(
     n_prompt_tokens: int = 50,
     revision: str | None = None,
     without: Collection[str] = (),
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> Bundle:
-    """Export a hub id, a local folder or `demo` into a new bundle folder, and check it.
+    """Export a hub id, a local folder or `demo` into a new bundle folder, and validate it.
 
-    without: savings that the graphs are to do without, to be measured, by the names in `bbt_accel.savings`.
+    without: optimizations that the graphs leave out, for an ablation, by the names in `bbt_accel.optimizations`.
     Raises UsageError for a combination that does not exist, ExportError for a checkpoint that cannot be loaded, has
     no LM head, or whose graphs differ from eager PyTorch by more than `TOLERANCE`.
     """
     check_arguments(method, prompt_mode, n_prompt_tokens)
-    off = inside(check_savings(without))
+    off = in_graph(check_optimizations(without))
     if others := [name for name in without if name not in off]:
-        raise UsageError(f"{others[0]} is no part of the graphs: switch it off where they run, in tune and bench")
-    tell = progress or (lambda what, done, of: None)
+        raise UsageError(f"{others[0]} is not part of the graphs: switch it off where they run, in tune and bench")
     checkpoint = BACKBONE if str(backbone) == "demo" else backbone
     output = Path(output)
     if output.exists():
         raise UsageError(f"{output} exists already; choose another -o or remove it")
-    tell("loading the checkpoint", 0, 1)
+    progress("loading the checkpoint", 0, 1)
     model, tokenizer = load_model(checkpoint, revision), load_tokenizer(checkpoint, revision)
     info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, n_prompt_tokens)
     info = info.model_copy(update={"without": off})
@@ -69,35 +66,33 @@ def export_bundle(
             ) from refusal
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        info = info.model_copy(update={"stages": trace(model, info, folder, tell)})
+        info = info.model_copy(update={"stages": trace(model, info, folder, progress)})
         write_device_graphs(folder, info)
         write_info(folder, info)
-        tell("checking against eager PyTorch", 0, 1)
-        error = checked(folder)
+        progress("validating against eager PyTorch", 0, 1)
+        error = validated(folder)
         write_info(folder, info.model_copy(update={"max_error": error}))
     return Bundle.read(output, verify=False)
 
 
 def check_arguments(method: str, prompt_mode: str, n_prompt_tokens: int) -> None:
-    if method not in ("bbt", "bbtv2"):
-        raise UsageError(f"--method must be bbt or bbtv2, not {method}")
-    if prompt_mode not in ("add", "cat"):
-        raise UsageError(f"--prompt-mode must be add or cat, not {prompt_mode}")
+    check_known("--method", method, get_args(Method))
+    check_known("--prompt-mode", prompt_mode, get_args(PromptMode))
     if method == "bbtv2" and prompt_mode == "cat":
         raise UsageError("bbtv2 adds its prompts to the hidden states of every layer; use --prompt-mode add")
     if n_prompt_tokens < 1:
         raise UsageError(f"--n-prompt-tokens must be at least 1, not {n_prompt_tokens}")
 
 
-def trace(model: nn.Module, info: BundleInfo, folder: Path, tell: Progress) -> list[str]:
+def trace(model: nn.Module, info: BundleInfo, folder: Path, progress: Tell) -> list[str]:
     """Write the graphs of every stage; returns their names."""
-    backbone = make_backbone(model, info)
+    backbone = family_of(model.config).compose(model, info)
     weights = graph.SharedWeights(folder / "model.safetensors")
     others = graph.NewWeights(folder / "weights.data")
     of = 1 if info.method == "bbt" else info.n_layers + 1
     names = []
     for done, stage in enumerate(graph.stages(backbone, info.method, info.hidden_size)):
-        tell(f"tracing {stage.name}", done, of)
+        progress(f"tracing {stage.name}", done, of)
         graph.save_stage(graph.export_stage(stage, backbone), folder, stage.name, weights, others)
         names.append(stage.name)
     return names
@@ -106,22 +101,24 @@ def trace(model: nn.Module, info: BundleInfo, folder: Path, tell: Progress) -> l
 def describe(
     model: nn.Module, tokenizer: Any, backbone: str, revision: str | None, method: Method, mode: PromptMode, n: int
 ) -> BundleInfo:
-    """bundle.json, but for what is known only after tracing and checking."""
+    """bundle.json, but for what is known only after tracing and validation."""
     config: Any = model.config
-    family = {"electra": "bert"}.get(config.model_type, config.model_type)
-    longest = max_length(config, family) - (n if mode == "cat" and family in ("bart", "gpt2") else 0)
+    family = family_of(config)
+    longest = family.positions(config) - (n if mode == "cat" and family.prompt_takes_positions else 0)
     if longest < n + 4:
         raise UsageError(f"--n-prompt-tokens {n} leaves no room for text: the backbone has {longest} positions")
     local = Path(backbone).is_dir()
     return BundleInfo(
         backbone=str(Path(backbone).resolve()) if local else backbone,
         revision=revision or (None if local else getattr(config, "_commit_hash", None)),
-        family=family,
+        family=family.model_type,
+        architecture=family.architecture,
+        template_group=family.template_group,
         method=method,
         prompt_mode=mode,
         n_prompt_tokens=n,
         hidden_size=config.hidden_size,
-        n_layers=config.encoder_layers if family == "bart" else config.num_hidden_layers,
+        n_layers=len(family.blocks(model)),
         vocab_size=config.vocab_size,
         max_length=longest,
         word_embedding_std=float(np.std(model.get_input_embeddings().weight.numpy(), dtype=np.float64)),  # type: ignore[operator]
@@ -134,41 +131,36 @@ def describe(
     )
 
 
-def max_length(config: Any, family: str) -> int:
-    """Positions of the backbone. RoBERTa counts from its padding token's id; T5 has none but its training's."""
-    if family == "t5":
-        return int(getattr(config, "n_positions", 512))
-    if family == "roberta":
-        return int(config.max_position_embeddings - config.pad_token_id - 1)
-    return int(config.max_position_embeddings)
+def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTokens:
+    """The special tokens of the family's rows. Raises ExportError where the tokenizer lacks the mask token."""
 
+    def token(name: str | None) -> tuple[str | None, int | None]:
+        text = None if name is None else getattr(tokenizer, name, name)
+        return text, None if text is None else tokenizer.convert_tokens_to_ids(text)
 
-def special_tokens(config: Any, tokenizer: Any, family: str) -> SpecialTokens:
-    mask = "<extra_id_0>" if family == "t5" else tokenizer.mask_token if family != "gpt2" else None
-    mask_id = None if mask is None else tokenizer.convert_tokens_to_ids(mask)
-    if family != "gpt2" and (mask_id is None or mask_id == tokenizer.unk_token_id):
-        raise ExportError(f"the tokenizer has no mask token, which {family} prompts need")
-    masked = family in ("roberta", "bert", "bart")
+    mask_text, mask = token(family.mask)
+    if family.mask is not None and (mask is None or mask == tokenizer.unk_token_id):
+        raise ExportError(f"the tokenizer has no mask token, which prompts of a {family.model_type} model need")
     pads = (config.pad_token_id, tokenizer.pad_token_id, config.eos_token_id, 0)
     return SpecialTokens(
-        begin=tokenizer.cls_token_id if masked else None,
-        end=tokenizer.sep_token_id if masked else tokenizer.eos_token_id if family == "t5" else None,
+        begin=token(family.begin)[1],
+        end=token(family.end)[1],
         pad=next(p for p in pads if isinstance(p, int) and p < config.vocab_size),
-        mask=mask_id,
-        mask_text=mask,
-        decoder_start=config.decoder_start_token_id if family in ("bart", "t5") else None,
+        mask=mask,
+        mask_text=mask_text,
+        decoder_start=config.decoder_start_token_id if family.architecture == "encoder-decoder" else None,
     )
 
 
-def checked(folder: Path) -> float:
-    """Run exporters.validate in a process of its own, which loads what was written and nothing else."""
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "bbt_accel.exporters.validate", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise ExportError(f"the exported graphs could not be checked: {lines[-1]}")
-    error = float(json.loads(result.stdout.splitlines()[-1])["max_error"])
+def validated(folder: Path) -> float:
+    """The bundle's error, measured in a process of its own, which loads what was written and nothing else.
+
+    Raises ExportError when it is beyond `TOLERANCE`, or cannot be measured.
+    """
+    try:
+        error = float(processes.call(validate, path=folder))
+    except EngineError as problem:
+        raise ExportError(f"the exported graphs could not be validated: {problem}") from None
     if not error <= TOLERANCE:
         raise ExportError(f"the exported graphs differ from eager PyTorch by {error:.1e}, more than {TOLERANCE:.0e}")
     return error

@@ -1,7 +1,9 @@
-"""Which transformers class and which backbone stand for a checkpoint, and how it is loaded."""
+"""The families, and how a checkpoint of one is loaded."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -11,67 +13,78 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from bbt_accel.bundle import BundleInfo
 from bbt_accel.errors import ExportError, first_line
-from bbt_accel.exporters.backbone import Backbone
-from bbt_accel.exporters.bart import BartBackbone
-from bbt_accel.exporters.bert import BertBackbone, ElectraBackbone
-from bbt_accel.exporters.gpt2 import GPT2Backbone, GPT2WholeBackbone
-from bbt_accel.exporters.roberta import RobertaBackbone
-from bbt_accel.exporters.t5 import T5Backbone
+from bbt_accel.exporters.bart import BART
+from bbt_accel.exporters.bert import BERT, ELECTRA, ROBERTA
+from bbt_accel.exporters.family import FamilySpec
+from bbt_accel.exporters.gpt2 import GPT2
+from bbt_accel.exporters.t5 import T5
 
-FAMILIES: dict[str, tuple[str, type[Backbone]]] = {
-    "roberta": ("RobertaForMaskedLM", RobertaBackbone),
-    "bert": ("BertForMaskedLM", BertBackbone),
-    "electra": ("ElectraForMaskedLM", ElectraBackbone),
-    "bart": ("BartForConditionalGeneration", BartBackbone),
-    "t5": ("T5ForConditionalGeneration", T5Backbone),
-    "gpt2": ("GPT2LMHeadModel", GPT2Backbone),
-}
-"""By the checkpoint's `model_type`."""
+FAMILIES = (ROBERTA, BERT, ELECTRA, BART, T5, GPT2)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""A bundle's precision → the dtype of its checkpoint."""
+GROUP = "bbt_accel.families"
+"""The entry-point group by which installed packages add a `FamilySpec`."""
+
+
+@cache
+def families() -> dict[str, FamilySpec]:
+    """Every family by its `model_type`: the built-in ones, then those of installed packages."""
+    found = {spec.model_type: spec for spec in FAMILIES}
+    for entry in entry_points(group=GROUP):
+        spec = entry.load()
+        if not isinstance(spec, FamilySpec):
+            raise ExportError(f"entry point {entry.name} in {GROUP} is {entry.value}, which is not a FamilySpec")
+        found.setdefault(spec.model_type, spec)
+    return found
+
+
+def family_of(config: Any) -> FamilySpec:
+    """The family of a loaded configuration. Raises ExportError for an unsupported one."""
+    if config.model_type not in families():
+        raise ExportError(f"{config.model_type} models are not supported; supported are {', '.join(families())}")
+    return families()[config.model_type]
 
 
 def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
-    """The configuration of a hub id or local folder. Raises ExportError if there is none, or of a foreign family."""
+    """The configuration of a hub id or local folder. Raises ExportError if there is none, or of another family."""
+    families()  # installed packages register their configurations with transformers
     try:
         config = AutoConfig.from_pretrained(str(checkpoint), revision=revision)
     except (OSError, ValueError) as error:
         raise ExportError(
             f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder or a hub id"
         ) from None
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ExportError(f"{checkpoint} is a {config.model_type} model; supported families are {known}")
+    family_of(config)
     return config
 
 
-def load_model(checkpoint: str | Path, revision: str | None = None) -> nn.Module:
-    """The family's own transformers class in float32 with sdpa attention, ready for inference.
+def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The family's own transformers class with sdpa attention, ready for inference.
 
     Raises ExportError for a checkpoint without an LM head, whose logits would be random.
     """
     transformers.logging.disable_progress_bar()
     config = load_config(checkpoint, revision)
-    name = FAMILIES[config.model_type][0]
+    family = family_of(config)
     try:
-        model, report = getattr(transformers, name).from_pretrained(
-            str(checkpoint), revision=revision, dtype=torch.float32, attn_implementation="sdpa",
-            output_loading_info=True,
-        )  # fmt: skip
+        model, report = family.load_class().from_pretrained(
+            str(checkpoint), revision=revision, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error).rstrip('.')})") from None
     missing = sorted(report["missing_keys"])
     if missing:
         found = ", ".join(config.architectures or ["an unnamed class"])
         raise ExportError(
-            f"{checkpoint} ({found}) has no {name} head: {missing[0]} is missing; "
+            f"{checkpoint} ({found}) has no {family.class_name} head: {missing[0]} is missing; "
             "use a checkpoint that was saved with its LM head"
         )
     return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
-    """The checkpoint's fast tokenizer."""
+    """The checkpoint's fast tokenizer. Raises ExportError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), revision=revision, use_fast=True)
     except (OSError, ValueError, ImportError) as error:
@@ -81,12 +94,3 @@ def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up from the configuration
         raise ExportError(f"{checkpoint} has no tokenizer; save its tokenizer.json beside the weights")
     return tokenizer
-
-
-def make_backbone(model: nn.Module, info: BundleInfo) -> Backbone:
-    """The backbone of a loaded model for one method, mode and prompt length."""
-    model_type: str = model.config.model_type  # type: ignore[union-attr, assignment]
-    cls = FAMILIES[model_type][1]
-    if model_type == "gpt2" and "prefix-cache" in info.without:
-        cls = GPT2WholeBackbone
-    return cls(model, info).eval()

@@ -1,4 +1,4 @@
-"""GPT-2: causal, so the prompt in front sees no text, and its states are computed once a candidate."""
+"""GPT-2: causal, so the prompt in front sees no text, and its states are computed once per candidate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from bbt_accel.exporters.backbone import (
     padding_bias,
     rows_at,
 )
+from bbt_accel.exporters.family import FamilySpec
 
 
 class GPT2WholeBackbone(Backbone):
-    """GPT2LMHeadModel with the prompt computed once a row like the text behind it: what `prefix-cache` saves."""
-
-    family = "gpt2"
-    first = 0
+    """GPT2LMHeadModel with the prompt computed once per row like the text behind it: without `prefix-cache`."""
 
     def tokens(self, input_ids: Tensor) -> Tensor:
         return self.model.transformer.wte(input_ids)
@@ -61,7 +59,7 @@ class GPT2Backbone(GPT2WholeBackbone):
     """GPT2LMHeadModel.
 
     The first n positions ("prefix", (P, n, H)) and the text behind them ("hidden", (P, N, T, H)) are separate states.
-    In add mode all rows bound together begin with the same n tokens (engines group rows so).
+    In add mode all rows of a call begin with the same n tokens (engines group rows accordingly).
     """
 
     def masks(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,14 +98,14 @@ class GPT2Backbone(GPT2WholeBackbone):
         layer = self.model.transformer.h[i]
         return linear(layer.attn.c_attn, layer.ln_1(x))
 
-    def advance(
+    def both_blocks(
         self, i: int, prefix: Tensor, text: Tensor, query: Tensor, prefix_bias: Tensor | None, text_bias: Tensor,
         text_qkv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Block i: prefix (P, n, H), text (P·N, T, H), query positions of the text (P·N, Tq, H).
 
-        With prefix_bias None the prefix is not needed any further and only its keys and values are computed.
-        text_qkv: what `project` gives for the text, where that is known.
+        With prefix_bias None the prefix is not needed any further, and only its keys and values are computed.
+        text_qkv: `project` of the text, where it is known already.
         """
         layer = self.model.transformer.h[i]
         size, heads, scale = layer.attn.embed_dim, layer.attn.num_heads, layer.attn.scaling
@@ -135,7 +133,7 @@ class GPT2Backbone(GPT2WholeBackbone):
         prefix_bias, text_bias = self.prefix_bias(attention_mask), each(p, self.text_bias(attention_mask))
         first = None if "shared-first" in self.without else each(p, self.project(0, rows))
         for i in range(self.layers - 1):
-            prefix, text = self.advance(i, prefix, text, text, prefix_bias, text_bias, first if i == 0 else None)
+            prefix, text = self.both_blocks(i, prefix, text, text, prefix_bias, text_bias, first if i == 0 else None)
         return self.finish_both(p, prefix, text, text_bias, readout, label_token_ids)
 
     def finish_both(
@@ -148,7 +146,7 @@ class GPT2Backbone(GPT2WholeBackbone):
         query = text
         if "last-block" not in self.without:
             query, bias, position = at(text, position), rows_at(bias, position), None
-        _, last = self.advance(self.layers - 1, prefix, text, query, None, bias)
+        _, last = self.both_blocks(self.layers - 1, prefix, text, query, None, bias)
         return self.read(last, position, label_token_ids).unflatten(0, (p, -1))
 
     def embed(self, input_ids: Tensor) -> State:
@@ -165,7 +163,7 @@ class GPT2Backbone(GPT2WholeBackbone):
         p = prompts.shape[0]
         prefix, text = self.prompted_both(prompts, state)
         bias = each(p, self.text_bias(attention_mask))
-        prefix, text = self.advance(i, prefix, text, text, self.prefix_bias(attention_mask), bias)
+        prefix, text = self.both_blocks(i, prefix, text, text, self.prefix_bias(attention_mask), bias)
         return {"prefix": prefix, "hidden": text.unflatten(0, (p, -1))}
 
     def last(
@@ -179,5 +177,33 @@ class GPT2Backbone(GPT2WholeBackbone):
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """GPT-2's Conv1D without its flattening, which stands in the way of fusions."""
+    """GPT-2's Conv1D without its flattening, which prevents fusions."""
     return x @ module.weight + module.bias
+
+
+def _shape(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"vocab_size": 50257, "n_embd": width, "n_layer": layers, "n_head": heads}
+
+
+GPT2 = FamilySpec(
+    model_type="gpt2",
+    model_class="GPT2LMHeadModel",
+    backbone=GPT2Backbone,
+    without_prefix_cache=GPT2WholeBackbone,
+    architecture="decoder",
+    template_group="causal",
+    blocks=lambda model: model.transformer.h,
+    embedding=lambda model: model.transformer.wte,
+    head=lambda model: model.lm_head,
+    first_prompt=0,
+    begin=None,
+    end=None,
+    mask=None,
+    prompt_takes_positions=True,
+    tiny=_shape(64, 3, 4) | {"n_positions": 128},
+    shapes={
+        "gpt2": _shape(768, 12, 12),
+        "gpt2-medium": _shape(1024, 24, 16),
+        "gpt2-large": _shape(1280, 36, 20),
+    },
+)

@@ -1,4 +1,4 @@
-"""From a backbone to ONNX files: one graph for bbt; embedding, blocks and readout for bbtv2."""
+"""Tracing a backbone into ONNX files: one graph for bbt; embedding, blocks and readout for bbtv2."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from onnxscript.optimizer import optimize
 from torch import Tensor, nn
 from torch.export import Dim
 
+from bbt_accel.exporters.axes import AXES
 from bbt_accel.exporters.backbone import Backbone, State
 
 OPSET = 20
 SMALL = 1024
-"""Elements or bytes up to which a tensor may be folded, and stays inside the graph: shape constants, mostly."""
-
+"""Elements or bytes up to which a tensor is folded, and stays inside the graph: mostly shape constants."""
 PAGE = 4096
-"""Tensors begin at multiples of a memory page, so that they can be mapped."""
+"""Tensors are aligned to memory pages, so that they can be mapped."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Stage:
 
 
 class Traced(nn.Module):
-    """A stage as the module that torch.export wants: positional inputs, in the order of the stage's names."""
+    """A stage as torch.export wants it: a module with positional inputs, in the order of the stage's names."""
 
     def __init__(self, backbone: Backbone, stage: Stage) -> None:
         super().__init__()
@@ -74,36 +74,25 @@ def stages(backbone: Backbone, method: str, hidden_size: int) -> Iterator[Stage]
     yield Stage("last", {**inputs, **tail}, ["label_logits"])
 
 
-def dynamic_axes(inputs: dict[str, Tensor], n: int, cat: bool) -> dict[str, dict[int, Any]]:
-    """P, N, S, C, D and the state's population Q are open; everything else is fixed by the backbone."""
-    shortest = 2 if cat else n + 2
-    P, Q, N, C, D = (Dim(name) for name in ("candidates", "state", "rows", "labels", "decoder_tokens"))
-    S = Dim("tokens", min=shortest, max=2**20)
-    T = S - n if "prefix" in inputs and not cat else S
-    axes: dict[str, dict[int, Any]] = {
-        "prompts": {0: P},
-        "input_ids": {0: N, 1: S},
-        "attention_mask": {0: N, 1: S},
-        "readout": {0: N},
-        "label_token_ids": {0: C},
-        "decoder_input_ids": {0: N, 1: D},
-        "hidden": {0: Q, 1: N, 2: T},
-        "prefix": {0: Q},
-    }
-    return {name: axes[name] for name in inputs}
+def dynamic_axes(inputs: State, n: int, cat: bool) -> tuple[dict[int, Any], ...]:
+    """The dynamic axes of each input, as torch.export takes them."""
+    dims = {name: Dim(name) for name in ("candidates", "state", "rows", "labels", "decoder_tokens")}
+    tokens = dims["tokens"] = Dim("tokens", min=2 if cat else n + 2, max=2**20)
+    dims["text"] = tokens - n if "prefix" in inputs and not cat else tokens
+    return tuple({i: dims[axis] for i, axis in enumerate(AXES[name]) if axis is not None} for name in inputs)
 
 
 def export_stage(stage: Stage, backbone: Backbone) -> onnx.ModelProto:
-    """Trace one stage into ONNX with open axes."""
+    """Trace one stage into ONNX with dynamic axes."""
     axes = dynamic_axes(stage.inputs, backbone.n, backbone.cat)
     with quiet():
         program = torch.onnx.export(
             Traced(backbone, stage).eval(), tuple(stage.inputs.values()), dynamo=True, opset_version=OPSET,
-            dynamic_shapes={"inputs": tuple(axes.values())}, input_names=list(stage.inputs),
+            dynamic_shapes={"inputs": axes}, input_names=list(stage.inputs),
             output_names=stage.outputs, external_data=False, verbose=False, optimize=False,
         )  # fmt: skip
         assert program is not None
-        # Small constants are folded; weights keep the checkpoint's layout, so that all graphs can share its file.
+        # Small constants are folded; weights keep the checkpoint's layout, so that all graphs share its file.
         optimize(program.model, input_size_limit=SMALL, output_size_limit=SMALL)
     model = program.model_proto
     check_names(model, stage)
@@ -121,7 +110,7 @@ def check_names(model: onnx.ModelProto, stage: Stage) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter's notes about its own internals are not for users."""
+    """Silence the exporter's notes about its own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -136,8 +125,8 @@ def quiet() -> Iterator[None]:
 class SharedWeights:
     """The tensors of a safetensors file, found by their bytes, for graphs to refer to.
 
-    ONNX external data is a file, an offset and a length, and a safetensors file is a header and then plain row-major
-    tensors: the checkpoint serves all graphs and PyTorch, and stands in the bundle once.
+    ONNX external data is a file, an offset and a length, and a safetensors file is a header followed by plain row-major
+    tensors: one copy of the checkpoint serves all graphs and PyTorch.
     """
 
     def __init__(self, file: Path) -> None:
@@ -154,13 +143,13 @@ class SharedWeights:
                 self.places[key(stream.read(end - begin))] = (8 + size + begin, end - begin)
 
     def refer(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> bool:
-        """Replace the tensor's bytes by a reference, if the file holds them as they are or transposed."""
+        """Replace the tensor's bytes by a reference, if the file holds them, as they are or transposed."""
         place = self.places.get(key(tensor.raw_data))
         if place is None and len(tensor.dims) == 2:
             array = numpy_helper.to_array(tensor)
             place = self.places.get(key(np.ascontiguousarray(array.T).tobytes()))
             if place is not None:
-                # The tracer transposes the weights of linear layers; runtimes do so again when they load the graph.
+                # The tracer transposes the weights of linear layers; runtimes transpose them again at load.
                 rows = f"{tensor.name}_rows"
                 graph.node.insert(0, onnx.helper.make_node("Transpose", [rows], [tensor.name], perm=[1, 0]))
                 tensor.name = rows
@@ -173,14 +162,14 @@ class SharedWeights:
 
 
 class NewWeights:
-    """A file of tensors that the checkpoint does not hold (folded, or in a lower precision), each written once."""
+    """A file of tensors that are not in the checkpoint (folded, or in a lower precision), each written once."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.places: dict[tuple[int, bytes], tuple[int, int]] = {}
 
     def refer(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> bool:
-        """Replace the tensor's bytes by a reference to the file, where they are appended if they are new."""
+        """Replace the tensor's bytes by a reference to the file, appending them if they are new."""
         name = key(tensor.raw_data)
         if name not in self.places:
             with self.file.open("ab") as stream:
@@ -200,7 +189,7 @@ def key(data: bytes) -> tuple[int, bytes]:
 def save_stage(
     model: onnx.ModelProto, folder: Path, name: str, checkpoint: SharedWeights | None, others: NewWeights
 ) -> None:
-    """Write a graph whose weights lie in the checkpoint's file, or in the file of the others."""
+    """Write a graph whose weights are in the checkpoint's file, or in that of the others."""
     for tensor in list(model.graph.initializer):
         large = tensor.HasField("raw_data") and len(tensor.raw_data) > SMALL
         if large and (checkpoint is None or not checkpoint.refer(model.graph, tensor)):
@@ -209,7 +198,7 @@ def save_stage(
 
 
 def load_stage(file: Path) -> onnx.ModelProto:
-    """A graph with its weights inside it, in the orientation in which products take them."""
+    """A graph with its weights inside it, in the orientation in which matmuls take them."""
     model = onnx.load(str(file))
     weights = {t.name: t for t in model.graph.initializer}
     nodes = []

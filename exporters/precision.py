@@ -1,4 +1,4 @@
-"""Which products of an int8 bundle stay in fp32, decided by what each does to the logits."""
+"""Sensitivity fallback: which matmuls of an int8 bundle stay in fp32, decided by the effect of each on the logits."""
 
 from __future__ import annotations
 
@@ -7,96 +7,79 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.exporters.calibration import stage_feeds
-from bbt_accel.exporters.int8 import products, switch, to_int8
-from bbt_accel.exporters.prepare import prepare
-from bbt_accel.exporters.sessions import Feeds, RunStage, onnx_stage
+from bbt_accel.exporters.convert import read_graph
+from bbt_accel.exporters.fidelity import relative_rmse
+from bbt_accel.exporters.int8 import quantizable_matmuls, switch, to_int8
+from bbt_accel.exporters.sessions import Feeds, RunStage, onnx_stage, temporary_graph
 
-Product = tuple[str, str]
-"""A stage and the name of a matrix product in it."""
-
-
-def logit_noise(logits: Float32, wanted: Float32) -> float:
-    """Root mean square error of label logits (P, N, C) relative to their spread, both without what all labels share.
-
-    Only differences between labels reach a prediction or a loss.
-    """
-
-    def contrasts(x: Float32) -> Float32:
-        difference: Float32 = x - x.mean(axis=-1, keepdims=True)
-        return difference
-
-    error, spread = contrasts(logits) - contrasts(wanted), contrasts(wanted)
-    return float(np.sqrt(np.mean(error**2)) / max(float(np.sqrt(np.mean(spread**2))), 1e-12))
+Matmul = tuple[str, str]
+"""A stage and the name of a matmul in it."""
 
 
 @dataclass(frozen=True)
-class SwitchedStage:
-    """One stage in which each product is computed in fp32 or in int8, as its switch says."""
+class SwitchableStage:
+    """One stage in which every matmul runs in fp32 or int8, as its switch says.
+
+    sizes: elements of each matmul's weight, to which its cost is proportional.
+    feeds: the stage's inputs, some rows at a time, as the stages before it compute them in fp32.
+    """
 
     name: str
     run: RunStage
     sizes: dict[str, int]
-    """Elements of each product's weight: the work of a product goes with it."""
     feeds: list[Feeds]
-    """The stage's inputs, some rows at a time, as the stages before it compute them in fp32."""
 
 
-def choose_fp32(
-    bundle: Bundle, target: str, batch: Batch, prompts: Float32, limit: float, folder: Path
-) -> set[Product]:
-    """Products to keep in fp32 so that `logit_noise` on these rows and prompts is at most `limit`.
+def select_fp32(bundle: Bundle, target: str, batch: Batch, prompts: Float32, limit: float, folder: Path) -> set[Matmul]:
+    """Matmuls to keep in fp32 so that the relative logit RMSE on these rows and prompts is at most `limit`.
 
-    Each product's share is measured with that product alone in int8; shares add up in squares. Those that bring the
-    most noise for their work are kept first. Nothing is measured one by one where all together are near enough.
+    Each matmul's error is measured with that matmul alone in int8; squared errors add up. Those with the largest error
+    for their cost are kept first. None is measured by itself if int8 throughout is within the limit.
     """
-    stages = switched_stages(bundle, target, batch, prompts, folder)
-    everything = {(stage.name, name) for stage in stages for name in stage.sizes}
-    wanted = run_from(stages, 0, everything)
-    if logit_noise(run_from(stages, 0, set()), wanted) <= limit:
+    stages = switchable_stages(bundle, target, batch, prompts, folder)
+    sizes = {(stage.name, name): size for stage in stages for name, size in stage.sizes.items()}
+    reference = run_from(stages, 0, sizes)
+    if relative_rmse(run_from(stages, 0, ()), reference) <= limit:
         return set()
-    share: dict[Product, float] = {}
+    error: dict[Matmul, float] = {}
     for i, stage in enumerate(stages):
         for name in stage.sizes:
-            alone = run_from(stages, i, everything - {(stage.name, name)})
-            share[stage.name, name] = logit_noise(alone, wanted) ** 2
-    work = {(stage.name, name): size for stage in stages for name, size in stage.sizes.items()}
-    kept: set[Product] = set()
-    for product in sorted(share, key=lambda p: share[p] / work[p], reverse=True):
-        expected = sum(noise for other, noise in share.items() if other not in kept)
-        if expected <= limit**2 and logit_noise(run_from(stages, 0, kept), wanted) <= limit:
+            alone = run_from(stages, i, sizes.keys() - {(stage.name, name)})
+            error[stage.name, name] = relative_rmse(alone, reference) ** 2
+    kept: set[Matmul] = set()
+    for matmul in sorted(error, key=lambda m: error[m] / sizes[m], reverse=True):
+        expected = sum(error[m] for m in error if m not in kept)
+        if expected <= limit**2 and relative_rmse(run_from(stages, 0, kept), reference) <= limit:
             break
-        kept.add(product)
+        kept.add(matmul)
     return kept
 
 
-def switched_stages(bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path) -> list[SwitchedStage]:
+def switchable_stages(
+    bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path
+) -> list[SwitchableStage]:
     found = []
     for stage, feeds in stage_feeds(bundle, batch, prompts, rows=4):
-        made = to_int8(prepare(bundle.path / f"{stage}.onnx", target)[0], feeds, folder, switches=True)
-        weights = {t.name: int(np.prod(t.dims)) for t in made.model.graph.initializer}
-        sizes = {n.name: weights[n.input[1]] for n in products(made.model.graph) if n.name in made.products}
-        file = folder / "switched.onnx"
-        try:
-            onnx.save(made.model, str(file), save_as_external_data=True, location="switched.onnx.data")
-            found.append(SwitchedStage(stage, onnx_stage(file), sizes, [dict(feed) for feed in feeds]))
-        finally:
-            file.unlink(missing_ok=True)
-            file.with_suffix(".onnx.data").unlink(missing_ok=True)
+        made = to_int8(read_graph(bundle.path / f"{stage}.onnx", target)[0], feeds, folder, switchable=True)
+        elements = {t.name: int(np.prod(t.dims)) for t in made.model.graph.initializer}
+        matmuls = [node for node in quantizable_matmuls(made.model.graph) if node.name in made.quantized]
+        sizes = {node.name: elements[node.input[1]] for node in matmuls}
+        with temporary_graph(made.model, folder) as file:
+            found.append(SwitchableStage(stage, onnx_stage(file), sizes, [dict(feed) for feed in feeds]))
     return found
 
 
-def run_from(stages: list[SwitchedStage], first: int, exact: Collection[Product]) -> Float32:
-    """Label logits (P, N, C) from stage `first` upward, with these products in fp32 and the others in int8."""
+def run_from(stages: list[SwitchableStage], first: int, fp32: Collection[Matmul]) -> Float32:
+    """Label logits (P, N, C) from stage `first` on, with these matmuls in fp32 and the others in int8."""
     parts: list[Float32] = []
     for number in range(len(stages[first].feeds)):
         state: Feeds = {}
         for stage in stages[first:]:
-            switches = {switch(name): np.array([(stage.name, name) in exact]) for name in stage.sizes}
+            switches = {switch(name): np.array([(stage.name, name) in fp32]) for name in stage.sizes}
             state |= stage.run(stage.feeds[number] | state | switches)
         parts.append(state["label_logits"])
     return np.concatenate(parts, axis=1)

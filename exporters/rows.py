@@ -1,4 +1,4 @@
-"""Real rows for checks: the shipped task's texts, encoded for any backbone."""
+"""Real rows for checks: the shipped texts, encoded for any backbone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bbt_accel.demo import DATA
 def sample_rows(bundle: Bundle, count: int = 8, words: int = 40) -> Batch:
     """Rows of different lengths, padded, with a mask token and five label words that are plain vocabulary ids.
 
-    No task is needed, so that a bundle of any vocabulary can be checked.
+    Independent of a task, so that a bundle with any vocabulary can be checked.
     """
     info, special = bundle.info, bundle.info.special
     tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
@@ -29,7 +29,7 @@ def sample_rows(bundle: Bundle, count: int = 8, words: int = 40) -> Batch:
         row = ([special.begin] if special.begin is not None else []) + prompt + (body or [5])
         if special.mask is not None:
             row.append(special.mask)
-        readout.append(1 if info.family == "t5" else len(row) - 1)
+        readout.append(1 if info.template_group == "span" else len(row) - 1)
         rows.append(row + ([special.end] if special.end is not None else []))
     length = max(map(len, rows))
     ids = np.array([row + [special.pad] * (length - len(row)) for row in rows])

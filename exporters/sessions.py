@@ -1,19 +1,20 @@
 """A bundle's stages as plain functions from arrays to arrays, on the CPU: for checks and calibration.
 
-Engines are what runs a search; this is what an exporter needs to look at its own work.
+Engines run searches; this is what an exporter needs to check its own output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle, BundleInfo
-from bbt_accel.decoder_input import with_decoder_input
 from bbt_accel.errors import ExportError, MissingDependency
 
 Feeds = dict[str, Any]
@@ -22,28 +23,28 @@ RunStage = Callable[[Feeds], Feeds]
 
 
 def open_stage(bundle: Bundle, stage: str) -> RunStage:
-    """One stage of a bundle. What it returns has the names that the next stage takes."""
+    """One stage of a bundle. Its outputs have the names of the next stage's inputs."""
     if bundle.info.target == "openvino":
-        return openvino_stage(bundle.path / f"{stage}.xml")
+        return openvino_stage(bundle.path / f"{stage}.xml", bundle.info.precision)
     return onnx_stage(bundle.path / f"{stage}.onnx")
 
 
 def onnx_stage(file: Path) -> RunStage:
     """A graph in ONNX Runtime."""
-    session = session_of(file)
-    takes = [i.name for i in session.get_inputs()]
-    gives = [o.name.removesuffix("_out") for o in session.get_outputs()]
+    session = open_session(file)
+    inputs = [i.name for i in session.get_inputs()]
+    outputs = [o.name.removesuffix("_out") for o in session.get_outputs()]
 
     def run(feeds: Feeds) -> Feeds:
-        missing = [name for name in takes if name not in feeds]
+        missing = [name for name in inputs if name not in feeds]
         if missing:
-            raise ExportError(f"{file.name} asks for {', '.join(missing)}, which no stage before it gives")
-        return dict(zip(gives, session.run(None, {name: feeds[name] for name in takes}), strict=True))
+            raise ExportError(f"{file.name} needs {', '.join(missing)}, which no earlier stage provides")
+        return dict(zip(outputs, session.run(None, {name: feeds[name] for name in inputs}), strict=True))
 
     return run
 
 
-def session_of(file: Path) -> Any:
+def open_session(file: Path) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -53,26 +54,43 @@ def session_of(file: Path) -> Any:
     return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
 
 
-def openvino_stage(file: Path) -> RunStage:
-    """An OpenVINO model in full precision, where it is not quantized."""
+@contextmanager
+def temporary_graph(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
+    """The file of a graph, with its weights beside it, for as long as the block runs."""
+    file = folder / "temporary.onnx"
     try:
-        import openvino
-    except ImportError:
-        raise MissingDependency('openvino is not installed: pip install "bbt-accel[openvino]"') from None
-    model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    takes = [i.get_any_name() for i in model.inputs]
-    gives = [o.get_any_name().removesuffix("_out") for o in model.outputs]
+        onnx.save(model, str(file), save_as_external_data=True, location=f"{file.name}.data")
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+        file.with_suffix(".onnx.data").unlink(missing_ok=True)
+
+
+def openvino_stage(file: Path, precision: str) -> RunStage:
+    """An OpenVINO model. Without the hint, OpenVINO would compute fp32 graphs in bf16 on processors that have it."""
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    model = import_openvino().Core().compile_model(str(file), "CPU", hint)
+    inputs = [i.get_any_name() for i in model.inputs]
+    outputs = [o.get_any_name().removesuffix("_out") for o in model.outputs]
 
     def run(feeds: Feeds) -> Feeds:
-        found = model({name: feeds[name] for name in takes})
-        return {name: np.array(found[i]) for i, name in enumerate(gives)}
+        found = model({name: feeds[name] for name in inputs})
+        return {name: np.array(found[i]) for i, name in enumerate(outputs)}
 
     return run
 
 
+def import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise MissingDependency('OpenVINO is not installed: pip install "bbt-accel[openvino]"') from None
+    return openvino
+
+
 def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
-    """Label logits (P, N, C) of all stages as they lie on disk."""
-    feeds = row_feeds(with_decoder_input(bundle.info, batch))
+    """Label logits (P, N, C) of the bundle's graphs. prompts: float32 (P, n, H) or (P, L, n, H)."""
+    feeds: Feeds = dict(batch.with_decoder_input(bundle.info).inputs())
     for stage in bundle.info.stages:
         feeds |= prompt_feeds(bundle.info, stage, prompts)
         feeds |= open_stage(bundle, stage)(feeds)
@@ -80,14 +98,8 @@ def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
     return logits
 
 
-def row_feeds(batch: Batch) -> Feeds:
-    names = ("input_ids", "attention_mask", "readout", "label_token_ids", "decoder_input_ids")
-    found = {name: getattr(batch, name) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def prompt_feeds(info: BundleInfo, stage: str, prompts: Float32) -> Feeds:
-    """The prompts that a stage takes: all of them for bbt, those of its layer for bbtv2."""
+    """The prompts that a stage reads: all of them for bbt, those of its layer for bbtv2."""
     if info.method == "bbt":
         return {"prompts": prompts}
     if stage == "embed":

@@ -1,4 +1,4 @@
-"""T5: relative position biases instead of positions, norms before each sublayer, no scaling of scores."""
+"""T5: relative position biases instead of position embeddings, pre-norm blocks, unscaled attention scores."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from bbt_accel.exporters.backbone import attend, causal_bias, padding_bias
-from bbt_accel.exporters.bart import DecoderBackbone
+from bbt_accel.exporters.encoder_decoder import EncoderDecoderBackbone
+from bbt_accel.exporters.family import FamilySpec
 
 
-class T5Backbone(DecoderBackbone):
-    """T5ForConditionalGeneration, of the first and of the gated (1.1) kind."""
-
-    family = "t5"
-    first = 0
+class T5Backbone(EncoderDecoderBackbone):
+    """T5ForConditionalGeneration, version 1.0 and the gated 1.1."""
 
     @property
-    def decoder_layers(self) -> int:  # type: ignore[override]
+    def decoder_layers(self) -> int:
         return len(self.model.decoder.block)
 
     def tokens(self, input_ids: Tensor) -> Tensor:
@@ -67,3 +65,39 @@ class T5Backbone(DecoderBackbone):
 def t5_attention(module: Any, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     context = attend(module.q(query), module.k(x), module.v(x), module.n_heads, bias, scale=1.0)
     return module.o(context)
+
+
+def _shape(width: int, inner: int, layers: int, heads: int, d_kv: int = 64, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 32128,
+        "d_model": width,
+        "d_ff": inner,
+        "d_kv": d_kv,
+        "num_layers": layers,
+        "num_heads": heads,
+        **more,
+    }
+
+
+T5 = FamilySpec(
+    model_type="t5",
+    model_class="T5ForConditionalGeneration",
+    backbone=T5Backbone,
+    architecture="encoder-decoder",
+    template_group="span",
+    blocks=lambda model: model.encoder.block,
+    embedding=lambda model: model.encoder.embed_tokens,
+    head=lambda model: model.lm_head,
+    first_prompt=0,
+    begin=None,
+    end="eos_token",
+    mask="<extra_id_0>",
+    # Relative positions have no limit; this is the length that it was trained on.
+    positions=lambda config: int(getattr(config, "n_positions", 512)),
+    tiny=_shape(64, 96, 3, 4, 16, num_decoder_layers=2),
+    shapes={
+        "t5-small": _shape(512, 2048, 6, 8),
+        "t5-base": _shape(768, 3072, 12, 12),
+        "t5-large": _shape(1024, 4096, 24, 16),
+    },
+)

@@ -1,7 +1,7 @@
-"""TensorRT's Python API under whichever name it is installed, told apart by what it can do, not by its version.
+"""TensorRT's Python API under whichever name it is installed, distinguished by its features, not its version.
 
-`tensorrt` (10.12 and later, 11) builds plans for the GPU of this machine. `tensorrt_rtx` (TensorRT for RTX) also builds
-them ahead of time, for a compute capability of another machine, and compiles kernels when they first run.
+`tensorrt` (10.12 and later, 11) builds plans for this machine's GPU. `tensorrt_rtx` (TensorRT for RTX) also builds them
+ahead of time, for the compute capability of another machine, and compiles kernels when they first run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NEEDED = {
     "IExecutionContext": ("execute_async_v3", "set_input_shape", "set_tensor_address", "set_device_memory"),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
 }
-"""Class → what the builder and the engine use of it."""
+"""Class → its attributes that the builder and the engine use."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class Api:
 
     @property
     def caches_kernels(self) -> bool:
-        """Whether kernels are compiled when they first run, and can be kept."""
+        """Whether kernels are compiled when they first run, and can be cached."""
         return self.has("IRuntimeConfig", "create_runtime_cache", "set_runtime_cache")
 
     def capabilities(self) -> list[str]:
-        """What `capability` knows, as NVIDIA writes it: 8.9 and the like. Empty where nothing is built ahead."""
+        """Compute capabilities to build ahead for, as NVIDIA writes them: 8.9 and the like; may be empty."""
         names = vars(self.module.ComputeCapability) if self.builds_ahead else ()
         numbers = sorted(int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdigit())
         return [f"{number // 10}.{number % 10}" for number in numbers]
 
     def capability(self, text: str) -> Any:
-        """8.9 → ComputeCapability.SM89. Raises UsageError for one that this TensorRT does not know."""
+        """8.9 → ComputeCapability.SM89. Raises UsageError for one that this TensorRT does not support."""
         if text not in self.capabilities():
             raise UsageError(
-                f"--compute-capability {text} is not one that {self.version} builds for; "
-                f"it knows {', '.join(self.capabilities()) or 'none'}"
+                f"{self.version} cannot build for --compute-capability {text}; "
+                f"choose from {', '.join(self.capabilities()) or 'none'}"
             )
         return getattr(self.module.ComputeCapability, f"SM{text.replace('.', '')}")
 
@@ -69,7 +69,7 @@ class Api:
 def find_api(ahead: bool = False) -> Api:
     """The installed TensorRT: `tensorrt` before `tensorrt_rtx`; with `ahead` the first that builds ahead of time.
 
-    Raises MissingDependency when there is none (that can), PlanError when what is there is too old or broken.
+    Raises MissingDependency when there is none, PlanError when the installed one is too old or broken.
     """
     found = [api for name in MODULES if (api := load(name)) is not None]
     if not found:
@@ -85,13 +85,13 @@ def find_api(ahead: bool = False) -> Api:
 
 
 def load(name: str) -> Api | None:
-    """A module by name; None where it is not installed. Raises PlanError where it is and cannot be loaded."""
+    """A module by name; None if it is not installed. Raises PlanError if it is but cannot be loaded."""
     try:
         module = import_module(name)
     except ModuleNotFoundError:
         return None
     except (ImportError, OSError, RuntimeError) as error:  # the bindings without their libraries
-        raise PlanError(f"{name} is installed and cannot be loaded ({first_line(error)}); install it again") from None
+        raise PlanError(f"{name} is installed but cannot be loaded ({first_line(error)}); reinstall it") from None
     return Api(name, module)
 
 
@@ -103,7 +103,7 @@ def check(api: Api) -> None:
 
 
 def new_logger(api: Api) -> Any:
-    """A logger for TensorRT that keeps errors in its list `errors` and prints nothing."""
+    """A logger for TensorRT that collects errors in its list `errors` and prints nothing."""
 
     class Logger(api.module.ILogger):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
@@ -118,19 +118,19 @@ def new_logger(api: Api) -> Any:
 
 
 def start(api: Api, name: str, logger: Any) -> Any:
-    """TensorRT's `Builder` or `Runtime`. Raises PlanError where it cannot start, as without a driver that it takes."""
+    """TensorRT's `Builder` or `Runtime`. Raises PlanError when it cannot start, as without a suitable driver."""
     try:
         return getattr(api.module, name)(logger)
-    except TypeError:  # pybind11's, for a factory that gives a null pointer
+    except TypeError:  # from pybind11, for a factory that returns a null pointer
         raise PlanError(f"{api.version} cannot start ({reason(logger.errors)})") from None
 
 
 def reason(errors: list[str]) -> str:
-    """The first error that TensorRT told, and what it means where that is known."""
+    """TensorRT's first error, and what it means where that is known."""
     first = errors[0] if errors else "TensorRT gave no reason"
-    told = " ".join(errors).lower()
-    if "out of memory" in told or "outofmemory" in told or "memory allocation" in told:
+    logged = " ".join(errors).lower()
+    if "out of memory" in logged or "outofmemory" in logged or "memory allocation" in logged:
         return f"out of memory: {first:.200}; use a smaller backbone, or --calibrate a task with shorter rows"
-    if "driver version is insufficient" in told or "no cuda-capable device" in told:
+    if "driver version is insufficient" in logged or "no cuda-capable device" in logged:
         return "there is no NVIDIA GPU, or its driver is too old; see bbt-accel doctor"
     return f"{first:.300}"

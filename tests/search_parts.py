@@ -46,6 +46,8 @@ def search_bundle(folder: Path, method: str = "bbt", precision: str = "fp32") ->
         backbone="toy",
         revision=None,
         family="roberta",
+        architecture="encoder",
+        template_group="masked",
         method=method,  # type: ignore[arg-type]
         prompt_mode="add",
         n_prompt_tokens=4,

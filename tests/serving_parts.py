@@ -1,4 +1,4 @@
-"""What the tests of the server and its client share: an app on the dummy engine, requests, and a server in a thread."""
+"""Shared by the tests of the server and its client: an app on the dummy engine, requests, and a server in a thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bbt_accel.serving.app import make_app
 from bbt_accel.serving.models import make_models
 from bbt_accel.serving.server import address, listen
 
-LIMITS = Limits(request_bytes=2**20, batch=200, timeout=30.0, kept=3)
+LIMITS = Limits(request_bytes=2**20, batch=200, timeout=30.0, cached_batches=3)
 HEADER = "Inference-Header-Content-Length"
 
 
@@ -45,7 +45,7 @@ def rows(seed: int = 0, count: int = 8, readout: int = 1) -> Batch:
 
 
 def row_tensors(found: Batch) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in ("input_ids", "attention_mask", "readout", "label_token_ids")}
+    return dict(found.inputs())
 
 
 def prompts(bundle: Bundle, population: int = 5, seed: int = 0) -> Any:
@@ -67,7 +67,7 @@ def in_json(tensors: Mapping[str, Any], **parameters: Any) -> dict[str, Any]:
 
 
 def in_binary(tensors: Mapping[str, Any], **parameters: Any) -> tuple[bytes, dict[str, str]]:
-    """The body and the header of a request whose tensors are binary, and whose outputs are to be so."""
+    """Body and header of a request with binary tensors that asks for binary outputs."""
     blobs = [bytes_of(a) for a in tensors.values()]
     inputs = [
         {"name": n, "datatype": datatype(a), "shape": list(a.shape), "parameters": {"binary_data_size": len(blob)}}
@@ -103,13 +103,13 @@ def from_binary(answer: Any) -> dict[str, Any]:
 
 @contextmanager
 def running(application: Any) -> Iterator[str]:
-    """The address of a server that runs in a thread, on a port that was free."""
+    """The address of a server that runs in a thread, on a free port."""
     with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(application, log_config=None, ws="none", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
-            yield address(listener)  # it listens already: a connection waits until the server takes it
+            yield address(listener)  # it listens already: connections wait until the server accepts them
         finally:
             server.should_exit = True
             thread.join(timeout=20)

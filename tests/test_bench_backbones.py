@@ -1,37 +1,41 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
-from bbt_accel.benchmarks import make_backbone as module
-from bbt_accel.benchmarks.make_backbone import SHAPES, make_backbone
+from bbt_accel.benchmarks.make_backbone import make_backbone, make_tiny
 from bbt_accel.errors import DataError, UsageError
+from bbt_accel.exporters import families as module
 from bbt_accel.exporters.export import special_tokens
-from bbt_accel.exporters.families import load_config, load_model, load_tokenizer
-
-TINY: dict[str, dict[str, Any]] = {
-    "roberta": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
-    "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
-    "bart": module.bart(16, 1, 2),
-    "t5": module.t5(16, 32, 1, 2),
-    "gpt2": module.gpt2(16, 1, 2),
-}
+from bbt_accel.exporters.families import families, load_config, load_model, load_tokenizer
 
 
-@pytest.mark.parametrize("shape", ["roberta-base", "bert-base", "bart-base", "t5-small", "gpt2"])
-def test_loads_as_a_checkpoint(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = SHAPES[shape]["model_type"]
-    size = SHAPES[shape]["vocab_size"]
-    monkeypatch.setitem(SHAPES, shape, SHAPES[shape] | TINY[family] | {"vocab_size": size})
-    make_backbone(shape, tmp_path / "made")
+@pytest.mark.parametrize("model_type", families())
+def test_a_shape_loads_as_a_checkpoint(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = families()[model_type]
+    size = 9000  # the shipped tokenizer has fewer tokens
+    small = replace(spec, shapes={"small": spec.tiny | {"vocab_size": size}})
+    monkeypatch.setattr(module, "families", lambda: families() | {model_type: small})
+    make_backbone("small", tmp_path / "made")
     assert load_config(tmp_path / "made").vocab_size == size
     load_model(tmp_path / "made")
-    special = special_tokens(load_config(tmp_path / "made"), load_tokenizer(tmp_path / "made"), family)
-    assert (special.mask is None) == (family == "gpt2")
+    special = special_tokens(load_config(tmp_path / "made"), load_tokenizer(tmp_path / "made"), spec)
+    assert (special.mask is None) == (spec.template_group == "causal")
     assert special.pad == 0
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_a_tiny_backbone_has_the_vocabulary_of_its_tokenizer(model_type: str, tmp_path: Path) -> None:
+    make_tiny(model_type, str(tmp_path / "tiny"))
+    assert load_config(tmp_path / "tiny").vocab_size == len(load_tokenizer(tmp_path / "tiny"))
+
+
+def test_published_shapes() -> None:
+    shapes = {name for spec in families().values() for name in spec.shapes}
+    assert {"roberta-base", "roberta-large", "bert-small", "bart-large", "t5-small", "gpt2"} <= shapes
 
 
 def test_refuses(tmp_path: Path) -> None:

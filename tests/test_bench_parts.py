@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +9,21 @@ import pytest
 from tiny_bundles import tiny_bundle
 
 from bbt_accel.batch import Batch
-from bbt_accel.benchmarks import worker
-from bbt_accel.benchmarks.accuracy import judge, row_logits
-from bbt_accel.benchmarks.machine import peak_mib, rate
-from bbt_accel.benchmarks.markdown import digits, summary
-from bbt_accel.benchmarks.plan import POSSIBLE, USUAL, plan, switched_off
-from bbt_accel.benchmarks.report import Baseline, Report, Row
-from bbt_accel.benchmarks.timing import percentiles, random_prompts, seconds_per_candidate
-from bbt_accel.benchmarks.workload import load_batch, save_batch
+from bbt_accel.benchmarks import cases, rates
+from bbt_accel.benchmarks.bench_report import summary
+from bbt_accel.benchmarks.bundles import conversion
+from bbt_accel.benchmarks.cases import BASELINES, ablations, check_names, plan_measurements
+from bbt_accel.benchmarks.measurements import BenchReport, Drift, Measurement, check_fidelity
+from bbt_accel.benchmarks.options import BenchOptions, bench_options
+from bbt_accel.benchmarks.rates import matrix_rates, median_seconds
+from bbt_accel.benchmarks.script import Timed
+from bbt_accel.benchmarks.steps import load_batch, row_logits, save_batch
+from bbt_accel.benchmarks.timing import generation, milliseconds, peak_mib, random_prompts
 from bbt_accel.bundle import Bundle
-from bbt_accel.cores import physical_cores
+from bbt_accel.engine_specs import engine_spec, engine_specs
 from bbt_accel.engines.dummy import DummyEngine
-from bbt_accel.errors import EngineError, MissingDependency, UsageError
+from bbt_accel.errors import UsageError
+from bbt_accel.machine import describe_machine
 
 TARGETS = np.array([0, 1, 2, 0] * 25)
 EAGER = np.eye(3, dtype=np.float32)[TARGETS]
@@ -33,75 +34,103 @@ def some_rows(count: int = 5) -> Batch:
     return Batch(ids, np.ones_like(ids), np.full(count, 3), np.zeros(count), np.array([1, 2]))
 
 
-def judged(precision: str, logits: np.ndarray[Any, Any]) -> Row:
-    row = Row(engine="ort", precision=precision)
-    judge(row, logits.astype(np.float32), EAGER, TARGETS, "accuracy")
+def checked(precision: str, logits: np.ndarray[Any, Any]) -> Measurement:
+    row = Measurement(engine="ort", precision=precision)
+    check_fidelity(row, logits.astype(np.float32), EAGER, TARGETS, "accuracy")
     return row
 
 
-def test_judge_fp32_by_the_logits() -> None:
-    assert judged("fp32", EAGER + 0.9e-4).status == "passed"
-    row = judged("fp32", EAGER + 1e-3)
+def test_fp32_is_checked_by_its_logits() -> None:
+    assert checked("fp32", EAGER + 0.9e-4).status == "passed"
+    row = checked("fp32", EAGER + 1e-3)
     assert (row.status, row.agreement, row.score) == ("differs", 1.0, 1.0)
     assert row.reason == "logit error 1.0e-03 is more than 1e-04"
 
 
-def test_judge_lower_precisions_by_agreement() -> None:
+def test_lower_precisions_are_checked_by_agreement() -> None:
     logits = EAGER + 0.1
-    assert judged("int8", logits).status == "passed"
+    assert checked("int8", logits).status == "passed"
     logits[:3] = [0, 0, 5]
-    assert (judged("int8", logits).status, judged("int8", logits).agreement) == ("passed", 0.98)
+    assert (checked("int8", logits).status, checked("int8", logits).agreement) == ("passed", 0.98)
     logits[:5] = [0, 5, 0]
-    assert judged("int8", logits).status == "differs"
+    assert checked("int8", logits).status == "differs"
 
 
-def test_judge_logits_that_are_not_finite() -> None:
+def test_logits_that_are_not_finite_differ() -> None:
     logits = EAGER.copy()
     logits[0, 0] = np.nan
-    row = judged("fp16", logits)
+    row = checked("fp16", logits)
     assert (row.status, row.max_error, row.score, row.agreement) == ("differs", None, None, 0.99)
     assert row.reason == "1 of 100 test rows have NaN or infinite logits"
 
 
-def test_plan_defaults() -> None:
-    cases = plan(None, None)
-    assert [(c.engine, c.precision) for c in cases] == [(e, p) for e, ps in USUAL.items() for p in ps]
-    assert all(c.problem is None for c in cases)
+def options(**changes: Any) -> BenchOptions:
+    return bench_options(**{"backbone": "demo", "task": "demo"} | changes)
 
 
-def test_plan_leaves_out_what_was_not_asked_for() -> None:
-    assert [(c.engine, c.precision) for c in plan(None, ["int8"])] == [("ort", "int8"), ("openvino", "int8")]
-    assert [(c.engine, c.precision) for c in plan(["torch", "eager", "torch"], None)] == [("torch", "fp32")]
-    (case,) = plan(["torch"], ["int8"])
-    assert case.problem == "torch takes fp32"
+@pytest.fixture
+def engine_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Measurement]]:
+    """Rows after the baselines, on a processor with bf16 unless it is said to have none."""
+    info = tiny_bundle(tmp_path).info
+
+    def plan(features: Sequence[str] = ("bf16",), **changes: Any) -> list[Measurement]:
+        machine = {**describe_machine(), "features": list(features)}
+        monkeypatch.setattr(cases, "describe_machine", lambda: machine)
+        rows, _ = plan_measurements(options(**changes), info)
+        return [row for row in rows if not row.baseline]
+
+    return plan
+
+
+def pairs(rows: list[Measurement]) -> list[tuple[str, str]]:
+    return [(row.engine, row.precision) for row in rows]
+
+
+def test_the_engines_declare_which_rows_there_are(engine_rows: Callable[..., list[Measurement]]) -> None:
+    every = [(name, precision) for name, spec in engine_specs().items() for precision in spec.benched]
+    assert pairs(engine_rows()) == every
+    assert pairs(engine_rows(features=())) == [pair for pair in every if pair[1] != "bf16"]
+
+
+def test_pairs_that_do_not_exist_are_rows_only_if_both_were_asked_for(
+    engine_rows: Callable[..., list[Measurement]],
+) -> None:
+    assert pairs(engine_rows(precisions=["int8"])) == [("ort", "int8"), ("openvino", "int8")]
+    assert pairs(engine_rows(engines=["torch", "eager", "torch"])) == [("torch", "fp32"), ("torch", "bf16")]
+    (row,) = engine_rows(engines=["torch"], precisions=["int8"])
+    assert (row.status, row.reason) == ("failed", "torch runs in fp32, bf16, fp16")
 
 
 @pytest.mark.parametrize(
-    ("engines", "precisions", "without", "words"),
+    ("changes", "words"),
     [
-        (["opt"], None, (), "did you mean ort"),
-        (["zzz"], None, (), "known are torch"),
-        ([], None, (), "names none"),
-        (None, ["fp23"], (), "did you mean fp32"),
-        (None, None, ("bucket",), "buckets"),
+        ({"engines": ["openvin"]}, "did you mean openvino"),
+        ({"precisions": ["fp23"]}, "did you mean fp32"),
+        ({"without": ["bucket"]}, "did you mean buckets"),
     ],
 )
-def test_plan_refuses(engines: Any, precisions: Any, without: Any, words: str) -> None:
+def test_unknown_names(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        plan(engines, precisions, without)
+        check_names(options(**changes))
 
 
-def test_switched_off() -> None:
-    for method in ("bbt", "bbtv2"):
-        *each, everything = switched_off(method, ())  # type: ignore[arg-type]
-        assert all(len(names) == 1 for names in each)
-        assert everything == tuple(name for (name,) in each)
-        assert ("layer-cache" in everything) == (method == "bbtv2")
-    assert all("buckets" in names for names in switched_off("bbt", ("buckets",)))
+@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
+def test_ablations(method: str, tmp_path: Path) -> None:
+    info = tiny_bundle(tmp_path).info.model_copy(update={"method": method})
+    *each, everything = ablations(info, [])
+    assert all(len(names) == 1 for names in each)
+    assert everything == [name for (name,) in each]
+    assert ("layer-cache" in everything) == (method == "bbtv2")
+    assert all("buckets" in names for names in ablations(info, ["buckets"]))
 
 
-def test_every_engine_has_usual_precisions() -> None:
-    assert all(set(precisions) <= set(POSSIBLE[engine]) for engine, precisions in USUAL.items())
+def test_which_bundle_an_engine_reads() -> None:
+    assert conversion(engine_spec("torch"), "fp32") is None
+    assert conversion(engine_spec("ort"), "fp32") == {"target": "ort", "precision": "fp32"}
+    assert conversion(engine_spec("dummy"), "fp32") is None
+    for name in BASELINES:
+        assert conversion(engine_spec(name), "fp32") is None
+        assert conversion(engine_spec(name), "bf16") == {"target": "torch", "precision": "bf16"}
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbtv2"])
@@ -112,9 +141,11 @@ def test_timing(method: str, tmp_path: Path) -> None:
     assert prompts.dtype == np.float32
     assert prompts.std() == pytest.approx(bundle.info.word_embedding_std, rel=0.1)
     with DummyEngine(bundle).bind(some_rows()) as bound:
-        seconds = seconds_per_candidate(bound, prompts, 4)
-    assert len(seconds) == 4
-    assert min(seconds) > 0
+        evaluate = generation(bound, 3)
+        assert evaluate() == (3 if method == "bbt" else 3 * bundle.info.n_layers)
+        found = milliseconds(evaluate, 4)
+    assert len(found) == 4
+    assert min(found) > 0
 
 
 def test_row_logits_in_parts(tmp_path: Path) -> None:
@@ -132,68 +163,58 @@ def test_batches_travel(tmp_path: Path) -> None:
 
 
 def test_percentiles() -> None:
-    assert percentiles([0.001, 0.002, 0.003]) == pytest.approx((2.0, 2.8, 2.98))
+    timed = Timed()
+    assert timed.set_times([1.0, 2.0, 3.0]) == 2.0
+    assert (timed.ms_median, timed.ms_p90, timed.ms_p99) == pytest.approx((2.0, 2.8, 2.98))
+
+
+def test_the_ceiling_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+
+    def missing(n: int, threads: int) -> Any:
+        raise ImportError("no module")
+
+    known = {"fp32 slow": 4.0, "fp32 fast": 2.0, "int8 x": 1.0}
+    made = {name: lambda n, threads, seconds=seconds: seconds for name, seconds in known.items()}
+    monkeypatch.setitem(rates.PRODUCTS, "cpu", made | {"fp32 other": missing})
+    monkeypatch.setattr(rates, "median_seconds", lambda call, device: call)
+    found = matrix_rates("cpu", 1)
+    assert found["fp32_rate_by"] == "fast"
+    assert found["fp32_rate"] == found["rates"]["fp32 fast"] == 2 * found["rates"]["fp32 slow"]
+    assert found["rates"]["int8 x"] > found["fp32_rate"]
+    assert found["unavailable"] == {"fp32 other": "ImportError: no module"}
+
+
+@pytest.mark.parametrize("name", rates.PRODUCTS["cpu"])
+def test_every_library_multiplies(name: str) -> None:
+    for module in ("torch", "onnx", "onnxruntime", "openvino"):
+        pytest.importorskip(module)
+    rates.PRODUCTS["cpu"][name](16, 1)()
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bbt_accel.benchmarks.machine.SECONDS", 0.0)
-    assert rate(10, lambda: None) > 0
-    assert physical_cores() >= 1
+    monkeypatch.setattr(rates, "SECONDS", 0.0)
+    assert median_seconds(lambda: None) > 0
     peak = peak_mib()
     assert peak is None or 10 < peak < 10**6
 
 
-def test_digits() -> None:
-    assert [digits(x) for x in (0.01234, 12.345, 123.4, 12345.6)] == ["0.0123", "12.3", "123", "12,346"]
-
-
 def test_summary_warns_of_an_unsteady_machine() -> None:
-    rows = [Row(engine="eager", precision="fp32", speedup=1.0), Row(engine="ort", precision="fp32", speedup=2.0)]
-    rows.append(Row(engine="ort", precision="fp32", without=["buckets"], speedup=3.0))
-    for drift, warned in ((0.05, False), (-0.2, True), (None, False)):
-        baseline = Baseline(first_ms=1.0, last_ms=1.0, drift=drift)
-        text = summary(Report.model_construct(rows=rows, baseline=baseline))
-        assert ("not steady" in text) == warned
-        assert "**ort fp32**, 2.00 times" in text
+    rows = [Measurement(engine="eager", precision="fp32", baseline=True, ms_median=4.0, speedup=1.0)]
+    rows.append(Measurement(engine="ort", precision="fp32", ms_median=2.0, speedup=2.0, speedup_over_fastest=1.5))
+    off = {"without": ["buckets"], "ablation": True}
+    rows.append(Measurement(engine="ort", precision="fp32", ms_median=1.0, speedup=4.0, **off))
+    machine = {**describe_machine(), "fp32_rate": 1, "fp32_rate_by": "x", "rates": {}, "unavailable": {}}
+    for change, warned in ((0.05, False), (-0.2, True), (None, False)):
+        report = BenchReport.model_construct(
+            options=options(), machine=machine, rows=rows, fastest_baseline="eager fp32", drift=Drift(change=change)
+        )
+        assert ("not steady" in summary(report)) == warned
+        assert "**ort fp32**: 1.50 times the fastest baseline and 2.00 times the original's" in summary(report)
 
 
 def test_every_field_is_documented() -> None:
-    schema = Report.model_json_schema()
-    for name, part in {"Report": schema, **schema["$defs"]}.items():
+    schema = BenchReport.model_json_schema()
+    for name, part in {"BenchReport": schema, **schema["$defs"]}.items():
         for field, description in part["properties"].items():
             assert description.get("description"), f"{name}.{field}"
-
-
-def test_worker_returns_and_raises(tmp_path: Path) -> None:
-    request, reply = tmp_path / "request.json", tmp_path / "reply.json"
-
-    def answer(step: str, **arguments: Any) -> Any:
-        request.write_text(json.dumps(arguments))
-        worker.main(step, str(request), str(reply))
-        return json.loads(reply.read_text())
-
-    (tmp_path / "no").mkdir()
-    engine = {"bundle": str(tmp_path / "no"), "name": "ort"}
-    missing = answer("compare", engine=engine, batch="", prompt="", logits="")
-    assert missing["error"] == "BundleError"
-    assert "TypeError" in answer("compare")["message"]
-
-
-def test_worker_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def program(code: str) -> None:
-        monkeypatch.setattr(
-            subprocess, "run", lambda command, **o: run([sys.executable, "-c", code, *command[4:]], **o)
-        )
-
-    run = subprocess.run
-    program("import sys; open(sys.argv[2], 'w').write('{\"value\": 3}')")
-    assert worker.call("rates", device="cpu") == 3
-    program('import sys; open(sys.argv[2], \'w\').write(\'{"error": "MissingDependency", "message": "x"}\')')
-    with pytest.raises(MissingDependency, match="x"):
-        worker.call("rates")
-    program("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(EngineError, match="SIGKILL, perhaps for want of memory"):
-        worker.call("rates")
-    program("import sys; sys.exit('broken')")
-    with pytest.raises(EngineError, match=r"exit code 1 \(broken\)"):
-        worker.call("rates")

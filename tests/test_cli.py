@@ -14,11 +14,14 @@ import pytest
 from tiny_bundles import tiny_bundle
 from typer.testing import CliRunner
 
+from bbt_accel.benchmarks.options import BenchOptions
+from bbt_accel.bundle import Bundle
 from bbt_accel.cli import app, main
 from bbt_accel.errors import BundleError, EngineError
+from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
-COMMANDS = ["export", "optimize", "tune", "sweep", "evaluate", "predict", "serve", "bench", "doctor"]
+COMMANDS = ["export", "optimize", "triton", "tune", "sweep", "evaluate", "predict", "serve", "bench", "doctor"]
 SCORE = {
     "bundle": "b",
     "split": "test",
@@ -31,7 +34,7 @@ SCORE = {
 
 
 class Program:
-    """The functions behind the commands, replaced: they note what they are called with and return `result`."""
+    """Replaces the functions behind the commands: they record their arguments and return `result`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -40,6 +43,7 @@ class Program:
         for place in (
             "exporters.export.export_bundle",
             "exporters.optimize.optimize_bundle",
+            "exporters.triton.write_repository",
             "tuning.tune",
             "inference.evaluate",
             "inference.predict",
@@ -108,15 +112,23 @@ def test_help_loads_nothing_heavy() -> None:
     ("words", "complaint"),
     [
         (["tune"], "Missing option '--bundle'; see bbt-accel tune --help"),
-        (["tune", "--bundle", "b", "--task", "t", "--engine", "tensorflow"], "'tensorflow' is not one of 'torch'"),
+        (
+            ["tune", "--bundle", "b", "--task", "t", "--engine", "openvin"],
+            "unknown engine 'openvin'; did you mean openvino?",
+        ),
+        (["evaluate", "r", "--engine", "tf"], "unknown engine 'tf'; choose from torch, ort, openvino, trt, remote"),
+        (["optimize", "b", "-o", "c", "--target", "remote"], "unknown target 'remote'"),
         (["tune", "--bundle", "b", "--task", "t", "--seed", "x"], "Invalid value for '--seed'"),
         (["export"], "Missing argument '"),
-        (["serve", "b", "--engine", "remote"], "'remote' is not one of"),
+        (["export", "demo"], "Missing option '-o' / '--output'"),
+        (["serve", "b", "--engine", "remote"], "a server cannot use --engine remote"),
         (["serve", "b", "--port", "70000"], "Invalid value for '--port'"),
         (["optimise"], "No such command 'optimise'"),
         (["doctor", "--jsn"], "No such option"),
         (["optimize", "b", "-o", "c", "--fp16", "--int8"], "choose one of --fp16, --bf16 and --int8"),
         (["export", "demo", "-o", "b", "--n-prompt-tokens", "0"], "Invalid value for '--n-prompt-tokens'"),
+        (["bench", "--task", "demo", "-o", "r"], "Missing option '--backbone'"),
+        (["bench", "--backbone", "demo", "--task", "demo", "-o", "r", "--popsize", "1"], "--popsize: Input should be"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
@@ -174,17 +186,32 @@ def test_export(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "tiny-roberta" in out
 
 
-@pytest.mark.parametrize(("flags", "precision"), [([], "fp32"), (["--fp16"], "fp16"), (["--int8"], "int8")])
+def test_triton(
+    program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny_bundle(tmp_path)
+    monkeypatch.setattr(Bundle, "read", lambda path: bundle)
+    program.result = ["sst2_embedding", "sst2_blocks"]
+    code, out, _ = run(capsys, "triton", "b", "-o", "models", "--name", "sst2", "--json")
+    assert (code, json.loads(out)) == (0, {"repository": "models", "models": program.result})
+    assert program.calls[0] == ((bundle, Path("models"), "sst2"), {})
+    assert "wrote sst2_embedding, sst2_blocks to models" in run(capsys, "triton", "b", "-o", "models")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"), [([], "fp32"), (["--fp16"], "fp16"), (["--bf16"], "bf16"), (["--int8"], "int8")]
+)
 def test_optimize(
     program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], precision: str
 ) -> None:
     program.result = tiny_bundle(tmp_path)
     program.result.info.optimization = {"agreement": 1.0, "fused": ["LayerNormalization"]}
-    options = ["--target", "openvino", "--calibrate", "sst2", "--data", "d", "--max-noise", "0.1"]
+    options = ["--target", "openvino", "--calibrate", "sst2", "--data", "d", "--max-rmse", "0.1"]
+    options += ["--compute-capability", "8.6,8.9"]
     code, out, _ = run(capsys, "optimize", "a", "-o", "b", *options, *flags)
     assert code == 0
     assert "LayerNormalization" in out
-    read = {"calibrate": "sst2", "data": Path("d"), "max_noise": 0.1, "compute_capability": None}
+    read = {"calibrate": "sst2", "data": Path("d"), "max_rmse": 0.1, "compute_capability": "8.6,8.9"}
     assert callable(program.options.pop("progress"))
     assert program.options == {"precision": precision, "target": "openvino", **read}
 
@@ -229,11 +256,11 @@ def test_tune_passes_only_the_settings_given(program: Program, capsys: pytest.Ca
     }
 
 
-def test_tune_interrupted_reports_what_was_kept(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_search_exits_with_130(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     program.result = finished("interrupted")
     code, out, err = run(capsys, "tune", "--bundle", "b", "--task", "sst2")
     assert (code, err) == (130, "interrupted\n")
-    assert "go on with --resume" in out
+    assert "resume with --resume" in out
     assert json.loads(run(capsys, "tune", "--bundle", "b", "--task", "sst2", "--json")[1])["status"] == "interrupted"
 
 
@@ -288,7 +315,7 @@ def test_serve(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "serve", "r", "--engine", "ort", "--port", "0", "--max-request-mib", "2", "--json")[0] == 0
     assert program.calls[0][0] == (Path("r"),)
     limits, ready = program.options.pop("limits"), program.options.pop("ready")
-    assert (limits.request_bytes, limits.batch, limits.timeout, limits.kept) == (2 * 2**20, 16384, 300.0, 16)
+    assert (limits.request_bytes, limits.batch, limits.timeout, limits.cached_batches) == (2 * 2**20, 16384, 300.0, 16)
     assert program.options == {"engine": "ort", "device": None, "threads": None, "host": "127.0.0.1", "port": 0}
     ready("http://127.0.0.1:8000", ["backbone"])
     assert json.loads(capsys.readouterr().out) == {"url": "http://127.0.0.1:8000", "models": ["backbone"]}
@@ -297,34 +324,44 @@ def test_serve(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"rows": []}')
     (tmp_path / "report.md").write_text("| engine | ms |\n|---|---|\n| ort | 12 |\n")
-    words = [
-        "bench",
-        "--backbone",
-        "demo",
-        "--task",
-        "demo",
-        "-o",
-        str(tmp_path),
-        "--engines",
-        "torch,ort",
-        "--seeds",
-        "2",
-    ]
-    code, out, _ = run(capsys, *words, "--json")
+    words = ["bench", "--backbone", "demo", "--task", "demo", "-o", str(tmp_path), "--engines", "torch,ort", "--ablate"]
+    code, out, _ = run(capsys, *words, "--seeds", "2", "--without", "buckets, layer-cache", "--json")
     assert (code, json.loads(out)) == (0, {"rows": []})
-    assert program.options == {
-        "backbone": "demo",
-        "task": "demo",
-        "output": tmp_path,
-        "tune": False,
-        "data": None,
-        "without": [],
-        "engines": ["torch", "ort"],
-        "seeds": 2,
-    }
+    wanted = {"engines": ["torch", "ort"], "seeds": 2, "without": ["buckets", "layer-cache"], "ablate": True}
+    assert program.calls[0][0] == (BenchOptions(backbone="demo", task="demo", **wanted), tmp_path)
+    assert program.options == {"progress": False}
     assert "ort" in run(capsys, *words)[1]
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["bbt-accel"] == "0.1.0"
-    assert "can run here" in run(capsys, "doctor")[1]
+    out = run(capsys, "doctor")[1]
+    assert "can run here" in out
+    assert "Recommended" in out
+
+
+@pytest.mark.parametrize("command", ["tune", "sweep"])
+def test_settings_are_documented_with_their_defaults(command: str) -> None:
+    text = plain(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "500"}).output)
+    assert "(default: the task's, or 8000)" in text
+    assert "as many in the dev set (default: 16)" in text
+    options = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+    assert options - set(text.split()) == ({"--seed"} if command == "sweep" else set())
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("bbt-accel tune --engine o", ["ort", "openvino"]),
+        ("bbt-accel optimize b --target op", ["openvino"]),
+        ("bbt-accel evaluate r --engine unknown --spl", ["--split"]),
+        ("bbt-accel sweep --preset paper-", ["paper-v2"]),
+    ],
+)
+def test_the_shell_completes_options_and_names(
+    line: str, found: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {"_BBT_ACCEL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    assert run(capsys)[1].split() == found

@@ -50,7 +50,7 @@ def test_test_falls_back_to_validation(tmp_path: Path) -> None:
     assert load_rows(SST2, "test", tmp_path)[0].fields == {"sentence": "t"}
 
 
-def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": -1}, {"sentence": "b", "label": 1}])
     assert load_rows(SST2, "train", tmp_path) == [Row({"sentence": "b"}, 1)]
 
@@ -145,7 +145,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_task_without_hub_data_set_needs_data() -> None:
     task = SST2.model_copy(update={"hub": None})
-    with pytest.raises(DataError, match="names no data set of the hub; pass --data DIR"):
+    with pytest.raises(DataError, match="has no data set on the hub; pass --data DIR"):
         load_rows(task, "train")
 
 
@@ -160,7 +160,7 @@ def test_few_shot_takes_k_of_each_class_for_train_and_for_dev(labels: list[int],
     train, dev = few_shot(rows, 3, k, seed)
     assert sorted(row.label or 0 for row in train) == sorted(row.label or 0 for row in dev) == sorted([0, 1, 2] * k)
     assert len({row.fields["text"] for row in [*train, *dev]}) == 6 * k, "no row twice"
-    assert (train, dev) == few_shot(rows, 3, k, seed), "the seed decides"
+    assert (train, dev) == few_shot(rows, 3, k, seed), "the seed determines the rows"
 
 
 def test_few_shot_depends_on_the_seed() -> None:

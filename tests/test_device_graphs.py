@@ -1,4 +1,4 @@
-"""The graphs before and behind the backbone on a device, and PyTorch's own tally, against numpy's."""
+"""The graphs before and after the backbone on a device, and PyTorch's own batch statistics, against numpy's."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from bbt_accel import Objective, Projection
 from bbt_accel.engines import pytorch
 from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.objective import tally
+from bbt_accel.objective import batch_statistics
 
 many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
-GRAPHS = ("project", "tally")
+GRAPHS = ("project", "statistics")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def sessions(folder: Path) -> dict[str, Any]:
 
 @st.composite
 def scored(draw: st.DrawFn, special: tuple[float, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (P, N, C), a few numbers of which come again and again, and targets (N,)."""
+    """Logits (P, N, C), with repeated values, and targets (N,)."""
     P, N, C = draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     logits = rng.standard_normal((P, N, C)).astype(np.float32) * np.float32(draw(st.sampled_from((0.1, 3.0, 1e4))))
@@ -51,12 +51,12 @@ def scored(draw: st.DrawFn, special: tuple[float, ...] = ()) -> tuple[np.ndarray
     return logits, rng.integers(0, C, N)
 
 
-def tallies(sessions: dict[str, Any], logits: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+def statistics_of(sessions: dict[str, Any], logits: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
     """Those of the graph, and of PyTorch."""
     classes = np.arange(logits.shape[2], dtype=np.float32)
     one_hot = np.eye(logits.shape[2], dtype=np.float32)[targets]
-    (graph,) = sessions["tally"].run(None, {"label_logits": logits, "targets": one_hot, "classes": classes})
-    return [graph, pytorch.tally(*map(torch.from_numpy, (logits, one_hot, classes))).numpy()]
+    (graph,) = sessions["statistics"].run(None, {"label_logits": logits, "targets": one_hot, "classes": classes})
+    return [graph, pytorch.batch_statistics(*map(torch.from_numpy, (logits, one_hot, classes))).numpy()]
 
 
 def test_they_are_valid_and_of_the_bundles_opset(tiny: Export, folder: Path) -> None:
@@ -68,11 +68,11 @@ def test_they_are_valid_and_of_the_bundles_opset(tiny: Export, folder: Path) -> 
 
 @many
 @given(case=scored())
-def test_a_tally_is_that_of_numpy(sessions: dict[str, Any], case: tuple[np.ndarray, np.ndarray]) -> None:
+def test_batch_statistics_are_those_of_numpy(sessions: dict[str, Any], case: tuple[np.ndarray, np.ndarray]) -> None:
     """Counts exactly, equal logits included; losses within fp32."""
     logits, targets = case
-    wanted = tally(logits, targets)
-    for found in tallies(sessions, logits, targets):
+    wanted = batch_statistics(logits, targets)
+    for found in statistics_of(sessions, logits, targets):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found[:, :2], wanted[:, :2], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(found[:, 2:], wanted[:, 2:])
@@ -80,13 +80,15 @@ def test_a_tally_is_that_of_numpy(sessions: dict[str, Any], case: tuple[np.ndarr
 
 @many
 @given(case=st.sampled_from([np.nan, np.inf, -np.inf]).flatmap(lambda value: scored((value,))))
-def test_what_is_not_finite_is_found_in_a_tally(sessions: dict[str, Any], case: tuple[np.ndarray, np.ndarray]) -> None:
+def test_batch_statistics_reveal_logits_that_are_not_finite(
+    sessions: dict[str, Any], case: tuple[np.ndarray, np.ndarray]
+) -> None:
     logits, targets = case
     with pytest.raises(NonFiniteLoss) as wanted:
         Objective("hinge").score(logits, targets)
-    for found in tallies(sessions, logits, targets):
+    for found in statistics_of(sessions, logits, targets):
         with pytest.raises(NonFiniteLoss) as caught:
-            Objective("hinge").of(found.astype(np.float64), targets)
+            Objective("hinge").from_statistics(found.astype(np.float64), targets)
         assert str(caught.value) == str(wanted.value)
 
 

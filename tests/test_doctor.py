@@ -3,40 +3,50 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from bbt_accel import doctor
+from bbt_accel.machine import Machine, dependencies, describe_machine
 
-NOTHING = dict.fromkeys((*doctor.CORE, *doctor.OPTIONAL))
+NOTHING = dict.fromkeys(doctor.versions())
+TORCH = dict.fromkeys(("torch", "transformers"), "2")
+CPU = {**TORCH, "onnxruntime": "1.32", "openvino": "2026.4"}
 
 
-def test_diagnosis_is_json_and_says_what_was_not_tried() -> None:
+def test_the_diagnosis_is_json() -> None:
     diagnosis = json.loads(json.dumps(doctor.diagnose()))
     assert diagnosis["versions"]["python"]
+    assert {"rich", "threadpoolctl", "numpy"} <= set(diagnosis["versions"])
+    assert set(dependencies()) <= set(diagnosis["versions"])
     assert diagnosis["machine"]["cores"] >= 1
     assert any("have not been run on a GPU" in note for note in diagnosis["notes"])
-    assert set(diagnosis["engines"]) == {"torch", "ort (cpu)", "ort (cuda)", "openvino", "trt", "remote"}
+    engines = {"torch (cpu)", "torch (cuda)", "ort (cpu)", "ort (cuda)", "openvino", "trt", "remote"}
+    assert engines <= set(diagnosis["engines"])
+    assert {"engine", "precision", "reason"} <= set(diagnosis["recommended"])
 
 
-def test_bare_installation_names_the_extra_of_each_engine() -> None:
-    engines = doctor.engines(NOTHING, gpus=[], providers=[])
+def test_a_bare_installation_names_the_extra_of_each_engine() -> None:
+    engines = doctor.engines(NOTHING, gpus=[])
     assert not any(state["runs"] for state in engines.values())
-    assert [state["install"] for state in engines.values()] == [
-        f'pip install "bbt-accel[{extra}]"' for extra in ("export", "cpu", "gpu", "openvino", "trt", "remote")
+    extras = ("export", "export", "cpu", "gpu", "openvino", "trt", "remote")
+    assert [state["install"] for state in engines.values()][: len(extras)] == [
+        f'pip install "bbt-accel[{extra}]"' for extra in extras
     ]
+    assert engines["trt"]["reason"].startswith("tensorrt or tensorrt-rtx-cu13 and cuda-python not installed; no NVIDIA")
 
 
 def test_engines_of_a_machine_with_a_gpu() -> None:
     found = NOTHING | dict.fromkeys(("onnxruntime-gpu", "tensorrt-rtx-cu13", "cuda-python"), "1")
-    engines = doctor.engines(found, gpus=["NVIDIA X"], providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    engines = doctor.engines(found, gpus=["NVIDIA X"])
     assert {name for name, state in engines.items() if state["runs"]} == {"ort (cpu)", "ort (cuda)", "trt"}
-    without_gpu = doctor.engines(found, gpus=[], providers=["CUDAExecutionProvider"])
+    without_gpu = doctor.engines(found, gpus=[])
     assert without_gpu["trt"] == {"runs": False, "reason": "no NVIDIA GPU found (nvidia-smi)", "install": None}
 
 
-def test_the_cpu_package_goes_before_the_gpu_package_comes() -> None:
-    state = doctor.engines(NOTHING | {"onnxruntime": "1"}, gpus=["X"], providers=["CPUExecutionProvider"])["ort (cuda)"]
+def test_the_cpu_package_is_uninstalled_before_the_gpu_package_is_installed() -> None:
+    state = doctor.engines(NOTHING | {"onnxruntime": "1"}, gpus=["X"])["ort (cuda)"]
     assert state["install"] == 'pip uninstall -y onnxruntime && pip install "bbt-accel[gpu]"'
     [warning] = doctor.warnings(NOTHING | {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     assert "overwrite each other" in warning
@@ -44,31 +54,71 @@ def test_the_cpu_package_goes_before_the_gpu_package_comes() -> None:
     assert 'pip install "bbt-accel[cpu]"' in warning
 
 
-def test_broken_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def recommended(
+    found: dict[str, Any], features: tuple[str, ...] = (), gpus: tuple[str, ...] = ()
+) -> doctor.Recommendation:
+    machine = Machine(system="", cpu="", cores=1, features=list(features), memory_gb=None, gpus=list(gpus))
+    return doctor.recommend(machine, doctor.engines(NOTHING | found, gpus))
+
+
+@pytest.mark.parametrize(
+    ("features", "engine", "precision"),
+    [
+        (("AVX-512 VNNI",), "openvino", "int8"),
+        (("AMX", "bf16"), "openvino", "int8"),
+        (("bf16",), "openvino", "bf16"),
+        (("AVX2",), "openvino", "fp32"),
+    ],
+)
+def test_the_fastest_precision_follows_from_the_instruction_sets(
+    features: tuple[str, ...], engine: str, precision: str
+) -> None:
+    found = recommended(CPU, features)
+    assert (found["engine"], found["device"], found["precision"]) == (engine, "cpu", precision)
+    assert ("--bf16 is slower but needs no calibration" in found["reason"]) == ("AMX" in features)
+    flag = "" if precision == "fp32" else f" --{precision}"
+    assert found["command"] == f"bbt-accel optimize BUNDLE -o OPTIMIZED --target openvino{flag}"
+
+
+def test_a_faster_engine_that_is_not_installed_is_named() -> None:
+    found = recommended({"onnxruntime": "1.32"}, ("AVX-512 VNNI",))
+    assert (found["engine"], found["precision"]) == ("ort", "int8")
+    assert found["reason"].endswith('openvino in int8 is faster: pip install "bbt-accel[openvino]"')
+    found = recommended({"onnxruntime-gpu": "1.32"}, gpus=("X",))
+    assert (found["engine"], found["device"], found["precision"]) == ("ort", "cuda", "fp16")
+    assert 'trt in fp16 is faster: pip install "bbt-accel[trt]"' in found["reason"]
+    found = recommended({"tensorrt": "10.12", "cuda-python": "13"}, gpus=("X",))
+    assert (found["engine"], found["precision"], "install" in found["reason"]) == ("trt", "fp16", False)
+    found = recommended(TORCH)
+    assert (found["engine"], found["precision"]) == ("openvino", "fp32")
+    assert 'to run it: pip install "bbt-accel[openvino]"' in found["reason"]
+
+
+def test_a_broken_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     providers, [problem] = doctor.onnxruntime_providers(NOTHING | {"onnxruntime": "1"})
     assert providers == []
-    assert "cannot be loaded" in problem
+    assert "cannot be imported" in problem
 
 
-def test_gpus_are_what_nvidia_smi_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_those_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 0, stdout="NVIDIA X, 80 GiB, 580.1\n")
 
     monkeypatch.setattr(subprocess, "run", answer)
-    assert doctor.describe_machine()["gpus"] == ["NVIDIA X, 80 GiB, 580.1"]
+    assert describe_machine()["gpus"] == ["NVIDIA X, 80 GiB, 580.1"]
 
 
-def test_what_does_not_go_together_is_told() -> None:
+def test_packages_that_do_not_fit_each_other() -> None:
     listed = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
-    [told] = doctor.mismatches(NOTHING | {"tensorrt": "11.4.0"}, listed, ["X"])
-    assert "libnvinfer.so.10" in told
+    [problem] = doctor.mismatches(NOTHING | {"tensorrt": "11.4.0"}, listed, ["X"])
+    assert "libnvinfer.so.10" in problem
     assert doctor.mismatches(NOTHING | {"tensorrt": "10.12.0"}, listed, ["X"]) == []
     assert doctor.mismatches(NOTHING | {"tensorrt": "11.4.0"}, ["CPUExecutionProvider"], ["X"]) == []
-    [told] = doctor.mismatches(NOTHING | {"tensorrt": "10.12", "tensorrt-rtx-cu13": "1.7"}, [], [])
-    assert "--compute-capability" in told
-    [told] = doctor.mismatches(NOTHING | {"onnxruntime-gpu": "1.26.0"}, [], ["X"])
-    assert "1.31" in told
+    [problem] = doctor.mismatches(NOTHING | {"tensorrt": "10.12", "tensorrt-rtx-cu13": "1.7"}, [], [])
+    assert "--compute-capability" in problem
+    [problem] = doctor.mismatches(NOTHING | {"onnxruntime-gpu": "1.26.0"}, [], ["X"])
+    assert "1.31" in problem
     assert doctor.mismatches(NOTHING | {"onnxruntime-gpu": "1.31.1"}, [], ["X"]) == []
-    [told] = doctor.mismatches(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
-    assert "bbt-accel[gpu]" in told
+    [problem] = doctor.mismatches(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
+    assert "bbt-accel[gpu]" in problem

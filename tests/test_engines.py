@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import shutil
 import subprocess
 import sys
 import weakref
@@ -21,10 +22,11 @@ pytest.importorskip("onnxruntime")
 import onnxruntime
 import torch
 from conftest import THREADS, Export, Load
-from tiny_backbones import POSITIONS, VOCABULARY
+from tiny_backbones import POSITIONS, VARIANTS, VOCABULARY
 
-from bbt_accel import Batch, Bundle, load_engine
-from bbt_accel.errors import BundleError, EngineError, MissingDependency, UsageError
+from bbt_accel import Batch, Bundle, Population, load_engine
+from bbt_accel.errors import EngineError, MissingDependency, UsageError
+from bbt_accel.exporters.rows import sample_rows
 
 ROOT = Path(__file__).parents[1]
 REAL = ["torch", "eager", "ort"]
@@ -59,13 +61,13 @@ def like(bundle: Bundle, **changes: object) -> Bundle:
 # Which engine ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("trch", "torch"), ("onrt", "ort"), ("Eager", "eager")])
+@pytest.mark.parametrize(("typed", "meant"), [("trch", "torch"), ("onrt", "ort"), ("OpenVINO", "openvino")])
 def test_an_engine_that_is_misspelled(bundle: Bundle, typed: str, meant: str) -> None:
-    assert f"Did you mean {meant}?" in one_line(lambda: load_engine(bundle, typed), UsageError)
+    assert f"did you mean {meant}?" in one_line(lambda: load_engine(bundle, typed), UsageError)
 
 
 def test_an_engine_that_does_not_exist_gets_the_list(bundle: Bundle) -> None:
-    assert "torch, eager, ort" in one_line(lambda: load_engine(bundle, "quantum"), UsageError)
+    assert "torch, ort, openvino, trt" in one_line(lambda: load_engine(bundle, "quantum"), UsageError)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -110,7 +112,7 @@ def test_two_onnxruntimes_that_broke_each_other_are_told(bundle: Bundle, monkeyp
         ("remote", "remote", "gevent", "remote"),
     ],
 )
-def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(
+def test_a_missing_library_is_named_with_its_extra(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, module: str, library: str, extra: str
 ) -> None:
     monkeypatch.delitem(sys.modules, f"bbt_accel.engines.{module}", raising=False)
@@ -121,26 +123,26 @@ def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(
     assert f'"bbt-accel[{extra}]"' in message
 
 
-@pytest.mark.parametrize("name", ["torch", "eager"])
-def test_pytorch_asks_for_the_exported_bundle(bundle: Bundle, name: str) -> None:
-    for changes in ({"precision": "fp16", "target": "ort"}, {"precision": "int8", "target": "openvino"}):
-        assert "exported bundle" in one_line(lambda c=changes: load_engine(like(bundle, **c), name), EngineError)
+@pytest.mark.parametrize("name", ["torch", "eager", "ort"])
+def test_a_bundle_for_another_engine_is_refused_and_names_it(bundle: Bundle, name: str) -> None:
+    for target in ("openvino", "trt"):
+        message = one_line(lambda t=target: load_engine(like(bundle, target=t), name), EngineError)
+        assert f"--engine {target}" in message
 
 
-def test_onnxruntime_names_the_engine_that_a_bundle_was_built_for(bundle: Bundle) -> None:
-    message = one_line(lambda: load_engine(like(bundle, target="openvino"), "ort"), EngineError)
-    assert "--engine openvino" in message
+def test_an_engine_that_runs_optimized_bundles_alone_says_how_to_make_one(bundle: Bundle) -> None:
+    assert "optimize --target trt" in one_line(lambda: load_engine(bundle, "trt"), EngineError)
 
 
 def test_a_graph_that_cannot_be_loaded_is_named(bundle: Bundle) -> None:
     assert "nothing.onnx" in one_line(lambda: load_engine(like(bundle, stages=["nothing"]), "ort"), EngineError)
 
 
-def test_a_saving_that_is_misspelled(bundle: Bundle) -> None:
-    assert "Did you mean buckets?" in one_line(lambda: load_engine(bundle, "ort", without=["bucket"]), UsageError)
+def test_an_optimization_that_is_misspelled(bundle: Bundle) -> None:
+    assert "did you mean buckets?" in one_line(lambda: load_engine(bundle, "ort", without=["bucket"]), UsageError)
 
 
-def test_a_saving_that_is_part_of_the_graphs(bundle: Bundle) -> None:
+def test_an_optimization_that_is_part_of_the_graphs(bundle: Bundle) -> None:
     message = one_line(lambda: load_engine(bundle, "ort", without=["last-block"]), UsageError)
     assert "export --without last-block" in message
 
@@ -151,6 +153,45 @@ def test_an_engine_loads_a_path_as_well_as_a_bundle(bundle: Bundle, name: str) -
         assert engine.name == name
         assert engine.bundle.info == bundle.info
         assert engine.versions()
+
+
+# Precision and baselines -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torch", "eager", "eager-readout"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=["-".join(variant) for variant in VARIANTS])
+def test_pytorch_computes_in_the_precision_of_the_bundle(
+    tiny: Export, loaded: Load, variant: tuple[str, str, str], name: str
+) -> None:
+    exact, half = tiny(*variant), like(tiny(*variant), precision="bf16", target="torch")
+    batch = sample_rows(exact)
+    prompts = 0.3 * np.random.default_rng(0).standard_normal((2, *exact.info.prompt_shape), dtype=np.float32)
+    with loaded(exact, "eager").bind(batch) as bound:
+        wanted = bound.label_logits(prompts)
+    with load_engine(half, name, threads=THREADS) as engine, engine.bind(batch) as bound:
+        error = np.abs(bound.label_logits(prompts) - wanted).max() / np.abs(wanted).max()
+    assert 1e-5 < error < 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=["-".join(variant) for variant in VARIANTS])
+def test_the_lm_head_at_the_readout_alone_gives_the_numbers_of_the_whole(
+    tiny: Export, loaded: Load, variant: tuple[str, str, str]
+) -> None:
+    bundle = tiny(*variant)
+    batch, rng = sample_rows(bundle), np.random.default_rng(0)
+    prompts = rng.standard_normal((2, *bundle.info.prompt_shape), dtype=np.float32)
+    with loaded(bundle, "eager").bind(batch) as whole, loaded(bundle, "eager-readout").bind(batch) as readout:
+        np.testing.assert_allclose(readout.label_logits(prompts), whole.label_logits(prompts), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_baseline_gives_the_numbers_of_eager(bundle: Bundle, loaded: Load) -> None:
+    prompts = np.random.default_rng(0).standard_normal((3, *bundle.info.prompt_shape), dtype=np.float32)
+    with loaded(bundle, "eager").bind(rows()) as bound:
+        wanted = bound.label_logits(prompts)
+    with load_engine(bundle, "compiled", threads=THREADS) as engine, engine.bind(rows()) as bound:
+        np.testing.assert_allclose(bound.label_logits(prompts), wanted, rtol=0, atol=1e-5)
 
 
 # Threads -----------------------------------------------------------------------------------------------------
@@ -208,20 +249,21 @@ def test_prompts_of_another_shape_are_wrong_usage(
 
 @pytest.mark.parametrize("name", [*REAL, "dummy"])
 @pytest.mark.parametrize(
-    ("stack", "layer", "candidates", "says"),
+    ("fixed", "layer", "candidates", "says"),
     [
         ((2, 3, 16), 2, (4, 3, 16), "0..1"),
         ((2, 3, 16), -1, (4, 3, 16), "0..1"),
-        ((3, 3, 16), 0, (4, 3, 16), "stack"),
-        ((2, 3, 16), 0, (3, 16), "candidates"),
-        ((2, 3, 16), 0, (4, 2, 16), "candidates"),
+        ((3, 3, 16), 0, (4, 3, 16), "fixed"),
+        ((2, 3, 16), 0, (3, 16), "prompts"),
+        ((2, 3, 16), 0, (4, 2, 16), "prompts"),
     ],
 )
 def test_layers_that_are_not_there_and_stacks_of_another_shape_are_wrong_usage(
-    deep: Bundle, loaded: Load, name: str, stack: Any, layer: int, candidates: Any, says: str
+    deep: Bundle, loaded: Load, name: str, fixed: Any, layer: int, candidates: Any, says: str
 ) -> None:
     with loaded(deep, name).bind(rows()) as bound:
-        message = one_line(lambda: bound.layer_logits(np.zeros(stack), layer, np.zeros(candidates)), UsageError)
+        population = Population(np.zeros(candidates), layer, np.zeros(fixed))
+        message = one_line(lambda: bound.label_logits(population), UsageError)
     assert says in message
 
 
@@ -229,7 +271,7 @@ def test_layers_that_are_not_there_and_stacks_of_another_shape_are_wrong_usage(
 def test_a_bbt_bundle_has_no_layers_to_search(bundle: Bundle, loaded: Load, name: str) -> None:
     with loaded(bundle, name).bind(rows()) as bound:
         none = np.zeros((2, 3, 16), np.float32)
-        assert "--method bbtv2" in one_line(lambda: bound.layer_logits(none, 0, none), BundleError)
+        assert "bbtv2" in one_line(lambda: bound.label_logits(Population(none, 0, none)), UsageError)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -241,8 +283,8 @@ def test_prompts_may_come_in_double_precision_and_any_layout(bundle: Bundle, dee
         np.testing.assert_array_equal(bound.label_logits(prompts), wanted)  # type: ignore[arg-type]
     with load_engine(deep, name, threads=THREADS) as engine, engine.bind(rows()) as bound:
         stack, some = rng.standard_normal((2, 3, 16)), rng.standard_normal((4, 3, 16))
-        wanted = bound.layer_logits(stack.astype(np.float32), 1, some.astype(np.float32))
-        np.testing.assert_array_equal(bound.layer_logits(stack, 1, some), wanted)  # type: ignore[arg-type]
+        wanted = bound.label_logits(Population(some.astype(np.float32), 1, stack.astype(np.float32)))
+        np.testing.assert_array_equal(bound.label_logits(Population(some, 1, stack)), wanted)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", REAL)

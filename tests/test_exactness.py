@@ -1,4 +1,4 @@
-"""Every engine gives the numbers of the naive forward, whatever it leaves out and however the work is cut up."""
+"""Every engine gives the numbers of the naive forward, whatever it optimizes and however it splits the work."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tiny_backbones import VARIANTS
 
 from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
 from bbt_accel.engines.staged import StagedEngine
-from bbt_accel.projection import Latent
-from bbt_accel.savings import SAVINGS, inside
+from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
+from bbt_accel.population import Latent, Population
 
 TOLERANCE = 1e-5
 ENGINES = ["torch", "ort", *(["openvino"] if find_spec("openvino") else [])]
@@ -54,9 +54,9 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def batch_of(bundle: Bundle, shape: dict[str, Any]) -> Batch:
-    """Rows of random tokens, the readout anywhere, a decoder input of `decoder` tokens where the family has one."""
+    """Rows of random tokens, the readout anywhere, a decoder input of `decoder` tokens where there is a decoder."""
     info, rng, rows = bundle.info, np.random.default_rng(shape["seed"]), shape["rows"]
-    decodes, add = info.family in ("bart", "t5"), info.prompt_mode == "add"
+    add = info.prompt_mode == "add"
     width = shape["text"] + (info.n_prompt_tokens + 2 if add else 1)
     ids = rng.integers(0, info.vocab_size, (rows, width))
     if add:  # most rows begin alike, as encoded ones do
@@ -72,14 +72,14 @@ def batch_of(bundle: Bundle, shape: dict[str, Any]) -> Batch:
     mask = mask.astype(np.int64)
     mask[mask.sum(1) == 0, 0] = 1
     decoder = None
-    if decodes and shape["decoder"]:
+    if info.decodes and shape["decoder"]:
         decoder = rng.integers(0, info.vocab_size, (rows, shape["decoder"]))
-    elif info.family == "t5" and width == 1:
+    elif info.template_group == "span" and width == 1:
         decoder = np.tile([info.special.decoder_start, info.special.mask], (rows, 1))
     first, end = 0, width
-    if decodes:
-        end = decoder.shape[1] if decoder is not None else width if info.family == "bart" else 2
-    elif info.family == "gpt2":
+    if info.decodes:
+        end = decoder.shape[1] if decoder is not None else width if info.template_group == "masked" else 2
+    elif info.causal:
         # A causal model reads behind the prompt, where it sees something.
         first = int(mask.argmax(1).max()) if not add else max(info.n_prompt_tokens, int(mask.argmax(1).max()))
     readout = rng.integers(first, end, rows)
@@ -98,9 +98,9 @@ def assert_same(logits: np.ndarray, wanted: np.ndarray, what: object = None) -> 
     assert np.abs(logits - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max()), what
 
 
-def losses(tally: np.ndarray, rows: Batch) -> np.ndarray:
+def losses(statistics: np.ndarray, rows: Batch) -> np.ndarray:
     """Cross entropy and hinge loss of each candidate, (P, 2)."""
-    found: np.ndarray = (tally[:, :2] / len(rows)).astype(np.float32)
+    found: np.ndarray = (statistics[:, :2] / len(rows)).astype(np.float32)
     return found
 
 
@@ -154,7 +154,7 @@ def test_a_candidate_does_not_depend_on_its_population(
 
 @each_engine
 @all_variants
-def test_logits_do_not_depend_on_how_the_work_is_cut_up(
+def test_logits_do_not_depend_on_how_the_work_is_split(
     tiny: Export, name: str, method: str, mode: str, engine: str
 ) -> None:
     bundle = tiny(name, method, mode)
@@ -172,25 +172,26 @@ def test_logits_do_not_depend_on_how_the_work_is_cut_up(
 
 @each_engine
 @all_variants
-def test_each_saving_gives_the_same_numbers_as_the_work_it_saves(
+def test_each_optimization_gives_the_same_numbers_as_the_naive_computation(
     tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
 ) -> None:
-    """Alone and all together; what graphs leave out is the same code as in `torch`, and is traced all together."""
+    """Alone and all together; those in the graphs are the same code as in `torch`, and are traced all together."""
     bundle = tiny(name, method, mode)
     prompts = random_prompts(bundle, 3, 2)
-    names = [saving for saving in SAVINGS if SAVINGS[saving].applies(bundle.info)]
-    outside = [saving for saving in names if engine == "torch" or not SAVINGS[saving].inside]
-    for off in [*([saving] for saving in outside), names]:
-        source = bundle if engine == "torch" else tiny(name, method, mode, tuple(inside(off)))
+    populations = [Population(prompts)]
+    if method == "bbtv2":
+        populations += [Population(prompts[:, i], i, prompts[0]) for i in range(bundle.info.n_layers)]
+    names = [name for name, optimization in OPTIMIZATIONS.items() if optimization.applies(bundle.info)]
+    alone = [name for name in names if engine == "torch" or not OPTIMIZATIONS[name].in_graph]
+    for off in [*([name] for name in alone), names]:
+        source = bundle if engine == "torch" else tiny(name, method, mode, tuple(in_graph(off)))
         with load_engine(source, engine, threads=THREADS, without=off) as naive:
             for padding in ("right", "left", "short rows"):
                 shape = {"rows": 5, "text": 9, "labels": 3, "padding": padding, "decoder": None, "seed": 3}
                 rows = batch_of(bundle, shape)
-                with loaded(bundle, engine).bind(rows) as saved, naive.bind(rows) as whole:
-                    assert_same(whole.label_logits(prompts), saved.label_logits(prompts), off)
-                    for layer in range(bundle.info.n_layers if method == "bbtv2" else 0):
-                        one = prompts[0], layer, prompts[:, layer]
-                        assert_same(whole.layer_logits(*one), saved.layer_logits(*one), off)
+                with loaded(bundle, engine).bind(rows) as optimized, naive.bind(rows) as whole:
+                    for population in populations:
+                        assert_same(whole.label_logits(population), optimized.label_logits(population), off)
 
 
 @each_engine
@@ -198,7 +199,7 @@ def test_each_saving_gives_the_same_numbers_as_the_work_it_saves(
 def test_searching_one_layer_gives_the_numbers_of_whole_stacks_in_any_order(
     tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
 ) -> None:
-    """What is kept of the layers below never outlives the prompts that it was computed with."""
+    """The cache of the lower layers never outlives the prompts that it was computed with."""
     bundle = tiny(name, method, mode)
     layers = st.integers(0, bundle.info.n_layers - 1)
     turns = st.lists(st.tuples(layers, st.sets(layers), candidates), min_size=2, max_size=5)
@@ -215,7 +216,7 @@ def test_searching_one_layer_gives_the_numbers_of_whole_stacks_in_any_order(
                 stacks = np.repeat(stack[None], count, axis=0)
                 stacks[:, layer] = fresh[:count, layer]
                 wanted = naive.label_logits(stacks)
-                assert_same(bound.layer_logits(stack, layer, fresh[:count, layer]), wanted)
+                assert_same(bound.label_logits(Population(fresh[:count, layer], layer, stack)), wanted)
                 assert_same(bound.label_logits(stacks), wanted)
 
     check()
@@ -223,7 +224,7 @@ def test_searching_one_layer_gives_the_numbers_of_whole_stacks_in_any_order(
 
 @each_engine
 @deep_variants
-def test_the_layers_below_the_one_that_is_searched_are_computed_once(
+def test_the_layers_below_the_searched_one_are_computed_once(
     tiny: Export, name: str, method: str, mode: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tiny(name, method, mode)
@@ -235,16 +236,16 @@ def test_the_layers_below_the_one_that_is_searched_are_computed_once(
         ran, run = [], one.run
         monkeypatch.setattr(one, "run", lambda stage, inputs: ran.append(stage) or run(stage, inputs))
         with one.bind(batch_of(bundle, shape)) as bound:
-            bound.layer_logits(stack, last, fresh)
+            bound.label_logits(Population(fresh, last, stack))
             once = len(ran)
             ran.clear()
-            bound.layer_logits(stack, last, fresh)
+            bound.label_logits(Population(fresh, last, stack))
     assert set(ran) == {"last"}
     assert once >= len(bundle.info.stages)
 
 
 @all_variants
-def test_prompts_and_losses_may_be_computed_where_the_engine_computes(
+def test_prompts_and_statistics_may_be_computed_on_the_device(
     tiny: Export, loaded: Load, monkeypatch: pytest.MonkeyPatch, name: str, method: str, mode: str
 ) -> None:
     """As engines on a GPU do; here PyTorch on the CPU."""
@@ -260,22 +261,15 @@ def test_prompts_and_losses_may_be_computed_where_the_engine_computes(
         projection = Projection.normal(rng, 9, n, hidden, 0.3, p0=rng.standard_normal(n * hidden))
         stack = random_prompts(bundle, 1, seed)[0]
         with engine.bind(rows) as bound, naive.bind(rows) as other:
-            assert bound.on_device
+            assert bound.projects
             for turn in range(3 if deep else 1):
                 z, layer = Latent(projection, rng.standard_normal((count, 9))), turn % (deep or [1])[0]
+                population = Population(z, layer, stack) if deep else Population(z)
+                assert_same(bound.label_logits(population), other.label_logits(population), (shape, layer))
+                found, wanted = bound.statistics(population), other.statistics(population)
+                assert_same(losses(found, rows), losses(wanted, rows), (shape, layer))
                 if deep:
-                    assert_same(
-                        bound.layer_logits(stack, layer, z), other.layer_logits(stack, layer, z), (shape, layer)
-                    )
-                    assert_same(
-                        losses(bound.layer_tally(stack, layer, z), rows),
-                        losses(other.layer_tally(stack, layer, z), rows),
-                        (shape, layer),
-                    )
                     stack[layer] += np.float32(0.1)
-                else:
-                    assert_same(bound.label_logits(z), other.label_logits(z), shape)
-                    assert_same(losses(bound.tally(z), rows), losses(other.tally(z), rows), shape)
 
     check()
 
@@ -321,7 +315,7 @@ def test_a_bbtv2_search_follows_the_same_trajectory_with_and_without_the_cache(
                 z = np.array(searches[layer].ask(6))
                 prompts = (0.3 * z @ projections[layer]).reshape(6, *bests[0][1].shape).astype(np.float32)
                 stack = np.stack([prompt for _, prompt in bests])
-                found = Objective("ce").score(bound.layer_logits(stack, layer, prompts), targets)[0]
+                found = Objective("ce").score(bound.label_logits(Population(prompts, layer, stack)), targets)[0]
                 searches[layer].tell(list(z), [float(round(loss, 5)) for loss in found])
                 winner = int(found.argmin())
                 bests[layer] = min(bests[layer], (found[winner], prompts[winner]), key=lambda pair: pair[0])

@@ -39,18 +39,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
     root = tmp_path_factory.mktemp("whole")
     source = save_backbone("bert", root / "source", vocab_size=4000, **SIZE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "checked", CHECKED)
+        patch.setattr(export, "validated", VALIDATED)
         return source, export_bundle(source, root / "bundle", method="bbtv2", n_prompt_tokens=4)
 
 
-CHECKED = export.checked
+VALIDATED = export.validated
 Refuse = Callable[..., str]
 
 
 @pytest.fixture
 def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
     """Export what cannot be exported: returns the message, one line; the folder is as it was before."""
-    monkeypatch.setattr(export, "checked", CHECKED)
+    monkeypatch.setattr(export, "validated", VALIDATED)
 
     def call(error: type[BaseException], backbone: str | Path, output: str = "bundle", **options: Any) -> str:
         before = sorted(tmp_path.iterdir())
@@ -70,7 +70,7 @@ def test_a_bundle_says_what_it_holds(whole: tuple[Path, Bundle]) -> None:
     source, bundle = whole
     info = Bundle.read(bundle.path).info
     model = transformers.BertForMaskedLM.from_pretrained(source)
-    assert (info.format, info.family, info.method, info.prompt_mode) == (1, "bert", "bbtv2", "add")
+    assert (info.format, info.family, info.method, info.prompt_mode) == (2, "bert", "bbtv2", "add")
     assert (info.backbone, info.revision) == (str(source), None)
     assert (info.n_prompt_tokens, info.hidden_size, info.n_layers) == (4, 96, 2)
     assert (info.vocab_size, info.max_length) == (4000, POSITIONS)
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(
 def test_every_file_of_a_bundle_is_hashed(whole: tuple[Path, Bundle]) -> None:
     files = {p.name for p in whole[1].path.iterdir()} - {"bundle.json"}
     assert set(whole[1].info.sha256) == files
-    graphs = {"embed.onnx", "block_00.onnx", "last.onnx", "project.onnx", "tally.onnx"}
+    graphs = {"embed.onnx", "block_00.onnx", "last.onnx", "project.onnx", "statistics.onnx"}
     assert files == {*graphs, "model.safetensors", "tokenizer.json", "config.json"}
 
 
@@ -166,7 +166,7 @@ def test_the_stages_of_a_bbtv2_bundle_fit_together(tiny: Export) -> None:
 
 
 def test_progress_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "checked", lambda folder: 0.0)
+    monkeypatch.setattr(export, "validated", lambda folder: 0.0)
     told: list[str] = []
     export_bundle(checkpoint, tmp_path / "b", n_prompt_tokens=3, progress=lambda what, done, of: told.append(what))
     assert told[0] == "loading the checkpoint"
@@ -256,8 +256,8 @@ def test_an_existing_output_is_left_alone(refuse: Refuse, checkpoint: Path, tmp_
     ("options", "says"),
     [
         ({"method": "bbtv2", "prompt_mode": "cat"}, "--prompt-mode add"),
-        ({"method": "bbtv3"}, "bbt or bbtv2"),
-        ({"prompt_mode": "prefix"}, "add or cat"),
+        ({"method": "bbtv3"}, "did you mean bbtv2?"),
+        ({"prompt_mode": "prefix"}, "choose from add, cat"),
         ({"n_prompt_tokens": 0}, "at least 1"),
         ({"n_prompt_tokens": POSITIONS}, "no room"),
         ({"n_prompt_tokens": POSITIONS + 100, "prompt_mode": "cat"}, "no room"),
@@ -293,7 +293,7 @@ def test_graphs_that_do_not_run_are_not_kept(refuse: Refuse, checkpoint: Path, m
         (folder / f"{name}.onnx").write_bytes(b"no graph")
 
     monkeypatch.setattr(graph, "save_stage", broken)
-    assert "could not be checked" in refuse(ExportError, checkpoint)
+    assert "could not be validated" in refuse(ExportError, checkpoint)
 
 
 @pytest.mark.parametrize("at", ["export_stage", "save_stage"])
@@ -337,7 +337,7 @@ def test_a_bundle_of_another_format_is_refused(copy: Path) -> None:
         Bundle.read(edited(copy, format=99))
 
 
-@pytest.mark.parametrize("changes", [{"family": "llama"}, {"n_layers": "many"}, {"surprise": 1}])
+@pytest.mark.parametrize("changes", [{"architecture": "rnn"}, {"n_layers": "many"}, {"surprise": 1}])
 def test_a_bundle_json_that_makes_no_sense_is_refused_with_the_field(copy: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match=next(iter(changes))):
         Bundle.read(edited(copy, **changes))

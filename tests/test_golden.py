@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 from conftest import THREADS, Export
 from tiny_backbones import N_PROMPT, PARITY, VARIANTS
 
-from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
+from bbt_accel import Batch, Bundle, Objective, Population, Projection, load_engine
 from bbt_accel.benchmarks.gpu_steps import traced_batch
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -37,7 +37,7 @@ def trace(request: pytest.FixtureRequest, exported: Export) -> Trace:
     method = "bbt" if len(arrays["A"]) == 1 else "bbtv2"
     bundle = exported(checkpoint, method, "cat" if "cat" in words else "add", N)
     objective = Objective(next((word for word in words if word in ("hinge", "perf")), "ce"))  # type: ignore[arg-type]
-    return {**arrays, "bundle": bundle, "batch": traced_batch(arrays, bundle.info.family), "objective": objective}
+    return {**arrays, "bundle": bundle, "batch": traced_batch(arrays, bundle.info), "objective": objective}
 
 
 def projections(trace: Trace) -> list[Projection]:
@@ -58,7 +58,7 @@ def test_the_losses_of_the_original_are_reproduced(trace: Trace, engine: str) ->
                 logits = bound.label_logits(prompts)
             else:
                 stack = np.stack([prompt for _, prompt in best])
-                logits = bound.layer_logits(stack, at, prompts)
+                logits = bound.label_logits(Population(prompts, at, stack))
                 some = slice(generation % 5, None, 5)
                 whole = np.repeat(stack[None], len(prompts), axis=0)
                 whole[:, at] = prompts

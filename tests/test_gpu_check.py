@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,53 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from bbt_accel.benchmarks import gpu_check, worker
-from bbt_accel.benchmarks.gpu_report import Check, GpuReport, Speed
-from bbt_accel.benchmarks.steps import STEPS
+from bbt_accel import processes
+from bbt_accel.benchmarks import gpu_check
+from bbt_accel.benchmarks.gpu_report import EngineCheck, GpuReport
+from bbt_accel.benchmarks.gpu_steps import validation_error
+from bbt_accel.benchmarks.make_backbone import make_tiny
+from bbt_accel.benchmarks.measurements import BenchReport, Drift, Measurement, TuningScores
+from bbt_accel.benchmarks.options import bench_options
+from bbt_accel.benchmarks.rates import matrix_rates
+from bbt_accel.machine import describe_machine
+
+
+def tuned(seconds: float) -> TuningScores:
+    return TuningScores(seeds=[42], budget=8000, scores=[0.5], mean=0.5, std=None, seconds=seconds)
+
+
+def speed(task: str = "sst2", asked: dict[str, Any] | None = None, **changes: Any) -> BenchReport:
+    """A benchmark that meets every target; `changes` are to the row of TensorRT in fp16."""
+    options = {"backbone": "work/roberta-large", "task": task, "n_prompt_tokens": 50, "popsize": 20, "budget": 8000}
+    goal = {"ms_median": 3.0, "candidates_per_second": 333.0, "speedup": 20.0, "tuned": tuned(28.0)}
+    rates = {"fp16 PyTorch": 600e3}
+    rows = [
+        Measurement(engine="eager", precision="fp32", baseline=True, ms_median=60, speedup=1, flops=3 * 10**12),
+        Measurement(engine="torch", precision="fp16", ms_median=6, speedup=10, flops=15 * 10**11),
+        Measurement(engine="trt", precision="fp16", **goal | changes),
+    ]
+    return BenchReport(
+        command="c", options=bench_options(**options | (asked or {})), task=task, metric="accuracy",
+        machine={**describe_machine(), "fp32_rate": 1, "fp32_rate_by": "x", "rates": rates, "unavailable": {}},
+        n_rows=32, length=80, padding=0.1, n_test_rows=8, drift=Drift(), fastest_baseline="eager fp32", rows=rows,
+        notes=[],
+    )  # fmt: skip
 
 
 def report(**changes: Any) -> GpuReport:
-    speeds = [
-        Speed(method="bbt", engine="eager fp32", ms=60, search_seconds=480, speedup=1, share=0.1),
-        Speed(method="bbt", engine="trt fp16", ms=3, search_seconds=24, measured_search=28, speedup=20, share=0.7),
-    ]
     facts = {
-        "created": "now", "command": "python -m x", "device": "cuda", "gpus": ["NVIDIA X"], "backbone": "roberta-large",
-        "rows": 32, "popsize": 20, "n_prompt_tokens": 50, "calls": 8000, "data": "sst2", "interrupted": False,
-        "matrix_tflops": 700.0, "bandwidth_gbs": 3000.0,
-        "checks": [Check(case="t5 bbt add", engine="trt fp16", error=1e-3)], "speeds": speeds,
-        "versions": {"torch": "2"},
+        "command": "python -m x", "options": {"backbone": "roberta-large", "device": "cuda"},
+        "rows": [EngineCheck(case="t5 bbt add", engine="trt fp16", error=1e-3)], "benchmarks": [speed()],
     }  # fmt: skip
     return GpuReport(**{**facts, **changes})
 
 
-def goal(**changes: Any) -> list[Speed]:
-    first, last = report().speeds
-    return [first, last.model_copy(update=changes)]
+def goal(**changes: Any) -> dict[str, Any]:
+    return {"benchmarks": [speed(**changes)]}
+
+
+def failed_check(**changes: Any) -> dict[str, Any]:
+    return {"rows": [EngineCheck(case="a", **{"engine": "ort fp32"} | changes)]}
 
 
 def test_a_check_that_meets_every_target_has_passed() -> None:
@@ -45,24 +70,25 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"speeds": goal(measured_search=31.0)}, "not under 30 s"),
-        ({"speeds": goal(measured_search=None, search_seconds=float("nan"))}, "not under 30 s"),
-        ({"speeds": goal(speedup=11.9)}, "not 12"),
-        ({"speeds": goal(share=0.59)}, "not 60%"),
-        ({"speeds": goal(share=None)}, "not 60%"),
-        ({"speeds": goal(reason="out of memory", ms=None)}, "out of memory"),
-        ({"speeds": []}, "not measured"),
-        ({"speeds": goal(versions={"cuda graphs": "off"})}, "not CUDA graphs"),
-        ({"calls": 100}, "this was calls 100"),
-        ({"backbone": "demo"}, "this was backbone demo"),
-        ({"n_prompt_tokens": 5, "popsize": 4}, "popsize 4, n_prompt_tokens 5"),
-        ({"data": "demo"}, "the shipped rows"),
+        (goal(tuned=tuned(31.0)), "not under 30 s"),
+        (goal(tuned=None, ms_median=float("nan")), "not under 30 s"),
+        (goal(speedup=11.9), "not 12"),
+        (goal(candidates_per_second=236.0), "59% of the fp16 rate, not 60%"),
+        (goal(candidates_per_second=None), "not 60%"),
+        (goal(status="failed", reason="out of memory", ms_median=None), "out of memory"),
+        ({"benchmarks": []}, "not measured"),
+        (goal(versions={"cuda graphs": "off"}), "no CUDA graphs"),
+        (goal(asked={"budget": 100}), "this was budget 100"),
+        ({"options": {"backbone": "demo", "device": "cuda"}}, "this was backbone demo"),
+        (goal(asked={"n_prompt_tokens": 5, "popsize": 4}), "popsize 4, n_prompt_tokens 5"),
+        (goal(task="demo"), "the shipped rows"),
+        ({"errors": ["bbtv2: no GPU memory"]}, "bbtv2: no GPU memory"),
         ({"interrupted": True}, "the rest has not been checked"),
-        ({"checks": []}, "no engine was held"),
-        ({"checks": [Check(case="a", engine="trt fp16", error=0.03)]}, "error 3.0e-02"),
-        ({"checks": [Check(case="a", engine="ort fp32", error=1e-3)]}, "error 1.0e-03"),
-        ({"checks": [Check(case="a", engine="ort fp32", error=float("nan"))]}, "error nan"),
-        ({"checks": [Check(case="a", engine="ort fp32", reason="no provider")]}, "no provider"),
+        ({"rows": []}, "no engine was validated"),
+        (failed_check(engine="trt fp16", error=0.03), "error 3.0e-02"),
+        (failed_check(error=1e-3), "error 1.0e-03"),
+        (failed_check(error=float("nan")), "error nan"),
+        (failed_check(reason="no provider"), "no provider"),
     ],
 )
 def test_whatever_is_missed_is_a_line_of_the_report(changes: dict[str, Any], says: str) -> None:
@@ -76,7 +102,8 @@ def test_without_a_gpu_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_check, "describe_machine", lambda: {"gpus": []})
-    assert gpu_check.main(["-o", str(tmp_path / "report")]) == 1
+    with pytest.raises(SystemExit, match="1"):
+        gpu_check.main(["-o", str(tmp_path / "report")])
     assert capsys.readouterr().err.splitlines() == [
         "error: there is no NVIDIA GPU here (nvidia-smi finds none): nothing was checked"
     ]
@@ -86,16 +113,16 @@ def test_without_a_gpu_nothing_is_written(
 def test_an_interrupted_check_leaves_a_report_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def ended(step: str, **arguments: Any) -> Any:
-        if step == "ceilings":
-            return {"matrix_tflops": 700.0, "bandwidth_gbs": 3000.0}
-        raise KeyboardInterrupt
+    def ended(step: Callable[..., Any], **arguments: Any) -> Any:
+        if step is validation_error:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker, "call", ended)
+    monkeypatch.setattr(processes, "call", ended)
     output = tmp_path / "report"
     assert gpu_check.main(["--device", "cpu", "--backbone", "demo", "-o", str(output)]) == 1
     found = GpuReport.model_validate_json((output / "report.json").read_text())
-    assert (found.interrupted, found.matrix_tflops) == (True, 700.0)
+    assert found.interrupted
+    assert [check.passed for check in found.rows] == [False]
     assert "- interrupted: the rest has not been checked" in capsys.readouterr().out
 
 
@@ -103,47 +130,31 @@ def test_an_interrupted_check_leaves_a_report_that_says_so(
 def test_the_script_runs_with_the_cpu_as_its_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def inside(step: str, **arguments: Any) -> Any:
-        return STEPS[step](**json.loads(json.dumps(arguments, default=str)))
+    def inside(step: Callable[..., Any], **arguments: Any) -> Any:
+        if step is matrix_rates:
+            return {"fp32_rate": 1, "fp32_rate_by": "x", "rates": {"fp16 PyTorch": 700e3}, "unavailable": {}}
+        return json.loads(json.dumps(step(**json.loads(json.dumps(arguments, default=str)))))
 
-    monkeypatch.setattr(worker, "call", inside)
+    monkeypatch.setattr(processes, "call", inside)
     monkeypatch.setattr(gpu_check, "VARIANTS", (("bbtv2", "add"),))
-    STEPS["tiny"](model_type="bert", output=str(tmp_path / "bert"))
+    make_tiny("bert", str(tmp_path / "bert"))
     words = f"--device cpu --backbone {tmp_path / 'bert'} --families gpt2 --methods bbt --popsize 4 --k-shot 1"
+    words += f" --n-prompt-tokens 5 --calls 8 --repeats 1 --golden {tmp_path / 'none'} --data {tmp_path / 'none'}"
     output = tmp_path / "report"
-    none = str(tmp_path / "none")
-    code = gpu_check.main(
-        [
-            *words.split(),
-            "--n-prompt-tokens",
-            "5",
-            "--calls",
-            "8",
-            "--repeats",
-            "1",
-            "--golden",
-            none,
-            "--data",
-            none,
-            "-o",
-            str(output),
-        ]
-    )
-    assert code == 1
+    assert gpu_check.main([*words.split(), "-o", str(output)]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"FAILED; the report is in {output}"
     assert {file.name for file in output.iterdir()} == {"report.json", "report.md"}
     found = GpuReport.model_validate_json((output / "report.json").read_text())
-    passed = {check.engine for check in found.checks if check.passed}
-    assert {"torch fp32", "ort fp32", "ort fp16"} <= passed
-    assert [speed.engine for speed in found.speeds] == ["eager fp32", "eager fp16", "ort fp16", "trt fp16"]
-    eager, half, ort, _ = found.speeds
-    for speed in (eager, half, ort):
-        assert speed.reason is None
-        assert speed.ms is not None
-        assert speed.share is not None
-    assert eager.speedup == 1
-    assert eager.share == eager.naive_share
-    assert ort.naive_share is not None
-    assert ort.share is not None
-    assert ort.share < ort.naive_share  # work is left out
-    assert ort.measured_search is not None
+    passed = {check.engine for check in found.rows if check.passed}
+    assert {"torch fp32", "torch fp16", "ort fp32", "ort fp16"} <= passed
+    (benchmark,) = found.benchmarks
+    rows = {row.label: row for row in benchmark.rows}
+    assert {"eager fp32", "torch fp16", "ort fp16", "trt fp16"} <= set(rows)
+    assert rows["eager fp32"].speedup == 1
+    assert rows["eager fp32"].tuned is None  # a whole search in eager takes too long
+    assert rows["torch fp16"].flops < rows["eager fp32"].flops  # type: ignore[operator] # redundant work is avoided
+    for name in ("torch fp16", "ort fp16"):
+        assert rows[name].reason is None
+        assert rows[name].ms_median is not None
+        assert rows[name].tuned is not None
+    assert "| ort fp16 |" in found.markdown()

@@ -30,12 +30,12 @@ from bbt_accel.engines import ort, ort_cuda, trt
 from bbt_accel.engines.ort_cuda import OrtCudaEngine
 from bbt_accel.engines.trt import TrtEngine
 from bbt_accel.errors import EngineError, PlanError
-from bbt_accel.exporters import optimize, tensorrt
-from bbt_accel.exporters.optimize import optimize_bundle, pad_columns
+from bbt_accel.exporters import tensorrt
+from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.rows import sample_rows
 from bbt_accel.exporters.trt_api import Api
-from bbt_accel.objective import tally
-from bbt_accel.projection import Latent
+from bbt_accel.objective import batch_statistics
+from bbt_accel.population import Latent, Population
 
 DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"),
              ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add")]  # fmt: skip
@@ -49,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_gpu.FakeRuntime:
     runtime = fake_gpu.FakeRuntime()
     api = Api("tensorrt", fake_gpu.fake_tensorrt(runtime))
     monkeypatch.setattr(cuda, "load_runtime", lambda: runtime)
-    for module in (optimize, tensorrt, trt):
+    for module in (tensorrt, trt):
         monkeypatch.setattr(module, "find_api", lambda ahead=False: api)
     monkeypatch.setattr(cuda.Cuda, "driver", lambda self: "580.1")
     return runtime
@@ -86,7 +86,7 @@ def moved(prompts: Latent, step: int) -> Latent:
 
 
 def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> dict[str, str]:
-    """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine has kept meanwhile.
+    """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine caches.
 
     Returns the engine's versions.
     """
@@ -102,13 +102,13 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
             np.testing.assert_allclose(
                 found.label_logits(prompts * times), wanted.label_logits(prompts * times), rtol=0, atol=atol
             )
-        assert found.on_device
-        assert not wanted.on_device
+        assert found.projects
+        assert not wanted.projects
         if info.method == "bbt":
             for turn in range(4):
                 z = moved(there, turn)
                 np.testing.assert_allclose(found.label_logits(z), wanted.label_logits(z), rtol=0, atol=atol)
-                assert_tally(found.tally(z), found.label_logits(z), rows)
+                assert_statistics(found.statistics(z), found.label_logits(z), rows)
         else:
             stack = prompts[0].copy()
             for turn in range(4 * info.n_layers):
@@ -116,24 +116,32 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
                 some = prompts[:, layer] + turn
                 z = moved(there, turn)
                 np.testing.assert_allclose(
-                    found.layer_logits(stack, layer, z), wanted.layer_logits(stack, layer, z), rtol=0, atol=atol
+                    found.label_logits(Population(z, layer, stack)),
+                    wanted.label_logits(Population(z, layer, stack)),
+                    rtol=0,
+                    atol=atol,
                 )
-                assert_tally(found.layer_tally(stack, layer, z), found.layer_logits(stack, layer, z), rows)
+                assert_statistics(
+                    found.statistics(Population(z, layer, stack)), found.label_logits(Population(z, layer, stack)), rows
+                )
                 np.testing.assert_allclose(
-                    found.layer_logits(stack, layer, some), wanted.layer_logits(stack, layer, some), rtol=0, atol=atol
+                    found.label_logits(Population(some, layer, stack)),
+                    wanted.label_logits(Population(some, layer, stack)),
+                    rtol=0,
+                    atol=atol,
                 )
                 np.testing.assert_allclose(
                     found.label_logits(stack[None]), wanted.label_logits(stack[None]), rtol=0, atol=atol
                 )
-                assert_tally(found.tally(stack[None]), found.label_logits(stack[None]), rows)
+                assert_statistics(found.statistics(stack[None]), found.label_logits(stack[None]), rows)
                 stack[layer] = some[turn % 5]
             np.testing.assert_allclose(found.layer_stds(), wanted.layer_stds(), rtol=max(atol, 1e-4))
         return engine.versions()
 
 
-def assert_tally(found: Any, logits: Any, rows: Batch) -> None:
-    """What was added up on the device is what the logits of the same engine add up to."""
-    np.testing.assert_allclose(found, tally(logits, rows.targets), rtol=1e-4, atol=1e-4)
+def assert_statistics(found: Any, logits: Any, rows: Batch) -> None:
+    """The sums from the device are those of the same engine's logits."""
+    np.testing.assert_allclose(found, batch_statistics(logits, rows.targets), rtol=1e-4, atol=1e-4)
 
 
 def one_line(call: Callable[[], object], error: type[Exception]) -> str:
@@ -199,10 +207,10 @@ def test_a_generation_of_bbt_moves_z_and_losses_alone(made: Callable[..., Bundle
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         prompts = latent(bundle)
-        bound.tally(prompts)
+        bound.statistics(prompts)
         gpu.uploaded = gpu.downloaded = 0
         for generation in range(1, 4):
-            bound.tally(moved(prompts, generation))
+            bound.statistics(moved(prompts, generation))
         assert gpu.uploaded == 3 * prompts.z.nbytes
         assert gpu.downloaded == 3 * len(bound.buckets) * len(prompts) * 5 * 4  # type: ignore[attr-defined]
 
@@ -213,9 +221,9 @@ def test_the_host_waits_for_the_device_once_a_generation(
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         assert len(bound.buckets) > 1  # type: ignore[attr-defined]
-        bound.tally(latent(bundle))
+        bound.statistics(latent(bundle))
         gpu.course.clear()
-        bound.tally(latent(bundle))
+        bound.statistics(latent(bundle))
         first = gpu.course.index("download")
         assert "run" in gpu.course[:first]
         assert "run" not in gpu.course[first:]
@@ -233,20 +241,20 @@ def test_a_generation_of_bbtv2_sends_z_and_the_prompt_that_has_changed(
 
         def generation(number: int, change: bool = True) -> int:
             layer, before = number % layers, gpu.uploaded
-            bound.layer_tally(stack, layer, moved(spaces[layer], number))
+            bound.statistics(Population(moved(spaces[layer], number), layer, stack))
             stack[layer] += float(change)
             return gpu.uploaded - before
 
         for number in range(4 * layers):
             generation(number)
-            bound.tally(stack[None])  # as when the dev rows are scored
+            bound.statistics(stack[None])  # as when the dev rows are scored
         graphs, gpu.launches = len(engine.graphs), 0
         z, prompt = spaces[0].z.nbytes, 4 * int(np.prod(one))
         for number in range(4 * layers):
-            # The layer before stands below now, once; and above the next sweep's lowest layers, once a candidate.
+            # The layer before is fixed below now, once; and above the next sweep's lowest layers, once per candidate.
             sent = generation(number) - z
             assert sent in (prompt, len(spaces[0]) * prompt), (number, sent)
-            bound.tally(stack[None])
+            bound.statistics(stack[None])
         assert len(engine.graphs) == graphs, "arrays have moved"
         assert gpu.launches > 0
         sent_unchanged = [generation(number, change=False) for number in range(2 * layers)][layers:]
@@ -271,7 +279,7 @@ def test_a_space_that_the_plan_does_not_take_says_what_to_lower(made: Callable[.
         assert "--intrinsic-dim" in one_line(lambda: bound.label_logits(large), EngineError)
 
 
-@pytest.mark.parametrize("graph", ["project", "tally"])
+@pytest.mark.parametrize("graph", ["project", "statistics"])
 def test_a_bundle_without_the_graphs_of_a_device_has_to_be_made_again(made: Callable[..., Bundle], graph: str) -> None:
     bundle = made("roberta", "bbt", "add")
     (bundle.path / f"{graph}.onnx").unlink()
@@ -293,12 +301,12 @@ def test_a_search_follows_the_path_of_the_cpu(
     np.testing.assert_allclose(on_gpu, wanted, rtol=0, atol=1e-4)
 
 
-def test_savings_can_be_switched_off(tiny: Export, made: Callable[..., Bundle]) -> None:
+def test_optimizations_can_be_switched_off(tiny: Export, made: Callable[..., Bundle]) -> None:
     bundle = made("roberta", "bbtv2", "add")
     assert_alike("trt", bundle, tiny("roberta", "bbtv2", "add"), without=["buckets", "population", "layer-cache"])
 
 
-def test_a_larger_population_than_the_profile_has_is_cut_up(
+def test_a_population_larger_than_the_profile_is_split(
     tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
 ) -> None:
     bundle, rows = made("roberta", "bbt", "add"), sample_rows(tiny("roberta", "bbt", "add"), 50)
@@ -375,7 +383,7 @@ def test_rows_that_are_longer_than_the_profile_are_refused(made: Callable[..., B
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine:
         rows = sample_rows(bundle, 2)
-        long = pad_columns(bundle.info, rows, 60)
+        long = rows.padded(rows.input_ids.shape[1] + 60, bundle.info.special.pad)
         whole = Batch(long.input_ids, np.ones_like(long.input_ids), long.readout, long.targets, long.label_token_ids)
         assert "--calibrate" in one_line(lambda: engine.bind(whole), EngineError)
 

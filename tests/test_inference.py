@@ -32,12 +32,14 @@ def test_evaluate_scores_every_test_row_with_and_without_the_prompt(run: Run, tm
     report = evaluate(run.path)
     rows = load_rows(run.task, "test", tmp_path / "data")
     engine = DummyEngine(run.open_bundle())
-    batch = Encoder(engine.bundle, run.task).encode(rows)  # 70 rows at once, where evaluate takes them in two parts
+    batch = Encoder(engine.bundle, run.task).encode(rows)  # 70 rows at once, which evaluate splits in two
     logits = engine.bind(batch).label_logits(np.stack([run.prompt, np.zeros_like(run.prompt)]))
     _, (score, without) = Objective().score(logits, batch.targets)
     assert (report["score"], report["without_prompt"]) == (score, without)
     assert (report["split"], report["metric"], report["rows"], report["engine"]) == ("test", "accuracy", 70, "dummy")
-    assert evaluate(run.path, split="train")["rows"] == 30
+    dev = evaluate(run.path, split="dev")
+    assert run.info.best is not None
+    assert (dev["rows"], dev["score"]) == (6, run.info.best.dev_score)
 
 
 def test_predict_returns_labels_and_probabilities_in_order(run: Run) -> None:
@@ -52,7 +54,7 @@ def test_predict_returns_labels_and_probabilities_in_order(run: Run) -> None:
     assert predict(run.path, []) == []
 
 
-def test_predict_names_the_column_that_a_row_lacks(run: Run) -> None:
+def test_predict_names_a_missing_column(run: Run) -> None:
     with pytest.raises(DataError, match="row 2 has no text 'text'"):
         predict(run.path, [{"text": "w1"}, {"sentence": "w2"}])
 

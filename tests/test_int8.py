@@ -1,4 +1,4 @@
-"""8-bit products: what large channels cost, and which products stay in fp32."""
+"""int8 matmuls: how outlier channels are split, and which matmuls stay in fp32."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
-from bbt_accel.exporters.calibration import Channels, calibration_rows, random_prompts
-from bbt_accel.exporters.int8 import FURTHER_COLUMNS, Range, fit, to_int8, with_further_rows
+from bbt_accel.exporters.calibration import Channels, TaskRows, random_prompts
+from bbt_accel.exporters.fidelity import relative_rmse
+from bbt_accel.exporters.int8 import SPLIT_SHARE, SplitRange, fit_range, split_weight, to_int8
 from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.precision import choose_fp32, logit_noise
-from bbt_accel.exporters.sessions import run_stages, session_of
+from bbt_accel.exporters.precision import select_fp32
+from bbt_accel.exporters.sessions import open_session, run_stages
 
 few = settings(
     max_examples=25, deadline=None, derandomize=True, database=None,
@@ -47,39 +48,39 @@ def seen(x: np.ndarray) -> Channels:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_values_on_one_side_alone_need_no_columns_on_the_other(sign: int) -> None:
+def test_values_of_one_sign_need_no_extra_columns_of_the_other(sign: int) -> None:
     x = sign * np.abs(np.random.default_rng(0).standard_normal((50, 64), dtype=np.float32))
     x[:, 3] *= 30
-    fitted = fit(seen(x))
+    fitted = fit_range(seen(x))
     assert (fitted.sign == sign).all()
-    assert len(fitted.channel) <= 64 * FURTHER_COLUMNS
+    assert len(fitted.channel) <= 64 * SPLIT_SHARE
 
 
-def columns(x: np.ndarray, fitted: Range) -> np.ndarray:
+def columns(x: np.ndarray, fitted: SplitRange) -> np.ndarray:
     """What the graph computes before it rounds: (T, K) → (T, K + J)."""
-    further = np.maximum(fitted.sign * x[:, fitted.channel] - fitted.offset, 0)
-    return np.clip(np.concatenate([x, further], axis=1), fitted.low, fitted.high)
+    extra = np.maximum(fitted.sign * x[:, fitted.channel] - fitted.offset, 0)
+    return np.clip(np.concatenate([x, extra], axis=1), fitted.low, fitted.high)
 
 
 @few
 @given(x=activations())
 def test_the_columns_of_a_channel_add_up_to_its_values(x: np.ndarray) -> None:
-    fitted = fit(seen(x))
+    fitted = fit_range(seen(x))
     found = columns(x, fitted)
     sums = found[:, : x.shape[1]].copy()
     for j, (channel, sign) in enumerate(zip(fitted.channel, fitted.sign, strict=True)):
         sums[:, channel] += sign * found[:, x.shape[1] + j]
     np.testing.assert_allclose(sums, x, atol=1e-4)
-    assert len(fitted.channel) <= x.shape[1] * FURTHER_COLUMNS
+    assert len(fitted.channel) <= x.shape[1] * SPLIT_SHARE
     assert fitted.low <= 0 <= fitted.high
 
 
 @few
 @given(x=activations(), seed=st.integers(0, 2**32 - 1))
-def test_a_large_channel_is_not_multiplied_by_the_rounding_of_one_weight(x: np.ndarray, seed: int) -> None:
-    fitted = fit(seen(x))
+def test_an_outlier_is_not_multiplied_by_the_rounding_error_of_one_weight(x: np.ndarray, seed: int) -> None:
+    fitted = fit_range(seen(x))
     exact = np.random.default_rng(seed).uniform(-127, 127, (x.shape[1], 8)).astype(np.float32)
-    rows = with_further_rows(exact, fitted).astype(np.float32)
+    rows = split_weight(exact, fitted).astype(np.float32)
     assert rows.shape == (x.shape[1] + len(fitted.channel), 8)
     error = columns(x, fitted) @ rows - x @ exact
     # Half a step of every weight, over values that are no larger than the range.
@@ -87,7 +88,7 @@ def test_a_large_channel_is_not_multiplied_by_the_rounding_of_one_weight(x: np.n
     assert (np.abs(error) <= bound[:, None]).all()
 
 
-def product(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) -> np.ndarray:
+def matmul(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) -> np.ndarray:
     """x · weight by a quantized graph, calibrated on x."""
     initializer = numpy_helper.from_array(np.ascontiguousarray(weight.T) if transpose else weight, "w")
     node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1) if transpose else None
@@ -96,20 +97,20 @@ def product(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) ->
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [initializer])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     made = to_int8(model, [{"x": x}], folder)
-    assert (len(made.products), made.kept) == (1, [])
+    assert (len(made.quantized), made.kept) == (1, [])
     onnx.save(made.model, folder / "made.onnx")
-    found: np.ndarray = session_of(folder / "made.onnx").run(None, {"x": x})[0]
+    found: np.ndarray = open_session(folder / "made.onnx").run(None, {"x": x})[0]
     return found
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_one_large_channel_does_not_cost_the_others_their_precision(tmp_path: Path, transpose: bool) -> None:
+def test_one_outlier_channel_does_not_cost_the_others_their_precision(tmp_path: Path, transpose: bool) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((512, 32), dtype=np.float32)
     x = rng.standard_normal((200, 512), dtype=np.float32)
-    plain = product(x, weight, tmp_path, transpose) - x @ weight
+    plain = matmul(x, weight, tmp_path, transpose) - x @ weight
     x[:, 7] *= 15
-    large = product(x, weight, tmp_path, transpose) - x @ weight
+    large = matmul(x, weight, tmp_path, transpose) - x @ weight
     assert large.std() < 2 * plain.std()
 
 
@@ -120,20 +121,20 @@ Tiny = Callable[[str, str, str], Bundle]
     ("variant", "target"),
     [(("roberta", "bbt", "add"), "ort"), (("bart", "bbtv2", "add"), "ort"), (("roberta", "bbt", "add"), "openvino")],
 )
-def test_products_stay_in_fp32_until_the_logits_are_near_enough(
+def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
     tiny: Tiny, tmp_path: Path, variant: tuple[str, str, str], target: str
 ) -> None:
     if target == "openvino":
         pytest.importorskip("openvino")
     source = tiny(*variant)
-    whole = optimize_bundle(source.path, tmp_path / "whole", precision="int8", target=target, max_noise=1)  # type: ignore[arg-type]
-    part = optimize_bundle(source.path, tmp_path / "part", precision="int8", target=target, max_noise=2e-3)  # type: ignore[arg-type]
-    none = optimize_bundle(source.path, tmp_path / "none", precision="int8", target=target, max_noise=0)  # type: ignore[arg-type]
+    whole = optimize_bundle(source.path, tmp_path / "whole", precision="int8", target=target, max_rmse=1)
+    part = optimize_bundle(source.path, tmp_path / "part", precision="int8", target=target, max_rmse=2e-3)
+    none = optimize_bundle(source.path, tmp_path / "none", precision="int8", target=target, max_rmse=0)
 
     def report(made: Bundle) -> tuple[int, int, float]:
         found = made.info.optimization
         assert found is not None
-        return found["quantized"], len(found["noisy"]), found["logit_noise"]  # type: ignore[return-value, arg-type]
+        return found["quantized"], len(found["fp32_fallback"]), found["logit_rmse"]  # type: ignore[return-value, arg-type]
 
     assert report(whole)[1] == 0
     assert 0 < report(part)[1] < report(whole)[0]
@@ -143,31 +144,31 @@ def test_products_stay_in_fp32_until_the_logits_are_near_enough(
     assert report(none)[2] < 1e-5
 
 
-def test_the_products_that_are_kept_are_those_that_bring_most_of_the_noise(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny("bert", "bbt", "cat")
-    batch, prompts = calibration_rows(source, None, None), random_prompts(source)
-    kept = [choose_fp32(source, "ort", batch, prompts, limit, tmp_path) for limit in (1, 3e-3, 1e-3, 0)]
+    batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
+    kept = [select_fp32(source, "ort", batch, prompts, limit, tmp_path) for limit in (1, 3e-3, 1e-3, 0)]
     assert kept[0] == set()
     assert kept[0] < kept[3]
     assert kept[1] <= kept[2] <= kept[3]
     assert not list(tmp_path.iterdir())
 
 
-def test_noise_is_what_differs_between_labels() -> None:
+def test_relative_rmse_ignores_an_offset_that_all_classes_share() -> None:
     wanted = np.random.default_rng(0).standard_normal((2, 5, 3), dtype=np.float32)
-    assert logit_noise(wanted + 7, wanted) < 1e-5
-    assert logit_noise(wanted * 1.1, wanted) == pytest.approx(0.1, rel=1e-3)
+    assert relative_rmse(wanted + 7, wanted) < 1e-5
+    assert relative_rmse(wanted * 1.1, wanted) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_a_negative_limit_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--max-noise must be 0 or more"):
-        optimize_bundle(tiny("bert", "bbt", "cat").path, tmp_path / "made", precision="int8", max_noise=-0.1)
+    with pytest.raises(UsageError, match="--max-rmse must be 0 or more"):
+        optimize_bundle(tiny("bert", "bbt", "cat").path, tmp_path / "made", precision="int8", max_rmse=-0.1)
 
 
 def test_an_int8_engine_gives_a_candidate_the_same_logits_alone_and_in_a_population(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny("t5", "bbt", "add")
     made = optimize_bundle(source.path, tmp_path / "made", precision="int8")
-    batch, prompts = calibration_rows(source, None, None), random_prompts(source)
+    batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
     together = run_stages(made, batch, prompts)
     for i in range(len(prompts)):
         np.testing.assert_array_equal(run_stages(made, batch, prompts[i : i + 1])[0], together[i])

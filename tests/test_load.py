@@ -18,20 +18,27 @@ from search_parts import search_bundle
 from serving_parts import app, running
 
 from bbt_accel import tune
-from bbt_accel.benchmarks.load import Request, load, measure
-from bbt_accel.benchmarks.load_report import Load
-from bbt_accel.errors import BbtError, EngineError, UsageError
+from bbt_accel.benchmarks import load as module
+from bbt_accel.benchmarks.load import LoadReport, Request, load
+from bbt_accel.benchmarks.script import run_script
+from bbt_accel.errors import EngineError
 
 SETTINGS: dict[str, object] = {"k_shot": 2, "intrinsic_dim": 5, "popsize": 4, "budget": 4, "eval_every": 4}
+
+
+def measure(path: Path, output: Path, *words: str) -> LoadReport:
+    arguments = [str(path), "-o", str(output), "--seconds", "0.05", *words]
+    return run_script("load", None, module.add_options, module.measure_load, module.draw_load, arguments)
 
 
 def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
     run = tune(
         tiny("roberta"), "demo", engine="ort", threads=1, output=tmp_path / "run", settings=SETTINGS, progress=False
     )
-    measure(run.path, tmp_path / "report", threads=1, clients=[1, 2], seconds=0.05, rows=4, popsize=3)
-    report = Load.model_validate_json((tmp_path / "report" / "report.json").read_bytes())
-    found = [(m.what, m.clients) for m in report.measured]
+    sizes = "--threads 1 --clients 1 2 --rows 4 --popsize 3"
+    report = measure(run.path, tmp_path / "report", *sizes.split())
+    assert LoadReport.model_validate_json((tmp_path / "report" / "report.json").read_bytes()) == report
+    found = [(row.request, row.clients) for row in report.rows]
     assert found == [
         ("population, no server", 1),
         ("health", 1),
@@ -42,28 +49,33 @@ def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
         ("texts", 1),
         ("texts", 2),
     ]
-    for row in report.measured:
+    for row in report.rows:
         assert row.requests > 0
         assert row.errors == 0
+        assert row.ms_median is not None
         assert 0 < row.ms_median <= row.ms_p90 <= row.ms_p99 <= row.ms_max
         assert row.per_second > 0
-    sent = {m.what: m.kib_sent for m in report.measured}
+    sent = {row.request: row.kib_sent for row in report.rows}
     assert sent["population"] < min(sent["population with its rows"], sent["population as JSON"])
     text = (tmp_path / "report" / "report.md").read_text()
     assert all(f"| {what} | {clients} |" in text for what, clients in found)
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_clients_that_fail_are_counted_or_told(tmp_path: Path) -> None:
+def test_clients_that_fail_are_counted_or_an_error(tmp_path: Path) -> None:
     with running(app(search_bundle(tmp_path / "bundle"))) as url:
         with pytest.raises(EngineError, match="404"):
             load(url, Request("nothing", "/v2/models/nothing"), 2, 0.05)
         assert load(url, Request("health", "/v2/health/live"), 2, 0.05).errors == 0
 
 
-def test_what_cannot_be_measured(tiny: Export, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="bbt"):
-        measure(tiny("roberta", "bbtv2").path, tmp_path / "report", clients=[1])
-    with pytest.raises(BbtError, match="no engine"):
-        measure(tiny("roberta").path, tmp_path / "report", engine="nothing", clients=[1])
+def test_what_cannot_be_measured(tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, words, says in (
+        (tiny("roberta", "bbtv2").path, (), "was exported for bbtv2, not bbt"),
+        (tiny("roberta").path, ("--engine", "nothing"), "unknown engine 'nothing'"),
+        (tiny("roberta").path, ("--clients", "0"), "--clients"),
+    ):
+        with pytest.raises(SystemExit):
+            measure(path, tmp_path / "report", *words)
+        assert says in capsys.readouterr().err
     assert not (tmp_path / "report").exists()

@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 
 from bbt_accel import Objective
 from bbt_accel.errors import NonFiniteLoss, UsageError
-from bbt_accel.objective import tally
+from bbt_accel.objective import batch_statistics
 
 
 @st.composite
@@ -70,7 +70,7 @@ def test_huge_logits_do_not_overflow(case: tuple[np.ndarray, np.ndarray]) -> Non
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("loss", ["ce", "hinge", "perf"])
-def test_what_is_not_finite_names_its_candidate(loss: str, value: float) -> None:
+def test_a_loss_that_is_not_finite_names_its_candidate(loss: str, value: float) -> None:
     logits = np.zeros((4, 2, 2), np.float32)
     logits[2, 1, 0] = value
     with pytest.raises(NonFiniteLoss, match="candidate 2"):
@@ -78,19 +78,18 @@ def test_what_is_not_finite_names_its_candidate(loss: str, value: float) -> None
 
 
 @given(scored(), st.data())
-def test_the_tally_of_all_rows_is_the_sum_of_its_parts(
-    case: tuple[np.ndarray, np.ndarray], data: st.DataObject
-) -> None:
+def test_batch_statistics_of_several_batches_add_up(case: tuple[np.ndarray, np.ndarray], data: st.DataObject) -> None:
     logits, targets = case
-    cut = data.draw(st.integers(0, len(targets)))
-    parts = [tally(logits[:, some], targets[some]) for some in (slice(cut), slice(cut, None)) if len(targets[some])]
-    np.testing.assert_allclose(sum(parts), tally(logits, targets), rtol=1e-12, atol=1e-12)
+    split = data.draw(st.integers(0, len(targets)))
+    halves = [half for half in (slice(split), slice(split, None)) if len(targets[half])]
+    parts = [batch_statistics(logits[:, half], targets[half]) for half in halves]
+    np.testing.assert_allclose(sum(parts), batch_statistics(logits, targets), rtol=1e-12, atol=1e-12)
 
 
 def test_unknown_names_and_shapes_are_refused() -> None:
-    with pytest.raises(UsageError, match="ce, hinge, perf"):
+    with pytest.raises(UsageError, match="choose from ce, hinge, perf"):
         Objective("mse")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="accuracy, f1"):
+    with pytest.raises(UsageError, match="choose from accuracy, f1"):
         Objective("ce", "auc")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="targets"):
         Objective().score(np.zeros((1, 2, 2), np.float32), np.array([0, 2]))

@@ -1,31 +1,46 @@
-"""What optimize writes, what it keeps, and what it refuses."""
+"""What optimize writes, how close it stays to its source, and what it refuses."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from bbt_accel import engine_specs
 from bbt_accel.bundle import Bundle
+from bbt_accel.data import load_few_shot
+from bbt_accel.demo import BACKBONE, DATA
+from bbt_accel.encoding import Encoder
+from bbt_accel.engine_specs import Backend, EngineSpec
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BundleError, ExportError, UsageError
-from bbt_accel.exporters import optimize
+from bbt_accel.exporters import convert, optimize
+from bbt_accel.exporters.calibration import TaskRows
+from bbt_accel.exporters.convert import convert_checkpoint
+from bbt_accel.exporters.fidelity import fidelity, scaled_error
 from bbt_accel.exporters.half import to_half
-from bbt_accel.exporters.optimize import optimize_bundle, pad_columns
+from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.rows import sample_rows
+from bbt_accel.tasks import FOLDER, load_task
 
 Tiny = Callable[[str, str, str], Bundle]
 FAMILIES = [("roberta", "bbt", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"), ("gpt2", "bbt", "cat")]
 
 
 def logits(bundle: Bundle, prompts: np.ndarray, columns: int = 0) -> np.ndarray:
-    batch = pad_columns(bundle.info, sample_rows(bundle, 6), columns)
-    with load_engine(bundle, "ort", threads=1) as engine, engine.bind(batch) as bound:
+    rows = sample_rows(bundle, 6)
+    batch = rows.padded(rows.input_ids.shape[1] + columns, bundle.info.special.pad)
+    engine = "ort" if bundle.info.target == "onnx" else bundle.info.target
+    with load_engine(bundle, engine, threads=1) as engine, engine.bind(batch) as bound:
         return bound.label_logits(prompts)
 
 
@@ -65,9 +80,18 @@ def test_the_report_says_what_was_done(tiny: Tiny, tmp_path: Path) -> None:
     assert report["fused"]["mha2"] == made.info.n_layers  # type: ignore[index]
     # All but the first block's projections, which are shared, and what the last block does at the readout alone.
     assert report["quantized"] == 6 * made.info.n_layers - 3 - 4
-    assert report["noisy"] == []
+    assert report["fp32_fallback"] == []
     assert 0 <= float(str(report["agreement"])) <= 1
-    assert {"logit_error", "logit_noise", "padding_error", "bytes", "bytes_before", "kept_fp32"} <= set(report)
+    assert {"logit_error", "logit_rmse", "padding_error", "bytes", "bytes_before", "kept_fp32"} <= set(report)
+
+
+def test_fidelity_compares_logits_with_a_reference() -> None:
+    reference = np.array([[[1.0, 3.0], [-2.0, -4.0]]], np.float32)
+    assert fidelity(reference, reference) == {"logit_error": 0, "logit_rmse": 0, "agreement": 1}
+    found = fidelity(reference * np.float32([[[1, 1], [1, 0.25]]]), reference)  # the second prediction is another one
+    assert (found["logit_error"], found["agreement"]) == (0.75, 0.5)
+    assert fidelity(reference / 10, reference)["logit_error"] == pytest.approx(0.9)
+    assert scaled_error(reference[:, :1], reference) == float("inf")
 
 
 def test_nodes_that_overflow_stay_in_fp32(tmp_path: Path) -> None:
@@ -103,14 +127,107 @@ def test_an_optimized_bundle_has_its_weights_once(tiny: Tiny, tmp_path: Path) ->
     assert sum(int(dict(p)["length"]) for p in places) <= (made.path / "weights.data").stat().st_size
 
 
-@pytest.mark.parametrize(("precision", "target"), [("bf16", "ort"), ("int8", "trt"), ("fp16", "openvino")])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("variant", FAMILIES, ids="-".join)
+def test_a_bundle_for_pytorch_holds_the_checkpoint_in_its_precision(
+    tiny: Tiny, tmp_path: Path, variant: tuple[str, str, str], precision: str
+) -> None:
+    source = tiny(*variant)
+    made = optimize_bundle(source.path, tmp_path / "made", precision=precision, target="torch")  # type: ignore[arg-type]
+    assert {file.name for file in made.path.iterdir()} == {
+        "bundle.json", "config.json", "model.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    assert (made.info.precision, made.info.target, made.info.stages) == (precision, "torch", source.info.stages)
+    with safe_open(made.path / "model.safetensors", "np") as weights:
+        types = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    assert types <= {precision.upper().replace("FP", "F"), "I64"}
+    assert made.size < 0.75 * (source.path / "model.safetensors").stat().st_size + 60_000  # tokenizer and bundle.json
+    report = made.info.optimization or {}
+    assert report["agreement"] >= 0.9  # type: ignore[operator]
+    assert 1e-5 < report["logit_rmse"] < 0.1  # type: ignore[operator]
+    wanted, found = logits(source, prompts_for(source)), logits(made, prompts_for(source))
+    assert np.abs(found - wanted).max() <= 0.1 * max(1.0, np.abs(wanted).max())
+
+
+def test_weights_beyond_the_range_of_fp16_are_clipped(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"weight": np.array([1e6, -1e6, 1], np.float32)}, tmp_path / "model.safetensors")
+    convert_checkpoint(tmp_path, tmp_path / "made", "fp16")
+    with safe_open(tmp_path / "made" / "model.safetensors", "np") as weights:
+        assert weights.get_tensor("weight").tolist() == [65504, -65504, 1]
+    assert json.loads((tmp_path / "made" / "config.json").read_text()) == {"dtype": "float16"}
+
+
+@pytest.mark.parametrize("variant", [("roberta", "bbt", "add"), ("gpt2", "bbtv2", "add")], ids="-".join)
+def test_openvino_computes_a_bf16_bundle_in_bf16(tiny: Tiny, tmp_path: Path, variant: tuple[str, str, str]) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    source = tiny(*variant)
+    made = optimize_bundle(source.path, tmp_path / "made", precision="bf16", target="openvino")
+    whole = optimize_bundle(source.path, tmp_path / "whole", target="openvino")
+    assert (made.info.precision, whole.info.precision) == ("bf16", "fp32")
+    for stage in made.info.stages:  # bf16 is how the graphs are compiled, not what they hold
+        assert (made.path / f"{stage}.bin").read_bytes() == (whole.path / f"{stage}.bin").read_bytes()
+    report, exact = made.info.optimization or {}, whole.info.optimization or {}
+    assert exact["logit_rmse"] < 1e-4 < report["logit_rmse"] < 0.1  # type: ignore[operator]
+    assert report["agreement"] >= 0.9  # type: ignore[operator]
+    assert "bf16" not in exact
+    if report["bf16"] == "native":
+        wanted, found = logits(whole, prompts_for(source)), logits(made, prompts_for(source))
+        assert 0 < np.abs(found - wanted).max() <= 0.1 * max(1.0, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("features", "capabilities", "expected"),
+    [(["AVX-512", "bf16"], ["BF16"], "native"), (["AVX-512"], ["BF16"], "emulated"), (["AVX2"], [], "not supported")],
+)
+def test_the_report_says_when_a_processor_has_no_bf16(
+    monkeypatch: pytest.MonkeyPatch, features: list[str], capabilities: list[str], expected: str
+) -> None:
+    core = SimpleNamespace(get_property=lambda device, name: ["FP32", *capabilities])
+    monkeypatch.setattr(convert, "describe_machine", lambda: {"features": features})
+    monkeypatch.setattr(convert, "import_openvino", lambda: SimpleNamespace(Core=lambda: core))
+    assert convert.openvino_bf16().startswith(expected)
+
+
+def test_calibration_rows_are_those_of_the_tasks_preset(exported: Callable[..., Bundle], tmp_path: Path) -> None:
+    bundle = exported(BACKBONE)
+    own = tmp_path / "own.toml"
+    text = (FOLDER / "demo.toml").read_text().partition("[presets")[0]
+    own.write_text(f"{text}\n[presets.bbt]\nk_shot = 2\nseed = 7\n")
+    rows, default = TaskRows(bundle, str(own), DATA), TaskRows(bundle, "demo")
+    assert (rows.settings.k_shot, rows.settings.seed) == (2, 7)
+    task = load_task(own)
+    train, _ = load_few_shot(task, DATA, rows.settings)
+    np.testing.assert_array_equal(rows.train.input_ids, Encoder(bundle, task).encode(train).input_ids)
+    assert len(rows.calibration()) == 2 * task.n_classes
+    assert len(default.calibration()) == min(32, len(default.train))
+
+
+def test_a_target_of_another_package_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = EngineSpec("toy", {"cpu": Backend("toy:Engine")}, reads=("toy",), optimized=("fp32",))
+    monkeypatch.setattr(engine_specs, "ENGINES", (*engine_specs.ENGINES, spec))
+    engine_specs.engine_specs.cache_clear()
+    try:
+        with pytest.raises(UsageError, match="--target toy is an engine of another package"):
+            optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="toy")
+    finally:
+        engine_specs.engine_specs.cache_clear()
+    with pytest.raises(UsageError, match="unknown target 'ordt'; did you mean ort"):
+        optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="ordt")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "target"), [("bf16", "ort"), ("int8", "trt"), ("fp16", "openvino"), ("fp32", "torch")]
+)
 def test_refuses_combinations_that_do_not_exist(tiny: Tiny, tmp_path: Path, precision: str, target: str) -> None:
     with pytest.raises(UsageError, match=f"--target {target}"):
         optimize_bundle(
             tiny("roberta", "bbt", "add").path,
             tmp_path / "made",
             precision=precision,  # type: ignore[arg-type]
-            target=target,  # type: ignore[arg-type]
+            target=target,
         )
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from bbt_accel import Projection
 from bbt_accel.errors import UsageError
-from bbt_accel.projection import Latent, prompt_std
+from bbt_accel.population import Latent
+from bbt_accel.projection import prompt_std
 
 
 def test_prompt_is_az_plus_p0_row_major() -> None:
@@ -28,14 +29,23 @@ def test_a_candidate_does_not_depend_on_its_population(size: int, seed: int) -> 
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_latent_prompts_have_the_shape_and_the_slices_of_the_prompts() -> None:
+def test_latent_prompts_have_the_shape_of_the_prompts() -> None:
     projection = Projection.normal(0, d=7, n=3, H=5, std=0.3, p0=np.ones(15))
     Z = np.random.default_rng(0).standard_normal((4, 7))
     latent, prompts = Latent(projection, Z), projection.prompts(Z)
     assert (latent.shape, len(latent), latent.z.dtype) == (prompts.shape, 4, np.float32)
-    np.testing.assert_allclose(latent[1:3].compute(), prompts[1:3], rtol=1e-6, atol=1e-6)
     with pytest.raises(UsageError, match=r"\(P, 7\)"):
         Latent(projection, Z[:, :6])
+
+
+@given(st.integers(1, 24), st.integers(0, 24), st.integers(0, 24), st.integers(0, 24))
+def test_a_slice_of_a_population_has_the_bits_of_the_population(size: int, start: int, stop: int, low: int) -> None:
+    projection = Projection.normal(0, d=150, n=10, H=48, std=0.3)
+    latent = Latent(projection, np.random.default_rng(size).standard_normal((size, 150)))
+    part = latent[start:stop][low:]
+    assert part.project().tobytes() == latent.project()[start:stop][low:].tobytes()
+    assert part.z.tobytes() == latent.z[start:stop][low:].tobytes()
+    assert part.shape == part.project().shape
 
 
 def test_candidates_are_cast_to_float32_before_the_product() -> None:

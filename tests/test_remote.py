@@ -18,7 +18,7 @@ from conftest import Export
 from search_parts import SETTINGS, search_bundle, task_file
 from serving_parts import LIMITS, app, app_of, prompts, row_tensors, rows, running
 
-from bbt_accel import load_engine, tune
+from bbt_accel import Population, load_engine, tune
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines import remote
 from bbt_accel.engines.dummy import DummyEngine
@@ -124,7 +124,8 @@ def test_a_real_backbone_gives_the_same_numbers(tiny: Export, name: str, method:
                 for layer in range(bundle.info.n_layers):
                     stack, candidates = population[0], population[:, layer]
                     np.testing.assert_array_equal(
-                        there.layer_logits(stack, layer, candidates), near.layer_logits(stack, layer, candidates)
+                        there.label_logits(Population(candidates, layer, stack)),
+                        near.label_logits(Population(candidates, layer, stack)),
                     )
 
 
@@ -139,7 +140,7 @@ def test_rows_are_sent_once(plain: Bundle) -> None:
 
 
 def test_rows_that_the_server_dropped_are_sent_again(plain: Bundle) -> None:
-    watched = Watched(app(plain, Limits(2**20, 200, 30.0, kept=1)))
+    watched = Watched(app(plain, Limits(2**20, 200, 30.0, cached_batches=1)))
     with running(watched) as url, load_engine(plain, "remote", url=url) as far, DummyEngine(plain) as near:
         first, second = far.bind(rows(0)), far.bind(rows(1))
         for bound, seed in ((first, 0), (second, 1), (first, 0), (second, 1)):
@@ -332,8 +333,8 @@ def test_a_plain_triton_gives_the_same_numbers(
                 if method == "bbtv2":
                     np.testing.assert_array_equal(there.layer_stds(), near.layer_stds())
                     np.testing.assert_array_equal(
-                        there.layer_logits(population[0], 1, population[:, 1]),
-                        near.layer_logits(population[0], 1, population[:, 1]),
+                        there.label_logits(Population(population[:, 1], 1, population[0])),
+                        near.label_logits(Population(population[:, 1], 1, population[0])),
                     )
 
 

@@ -1,4 +1,4 @@
-"""The search on an engine that has no weights."""
+"""The search loop, on an engine without weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import NonFiniteLoss, RunError
 from bbt_accel.history import Generation, History
 from bbt_accel.objective import Objective
+from bbt_accel.population import Population
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.cma import Cma
 from bbt_accel.tuning.evaluator import LocalEvaluator
@@ -36,22 +37,22 @@ def run(
         return outcome, history.generations
 
 
-def test_the_loss_falls_and_the_budget_is_kept(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_loss_falls_within_the_budget(bundle: Bundle, tmp_path: Path) -> None:
     outcome, done = run(bundle, tmp_path / "h")
     assert done[-1].calls == 96
     assert [g.calls for g in done] == list(range(4, 100, 4))
     assert min(g.best_loss for g in done[-6:]) < done[0].mean_loss
-    assert outcome.kept.prompt.shape == bundle.info.prompt_shape
+    assert outcome.best.prompt.shape == bundle.info.prompt_shape
     assert not outcome.interrupted
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_seed_determines_the_search(bundle: Bundle, tmp_path: Path) -> None:
     first, _ = run(bundle, tmp_path / "1")
-    np.random.seed(0)  # numpy's global numbers play no part
+    np.random.seed(0)  # numpy's global generator plays no part
     second, _ = run(bundle, tmp_path / "2")
     other, _ = run(bundle, tmp_path / "3", SMALL.model_copy(update={"seed": 4}))
-    assert first.kept.prompt.tobytes() == second.kept.prompt.tobytes()
-    assert first.kept.prompt.tobytes() != other.kept.prompt.tobytes()
+    assert first.best.prompt.tobytes() == second.best.prompt.tobytes()
+    assert first.best.prompt.tobytes() != other.best.prompt.tobytes()
 
 
 def test_dev_is_scored_when_calls_pass_a_multiple_of_eval_every_and_at_the_end(bundle: Bundle, tmp_path: Path) -> None:
@@ -60,26 +61,26 @@ def test_dev_is_scored_when_calls_pass_a_multiple_of_eval_every_and_at_the_end(b
     assert [g.calls for g in done if g.dev_score is not None] == [12, 20, 32, 36]
 
 
-def test_the_kept_prompt_is_the_best_on_dev(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_best_prompt_is_the_best_on_dev(bundle: Bundle, tmp_path: Path) -> None:
     outcome, done = run(bundle, tmp_path / "h")
     scored = [(g.dev_score, -g.dev_loss) for g in done if g.dev_score is not None and g.dev_loss is not None]
-    assert (outcome.kept.dev_score, -outcome.kept.dev_loss) == max(scored)
-    logits = DummyEngine(bundle).bind(DEV).label_logits(outcome.kept.prompt[None])
+    assert (outcome.best.dev_score, -outcome.best.dev_loss) == max(scored)
+    logits = DummyEngine(bundle).bind(DEV).label_logits(outcome.best.prompt[None])
     losses, metrics = Objective().score(logits, DEV.targets)
-    assert (metrics[0], losses[0]) == (outcome.kept.dev_score, outcome.kept.dev_loss)
-    assert done[outcome.kept.generation].dev_loss == outcome.kept.dev_loss
+    assert (metrics[0], losses[0]) == (outcome.best.dev_score, outcome.best.dev_loss)
+    assert done[outcome.best.generation].dev_loss == outcome.best.dev_loss
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 12, 23])
-def test_a_search_goes_on_from_any_generation_to_the_same_end(bundle: Bundle, tmp_path: Path, stop: int) -> None:
+def test_a_search_continues_from_any_generation_to_the_same_end(bundle: Bundle, tmp_path: Path, stop: int) -> None:
     whole, done = run(bundle, tmp_path / "whole")
     lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
-    (tmp_path / "part").write_bytes(b"".join(lines[:stop]) + lines[stop][:20])  # cut off within a line
+    (tmp_path / "part").write_bytes(b"".join(lines[:stop]) + lines[stop][:20])  # the last line is incomplete
     engine = CountingEngine(bundle)
     resumed, again = run(bundle, tmp_path / "part", engine=engine)
-    assert resumed.kept.prompt.tobytes() == whole.kept.prompt.tobytes()
+    assert resumed.best.prompt.tobytes() == whole.best.prompt.tobytes()
     assert [(g.losses, g.candidates, g.dev_loss) for g in again] == [(g.losses, g.candidates, g.dev_loss) for g in done]
-    assert engine.populations == len(done) - stop  # what is known is not computed again
+    assert engine.populations == len(done) - stop  # known generations are not computed again
 
 
 def test_a_history_of_another_search_is_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -105,25 +106,25 @@ def test_a_history_in_use_is_refused(tmp_path: Path) -> None:
         History(tmp_path / "h")
 
 
-def test_ctrl_c_keeps_the_best_so_far_and_can_go_on(bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_returns_the_best_so_far_and_the_search_can_continue(bundle: Bundle, tmp_path: Path) -> None:
     whole, _ = run(bundle, tmp_path / "whole")
     outcome, done = run(bundle, tmp_path / "h", engine=CountingEngine(bundle, interrupt_at=7))
     assert outcome.interrupted
     assert len(done) == 7
-    assert outcome.kept.generation == 4 or outcome.kept.generation == 2
+    assert outcome.best.generation == 4 or outcome.best.generation == 2
     resumed, _ = run(bundle, tmp_path / "h")
-    assert resumed.kept.prompt.tobytes() == whole.kept.prompt.tobytes()
+    assert resumed.best.prompt.tobytes() == whole.best.prompt.tobytes()
 
 
-def test_ctrl_c_before_the_first_scoring_scores_what_there_is(bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_before_the_first_score_scores_the_current_prompt(bundle: Bundle, tmp_path: Path) -> None:
     outcome, done = run(bundle, tmp_path / "h", engine=CountingEngine(bundle, interrupt_at=1))
     assert outcome.interrupted
-    assert outcome.kept.generation == 0
-    assert 0 <= outcome.kept.dev_score <= 1
-    assert done[0].dev_score is None  # the scoring of an interrupt is not part of the search
+    assert outcome.best.generation == 0
+    assert 0 <= outcome.best.dev_score <= 1
+    assert done[0].dev_score is None  # scoring at an interrupt is not part of the search
 
 
-def test_ctrl_c_before_the_first_generation_rises(bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_before_the_end_of_the_first_generation_is_raised(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(bundle, tmp_path / "h", engine=CountingEngine(bundle, interrupt_at=0))
 
@@ -141,10 +142,10 @@ def test_bbtv2_fixes_the_other_layers_at_their_best(tmp_path: Path) -> None:
     assert [g.layer for g in done] == [0, 1, 2] * 8
     best: dict[int, float] = {}
     prompts = {layer: np.zeros((4, 3), np.float32) for layer in range(3)}
-    for g, (stack, layer, candidates) in zip(done, engine.layer_calls, strict=True):
+    for g, (layer, fixed, candidates) in zip(done, engine.layers, strict=True):
         assert layer == g.layer
         for other in {0, 1, 2} - {layer}:
-            np.testing.assert_allclose(stack[other], prompts[other], atol=1e-6)
+            np.testing.assert_allclose(fixed[other], prompts[other], atol=1e-6)
         if g.best_loss < best.get(layer, np.inf):
             best[layer], prompts[layer] = g.best_loss, candidates[int(np.argmin(g.losses))]
 
@@ -152,11 +153,11 @@ def test_bbtv2_fixes_the_other_layers_at_their_best(tmp_path: Path) -> None:
 def test_bbtv2_scales_each_layer_by_its_hidden_states(tmp_path: Path) -> None:
     engine = CountingEngine(search_bundle(tmp_path / "bundle", "bbtv2"), stds=[99.0, 10.0, 0.1])
     run(engine.bundle, tmp_path / "h", SMALL.model_copy(update={"intrinsic_dim": 100}), engine)
-    spread = [float(candidates.std()) for _, _, candidates in engine.layer_calls[:3]]
-    assert spread == pytest.approx([1.0, 10.0, 0.1], rel=0.5)  # the first from the word embeddings
+    spread = [float(candidates.std()) for _, _, candidates in engine.layers[:3]]
+    assert spread == pytest.approx([1.0, 10.0, 0.1], rel=0.5)  # layer 0 by the word embeddings
 
 
-def test_cma_asks_the_same_again_when_told_the_same() -> None:
+def test_cma_is_determined_by_its_seed_and_losses() -> None:
     first, second = (Cma(12, 0.5, 6, [1, 2], bound=0.8) for _ in range(2))
     for _ in range(40):
         Z = first.ask()
@@ -169,9 +170,9 @@ def test_cma_asks_the_same_again_when_told_the_same() -> None:
     assert ((Z - 0.3) ** 2).sum(1).min() < 0.2
 
 
-def test_cma_walks_on_whatever_happens_to_it() -> None:
+def test_cma_never_stops_by_itself() -> None:
     cma = Cma(5, 1.0, 4, 1)
-    for _ in range(1500):  # flat losses, a vanishing step size: pycma's stopping rules are not ours
+    for _ in range(1500):  # flat losses, a vanishing step size: pycma's stopping criteria are ignored
         Z = cma.ask()
         cma.tell(Z, np.zeros(4))
     assert np.isfinite(Z).all()
@@ -183,23 +184,21 @@ class CountingBound(DummyBoundBatch):
     def layer_stds(self) -> np.ndarray:
         return np.array(self.engine.stds, np.float32)
 
-    def layer_tally(self, stack: np.ndarray, layer: int, candidates: np.ndarray) -> np.ndarray:
-        self.engine.layer_calls.append((stack.copy(), layer, candidates.copy()))
-        return super().layer_tally(stack, layer, candidates)
-
-    def _label_logits(self, prompts: np.ndarray) -> np.ndarray:
-        logits = super()._label_logits(prompts)
-        if len(prompts) > 1:  # a population, not a scoring on dev
+    def _label_logits(self, population: Population) -> np.ndarray:
+        logits = super()._label_logits(population)
+        if len(population) > 1:  # not a score on the dev rows
             if self.engine.populations == self.engine.interrupt_at:
                 raise KeyboardInterrupt
             if self.engine.populations == self.engine.nan_at:
                 logits[1] = np.nan
             self.engine.populations += 1
+            if population.layer is not None:
+                self.engine.layers.append((population.layer, population.fixed.copy(), population.candidates.copy()))
         return logits
 
 
 class CountingEngine(DummyEngine):
-    """Counts populations, keeps what it is given, and fails when told to."""
+    """Counts populations, records those of one layer, and fails on request."""
 
     def __init__(
         self,
@@ -210,7 +209,7 @@ class CountingEngine(DummyEngine):
     ) -> None:
         super().__init__(bundle)
         self.populations, self.interrupt_at, self.nan_at, self.stds = 0, interrupt_at, nan_at, stds
-        self.layer_calls: list[tuple[np.ndarray, int, np.ndarray]] = []
+        self.layers: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def bind(self, batch: object) -> CountingBound:
         bound = CountingBound(self.bundle, batch)  # type: ignore[arg-type]

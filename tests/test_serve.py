@@ -1,4 +1,4 @@
-"""The server: what it answers, what it refuses and how, and that it goes on."""
+"""The server: its responses, what it refuses and how, and that it stays up."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import BbtError, EngineError, UsageError
 from bbt_accel.inference import predict
+from bbt_accel.population import Population
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.server import listen, serve
@@ -66,7 +67,7 @@ def client(plain: Bundle) -> Iterator[TestClient]:
 
 
 def whole(bundle: Bundle, **changes: Any) -> dict[str, Any]:
-    """All tensors of a right request."""
+    """All tensors of a valid request."""
     return {"prompts": prompts(bundle), **row_tensors(rows()), **changes}
 
 
@@ -75,13 +76,13 @@ def wanted(bundle: Bundle) -> Any:
         return bound.label_logits(prompts(bundle))
 
 
-def assert_right(client: TestClient, bundle: Bundle) -> None:
+def assert_correct(client: TestClient, bundle: Bundle) -> None:
     np.testing.assert_array_equal(
         from_json(client.post(INFER, json=in_json(whole(bundle))))["label_logits"], wanted(bundle)
     )
 
 
-# What it answers ---------------------------------------------------------------------------------------------
+# Responses ---------------------------------------------------------------------------------------------
 
 
 def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
@@ -99,9 +100,9 @@ def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
     assert client.post("/v2/repository/index").json() == [{"name": "backbone", "version": "1", "state": "READY"}]
 
 
-def test_json_and_binary_give_the_engines_numbers_bit_for_bit(bundle: Bundle) -> None:
+def test_json_and_binary_return_the_engines_numbers_bit_for_bit(bundle: Bundle) -> None:
     with TestClient(app(bundle)) as client:
-        assert_right(client, bundle)
+        assert_correct(client, bundle)
         body, headers = in_binary(whole(bundle))
         answer = client.post(INFER, content=body, headers=headers)
         np.testing.assert_array_equal(from_binary(answer)["label_logits"], wanted(bundle))
@@ -114,7 +115,7 @@ def test_nested_and_flat_data_are_the_same(client: TestClient, plain: Bundle) ->
     np.testing.assert_array_equal(from_json(client.post(INFER, json=request))["label_logits"], wanted(plain))
 
 
-def test_id_comes_back_and_outputs_may_be_chosen(client: TestClient, plain: Bundle) -> None:
+def test_the_id_is_returned_and_outputs_may_be_chosen(client: TestClient, plain: Bundle) -> None:
     request = in_json(whole(plain)) | {"id": "42"}
     assert client.post(INFER, json=request).json()["id"] == "42"
     request["outputs"] = [{"name": "label_logits", "parameters": {"binary_data": True}}]
@@ -127,14 +128,16 @@ def test_one_layer_of_bbtv2(tmp_path: Path) -> None:
     own = {"stack": stack, "layer": np.array([1]), "candidates": candidates}
     with TestClient(app(bundle)) as client, DummyEngine(bundle).bind(rows()) as bound:
         answer = client.post("/v2/models/backbone_layer/infer", json=in_json(own | row_tensors(rows())))
-        np.testing.assert_array_equal(from_json(answer)["label_logits"], bound.layer_logits(stack, 1, candidates))
+        np.testing.assert_array_equal(
+            from_json(answer)["label_logits"], bound.label_logits(Population(candidates, 1, stack))
+        )
         answer = client.post("/v2/models/backbone_stds/infer", json=in_json(row_tensors(rows())))
         np.testing.assert_array_equal(from_json(answer)["layer_stds"], bound.layer_stds())
         wrong = client.post("/v2/models/backbone_layer/infer", json=in_json(own | {"layer": np.array([3])}))
         assert wrong.status_code == 400
 
 
-# Rows are sent once ------------------------------------------------------------------------------------------
+# The row cache ------------------------------------------------------------------------------------------
 
 
 def test_rows_are_referred_to_by_their_hash(client: TestClient, plain: Bundle) -> None:
@@ -144,7 +147,7 @@ def test_rows_are_referred_to_by_their_hash(client: TestClient, plain: Bundle) -
     assert again.json()["parameters"]["rows"] == hash_
 
 
-def test_the_rows_used_longest_ago_are_dropped_and_may_be_sent_again(plain: Bundle) -> None:
+def test_the_least_recently_used_rows_are_dropped_and_may_be_sent_again(plain: Bundle) -> None:
     with TestClient(app(plain)) as client:
 
         def send(seed: int) -> str:
@@ -154,7 +157,7 @@ def test_the_rows_used_longest_ago_are_dropped_and_may_be_sent_again(plain: Bund
         def known(hash_: str) -> int:
             return int(client.post(INFER, json=in_json({"prompts": prompts(plain)}, rows=hash_)).status_code)
 
-        hashes = [send(seed) for seed in range(3)]  # as many as are kept
+        hashes = [send(seed) for seed in range(3)]  # as many as are cached
         assert known(hashes[0]) == 200  # which makes the second the oldest
         send(3)
         assert [known(hash_) for hash_ in hashes] == [200, 409, 200]
@@ -168,7 +171,7 @@ def test_a_hash_that_is_not_that_of_the_rows_is_refused(client: TestClient, plai
     assert "hash" in answer.json()["error"]
 
 
-# What it refuses ---------------------------------------------------------------------------------------------
+# Invalid requests ---------------------------------------------------------------------------------------------
 
 
 def refused(answer: Any, status: int, text: str) -> None:
@@ -202,7 +205,7 @@ LONG = np.ones((8, 41), np.int64)
     ],
 )
 @pytest.mark.parametrize("binary", [False, True])
-def test_tensors_that_cannot_be_right(
+def test_invalid_tensors_are_refused(
     client: TestClient, plain: Bundle, changes: dict[str, Any], text: str, binary: bool
 ) -> None:
     tensors = {name: value for name, value in whole(plain, **changes).items() if value is not None}
@@ -212,7 +215,7 @@ def test_tensors_that_cannot_be_right(
     else:
         answer = client.post(INFER, content=json.dumps(in_json(tensors)))
     refused(answer, 400, text)
-    assert_right(client, plain)
+    assert_correct(client, plain)
 
 
 def one(**changes: Any) -> bytes:
@@ -253,9 +256,9 @@ def one(**changes: Any) -> bytes:
         (json.dumps({"inputs": [json.loads(one())["inputs"][0]] * 2}).encode(), "given twice"),
     ],
 )
-def test_bodies_that_are_malformed(client: TestClient, plain: Bundle, body: bytes, text: str) -> None:
+def test_malformed_bodies_are_refused(client: TestClient, plain: Bundle, body: bytes, text: str) -> None:
     refused(client.post(INFER, content=body), 400, text)
-    assert_right(client, plain)
+    assert_correct(client, plain)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +266,7 @@ def test_bodies_that_are_malformed(client: TestClient, plain: Bundle, body: byte
     [(-1, None, "ends within input"), (None, "-1", "number"), (None, "x", "number"), (None, "²", "number"),
      (None, "99999999", "at most"), (None, "3", "malformed")],
 )  # fmt: skip
-def test_binary_data_of_the_wrong_length(
+def test_binary_data_of_the_wrong_length_is_refused(
     client: TestClient, plain: Bundle, cut: int | None, length: str | None, text: str
 ) -> None:
     body, headers = in_binary(whole(plain))
@@ -282,7 +285,7 @@ json_values = st.recursive(
 
 @st.composite
 def damaged(draw: st.DrawFn) -> tuple[str, Any]:
-    """A place in a right request, and something else to stand there."""
+    """A place in a valid request, and another value for it."""
     places = ["inputs", "outputs", "parameters", "id"]
     places += [f"inputs.{i}{member}" for i in range(5) for member in ("", ".name", ".shape", ".datatype", ".data")]
     places += ["inputs.0.data.0", "inputs.1.shape.0", "inputs.2.data.3.1", "inputs.0.parameters"]
@@ -298,7 +301,7 @@ def put(value: Any, place: str, new: Any) -> None:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=st.lists(damaged(), min_size=1, max_size=1))
-def test_a_request_with_anything_in_it_is_answered_or_refused(
+def test_a_request_with_arbitrary_values_is_answered_or_refused(
     client: TestClient, plain: Bundle, damage: list[tuple[str, Any]]
 ) -> None:
     request = in_json(whole(plain))
@@ -313,7 +316,7 @@ def test_a_request_with_anything_in_it_is_answered_or_refused(
 @pytest.mark.parametrize(
     ("name", "mode"), [("roberta", "add"), ("bart", "add"), ("t5", "add"), ("gpt2", "add"), ("gpt2", "cat")]
 )
-def test_rows_that_a_backbone_cannot_read_are_refused_before_it_fails(tiny: Export, name: str, mode: str) -> None:
+def test_rows_that_a_backbone_cannot_process_are_refused_before_it_fails(tiny: Export, name: str, mode: str) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny(name, "bbt", mode)
     answered = []
@@ -329,7 +332,7 @@ def test_rows_that_a_backbone_cannot_read_are_refused_before_it_fails(tiny: Expo
         tensors = {"prompts": prompts(bundle, 2), "input_ids": numbers(0, 12, count, length)}
         tensors["readout"] = numbers(0, length, count)  # one beyond the end, too
         tensors |= {"attention_mask": np.ones((count, length), np.int64), "label_token_ids": np.array([7, 8])}
-        if name in ("bart", "t5") and data.draw(st.booleans()):
+        if bundle.info.decodes and data.draw(st.booleans()):
             tensors["decoder_input_ids"] = numbers(0, 12, count, data.draw(st.integers(0, 3)))
         answer = client.post(INFER, json=in_json(tensors))
         assert answer.status_code in (200, 400), answer.json()
@@ -344,7 +347,7 @@ def test_rows_that_a_backbone_cannot_read_are_refused_before_it_fails(tiny: Expo
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=200), length=st.none() | st.integers(-1, 250))
-def test_any_bytes_are_refused(client: TestClient, body: bytes, length: int | None) -> None:
+def test_arbitrary_bytes_are_refused(client: TestClient, body: bytes, length: int | None) -> None:
     headers = {} if length is None else {HEADER: str(length)}
     assert client.post(INFER, content=body, headers=headers).status_code == 400
 
@@ -362,7 +365,7 @@ def test_binary_requests_with_bytes_changed_are_answered_or_refused(
     assert answer.status_code in (200, 400, 409)
 
 
-def test_paths_methods_and_encodings_that_do_not_exist(client: TestClient) -> None:
+def test_unknown_paths_methods_and_encodings_are_refused(client: TestClient) -> None:
     refused(client.get("/v2/models/other"), 404, "there is no model 'other'")
     refused(client.post("/v2/models/other/infer", content=b"{}"), 404, "there is no model")
     refused(client.get("/v2/models/backbone/versions/2"), 404, "version 2")
@@ -382,10 +385,10 @@ def test_a_body_that_is_too_large_is_refused(plain: Bundle) -> None:
         refused(client.post(INFER, content=body + b" ", headers=headers), 413, "larger")
         in_parts = client.post(INFER, content=iter([body, b" "]), headers=headers)  # chunked: no length is announced
         refused(in_parts, 413, "larger")
-        assert_right_binary(client, plain)
+        assert_correct_binary(client, plain)
 
 
-def assert_right_binary(client: TestClient, bundle: Bundle) -> None:
+def assert_correct_binary(client: TestClient, bundle: Bundle) -> None:
     body, headers = in_binary(whole(bundle))
     np.testing.assert_array_equal(
         from_binary(client.post(INFER, content=body, headers=headers))["label_logits"], wanted(bundle)
@@ -402,10 +405,10 @@ def test_a_batch_that_is_too_large_is_refused(plain: Bundle) -> None:
 class Waiting(DummyBoundBatch):
     entered, go = threading.Event(), threading.Event()
 
-    def _label_logits(self, prompts: Any) -> Any:
+    def _label_logits(self, population: Population) -> Any:
         self.entered.set()
         assert self.go.wait(30)
-        return super()._label_logits(prompts)
+        return super()._label_logits(population)
 
 
 class WaitingEngine(DummyEngine):
@@ -430,7 +433,7 @@ def ask(url: str, method: str, path: str, body: bytes | None = None) -> tuple[in
     return found
 
 
-def test_health_and_metadata_answer_while_the_engine_works(plain: Bundle, gates: type[Waiting]) -> None:
+def test_health_and_metadata_respond_while_the_engine_computes(plain: Bundle, gates: type[Waiting]) -> None:
     body = json.dumps(in_json(whole(plain))).encode()
     answers: list[Any] = []
     with running(app_of(WaitingEngine(plain))) as url:
@@ -444,7 +447,7 @@ def test_health_and_metadata_answer_while_the_engine_works(plain: Bundle, gates:
     assert answers[0][0] == 200
 
 
-def test_who_waits_longer_than_the_limit_gets_503_and_the_server_goes_on(plain: Bundle, gates: type[Waiting]) -> None:
+def test_waiting_longer_than_the_limit_is_503_and_the_server_stays_up(plain: Bundle, gates: type[Waiting]) -> None:
     body = json.dumps(in_json(whole(plain))).encode()
     with running(app_of(WaitingEngine(plain), Limits(2**20, 200, timeout=0.3))) as url:
         status, answer = ask(url, "POST", INFER, body)
@@ -456,7 +459,7 @@ def test_who_waits_longer_than_the_limit_gets_503_and_the_server_goes_on(plain: 
         assert ask(url, "POST", INFER, body)[0] == 200
 
 
-def test_a_client_that_does_not_send_what_it_announced_is_given_up(plain: Bundle) -> None:
+def test_a_client_that_sends_less_than_announced_is_408(plain: Bundle) -> None:
     with running(app(plain, Limits(2**20, 200, timeout=0.3))) as url:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
         connection.putrequest("POST", INFER)
@@ -474,21 +477,23 @@ def test_a_client_that_does_not_send_what_it_announced_is_given_up(plain: Bundle
 @pytest.mark.parametrize(
     ("error", "text"), [(EngineError("out of memory"), "out of memory"), (ValueError("odd"), "internal error")]
 )
-def test_a_failed_forward_pass_is_500_and_the_server_goes_on(
+def test_a_failed_forward_pass_is_500_and_the_server_stays_up(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
 ) -> None:
     with TestClient(app(plain), raise_server_exceptions=False) as client:
         with monkeypatch.context() as patch:
 
-            def fail(bound: BoundBatch, prompts: Any) -> Any:
+            def fail(bound: BoundBatch, population: Population) -> Any:
                 raise error
 
             patch.setattr(DummyBoundBatch, "_label_logits", fail)
             refused(client.post(INFER, json=in_json(whole(plain))), 500, text)
-        assert_right(client, plain)
+        assert_correct(client, plain)
 
 
-def test_logits_that_are_not_finite_have_no_json(plain: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_are_returned_as_binary_data_only(
+    plain: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(DummyBoundBatch, "_label_logits", lambda *_: np.full((5, 8, 2), np.nan, np.float32))
     with TestClient(app(plain)) as client:
         refused(client.post(INFER, json=in_json(whole(plain))), 400, "not finite")
@@ -499,7 +504,7 @@ def test_logits_that_are_not_finite_have_no_json(plain: Bundle, monkeypatch: pyt
 # The token ---------------------------------------------------------------------------------------------------
 
 
-def test_every_request_but_health_needs_the_token(plain: Bundle) -> None:
+def test_every_request_except_health_needs_the_token(plain: Bundle) -> None:
     with TestClient(app(plain, token="secret")) as client:
         for given_header in (None, "secret", "Bearer wrong", "Bearer secret2", "Basic secret", "Bearer \u00e9"):
             headers = {} if given_header is None else {"Authorization": given_header.encode("latin-1")}
@@ -522,7 +527,7 @@ def run(bundle: Bundle, tmp_path: Path) -> Run:
     )
 
 
-def test_the_classifier_gives_what_predict_gives(run: Run) -> None:
+def test_the_classifier_returns_what_predict_returns(run: Run) -> None:
     texts = np.array([f"w{i} w{i + 1}" for i in range(70)], object)
     answers = predict(run.path, [{"text": text} for text in texts])
     with TestClient(app(run.open_bundle(), run=run)) as client:
@@ -552,13 +557,13 @@ def test_the_classifier_gives_what_predict_gives(run: Run) -> None:
         ({"text": np.array(["a"] * 201, object)}, 413, "201 texts"),
     ],
 )
-def test_texts_that_cannot_be_right(run: Run, tensors: dict[str, Any], status: int, text: str) -> None:
+def test_invalid_texts_are_refused(run: Run, tensors: dict[str, Any], status: int, text: str) -> None:
     with TestClient(app(run.open_bundle(), run=run)) as client:
         refused(client.post("/v2/models/classifier/infer", json=in_json(tensors)), status, text)
 
 
 @pytest.mark.parametrize("blob", [b"\x01", b"\x05\0\0\0abc", b"\x01\0\0\0\xff", b"\x01\0\0\0a\x01\0\0\0b"])
-def test_binary_texts_that_are_malformed(run: Run, blob: bytes) -> None:
+def test_malformed_binary_texts_are_refused(run: Run, blob: bytes) -> None:
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(blob)}}
     head = json.dumps({"inputs": [tensor]}).encode()
     with TestClient(app(run.open_bundle(), run=run)) as client:
@@ -574,13 +579,13 @@ def start(path: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org", "::"])
-def test_an_address_for_others_needs_a_token(plain: Bundle, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_address_needs_a_token(plain: Bundle, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BBT_ACCEL_TOKEN", raising=False)
     with pytest.raises(UsageError, match="BBT_ACCEL_TOKEN"):
         start(plain.path, host=host)
 
 
-def test_a_port_that_is_taken(plain: Bundle) -> None:
+def test_a_port_in_use(plain: Bundle) -> None:
     with running(app(plain)) as url, pytest.raises(BbtError, match=r"cannot listen on 127.0.0.1:.*another --port"):
         serve(
             plain.path,
@@ -591,7 +596,7 @@ def test_a_port_that_is_taken(plain: Bundle) -> None:
         )
 
 
-def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
+def test_responses_do_not_wait_for_an_acknowledgement() -> None:
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
         accepted, _ = listener.accept()
         with accepted:
@@ -609,7 +614,7 @@ print("closed")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_ends_the_server_in_order(plain: Bundle) -> None:
+def test_ctrl_c_shuts_the_server_down(plain: Bundle) -> None:
     command = [sys.executable, "-c", SERVE, str(plain.path)]
     environment = {**os.environ, "BBT_ACCEL_TOKEN": ""}
     with subprocess.Popen(

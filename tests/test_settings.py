@@ -6,7 +6,7 @@ from bbt_accel.errors import UsageError
 from bbt_accel.settings import Settings, resolve
 
 
-def test_what_is_given_wins_over_the_preset_and_that_over_the_default() -> None:
+def test_given_values_override_the_preset_which_overrides_the_defaults() -> None:
     settings = resolve({"sigma": 0.2, "budget": 20000}, {"budget": 400, "sigma": None})
     assert (settings.sigma, settings.budget, settings.popsize) == (0.2, 400, 20)
 
@@ -31,13 +31,13 @@ def test_what_is_given_wins_over_the_preset_and_that_over_the_default() -> None:
         ("budget", "many"),
     ],
 )
-def test_a_value_that_cannot_be_is_one_line_that_names_it(name: str, value: object) -> None:
+def test_an_invalid_value_is_one_line_that_names_the_setting(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=name) as error:
         resolve({name: value})
     assert "\n" not in str(error.value)
 
 
-def test_a_misspelt_name_is_put_right() -> None:
+def test_a_misspelt_name_suggests_the_right_one() -> None:
     with pytest.raises(UsageError, match="did you mean popsize"):
         resolve({"pop_size": 3})
 

@@ -1,4 +1,4 @@
-"""Sweeps: what they run, what they keep, and the table that they end in."""
+"""Sweeps: what they run, what they keep, and the table of scores."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ import pytest
 import typer
 from search_parts import search_bundle, task_file
 
-from bbt_accel import sweeps
-from bbt_accel.benchmarks import worker
-from bbt_accel.benchmarks.crossing import cross
-from bbt_accel.benchmarks.crossing import markdown as crossing_markdown
+from bbt_accel import processes
 from bbt_accel.cli import app, main
 from bbt_accel.engines.dummy import DummyBoundBatch
-from bbt_accel.errors import BbtError, BundleError, EngineError, RunError, UsageError
+from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError
 from bbt_accel.run import Run
-from bbt_accel.sweeps import run_sweep
-from bbt_accel.sweeps.markdown import markdown, scores
-from bbt_accel.sweeps.plan import FOLDER, Sweep, Trial, preset_names, read_sweep
-from bbt_accel.sweeps.pools import Processes
-from bbt_accel.sweeps.report import Report, make_report
-from bbt_accel.sweeps.trial import Result
+from bbt_accel.sweeps import runner
+from bbt_accel.sweeps.cross_evaluation import score_prompts
+from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
+from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool
+from bbt_accel.sweeps.rendering import markdown, scores
+from bbt_accel.sweeps.report import SweepReport, make_report
+from bbt_accel.sweeps.runner import run_sweep
+from bbt_accel.sweeps.trial import TrialResult
 from bbt_accel.tasks import load_task
 
 FAST = {"k_shot": 3, "eval_every": 10, "budget": 24}
@@ -49,7 +48,7 @@ def toy(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def sweep(folder: Path, given: dict[str, Any] | None = None, **more: Any) -> Report:
+def sweep(folder: Path, given: dict[str, Any] | None = None, **more: Any) -> SweepReport:
     return run_sweep(folder, given=given, progress=False, **more)
 
 
@@ -65,7 +64,7 @@ def test_every_combination_is_tuned_scored_and_in_the_table(toy: dict[str, Any],
     ]
     run = Run.read(tmp_path / "sweep" / "trials" / "toy-deep-dummy-2" / "run")
     assert (run.info.settings.seed, run.info.settings.budget, run.info.bundle.method) == (2, 24, "bbtv2")
-    assert Report.model_validate_json((tmp_path / "sweep" / "report.json").read_text()) == report
+    assert SweepReport.model_validate_json((tmp_path / "sweep" / "report.json").read_text()) == report
     table = (tmp_path / "sweep" / "report.md").read_text()
     mean, std = report.rows[0].cells[0].mean, report.rows[0].cells[0].std
     assert mean is not None
@@ -75,21 +74,21 @@ def test_every_combination_is_tuned_scored_and_in_the_table(toy: dict[str, Any],
     assert not list((tmp_path / "sweep").rglob(".*"))
 
 
-def test_what_is_done_is_not_run_again_and_more_can_be_added(
+def test_finished_trials_are_not_run_again_and_more_can_be_added(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "sweep"
     first = sweep(folder, {**toy, "seeds": [1]})
-    with pytest.raises(BbtError, match="use --resume"):
+    with pytest.raises(BbtError, match="can be continued with --resume"):
         sweep(folder, toy)
     started: list[str] = []
-    start = Processes.start
+    start = ProcessPool.start
 
-    def noted(self: Processes, name: str, arguments: dict[str, Any]) -> None:
-        started.append(name)
-        start(self, name, arguments)
+    def recorded(self: ProcessPool, job: PoolJob) -> None:
+        started.append(job.name)
+        start(self, job)
 
-    monkeypatch.setattr(Processes, "start", noted)
+    monkeypatch.setattr(ProcessPool, "start", recorded)
     again = sweep(folder, resume=True)
     assert (started, again.trials) == ([], first.trials)
     more = sweep(folder, {"seeds": [1, 2]}, resume=True)
@@ -98,7 +97,7 @@ def test_what_is_done_is_not_run_again_and_more_can_be_added(
     assert more.count("done") == 2
 
 
-def test_a_trial_that_was_cut_off_goes_on(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_an_interrupted_trial_is_resumed(toy: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     first = sweep(folder, {**toy, "seeds": [1]})
     trial = folder / "trials" / "toy-toy-bundle-dummy-1"
@@ -120,17 +119,17 @@ def test_a_trial_that_was_cut_off_goes_on(toy: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_failures_are_rows_and_the_rest_is_run(
+def test_failures_are_rows_and_the_other_trials_run(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = worker.prepare
+    prepare = processes.prepare
     crash = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
 
-    def crashing(step: str, arguments: dict[str, Any], folder: Path) -> list[str]:
-        return crash if arguments["trial"]["seed"] == 1 else prepare(step, arguments, folder)
+    def crashing(function: Any, arguments: dict[str, Any], folder: Path) -> list[str]:
+        return crash if arguments["trial"]["seed"] == 1 else prepare(function, arguments, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "prepare", crashing)
+        patch.setattr(processes, "prepare", crashing)
         report = sweep(tmp_path / "sweep", {**toy, "seeds": [1, 2]})
     assert [(t.status, t.reason) for t in report.trials] == [
         ("failed", "the process was ended by SIGSEGV"),
@@ -138,19 +137,21 @@ def test_failures_are_rows_and_the_rest_is_run(
     ]
     text = (tmp_path / "sweep" / "report.md").read_text()
     assert "2 trials: 1 done, 1 failed." in text
-    assert "- **toy-toy-bundle-dummy-1**: the process was ended by SIGSEGV" in text
+    assert "- **toy-toy-bundle-dummy-1:** the process was ended by SIGSEGV" in text
     assert sweep(tmp_path / "sweep", resume=True).count("done") == 2
 
     other = sweep(tmp_path / "sweep", {"seeds": [2], "settings": {"budget": 40}}, resume=True)
     [trial] = other.trials
-    assert "budget (24 there, 40 here)" in (trial.reason or "")
+    assert "budget (was 24, is now 40)" in (trial.reason or "")
 
 
-def test_an_interrupt_keeps_what_is_done(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait = Processes.wait
+def test_an_interrupt_keeps_finished_trials(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = ProcessPool.wait
     ended = 0
 
-    def interrupted(self: Processes) -> Any:
+    def interrupted(self: ProcessPool) -> Any:
         nonlocal ended
         if ended:
             raise KeyboardInterrupt
@@ -158,7 +159,7 @@ def test_an_interrupt_keeps_what_is_done(toy: dict[str, Any], tmp_path: Path, mo
         return wait(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Processes, "wait", interrupted)
+        patch.setattr(ProcessPool, "wait", interrupted)
         report = sweep(tmp_path / "sweep", toy)
     assert report.interrupted
     assert [t.status for t in report.trials] == ["done", "not run"]
@@ -167,7 +168,7 @@ def test_an_interrupt_keeps_what_is_done(toy: dict[str, Any], tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("cluster")
-def test_on_ray_it_is_the_same(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_a_sweep_on_ray_gives_the_same_scores(toy: dict[str, Any], tmp_path: Path) -> None:
     here = sweep(tmp_path / "here", toy)
     there = sweep(tmp_path / "there", toy, ray="local", jobs=2)
     assert [t.score for t in there.trials] == [t.score for t in here.trials]
@@ -178,13 +179,13 @@ def test_on_ray_it_is_the_same(toy: dict[str, Any], tmp_path: Path) -> None:
 def test_a_task_that_dies_on_ray_is_a_failure(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash(step: str, arguments: dict[str, Any]) -> None:
+    def crash(function: Any, arguments: dict[str, Any]) -> None:
         import os
 
         os._exit(3)
 
     crash.__module__ = "__main__"  # so that it travels whole
-    monkeypatch.setattr(worker, "attempt", crash)
+    monkeypatch.setattr(processes, "attempt", crash)
     report = sweep(tmp_path / "sweep", {**toy, "seeds": [1]}, ray="local")
     assert report.trials[0].status == "failed"
     assert (report.trials[0].reason or "").startswith("the process ended (")
@@ -192,7 +193,7 @@ def test_a_task_that_dies_on_ray_is_a_failure(
         sweep(tmp_path / "other", toy, ray="local", threads=64)
 
 
-def test_a_toml_file_and_options_that_replace_what_it_says(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_options_override_the_toml_file(toy: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text(
         f'tasks = ["{toy["tasks"][0]}"]\nbundles = ["{toy["bundles"][0]}"]\nengines = ["dummy"]\nseeds = [1, 2, 3]\n'
@@ -206,18 +207,19 @@ def test_a_toml_file_and_options_that_replace_what_it_says(toy: dict[str, Any], 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"tasks": []}, "the sweep names no tasks; give --task, a --config or a --preset"),
-        ({"seeds": [1, 1]}, "seeds: each may stand once"),
-        ({"engines": ["ortt"]}, "there is no engine 'ortt'"),
+        ({"tasks": []}, "the sweep has no tasks; give --tasks, a --config or a --preset"),
+        ({"seeds": [1, 1]}, "seeds: the same value is listed twice"),
+        ({"seeds": ["1", "x"]}, "unable to parse string as an integer; got 'x'"),
+        ({"engines": ["ortt"]}, "unknown engine 'ortt'; did you mean ort?"),
         ({"engines": ["remote"]}, "a sweep has no --url"),
         ({"settings": {"budgett": 3}}, "did you mean budget"),
-        ({"settings": {"seed": 3}}, "a sweep has seeds"),
+        ({"settings": {"seed": 3}}, "a sweep takes no setting 'seed'"),
         ({"settings": {"budget": 3}}, "budget 3 is too small"),
-        ({"tasks": ["sst"]}, "Did you mean sst2"),
+        ({"tasks": ["sst"]}, "did you mean sst2"),
         ({"bundles": ["nowhere"]}, "nowhere is not a bundle"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(
+def test_an_invalid_sweep_is_refused_before_anything_runs(
     toy: dict[str, Any], tmp_path: Path, change: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(BbtError, match=re.escape(complaint)) as caught:
@@ -229,16 +231,12 @@ def test_what_cannot_be_is_refused_before_anything_runs(
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("tasks = [")
     (tmp_path / "odd.toml").write_text('taskes = ["sst2"]')
-    found = {
-        "broken": "broken.toml: ",
-        "odd": "'taskes'; did you mean tasks",
-        "no": "cannot read the sweep",
-    }
+    found = {"broken": "broken.toml: ", "odd": "odd.toml: 'taskes'; did you mean tasks", "no": "cannot read the sweep"}
     for name, complaint in found.items():
         with pytest.raises(UsageError, match=complaint):
             sweep(tmp_path / "sweep", config=tmp_path / f"{name}.toml")
     (tmp_path / "letters").mkdir()
-    with pytest.raises(BbtError, match="it is no sweep"):
+    with pytest.raises(BbtError, match="is not a sweep"):
         sweep(tmp_path / "letters", resume=True)
 
 
@@ -247,11 +245,11 @@ def test_presets_are_the_papers_and_say_how_to_make_the_bundle(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = read_sweep(FOLDER / f"{name}.toml", {})
+    found = read_sweep(PRESETS / f"{name}.toml", {})
     assert set(found.tasks) == {"sst2", "yelpp", "agnews", "dbpedia", "mrpc", "rte", "snli"}
     assert len(found.seeds) == 3
     assert found.needs is not None
-    with pytest.raises(BundleError, match=re.escape(f"make it with {found.needs}, or name yours by --bundle")):
+    with pytest.raises(BundleError, match=re.escape(f"create it with {found.needs}, or pass yours as --bundles")):
         sweep(tmp_path / "sweep", preset=name)
     words = shlex.split(found.needs)
     cli: Any = typer.main.get_command(app)
@@ -259,7 +257,7 @@ def test_presets_are_the_papers_and_say_how_to_make_the_bundle(
     assert {word for word in words if word.startswith("-")} <= known
     assert words[-1] == found.bundles[0]
     search_bundle(tmp_path / "own", found.method or "")
-    given = read_sweep(FOLDER / f"{name}.toml", {"bundles": [str(tmp_path / "own")]})
+    given = read_sweep(PRESETS / f"{name}.toml", {"bundles": [str(tmp_path / "own")]})
     assert {trial.metric for trial in given.trials() if trial.task == "mrpc"} == {"f1"}
     search_bundle(tmp_path / "own", "bbt" if found.method == "bbtv2" else "bbtv2")
     with pytest.raises(BundleError, match=f"was exported for .*, not {found.method}"):
@@ -282,8 +280,8 @@ def made_up(task: str, seed: int) -> Trial:
     )
 
 
-def made_up_result(trial: Trial, score: float) -> Result:
-    return Result(
+def made_up_result(trial: Trial, score: float) -> TrialResult:
+    return TrialResult(
         trial=trial, score=score, without_prompt=0.5, dev_score=0.75, rows=100, calls=8000, seconds=60, versions={}
     )
 
@@ -301,14 +299,14 @@ def test_the_table_is_in_the_form_of_the_papers() -> None:
         "| BBT | large | ort | 89.56 (0.34) | 61.56, 1 failed | failed | – |",
         "| no prompt | large | ort | 50.00 | 50.00 | – | – |",
     ]
-    assert "9 trials: 4 done, 4 failed, 1 not run." in markdown(report, None)
+    assert "9 trials: 4 done, 4 failed, 1 not run." in markdown(report, plot=False)
     results |= {t.name: made_up_result(t, 0.6) for t in trials[4:]}
     assert scores(make_report(plan, trials, results, {})).splitlines()[2].endswith("| 60.00 (0.00) | 70.03 |")
 
 
 def test_every_field_of_the_report_is_documented() -> None:
-    schema = Report.model_json_schema()
-    for name, part in {"Report": schema, **schema["$defs"]}.items():
+    schema = SweepReport.model_json_schema()
+    for name, part in {"SweepReport": schema, **schema["$defs"]}.items():
         for field, description in part["properties"].items():
             assert description.get("description"), f"{name}.{field}"
 
@@ -330,17 +328,17 @@ def test_the_command_passes_what_was_given_and_ends_with_1_if_a_trial_failed(
     calls: list[dict[str, Any]] = []
     report = make_report(plan, trials, results, {trials[1].name: "out of memory"})
 
-    def fake(output: Path, **options: Any) -> Report:
+    def fake(output: Path, **options: Any) -> SweepReport:
         calls.append({"output": output, **options})
         return report
 
-    monkeypatch.setattr(sweeps, "run_sweep", fake)
-    words = ["sweep", "-o", "s", "--task", "sst2", "--task", "rte", "--bundle", "b", "--seed", "1", "--budget", "9"]
-    code, out, err = command(capsys, *words, "--jobs", "2")
-    assert (code, err) == (1, "error: 1 of 2 trials failed; --resume tries them again\n")
+    monkeypatch.setattr(runner, "run_sweep", fake)
+    words = ["sweep", "-o", "s", "--tasks", "sst2, rte", "--bundles", "b", "--seeds", "1,2", "--budget", "9"]
+    code, out, err = command(capsys, *words, "--jobs", "2", "--cross-evaluate")
+    assert (code, err) == (1, "error: 1 of 2 trials failed; retry them with --resume\n")
     assert "90.00" in out
     assert "out of memory" in out
-    given = {"tasks": ["sst2", "rte"], "bundles": ["b"], "engines": None, "seeds": [1], "device": None, "data": None}
+    given = {"tasks": ["sst2", "rte"], "bundles": ["b"], "seeds": ["1", "2"], "cross_evaluate": True}
     assert calls[0]["given"] == {**given, "settings": {"budget": 9}}
     assert (calls[0]["output"], calls[0]["jobs"], calls[0]["resume"]) == (Path("s"), 2, False)
     report = make_report(plan, trials, results, {}, interrupted=True)
@@ -351,32 +349,86 @@ def test_the_command_passes_what_was_given_and_ends_with_1_if_a_trial_failed(
     assert command(capsys, *words)[0] == 0
 
 
-def test_prompts_are_scored_in_every_bundle_they_fit(
+class InProcess(Pool):
+    """Calls the functions in this process: faster, and a test can replace parts of them."""
+
+    jobs, threads = 1, 1
+
+    def start(self, job: PoolJob) -> None:
+        self.reply = job.name, processes.attempt(job.function, job.arguments)
+
+    def wait(self) -> tuple[str, processes.Reply]:
+        return self.reply
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_pool", lambda *arguments: InProcess())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_cross_evaluation_scores_every_prompt_in_each_bundle_that_takes_it(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search_bundle(tmp_path / "half", precision="fp16")
     search_bundle(tmp_path / "deep", "bbtv2")
     bundles = [*toy["bundles"], str(tmp_path / "half"), str(tmp_path / "deep")]
-    report = sweep(tmp_path / "sweep", {**toy, "bundles": bundles})
-    whole = DummyBoundBatch._label_logits
+    assert sweep(tmp_path / "sweep", {**toy, "bundles": bundles}).cross_evaluation is None
+    original = DummyBoundBatch._label_logits
 
-    def inverted(self: DummyBoundBatch, prompts: Any) -> Any:
-        return whole(self, prompts) * (-1 if self.bundle.info.precision == "fp16" else 1)
+    def inverted(self: DummyBoundBatch, population: Any) -> Any:
+        return original(self, population) * (-1 if self.bundle.info.precision == "fp16" else 1)
 
     monkeypatch.setattr(DummyBoundBatch, "_label_logits", inverted)
-    crossing = cross(tmp_path / "sweep", 1, "command")
-    assert crossing.test_rows == {"toy": report.trials[0].test_rows}
+    report = sweep(tmp_path / "sweep", {"cross_evaluate": True}, resume=True)
+    found = report.cross_evaluation
+    assert found is not None
+    assert found.failures == {}
     own = {row.bundle: row.cells[0].scores for row in report.rows}
-    found = {(s.searched, s.scored): s.scores for s in crossing.scores}
-    assert set(found) == {(a, b) for a in ("toy-bundle", "half") for b in ("toy-bundle", "half")} | {("deep", "deep")}
-    for (searched, scored), some in found.items():
-        assert some == pytest.approx([1 - s if scored == "half" else s for s in own[searched]])
-    assert {(a.searched, a.agreement) for a in crossing.agreements} == {("toy-bundle", 0.0), ("half", 0.0)}
-    mean = 100 * sum(found["half", "toy-bundle"]) / 2
-    assert f"| toy | dummy | half | toy-bundle | 2 | {mean:.2f} (" in crossing_markdown(crossing)
+    crossed = {(s.tuned_in, s.scored_in): s.scores for s in found.scores}
+    assert set(crossed) == {(a, b) for a in ("toy-bundle", "half") for b in ("toy-bundle", "half")} | {("deep", "deep")}
+    for (tuned_in, scored_in), values in crossed.items():
+        assert values == pytest.approx([1 - s if scored_in == "half" else s for s in own[tuned_in]])
+    assert {(a.tuned_in, a.agreement) for a in found.agreements} == {("toy-bundle", 0.0), ("half", 0.0)}
+    mean = 100 * sum(crossed["half", "toy-bundle"]) / 2
+    table = (tmp_path / "sweep" / "report.md").read_text()
+    assert f"| toy | dummy | half | toy-bundle | 2 | {mean:.2f} (" in table
+    assert "prompts tuned in half: toy-bundle and half predict the same class for 0.00 % of the test rows" in table
+    assert sweep(tmp_path / "sweep", resume=True).cross_evaluation == found
 
 
-def test_a_trial_on_tensorrt_asks_ray_for_a_gpu(
+@pytest.mark.usefixtures("in_process")
+def test_a_failed_cross_evaluation_is_part_of_the_report(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search_bundle(tmp_path / "half", precision="fp16")
+    attempt = processes.attempt
+
+    def failing(function: Any, arguments: dict[str, Any]) -> processes.Reply:
+        if function is score_prompts and arguments["bundle"].endswith("half"):
+            return {"error": "EngineError", "message": "out of memory"}
+        return attempt(function, arguments)
+
+    monkeypatch.setattr(processes, "attempt", failing)
+    bundles = [*toy["bundles"], str(tmp_path / "half")]
+    report = sweep(tmp_path / "sweep", {**toy, "bundles": bundles, "cross_evaluate": True})
+    assert report.count("done") == 4
+    found = report.cross_evaluation
+    assert found is not None
+    assert found.failures == {"toy-half-dummy": "out of memory"}
+    assert [(s.tuned_in, s.scored_in) for s in found.scores] == [("toy-bundle", "toy-bundle"), ("half", "toy-bundle")]
+    assert "- **toy-half-dummy:** out of memory" in (tmp_path / "sweep" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_without_a_finished_trial_there_is_nothing_to_cross_evaluate(toy: dict[str, Any], tmp_path: Path) -> None:
+    report = sweep(tmp_path / "sweep", {**toy, "data": str(tmp_path / "nowhere"), "cross_evaluate": True})
+    assert (report.count("failed"), report.cross_evaluation) == (2, None)
+
+
+def test_a_trial_on_tensorrt_requests_a_gpu_from_ray(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -385,15 +437,8 @@ def test_a_trial_on_tensorrt_asks_ray_for_a_gpu(
         asked.append(device)
         raise EngineError("no cluster")
 
-    monkeypatch.setattr(sweeps, "_pool", pool)
+    monkeypatch.setattr(runner, "_pool", pool)
     for engine in ("trt", "dummy"):
         with pytest.raises(EngineError):
             sweep(tmp_path / "sweep", {**toy, "engines": [engine]}, ray="local")
     assert asked == ["cuda", "cpu"]
-
-
-def test_a_sweep_without_a_result_has_no_prompts_to_score(toy: dict[str, Any], tmp_path: Path) -> None:
-    sweep(tmp_path / "sweep", toy)
-    shutil.rmtree(tmp_path / "sweep" / "trials")
-    with pytest.raises(RunError, match="no trial"):
-        cross(tmp_path / "sweep", 1, "command")

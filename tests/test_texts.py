@@ -12,7 +12,7 @@ from bbt_accel.texts import read_texts
 PAIR = ["premise", "hypothesis"]
 
 
-def test_texts_of_a_task_with_one_column_are_taken_as_they_are() -> None:
+def test_texts_of_a_task_with_one_column_are_taken_literally() -> None:
     assert read_texts(["a\tb", '{"text": 1}'], None, ["text"]) == [{"text": "a\tb"}, {"text": '{"text": 1}'}]
 
 
@@ -21,7 +21,7 @@ def test_pairs_by_tab_or_json() -> None:
     assert read_texts(["a\tb", record], None, PAIR) == [{"premise": "a", "hypothesis": "b"}] * 2
 
 
-def test_file_keeps_a_row_a_line(tmp_path: Path) -> None:
+def test_each_line_of_a_file_is_a_row(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("one\n\nthree\u2028still three\n", encoding="utf-8")
     assert [row["text"] for row in read_texts([], file, ["text"])] == ["one", "", "three\u2028still three"]

@@ -1,4 +1,4 @@
-"""A Triton model repository: its config.pbtxt says what the graphs say, and its model files run where they stand."""
+"""A Triton model repository: config.pbtxt matches the graphs, and the model files run from the repository alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_config(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-def test_config_says_what_the_graph_says(tiny: Export, tmp_path: Path, kind: tuple[str, str, str]) -> None:
+def test_config_matches_the_graph(tiny: Export, tmp_path: Path, kind: tuple[str, str, str]) -> None:
     bundle = tiny(*kind)
     models = write_repository(bundle, tmp_path, "model")
     assert models == (["model"] if kind[1] == "bbt" else [f"model_{stage}" for stage in bundle.info.stages])
@@ -51,10 +51,10 @@ def test_config_says_what_the_graph_says(tiny: Export, tmp_path: Path, kind: tup
         assert (found.name, found.backend, found.platform) == (name, "onnxruntime", "onnxruntime_onnx")
         assert found.max_batch_size == 0  # rows and candidates are axes of their own
         assert found.parameters["bundle"].string_value == bundle.digest
-        assert found.parameters["backbone"].string_value == kind[0]  # and not where it lay on this machine
+        assert found.parameters["backbone"].string_value == kind[0]  # and not its path on this machine
         graph = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False).graph
-        for told, values in ((found.input, graph.input), (found.output, graph.output)):
-            assert [tensor_of(t) for t in told] == [value_of(v) for v in values]
+        for listed, values in ((found.input, graph.input), (found.output, graph.output)):
+            assert [tensor_of(t) for t in listed] == [value_of(v) for v in values]
 
 
 def tensor_of(tensor: Any) -> tuple[str, str, list[int]]:
@@ -88,10 +88,10 @@ class RepositoryEngine(StagedEngine):
         found = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
         return dict(zip([o.name for o in session.get_outputs()], found, strict=True))
 
-    def put(self, array: Any) -> Any:
+    def to_device(self, array: Any) -> Any:
         return np.ascontiguousarray(array)
 
-    def get(self, array: Any) -> Any:
+    def to_host(self, array: Any) -> Any:
         return array
 
     def versions(self) -> dict[str, str]:
@@ -124,17 +124,17 @@ def test_an_optimized_bundle(tiny: Export, tmp_path: Path) -> None:
         np.testing.assert_allclose(bound.label_logits(population), wanted, atol=1e-5)
 
 
-def test_each_model_has_the_weights_that_it_needs_and_no_others(tiny: Export, tmp_path: Path) -> None:
+def test_each_model_holds_only_the_weights_that_it_needs(tiny: Export, tmp_path: Path) -> None:
     bundle = tiny("gpt2", "bbtv2")
     for name in write_repository(bundle, tmp_path):
         files = tmp_path / name / "1" / "model.onnx"
         graph = onnx.load(files / "model.onnx").graph
         needed = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)
-        held = sum(file.stat().st_size for file in files.iterdir())
-        assert held < needed + 200_000  # the graph itself, and padding to pages
+        written = sum(file.stat().st_size for file in files.iterdir())
+        assert written < needed + 200_000  # the graph itself, and padding to pages
 
 
-def test_files_can_be_read_by_a_server_that_runs_as_somebody_else(tiny: Export, tmp_path: Path) -> None:
+def test_files_are_readable_for_a_server_that_runs_as_another_user(tiny: Export, tmp_path: Path) -> None:
     write_repository(tiny("roberta"), tmp_path)
     for path in (p for p in tmp_path.rglob("*")):
         wanted = stat.S_IROTH | stat.S_IXOTH if path.is_dir() else stat.S_IROTH
@@ -142,7 +142,7 @@ def test_files_can_be_read_by_a_server_that_runs_as_somebody_else(tiny: Export, 
 
 
 def add_plan(bundle: Path, gpu: str, runtime: str, capability: str) -> None:
-    """As optimize --target trt keeps plans."""
+    """As optimize --target trt caches plans."""
     folder = bundle / "plans" / gpu
     folder.mkdir(parents=True)
     (folder / "model.plan").write_text(f"plan of {gpu}")
@@ -174,11 +174,11 @@ def test_what_is_refused(tiny: Export, tmp_path: Path) -> None:
     with pytest.raises(BbtError, match="exists already"):
         write_repository(bundle, tmp_path, "model")
     write_repository(bundle, tmp_path, "other")  # a repository may hold many models
-    with pytest.raises(UsageError, match="cannot be called"):
+    with pytest.raises(UsageError, match="not a valid Triton model name"):
         write_repository(bundle, tmp_path, "a model")
     with pytest.raises(BundleError, match="openvino"):
         write_repository(Bundle(bundle.path, bundle.info.model_copy(update={"target": "openvino"})), tmp_path, "third")
-    with pytest.raises(UsageError, match="in the bundle itself"):
+    with pytest.raises(UsageError, match="inside the bundle itself"):
         write_repository(bundle, bundle.path / "repository")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["model", "other"]
 
@@ -188,11 +188,11 @@ def test_the_command(tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture
 
     def run(*words: object) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as caught:
-            main(["export", *map(str, words)])
+            main(["triton", *map(str, words)])
         return caught.value.code, *capsys.readouterr()
 
-    assert run(bundle, "--triton-repository", tmp_path / "repository")[0] == 0
+    assert run(bundle, "-o", tmp_path / "repository")[0] == 0
     assert read_config(tmp_path / "repository" / bundle.name).name == bundle.name
-    assert run(bundle)[0] == 2
-    assert "--triton-repository" in run(bundle)[2]
-    assert "name the new one by -o" in run("demo", "--triton-repository", tmp_path / "repository")[2]
+    code, _, message = run(tmp_path, "-o", tmp_path / "repository")
+    assert code == 1
+    assert "is not a bundle" in message

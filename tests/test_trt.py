@@ -1,4 +1,4 @@
-"""TensorRT as far as it goes without a GPU: which API is there, what plans depend on, building them ahead of time."""
+"""TensorRT without a GPU: API detection, what plans depend on, and building them ahead of time."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ from bbt_accel import Batch, cuda
 from bbt_accel.bundle import PLANS, Bundle
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, PlanError, UsageError
 from bbt_accel.exporters import plans, trt_api
+from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.plans import Key, Record, Sizes
-from bbt_accel.exporters.tensorrt import sizes, sizes_of
+from bbt_accel.exporters.plans import Key, Record, ShapeProfile
+from bbt_accel.exporters.tensorrt import shape_profile
 from bbt_accel.exporters.trt_api import Api, find_api
+from bbt_accel.settings import Settings
 
 SURFACES = json.loads((Path(__file__).parent / "fixtures" / "trt_api.json").read_text())
 """What real modules have: class → names, of tensorrt 10.12 and 11.4 and of tensorrt_rtx 1.7."""
-SIZES = Sizes(candidates=(1, 20, 20), rows=(1, 8, 32), tokens=(5, 16, 64))
-KEY = Key(graph="a", runtime="tensorrt 11.4", gpu="GPU", capability=("9.0",), driver="580.1", profile=SIZES)
+PROFILE = ShapeProfile(candidates=(1, 20, 20), rows=(1, 8, 32), tokens=(5, 16, 64))
+KEY = Key(graph="a", runtime="tensorrt 11.4", gpu="GPU", capability=("9.0",), driver="580.1", profile=PROFILE)
 
 
 def one_line(call: Callable[[], object], error: type[Exception]) -> str:
@@ -100,14 +102,14 @@ def test_tensorrt_alone_cannot_build_ahead(install: Any) -> None:
 
 
 @pytest.mark.parametrize(("cls", "name"), [(cls, n) for cls, names in trt_api.NEEDED.items() for n in names])
-def test_an_api_that_is_too_old_is_told_by_what_it_lacks(install: Any, cls: str, name: str) -> None:
+def test_an_outdated_api_is_an_error_that_names_what_is_missing(install: Any, cls: str, name: str) -> None:
     module = recorded("tensorrt 10.12")
     delattr(getattr(module, cls), name)
     install(tensorrt=module)
     assert f"{cls}.{name}" in one_line(find_api, PlanError)
 
 
-def test_bindings_without_their_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bindings_without_their_libraries_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> ModuleType:
         raise ImportError("libnvinfer.so.11: cannot open shared object file\nmore")
 
@@ -129,7 +131,9 @@ ranges = st.tuples(st.integers(1, 4), st.integers(5, 9), st.integers(10, 99))
 words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 keys = st.builds(
     Key, graph=words, runtime=words, gpu=words, capability=st.tuples(words), driver=words,
-    profile=st.builds(Sizes, candidates=ranges, rows=ranges, tokens=ranges, labels=ranges, decoder=ranges),
+    profile=st.builds(
+        ShapeProfile, candidates=ranges, rows=ranges, tokens=ranges, labels=ranges, decoder_tokens=ranges
+    ),
     options=st.dictionaries(words, words, max_size=2),
 )  # fmt: skip
 PARTS = {"graph": "graph", "runtime": "runtime", "gpu": "GPU", "capability": "capability", "driver": "driver",
@@ -141,9 +145,8 @@ PARTS = {"graph": "graph", "runtime": "runtime", "gpu": "GPU", "capability": "ca
 def test_any_part_that_changes_makes_another_key_and_is_named(one: Key, other: Key, part: str) -> None:
     changed = one.model_copy(update={part: getattr(other, part)})
     same = getattr(one, part) == getattr(other, part)
-    assert (changed.digest == one.digest) == same
-    told = one.differences(changed)
-    assert [PARTS[part] in line for line in told] == ([] if same else [True])
+    changes = one.differences(changed)
+    assert [PARTS[part] in line for line in changes] == ([] if same else [True])
 
 
 def test_a_key_that_was_read_back_is_the_same() -> None:
@@ -161,7 +164,7 @@ def test_a_plan_that_was_built_ahead_serves_every_gpu_of_its_capability_and_ever
 
 
 def test_reasons_say_what_it_was_and_what_it_is() -> None:
-    longer = SIZES.model_copy(update={"tokens": (5, 16, 128)})
+    longer = PROFILE.model_copy(update={"tokens": (5, 16, 128)})
     changes = {"driver": "590.2", "profile": longer, "options": {**plans.OPTIONS, "tf32": "yes"}}
     assert KEY.differences(KEY.model_copy(update=changes)) == [
         "the driver was 580.1 and is 590.2",
@@ -226,21 +229,21 @@ def test_a_profile_is_in_order_and_takes_the_rows_that_it_was_made_from(
 ) -> None:
     info = tiny_bundle(tmp_path_factory.mktemp("bundle"), "gpt2").info
     batch = rows_of(lengths, 60)
-    found = sizes(info, np.array(lengths), max(lengths) + more, popsize, 2, batch)
-    for name in Sizes.model_fields:
+    found = shape_profile(info, batch, max(lengths) + more, Settings(popsize=popsize))
+    for name in ShapeProfile.model_fields:
         low, best, high = getattr(found, name)
         assert 1 <= low <= best <= high, name
     assert max(lengths) + more <= found.tokens[2] <= info.max_length
     assert found.tokens[0] == info.n_prompt_tokens + 2
     assert found.candidates[2] == popsize
-    shapes = found.of_input("hidden", (-1, -1, -1, 8), info)
+    shapes = found.shapes("hidden", (-1, -1, -1, 8), info)
     assert [s[2] for s in shapes] == [t - info.n_prompt_tokens for t in found.tokens]
     assert [s[0] for s in shapes] == [1, popsize, popsize]
 
 
 def test_a_profile_bounds_the_tokens_of_a_call(tmp_path: Path) -> None:
     info = tiny_bundle(tmp_path, "roberta", max_length=512).info
-    found = sizes(info, np.full(224, 500), 512, 20, 14, rows_of([500] * 224, 512))
+    found = shape_profile(info, rows_of([500] * 224, 512), 512, Settings())
     assert found.rows[2] == 2**17 // (20 * 512)
 
 
@@ -248,7 +251,11 @@ def test_a_task_sets_lengths_population_and_labels(exported: Export) -> None:
     from bbt_accel.demo import BACKBONE
 
     bundle = exported(BACKBONE)
-    found, other = sizes_of(bundle, "demo", None), sizes_of(bundle, None, None)
+    profiles = []
+    for task in ("demo", None):
+        rows = TaskRows(bundle, task)
+        profiles.append(shape_profile(bundle.info, rows.train, rows.longest(), rows.settings))
+    found, other = profiles
     assert found.labels == (1, 4, 256)
     assert found.tokens[2] < other.tokens[2] == bundle.info.max_length
     assert found.rows[2] == 64
@@ -406,7 +413,7 @@ def test_every_family_method_and_mode_is_built_ahead_of_time(
     assert report["agreement"] >= 0.95
     assert report["logit_error"] < 0.05
     found = records(made)
-    assert set(found) == {*info.stages, "project", "tally"}
+    assert set(found) == {*info.stages, "project", "statistics"}
     for stage, record in found.items():
         inspect(made, stage, record)
 
@@ -465,17 +472,17 @@ def ahead_key(bundle: Bundle, api: Api) -> Key:
 
 def test_a_plan_that_fits_is_not_built_again(copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "build", lambda *_: pytest.fail("it was built"))
-    told: list[str] = []
-    assert plans.get_plan(copy, "model", ahead_key(copy, rtx), rtx, told.append)
-    assert told == []
+    messages: list[str] = []
+    assert plans.get_plan(copy, "model", ahead_key(copy, rtx), rtx, messages.append)
+    assert messages == []
 
 
-def test_a_plan_that_is_damaged_is_built_again_and_the_reason_told(copy: Bundle, rtx: Api) -> None:
+def test_a_plan_that_is_damaged_is_rebuilt_with_a_reason(copy: Bundle, rtx: Api) -> None:
     file = copy.path / PLANS / "sm89" / "model.plan"
     file.write_bytes(file.read_bytes()[:-1])
-    told: list[str] = []
-    plan = plans.get_plan(copy, "model", ahead_key(copy, rtx), rtx, told.append)
-    assert "damaged" in told[0]
+    messages: list[str] = []
+    plan = plans.get_plan(copy, "model", ahead_key(copy, rtx), rtx, messages.append)
+    assert "damaged" in messages[0]
     assert file.read_bytes() == plan
     assert not [p.name for p in file.parent.iterdir() if p.name.startswith(".")], "a temporary file was left"
     Bundle.read(copy.path)  # plans are no part of its sha256
@@ -498,7 +505,7 @@ def test_a_plan_cannot_be_loaded_without_a_driver_and_says_so(copy: Bundle, rtx:
     assert "no NVIDIA GPU" in trt_api.reason(logger.errors)
 
 
-def test_out_of_memory_is_told_with_what_to_do() -> None:
+def test_out_of_memory_says_what_to_do() -> None:
     message = trt_api.reason(["Error Code 2: OutOfMemory (Requested size was 17179869184 bytes.)"])
     assert message.startswith("out of memory")
     assert "--calibrate" in message

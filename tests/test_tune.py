@@ -22,9 +22,12 @@ from bbt_accel import tune
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, RunError, UsageError
+from bbt_accel.history import History
+from bbt_accel.population import Population
 from bbt_accel.run import Run
 
 Tune = Callable[..., Run]
+FILES = ["curve.png", "history.jsonl", "prompt.safetensors", "run.json"]
 
 
 @pytest.fixture(params=["bbt", "bbtv2"])
@@ -46,18 +49,18 @@ def start(bundle: Bundle, tmp_path: Path) -> Tune:
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Ctrl-C at the n-th population (a population of one, on dev, does not count)."""
+    """Ctrl-C at the n-th population; scores on the dev rows do not count."""
     whole = DummyBoundBatch._label_logits
 
     def arm(at: int) -> None:
         count = 0
 
-        def logits(self: DummyBoundBatch, prompts: np.ndarray) -> np.ndarray:
+        def logits(self: DummyBoundBatch, population: Population) -> np.ndarray:
             nonlocal count
-            count += len(prompts) > 1
-            if count == at and len(prompts) > 1:
+            count += len(population) > 1
+            if count == at and len(population) > 1:
                 raise KeyboardInterrupt
-            return whole(self, prompts)
+            return whole(self, population)
 
         monkeypatch.setattr(DummyBoundBatch, "_label_logits", logits)
 
@@ -68,14 +71,9 @@ def prompt_bytes(run: Run) -> bytes:
     return (run.path / "prompt.safetensors").read_bytes()
 
 
-def test_a_run_holds_what_the_next_step_needs(start: Tune, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_run_holds_what_the_next_steps_need(start: Tune, bundle: Bundle, tmp_path: Path) -> None:
     run = start()
-    assert sorted(p.name for p in run.path.iterdir()) == [
-        "curve.png",
-        "history.jsonl",
-        "prompt.safetensors",
-        "run.json",
-    ]
+    assert sorted(p.name for p in run.path.iterdir()) == FILES
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     info = run.info
     assert info.status == "done"
@@ -109,14 +107,14 @@ def test_the_default_name_says_what_was_run(
     assert run.path == tmp_path / "runs" / f"toy-{bundle.info.method}-dummy-7"
 
 
-def test_ctrl_c_leaves_a_whole_run_that_resumes_to_the_same_end(start: Tune, interrupt: Callable[[int], None]) -> None:
+def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(start: Tune, interrupt: Callable[[int], None]) -> None:
     whole = start("whole")
     interrupt(6)
     run = start()
     assert run.info.status == "interrupted"
     assert Run.read(run.path).info.calls == 20
     assert (run.path / "curve.png").stat().st_size > 10_000
-    interrupt(4)  # and again, this time counted from where it goes on
+    interrupt(4)  # and again, counted from where it continues
     assert start(resume=True).info.calls == 32
     interrupt(-1)
     resumed = start(resume=True)
@@ -134,14 +132,14 @@ def test_ctrl_c_before_the_first_generation_leaves_nothing(
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_resume_of_nothing_starts_and_of_a_done_run_returns_it(start: Tune) -> None:
+def test_resume_starts_a_run_and_returns_a_complete_one(start: Tune) -> None:
     first = start(resume=True)
     before = (first.path / "run.json").stat().st_mtime_ns
     assert start(resume=True).info == first.info
     assert (first.path / "run.json").stat().st_mtime_ns == before
 
 
-def test_an_existing_run_is_replaced_only_on_demand(start: Tune) -> None:
+def test_an_existing_run_is_replaced_only_on_request(start: Tune) -> None:
     first = start()
     with pytest.raises(RunError, match="--resume, --overwrite"):
         start()
@@ -151,7 +149,7 @@ def test_an_existing_run_is_replaced_only_on_demand(start: Tune) -> None:
     assert not [p for p in second.path.parent.iterdir() if p.name.startswith(".")]
 
 
-def test_overwrite_replaces_nothing_but_runs(start: Tune, tmp_path: Path) -> None:
+def test_overwrite_replaces_only_runs(start: Tune, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letter.txt").write_text("dear")
     with pytest.raises(RunError, match="is not a run"):
@@ -159,7 +157,7 @@ def test_overwrite_replaces_nothing_but_runs(start: Tune, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "letter.txt").read_text() == "dear"
 
 
-def test_overwrite_keeps_the_former_run_until_the_new_one_is_whole(
+def test_overwrite_keeps_the_former_run_until_the_new_one_is_complete(
     start: Tune, interrupt: Callable[[int], None]
 ) -> None:
     first = start()
@@ -172,18 +170,19 @@ def test_overwrite_keeps_the_former_run_until_the_new_one_is_whole(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"settings": {**SETTINGS, "budget": 40}}, r"budget \(80 there, 40 here\)"),
-        ({"settings": {**SETTINGS, "seed": 8}}, r"seed \(7 there, 8 here\)"),
-        ({"device": "cuda"}, r"device \(cpu there, cuda here\)"),
+        ({"settings": {**SETTINGS, "budget": 40}}, r"budget \(was 80, is now 40\)"),
+        ({"settings": {**SETTINGS, "seed": 8}}, r"seed \(was 7, is now 8\)"),
+        ({"without": ["buckets"]}, r"without \(was \[\], is now \['buckets'\]\)"),
+        ({"engine": "torch", "device": "cuda"}, r"device \(was cpu, is now cuda\)"),
     ],
 )
-def test_resume_with_something_else_names_it(start: Tune, change: dict[str, Any], named: str) -> None:
+def test_resume_names_what_is_different(start: Tune, change: dict[str, Any], named: str) -> None:
     start()
     with pytest.raises(RunError, match=named):
         start(resume=True, **change)
 
 
-def test_resume_with_other_rows_or_another_bundle_names_it(start: Tune, tmp_path: Path, bundle: Bundle) -> None:
+def test_resume_refuses_other_rows_and_another_bundle(start: Tune, tmp_path: Path, bundle: Bundle) -> None:
     start()
     rows = (tmp_path / "data" / "train.jsonl").read_text()
     (tmp_path / "data" / "train.jsonl").write_text(rows.replace("w1", "w2"))
@@ -198,9 +197,7 @@ def test_resume_with_other_rows_or_another_bundle_names_it(start: Tune, tmp_path
         start(resume=True)
 
 
-def test_resume_takes_the_settings_that_are_not_given_from_the_run(
-    start: Tune, interrupt: Callable[[int], None]
-) -> None:
+def test_resume_takes_settings_that_are_not_given_from_the_run(start: Tune, interrupt: Callable[[int], None]) -> None:
     whole = start("whole")
     interrupt(5)
     start()
@@ -213,7 +210,7 @@ def test_usage_is_checked_before_anything_is_written(start: Tune, tmp_path: Path
         start("runs/run", resume=True, overwrite=True)
     with pytest.raises(UsageError, match="too small"):
         start("runs/run", {**SETTINGS, "budget": 3})
-    with pytest.raises(UsageError, match="a server divides its own"):
+    with pytest.raises(UsageError, match="omit it with --engine remote"):
         start("runs/run", engine="remote", workers=2)
     with pytest.raises(BbtError, match="class 0 has 15 rows"):
         start("runs/run", {**SETTINGS, "k_shot": 16})
@@ -259,7 +256,7 @@ def test_tensorboard_shows_every_generation(start: Tune) -> None:
     assert len(events.Scalars("dev_score")) == len([g for g in run.history if g.dev_score is not None])
 
 
-# A process that dies at the n-th time that it renames, replaces or syncs something, before or after it.
+# A process that is killed before or after the n-th call that renames, replaces or syncs a file.
 KILLED = """
 import json, os, signal, sys
 from bbt_accel import tune
@@ -292,7 +289,7 @@ def in_a_process(tmp_path: Path, output: str, at: int, resume: bool) -> subproce
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_killed_at_any_moment_a_run_resumes_to_the_same_prompt(start: Tune, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, tmp_path: Path) -> None:
     settings = {**SETTINGS, "budget": 48}
     whole = start("whole", settings)
     steps = int(in_a_process(tmp_path, "counted", 0, False).stdout)
@@ -302,15 +299,16 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_prompt(start: Tune, tmp_
         died = in_a_process(tmp_path, output, at, False)
         assert died.returncode == -signal.SIGKILL, died.stderr
         if (tmp_path / output).exists():
-            Run.read(tmp_path / output)  # nothing half-written has that name
+            Run.read(tmp_path / output)  # nothing half-written has its final name
         in_a_process(tmp_path, output, rng.randrange(1, 12), True)
         resumed = start(output, settings, resume=True)
         assert prompt_bytes(resumed) == prompt_bytes(whole)
         assert resumed.info.best == whole.info.best
         assert not [p for p in tmp_path.iterdir() if p.name == f".{output}.partial"]
+        assert sorted(p.name for p in resumed.path.iterdir()) == FILES
 
 
-def test_a_kill_from_outside_between_two_generations(start: Tune, tmp_path: Path) -> None:
+def test_a_run_killed_between_two_generations_resumes_to_the_same_prompt(start: Tune, tmp_path: Path) -> None:
     """The folder as a killed process leaves it, at every generation: run.json, and some lines of history."""
     whole = start("whole")
     lines = (whole.path / "history.jsonl").read_bytes().splitlines(keepends=True)
@@ -320,14 +318,27 @@ def test_a_kill_from_outside_between_two_generations(start: Tune, tmp_path: Path
         partial.mkdir()
         (partial / "run.json").write_text(running.model_dump_json())
         (partial / "history.jsonl").write_bytes(b"".join(lines[:generations]) + b'{"generation": ')
+        (partial / ".prompt.safetensors.123").write_bytes(b"half")
         with pytest.raises(RunError, match="--resume"):
             start()
         run = start(resume=True)
         assert prompt_bytes(run) == prompt_bytes(whole)
+        assert sorted(p.name for p in run.path.iterdir()) == FILES
         shutil.rmtree(run.path)
 
 
-def test_a_swap_that_was_cut_off_is_undone(start: Tune) -> None:
+def test_a_run_in_use_is_refused_and_left_alone(start: Tune, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    run = start()
+    partial = tmp_path / ".run.partial"
+    shutil.move(run.path, partial)
+    (partial / ".run.json.123").write_text("half")
+    with History(partial / "history.jsonl"), pytest.raises(RunError, match="in use"):
+        start(resume=True)
+    assert (partial / ".run.json.123").exists()
+
+
+def test_a_killed_replacement_is_undone(start: Tune) -> None:
     run = start()
     os.rename(run.path, run.path.with_name(f".{run.path.name}.old"))
     assert start(resume=True).info == run.info

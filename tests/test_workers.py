@@ -1,4 +1,4 @@
-"""A population divided among processes: the same search, whatever happens to a worker."""
+"""Processes that share a population: the same search, whatever happens to a worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from search_parts import SETTINGS, batch, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.batch import Batch
-from bbt_accel.benchmarks import scaling
 from bbt_accel.bundle import Bundle
 from bbt_accel.cluster import connect
 from bbt_accel.errors import BundleError, EngineError, NonFiniteLoss, UsageError
@@ -24,7 +23,7 @@ from bbt_accel.run import EngineRecord, Run
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.search import Outcome, search
-from bbt_accel.tuning.space import Space
+from bbt_accel.tuning.space import PromptSpace
 from bbt_accel.tuning.workers import WorkersEvaluator
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -43,13 +42,13 @@ def job(bundle: Bundle, engine: str = "dummy", settings: Settings = SMALL, train
     return Job(bundle, record, settings, Objective(settings.loss, "accuracy"), train, DEV)
 
 
-Seen = Callable[[Generation], None]
+Observe = Callable[[Generation], None]
 
 
 def walk(
-    evaluator: Evaluator, work: Job, file: Path, observe: Seen = lambda generation: None
+    evaluator: Evaluator, work: Job, file: Path, observe: Observe = lambda generation: None
 ) -> tuple[Outcome, list[tuple[Any, ...]]]:
-    """The search, and of each generation what does not depend on the clock."""
+    """The search, and what does not depend on the clock of each generation."""
     with evaluator, History(file) as history:
         outcome = search(evaluator, work.bundle.info, work.settings, history, observe)
         done = history.generations
@@ -57,12 +56,12 @@ def walk(
 
 
 def die(worker: WorkersEvaluator, number: int) -> None:
-    """A worker's process ends, before it does what it is asked next."""
+    """A worker's process ends before its next call."""
     worker.actors[number].__ray_call__.remote(lambda self: os._exit(1))
 
 
 @pytest.mark.parametrize(("engine", "method"), [("ort", "bbt"), ("ort", "bbtv2"), ("torch", "bbt")])
-def test_the_trajectory_is_that_of_one_process(engine: str, method: str, tiny: Any, tmp_path: Path) -> None:
+def test_the_trajectory_is_the_same_as_in_one_process(engine: str, method: str, tiny: Any, tmp_path: Path) -> None:
     pytest.importorskip({"ort": "onnxruntime"}.get(engine, engine))
     bundle = tiny("roberta", method)
     ids = np.random.default_rng(0).integers(10, 30, (6, 9))
@@ -73,13 +72,13 @@ def test_the_trajectory_is_that_of_one_process(engine: str, method: str, tiny: A
     assert walk(WorkersEvaluator(2, "local", work), work, tmp_path / "shared")[1] == alone
 
 
-def test_a_worker_that_dies_is_replaced_and_its_candidates_run_again(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_candidates_are_evaluated_again(bundle: Bundle, tmp_path: Path) -> None:
     import ray
 
     work = job(bundle)
     alone = walk(work.evaluator(), work, tmp_path / "alone")[1]
-    told: list[str] = []
-    pool = WorkersEvaluator(2, "local", work, told.append)
+    reports: list[str] = []
+    pool = WorkersEvaluator(2, "local", work, reports.append)
     first = list(pool.actors)
 
     def kill(generation: Generation) -> None:
@@ -92,10 +91,10 @@ def test_a_worker_that_dies_is_replaced_and_its_candidates_run_again(bundle: Bun
             assert not set(pool.actors) & set(first)
 
     assert walk(pool, work, tmp_path / "shared", kill)[1] == alone
-    assert sorted(line.split(" (")[0] for line in told) == ["worker 1 died", "worker 1 died", "worker 2 died"]
+    assert sorted(line.split(" (")[0] for line in reports) == ["worker 1 died", "worker 1 died", "worker 2 died"]
 
 
-def test_workers_that_die_again_and_again_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_keep_dying_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = job(search_bundle(tmp_path / "bundle"))
     pool = WorkersEvaluator(2, "local", work)
     made = pool._make
@@ -107,14 +106,14 @@ def test_workers_that_die_again_and_again_end_the_search(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(pool, "_make", doomed)
     die(pool, 1)
-    with pytest.raises(EngineError, match="3 workers died one after the other") as caught:
+    with pytest.raises(EngineError, match="3 workers died in a row") as caught:
         walk(pool, work, tmp_path / "history")
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_in_a_worker_is_that_error(tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_raised_as_itself(tmp_path: Path) -> None:
     bundle = search_bundle(tmp_path / "bundle")
-    with pytest.raises(UsageError, match="there is no engine 'none'"):
+    with pytest.raises(UsageError, match="unknown engine 'none'"):
         WorkersEvaluator(1, "local", job(bundle, "none"))
     (tmp_path / "bundle" / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="has changed since"):
@@ -127,10 +126,10 @@ def test_a_loss_that_is_not_finite_names_the_candidate(tmp_path: Path) -> None:
     candidates[4] = np.nan
     pool = WorkersEvaluator(2, "local", work)
     with pool, pytest.raises(NonFiniteLoss, match="candidate 4 is not finite"):
-        pool.train(Space(work.bundle.info, work.settings), 0, candidates)
+        pool.train(PromptSpace(work.bundle.info, work.settings), 0, candidates)
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_impossible_numbers_of_workers_and_threads_are_refused(tmp_path: Path) -> None:
     work = job(search_bundle(tmp_path / "bundle"))
     for workers in (0, 3):
         with pytest.raises(UsageError, match=f"--workers must lie in 1..2, half of --popsize 5; got {workers}"):
@@ -140,7 +139,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         WorkersEvaluator(2, "local", replace(work, engine=record))
 
 
-def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = search_bundle(tmp_path / "bundle", "bbtv2")
     task, data = task_file(tmp_path / "data"), tmp_path / "data"
 
@@ -170,18 +169,24 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path, monkeypatc
         start("other", ray="auto")
 
 
-def test_the_benchmark_of_workers(tmp_path: Path) -> None:
+def test_the_scaling_benchmark_compares_workers_with_one_process(tmp_path: Path) -> None:
+    from bbt_accel.benchmarks import scaling
+    from bbt_accel.benchmarks.script import run_script
+
     bundle = search_bundle(tmp_path / "bundle")
     task = task_file(tmp_path / "data")
-    report = scaling.measure(bundle, str(task), tmp_path / "data", ["dummy"], 4, 3, repeats=2, most=2)
+    words = [str(bundle.path), "--task", str(task), "--data", str(tmp_path / "data"), "--engines", "dummy"]
+    words += ["--popsize", "4", "--k-shot", "3", "--repeats", "2", "-o", str(tmp_path / "report")]
+    report = run_script("scaling", None, scaling.add_options, scaling.measure_scaling, arguments=words)
     assert [(row.workers, row.threads, row.same) for row in report.rows] == [
         (None, 1, True), (1, 1, True), (2, 1, True), (None, 2, True)
     ]  # fmt: skip
-    assert report.rows[1].overhead_ms == pytest.approx(report.rows[1].ms_median - report.rows[0].ms_median)
-    assert "| dummy | 2 workers | 1 |" in scaling.markdown(report)
+    alone, one, *_ = report.rows
+    assert one.overhead_ms == pytest.approx(one.ms_median - alone.ms_median)
+    assert "| dummy | 2 | 1 |" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_an_address_where_no_cluster_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_without_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
     import ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -13,16 +14,20 @@ SIZE = 1100
 FILLER = [f"filler{i}" for i in range(SIZE)]
 
 
+FAMILIES: dict[str, tuple[str, str, Callable[[int], Tokenizer], tuple[object, ...]]] = {
+    "roberta": ("encoder", "masked", lambda size: _byte_level(size), (0, 2, 1, 4, "<mask>", None)),
+    "bart": ("encoder-decoder", "masked", lambda size: _byte_level(size), (0, 2, 1, 4, "<mask>", 2)),
+    "gpt2": ("decoder", "causal", lambda size: _byte_level(size), (None, None, 1, None, None, None)),
+    "bert": ("encoder", "masked", lambda size: _word_pieces(size), (2, 3, 0, 4, "[MASK]", None)),
+    "t5": ("encoder-decoder", "span", lambda size: _unigram(size), (None, 1, 0, 3, "<extra_id_0>", 0)),
+}
+"""Name → architecture, template group, tokenizer, and the values of `SpecialTokens`."""
+
+
 def tiny_bundle(
     folder: Path, family: str = "roberta", prompt_mode: str = "add", n: int = 10, max_length: int = 64, size: int = SIZE
 ) -> Bundle:
-    make, special = {
-        "roberta": (_byte_level, (0, 2, 1, 4, "<mask>", None)),
-        "bart": (_byte_level, (0, 2, 1, 4, "<mask>", 2)),
-        "gpt2": (_byte_level, (2, 2, 1, None, None, None)),
-        "bert": (_word_pieces, (2, 3, 0, 4, "[MASK]", None)),
-        "t5": (_unigram, (None, 1, 0, 3, "<extra_id_0>", 0)),
-    }[family]
+    make, special = FAMILIES[family][2:]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make(size)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -35,7 +40,9 @@ def bundle_info(
     return BundleInfo(
         backbone=f"tiny-{family}",
         revision=None,
-        family=family,  # type: ignore[arg-type]
+        family=family,
+        architecture=FAMILIES[family][0],  # type: ignore[arg-type]
+        template_group=FAMILIES[family][1],  # type: ignore[arg-type]
         method="bbt",
         prompt_mode=prompt_mode,  # type: ignore[arg-type]
         n_prompt_tokens=n,

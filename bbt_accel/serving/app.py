@@ -1,4 +1,4 @@
-"""The HTTP side of the server: paths, token, limits, and errors as the protocol writes them."""
+"""The HTTP side of the server: paths, token, limits and error responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import bbt_accel
 from bbt_accel.errors import BbtError, DataError, RequestError, UsageError
-from bbt_accel.serving import ROWS_EXTENSION, Limits
+from bbt_accel.inference_protocol import ROWS_EXTENSION
+from bbt_accel.serving import Limits
 from bbt_accel.serving.models import Model
 from bbt_accel.serving.protocol import HEADER_LENGTH, read_request, write_response
 
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Service:
-    """The endpoints. Models compute in one thread of their own, so that health and metadata answer meanwhile."""
+    """The endpoints. Models run in one separate thread, so that health and metadata respond meanwhile."""
 
     def __init__(self, models: Sequence[Model], limits: Limits) -> None:
         self.models = {model.name: model for model in models}
@@ -60,7 +61,7 @@ class Service:
         return JSONResponse(facts | {"models": list(self.models)})
 
     async def index(self, request: Request) -> Response:
-        """As Triton lists the models of its repository."""
+        """The models, as Triton lists its repository."""
         return JSONResponse([{"name": name, "version": "1", "state": "READY"} for name in self.models])
 
     async def metadata(self, request: Request) -> Response:
@@ -74,16 +75,16 @@ class Service:
 
     async def infer(self, request: Request) -> Response:
         model = self.model(request)
-        async with self.time("the request took more than {} seconds to arrive", 408):
+        async with self.timeout("the request took more than {} seconds to arrive", 408):
             body = await self.body(request)
         read = await run_in_threadpool(
             read_request, body, request.headers.get(HEADER_LENGTH), model.inputs, model.outputs
         )
         del body
-        async with self.time("the engine is busy: no answer within {} seconds", 503):
+        async with self.timeout("the engine is busy: no result within {} seconds", 503):
             loop = asyncio.get_running_loop()
             computed = loop.run_in_executor(self.engine_thread, model.infer, read.tensors, read.parameters)
-            outputs, parameters = await computed  # one that has begun goes on when time is up, one that waits is gone
+            outputs, parameters = await computed  # at the timeout a running call continues, a waiting one is dropped
         content, headers = await run_in_threadpool(write_response, model.name, read, outputs, model.outputs, parameters)
         return Response(content, headers=headers)
 
@@ -91,14 +92,14 @@ class Service:
         name, version = request.path_params["name"], request.path_params.get("version", "1")
         if name not in self.models or version != "1":
             listed = ", ".join(self.models)
-            raise RequestError(f"there is no model {name!r} version {version}; there are {listed}, each version 1", 404)
+            raise RequestError(f"there is no model {name!r} version {version}; models are {listed}, all version 1", 404)
         return self.models[name]
 
     async def body(self, request: Request) -> bytes:
-        """The body, refused before or while it arrives when it is larger than the limit."""
+        """The body, refused before or during its arrival if it exceeds the limit."""
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
-            raise RequestError(f"the body must come as it is, not in {encoding}", 415)
+            raise RequestError(f"content encoding {encoding} is not supported; send the body uncompressed", 415)
         limit, parts, size = self.limits.request_bytes, [], 0
         too_large = RequestError(f"the request is larger than {limit} bytes; send fewer candidates or rows", 413)
         announced = request.headers.get("content-length", "0")
@@ -112,7 +113,7 @@ class Service:
         return b"".join(parts)
 
     @asynccontextmanager
-    async def time(self, message: str, status: int) -> AsyncIterator[None]:
+    async def timeout(self, message: str, status: int) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self.limits.timeout):
                 yield
@@ -121,7 +122,7 @@ class Service:
 
 
 class Token:
-    """Asks every request but those for health for `Authorization: Bearer TOKEN`."""
+    """Requires `Authorization: Bearer TOKEN` of every request except health checks."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self.app, self.expected = app, f"Bearer {token}".encode()
@@ -130,16 +131,14 @@ class Token:
         if scope["type"] == "http" and not scope["path"].startswith("/v2/health/"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
-                refusal = JSONResponse(
-                    {"error": "a bearer token is needed, and it must be right"}, 401, {"www-authenticate": "Bearer"}
-                )
-                await refusal(scope, receive, send)
+                message = {"error": "a valid bearer token is required"}
+                await JSONResponse(message, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
 
 def make_app(models: Sequence[Model], limits: Limits, token: str | None = None) -> Starlette:
-    """The ASGI application. Its engine stays open when it shuts down; that is for the caller to close."""
+    """The ASGI application. The caller closes the engine after its shutdown."""
     service = Service(models, limits)
 
     @asynccontextmanager
@@ -156,17 +155,17 @@ def make_app(models: Sequence[Model], limits: Limits, token: str | None = None) 
 
 
 async def refuse(request: Request, error: Exception) -> Response:
-    """An error as the protocol writes it: what the client did wrong is 400 unless it has a status of its own."""
+    """The protocol's error response: 400 for the client's errors, unless they have a status of their own."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     if isinstance(error, RequestError):
         return JSONResponse({"error": str(error)}, error.status)
     if isinstance(error, (DataError, UsageError, ClientDisconnect)):
-        return JSONResponse({"error": str(error) or "the client went away"}, 400)
+        return JSONResponse({"error": str(error) or "the client disconnected"}, 400)
     log.error("%s: %s", request.url.path, error)
     return JSONResponse({"error": str(error)}, 500)
 
 
 async def fail(request: Request, error: Exception) -> Response:
-    """A defect of ours; Starlette raises it again for the log."""
+    """An internal error; Starlette raises it again for the log."""
     return JSONResponse({"error": "internal error; the server's log has the traceback"}, 500)

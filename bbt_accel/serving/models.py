@@ -1,4 +1,4 @@
-"""What the server serves: the black box, and a tuned prompt. Everything here runs in the one thread of the engine."""
+"""The models of the server: the backbone, and a tuned prompt. Everything here runs in the engine's one thread."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from bbt_accel.batch import Batch
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.errors import RequestError
 from bbt_accel.inference import Classifier
+from bbt_accel.inference_protocol import BACKBONE, CLASSIFIER, DIGEST, LAYER, ROWS, STDS, UNKNOWN_ROWS, backbone_name
+from bbt_accel.population import Population
 from bbt_accel.run import Run
-from bbt_accel.serving import BACKBONE, CLASSIFIER, DIGEST, LAYER, ROWS, STDS, UNKNOWN_ROWS, Limits, backbone_name
+from bbt_accel.serving import Limits
 from bbt_accel.serving.protocol import DTYPES, Tensors, TensorSpec
 
-ROW_INPUTS = (
-    TensorSpec("input_ids", "INT64", (-1, -1)),
-    TensorSpec("attention_mask", "INT64", (-1, -1)),
-    TensorSpec("readout", "INT64", (-1,)),
-    TensorSpec("label_token_ids", "INT64", (-1,)),
-)
-DECODER_INPUT = TensorSpec("decoder_input_ids", "INT64", (-1, -1))
+_ONE, _ONES = np.zeros(1, np.int64), np.ones((1, 1), np.int64)
+_EXAMPLE = Batch(_ONES, _ONES, _ONE, _ONE, _ONE, decoder_input_ids=_ONES)
+ROW_INPUTS = {name: TensorSpec(name, "INT64", (-1,) * value.ndim) for name, value in _EXAMPLE.inputs().items()}
+"""The tensors that describe rows."""
+OPTIONAL = "decoder_input_ids"
+"""The one of them that may be missing."""
 LABEL_LOGITS = TensorSpec("label_logits", "FP32", (-1, -1, -1))
 
 
 class Model(ABC):
-    """One model of the server: its tensors, and how it answers."""
+    """One model of the server: its tensors, and how it computes them."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -42,8 +43,7 @@ class Model(ABC):
     def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
         """Outputs by name, and the parameters of the response.
 
-        Raises RequestError, UsageError or DataError for a request that cannot be right, EngineError when the forward
-        pass fails.
+        Raises RequestError, UsageError or DataError for an invalid request, EngineError when the forward pass fails.
         """
 
     def metadata(self) -> dict[str, object]:
@@ -56,7 +56,7 @@ class Model(ABC):
         }
 
     def config(self) -> dict[str, object]:
-        """Triton's model configuration, whose parameters say what bundle and engine this is, and the limits."""
+        """Triton's model configuration; its parameters name bundle, engine and limits."""
         return {
             "name": self.name,
             "backend": "bbt_accel",
@@ -80,56 +80,48 @@ class Model(ABC):
         }
 
 
-class KeptRows:
-    """Rows that are bound to the engine, by their hash; of more than `Limits.kept`, the least recently used goes."""
+class RowCache:
+    """Rows bound to the engine, by their hash; at most `Limits.cached_batches`, least recently used dropped first."""
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.engine, self.limits = engine, limits
         self.bound: OrderedDict[str, BoundBatch] = OrderedDict()
 
     def find(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[str, BoundBatch]:
-        """The rows that a request brings or refers to, and their hash."""
-        given = {name: tensors[name] for name in (*names(ROW_INPUTS), DECODER_INPUT.name) if name in tensors}
-        hash_ = parameters.get(ROWS)
-        if not given and hash_ is not None:
-            if hash_ not in self.bound:
-                raise RequestError("these rows are not here (any more): send them again", UNKNOWN_ROWS)
-            self.bound.move_to_end(hash_)
-            return hash_, self.bound[hash_]
-        if missing := [name for name in names(ROW_INPUTS) if name not in given]:
-            raise RequestError(f"input {missing[0]} is missing; send the rows, or the hash of rows sent before")
-        found = rows_hash(given)
-        if hash_ not in (None, found):
-            raise RequestError(f"the hash of these rows is {found}, not {hash_}")
-        if found not in self.bound:
-            self.bound[found] = self.bind(given)
-            if len(self.bound) > self.limits.kept:
+        """The rows that a request holds or refers to, and their hash."""
+        given = {name: tensors[name] for name in ROW_INPUTS if name in tensors}
+        wanted = parameters.get(ROWS)
+        if not given and wanted is not None:
+            if wanted not in self.bound:
+                raise RequestError("the server does not have these rows (any more): send them again", UNKNOWN_ROWS)
+            found = wanted
+        else:
+            if missing := [name for name in ROW_INPUTS if name not in given and name != OPTIONAL]:
+                raise RequestError(f"input {missing[0]} is missing; send the rows, or the hash of rows sent before")
+            found = rows_hash(given)
+            if wanted not in (None, found):
+                raise RequestError(f"the hash of these rows is {found}, not {wanted}")
+            if found not in self.bound:
+                self.bound[found] = self.bind(given)
+            if len(self.bound) > self.limits.cached_batches:
                 self.bound.popitem(last=False)[1].close()
         self.bound.move_to_end(found)
         return found, self.bound[found]
 
     def bind(self, given: Tensors) -> BoundBatch:
-        decoder = given.get(DECODER_INPUT.name)
-        ids, limit = given["input_ids"], self.engine.bundle.info.max_length
-        batch = Batch(
-            ids,
-            given["attention_mask"],
-            given["readout"],
-            np.zeros(len(ids), np.int64),
-            given["label_token_ids"],
-            decoder,
-        )
-        longest = max(ids.shape[1], 0 if decoder is None else decoder.shape[1])
+        batch = Batch(**given, targets=np.zeros(len(given["input_ids"]), np.int64))
+        limit = self.engine.bundle.info.max_length
+        longest = max(value.shape[1] for value in given.values() if value.ndim == 2)
         if longest > limit:
-            raise RequestError(f"rows have {longest} tokens, the backbone takes {limit}")
+            raise RequestError(f"rows have {longest} tokens, the backbone takes at most {limit}")
         if not batch.label_token_ids.size:
-            raise RequestError("label_token_ids must name a token at least")
+            raise RequestError("label_token_ids must have at least one token")
         check_tokens(self.engine.bundle, batch)
         return self.engine.bind(batch)
 
 
 def rows_hash(tensors: Tensors) -> str:
-    """sha256 over names, shapes and numbers of the tensors that describe rows."""
+    """sha256 of the names, shapes and numbers of the tensors that describe rows."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = np.ascontiguousarray(tensors[name], DTYPES["INT64"])
@@ -137,93 +129,88 @@ def rows_hash(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def names(specs: tuple[TensorSpec, ...]) -> list[str]:
-    return [spec.name for spec in specs]
-
-
-class BlackBox(Model):
-    """A model that computes with kept rows. Inputs beside them are `own`."""
+class RowModel(Model):
+    """A model that computes on cached rows. `own`: its other inputs."""
 
     own: tuple[TensorSpec, ...] = ()
 
-    def __init__(self, engine: Engine, limits: Limits, kept: KeptRows) -> None:
+    def __init__(self, engine: Engine, limits: Limits, cache: RowCache) -> None:
         super().__init__(engine, limits)
-        self.kept = kept
-        decodes = engine.bundle.info.family in ("bart", "t5")
-        self.inputs = (*self.own, *ROW_INPUTS, *((DECODER_INPUT,) if decodes else ()))
+        self.cache = cache
+        decodes = engine.bundle.info.decodes
+        self.inputs = (*self.own, *(spec for spec in ROW_INPUTS.values() if decodes or spec.name != OPTIONAL))
 
     def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
         for spec in self.own:
             if spec.name not in tensors:
                 raise RequestError(f"input {spec.name} is missing")
             if not tensors[spec.name].size or not np.isfinite(tensors[spec.name]).all():
-                raise RequestError(f"input {spec.name} must hold finite numbers, at least one")
-        hash_, rows = self.kept.find(tensors, parameters)
-        return self.compute(rows, tensors), {ROWS: hash_}
+                raise RequestError(f"input {spec.name} must have finite numbers, at least one")
+        digest, rows = self.cache.find(tensors, parameters)
+        return self.compute(rows, tensors), {ROWS: digest}
 
     @abstractmethod
     def compute(self, rows: BoundBatch, tensors: Tensors) -> Tensors: ...
 
-    def check_batch(self, rows: BoundBatch, candidates: int) -> None:
+    def check_size(self, rows: BoundBatch, candidates: int) -> None:
         if candidates * len(rows.batch) > self.limits.batch:
             raise RequestError(
-                f"{candidates} candidates times {len(rows.batch)} rows are more than {self.limits.batch}; send fewer",
-                413,
+                f"{candidates} candidates times {len(rows.batch)} rows exceed {self.limits.batch}; send fewer", 413
             )
 
 
-class Backbone(BlackBox):
-    """Prompts (P, n, H), or (P, L, n, H) for bbtv2, against rows: label logits (P, N, C)."""
+class Backbone(RowModel):
+    """Label logits (P, N, C) of prompts (P, n, H), or (P, L, n, H) for bbtv2."""
 
     name = BACKBONE
     outputs = (LABEL_LOGITS,)
 
-    def __init__(self, engine: Engine, limits: Limits, kept: KeptRows) -> None:
+    def __init__(self, engine: Engine, limits: Limits, cache: RowCache) -> None:
         self.own = (TensorSpec("prompts", "FP32", (-1, *engine.bundle.info.prompt_shape)),)
-        super().__init__(engine, limits, kept)
+        super().__init__(engine, limits, cache)
 
     def compute(self, rows: BoundBatch, tensors: Tensors) -> Tensors:
-        self.check_batch(rows, len(tensors["prompts"]))
+        self.check_size(rows, len(tensors["prompts"]))
         return {"label_logits": rows.label_logits(tensors["prompts"])}
 
 
-class BackboneLayer(BlackBox):
-    """bbtv2: candidates (P, n, H) of one layer in a stack (L, n, H) whose other layers are fixed."""
+class BackboneLayer(RowModel):
+    """bbtv2: label logits of candidates (P, n, H) for one layer of a stack (L, n, H) whose other layers are fixed."""
 
     name = LAYER
     outputs = (LABEL_LOGITS,)
 
-    def __init__(self, engine: Engine, limits: Limits, kept: KeptRows) -> None:
+    def __init__(self, engine: Engine, limits: Limits, cache: RowCache) -> None:
         layers, *one = engine.bundle.info.prompt_shape
         self.own = (
             TensorSpec("candidates", "FP32", (-1, *one)),
             TensorSpec("stack", "FP32", (layers, *one)),
             TensorSpec("layer", "INT64", (1,)),
         )
-        super().__init__(engine, limits, kept)
+        super().__init__(engine, limits, cache)
 
     def compute(self, rows: BoundBatch, tensors: Tensors) -> Tensors:
-        self.check_batch(rows, len(tensors["candidates"]))
-        logits = rows.layer_logits(tensors["stack"], int(tensors["layer"][0]), tensors["candidates"])
-        return {"label_logits": logits}
+        population = Population(tensors["candidates"], int(tensors["layer"][0]), tensors["stack"])
+        self.check_size(rows, len(population))
+        return {"label_logits": rows.label_logits(population)}
 
 
-class BackboneStds(BlackBox):
+class BackboneStds(RowModel):
     """bbtv2: standard deviations (L,) of the hidden states that enter each block when all prompts are zero."""
 
     name = STDS
 
-    def __init__(self, engine: Engine, limits: Limits, kept: KeptRows) -> None:
+    def __init__(self, engine: Engine, limits: Limits, cache: RowCache) -> None:
         self.outputs = (TensorSpec("layer_stds", "FP32", (engine.bundle.info.n_layers,)),)
-        super().__init__(engine, limits, kept)
+        super().__init__(engine, limits, cache)
 
     def compute(self, rows: BoundBatch, tensors: Tensors) -> Tensors:
-        self.check_batch(rows, 1)
+        self.check_size(rows, 1)
         return {"layer_stds": rows.layer_stds()}
 
 
 class PromptedClassifier(Model):
-    """A tuned prompt: an input of texts for each text column of its task; label, label word and probabilities out."""
+    """A tuned prompt: from one tensor of texts per text column of its task to label, label word and probabilities."""
 
     name = CLASSIFIER
 
@@ -238,16 +225,7 @@ class PromptedClassifier(Model):
         )
 
     def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
-        columns = names(self.inputs)
-        if missing := [column for column in columns if column not in tensors]:
-            raise RequestError(f"input {missing[0]} is missing")
-        count = len(tensors[columns[0]])
-        if not count or any(len(tensors[column]) != count for column in columns):
-            raise RequestError(f"inputs {', '.join(columns)} must hold as many texts each, at least one")
-        if count > self.limits.batch:
-            raise RequestError(f"{count} texts are more than {self.limits.batch}; send fewer", 413)
-        texts = [dict(zip(columns, row, strict=True)) for row in zip(*(tensors[c] for c in columns), strict=True)]
-        probabilities = self.classifier.probabilities(texts)
+        probabilities = self.classifier.probabilities(self.rows(tensors))
         label = probabilities.argmax(axis=1)
         return {
             "label": label.astype(np.int64),
@@ -255,14 +233,25 @@ class PromptedClassifier(Model):
             "probabilities": probabilities.astype(np.float32),
         }, {}
 
+    def rows(self, tensors: Tensors) -> list[dict[str, str]]:
+        columns = [spec.name for spec in self.inputs]
+        if missing := [column for column in columns if column not in tensors]:
+            raise RequestError(f"input {missing[0]} is missing")
+        count = len(tensors[columns[0]])
+        if not count or any(len(tensors[column]) != count for column in columns):
+            raise RequestError(f"inputs {', '.join(columns)} must have the same number of texts, at least one")
+        if count > self.limits.batch:
+            raise RequestError(f"{count} texts exceed {self.limits.batch}; send fewer", 413)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*(tensors[c] for c in columns), strict=True)]
+
     def facts(self) -> dict[str, str]:
         return super().facts() | {"task": self.classifier.task.name, "words": ", ".join(self.classifier.words)}
 
 
 def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[Model]:
     """The models of a bundle, and of a run on it."""
-    kept = KeptRows(engine, limits)
-    models: list[Model] = [Backbone(engine, limits, kept)]
+    cache = RowCache(engine, limits)
+    models: list[Model] = [Backbone(engine, limits, cache)]
     if engine.bundle.info.method == "bbtv2":
-        models += [BackboneLayer(engine, limits, kept), BackboneStds(engine, limits, kept)]
+        models += [BackboneLayer(engine, limits, cache), BackboneStds(engine, limits, cache)]
     return models if run is None else [*models, PromptedClassifier(engine, limits, run)]

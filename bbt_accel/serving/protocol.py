@@ -20,9 +20,9 @@ from bbt_accel.bundle import first_problem
 from bbt_accel.errors import RequestError
 
 HEADER_LENGTH = "inference-header-content-length"
-"""The header that gives the length of the JSON object where binary data follows it."""
+"""The HTTP header with the length of the JSON object that binary data follows."""
 DTYPES: dict[str, Any] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "BYTES": np.dtype(object)}
-"""The protocol's data types that our models use; BYTES are texts, in UTF-8 on the wire."""
+"""The protocol's data types that the models use; BYTES are texts, transferred as UTF-8."""
 
 Tensor = npt.NDArray[Any]
 Tensors = dict[str, Tensor]
@@ -30,7 +30,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What the metadata say of a tensor; -1 stands for any size."""
+    """A tensor as the model's metadata describes it; -1 is any size."""
 
     name: str
     datatype: str
@@ -40,14 +40,14 @@ class TensorSpec:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
     def config(self) -> dict[str, object]:
-        """As Triton's model configuration writes it."""
+        """The entry in Triton's model configuration."""
         datatype = "TYPE_STRING" if self.datatype == "BYTES" else f"TYPE_{self.datatype}"
         return {"name": self.name, "data_type": datatype, "dims": list(self.shape)}
 
 
 @dataclass
 class InferRequest:
-    """A request that has been read: tensors by name, and for each wanted output whether it is to be binary."""
+    """A parsed request: tensors by name, and for each requested output whether it is to be binary."""
 
     tensors: Tensors
     outputs: dict[str, bool]
@@ -55,7 +55,7 @@ class InferRequest:
     id: str | None = None
 
 
-# What the JSON object must look like. Unknown members are ignored: extensions of other servers use them.
+# The schema of the JSON object. Unknown members are ignored: extensions of other servers use them.
 
 
 class _Part(BaseModel):
@@ -95,8 +95,8 @@ def read_request(
 ) -> InferRequest:
     """Read an inference request to a model with these inputs and outputs.
 
-    header_length: the value of `Inference-Header-Content-Length`, None without it. Which inputs must be there is for
-    the model to say. Raises RequestError (400) for everything that the specification or the model does not allow.
+    header_length: the value of `Inference-Header-Content-Length`, None without it. The model itself checks that its
+    inputs are complete. Raises RequestError (400) for whatever violates the specification or the model's metadata.
     """
     head = body if header_length is None else body[: _length(header_length, len(body))]
     try:
@@ -105,25 +105,15 @@ def read_request(
         raise RequestError(f"the request is malformed ({first_problem(error)})") from None
     known = {spec.name: spec for spec in inputs}
     tensors: Tensors = {}
-    at = len(head)
+    end = len(head)
     for tensor in request.inputs:
-        if tensor.name not in known:
-            raise RequestError(f"there is no input {tensor.name!r}; inputs are {', '.join(known)}")
         if tensor.name in tensors:
             raise RequestError(f"input {tensor.name} is given twice")
-        _check_shape(tensor, known[tensor.name])
-        size = tensor.parameters.binary_data_size
-        if (size is None) == (tensor.data is None):
-            raise RequestError(f"input {tensor.name} needs data, or binary_data_size and binary data, but not both")
-        if size is None:
-            tensors[tensor.name] = _from_json(tensor)
-            continue
-        if header_length is None:
-            raise RequestError("binary data need the header Inference-Header-Content-Length")
-        tensors[tensor.name] = _from_binary(tensor, body[at : at + size])
-        at += size
-    if at != len(body):
-        raise RequestError(f"the body has {len(body)} bytes, its header and inputs say {at}")
+        start, end = end, end + (tensor.parameters.binary_data_size or 0)
+        _check_input(tensor, known, header_length is not None)
+        tensors[tensor.name] = _from_json(tensor) if tensor.data is not None else _from_binary(tensor, body[start:end])
+    if end != len(body):
+        raise RequestError(f"the body has {len(body)} bytes, but its header and inputs have {end}")
     return InferRequest(tensors, _wanted(request, outputs), dict(request.parameters), request.id)
 
 
@@ -133,7 +123,11 @@ def _length(text: str, most: int) -> int:
     return int(text)
 
 
-def _check_shape(tensor: _Input, spec: TensorSpec) -> None:
+def _check_input(tensor: _Input, known: Mapping[str, TensorSpec], binary: bool) -> None:
+    """Name, datatype, shape, and exactly one source of data. binary: whether the body may have binary data."""
+    spec = known.get(tensor.name)
+    if spec is None:
+        raise RequestError(f"there is no input {tensor.name!r}; inputs are {', '.join(known)}")
     if tensor.datatype != spec.datatype:
         raise RequestError(f"input {tensor.name} must be {spec.datatype}, not {tensor.datatype}")
     fits = len(tensor.shape) == len(spec.shape) and all(
@@ -141,10 +135,15 @@ def _check_shape(tensor: _Input, spec: TensorSpec) -> None:
     )
     if not fits:
         raise RequestError(f"input {tensor.name} must have the shape {list(spec.shape)}, not {tensor.shape}")
+    size = tensor.parameters.binary_data_size
+    if (size is None) == (tensor.data is None):
+        raise RequestError(f"input {tensor.name} needs data, or binary_data_size and binary data, but not both")
+    if size is not None and not binary:
+        raise RequestError("binary data needs the header Inference-Header-Content-Length")
 
 
 def _from_json(tensor: _Input) -> Tensor:
-    """`data` flattened or nested, in row-major order; numbers must be what the data type says."""
+    """`data` flattened or nested, in row-major order; numbers must be of the data type."""
     allowed = {"FP32": "iuf", "INT64": "i", "BYTES": "O"}[tensor.datatype]
     try:
         found = np.array(tensor.data, dtype=object if tensor.datatype == "BYTES" else None)
@@ -154,8 +153,8 @@ def _from_json(tensor: _Input) -> Tensor:
         raise RequestError(f"input {tensor.name} has data of shape {list(found.shape)}, not {tensor.shape}")
     texts = tensor.datatype == "BYTES"
     if found.size and (found.dtype.kind not in allowed or (texts and not all(isinstance(v, str) for v in found.flat))):
-        raise RequestError(f"input {tensor.name} must hold {'texts' if texts else f'{tensor.datatype} numbers'}")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused by the model
+        raise RequestError(f"input {tensor.name} must consist of {'texts' if texts else f'{tensor.datatype} numbers'}")
+    with np.errstate(over="ignore"):  # the model refuses infinite numbers
         return found.astype(DTYPES[tensor.datatype]).reshape(tensor.shape)
 
 
@@ -172,7 +171,7 @@ def _from_binary(tensor: _Input, data: bytes) -> Tensor:
 
 
 def _texts(tensor: _Input, data: bytes) -> Tensor:
-    """Each element is its length as an unsigned 32-bit integer, then its bytes."""
+    """Each element is its length as an unsigned 32-bit integer, followed by its bytes."""
     texts, at = [], 0
     try:
         while at < len(data):
@@ -183,16 +182,16 @@ def _texts(tensor: _Input, data: bytes) -> Tensor:
             texts.append(text.decode("utf-8"))
             at += 4 + length
     except (struct.error, UnicodeDecodeError):
-        raise RequestError(f"input {tensor.name} must hold lengths and UTF-8 texts in turn") from None
+        raise RequestError(f"input {tensor.name} must consist of alternating lengths and UTF-8 texts") from None
     if len(texts) != math.prod(tensor.shape):
-        raise RequestError(f"input {tensor.name} holds {len(texts)} texts, its shape is {tensor.shape}")
+        raise RequestError(f"input {tensor.name} has {len(texts)} texts, but its shape is {tensor.shape}")
     found = np.empty(len(texts), object)
     found[:] = texts
     return found.reshape(tensor.shape)
 
 
 def _wanted(request: _Request, outputs: Sequence[TensorSpec]) -> dict[str, bool]:
-    """Each wanted output, and whether it goes back as binary data; all outputs where the request names none."""
+    """The requested outputs, by default all, and whether each is returned as binary data."""
     names = [spec.name for spec in outputs]
     binary = request.parameters.get("binary_data_output") is True
     if not request.outputs:
@@ -211,21 +210,22 @@ def write_response(
 ) -> tuple[bytes, dict[str, str]]:
     """The body of a response, and its headers.
 
-    Raises RequestError where numbers that are not finite are asked for as JSON, which has none.
+    Raises RequestError when NaN or infinite numbers are requested as JSON, which cannot represent them.
     """
     datatypes = {spec.name: spec.datatype for spec in specs}
     parts: list[dict[str, object]] = []
     blobs: list[bytes] = []
     for name, binary in request.outputs.items():
-        value = outputs[name]
-        part: dict[str, object] = {"name": name, "datatype": datatypes[name], "shape": list(value.shape)}
+        value, datatype = outputs[name], datatypes[name]
+        part: dict[str, object] = {"name": name, "datatype": datatype, "shape": list(value.shape)}
         if binary:
-            blobs.append(_to_binary(value, datatypes[name]))
-            parts.append(part | {"parameters": {"binary_data_size": len(blobs[-1])}})
-            continue
-        if datatypes[name] == "FP32" and not np.isfinite(value).all():
-            raise RequestError(f"{name} holds numbers that are not finite: these inputs are too large for the backbone")
-        parts.append(part | {"data": value.reshape(-1).tolist()})
+            blobs.append(_to_binary(value, datatype))
+            part["parameters"] = {"binary_data_size": len(blobs[-1])}
+        elif datatype == "FP32" and not np.isfinite(value).all():
+            raise RequestError(f"{name} has numbers that are not finite: the inputs are too large for the backbone")
+        else:
+            part["data"] = value.reshape(-1).tolist()
+        parts.append(part)
     answer: dict[str, object] = {"model_name": model, "model_version": "1", "outputs": parts}
     if request.id is not None:
         answer["id"] = request.id

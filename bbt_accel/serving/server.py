@@ -1,4 +1,4 @@
-"""`bbt-accel serve`: load a bundle or a run, and answer until Ctrl-C."""
+"""`bbt-accel serve`: load a bundle or a run, and serve it until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import uvicorn
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, UsageError
+from bbt_accel.inference_protocol import TOKEN
 from bbt_accel.run import INFO, Run
-from bbt_accel.serving import TOKEN, Limits
+from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
 from bbt_accel.serving.models import make_models
 
-CONNECTIONS = 64
-"""More at once get 503."""
-GRACE = 10
-"""Seconds that requests under way have when the server stops."""
+MAX_CONNECTIONS = 64
+"""Further concurrent connections get 503."""
+GRACE_PERIOD = 10
+"""Seconds that running requests have to finish when the server stops."""
 
 
 def serve(
@@ -38,53 +39,52 @@ def serve(
 ) -> None:
     """Serve a bundle, or the prompt of a run and its bundle, until Ctrl-C or SIGTERM.
 
-    engine, device: for a run its own unless given. port: 0 is any that is free. ready: called with the server's
-    address and the names of its models when it listens. The bearer token is that of BBT_ACCEL_TOKEN.
-    Raises UsageError for an address that others can reach without a token, BbtError when it is taken, and what
-    reading and loading raise.
+    engine, device: those of the run unless given; ort on the cpu for a bundle. port: 0 for any free one. ready: called
+    with the server's address and the names of its models once it listens. The bearer token is that of BBT_ACCEL_TOKEN.
+    Raises UsageError for an address that others can reach if there is no token, BbtError when the port is in use, and
+    what reading and loading raise.
     """
     token = os.environ.get(TOKEN) or None
     check_host(host, token)
     run = Run.read(path) if (Path(path) / INFO).is_file() else None
     bundle = Bundle.read(path) if run is None else run.open_bundle()
     own = run.info.engine if run is not None and run.info.engine.name != "remote" else None
-    chosen = engine or (own.name if own else "ort")
+    name, place = (own.name, own.device) if own else ("ort", "cpu")
     with (
         listen(host, port) as listener,
-        load_engine(bundle, chosen, device=device or (own.device if own else "cpu"), threads=threads) as loaded,
+        load_engine(bundle, engine or name, device=device or place, threads=threads) as loaded,
     ):
         models = make_models(loaded, limits, run)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(models, limits, token),
-                log_config=None,
-                access_log=False,
-                lifespan="on",
-                ws="none",
-                limit_concurrency=CONNECTIONS,
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=GRACE,
-                server_header=False,
-            )
+        config = uvicorn.Config(
+            make_app(models, limits, token),
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=GRACE_PERIOD,
+            server_header=False,
         )
         ready(address(listener), [model.name for model in models])
-        with suppress(KeyboardInterrupt):  # uvicorn raises it again when it has shut down
-            server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def check_host(host: str, token: str | None) -> None:
+    """Raises UsageError for an address that other machines can reach, without a token."""
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        loopback = False  # a name, of whatever address
+        loopback = False  # a host name, with any address
     if not loopback and token is None:
-        raise UsageError(f"--host {host} can be reached by others: set a bearer token in {TOKEN} first")
+        raise UsageError(f"--host {host} can be reached from other machines: set a bearer token in {TOKEN} first")
 
 
 def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, which socket.create_server does not: asyncio sends answers at once (TCP_NODELAY) on such
-    # sockets alone, and on others the client's delayed acknowledgement costs 40 ms a request.
+    # Unlike socket.create_server, this names the protocol: asyncio sets TCP_NODELAY on such sockets only, and without
+    # it the client's delayed acknowledgement costs 40 ms per request.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":

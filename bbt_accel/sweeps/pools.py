@@ -1,6 +1,6 @@
-"""Where the trials of a sweep run: processes of this machine, or tasks on a Ray cluster.
+"""Where the jobs of a sweep run: processes on this machine, or tasks on a Ray cluster.
 
-Each trial has a process of its own, so that one that crashes is a failure and nothing more.
+Each job has a process of its own, so that a crash fails that job alone.
 """
 
 from __future__ import annotations
@@ -9,37 +9,63 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from bbt_accel.benchmarks import worker
+from bbt_accel import processes
 from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_cores
-from bbt_accel.cores import physical_cores
 from bbt_accel.errors import EngineError, first_line
+from bbt_accel.machine import physical_cores
+from bbt_accel.processes import Reply
+from bbt_accel.progress import SweepProgress
 
-Answer = dict[str, Any]
-"""As `benchmarks.worker.attempt` returns it."""
 POLL = 0.05
 """Seconds between two looks at the processes."""
 
 
+@dataclass(frozen=True)
+class PoolJob:
+    """A module-level function to call, with arguments and a result that are JSON."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+
 class Pool(ABC):
-    """Runs a few trials at a time. When the block ends, what still runs is stopped."""
+    """Runs several jobs at a time, and terminates those that still run when the block ends."""
 
     jobs: int
-    """Trials at a time."""
+    """Jobs at a time."""
     threads: int
     """CPU threads of each."""
 
-    @abstractmethod
-    def start(self, name: str, arguments: dict[str, Any]) -> None:
-        """Begin a trial; there must be room for it."""
+    def run(self, jobs: Iterable[PoolJob], bar: SweepProgress) -> Iterator[tuple[str, Reply]]:
+        """Run jobs, and yield the name and the reply of each as it ends."""
+        waiting, running = deque(jobs), 0
+        while waiting or running:
+            while waiting and running < self.jobs:
+                job = waiting.popleft()
+                self.start(job)
+                bar.start(job.name)
+                running += 1
+            name, reply = self.wait()
+            running -= 1
+            bar.end(name, "error" in reply)
+            yield name, reply
 
     @abstractmethod
-    def wait(self) -> tuple[str, Answer]:
-        """Wait until a trial ends; its name and its answer."""
+    def start(self, job: PoolJob) -> None:
+        """Start a job; fewer than `jobs` may be running."""
+
+    @abstractmethod
+    def wait(self) -> tuple[str, Reply]:
+        """Wait until a job ends; its name and its reply."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -53,26 +79,23 @@ class Pool(ABC):
         self.close()
 
 
-class Processes(Pool):
-    """Processes of this machine, which share its cores."""
+class ProcessPool(Pool):
+    """Processes on this machine, which share its cores."""
 
     def __init__(self, jobs: int | None, threads: int | None) -> None:
         self.jobs = jobs or 1
         self.threads = threads or max(1, physical_cores() // self.jobs)
         self._folder = tempfile.TemporaryDirectory(prefix="bbt-sweep-")
         self._running: dict[str, tuple[subprocess.Popen[bytes], Path, IO[bytes]]] = {}
-        self._count = 0
 
-    def start(self, name: str, arguments: dict[str, Any]) -> None:
-        self._count += 1
-        folder = Path(self._folder.name, str(self._count))
-        folder.mkdir()
-        command = worker.prepare("trial", arguments, folder)
+    def start(self, job: PoolJob) -> None:
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        command = processes.prepare(job.function, job.arguments, folder)
         errors = (folder / "stderr").open("wb")
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=worker.env())
-        self._running[name] = process, folder, errors
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=processes.environment())
+        self._running[job.name] = process, folder, errors
 
-    def wait(self) -> tuple[str, Answer]:
+    def wait(self) -> tuple[str, Reply]:
         while True:
             for name, (process, folder, errors) in self._running.items():
                 code = process.poll()
@@ -80,12 +103,12 @@ class Processes(Pool):
                     errors.close()
                     del self._running[name]
                     stderr = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
-                    return name, worker.read_answer(folder, code, stderr)
+                    return name, processes.read_reply(folder, code, stderr)
             time.sleep(POLL)
 
     def close(self) -> None:
         for process, _, _ in self._running.values():
-            process.terminate()  # the search keeps every generation that it has done
+            process.terminate()  # a search keeps every finished generation
         for process, _, errors in self._running.values():
             process.wait()
             errors.close()
@@ -93,15 +116,16 @@ class Processes(Pool):
         self._folder.cleanup()
 
 
-class RayTasks(Pool):
-    """Tasks on a Ray cluster, whose nodes must see the bundles, the rows and the sweep's folder by the same paths.
+class RayPool(Pool):
+    """Tasks on a Ray cluster, whose nodes must see the bundles, the rows and the sweep's folder under the same paths.
 
-    Each asks for its CPUs, and for a GPU where that is the device. jobs: unless given, one a GPU or one a node.
-    Raises MissingDependency without ray, EngineError when there is no such cluster, or none that could hold a trial.
+    Each task requests its CPUs, and a GPU for the device cuda. jobs: one per GPU or per node unless given.
+    Raises MissingDependency without ray, EngineError for a cluster that does not exist or cannot hold a job.
     """
 
     def __init__(self, address: str, jobs: int | None, threads: int | None, device: str) -> None:
         self._stack = ExitStack()
+        self._running: dict[Any, str] = {}
         with ExitStack() as undo:
             undo.callback(self.close)
             ray = self._ray = self._stack.enter_context(connect(address))
@@ -110,14 +134,13 @@ class RayTasks(Pool):
             self.threads = threads or share_of_cores(ray, self.jobs)
             require(ray, 1, self.threads, gpus, "a trial")
             options = {"num_cpus": self.threads, "num_gpus": gpus, "max_calls": 1, "max_retries": 0}
-            self._attempt = ray.remote(**options)(worker.attempt).remote
-            self._running: dict[Any, str] = {}
+            self._attempt = ray.remote(**options)(processes.attempt).remote
             undo.pop_all()
 
-    def start(self, name: str, arguments: dict[str, Any]) -> None:
-        self._running[self._attempt("trial", arguments)] = name
+    def start(self, job: PoolJob) -> None:
+        self._running[self._attempt(job.function, job.arguments)] = job.name
 
-    def wait(self) -> tuple[str, Answer]:
+    def wait(self) -> tuple[str, Reply]:
         [ready], _ = self._ray.wait(list(self._running), num_returns=1)
         name = self._running.pop(ready)
         try:
@@ -127,6 +150,6 @@ class RayTasks(Pool):
             return name, {"error": EngineError.__name__, "message": f"the process ended ({first_line(cause):.200})"}
 
     def close(self) -> None:
-        for reference in getattr(self, "_running", {}):
+        for reference in self._running:
             self._ray.cancel(reference, force=True)
         self._stack.close()

@@ -1,112 +1,112 @@
-"""The report of a sweep, as report.json holds it."""
+"""The report of a sweep, as report.json holds it: the table of scores and every trial behind it."""
 
 from __future__ import annotations
 
-import datetime
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
 
-import bbt_accel
-from bbt_accel.benchmarks.report import Part
 from bbt_accel.bundle import Method
-from bbt_accel.sweeps.plan import Sweep, Trial
-from bbt_accel.sweeps.trial import Result
+from bbt_accel.machine import installed_versions
+from bbt_accel.reporting import Schema, now
+from bbt_accel.settings import Metric
+from bbt_accel.sweeps.grid import Sweep, Trial
+from bbt_accel.sweeps.trial import TrialResult
 
-VERSION = 1
+VERSION = 2
 
 
-class TrialRow(Part):
+class TrialRow(Schema):
     """One trial: a task, a bundle, an engine and a seed."""
 
-    name: str
-    """Of its folder under trials/."""
-    task: str
-    """Its name."""
-    bundle: str
-    """Name of its folder."""
-    engine: str
-    """Of the search and of the test."""
-    seed: int
-    """Of rows, projection and search."""
+    name: str = Field(description="Name of its folder under trials/.")
+    task: str = Field(description="Name of the task.")
+    bundle: str = Field(description="Name of the bundle's folder.")
+    engine: str = Field(description="Engine of the search and of the test.")
+    seed: int = Field(description="Seed of the few-shot rows, the projection and the search.")
     status: Literal["done", "failed", "not run"]
-    """done; failed; not run, for someone interrupted the sweep."""
-    reason: str | None = None
-    """Why it failed, in one line."""
-    score: float | None = None
-    """Of the tuned prompt on the test rows."""
-    without_prompt: float | None = None
-    """Of a zero prompt on the test rows."""
-    dev_score: float | None = None
-    """Of the tuned prompt on the dev rows, by which it was chosen."""
-    test_rows: int | None = None
-    """Rows behind score and without_prompt."""
-    calls: int | None = None
-    """Candidates that were evaluated."""
-    seconds: float | None = None
-    """Duration of the search."""
+    """done; failed; not run, because the sweep was interrupted."""
+    reason: str | None = Field(default=None, description="Why it failed, in one line.")
+    score: float | None = Field(default=None, description="Test score of the tuned prompt.")
+    without_prompt: float | None = Field(default=None, description="Test score of a zero prompt.")
+    dev_score: float | None = Field(default=None, description="Dev score of the tuned prompt, by which it was chosen.")
+    test_rows: int | None = Field(default=None, description="Test rows behind score and without_prompt.")
+    calls: int | None = Field(default=None, description="Candidates evaluated.")
+    seconds: float | None = Field(default=None, description="Duration of the search.")
     versions: dict[str, str] = Field(default_factory=dict)
-    """Of the libraries that computed."""
+    """Versions of the libraries that ran the backbone."""
 
 
-class Cell(Part):
+class ScoreCell(Schema):
     """One task in a row of the table."""
 
-    task: str
-    """Its name."""
-    metric: Literal["accuracy", "f1"]
-    """What the scores are."""
-    seeds: list[int]
-    """Those whose trial is done."""
-    scores: list[float]
-    """Test scores, in the order of the seeds."""
-    mean: float | None
-    """Of the scores; None where there is none."""
-    std: float | None
-    """Their standard deviation (n − 1); None for fewer than two."""
-    without_prompt: float | None
-    """Test score of a zero prompt, mean over the seeds, which choose no test rows."""
-    failed: int
-    """Trials that failed."""
+    task: str = Field(description="Name of the task.")
+    metric: Metric = Field(description="Metric of the scores.")
+    seeds: list[int] = Field(description="Seeds whose trial is done.")
+    scores: list[float] = Field(description="Test scores, in the order of the seeds.")
+    mean: float | None = Field(description="Mean of the scores; None without any.")
+    std: float | None = Field(description="Standard deviation of the scores (n − 1); None for fewer than two.")
+    without_prompt: float | None = Field(description="Mean test score of a zero prompt.")
+    failed: int = Field(description="Trials that failed.")
 
 
-class Row(Part):
-    """A method, a bundle and an engine: one row of the table."""
+class SweepRow(Schema):
+    """One row of the table: a method, a bundle and an engine."""
 
-    method: Method
-    """That the bundle was exported for."""
-    bundle: str
-    """Name of its folder."""
-    engine: str
-    """Of the searches and of the tests."""
-    cells: list[Cell]
-    """In the order of the tasks."""
-    mean: float | None
-    """Of the cells' means; None unless every task has one."""
-    without_prompt: float | None
-    """The same of a zero prompt."""
+    method: Method = Field(description="Method that the bundle was exported for.")
+    bundle: str = Field(description="Name of the bundle's folder.")
+    engine: str = Field(description="Engine of the searches and of the tests.")
+    cells: list[ScoreCell] = Field(description="One per task.")
+    mean: float | None = Field(description="Mean of the cells' means; None unless every task has one.")
+    without_prompt: float | None = Field(description="The same for a zero prompt.")
 
 
-class Report(Part):
+class CrossScore(Schema):
+    """Prompts tuned in one bundle, scored in one bundle."""
+
+    task: str = Field(description="Name of the task.")
+    engine: str = Field(description="Engine of the searches and of the scores.")
+    tuned_in: str = Field(description="Name of the bundle that the prompts were tuned in.")
+    scored_in: str = Field(description="Name of the bundle that they are scored in.")
+    seeds: list[int] = Field(description="Seeds of the searches.")
+    scores: list[float] = Field(description="Test scores, in the order of the seeds.")
+
+
+class Agreement(Schema):
+    """How often two bundles predict the same class with the same prompt."""
+
+    task: str = Field(description="Name of the task.")
+    engine: str = Field(description="Engine of both.")
+    tuned_in: str = Field(description="Name of the bundle that the prompts were tuned in.")
+    bundles: tuple[str, str] = Field(description="Names of the two bundles.")
+    agreement: float = Field(description="Share of the test rows, mean over the prompts.")
+
+
+class CrossEvaluation(Schema):
+    """Every prompt of a sweep, scored in each bundle that takes it."""
+
+    scores: list[CrossScore] = Field(default_factory=list, description="One per task, engine and pair of bundles.")
+    agreements: list[Agreement] = Field(default_factory=list)
+    """One per task, engine, bundle of the search and two bundles."""
+    failures: dict[str, str] = Field(default_factory=dict)
+    """Why a bundle could not score the prompts, by task, bundle and engine."""
+
+
+class SweepReport(Schema):
     """report.json."""
 
-    version: int = VERSION
-    """Of this schema."""
-    created: str
-    """When it was written, UTC, ISO 8601."""
-    interrupted: bool
-    """Whether trials were left out because someone interrupted the sweep."""
-    sweep: Sweep
-    """What was asked for."""
-    rows: list[Row]
-    """The table."""
-    trials: list[TrialRow]
-    """Everything behind it."""
-    versions: dict[str, str]
-    """Of bbt-accel and Python."""
+    version: int = Field(default=VERSION, description="Version of this schema.")
+    created: str = Field(default_factory=now, description="When it was written, UTC, ISO 8601.")
+    interrupted: bool = Field(description="Whether the sweep was interrupted.")
+    sweep: Sweep = Field(description="The sweep as requested.")
+    rows: list[SweepRow] = Field(description="The table.")
+    trials: list[TrialRow] = Field(description="Everything behind it.")
+    cross_evaluation: CrossEvaluation | None = Field(
+        default=None, description="The prompts in other bundles, where requested."
+    )
+    versions: dict[str, str] = Field(description="Versions of bbt-accel and Python.")
 
     def count(self, status: str) -> int:
         return sum(trial.status == status for trial in self.trials)
@@ -115,34 +115,38 @@ class Report(Part):
 def make_report(
     sweep: Sweep,
     trials: Sequence[Trial],
-    results: Mapping[str, Result],
+    results: Mapping[str, TrialResult],
     failures: Mapping[str, str],
     interrupted: bool = False,
-) -> Report:
-    """results, failures: by the names of trials; what is in neither was not run."""
+) -> SweepReport:
+    """results, failures: by the names of trials; a trial in neither was not run."""
     groups: dict[tuple[Method, str, str], dict[str, list[Trial]]] = {}
     for t in trials:
         groups.setdefault((t.method, t.bundle_name, t.engine), {}).setdefault(t.task_name, []).append(t)
     rows = []
     for (method, bundle, engine), tasks in groups.items():
         cells = [_cell(task, some, results, failures) for task, some in tasks.items()]
-        mean = _mean_of_all([cell.mean for cell in cells])
-        without = _mean_of_all([cell.without_prompt for cell in cells])
-        rows.append(Row(method=method, bundle=bundle, engine=engine, cells=cells, mean=mean, without_prompt=without))
-    return Report(
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        mean = _mean_if_complete([cell.mean for cell in cells])
+        without = _mean_if_complete([cell.without_prompt for cell in cells])
+        rows.append(
+            SweepRow(method=method, bundle=bundle, engine=engine, cells=cells, mean=mean, without_prompt=without)
+        )
+    versions = installed_versions()
+    return SweepReport(
         interrupted=interrupted,
         sweep=sweep,
         rows=rows,
         trials=[_trial_row(t, results.get(t.name), failures.get(t.name)) for t in trials],
-        versions={"bbt-accel": bbt_accel.__version__, "python": platform.python_version()},
+        versions={name: versions[name] for name in ("bbt-accel", "python")},
     )
 
 
-def _cell(task: str, trials: Sequence[Trial], results: Mapping[str, Result], failures: Mapping[str, str]) -> Cell:
+def _cell(
+    task: str, trials: Sequence[Trial], results: Mapping[str, TrialResult], failures: Mapping[str, str]
+) -> ScoreCell:
     done = [results[t.name] for t in trials if t.name in results]
     scores = [result.score for result in done]
-    return Cell(
+    return ScoreCell(
         task=task,
         metric=trials[0].metric,
         seeds=[result.trial.seed for result in done],
@@ -154,12 +158,12 @@ def _cell(task: str, trials: Sequence[Trial], results: Mapping[str, Result], fai
     )
 
 
-def _mean_of_all(values: Sequence[float | None]) -> float | None:
+def _mean_if_complete(values: Sequence[float | None]) -> float | None:
     found = [value for value in values if value is not None]
     return statistics.fmean(found) if found and len(found) == len(values) else None
 
 
-def _trial_row(trial: Trial, result: Result | None, failure: str | None) -> TrialRow:
+def _trial_row(trial: Trial, result: TrialResult | None, failure: str | None) -> TrialRow:
     row = TrialRow(
         name=trial.name,
         task=trial.task_name,

@@ -1,21 +1,20 @@
-"""Tasks as data: one TOML file a task, and its loader."""
+"""Tasks as data: one TOML file per task, and its loader."""
 
 from __future__ import annotations
 
 import tomllib
-from difflib import get_close_matches
 from pathlib import Path
 from string import Formatter
-from typing import Literal, Self
+from typing import Annotated, Generic, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bbt_accel.bundle import Method, first_problem
-from bbt_accel.errors import TaskError
+from bbt_accel.bundle import Method, TemplateGroup, first_problem
+from bbt_accel.errors import TaskError, UsageError, did_you_mean
+from bbt_accel.settings import Metric, resolve
 
 FOLDER = Path(__file__).parent
-Group = Literal["masked", "t5", "gpt2"]
-GROUPS: dict[str, Group] = {"roberta": "masked", "bert": "masked", "bart": "masked", "t5": "t5", "gpt2": "gpt2"}
+GROUPS: tuple[TemplateGroup, ...] = get_args(TemplateGroup)
 
 
 class Strict(BaseModel):
@@ -23,66 +22,64 @@ class Strict(BaseModel):
 
 
 class HubData(Strict):
-    """A data set of the Hugging Face hub."""
+    """A dataset of the Hugging Face hub."""
 
     path: str
     config: str | None = None
-    test: str = "test"
-    """The split that has labels to test on: `validation` where those of `test` are withheld."""
+    test: str = Field("test", description="The split to test on: `validation` where the labels of `test` are withheld.")
 
 
-class Preset(Strict):
-    """Settings that suit the task; an option given on the command line wins over them."""
+def _check_settings(values: dict[str, float | int | str]) -> dict[str, float | int | str]:
+    try:
+        resolve(values)
+    except UsageError as error:
+        raise ValueError(str(error).removeprefix("settings: ")) from None
+    return values
 
-    sigma: float | None = Field(default=None, gt=0)
-    alpha: float | None = Field(default=None, gt=0)
-    budget: int | None = Field(default=None, ge=1)
-    loss: Literal["ce", "hinge", "perf"] | None = None
-    popsize: int | None = Field(default=None, ge=2)
-    intrinsic_dim: int | None = Field(default=None, ge=1)
 
-    def given(self) -> dict[str, float | int | str]:
-        """The settings that the task names."""
-        return self.model_dump(exclude_none=True)
+Preset = Annotated[dict[str, float | int | str], AfterValidator(_check_settings)]
+"""Any of `Settings` that suit the task; options on the command line override them."""
 
 
 class Presets(Strict):
-    bbt: Preset = Preset()
-    bbtv2: Preset = Preset()
+    bbt: Preset = {}
+    bbtv2: Preset = {}
 
 
-class Templates(Strict):
-    """How a row is written, by family group: masked (RoBERTa, BERT, BART), t5, gpt2."""
-
-    masked: str | None = None
-    t5: str | None = None
-    gpt2: str | None = None
+T = TypeVar("T")
 
 
-class LabelWords(Strict):
-    """The word of each class, in class order, by family group."""
+class ByGroup(Strict, Generic[T]):
+    """A value per template group: for masked LMs, span-corruption models and causal LMs."""
 
-    masked: list[str] | None = None
-    t5: list[str] | None = None
-    gpt2: list[str] | None = None
+    masked: T | None = None
+    span: T | None = None
+    causal: T | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_groups(cls, given: object) -> object:
+        for name in given if isinstance(given, dict) else ():
+            if name not in GROUPS:
+                raise ValueError(f"unknown template group {name!r}; {did_you_mean(name, GROUPS)}")
+        return given
 
 
 class Task(Strict):
     """A classification task, as its TOML file describes it."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    metric: Literal["accuracy", "f1"] = "accuracy"
-    text: list[str] = Field(min_length=1)
-    """Columns that hold text, in the order in which a row without column names lists them."""
+    metric: Metric = "accuracy"
+    text: list[str] = Field(min_length=1, description="Text columns, in the order of a row without column names.")
     label: str = "label"
     n_classes: int = Field(ge=2)
     clean: Literal["newlines"] | None = None
-    """`newlines`: a backslash followed by n, which some data sets write for a line break, becomes a space."""
+    """`newlines`: a literal backslash and n, which some data sets write for a line break, becomes a space."""
     separator: str = " . "
-    """What stands between the initial prompt tokens and the template, where the template has no {prompt}."""
+    """Text between the initial prompt tokens and the template, where the template has no {prompt}."""
     hub: HubData | None = None
-    templates: Templates
-    label_words: LabelWords
+    templates: ByGroup[str] = Field(description="How a row is written.")
+    label_words: ByGroup[list[str]] = Field(description="The word of each class, in class order.")
     presets: Presets = Presets()
 
     @model_validator(mode="after")
@@ -93,8 +90,8 @@ class Task(Strict):
             if column in ("mask", "prompt") or self.text.count(column) > 1 or column == self.label:
                 raise ValueError(f"text: {column!r} cannot name a text column here")
         if not self.templates.model_dump(exclude_none=True):
-            raise ValueError("templates: give one at least, of masked, t5 and gpt2")
-        for group in ("masked", "t5", "gpt2"):
+            raise ValueError(f"templates: give at least one of {', '.join(GROUPS)}")
+        for group in GROUPS:
             self._check_template(group)
             self._check_words(group)
         return self
@@ -102,8 +99,7 @@ class Task(Strict):
     def _check_template(self, group: str) -> None:
         template, words = getattr(self.templates, group), getattr(self.label_words, group)
         if (template is None) != (words is None):
-            lacking = "templates" if template is None else "label_words"
-            raise ValueError(f"{lacking}.{group}: missing")
+            raise ValueError(f"{'templates' if template is None else 'label_words'}.{group}: missing")
         if template is None:
             return
         key = f"templates.{group}"
@@ -112,15 +108,15 @@ class Task(Strict):
         except ValueError as error:
             raise ValueError(f"{key}: {error}; write {{{{ and }}}} for braces") from None
         used = [name for _, name in parts if name is not None]
-        known = [*self.text, "prompt"] + ([] if group == "gpt2" else ["mask"])
+        known = [*self.text, "prompt"] + ([] if group == "causal" else ["mask"])
         for name in used:
             if name not in known:
                 names = ", ".join(f"{{{k}}}" for k in known)
                 raise ValueError(f"{key}: unknown placeholder {{{name}}}; known here: {names}")
-        if group != "gpt2" and used.count("mask") != 1:
+        if group != "causal" and used.count("mask") != 1:
             raise ValueError(f"{key}: needs {{mask}} exactly once")
         if used.count("prompt") > 1:
-            raise ValueError(f"{key}: {{prompt}} may stand once")
+            raise ValueError(f"{key}: {{prompt}} may be used once")
         if not any(column in used for column in self.text):
             raise ValueError(f"{key}: has no text column; write {{{self.text[0]}}}")
 
@@ -133,27 +129,24 @@ class Task(Strict):
         if len(set(words)) != len(words) or not all(word.strip() for word in words):
             raise ValueError(f"label_words.{group}: each class needs a word of its own")
 
-    def template(self, family: str) -> str:
-        """The template for a backbone family. Raises TaskError when the task has none."""
-        template: str | None = getattr(self.templates, GROUPS[family])
+    def template(self, group: TemplateGroup) -> str:
+        """The template of a group. Raises TaskError when the task has none."""
+        template: str | None = getattr(self.templates, group)
         if template is None:
-            raise self._lacks("templates", family)
+            raise TaskError(f"task {self.name} has no templates.{group}, which this backbone needs; add it")
         return template
 
-    def words(self, family: str) -> list[str]:
-        """The label words for a backbone family, in class order. Raises TaskError when the task has none."""
-        words: list[str] | None = getattr(self.label_words, GROUPS[family])
+    def words(self, group: TemplateGroup) -> list[str]:
+        """The label words of a group, in class order. Raises TaskError when the task has none."""
+        words: list[str] | None = getattr(self.label_words, group)
         if words is None:
-            raise self._lacks("label_words", family)
+            raise TaskError(f"task {self.name} has no label_words.{group}, which this backbone needs; add it")
         return list(words)
 
     def preset(self, method: Method) -> dict[str, float | int | str]:
-        """The settings that the task names for a method; empty when it names none."""
-        preset: Preset = getattr(self.presets, method)
-        return preset.given()
-
-    def _lacks(self, key: str, family: str) -> TaskError:
-        return TaskError(f"task {self.name} has no {key}.{GROUPS[family]}, which a {family} backbone needs; add it")
+        """The task's settings for a method; may be empty."""
+        preset: dict[str, float | int | str] = getattr(self.presets, method)
+        return dict(preset)
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -181,11 +174,8 @@ def load_task(name_or_path: str | Path) -> Task:
         return _read(Path(name))
     if name in task_names():
         return _read(FOLDER / f"{name}.toml")
-    close = get_close_matches(name.lower(), task_names(), n=1, cutoff=0.5)
-    hint = f"Did you mean {close[0]}? " if close else ""
-    raise TaskError(
-        f"unknown task {name!r}. {hint}Built-in tasks: {', '.join(task_names())}; or give the path of a .toml file"
-    )
+    hint = did_you_mean(name, task_names())
+    raise TaskError(f"unknown task {name!r}; {hint} (or give the path of a .toml file)")
 
 
 def _read(file: Path) -> Task:
@@ -194,6 +184,6 @@ def _read(file: Path) -> Task:
     except OSError as error:
         raise TaskError(f"cannot read the task file {file} ({error.strerror})") from None
     except ValidationError as error:
-        raise TaskError(f"{file}: {first_problem(error).removeprefix('Value error, ')}") from None
+        raise TaskError(f"{file}: {first_problem(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TaskError(f"{file}: not valid TOML ({first_problem(error)})") from None

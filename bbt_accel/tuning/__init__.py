@@ -1,4 +1,4 @@
-"""Tuning: search a prompt for a task, and keep it as a run folder."""
+"""Tuning: search for a soft prompt for a task, and save it as a run folder."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import bbt_accel
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import few_shot, load_rows
-from bbt_accel.display import busy
+from bbt_accel.data import load_few_shot
 from bbt_accel.encoding import Encoder
-from bbt_accel.engines.registry import place
+from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import RunError, UsageError
-from bbt_accel.history import Generation, History
+from bbt_accel.history import Generation
 from bbt_accel.objective import Objective
-from bbt_accel.run import EVENTS, HISTORY, BundleRecord, DataRecord, EngineRecord, Run, RunInfo
-from bbt_accel.settings import resolve
+from bbt_accel.progress import SearchProgress, progress_bar
+from bbt_accel.run import EVENTS, BundleRecord, DataRecord, EngineRecord, Run, RunInfo
+from bbt_accel.settings import Settings, resolve
 from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.events import Events
-from bbt_accel.tuning.progress import SearchProgress
 from bbt_accel.tuning.search import Outcome, search
 from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
 from bbt_accel.tuning.workspace import Workspace
@@ -48,110 +48,145 @@ def tune(
     settings: Mapping[str, object] | None = None,
     progress: bool = True,
 ) -> Run:
-    """Search a soft prompt for `task` by the method that `bundle` was exported for; returns the run.
+    """Search for a soft prompt for `task` by the method that `bundle` was exported for; returns the run.
 
-    url: of the server, for the engine `remote`.
-    settings: any of `Settings`; the task's presets hold for what is not given (the stored ones in a resumed run).
-    output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is whole.
+    data: a folder with train.jsonl (or csv, parquet); the task's own data set unless given.
+    engine, device, threads, without, url: as in `load_engine`.
+    settings: any of `Settings`; what is not given comes from the task's preset, in a resumed run from that run.
+    output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is complete.
     resume: continue an interrupted or killed run to the same prompt, bit for bit; start one if there is none, and
-        return a run that is done as it is.
-    overwrite: replace an existing run, once the new one is whole.
-    workers: divide each population among so many processes, each with an engine of its own and `threads`, or its
-        share of the cores. ray: the address of a Ray cluster to run them on; this machine unless given.
-    progress: on a terminal, show a bar; and say on standard error when a run is interrupted or was done already.
+        return a complete run as it is.
+    overwrite: replace an existing run once the new one is complete.
+    workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
+        share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
+    progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
 
-    Ctrl-C ends the search early: the run then holds the best prompt so far and its status is `interrupted`. Before
-    the first generation is done nothing is kept, and KeyboardInterrupt rises.
+    Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
+    the first generation has ended nothing is saved, and KeyboardInterrupt is raised.
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss; RunError when the output exists
     or cannot be resumed.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other; choose one")
-    if workers is not None and engine == "remote":
-        raise UsageError("--workers divide the work among engines of their own; a server divides its own: leave it out")
     if ray is not None and workers is None:
-        raise UsageError("--ray says where workers run; say how many by --workers")
+        raise UsageError("--ray is for --workers; give their number with --workers N")
+    place = engine_spec(engine).device(device)
+    record = EngineRecord(name=engine, device=place, threads=threads, workers=workers, without=sorted(without), url=url)
+    plan = _resolve(bundle, task, data, record, output, resume, overwrite, settings or {})
+    job, info = _prepare(plan)
+    if plan.former is not None and plan.former.status == "done" and plan.workspace.is_complete():
+        if progress:
+            print(f"{plan.workspace.final} is complete already; nothing to resume", file=sys.stderr)
+        return Run.read(plan.workspace.final)
+    return _run(plan, job, info, ray, tensorboard, progress)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A resolved search: its inputs, and where it is saved; nothing is loaded or written yet."""
+
+    bundle: Bundle
+    task: Task
+    data: Path | None
+    engine: EngineRecord
+    settings: Settings
+    workspace: Workspace
+    former: RunInfo | None
+    """Of the run to resume; None for a new run."""
+    resume: bool
+
+
+def _resolve(
+    bundle: str | Path | Bundle,
+    task: str | Path | Task,
+    data: str | Path | None,
+    engine: EngineRecord,
+    output: str | Path | None,
+    resume: bool,
+    overwrite: bool,
+    settings: Mapping[str, object],
+) -> _Plan:
+    """Read bundle and task, find the run to resume, and validate the settings."""
+    if engine.workers is not None and engine.name == "remote":
+        raise UsageError("--workers starts engines of its own; omit it with --engine remote")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     task = task if isinstance(task, Task) else load_task(task)
-    data = Path(data) if data is not None else None
-    chosen = resolve(task.preset(bundle.info.method), settings or {})
-    name = f"{task.name}-{bundle.info.method}-{engine}-{chosen.seed}"
-    space = Workspace(Path(output) if output is not None else Path("runs") / name)
-    former = space.found() if resume else None
+    method = bundle.info.method
+    chosen = resolve(task.preset(method), settings)
+    default = Path("runs") / f"{task.name}-{method}-{engine.name}-{chosen.seed}"
+    workspace = Workspace(default if output is None else Path(output))
+    former = workspace.find() if resume else None
     if former is not None:
-        chosen = resolve(former.settings.model_dump(), settings or {})
+        chosen = resolve(former.settings.model_dump(), settings)
     elif not resume:
-        space.require_free(overwrite)
-    chosen.generations(bundle.info.method, bundle.info.n_layers)  # raises before anything is loaded
-    if workers is not None:
-        check_workers(workers, chosen.popsize)
+        workspace.require_free(overwrite)
+    chosen.generations(method, bundle.info.n_layers)  # raises before anything is loaded
+    if engine.workers is not None:
+        check_workers(engine.workers, chosen.popsize)
+    return _Plan(bundle, task, None if data is None else Path(data), engine, chosen, workspace, former, resume)
 
-    train, dev = few_shot(load_rows(task, "train", data), task.n_classes, chosen.k_shot, chosen.seed)
-    encoder = Encoder(bundle, task)
+
+def _prepare(plan: _Plan) -> tuple[Job, RunInfo]:
+    """Load and encode the rows, and describe the run. Raises RunError when the former run was another."""
+    settings, task = plan.settings, plan.task
+    train, dev = load_few_shot(task, plan.data, settings)
+    encoder = Encoder(plan.bundle, task)
     info = RunInfo(
         task=task,
         label_words=encoder.label_words,
-        settings=chosen,
-        data=DataRecord.of(data, train, dev),
-        bundle=BundleRecord.of(bundle, space.final),
-        engine=EngineRecord(
-            name=engine,
-            device=place(engine, device),
-            threads=threads,
-            workers=workers,
-            without=sorted(without),
-            url=url,
-        ),
+        settings=settings,
+        data=DataRecord.of(plan.data, train, dev),
+        bundle=BundleRecord.of(plan.bundle, plan.workspace.final),
+        engine=plan.engine,
         versions=_versions(),
     )
-    if former is not None and (differences := former.differences(info)):
-        raise RunError(f"{space.final} cannot be resumed, it was made with other {', '.join(differences)}")
-    if former is not None and former.status == "done" and space.is_whole():
-        if progress:
-            print(f"{space.final} is done already; there is nothing to resume", file=sys.stderr)
-        return Run.read(space.final)
-    job = Job(
-        bundle, info.engine, chosen, Objective(chosen.loss, task.metric), encoder.encode(train), encoder.encode(dev)
-    )
-    if workers is None:
-        evaluator: Evaluator = job.evaluator()
-    else:
-        with busy(f"starting {workers} workers", progress):
-            evaluator = WorkersEvaluator(workers, ray or "local", job, _say if progress else lambda line: None)
-    with evaluator:
+    if plan.former is not None and (differences := plan.former.differences(info)):
+        raise RunError(f"{plan.workspace.final} cannot be resumed with another {', '.join(differences)}")
+    objective = Objective(settings.loss, task.metric)
+    return Job(plan.bundle, plan.engine, settings, objective, encoder.encode(train), encoder.encode(dev)), info
+
+
+def _run(plan: _Plan, job: Job, info: RunInfo, ray: str | None, tensorboard: bool, progress: bool) -> Run:
+    """Load the engine, search, and complete the run."""
+    with _evaluator(job, ray, progress) as evaluator:
         info.engine.versions = evaluator.versions()
-        space.open(info, resume)
-        outcome = _search(space, info, evaluator, bundle, tensorboard, progress)
-    run = space.finish(info, outcome)
+        outcome = _search(plan, info, evaluator, tensorboard, progress)
+    run = plan.workspace.finish(info, outcome)
     if progress and outcome.interrupted:
-        print(f"interrupted; {run.path} holds the best prompt so far, --resume goes on from here", file=sys.stderr)
+        print(f"interrupted; {run.path} holds the best prompt so far, --resume continues the search", file=sys.stderr)
     return run
 
 
-def _search(
-    space: Workspace, info: RunInfo, evaluator: Evaluator, bundle: Bundle, tensorboard: bool, progress: bool
-) -> Outcome:
-    """The search in the open workspace, watched; leaves no workspace behind when not a generation was done."""
-    calls = info.settings.generations(bundle.info.method, bundle.info.n_layers) * info.settings.popsize
-    with History(space.folder / HISTORY) as history, SearchProgress(calls, progress) as bar, ExitStack() as stack:
-        try:
-            events = stack.enter_context(Events(space.folder / EVENTS)) if tensorboard else None
+def _evaluator(job: Job, ray: str | None, progress: bool) -> Evaluator:
+    workers = job.engine.workers
+    if workers is None:
+        return job.evaluator()
 
-            def observe(generation: Generation) -> None:
-                bar(generation)
-                if events is not None:
-                    events(generation)
+    def report(line: str) -> None:
+        if progress:
+            print(line, file=sys.stderr)
 
-            return search(evaluator, bundle.info, info.settings, history, observe)
-        except OSError as error:
-            raise RunError(f"cannot write {space.folder} ({error.strerror}); free some space, then --resume") from error
-        finally:
-            if not len(history):
-                space.discard()
+    with progress_bar(f"starting {workers} workers", progress):
+        return WorkersEvaluator(workers, ray or "local", job, report)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+def _search(plan: _Plan, info: RunInfo, evaluator: Evaluator, tensorboard: bool, progress: bool) -> Outcome:
+    """The search, in the workspace, with a progress bar and TensorBoard events."""
+    settings, bundle = info.settings, plan.bundle.info
+    calls = settings.generations(bundle.method, bundle.n_layers) * settings.popsize
+    with (
+        plan.workspace.open(info, plan.resume) as history,
+        SearchProgress(calls, progress) as bar,
+        ExitStack() as stack,
+    ):
+        events = stack.enter_context(Events(plan.workspace.folder / EVENTS)) if tensorboard else None
+
+        def observe(generation: Generation) -> None:
+            bar(generation)
+            if events is not None:
+                events(generation)
+
+        return search(evaluator, bundle, settings, history, observe)
 
 
 def _versions() -> dict[str, str]:

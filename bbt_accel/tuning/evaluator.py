@@ -1,19 +1,19 @@
-"""What a search asks of the backbone. Here it runs in this process; `workers.py` has it in others."""
+"""Losses and scores of prompts, from an engine in this process; `workers.py` has the same from other processes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Self
 
-from bbt_accel.batch import Batch, Float32
+from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.objective import Float64, Objective
+from bbt_accel.objective import Objective
 from bbt_accel.run import EngineRecord
 from bbt_accel.settings import Settings
-from bbt_accel.tuning.space import Space
+from bbt_accel.tuning.space import PromptSpace
 
 
 class Evaluator(ABC):
@@ -21,14 +21,14 @@ class Evaluator(ABC):
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """Those of the engine."""
+        """The engine's versions."""
 
     @abstractmethod
     def layer_stds(self) -> Float32:
         """bbtv2: `BoundBatch.layer_stds` of the train rows."""
 
     @abstractmethod
-    def train(self, space: Space, layer: int, candidates: Float64) -> tuple[Float64, Float64]:
+    def train(self, space: PromptSpace, layer: int, candidates: Float64) -> tuple[Float64, Float64]:
         """Losses (P,) and metrics (P,) of a layer's candidates (P, d) on the train rows. Raises NonFiniteLoss."""
 
     @abstractmethod
@@ -36,19 +36,17 @@ class Evaluator(ABC):
         """Loss and metric of one prompt, (n, H) or (L, n, H), on the dev rows."""
 
     def close(self) -> None:  # noqa: B027 - nothing to free by default
-        """Free what is held."""
+        """Free the engine."""
 
-    def __enter__(self) -> Evaluator:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 class LocalEvaluator(Evaluator):
-    """The engine of this process, closed with the evaluator."""
+    """An engine in this process, closed with the evaluator."""
 
     def __init__(self, engine: Engine, train: Batch, dev: Batch, objective: Objective) -> None:
         self.engine, self.objective = engine, objective
@@ -61,13 +59,15 @@ class LocalEvaluator(Evaluator):
         return self.train_rows.layer_stds()
 
     def train(
-        self, space: Space, layer: int, candidates: Float64 | Float32, some: slice = slice(None)
+        self, space: PromptSpace, layer: int, candidates: Float64 | Float32, part: slice = slice(None)
     ) -> tuple[Float64, Float64]:
-        tally = space.tally(self.train_rows, layer, candidates, some)
-        return self.objective.of(tally, self.train_rows.batch.targets, first=some.start or 0)
+        """part: evaluate these candidates only."""
+        found = self.train_rows.statistics(space.population(layer, candidates)[part])
+        return self.objective.from_statistics(found, self.train_rows.batch.targets, first=part.start or 0)
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
-        losses, metrics = self.objective.of(self.dev_rows.tally(prompt[None]), self.dev_rows.batch.targets)
+        found = self.dev_rows.statistics(prompt[None])
+        losses, metrics = self.objective.from_statistics(found, self.dev_rows.batch.targets)
         return float(losses[0]), float(metrics[0])
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class LocalEvaluator(Evaluator):
 
 @dataclass(frozen=True)
 class Job:
-    """What there is to evaluate; enough to do it anywhere."""
+    """Everything needed to evaluate candidates, here or in another process."""
 
     bundle: Bundle
     engine: EngineRecord

@@ -1,10 +1,10 @@
-"""A run as TensorBoard shows it."""
+"""TensorBoard events of a search."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from bbt_accel.errors import MissingDependency
 from bbt_accel.history import Generation
@@ -13,7 +13,7 @@ FIELDS = ("best_loss", "mean_loss", "metric", "step_size", "dev_score", "dev_los
 
 
 class Events:
-    """Writes the scalars of each generation, over API calls. Raises MissingDependency without tensorboard."""
+    """Writes scalars of each generation, over API calls. Raises MissingDependency without tensorboard."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -21,11 +21,11 @@ class Events:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise MissingDependency(
-                'tensorboard is not installed; pip install "bbt-accel[tensorboard]", or leave out --tensorboard'
+                'tensorboard is not installed; pip install "bbt-accel[tensorboard]", or omit --tensorboard'
             ) from None
         self._event = Event
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("events.out.tfevents.*"):  # a resumed search is shown again from its beginning
+        for old in folder.glob("events.out.tfevents.*"):  # a resumed search writes all of its events again
             old.unlink()
         self._writer = RecordWriter((folder / f"events.out.tfevents.{int(time.time())}.bbt-accel").open("wb"))
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -37,12 +37,10 @@ class Events:
                 event.summary.value.add(tag=name, simple_value=value)
         self._write(event)
 
-    def __enter__(self) -> Events:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._writer.close()
 
     def _write(self, event: object) -> None:

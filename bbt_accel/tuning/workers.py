@@ -1,8 +1,7 @@
-"""A population that is divided among processes, here or on other machines: actors of Ray.
+"""Processes that share the evaluation of each population, on this machine or on others: actors of Ray.
 
-Every worker has the backbone, the rows and the search space, for the space follows from the settings. So what moves
-in a generation is the candidates' z to the workers and their losses back; in BBTv2 also the prompt of the layer
-whose turn has ended.
+Every worker has the backbone, the rows and the prompt space, which follows from the settings. So a generation sends
+each worker the candidates' z, and receives their losses; in BBTv2 it also sends the prompt that changed.
 """
 
 from __future__ import annotations
@@ -15,32 +14,31 @@ from typing import Any
 
 import numpy as np
 
-from bbt_accel.batch import Float32
+from bbt_accel.batch import Float32, Float64
 from bbt_accel.bundle import Bundle
 from bbt_accel.cluster import connect, first_cause, require, share_of_cores
-from bbt_accel.cores import physical_cores
 from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError, first_line
-from bbt_accel.objective import Float64
+from bbt_accel.machine import physical_cores
 from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.space import Space
+from bbt_accel.tuning.space import PromptSpace
 
-DEATHS = 3
-"""Deaths of workers in a row, without anything done between them, after which the search gives up."""
+MAX_DEATHS = 3
+"""Deaths of workers in a row, without any work done in between, after which the search fails."""
 
 
 class Worker:
-    """The actor. Its constructor does nothing, so that an error in `open` comes back as that error."""
+    """The actor. Its constructor does nothing, so that an error in `open` is returned as that error."""
 
     def open(self, job: Job, digest: str, layer_stds: Float32 | None) -> None:
         path = job.bundle.path
         if not path.is_dir() or Bundle.read(path).digest != digest:
-            raise BundleError(f"{platform.node()} does not have the bundle {path}; put it where all nodes see it")
+            raise BundleError(f"{platform.node()} does not have the bundle {path}; put it where every node can read it")
         self.job, self.evaluator = job, job.evaluator()
         if job.bundle.info.method == "bbt" or layer_stds is not None:
             self.make_space(layer_stds)
 
     def make_space(self, layer_stds: Float32 | None) -> None:
-        self.space = Space(self.job.bundle.info, self.job.settings, layer_stds)
+        self.space = PromptSpace(self.job.bundle.info, self.job.settings, layer_stds)
 
     def versions(self) -> dict[str, str]:
         return self.evaluator.versions()
@@ -51,7 +49,7 @@ class Worker:
     def train(
         self, layer: int, candidates: Float32, first: int, end: int, changed: Mapping[int, Float32]
     ) -> tuple[Float64, Float64]:
-        """Losses and metrics of candidates first .. end - 1. changed: prompts that are new in the stack, by layer."""
+        """Losses and metrics of candidates first .. end - 1. changed: new prompts of the stack, by layer."""
         for number, prompt in changed.items():
             self.space.stack[number] = prompt
         return self.evaluator.train(self.space, layer, candidates, slice(first, end))
@@ -61,21 +59,24 @@ class Worker:
 
 
 class WorkersEvaluator(Evaluator):
-    """So many workers. One that dies is replaced, and what it had to do is done again.
+    """N workers. One that dies is replaced, and its work is repeated.
 
-    The losses are those of one process, bit for bit, where the engine computes a candidate alike in every population
-    of two or more and with every number of threads: ONNX Runtime does on a CPU, PyTorch with one thread a worker.
-    (A population that is too large for one call of the engine may leave a candidate alone in the last call.)
+    The losses equal those of a single process, bit for bit, if the engine's results depend neither on the other
+    candidates of a population of two or more nor on the number of threads: true of ONNX Runtime on a CPU, and of
+    PyTorch with one thread per worker. (A population too large for one call may leave one candidate alone in the last
+    call.)
 
-    job: its engine's threads are each worker's; None for its share of the cores.
-    address: of a Ray cluster, or `local` for one on this machine. tell: is told when a worker is replaced.
+    job: its `engine.threads` are those of each worker; None for an equal share of the cores.
+    address: of a Ray cluster, or `local` to start one on this machine. report: called when a worker is replaced.
     Raises UsageError for more workers than pairs of candidates; MissingDependency without ray; what loading the
-    engine raises; EngineError when the cluster is too small, or workers die again and again.
+    engine raises; EngineError when the cluster is too small, or workers keep dying.
     """
 
-    def __init__(self, workers: int, address: str, job: Job, tell: Callable[[str], object] = lambda line: None) -> None:
+    def __init__(
+        self, workers: int, address: str, job: Job, report: Callable[[str], object] = lambda line: None
+    ) -> None:
         check_workers(workers, job.settings.popsize)
-        self._tell = tell
+        self._report = report
         self._stack = ExitStack()
         self.actors: list[Any] = []
         self._deaths = 0
@@ -83,7 +84,7 @@ class WorkersEvaluator(Evaluator):
             undo.callback(self.close)
             self._connect(workers, address, job)
             self._known: list[dict[int, Float32]] = [{} for _ in range(workers)]
-            """The prompts of the stack that each worker has, by layer; zero where there is none."""
+            """The prompts of the stack that each worker has, by layer; those not listed are zero."""
             self._stds: Float32 | None = None
             self.actors += [self._make() for _ in range(workers)]
             opened = [actor.open.remote(self._job, self._digest, None) for actor in self.actors]
@@ -113,15 +114,15 @@ class WorkersEvaluator(Evaluator):
         self._all(lambda number: self.actors[number].make_space.remote(self._stds))
         return self._stds
 
-    def train(self, space: Space, layer: int, candidates: Float64) -> tuple[Float64, Float64]:
-        z = candidates.astype(np.float32)  # as the projection takes them
+    def train(self, space: PromptSpace, layer: int, candidates: Float64) -> tuple[Float64, Float64]:
+        z = candidates.astype(np.float32)  # what the projection casts them to
         shares = np.array_split(np.arange(len(z)), len(self.actors))
 
-        def ask(number: int) -> Any:
+        def start(number: int) -> Any:
             first, end = int(shares[number][0]), int(shares[number][-1]) + 1
             return self.actors[number].train.remote(layer, z, first, end, self._changed(number, space))
 
-        losses, metrics = zip(*self._all(ask), strict=True)
+        losses, metrics = zip(*self._all(start), strict=True)
         return np.concatenate(losses), np.concatenate(metrics)
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
@@ -134,43 +135,43 @@ class WorkersEvaluator(Evaluator):
         self.actors = []
         self._stack.close()
 
-    def _changed(self, number: int, space: Space) -> dict[int, Float32]:
-        """Prompts of the stack that the worker does not have yet; from now on it has them."""
+    def _changed(self, number: int, space: PromptSpace) -> dict[int, Float32]:
+        """Prompts of the stack that the worker does not have yet; they count as known from now on."""
         known, zero = self._known[number], np.float32(0)
         new = {i: p.copy() for i, p in enumerate(space.stack) if not np.array_equal(p, known.get(i, zero * p))}
         known |= new
         return new
 
-    def _one(self, ask: Callable[[int], Any]) -> Any:
-        return self._do(ask, [0])[0]
+    def _one(self, start: Callable[[int], Any]) -> Any:
+        return self._run(start, [0])[0]
 
-    def _all(self, ask: Callable[[int], Any]) -> list[Any]:
-        return self._do(ask, range(len(self.actors)))
+    def _all(self, start: Callable[[int], Any]) -> list[Any]:
+        return self._run(start, range(len(self.actors)))
 
-    def _do(self, ask: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
-        """What each of these workers answers; `ask` calls a worker and is called again for one that replaces it."""
-        running = {ask(number): number for number in numbers}
-        answers: dict[int, Any] = {}
+    def _run(self, start: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+        """The results of these workers; `start` calls a worker, and is called again for the replacement of one."""
+        running = {start(number): number for number in numbers}
+        results: dict[int, Any] = {}
         while running:
             [ready], _ = self._ray.wait(list(running), num_returns=1)
             number = running.pop(ready)
             try:
-                answers[number] = self._get(ready)
+                results[number] = self._get(ready)
             except self._dead as death:
                 self._replace(number, death)
-                running[ask(number)] = number
+                running[start(number)] = number
             else:
                 self._deaths = 0
-        return [answers[number] for number in sorted(answers)]
+        return [results[number] for number in sorted(results)]
 
     def _replace(self, number: int, death: Exception) -> None:
         self._deaths += 1
-        if self._deaths >= DEATHS:
+        if self._deaths >= MAX_DEATHS:
             raise EngineError(
-                f"{DEATHS} workers died one after the other ({first_line(death):.200}); if they lack memory, use fewer"
+                f"{MAX_DEATHS} workers died in a row ({first_line(death):.200}); if they run out of memory, use fewer"
             ) from death
-        self._tell(f"worker {number + 1} died ({first_line(death):.200}); another takes its place")
-        self._ray.kill(self.actors[number])  # where it was only out of reach
+        self._report(f"worker {number + 1} died ({first_line(death):.200}); it is replaced")
+        self._ray.kill(self.actors[number])  # if it is only unreachable
         self.actors[number], self._known[number] = self._make(), {}
         self._await_open(number, self.actors[number].open.remote(self._job, self._digest, self._stds))
 
@@ -181,7 +182,7 @@ class WorkersEvaluator(Evaluator):
             self._replace(number, death)
 
     def _get(self, reference: Any) -> Any:
-        """The answer of a worker; raises the BbtError that it raised."""
+        """The result of a worker; raises the BbtError that it raised."""
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
@@ -194,7 +195,7 @@ class WorkersEvaluator(Evaluator):
 def check_workers(workers: int, popsize: int) -> None:
     """Raises UsageError when a worker would get fewer than two candidates.
 
-    One candidate alone takes other kernels than several (a matrix of one row), whose last bits differ.
+    A single candidate takes other kernels than several (its matrices have one row), with other last bits.
     """
     if not 1 <= workers <= popsize // 2:
         raise UsageError(f"--workers must lie in 1..{popsize // 2}, half of --popsize {popsize}; got {workers}")

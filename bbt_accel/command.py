@@ -1,0 +1,56 @@
+"""What every command and script shares: one-line errors, exit codes, and the command line that a report quotes."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from bbt_accel.errors import BbtError
+from bbt_accel.machine import extra_of
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def exit_on_error(debug: bool = False) -> Iterator[None]:
+    """An error in the block, or Ctrl-C, ends the process with one line on standard error and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, message = explain(error)
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(code)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and the line that says what to do."""
+    if isinstance(error, BbtError):
+        return error.exit_code, str(error)
+    if hasattr(error, "format_message"):  # a usage error of click, or of the click inside typer
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "bbt-accel"
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        return getattr(error, "exit_code", 2), f"{message}; see {command} --help"
+    if isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name or "")):
+        return 1, f'{(error.name or "").partition(".")[0]} is not installed: pip install "bbt-accel[{extra}]"'
+    if isinstance(error, MemoryError):
+        return 1, "out of memory; use a smaller backbone, --popsize or --k-shot"
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "; free some space" if error.errno == errno.ENOSPC else ""
+        return 1, f"{where}{error.strerror or type(error).__name__}{hint}"
+    return 1, f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback"
+
+
+def command_line(module: str, arguments: Sequence[str] | None = None) -> str:
+    """The command that runs a module with these arguments, or with those of this process."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])

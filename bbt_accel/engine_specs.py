@@ -1,0 +1,157 @@
+"""What each engine is: one declaration, read by the registry, the command line, doctor, bench, optimize and sweeps.
+
+Nothing here imports an engine. Packages add engines of their own by an entry point in the group `bbt_accel.engines`
+that names an `EngineSpec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Literal
+
+from bbt_accel.errors import EngineError, UsageError, check_known
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+GROUP = "bbt_accel.engines"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An engine on one device.
+
+    loader: `module:name` of the class (or function) that `load_engine` calls.
+    packages: distributions that it needs; alternatives are separated by a bar.
+    extra: the extra of bbt-accel that installs them.
+    replaces: a distribution that must be uninstalled first.
+    """
+
+    loader: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    replaces: str = ""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine.
+
+    backends: how it is loaded, by device.
+    reads: targets of the bundles that it loads (`onnx` is the bundle as exported).
+    optimized: precisions that `optimize --target NAME` converts a bundle to, for this engine.
+    exported: whether it runs the exported bundle, in fp32.
+    benched: precisions that `bench` measures by default.
+    internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
+    """
+
+    name: str
+    backends: dict[Device, Backend]
+    reads: tuple[str, ...] = ("onnx",)
+    optimized: tuple[Precision, ...] = ()
+    benched: tuple[Precision, ...] = ()
+    internal: bool = False
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Every precision that the engine runs in."""
+        exported: tuple[Precision, ...] = ("fp32",) if "onnx" in self.reads else ()
+        return tuple(dict.fromkeys((*exported, *self.optimized)))
+
+    def device(self, wanted: str) -> Device:
+        """Where the engine runs: an engine without a CPU backend needs no `--device cuda`.
+
+        Raises UsageError for an unknown device, EngineError for one that the engine does not run on.
+        """
+        if wanted not in ("cpu", "cuda"):
+            raise UsageError(f"--device must be cpu or cuda, not {wanted!r}")
+        if wanted == "cpu" and "cpu" not in self.backends:
+            return "cuda"
+        if wanted not in self.backends:
+            raise EngineError(f"engine {self.name} runs on the {', '.join(self.backends).upper()}, not on {wanted}")
+        return wanted  # type: ignore[return-value]
+
+
+PYTORCH = ("torch", "transformers")
+ENGINES = (
+    EngineSpec(
+        "torch",
+        dict.fromkeys(("cpu", "cuda"), Backend("bbt_accel.engines.pytorch:TorchEngine", PYTORCH, "export")),
+        reads=("onnx", "torch"),
+        optimized=("bf16", "fp16"),
+        benched=("fp32", "bf16"),
+    ),
+    EngineSpec(
+        "ort",
+        {
+            "cpu": Backend("bbt_accel.engines.ort:OrtEngine", ("onnxruntime|onnxruntime-gpu",), "cpu"),
+            "cuda": Backend("bbt_accel.engines.ort_cuda:OrtCudaEngine", ("onnxruntime-gpu",), "gpu", "onnxruntime"),
+        },
+        reads=("onnx", "ort"),
+        optimized=("fp32", "fp16", "int8"),
+        benched=("fp32", "int8"),
+    ),
+    EngineSpec(
+        "openvino",
+        {"cpu": Backend("bbt_accel.engines.openvino:OpenVinoEngine", ("openvino",), "openvino")},
+        reads=("onnx", "openvino"),
+        optimized=("fp32", "bf16", "int8"),
+        benched=("fp32", "bf16", "int8"),
+    ),
+    EngineSpec(
+        "trt",
+        {"cuda": Backend("bbt_accel.engines.trt:TrtEngine", ("tensorrt|tensorrt-rtx-cu13", "cuda-python"), "trt")},
+        reads=("trt",),
+        optimized=("fp32", "fp16", "bf16"),
+        benched=("fp16",),
+    ),
+    EngineSpec(
+        "remote",
+        {"cpu": Backend("bbt_accel.engines.remote:connect", ("tritonclient", "geventhttpclient"), "remote")},
+        reads=("onnx", "torch", "ort", "openvino", "trt"),
+    ),
+    *(
+        EngineSpec(
+            name,
+            dict.fromkeys(("cpu", "cuda"), Backend(f"bbt_accel.engines.pytorch:{cls}", PYTORCH, "export")),
+            reads=("onnx", "torch"),
+            internal=True,
+        )
+        for name, cls in (
+            ("eager", "EagerEngine"),
+            ("eager-readout", "EagerReadoutEngine"),
+            ("compiled", "CompiledEngine"),
+        )
+    ),
+    EngineSpec("dummy", {"cpu": Backend("bbt_accel.engines.dummy:DummyEngine")}, internal=True),
+)
+
+
+@cache
+def engine_specs() -> dict[str, EngineSpec]:
+    """Every engine by name: the built-in ones, then those of installed packages."""
+    found = {spec.name: spec for spec in ENGINES}
+    for entry in entry_points(group=GROUP):
+        spec = entry.load()
+        if not isinstance(spec, EngineSpec):
+            raise EngineError(f"entry point {entry.name} in {GROUP} is {entry.value}, which is not an EngineSpec")
+        found.setdefault(spec.name, spec)
+    return found
+
+
+def engine_names() -> list[str]:
+    """What `--engine` takes."""
+    return [name for name, spec in engine_specs().items() if not spec.internal]
+
+
+def engine_spec(name: str) -> EngineSpec:
+    """Raises UsageError for an unknown name."""
+    if name not in engine_specs():
+        check_known("engine", name, engine_names())
+    return engine_specs()[name]
+
+
+def targets() -> dict[str, EngineSpec]:
+    """What `optimize --target` takes: engines that bundles are converted for."""
+    return {name: spec for name, spec in engine_specs().items() if spec.optimized}

@@ -1,0 +1,136 @@
+"""What each command prints: tables, or JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bbt_accel.display import print_facts, print_json, print_markdown, print_table
+from bbt_accel.reporting import JSON, TABLE
+
+if TYPE_CHECKING:
+    from bbt_accel.bundle import Bundle
+    from bbt_accel.doctor import Diagnosis
+    from bbt_accel.run import Run
+    from bbt_accel.sweeps.report import SweepReport
+
+
+def print_bundle(bundle: Bundle, as_json: bool) -> None:
+    info = bundle.info
+    if as_json:
+        print_json({"path": bundle.path, "bytes": bundle.size, **info.model_dump(mode="json")})
+        return
+    facts: dict[str, object] = {
+        "backbone": info.backbone,
+        "family": info.family,
+        "method": f"{info.method}, {info.prompt_mode}, {info.n_prompt_tokens} prompt tokens",
+        "precision": f"{info.precision} for {info.target}",
+        "size": f"{bundle.size / 2**20:.1f} MiB",
+        "largest error vs. eager PyTorch": info.max_error,
+    }
+    facts |= {name.replace("_", " "): value for name, value in (info.optimization or {}).items() if value != []}
+    print_facts(str(bundle.path), facts)
+
+
+def print_triton(repository: Path, models: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        print_json({"repository": repository, "models": models})
+    else:
+        print(f"wrote {', '.join(models)} to {repository}")
+
+
+def print_run(run: Run, as_json: bool) -> None:
+    info = run.info
+    if as_json:
+        print_json({"path": run.path, **info.model_dump(mode="json")})
+        return
+    facts: dict[str, object] = {
+        "task": f"{info.task.name}, {info.settings.k_shot} examples per class, seed {info.settings.seed}",
+        "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
+        "engine": f"{info.engine.name} on {info.engine.url or info.engine.device}"
+        + (f", {info.engine.workers} workers" if info.engine.workers else ""),
+        "status": info.status if info.status == "done" else f"{info.status}; resume with --resume",
+        "calls": info.calls,
+        "seconds": info.seconds,
+        "calls/s": info.calls / info.seconds if info.seconds else None,
+    }
+    if info.best:
+        facts |= {f"dev {info.task.metric}": info.best.dev_score, "dev loss": info.best.dev_loss}
+        facts |= {"best prompt after": f"{info.best.calls} calls"}
+    print_facts(relative(run.path), facts)
+
+
+def print_score(score: Mapping[str, object], as_json: bool) -> None:
+    if as_json:
+        print_json(score)
+        return
+    facts = {**score, "bundle": relative(str(score["bundle"]))}
+    print_facts("Score", {name.replace("_", " "): value for name, value in facts.items()})
+
+
+def relative(path: str | Path) -> str:
+    """A path relative to the working directory if it lies below, as one would type it."""
+    here = os.path.relpath(path)
+    return str(path) if here.startswith("..") else here
+
+
+def print_predictions(
+    rows: Sequence[Mapping[str, str]], predictions: Iterable[Mapping[str, Any]], as_json: bool
+) -> None:
+    """One line of JSON per text; or a table of text, label word and its probability."""
+    pairs = list(zip(rows, predictions, strict=True))
+    if as_json:
+        for row, prediction in pairs:
+            print_json({"text": dict(row) if len(row) > 1 else next(iter(row.values())), **prediction})
+        return
+    lines = [(" | ".join(row.values()), p["word"], f"{p['probabilities'][p['word']]:.3f}") for row, p in pairs]
+    print_table("", ["text", "label", "probability"], lines)
+
+
+def print_serving(url: str, models: Sequence[str], as_json: bool) -> None:
+    """The server's address and models, once it listens."""
+    if as_json:
+        print_json({"url": url, "models": models})
+    else:
+        print(f"serving {', '.join(models)} at {url}; stop with Ctrl-C", flush=True)
+
+
+def print_bench(output: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(json.loads((output / JSON).read_text(encoding="utf-8")))
+        return
+    print_markdown((output / TABLE).read_text(encoding="utf-8"))
+    print(f"written to {output}")
+
+
+def print_sweep(report: SweepReport, output: Path, as_json: bool) -> None:
+    """The table of a sweep and what failed, or the whole report.json."""
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    from bbt_accel.sweeps.rendering import summary
+
+    print_markdown(summary(report))
+    print(f"written to {output}; {output / TABLE} lists every trial")
+
+
+def print_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:
+    if as_json:
+        print_json(diagnosis)
+        return
+    print_facts("Machine", {**diagnosis["machine"], "gpus": diagnosis["machine"]["gpus"] or "none found"})
+    print_facts("Versions", {name: found or "not installed" for name, found in diagnosis["versions"].items()})
+    if diagnosis["onnxruntime_providers"]:
+        print_facts("ONNX Runtime", {"listed providers": diagnosis["onnxruntime_providers"]})
+    rows = [
+        (name, "yes" if state["runs"] else "no", state["reason"], state["install"] or "")
+        for name, state in diagnosis["engines"].items()
+    ]
+    print_table("Engines", ["engine", "can run here", "reason", "to install"], rows)
+    print_facts("Recommended", diagnosis["recommended"])
+    for kind in ("warning", "note"):
+        for line in diagnosis[f"{kind}s"]:  # type: ignore[literal-required]
+            print(f"{kind}: {line}")

@@ -1,0 +1,101 @@
+"""A function call in a process of its own, so that its memory is its own and a crash is a result.
+
+The child runs `python -m bbt_accel.processes MODULE:FUNCTION REQUEST REPLY`: keyword arguments come as a JSON file, the
+result or the error goes back as another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from bbt_accel import errors
+from bbt_accel.errors import BbtError, EngineError, MissingDependency, first_line
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
+Reply = dict[str, Any]
+"""{"value": ...}, or {"error": class name, "message": ...}."""
+
+
+def call(function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a module-level function in a new process. Arguments and the result must be JSON; paths become strings.
+
+    Raises the BbtError that the function raised; MissingDependency for a module that is not installed; EngineError for
+    any other error, and for a process that died.
+    """
+    with tempfile.TemporaryDirectory(prefix="bbt-accel-") as folder:
+        command = prepare(function, arguments, Path(folder))
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment())
+        return result(read_reply(Path(folder), done.returncode, done.stderr))
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child process."""
+    return os.environ | QUIET
+
+
+def prepare(function: Callable[..., Any], arguments: dict[str, Any], folder: Path) -> list[str]:
+    """The command of a process that calls the function; request and reply are files in `folder`."""
+    (folder / "request.json").write_text(json.dumps(arguments, default=str), encoding="utf-8")
+    name = f"{function.__module__}:{function.__name__}"
+    return [sys.executable, "-m", __name__, name, str(folder / "request.json"), str(folder / "reply.json")]
+
+
+def read_reply(folder: Path, exit_code: int, stderr: str) -> Reply:
+    """What the process replied; the cause of death, as an error, of one that did not."""
+    reply = folder / "reply.json"
+    if not reply.is_file():
+        return {"error": EngineError.__name__, "message": _cause_of_death(exit_code, stderr)}
+    content: Reply = json.loads(reply.read_text(encoding="utf-8"))
+    return content
+
+
+def result(reply: Reply) -> Any:
+    """The value that the function returned. Raises what it raised."""
+    if "error" in reply:
+        raise getattr(errors, reply["error"], EngineError)(reply["message"])
+    return reply["value"]
+
+
+def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> Reply:
+    """Call the function in this process and reply with its result or its error."""
+    try:
+        return {"value": function(**arguments)}
+    except BbtError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    except ImportError as error:
+        message = f"{error.name} is not installed; see bbt-accel doctor"
+        return {"error": MissingDependency.__name__, "message": message}
+    except MemoryError:
+        return {"error": EngineError.__name__, "message": "out of memory"}
+    except Exception as error:  # whatever an engine raises is a row of the table
+        return {"error": EngineError.__name__, "message": f"{type(error).__name__}: {first_line(error):.200}"}
+
+
+def _cause_of_death(exit_code: int, stderr: str) -> str:
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        return f"the process was ended by {name}" + (", perhaps for lack of memory" if name == "SIGKILL" else "")
+    last = (stderr.strip().splitlines() or ["no message"])[-1]
+    return f"the process ended with exit code {exit_code} ({last:.200})"
+
+
+def main(name: str, request: str, reply: str) -> None:
+    module, _, function = name.partition(":")
+    arguments = json.loads(Path(request).read_text(encoding="utf-8"))
+    answer = attempt(lambda **given: getattr(import_module(module), function)(**given), arguments)
+    partial = Path(reply).with_suffix(".part")
+    partial.write_text(json.dumps(answer), encoding="utf-8")
+    partial.rename(reply)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,106 @@
+"""Reports: their schema, numbers and tables in Markdown, plots, and the folder that holds all three."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from bbt_accel.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+JSON, TABLE, PLOT = "report.json", "report.md", "report.png"
+METRICS = {"accuracy": "accuracy", "f1": "F1"}
+"""How metrics are written."""
+GREY, BLUE, ORANGE, RED, GREEN = "#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73"
+PALETTE = (BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000")
+"""Okabe and Ito's colours, which remain distinct in every kind of colour vision."""
+
+
+class Schema(BaseModel):
+    """Base of everything in a report: every field has a description, and no other field is allowed."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def write_report(folder: Path, report: Schema, markdown: str, draw: Callable[[Path], None] | None = None) -> None:
+    """Write report.json, report.md and, with `draw`, report.png, each in one step."""
+    if draw is not None:
+        draw(folder / f".{PLOT}")
+        (folder / f".{PLOT}").replace(folder / PLOT)
+    write_atomically(folder / JSON, report.model_dump_json(indent=1).encode() + b"\n")
+    write_atomically(folder / TABLE, markdown.encode())
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def digits(value: float | None) -> str:
+    """Three significant digits without an exponent; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def percent(value: float | None, decimals: int = 2) -> str:
+    """A share in percent, without the sign; a dash for None."""
+    return "–" if value is None else f"{100 * value:.{decimals}f}"
+
+
+def plain(value: object) -> str:
+    """A value for a reader: four significant digits, lists and mappings with commas."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {plain(entry)}" for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value))
+    return str(value)
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table whose first columns hold text, the others numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+
+
+def markdown_list(facts: Mapping[str, object]) -> str:
+    """A Markdown list of names and values; empty values are left out."""
+    return "\n".join(f"- **{name}:** {plain(value)}" for name, value in facts.items() if value not in (None, "", {}))
+
+
+def legend(schema: type[Schema], columns: Mapping[str, str]) -> str:
+    """A Markdown list that explains the columns of a table by the descriptions of the fields behind them."""
+    return "\n".join(
+        f"- **{header}**: {' '.join((schema.model_fields[field].description or '').split())}"
+        for header, field in columns.items()
+    )
+
+
+@contextmanager
+def figure(file: Path, width: float, height: float, **layout: Any) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its axes (`layout` goes to `Figure.subplots`), written to a PNG when the block ends."""
+    # Not pyplot: it would pick a window system, and keep the figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(drawn)
+    yield drawn, drawn.subplots(**layout)
+    drawn.savefig(file, format="png", metadata={"Software": None})
+
+
+def tidy(axes: Axes, grid: str = "both") -> None:
+    """A light grid behind the data, and no frame above and on the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, alpha=0.25)  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""Every prompt of a sweep scored in each bundle that takes it: what a lower precision costs, apart from the search.
+
+Two searches in two precisions diverge after a few generations and end at different prompts, so their scores differ by
+chance too. The same prompt in two precisions does not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bbt_accel.batch import Int64
+from bbt_accel.bundle import Bundle
+from bbt_accel.data import load_rows
+from bbt_accel.encoding import Encoder
+from bbt_accel.engines.registry import load_engine
+from bbt_accel.inference import label_logits
+from bbt_accel.objective import Objective
+from bbt_accel.progress import SweepProgress
+from bbt_accel.run import Run
+from bbt_accel.sweeps.grid import Trial
+from bbt_accel.sweeps.pools import Pool, PoolJob
+from bbt_accel.sweeps.report import Agreement, CrossEvaluation, CrossScore
+from bbt_accel.sweeps.trial import RUN
+
+
+def cross_evaluate(trials: Sequence[Trial], folder: Path, pool: Pool, progress: bool) -> CrossEvaluation:
+    """Score the prompts of trials that are done; `folder` holds the trials' folders."""
+    groups: dict[Hashable, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        groups[_group(trial)].append(trial)
+    jobs = [job for group in groups.values() for job in _jobs(group, folder, pool.threads)]
+    with SweepProgress(len(jobs), 0, progress) as bar:
+        replies = dict(pool.run(jobs, bar))
+    found = CrossEvaluation(failures={name: reply["message"] for name, reply in replies.items() if "error" in reply})
+    for group in groups.values():
+        _add(found, group, {name: reply["value"] for name, reply in replies.items() if "value" in reply})
+    return found
+
+
+def score_prompts(
+    bundle: str, runs: list[str], engine: str, device: str, data: str | None, threads: int
+) -> dict[str, Any]:
+    """Score the prompts of runs of one task in a bundle; returns scores (P) and predictions (P, N) as lists."""
+    found = [Run.read(path) for path in runs]
+    task = found[0].task
+    rows = load_rows(task, "test", None if data is None else Path(data))
+    targets: Int64 = np.array([row.label for row in rows], np.int64)
+    with load_engine(bundle, engine, device=device, threads=threads) as loaded:
+        logits = label_logits(loaded, Encoder(loaded.bundle, task), rows, [run.prompt for run in found])
+    _, scores = Objective("ce", task.metric).score(logits, targets)
+    return {"scores": scores.tolist(), "predictions": logits.argmax(2).tolist()}
+
+
+def _group(trial: Trial) -> Hashable:
+    """Equal for trials whose prompts can be exchanged."""
+    info = Bundle.read(trial.bundle, verify=False).info
+    return trial.task, trial.engine, info.backbone, info.revision, info.method, info.prompt_mode, info.n_prompt_tokens
+
+
+def _jobs(group: Sequence[Trial], folder: Path, threads: int) -> list[PoolJob]:
+    """One per bundle, with the prompts of the whole group."""
+    first = group[0]
+    shared: dict[str, Any] = {"runs": [str(folder / trial.name / RUN) for trial in group], "engine": first.engine}
+    shared |= {"device": first.device, "data": first.data, "threads": threads}
+    bundles = {trial.bundle: trial for trial in group}
+    return [PoolJob(_name(trial), score_prompts, {"bundle": path, **shared}) for path, trial in bundles.items()]
+
+
+def _name(trial: Trial) -> str:
+    return f"{trial.task_name}-{trial.bundle_name}-{trial.engine}"
+
+
+def _add(found: CrossEvaluation, group: Sequence[Trial], values: dict[str, Any]) -> None:
+    """Add the scores and agreements of a group, whose bundles are those that replied."""
+    scored = {trial.bundle_name: values[_name(trial)] for trial in group if _name(trial) in values}
+    for tuned_in in dict.fromkeys(trial.bundle_name for trial in group):
+        own = [i for i, trial in enumerate(group) if trial.bundle_name == tuned_in]
+        shared = {"task": group[0].task_name, "engine": group[0].engine, "tuned_in": tuned_in}
+        for name, value in scored.items():
+            scores = [value["scores"][i] for i in own]
+            found.scores.append(CrossScore(**shared, scored_in=name, seeds=[group[i].seed for i in own], scores=scores))
+        for one, other in combinations(scored, 2):
+            first, second = (np.array(scored[name]["predictions"])[own] for name in (one, other))
+            agreement = float((first == second).mean())
+            found.agreements.append(Agreement(**shared, bundles=(one, other), agreement=agreement))

@@ -1,0 +1,179 @@
+"""What a sweep runs: the grid of tasks × bundles × engines × seeds, from a TOML file or from options."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from bbt_accel.bundle import Bundle, Method, first_problem
+from bbt_accel.engine_specs import Device, engine_spec
+from bbt_accel.errors import BundleError, UsageError, check_known
+from bbt_accel.settings import Metric, resolve
+from bbt_accel.tasks import load_task
+
+PRESETS = Path(__file__).parent
+"""Folder of the shipped sweeps."""
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("the same value is listed twice")
+    return values
+
+
+def _engines(names: list[str]) -> list[str]:
+    for name in names:
+        engine_spec(name)
+        if name == "remote":
+            raise ValueError("a sweep has no --url for the engine remote; use tune and evaluate")
+    return names
+
+
+class Sweep(BaseModel):
+    """sweep.json, and the TOML file that `--config` names. Paths are relative to the working directory."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)]
+    """Built-in tasks or paths of .toml files."""
+    bundles: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)]
+    """Bundle folders, of different names."""
+    engines: Annotated[list[str], Field(min_length=1), AfterValidator(_unique), AfterValidator(_engines)] = ["ort"]
+    """Engines that run the backbones."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_unique)] = [42]
+    """Seeds of the few-shot rows, the projection and the search."""
+    device: Device = Field("cpu", description="Device of all engines.")
+    data: str | None = None
+    """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
+    method: Method | None = None
+    """Method that every bundle must have been exported for; None for any."""
+    needs: str | None = Field(default=None, description="Command that creates the bundle, for users who lack it.")
+    cross_evaluate: bool = False
+    """Also score every prompt in each bundle of the sweep that takes it, and compare the predictions."""
+    settings: dict[str, float | int | str] = {}
+    """Any of `Settings` except the seed; the tasks' presets apply to the others."""
+
+    def trials(self) -> list[Trial]:
+        """Every combination, the seeds of a cell one after the other.
+
+        Raises BundleError for a bundle that is missing or exported for another method, TaskError for a task, UsageError
+        for invalid settings and for two bundles or two tasks of the same name.
+        """
+        if "seed" in self.settings:
+            raise UsageError("a sweep takes no setting 'seed'; write seeds = [42, 43]")
+        bundles = {path: self._bundle(Path(path)) for path in self.bundles}
+        tasks = {path: load_task(path) for path in self.tasks}
+        _check_names("bundles", {path: bundle.path.name for path, bundle in bundles.items()})
+        _check_names("tasks", {path: task.name for path, task in tasks.items()})
+        for task in tasks.values():
+            for info in (bundle.info for bundle in bundles.values()):
+                resolve(task.preset(info.method), self.settings).generations(info.method, info.n_layers)
+        return [
+            Trial(
+                task=path,
+                task_name=task.name,
+                metric=task.metric,
+                bundle=str(bundle.path.absolute()),
+                digest=bundle.digest,
+                method=bundle.info.method,
+                engine=engine,
+                seed=seed,
+                device=self.device,
+                data=None if self.data is None else str(Path(self.data, task.name)),
+                settings=self.settings,
+            )
+            for bundle in bundles.values()
+            for engine in self.engines
+            for path, task in tasks.items()
+            for seed in self.seeds
+        ]
+
+    def absolute(self) -> Sweep:
+        """The same sweep with absolute paths, so that it can be resumed from any directory."""
+        bundles = [str(Path(path).absolute()) for path in self.bundles]
+        tasks = [str(Path(task).absolute()) if task.endswith(".toml") else task for task in self.tasks]
+        data = None if self.data is None else str(Path(self.data).absolute())
+        return self.model_copy(update={"bundles": bundles, "tasks": tasks, "data": data})
+
+    def _bundle(self, path: Path) -> Bundle:
+        if not (path / "bundle.json").is_file() and self.needs is not None:
+            raise BundleError(f"bundle {path} does not exist; create it with {self.needs}, or pass yours as --bundles")
+        bundle = Bundle.read(path)
+        if self.method is not None:
+            bundle.require(self.method)
+        return bundle
+
+
+class Trial(BaseModel):
+    """One tuning run and its score. A trial equal to one that is done is not run again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    task: str
+    task_name: str
+    metric: Metric
+    bundle: str
+    digest: str = Field(description="sha256 of the bundle.")
+    method: Method
+    engine: str
+    seed: int
+    device: Device
+    data: str | None
+    settings: dict[str, float | int | str]
+
+    @property
+    def bundle_name(self) -> str:
+        return Path(self.bundle).name
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.task_name}-{self.bundle_name}-{self.engine}-{self.seed}"
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped sweeps."""
+    return sorted(file.stem for file in PRESETS.glob("*.toml"))
+
+
+def read_sweep(file: Path | None, given: Mapping[str, Any]) -> Sweep:
+    """A sweep from a TOML or JSON file, if any; non-empty values of `given` override the file's.
+
+    Raises UsageError, in one line, for a file that cannot be read and for invalid values.
+    """
+    found = _read(file) if file is not None else {}
+    given = {name: value for name, value in given.items() if value}
+    if "bundles" in given:
+        found.pop("needs", None)
+    settings = {**found.get("settings", {}), **given.get("settings", {})}
+    try:
+        return Sweep.model_validate({**found, **given, "settings": settings})
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "missing":
+            name = first["loc"][0]
+            raise UsageError(f"the sweep has no {name}; give --{name}, a --config or a --preset") from None
+        problem = first_problem(error).replace("Value error, ", "")
+        raise UsageError(f"{file or 'sweep'}: {problem}; got {first['input']!r}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = Sweep.model_validate_json(text).model_dump() if file.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"cannot read the sweep {file} ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise UsageError(f"{file}: {first_problem(error)}") from None
+    for name in found:
+        check_known(f"entry of {file}:", name, Sweep.model_fields)
+    return found
+
+
+def _check_names(what: str, names: Mapping[str, str]) -> None:
+    for path, name in names.items():
+        others = [other for other in names if names[other] == name and other != path]
+        if others:
+            raise UsageError(f"two {what} are named {name} ({path}, {others[0]}); rename one of them")

@@ -1,0 +1,157 @@
+"""The report of a sweep as Markdown, its table in the form of the papers, and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from bbt_accel.reporting import GREY, METRICS, PALETTE, PLOT, figure, markdown_list, markdown_table, percent, tidy
+from bbt_accel.sweeps.report import CrossEvaluation, ScoreCell, SweepReport, SweepRow
+
+METHODS = {"bbt": "BBT", "bbtv2": "BBTv2"}
+MARKERS = "oDs^vPX"
+
+
+def markdown(report: SweepReport, plot: bool = True) -> str:
+    """report.md; `plot`: whether report.png lies beside it."""
+    parts = [
+        "# Sweep",
+        summary(report),
+        *([f"![Test scores by task]({PLOT})"] if plot else []),
+        "## Trials",
+        _trials(report),
+        "## What was run",
+        _facts(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(report: SweepReport) -> str:
+    """The table of scores, what failed, and the cross-evaluation."""
+    counts = [f"{report.count(status)} {status}" for status in ("done", "failed", "not run") if report.count(status)]
+    hint = " Interrupted; resume with --resume." if report.interrupted else ""
+    parts = [f"{len(report.trials)} trials: {', '.join(counts)}.{hint}", scores(report), _legend(report)]
+    failures = {trial.name: trial.reason for trial in report.trials if trial.reason}
+    if report.cross_evaluation is not None:
+        parts += _cross_evaluation(report.cross_evaluation)
+        failures |= report.cross_evaluation.failures
+    return "\n\n".join([*parts, *(["## Failed", markdown_list(failures)] if failures else [])])
+
+
+def scores(report: SweepReport) -> str:
+    """Mean and standard deviation, one column per task; below each bundle its scores without a prompt."""
+    cells = report.rows[0].cells
+    several = len(cells) > 1
+    header = ["method", "bundle", "engine", *(_title(cell, " ") for cell in cells), *(["mean"] if several else [])]
+    lines = []
+    for row in report.rows:
+        tuned, without = [_cell(cell) for cell in row.cells], [percent(cell.without_prompt) for cell in row.cells]
+        if several:
+            tuned, without = [*tuned, percent(row.mean)], [*without, percent(row.without_prompt)]
+        lines.append([METHODS[row.method], row.bundle, row.engine, *tuned])
+        lines.append(["no prompt", row.bundle, row.engine, *without])
+    return markdown_table(header, lines, text_columns=3)
+
+
+def draw(file: Path, report: SweepReport) -> None:
+    """A PNG of the scores of every seed, their mean and standard deviation, grouped by task."""
+    cells = report.rows[0].cells
+    with figure(file, 2.5 + max(3.5, 1.3 * len(cells)), 4.6) as (drawn, axes):
+        step = 0.7 / len(report.rows)
+        for number, row in enumerate(report.rows):
+            offset = (number - (len(report.rows) - 1) / 2) * step
+            colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+            _draw_row(axes, row, offset, step, colour, marker)
+        axes.plot([], [], color=GREY, linewidth=2, label="no prompt")
+        axes.set_xticks(range(len(cells)), [_title(cell, "\n") for cell in cells])
+        axes.set_xlim(-0.6, len(cells) - 0.4)
+        axes.set_ylabel("test score, percent")
+        seeds = len(report.sweep.seeds)
+        spread = f"{seeds} seeds (dots), mean ± standard deviation" if seeds > 1 else "one seed"
+        axes.set_title(f"Test scores: {spread}", fontsize=11, loc="left")
+        tidy(axes, "y")
+        drawn.legend(fontsize=9, loc="outside lower left", ncols=2, frameon=False)
+
+
+def _draw_row(axes: Any, row: SweepRow, offset: float, step: float, colour: str, marker: str) -> None:
+    label = f"{METHODS[row.method]}, {row.bundle}, {row.engine}"
+    style = {"fmt": marker, "color": colour, "markersize": 7, "capsize": 3}
+    for task, cell in enumerate(row.cells):
+        x = task + offset
+        if cell.without_prompt is not None:
+            axes.plot([x - 0.4 * step, x + 0.4 * step], [100 * cell.without_prompt] * 2, color=GREY, linewidth=2)
+        axes.plot([x + 0.2 * step] * len(cell.scores), [100 * s for s in cell.scores], ".", color=colour, alpha=0.5)
+        if cell.mean is not None:
+            error = 100 * cell.std if cell.std is not None else None
+            axes.errorbar(x, 100 * cell.mean, yerr=error, label=label, **style)
+            label = "_"  # one entry per row in the legend
+
+
+def _cell(cell: ScoreCell) -> str:
+    """89.56 (0.25), and how many trials failed."""
+    if cell.mean is None:
+        return "failed" if cell.failed else "–"
+    return _mean_and_std(cell.scores) + (f", {cell.failed} failed" if cell.failed else "")
+
+
+def _mean_and_std(values: Sequence[float]) -> str:
+    return percent(fmean(values)) + (f" ({percent(stdev(values))})" if len(values) > 1 else "")
+
+
+def _title(cell: ScoreCell, separator: str) -> str:
+    return cell.task if cell.metric == "accuracy" else f"{cell.task}{separator}({METRICS[cell.metric]})"
+
+
+def _legend(report: SweepReport) -> str:
+    seeds = len(report.sweep.seeds)
+    text = f"mean over {seeds} seeds and (standard deviation, n − 1)" if seeds > 1 else "one seed"
+    return f"Percent on the test rows, {text}. `no prompt` is the same bundle with a zero prompt."
+
+
+def _cross_evaluation(found: CrossEvaluation) -> list[str]:
+    lines = [
+        [s.task, s.engine, s.tuned_in, s.scored_in, str(len(s.seeds)), _mean_and_std(s.scores)] for s in found.scores
+    ]
+    agreements = [
+        f"- {a.task}, {a.engine}, prompts tuned in {a.tuned_in}: {a.bundles[0]} and {a.bundles[1]} predict the same "
+        f"class for {percent(a.agreement)} % of the test rows."
+        for a in found.agreements
+    ]
+    return [
+        "## Cross-evaluation",
+        "The prompts of each bundle, scored in every bundle that takes them.",
+        markdown_table(["task", "engine", "tuned in", "scored in", "seeds", "score"], lines, text_columns=4),
+        *(["\n".join(agreements)] if agreements else []),
+    ]
+
+
+def _trials(report: SweepReport) -> str:
+    header = ["task", "bundle", "engine", "seed", "status", "test", "no prompt", "dev", "calls", "search s"]
+    lines = []
+    for t in report.trials:
+        measured = [percent(t.score), percent(t.without_prompt), percent(t.dev_score)]
+        spent = ["–", "–"] if t.calls is None or t.seconds is None else [f"{t.calls:,}", f"{t.seconds:,.0f}"]
+        lines.append([t.task, t.bundle, t.engine, str(t.seed), t.status, *measured, *spent])
+    return markdown_table(header, lines, text_columns=5)
+
+
+def _facts(report: SweepReport) -> str:
+    sweep = report.sweep
+    settings = ", ".join(f"{name} {value}" for name, value in sweep.settings.items())
+    rows = {trial.task: trial.test_rows for trial in report.trials if trial.test_rows is not None}
+    versions = dict(report.versions)
+    for trial in report.trials:
+        versions |= trial.versions
+    return markdown_list(
+        {
+            "Tasks": sweep.tasks,
+            "Seeds": sweep.seeds,
+            "Settings": f"{settings}, and otherwise the tasks' presets" if settings else "the tasks' presets",
+            "Device": sweep.device,
+            "Test rows": ", ".join(f"{task} {count:,}" for task, count in rows.items()),
+            "Versions": versions,
+            "Date": report.created,
+        }
+    )

@@ -1,0 +1,113 @@
+"""Running a sweep: every trial that is not done yet, then the cross-evaluation; the report after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bbt_accel.engine_specs import engine_spec
+from bbt_accel.errors import BbtError, UsageError, check_known
+from bbt_accel.files import write_atomically
+from bbt_accel.progress import SweepProgress, progress_bar
+from bbt_accel.reporting import write_report
+from bbt_accel.sweeps.cross_evaluation import cross_evaluate
+from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
+from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool, RayPool
+from bbt_accel.sweeps.rendering import draw, markdown
+from bbt_accel.sweeps.report import SweepReport, make_report
+from bbt_accel.sweeps.trial import TrialResult, read_result, run_trial
+
+SWEEP, TRIALS = "sweep.json", "trials"
+
+
+def run_sweep(
+    output: str | Path,
+    *,
+    config: str | Path | None = None,
+    preset: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    threads: int | None = None,
+    ray: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> SweepReport:
+    """Tune and score every combination, and write report.json, report.md and report.png into the folder `output`.
+
+    config: a TOML file of `Sweep`; or preset: the name of a shipped one. given: fields of `Sweep` that override the
+        file's. resume: continue the sweep in `output`: finished trials are kept, interrupted ones resumed; without
+        config and preset it is the same sweep as before, apart from `given`.
+    jobs: trials at a time (default 1). threads: CPU threads of each (default: its share of the cores).
+    ray: address of a Ray cluster to run on, or `local`; each trial requests its CPUs, and a GPU for the device cuda.
+    progress: show a bar on a terminal.
+
+    A trial that fails is a row of the report. Ctrl-C ends the sweep early, with a report of the finished trials.
+    Raises UsageError, TaskError and BundleError for an invalid sweep, BbtError when `output` exists or is not a sweep.
+    """
+    folder = Path(output)
+    sweep = read_sweep(_source(folder, config, preset, resume), given or {}).absolute()
+    trials = sweep.trials()
+    on_gpu = any(engine_spec(name).device(sweep.device) == "cuda" for name in sweep.engines)
+    with _pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress) as pool:
+        try:
+            (folder / TRIALS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BbtError(f"cannot write to {folder} ({error.strerror}); choose another -o") from None
+        write_atomically(folder / SWEEP, sweep.model_dump_json(indent=1).encode() + b"\n")
+        return _run(folder.absolute(), sweep, trials, pool, progress)
+
+
+def _pool(ray: str | None, jobs: int | None, threads: int | None, device: str, progress: bool) -> Pool:
+    if ray is None:
+        return ProcessPool(jobs, threads)
+    with progress_bar("connecting to Ray", progress):
+        return RayPool(ray, jobs, threads, device)
+
+
+def _source(folder: Path, config: str | Path | None, preset: str | None, resume: bool) -> Path | None:
+    """The file that defines the sweep, if any."""
+    if config is not None and preset is not None:
+        raise UsageError("--config and --preset exclude each other; choose one")
+    if preset is not None:
+        check_known("preset", preset, preset_names())
+    stored = folder / SWEEP
+    if folder.exists() and not (resume and stored.is_file()):
+        hint = "is not a sweep" if not stored.is_file() else "can be continued with --resume"
+        raise BbtError(f"{folder} exists already and {hint}; or choose another -o")
+    if config is not None:
+        return Path(config)
+    if preset is not None:
+        return PRESETS / f"{preset}.toml"
+    return stored if stored.is_file() else None
+
+
+def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: bool) -> SweepReport:
+    places = {trial.name: folder / TRIALS / trial.name for trial in trials}
+    found = {trial.name: read_result(trial, places[trial.name]) for trial in trials}
+    results = {name: result for name, result in found.items() if result is not None}
+    failures: dict[str, str] = {}
+    arguments = {
+        t.name: {"trial": t.model_dump(mode="json"), "folder": str(places[t.name]), "threads": pool.threads}
+        for t in trials
+    }
+    waiting = [PoolJob(name, run_trial, arguments[name]) for name in places if name not in results]
+    interrupted, crossed = False, None
+    try:
+        with SweepProgress(len(trials), len(results), progress) as bar:
+            for name, reply in pool.run(waiting, bar):
+                if "error" in reply:
+                    failures[name] = " ".join(reply["message"].split())
+                else:
+                    results[name] = TrialResult.model_validate(reply["value"])
+                report = make_report(sweep, trials, results, failures)
+                write_report(folder, report, markdown(report, plot=False))
+        if sweep.cross_evaluate and results:
+            done = [trial for trial in trials if trial.name in results]
+            crossed = cross_evaluate(done, folder / TRIALS, pool, progress)
+    except KeyboardInterrupt:
+        interrupted = True
+    report = make_report(sweep, trials, results, failures, interrupted)
+    report.cross_evaluation = crossed
+    write_report(folder, report, markdown(report), lambda file: draw(file, report))
+    return report

@@ -1,0 +1,35 @@
+"""The learning curve of a run, curve.png."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bbt_accel.history import Generation
+from bbt_accel.reporting import BLUE, GREY, METRICS, RED, figure, tidy
+
+
+def draw_curve(
+    file: Path, generations: Sequence[Generation], best: int, best_score: float, metric: str, title: str
+) -> None:
+    """Write a PNG: train loss of each generation's best candidate, dev scores, and the best prompt.
+
+    best: the generation of the best prompt, whose dev score is best_score.
+    """
+    name, calls = METRICS.get(metric, metric), generations[best].calls
+    scored = [(g.calls, g.dev_score) for g in generations if g.dev_score is not None]
+    with figure(file, 8, 5.5, nrows=2, sharex=True) as (drawn, (losses, scores)):
+        drawn.suptitle(title, fontsize=12)
+        losses.plot([g.calls for g in generations], [g.best_loss for g in generations], color=BLUE, linewidth=1.3)
+        losses.set_ylabel("train loss")
+        losses.set_title("Train loss of each generation's best candidate", fontsize=10, loc="left")
+        scores.plot([c for c, _ in scored], [s for _, s in scored], ".-", color=RED, linewidth=1.1, markersize=4)
+        scores.plot([calls], [best_score], "*", color=RED, markersize=15, markeredgecolor="black", zorder=5)
+        scores.set_ylabel(f"dev {name}")
+        scores.set_xlabel("API calls")
+        scores.xaxis.set_major_formatter("{x:,.0f}")
+        star = f"★ best prompt: {best_score:.3f} at {calls:,} calls"
+        scores.set_title(f"Dev {name}   ({star})", fontsize=10, loc="left")
+        for axes in (losses, scores):
+            tidy(axes)
+            axes.axvline(calls, color=GREY, linewidth=0.8, linestyle=":")

@@ -1,0 +1,175 @@
+"""The frame of every benchmark: options, one-line errors, the report folder, its tables, and where a report is from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from pydantic import Field
+
+from bbt_accel.command import command_line, exit_on_error
+from bbt_accel.display import print_markdown
+from bbt_accel.errors import BbtError, MissingDependency
+from bbt_accel.files import new_folder
+from bbt_accel.machine import describe_machine, installed_versions
+from bbt_accel.progress import StepProgress
+from bbt_accel.reporting import PLOT, Schema, digits, legend, markdown_list, markdown_table, now, write_report
+
+Columns = dict[str, tuple[str, Callable[[Any], str]]]
+"""Header → the attribute that the column shows, and how it is written."""
+
+
+class Provenance(Schema):
+    """Base of every report: what was run, when and where."""
+
+    created: str = Field(default_factory=now, description="When the measurement ended, UTC, ISO 8601.")
+    command: str = Field(description="The command line that repeats it.")
+    machine: dict[str, Any] = Field(default_factory=lambda: dict(describe_machine()))
+    """Where it ran, by the names in `bbt_accel.machine.Machine`."""
+    versions: dict[str, str] = Field(default_factory=installed_versions)
+    """Versions of Python, bbt-accel and its installed dependencies."""
+
+    def facts(self) -> dict[str, object]:
+        """The same for a Markdown list."""
+        machine = [f"{self.machine['cpu']}, {self.machine['cores']} cores", *self.machine["gpus"]]
+        return {
+            "Machine": "; ".join(machine),
+            "Versions": self.versions,
+            "Date": self.created,
+            "Command": f"`{self.command}`",
+        }
+
+
+class Outcome(Schema):
+    """Base of whatever is measured or checked: a failure is a row of the report."""
+
+    status: Literal["passed", "differs", "failed", "not installed"] = "passed"
+    """passed; differs (from the reference by more than allowed); failed; not installed."""
+    reason: str | None = Field(default=None, description="Why the status is not `passed`, in one line.")
+
+    @contextmanager
+    def capture_errors(self) -> Iterator[None]:
+        """An error in the block becomes the status and its reason."""
+        try:
+            yield
+        except BbtError as error:
+            self.status = "not installed" if isinstance(error, MissingDependency) else "failed"
+            self.reason = str(error)
+
+
+class Timed(Schema):
+    """Base of whatever is timed."""
+
+    ms_median: float | None = None
+    """Milliseconds, median of the timed calls; per candidate unless the report says otherwise."""
+    ms_p90: float | None = Field(default=None, description="The 90th percentile of the same.")
+    ms_p99: float | None = Field(
+        default=None, description="The 99th percentile of the same; with few calls the slowest one."
+    )
+
+    def set_times(self, milliseconds: Sequence[float]) -> float:
+        """Set the percentiles, and return the median."""
+        median, p90, p99 = (float(value) for value in np.percentile(milliseconds, (50, 90, 99)))
+        self.ms_median, self.ms_p90, self.ms_p99 = median, p90, p99
+        return median
+
+
+class ScriptReport(Provenance):
+    """Base of the reports of scripts."""
+
+    caption: ClassVar[str] = ""
+    """Of the plot, where there is one."""
+    options: dict[str, Any] = Field(description="The script's options.")
+    rows: Sequence[Schema] = Field(description="What was measured.")
+
+    def markdown(self) -> str:
+        """report.md: the rows, the plot, and what they mean."""
+        own = {n: getattr(self, n) for n in type(self).model_fields if n not in ScriptReport.model_fields}
+        shown = sorted(type(self.rows[0]).model_fields, key=lambda name: name in Timed.model_fields)
+        columns: Columns = {name.replace("_", " "): (name, written) for name in shown}
+        title = f"# {' '.join((type(self).__doc__ or '').split())}"
+        facts = markdown_list(own | self.options | self.facts())
+        plot = f"![{self.caption}]({PLOT})" if self.caption else ""
+        return page(title, plot, rows_table(self.rows, columns), facts, columns_legend(type(self.rows[0]), columns))
+
+
+Report = TypeVar("Report", bound=Provenance)
+Script = TypeVar("Script", bound=ScriptReport)
+Draw = Callable[[Any, Path], None]
+
+
+def record(
+    output: Path,
+    measure: Callable[[Path, StepProgress], Report],
+    markdown: Callable[[Report], str],
+    draw: Draw | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure, and write report.json, report.md and, with `draw`, report.png into the new folder `output`.
+
+    measure: gets a folder for its own files, which is removed at the end, and the progress bar.
+    Raises BbtError when `output` exists, and what `measure` raises; then nothing is written.
+    """
+    with new_folder(output) as folder, StepProgress(progress) as tell:
+        work = folder / "work"
+        work.mkdir()
+        report = measure(work, tell)
+        shutil.rmtree(work)
+        write_report(folder, report, markdown(report), None if draw is None else partial(draw, report))
+    return report
+
+
+def run_script(
+    name: str,
+    about: str | None,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    measure: Callable[[argparse.Namespace, Path, StepProgress], Script],
+    draw: Draw | None = None,
+    arguments: Sequence[str] | None = None,
+) -> Script:
+    """Run the script `name` of this package: parse its options, record its report and print it.
+
+    about: the script's docstring. measure: gets the options; `report` among them goes into its report.
+    An error ends the process with one line and its exit code.
+    """
+    module = f"{__package__}.{name}"
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(about or "").partition("\n")[0])
+    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder for the report")
+    add_options(parser)
+    given = parser.parse_args(arguments)
+    given.report = {
+        "command": command_line(module, arguments),
+        "options": json.loads(json.dumps(vars(given), default=str)),
+    }
+    with exit_on_error():
+        report = record(given.output, partial(measure, given), lambda found: found.markdown(), draw)
+        print_markdown(report.markdown())
+    return report
+
+
+def page(*parts: str) -> str:
+    """A Markdown page of those parts that are not empty."""
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def rows_table(rows: Sequence[Schema], columns: Columns, text_columns: int = 1) -> str:
+    """A Markdown table of the rows' attributes; None is a dash."""
+    values = [[(getattr(row, name), write) for name, write in columns.values()] for row in rows]
+    cells = [["–" if value is None else write(value) for value, write in line] for line in values]
+    return markdown_table(list(columns), cells, text_columns)
+
+
+def written(value: object) -> str:
+    return digits(value) if isinstance(value, float) else str(value)
+
+
+def columns_legend(schema: type[Schema], columns: Columns) -> str:
+    """A Markdown list that explains the columns which show fields of the schema."""
+    return legend(schema, {header: name for header, (name, _) in columns.items() if name in schema.model_fields})

@@ -1,0 +1,64 @@
+"""What a model family is: everything in which one differs from another, in one declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from torch import nn
+
+from bbt_accel.bundle import Architecture, BundleInfo, TemplateGroup
+from bbt_accel.exporters.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """A family of checkpoints: those of one `model_type`.
+
+    model_type: as config.json has it. model_class: the class with the LM head, or its name in transformers.
+    backbone: how it computes, without redundant work. without_prefix_cache: for decoders, the class that computes the
+        prompt once per row, which `--without prefix-cache` exports.
+    architecture, template_group: see `bbt_accel.bundle`.
+    blocks, embedding, head: where the naive forward (exporters/reference.py) finds, in the model, the blocks that take
+        a prompt; the module whose output the bbt prompt is added to; and the first module of the LM head.
+    first_prompt: position of the first prompt token in add mode: 1 behind a begin token.
+    begin, end, mask: the special tokens of a row, as attributes of the tokenizer or as text; None for none.
+    positions: the longest row that the position embeddings allow, from the configuration.
+    prompt_takes_positions: whether a cat-mode prompt counts towards that limit, as it does when it stands in front of
+        the token embeddings.
+    tiny: a configuration that exports in seconds and has every kind of node, for checks.
+    shapes: configurations of published checkpoints by name, for benchmarks with random weights.
+    """
+
+    model_type: str
+    model_class: str | type[nn.Module]
+    backbone: type[Backbone]
+    architecture: Architecture
+    template_group: TemplateGroup
+    blocks: Callable[[Any], nn.ModuleList]
+    embedding: Callable[[Any], nn.Module]
+    head: Callable[[Any], nn.Module]
+    first_prompt: int = 1
+    begin: str | None = "cls_token"
+    end: str | None = "sep_token"
+    mask: str | None = "mask_token"
+    positions: Callable[[Any], int] = lambda config: int(config.max_position_embeddings)
+    prompt_takes_positions: bool = False
+    without_prefix_cache: type[Backbone] | None = None
+    tiny: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def class_name(self) -> str:
+        return self.model_class if isinstance(self.model_class, str) else self.model_class.__name__
+
+    def load_class(self) -> Any:
+        """The class with the LM head."""
+        return getattr(transformers, self.model_class) if isinstance(self.model_class, str) else self.model_class
+
+    def compose(self, model: nn.Module, info: BundleInfo) -> Backbone:
+        """The backbone of a loaded model for one method, mode and prompt length."""
+        plain = self.without_prefix_cache if "prefix-cache" in info.without else None
+        return (plain or self.backbone)(model, info, self.first_prompt).eval()
