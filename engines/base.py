@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.bundle import Bundle
-from bbt_accel.errors import UsageError
+from bbt_accel.errors import EngineError, UsageError, first_line
 from bbt_accel.objective import batch_statistics
 from bbt_accel.population import LayerPrompts, Population
 
 
-class BoundBatch(ABC):
+class Closing:
+    """A context manager that calls `close` when the block ends."""
+
+    def close(self) -> None:
+        """Free what is held; nothing by default."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class BoundBatch(Closing, ABC):
     """The rows of a batch, held by an engine, against which populations are evaluated. A context manager."""
 
     projects = False
     """Whether the engine projects `Latent` prompts on its device; others get them projected."""
 
     def __init__(self, bundle: Bundle, batch: Batch) -> None:
-        self.bundle = bundle
-        self.batch = batch
+        self.bundle, self.batch = bundle, batch
 
     def label_logits(self, prompts: LayerPrompts | Population) -> Float32:
         """Logits of the label words at the readout position of every row, for every candidate.
@@ -47,9 +60,6 @@ class BoundBatch(ABC):
         """
         raise UsageError(f"{type(self).__name__} cannot measure hidden states, which bbtv2 needs")
 
-    def close(self) -> None:  # noqa: B027 - nothing to free by default
-        """Free what the engine holds for this batch."""
-
     @abstractmethod
     def _label_logits(self, population: Population) -> Float32: ...
 
@@ -60,22 +70,20 @@ class BoundBatch(ABC):
         population = prompts if isinstance(prompts, Population) else Population(prompts)
         return population.check(self.bundle.info, self.projects)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Engine(ABC):
+class Engine(Closing, ABC):
     """A backbone that is ready to run. Made by `load_engine`; a context manager."""
 
     name: str
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    def __init__(
+        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
+    ) -> None:
+        self.bundle, self.device, self.threads, self.without = bundle, device, threads, without
+        self.load()
+
+    def load(self) -> None:
+        """Load what runs the bundle. Raises EngineError for what cannot run; never falls back silently."""
 
     @abstractmethod
     def bind(self, batch: Batch) -> BoundBatch:
@@ -85,24 +93,22 @@ class Engine(ABC):
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that compute, and the device or provider in use."""
 
-    def close(self) -> None:  # noqa: B027 - nothing to free by default
-        """Free the model."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+@contextmanager
+def failing(
+    library: str, where: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Turns these errors of a library into an EngineError; all of them where they share no public base class."""
+    try:
+        yield
+    except errors as error:
+        raise EngineError(f"{library} failed {where} ({first_line(error).rstrip('.')})") from error
 
 
 def check_tokens(bundle: Bundle, batch: Batch) -> None:
     """Raises UsageError for a token id outside the backbone's vocabulary."""
     limit = bundle.info.vocab_size
     for name, ids in batch.arrays().items():
-        if not name.endswith("_ids"):
-            continue
         outside = ids[(ids < 0) | (ids >= limit)]
-        if outside.size:
+        if name.endswith("_ids") and outside.size:
             raise UsageError(f"{name} holds {outside[0]} but the backbone's vocabulary has {limit} entries")

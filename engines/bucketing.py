@@ -9,34 +9,36 @@ from bbt_accel.bundle import BundleInfo
 from bbt_accel.errors import DataError
 
 
-def row_lengths(info: BundleInfo, batch: Batch) -> Int64:
-    """Columns that each row needs, (N,): up to its last real token, and to a readout position in the input."""
-    columns = np.arange(1, batch.input_ids.shape[1] + 1)
-    lengths: Int64 = (columns * batch.attention_mask).max(axis=1)
-    return lengths if info.decodes else np.maximum(lengths, batch.readout + 1)
+def row_lengths(info: BundleInfo, batch: Batch, without: frozenset[str]) -> Int64:
+    """Columns that each row needs, (N,): up to its last real token, and to a readout position in the input.
+
+    All of them without buckets; and never fewer than the graphs take.
+    """
+    width = batch.input_ids.shape[1]
+    lengths: Int64 = (np.arange(1, width + 1) * batch.attention_mask).max(axis=1)
+    if not info.decodes:
+        lengths = np.maximum(lengths, batch.readout + 1)
+    return np.maximum(lengths, max(info.shortest_row, width if "buckets" in without else 0))
 
 
-def bucket_rows(info: BundleInfo, batch: Batch, without: frozenset[str], max_tokens: int, step: int) -> list[Int64]:
-    """Row indices of each bucket: rows of similar length (up to a multiple of `step`), at most `max_tokens` in all.
+def bucket_rows(
+    info: BundleInfo, batch: Batch, without: frozenset[str], step: int, max_tokens: int, max_rows: int
+) -> list[Int64]:
+    """Row indices of each bucket: rows of similar length (up to a multiple of `step`), at most so many tokens and rows.
 
     A decoder computes the n positions of its prompt once per bucket and candidate, so it gets no more buckets than
     pay off; in add mode the rows of a bucket begin with the same n tokens.
     """
-    lengths = np.maximum(row_lengths(info, batch), info.shortest_row)
-    group, prefix = np.zeros(len(batch), np.int64), 0
-    if info.causal and "prefix-cache" not in info.without:
-        prefix = info.n_prompt_tokens
-        if info.prompt_mode == "add":
-            group = group_by_beginning(batch, prefix)
+    lengths = row_lengths(info, batch, without)
+    prefix = info.n_prompt_tokens if info.causal and "prefix-cache" not in info.without else 0
+    group = group_by_beginning(batch, prefix if info.prompt_mode == "add" else 0)
     buckets = []
     for value in np.unique(group):
         rows = np.flatnonzero(group == value)
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         rounded = -(-lengths[rows] // step) * step
-        parts = [rows] if "buckets" in without else np.split(rows, split_points(rounded, prefix))
-        for part in parts:
-            width = batch.input_ids.shape[1] if "buckets" in without else int(lengths[part].max())
-            size = max(1, max_tokens // width)
+        for part in np.split(rows, split_points(rounded, prefix)):
+            size = max(1, min(max_tokens // int(lengths[part].max()), max_rows))
             buckets += [part[i : i + size] for i in range(0, len(part), size)]
     return buckets
 
@@ -70,5 +72,4 @@ def split_points(lengths: Int64, overhead: int) -> list[int]:
 def trim(info: BundleInfo, batch: Batch, rows: Int64, without: frozenset[str]) -> Batch:
     """Some rows of a batch without the columns that none of them needs; padded if too short for the graphs."""
     part = batch.rows(rows)
-    length = part.input_ids.shape[1] if "buckets" in without else int(row_lengths(info, part).max())
-    return part.padded(max(length, info.shortest_row), info.special.pad)
+    return part.padded(int(row_lengths(info, part, without).max()), info.special.pad)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.population import Population
 
@@ -29,11 +28,6 @@ class DummyEngine(Engine):
     """Deterministic, and each candidate independent of the rest of the population, as a real engine is."""
 
     name = "dummy"
-
-    def __init__(
-        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
-    ) -> None:
-        super().__init__(bundle)
 
     def bind(self, batch: Batch) -> DummyBoundBatch:
         return DummyBoundBatch(self.bundle, batch)

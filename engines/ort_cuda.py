@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime
 
 from bbt_accel.batch import Float32, Int64
-from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
-from bbt_accel.engines.ort import OrtEngine, failing
+from bbt_accel.bundle import PROJECT, STATISTICS
+from bbt_accel.engines.base import failing
+from bbt_accel.engines.ort import OrtEngine
 from bbt_accel.engines.staged import Arrays
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.population import Latent, LayerPrompts
@@ -38,10 +39,8 @@ def find_cuda() -> None:
     try:
         ctypes.CDLL(DRIVER)
     except OSError:
-        raise EngineError(
-            f"--device cuda: there is no NVIDIA GPU, or no driver for it ({DRIVER}); "
-            "use --device cpu or see bbt-accel doctor"
-        ) from None
+        why = f"there is no NVIDIA GPU, or no driver for it ({DRIVER})"
+        raise EngineError(f"--device cuda: {why}; use --device cpu or see bbt-accel doctor") from None
     if hasattr(onnxruntime, "preload_dlls"):
         with redirect_stdout(StringIO()):  # it prints what it cannot find
             onnxruntime.preload_dlls()
@@ -71,16 +70,14 @@ class OrtCudaEngine(OrtEngine):
     tokens_per_call = 2**17
     on_device = True
 
-    def __init__(
-        self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
-    ) -> None:
-        self.graphs = bundle.info.method == "bbt"
+    def load(self) -> None:
+        self.graphs = self.bundle.info.method == "bbt"
         if not self.graphs:  # there are many stages, and each session keeps the memory of its largest call
             self.tokens_per_call = 2**14
         self.calls: dict[object, Call] = {}
         self.seen: dict[object, list[tuple[int, ...]]] = {}
         """A call seen once → the shapes of its outputs."""
-        super().__init__(bundle, device, threads, without)
+        super().load()
         self.sessions |= {stage: self.open(stage) for stage in (PROJECT, STATISTICS)}
 
     def require_provider(self) -> None:
@@ -107,23 +104,29 @@ class OrtCudaEngine(OrtEngine):
         session = self.sessions[stage]
         given = {i.name: inputs[i.name] for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
-        with failing(f"in {stage}.onnx"):
-            found = (self.replay if self.captures(stage) else self.once)(session, given, names)
-            return dict(zip(names, found, strict=True))
+        call = self.replay if self.captures(stage) else self.once
+        with failing("ONNX Runtime", f"in {stage}.onnx"):
+            return dict(zip(names, call(session, given, names), strict=True))
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:
         """A call whose outputs are new arrays on the device, or whose only output is `place`."""
-        binding = session.io_binding()
-        for name, value in given.items():
-            binding.bind_ortvalue_input(name, self.on_gpu(value))
-        for name in names:
-            if place is None:
-                binding.bind_output(name, self.memory)
-            else:
-                binding.bind_ortvalue_output(name, place)
+        inputs = {name: self.on_gpu(value) for name, value in given.items()}
+        binding = self.bind_arrays(session, inputs, dict.fromkeys(names, place))
         session.run_with_iobinding(binding, options_for(-1))
         found: list[Any] = binding.get_outputs()
         return found
+
+    def bind_arrays(self, session: Any, inputs: Arrays, outputs: Arrays) -> Any:
+        """Arrays on the device as a session takes them; an output that is None becomes a new one."""
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            if value is None:
+                binding.bind_output(name, self.memory)
+            else:
+                binding.bind_ortvalue_output(name, value)
+        return binding
 
     def replay(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
         """A call that is captured the second time that it comes with the same rows and shapes."""
@@ -134,7 +137,11 @@ class OrtCudaEngine(OrtEngine):
                 found = self.once(session, given, names)
                 self.seen[key] = [tuple(value.shape()) for value in found]
                 return found
-            self.calls[key] = self.bind_call(session, given, names, self.seen[key])
+            inputs = {name: self.on_gpu(value) for name, value in given.items()}
+            new = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+            outputs = [new(shape, np.float32, self.memory) for shape in self.seen[key]]
+            binding = self.bind_arrays(session, inputs, dict(zip(names, outputs, strict=True)))
+            self.calls[key] = Call(binding, inputs["prompts"], outputs, options_for(len(self.calls) + 1))
         call = self.calls[key]
         if isinstance(given["prompts"], Latent):
             self.project(given["prompts"], call.prompts)
@@ -142,17 +149,6 @@ class OrtCudaEngine(OrtEngine):
             call.prompts.update_inplace(given["prompts"])
         session.run_with_iobinding(call.binding, call.options)
         return call.outputs
-
-    def bind_call(self, session: Any, given: Arrays, names: list[str], shapes: list[tuple[int, ...]]) -> Call:
-        binding, inputs = session.io_binding(), {name: self.on_gpu(value) for name, value in given.items()}
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        outputs = [
-            onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.memory) for shape in shapes
-        ]
-        for name, value in zip(names, outputs, strict=True):
-            binding.bind_ortvalue_output(name, value)
-        return Call(binding, inputs["prompts"], outputs, options_for(len(self.calls) + 1))
 
     def on_gpu(self, value: Any) -> Any:
         """A numpy array or `Latent` prompts as an OrtValue on the device; an OrtValue unchanged."""
@@ -172,7 +168,7 @@ class OrtCudaEngine(OrtEngine):
         return super().upload_prompts(prompts)
 
     def to_device(self, array: Float32 | Int64) -> Any:
-        with failing("to upload an array to the GPU"):
+        with failing("ONNX Runtime", "to upload an array to the GPU"):
             return self.on_gpu(np.ascontiguousarray(array))
 
     def to_host(self, array: Any) -> Float32:

@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
-from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
+from bbt_accel.engines.base import BoundBatch, Engine, check_tokens, failing
 from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
-from bbt_accel.errors import EngineError, first_line
+from bbt_accel.errors import EngineError
+from bbt_accel.exporters.device import batch_statistics
 from bbt_accel.exporters.families import DTYPES, family_of, load_model
 from bbt_accel.exporters.reference import Reference
-from bbt_accel.objective import MARGIN
 from bbt_accel.optimizations import in_graph
 from bbt_accel.population import Population
 
@@ -37,18 +37,6 @@ def torch_versions(device: str) -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "device": name}
 
 
-def batch_statistics(logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
-    """`objective.batch_statistics` in PyTorch: (P, N, C), one-hot targets (N, C), classes 0 … C-1; float32 (P, 5)."""
-    logits = logits.float()
-    shifted = logits - logits.amax(2, keepdim=True)
-    target = (shifted * targets).sum(2)  # NaN where a logit is not finite
-    hinge = (functional.relu(shifted - target[..., None] + MARGIN) * (1 - targets)).sum(2)
-    predicted, actual = (shifted == 0).float().argmax(2), targets.argmax(1)  # of equal logits the first
-    correct, positives = predicted == actual, predicted == 1
-    columns = (shifted.logsumexp(2) - target, hinge, correct, correct & positives, positives)
-    return torch.stack([column.sum(1, dtype=torch.float32) for column in columns], dim=1)
-
-
 class TorchEngine(StagedEngine):
     """The backbone's stages in PyTorch, with the same optimizations as the exported graphs."""
 
@@ -56,33 +44,30 @@ class TorchEngine(StagedEngine):
     bucket_step = 4  # a call costs PyTorch more than an inference runtime
     tokens_per_call = 8192
 
-    def __init__(
-        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
-    ) -> None:
+    def load(self) -> None:
         # The backbone is composed here, so that every optimization can be switched off.
-        info = bundle.info.model_copy(update={"without": sorted({*bundle.info.without, *in_graph(without)})})
-        super().__init__(Bundle(bundle.path, info), device, threads, without)
-        bundle = self.bundle
-        model = load(bundle, device, threads)
-        self.backbone = family_of(model.config).compose(model, bundle.info)
-        self.dtype = DTYPES[bundle.info.precision]
-        self.on_device = device == "cuda"
+        off = sorted({*self.bundle.info.without, *in_graph(self.without)})
+        info = self.bundle.info.model_copy(update={"without": off})
+        self.bundle = Bundle(self.bundle.path, info)
+        super().load()
+        model = load(self.bundle, self.device, self.threads)
+        self.backbone = family_of(model.config).compose(model, info)
+        self.dtype = DTYPES[info.precision]
+        self.on_device = self.device == "cuda"
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays) -> Arrays:
-        try:
+        with failing("PyTorch", f"in {stage}", (RuntimeError, IndexError)):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
                 return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}
             if stage == STATISTICS:
-                found = batch_statistics(inputs["label_logits"], inputs["targets"], inputs["classes"])
-                return {"statistics": found}
+                logits = inputs["label_logits"].float()
+                return {"statistics": batch_statistics(logits, inputs["targets"], inputs["classes"])}
             taken = {name: value for name, value in inputs.items() if name in self.takes(stage)}
             if "prompts" in taken:
                 taken["prompts"] = taken["prompts"].to(self.dtype)
             return self.backbone.run(stage, taken)
-        except (RuntimeError, IndexError) as error:
-            raise EngineError(f"PyTorch failed in {stage} ({first_line(error).rstrip('.')})") from error
 
     def takes(self, stage: str) -> tuple[str, ...]:
         """Names of a stage's inputs."""
@@ -116,12 +101,9 @@ class EagerEngine(Engine):
     name = "eager"
     head_at_readout: ClassVar[bool] = False
 
-    def __init__(
-        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
-    ) -> None:
-        super().__init__(bundle)
-        self.device = device
-        self.reference = Reference(load(bundle, device, threads), bundle.info, self.head_at_readout)
+    def load(self) -> None:
+        model = load(self.bundle, self.device, self.threads)
+        self.reference = Reference(model, self.bundle.info, self.head_at_readout)
 
     def bind(self, batch: Batch) -> EagerBoundBatch:
         check_tokens(self.bundle, batch)
@@ -146,10 +128,8 @@ class CompiledEngine(EagerReadoutEngine):
 
     name = "compiled"
 
-    def __init__(
-        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
-    ) -> None:
-        super().__init__(bundle, device, threads, without)
+    def load(self) -> None:
+        super().load()
         self.reference.compile()
 
 
@@ -161,10 +141,8 @@ class EagerBoundBatch(BoundBatch):
 
     def _label_logits(self, population: Population) -> Float32:
         prompts = torch.from_numpy(population.prompts()).to(self.engine.device)
-        try:
+        with failing("PyTorch", "in the naive forward", RuntimeError):
             logits = [self.engine.reference.label_logits(prompt, **self.rows) for prompt in prompts]
-        except RuntimeError as error:
-            raise EngineError(f"PyTorch failed ({first_line(error).rstrip('.')})") from error
         return torch.stack(logits).cpu().numpy()
 
     def layer_stds(self) -> Float32:

@@ -29,34 +29,27 @@ def load_engine(
     Raises UsageError for an unknown name, MissingDependency when the engine's library is not installed, EngineError
     when the device is not available or the bundle was optimized for another engine.
     """
-    spec = engine_spec(name)
-    placed = spec.device(device)
+    spec, remote = engine_spec(name), name == "remote"
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, not {threads}")
-    if (url is None) == (name == "remote"):
-        raise UsageError(
-            "--engine remote needs --url, e.g. --url http://127.0.0.1:8000"
-            if url is None
-            else f"--url is for --engine remote, not {name}"
-        )
+    if url is not None and not remote:
+        raise UsageError(f"--url is for --engine remote, not {name}")
+    if remote and url is None:
+        raise UsageError("--engine remote needs --url, e.g. --url http://127.0.0.1:8000")
+    if remote and (device != "cpu" or threads is not None):
+        raise UsageError("--device and --threads are set on the server; omit them with --engine remote")
+    backend = spec.backends[spec.device(device)]
     opened = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     if opened.info.target not in spec.reads:
-        raise EngineError(
-            f"{opened.path} was optimized for {opened.info.target}, engine {name} reads {', '.join(spec.reads)}; "
-            f"use --engine {opened.info.target}"
-            if opened.info.target != "onnx"
-            else f"engine {name} needs a bundle optimized for it: bbt-accel optimize --target {name}"
-        )
-    options = {"url": url} if name == "remote" else {}
-    make = _loader(name, spec.backends[placed].loader, spec.backends[placed].extra)
-    return make(opened, device=placed, threads=threads, without=check_optimizations(without), **options)
-
-
-def _loader(name: str, loader: str, extra: str) -> Callable[..., Engine]:
-    module, _, attribute = loader.partition(":")
+        if opened.info.target == "onnx":
+            raise EngineError(f"engine {name} needs a bundle optimized for it: bbt-accel optimize --target {name}")
+        target, reads = opened.info.target, ", ".join(spec.reads)
+        raise EngineError(f"{opened.path} was made for {target}, engine {name} reads {reads}; use --engine {target}")
+    module, _, attribute = backend.loader.partition(":")
     try:
-        found: Callable[..., Engine] = getattr(import_module(module), attribute)
+        make: Callable[..., Engine] = getattr(import_module(module), attribute)
     except ImportError as error:
-        hint = f'pip install "bbt-accel[{extra}]"' if extra else "install it"
+        hint = f'pip install "bbt-accel[{backend.extra}]"' if backend.extra else "install it"
         raise MissingDependency(f"engine {name} needs {error.name}: {hint}") from None
-    return found
+    options = {"url": url} if remote else {"device": spec.device(device), "threads": threads}
+    return make(opened, without=check_optimizations(without), **options)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import gevent
@@ -16,24 +15,14 @@ import geventhttpclient  # noqa: F401 - where it is missing, tritonclient.http r
 import numpy as np
 import tritonclient.http as triton
 from geventhttpclient.response import HTTPConnectionClosed
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from bbt_accel import inference_protocol as protocol
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
-from bbt_accel.inference_protocol import (
-    BACKBONE,
-    DIGEST,
-    LAYER,
-    ROWS,
-    ROWS_EXTENSION,
-    STDS,
-    TOKEN,
-    UNKNOWN_ROWS,
-    stage_model,
-)
 from bbt_accel.population import Population
 
 TIMEOUT = 600.0
@@ -42,23 +31,16 @@ WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each retry after a connection error."""
 HEAD = 65536
 """Bytes of a request that are reserved for its JSON header."""
-DATATYPES = {np.dtype(np.float32): "FP32", np.dtype(np.float16): "FP16", np.dtype(np.int64): "INT64"}
-
-Result = TypeVar("Result")
 
 
-def connect(
-    bundle: Bundle, *, url: str, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
-) -> Engine:
+def connect(bundle: Bundle, *, url: str, without: frozenset[str] = frozenset()) -> Engine:
     """An engine that sends its work to `url`, after checking that the server has the same bundle.
 
-    Raises UsageError for options that only the server can set, EngineError when it cannot be reached or refuses,
+    Raises UsageError for `without` where the server decides, EngineError when it cannot be reached or refuses,
     BundleError when it has another bundle.
     """
-    if device != "cpu" or threads is not None:
-        raise UsageError("--device and --threads are set on the server; omit them with --engine remote")
     server = Server(url)
-    if ROWS_EXTENSION not in server.facts.get("extensions", ()):
+    if protocol.ROWS_EXTENSION not in server.facts.get("extensions", ()):
         return TritonEngine(bundle, server, without)
     if without:
         raise UsageError("--without does not apply to a bbt-accel server; omit it")
@@ -75,30 +57,29 @@ class Server:
         base, _, name = parts.path.rstrip("/").partition("/v2/models/")
         self.url, self.model = url, name or None
         gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)  # gevent would print Ctrl-C instead of raising it
-        secure = parts.scheme == "https"
+        secure, host = parts.scheme == "https", parts.netloc + base.removesuffix("/v2")
+        context = gevent.ssl.create_default_context if secure else None
+        options = {"connection_timeout": 10.0, "network_timeout": TIMEOUT, "ssl": secure}
         try:
-            self.client = triton.InferenceServerClient(
-                parts.netloc + base.removesuffix("/v2"),
-                connection_timeout=10.0,
-                network_timeout=TIMEOUT,
-                ssl=secure,
-                ssl_context_factory=gevent.ssl.create_default_context if secure else None,
-            )
+            self.client = triton.InferenceServerClient(host, **options, ssl_context_factory=context)
         except (ValueError, InferenceServerException) as error:
             raise UsageError(f"--url {url!r} is not an address ({error})") from None
-        self.facts = self.ask(lambda headers: self.client.get_server_metadata(headers=headers))
+        self.facts = self.ask(self.client.get_server_metadata)
 
-    def ask(self, call: Callable[[dict[str, str]], Any]) -> Any:
-        """The server's response; only connection errors are retried. Raises EngineError, or ServerRefused."""
+    def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What a function of the client returns; only connection errors are retried.
+
+        Raises EngineError, or ServerRefused.
+        """
+        token = os.environ.get(protocol.TOKEN)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         for wait in (*WAITS, None):
-            token = os.environ.get(TOKEN)
             try:
-                return call({"Authorization": f"Bearer {token}"} if token else {})
+                return call(*arguments, headers=headers, **options)
             except (ConnectionError, HTTPConnectionClosed) as error:
                 if wait is None:
-                    raise EngineError(
-                        f"cannot reach {self.url} ({error}), after {len(WAITS)} retries; is the server running?"
-                    ) from None
+                    tries = f"after {len(WAITS)} retries"
+                    raise EngineError(f"cannot reach {self.url} ({error}), {tries}; is the server running?") from None
                 time.sleep(wait)
             except InferenceServerException as error:
                 raise ServerRefused(self.url, error) from None
@@ -111,37 +92,34 @@ class Server:
     def config(self, model: str) -> dict[str, str]:
         """The parameters of a model's configuration; empty for a server that has none."""
         try:
-            found = self.ask(lambda headers: self.client.get_model_config(model, headers=headers))
+            found = self.ask(self.client.get_model_config, model)
         except ServerRefused as error:
-            if error.status in (404, 405, 501) or error.status is None:
+            if error.status in (404, 405, 501, None):
                 return {}
             raise
         return {name: str(entry.get("string_value", "")) for name, entry in (found.get("parameters") or {}).items()}
 
-    def metadata(self, model: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(lambda headers: self.client.get_model_metadata(model, headers=headers))
-        return found
-
     def infer(self, model: str, arrays: Mapping[str, Any], rows: str | None = None) -> Any:
         """The result of one request with these arrays, and a hash that refers to rows."""
-        inputs = []
-        for name, array in arrays.items():
-            tensor = triton.InferInput(name, list(array.shape), DATATYPES[array.dtype])
-            inputs.append(tensor.set_data_from_numpy(array))
-        parameters = {ROWS: rows} if rows is not None else None
-        return self.ask(
-            lambda headers: self.client.infer(model, inputs, headers=headers, parameters=parameters),
-        )
+        inputs = [
+            triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)).set_data_from_numpy(array)
+            for name, array in arrays.items()
+        ]
+        return self.ask(self.client.infer, model, inputs, parameters=None if rows is None else {protocol.ROWS: rows})
 
     def check(self, bundle: Bundle, model: str) -> dict[str, str]:
         """The parameters of a model's configuration. Raises BundleError when they name another bundle."""
         found = self.config(model)
-        if found.get(DIGEST, bundle.digest) != bundle.digest:
+        if found.get(protocol.DIGEST, bundle.digest) != bundle.digest:
+            there = f"{found.get('backbone', 'unknown')}, {found[protocol.DIGEST][:12]}"
+            here = f"{bundle.path} ({bundle.digest[:12]})"
             raise BundleError(
-                f"{self.url} serves another bundle ({found.get('backbone', 'unknown')}, {found[DIGEST][:12]}) than "
-                f"{bundle.path} ({bundle.digest[:12]}); pass the server's bundle as --bundle"
+                f"{self.url} serves another bundle ({there}) than {here}; pass the server's bundle as --bundle"
             )
         return found
+
+    def versions(self) -> dict[str, str]:
+        return {"url": self.url, "server": f"{self.facts.get('name')} {self.facts.get('version')}"}
 
     def close(self) -> None:
         self.client.close()
@@ -153,7 +131,7 @@ class ServerRefused(EngineError):
     def __init__(self, url: str, error: InferenceServerException) -> None:
         status = str(error.status() or "")
         self.status = int(status) if re.fullmatch(r"\d{3}", status) else None
-        hint = f"; set {TOKEN} to the server's token" if self.status in (401, 403) else ""
+        hint = f"; set {protocol.TOKEN} to the server's token" if self.status in (401, 403) else ""
         super().__init__(f"{url} refused: {str(error.message()).splitlines()[0]} (status {status or 'unknown'}){hint}")
 
 
@@ -165,20 +143,16 @@ class RemoteEngine(Engine):
     def __init__(self, bundle: Bundle, server: Server) -> None:
         super().__init__(bundle)
         self.server = server
-        self.facts = server.check(bundle, BACKBONE)
-
-    @cached_property
-    def limits(self) -> tuple[int, int]:
-        """The server's limits: rows times candidates, and bytes."""
-        return int(self.facts.get("max_batch", 2**31)), int(self.facts.get("max_request_bytes", 2**31))
+        self.facts = server.check(bundle, protocol.BACKBONE)
+        self.limits = int(self.facts.get("max_batch", 2**31)), int(self.facts.get("max_request_bytes", 2**31))
+        """Of the server: rows times candidates, and bytes, per request."""
 
     def bind(self, batch: Batch) -> RemoteBoundBatch:
         check_tokens(self.bundle, batch)
         return RemoteBoundBatch(self, batch)
 
     def versions(self) -> dict[str, str]:
-        server = f"{self.server.facts.get('name')} {self.server.facts.get('version')}"
-        return {"url": self.server.url, "server": server, "engine": self.facts.get("engine", "unknown")}
+        return self.server.versions() | {"engine": self.facts.get("engine", "unknown")}
 
     def close(self) -> None:
         self.server.close()
@@ -189,50 +163,40 @@ class RemoteBoundBatch(BoundBatch):
 
     def __init__(self, engine: RemoteEngine, batch: Batch) -> None:
         super().__init__(engine.bundle, batch)
-        self.engine = engine
-        self.rows = batch.inputs()
+        self.engine, self.rows = engine, batch.inputs()
         self.hash: str | None = None
         """As the server returned it; None until it has the rows."""
 
     def infer(self, model: str, own: dict[str, Any], output: str) -> Float32:
-        server = self.engine.server
+        server, result = self.engine.server, None
         if self.hash is not None:
             try:
-                return self.numpy(server.infer(model, own, self.hash), output)
+                result = server.infer(model, own, self.hash)
             except ServerRefused as error:
-                if error.status != UNKNOWN_ROWS:
+                if error.status != protocol.UNKNOWN_ROWS:
                     raise
-        result = server.infer(model, {**own, **self.rows})
-        self.hash = str(result.get_response().get("parameters", {}).get(ROWS))
-        return self.numpy(result, output)
-
-    def numpy(self, result: Any, output: str) -> Float32:
+        if result is None:
+            result = server.infer(model, {**own, **self.rows})
+            self.hash = str(result.get_response().get("parameters", {}).get(protocol.ROWS))
         found = result.as_numpy(output)
         if found is None:
-            raise EngineError(f"{self.engine.server.url} responded without {output}")
+            raise EngineError(f"{server.url} responded without {output}")
         return np.array(found, np.float32)
 
     def _label_logits(self, population: Population) -> Float32:
         candidates = np.asarray(population.candidates)  # this engine does not project
-        if population.layer is None or population.fixed is None:
-            model, name, other = BACKBONE, "prompts", {}
-        else:
-            model, name = LAYER, "candidates"
+        model, name, other = protocol.BACKBONE, "prompts", dict[str, Any]()
+        if population.layer is not None:
+            model, name = protocol.LAYER, "candidates"
             other = {"stack": population.fixed, "layer": np.array([population.layer], np.int64)}
-        reserved = sum(array.nbytes for array in other.values())
-        chunks = self.chunks(candidates, reserved)
-        return np.concatenate([self.infer(model, {name: candidates[some], **other}, "label_logits") for some in chunks])
+        most, size = self.engine.limits
+        room = size - HEAD - sum(array.nbytes for array in (*other.values(), *self.rows.values()))
+        step = max(1, min(most // len(self.batch), room // candidates[:1].nbytes))
+        parts = [candidates[i : i + step] for i in range(0, len(candidates), step)]
+        return np.concatenate([self.infer(model, {name: part, **other}, "label_logits") for part in parts])
 
     def layer_stds(self) -> Float32:
-        return self.infer(STDS, {}, "layer_stds")
-
-    def chunks(self, candidates: Float32, reserved: int) -> Iterator[slice]:
-        """Candidates that fit into one request, with the rows and the reserved bytes."""
-        batch, size = self.engine.limits
-        room = size - HEAD - reserved - sum(value.nbytes for value in self.rows.values())
-        step = max(1, min(batch // len(self.batch), room // candidates[:1].nbytes))
-        for start in range(0, len(candidates), step):
-            yield slice(start, start + step)
+        return self.infer(protocol.STDS, {}, "layer_stds")
 
 
 class TritonEngine(StagedEngine):
@@ -244,35 +208,30 @@ class TritonEngine(StagedEngine):
     name = "remote"
 
     def __init__(self, bundle: Bundle, server: Server, without: frozenset[str]) -> None:
-        super().__init__(bundle, "cpu", None, without)
+        super().__init__(bundle, without=without)
         self.server = server
         name = server.model or bundle.path.resolve().name
-        self.models = {stage: stage_model(name, stage) for stage in bundle.info.stages}
-        self.inputs: dict[str, list[str]] = {}
-        for stage, model in self.models.items():
-            server.check(bundle, model)
-            self.inputs[stage] = self.check_tensors(stage, server.metadata(model))
+        self.models = {stage: protocol.stage_model(name, stage) for stage in bundle.info.stages}
+        self.inputs = {stage: self.inputs_of(stage, model) for stage, model in self.models.items()}
 
-    def check_tensors(self, stage: str, metadata: dict[str, Any]) -> list[str]:
-        """Names of a model's inputs. Raises BundleError when its prompts have another shape than the bundle's."""
+    def inputs_of(self, stage: str, model: str) -> list[str]:
+        """Names of a model's inputs. Raises BundleError for another bundle, or prompts of another shape."""
+        self.server.check(self.bundle, model)
+        metadata = self.server.ask(self.server.client.get_model_metadata, model)
         shapes = {tensor["name"]: [int(size) for size in tensor["shape"]] for tensor in metadata["inputs"]}
-        wanted = [-1, *self.bundle.info.prompt_shape[-2:]]
-        if stage != "embed" and shapes.get("prompts") != wanted:
-            raise BundleError(
-                f"model {self.models[stage]} of {self.server.url} takes prompts {shapes.get('prompts')}, not {wanted}; "
-                "it belongs to another bundle"
-            )
+        found, wanted = shapes.get("prompts"), [-1, *self.bundle.info.prompt_shape[-2:]]
+        if stage != "embed" and found != wanted:
+            takes = f"model {model} of {self.server.url} takes prompts {found}, not {wanted}"
+            raise BundleError(f"{takes}; it belongs to another bundle")
         return list(shapes)
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         arrays = {name: np.ascontiguousarray(inputs[name]) for name in self.inputs[stage]}
         result = self.server.infer(self.models[stage], arrays)
-        names = [output["name"] for output in result.get_response()["outputs"]]
-        return {name: result.as_numpy(name) for name in names}
+        return {out["name"]: result.as_numpy(out["name"]) for out in result.get_response()["outputs"]}
 
     def versions(self) -> dict[str, str]:
-        facts = self.server.facts
-        return {"url": self.server.url, "server": f"{facts.get('name')} {facts.get('version')}"}
+        return self.server.versions()
 
     def close(self) -> None:
         self.server.close()

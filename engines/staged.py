@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32, Float64, Int64
-from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
+from bbt_accel.bundle import PROJECT, STATISTICS
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.errors import EngineError, UsageError
@@ -36,23 +36,20 @@ class StagedEngine(Engine):
     """Tokens (candidates × rows × length) per call: bounds the memory, and keeps activations in the caches."""
     bucket_step = 1
     """Rows whose lengths round up to the same multiple of this share a bucket."""
-    rows_per_call: int | None = None
-    """Rows per call at most, where compiled code accepts no more."""
-    candidates_per_call: int | None = None
-    """Candidates per call at most, likewise."""
+    rows_per_call = candidates_per_call = 2**31
+    """Rows and candidates per call at most, where compiled code accepts no more."""
     on_device = False
     """Whether `run` also runs the graphs `project` and `statistics`: then projection matrices and targets are uploaded
     once, z is sent in place of prompts, and batch statistics come back in place of label logits."""
 
-    def __init__(self, bundle: Bundle, device: str, threads: int | None, without: frozenset[str]) -> None:
-        super().__init__(bundle)
-        self.device, self.threads, self.without = device, threads, without
+    def load(self) -> None:
         self.projections: WeakKeyDictionary[Projection, Arrays] = WeakKeyDictionary()
         """Uploaded projections, for as long as they are in use."""
         self.fixed_prompts: dict[tuple[int, int], tuple[Float32, Array]] = {}
         """bbtv2 on a device: layer and population → the layer's last fixed prompt, and its array."""
-        if missing := [name for name in in_graph(without) if name not in bundle.info.without]:
-            raise UsageError(f"{missing[0]} is part of the graphs of {bundle.path}: export --without {missing[0]}")
+        for name in in_graph(self.without):
+            if name not in self.bundle.info.without:
+                raise UsageError(f"{name} is part of the graphs of {self.bundle.path}: export --without {name}")
 
     @abstractmethod
     def run(self, stage: str, inputs: Arrays) -> Arrays:
@@ -68,9 +65,8 @@ class StagedEngine(Engine):
         """One layer's prompts on the device; those that are projected there are sent as z."""
         if not isinstance(prompts, Latent):
             return self.to_device(np.ascontiguousarray(prompts))
-        return self.run(PROJECT, {"z": self.to_device(prompts.z), **self.upload_projection(prompts.projection)})[
-            "prompts"
-        ]
+        inputs = {"z": self.to_device(prompts.z), **self.upload_projection(prompts.projection)}
+        return self.run(PROJECT, inputs)["prompts"]
 
     def overwrite(self, array: Array | None, prompts: Float32) -> Array:
         """Upload prompts in place of others: into the same array where CUDA graphs depend on its address."""
@@ -82,16 +78,15 @@ class StagedEngine(Engine):
             return self.upload_prompts(np.repeat(prompt[None], population, axis=0))
         known, array = self.fixed_prompts.get((layer, population), (None, None))
         if known is None or not np.array_equal(known, prompt):
-            known = prompt.copy()
-            array = self.overwrite(array, np.repeat(known[None], population, axis=0))
-            self.fixed_prompts[layer, population] = known, array
+            array = self.overwrite(array, np.repeat(prompt[None], population, axis=0))
+            self.fixed_prompts[layer, population] = prompt.copy(), array
         return array
 
     def upload_projection(self, projection: Projection) -> Arrays:
         """The inputs of the graph `project` besides z."""
         if projection not in self.projections:
-            arrays = {"matrix": projection.matrix, "p0": projection.p0}
-            self.projections[projection] = {name: self.to_device(array) for name, array in arrays.items()}
+            matrix, p0 = self.to_device(projection.matrix), self.to_device(projection.p0)
+            self.projections[projection] = {"matrix": matrix, "p0": p0}
         return self.projections[projection]
 
     def close(self) -> None:
@@ -100,8 +95,7 @@ class StagedEngine(Engine):
 
     def bind(self, batch: Batch) -> StagedBoundBatch:
         check_tokens(self.bundle, batch)
-        short = "short-decoder" not in self.without
-        return StagedBoundBatch(self, batch.with_decoder_input(self.bundle.info, short))
+        return StagedBoundBatch(self, batch.with_decoder_input(self.bundle.info, "short-decoder" not in self.without))
 
 
 @dataclass
@@ -117,10 +111,6 @@ class Bucket:
     """bbtv2's cache: what enters block `layer` when `key` are the prompts of the layers below."""
 
 
-Calls = Iterator[tuple[Bucket, slice, Array]]
-"""Label logits, on the device, of some candidates for the rows of a bucket."""
-
-
 class StagedBoundBatch(BoundBatch):
     """Rows bound to a staged engine."""
 
@@ -131,15 +121,12 @@ class StagedBoundBatch(BoundBatch):
         self.buckets = self.upload_buckets(engine.without, engine.bucket_step)
 
     def upload_buckets(self, without: frozenset[str], step: int) -> list[Bucket]:
-        found = bucket_rows(self.info, self.batch, without, self.engine.tokens_per_call, step)
-        limit = self.engine.rows_per_call or len(self.batch)
-        parts = [rows[i : i + limit] for rows in found for i in range(0, len(rows), limit)]
-        return [self.upload_bucket(rows, without) for rows in parts]
+        limits = self.engine.tokens_per_call, self.engine.rows_per_call
+        return [self.upload_bucket(r, without) for r in bucket_rows(self.info, self.batch, without, step, *limits)]
 
     def upload_bucket(self, rows: Int64, without: frozenset[str]) -> Bucket:
         part = trim(self.info, self.batch, rows, without)
-        if "short-decoder" not in without:
-            part = part.with_decoder_input(self.info)
+        part = part.with_decoder_input(self.info, "short-decoder" not in without)
         arrays: dict[str, Float32 | Int64] = {**part.inputs()}
         if self.engine.on_device:
             arrays["classes"] = classes = np.arange(len(part.label_token_ids), dtype=np.float32)
@@ -166,8 +153,8 @@ class StagedBoundBatch(BoundBatch):
             found[some] += self.engine.to_host(part)
         return found
 
-    def calls(self, population: Population) -> Calls:
-        """Run the population on every bucket, a few candidates at a time."""
+    def calls(self, population: Population) -> Iterator[tuple[Bucket, slice, Array]]:
+        """Run the population on every bucket, a few candidates at a time; yields their label logits on the device."""
         if not self.buckets:
             raise EngineError("these rows are closed; bind them again")
         if "layer-cache" in self.engine.without:
@@ -204,19 +191,16 @@ class StagedBoundBatch(BoundBatch):
         if self.info.method == "bbt":
             return {}
         if population.layer is None or population.fixed is None:
-            return self.embed(bucket)
+            return self.engine.run("embed", bucket.inputs)
         layer, fixed = population.layer, population.fixed
         if not (0 <= bucket.layer <= layer and bucket.key == fixed[: bucket.layer].tobytes()):
-            bucket.layer, bucket.state = 0, self.embed(bucket)
+            bucket.layer, bucket.state = 0, self.engine.run("embed", bucket.inputs)
         while bucket.layer < layer:
             prompt = self.engine.upload_fixed(bucket.layer, fixed[bucket.layer], 1)
             bucket.state = self.run_block(bucket.layer, bucket, bucket.state, prompt)
             bucket.layer += 1
         bucket.key = fixed[:layer].tobytes()
         return bucket.state
-
-    def embed(self, bucket: Bucket) -> Arrays:
-        return self.engine.run("embed", bucket.inputs)
 
     def run_block(self, layer: int, bucket: Bucket, state: Arrays, prompts: Array) -> Arrays:
         """Block `layer` with its prompts (P or 1, n, H)."""
@@ -231,13 +215,13 @@ class StagedBoundBatch(BoundBatch):
 
     def layer_stds(self) -> Float32:
         buckets = self.upload_buckets(frozenset({"buckets"}), 1)  # the original measures the padded batch
-        states = [self.embed(bucket) for bucket in buckets]
+        states = [self.engine.run("embed", bucket.inputs) for bucket in buckets]
         zero = self.engine.upload_prompts(np.zeros((1, *self.info.prompt_shape[1:]), np.float32))
         stds = []
         for layer in range(self.info.n_layers):
+            if layer:
+                states = [self.run_block(layer - 1, b, s, zero) for b, s in zip(buckets, states, strict=True)]
             stds.append(clipped_std(np.concatenate([self.hidden(s) for s in states])))
-            if layer < self.info.n_layers - 1:
-                states = [self.run_block(layer, b, s, zero) for b, s in zip(buckets, states, strict=True)]
         return np.array(stds, np.float32)
 
     def hidden(self, state: Arrays) -> Float32:
@@ -250,10 +234,8 @@ class StagedBoundBatch(BoundBatch):
 
     def chunks(self, population: int, bucket: Bucket) -> Iterator[slice]:
         """Candidates per call."""
-        size = max(1, self.engine.tokens_per_call // (len(bucket.rows) * bucket.length))
-        size = min(size, self.engine.candidates_per_call or size)
-        if "population" in self.engine.without:
-            size = 1
+        fitting = self.engine.tokens_per_call // (len(bucket.rows) * bucket.length)
+        size = 1 if "population" in self.engine.without else max(1, min(fitting, self.engine.candidates_per_call))
         for start in range(0, population, size):
             yield slice(start, min(start + size, population))
 

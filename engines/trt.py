@@ -6,13 +6,12 @@ import logging
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32, Int64
-from bbt_accel.bundle import PLANS, PROJECT, Bundle
+from bbt_accel.bundle import PLANS, PROJECT
 from bbt_accel.cuda import Cuda, DeviceArray
 from bbt_accel.engines.staged import Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
@@ -52,11 +51,9 @@ class TrtEngine(StagedEngine):
     bucket_step = 8
     on_device = True
 
-    def __init__(
-        self, bundle: Bundle, device: str = "cuda", threads: int | None = None, without: frozenset[str] = frozenset()
-    ) -> None:
-        super().__init__(bundle, device, threads, without)
-        profile = profile_of(bundle)
+    def load(self) -> None:
+        super().load()
+        profile = profile_of(self.bundle)
         self.longest = profile.tokens[2]
         self.candidates_per_call, self.rows_per_call = profile.candidates[2], profile.rows[2]
         self.tokens_per_call = profile.candidates[2] * profile.rows[2] * profile.tokens[2]
@@ -70,17 +67,15 @@ class TrtEngine(StagedEngine):
         self.seen: set[object] = set()
         self.capturing = True
         try:
-            self.load()
+            self.load_plans()
         except BaseException:
             self.close()
             raise
 
-    # Loading --------------------------------------------------------------------------------------------------
-
-    def load(self) -> None:
+    def load_plans(self) -> None:
         gpu = self.cuda.gpu
         wanted = keys(self.bundle, self.api, gpu.name, (gpu.capability,), gpu.driver)
-        self.kernels = Path(self.bundle.path / PLANS / next(iter(wanted.values())).folder / "kernels.cache")
+        self.kernels = self.bundle.path / PLANS / next(iter(wanted.values())).folder / "kernels.cache"
         self.runtime = start(self.api, "Runtime", self.logger)
         self.cache: Any = None
         engines = {}
@@ -96,21 +91,15 @@ class TrtEngine(StagedEngine):
         self.logger.errors.clear()
         engine = self.runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise PlanError(
-                f"TensorRT cannot load the plan of {stage} ({reason(self.logger.errors)}); "
-                f"remove {self.bundle.path / PLANS} to rebuild it"
-            )
+            why, folder = reason(self.logger.errors), self.bundle.path / PLANS
+            raise PlanError(f"TensorRT cannot load the plan of {stage} ({why}); remove {folder} to rebuild it")
         return engine
 
     def prepare(self, engine: Any) -> Plan:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        mode = self.api.module.TensorIOMode
-        inputs = [name for name in names if engine.get_tensor_mode(name) == mode.INPUT]
-        outputs = {
-            name: DTYPES[str(engine.get_tensor_dtype(name)).rpartition(".")[2]]
-            for name in names
-            if engine.get_tensor_mode(name) == mode.OUTPUT
-        }
+        inputs = [name for name in names if engine.get_tensor_mode(name) == self.api.module.TensorIOMode.INPUT]
+        types = {name: str(engine.get_tensor_dtype(name)).rpartition(".")[2] for name in names if name not in inputs}
+        outputs = {name: DTYPES[dtype] for name, dtype in types.items()}
         return Plan(engine, self.new_context(engine), inputs, outputs)
 
     def new_context(self, engine: Any) -> Any:
@@ -125,9 +114,7 @@ class TrtEngine(StagedEngine):
             if self.api.has("DynamicShapesKernelSpecializationStrategy", "EAGER"):
                 eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
                 config.dynamic_shapes_kernel_specialization_strategy = eager
-            context = engine.create_execution_context(config)
-        else:
-            context = engine.create_execution_context(strategy)
+        context = engine.create_execution_context(config if self.api.caches_kernels else strategy)
         if context is None:
             raise EngineError(f"TensorRT cannot make an execution context ({reason(self.logger.errors)})")
         context.set_device_memory(self.scratch.address, self.scratch.nbytes)
@@ -142,15 +129,11 @@ class TrtEngine(StagedEngine):
                     log.info("%s is from another machine or version; kernels are recompiled", self.kernels)
         return self.cache
 
-    # Running --------------------------------------------------------------------------------------------------
-
     def bind(self, batch: Batch) -> StagedBoundBatch:
         longest = int(batch.attention_mask.sum(axis=1).max())
         if longest > self.longest:
-            raise EngineError(
-                f"a row of {longest} tokens is longer than the {self.longest} of the profile of {self.bundle.path}; "
-                "optimize again, with --calibrate and the task of these rows"
-            )
+            why = f"a row of {longest} tokens is longer than the {self.longest} of the profile of {self.bundle.path}"
+            raise EngineError(f"{why}; optimize again, with --calibrate and the task of these rows")
         return super().bind(batch)
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
@@ -159,10 +142,7 @@ class TrtEngine(StagedEngine):
         shapes = tuple(array.shape for array in given)
         if shapes not in plan.shapes:
             plan.shapes[shapes] = self.output_shapes(stage, plan, shapes)
-        found = [
-            self.cuda.empty(shape, dtype)
-            for shape, dtype in zip(plan.shapes[shapes], plan.outputs.values(), strict=True)
-        ]
+        found = list(map(self.cuda.empty, plan.shapes[shapes], plan.outputs.values()))
         call = (stage, shapes, *(array.address for array in (*given, *found)))
         if call in self.graphs:
             self.cuda.launch(self.graphs[call][0])
@@ -170,8 +150,7 @@ class TrtEngine(StagedEngine):
             self.record(call, stage, plan, given, found)
         else:
             self.seen.add(call)
-            self.address(stage, plan, plan.context, given, found)
-            self.enqueue(stage, plan.context)
+            self.enqueue(stage, plan, plan.context, given, found)
         return dict(zip(plan.outputs, found, strict=True))
 
     def record(self, call: object, stage: str, plan: Plan, given: list[DeviceArray], found: list[DeviceArray]) -> None:
@@ -182,39 +161,36 @@ class TrtEngine(StagedEngine):
         context = None
         try:
             context = self.new_context(plan.engine)
-            self.address(stage, plan, context, given, found)
-            self.enqueue(stage, context)  # a context allocates at its first call, which a capture would not allow
+            # A context allocates at its first call, which a capture would not allow.
+            self.enqueue(stage, plan, context, given, found)
             if not getattr(context, "is_stream_capturable", lambda stream: True)(int(self.cuda.stream)):
                 raise EngineError(f"{stage} cannot be captured")
             self.cuda.synchronize()
-            self.graphs[call] = self.cuda.capture(lambda: self.enqueue(stage, context)), context
+            self.graphs[call] = self.cuda.capture(lambda: self.execute(stage, context)), context
         except EngineError as error:
             self.capturing = False
             log.warning("further calls are enqueued one by one, not as CUDA graphs: %s", error)
             self.cuda.synchronize()  # before the context is freed, whose kernels may still run
-            self.address(stage, plan, plan.context, given, found)
-            self.enqueue(stage, plan.context)
+            self.enqueue(stage, plan, plan.context, given, found)
 
     def output_shapes(self, stage: str, plan: Plan, shapes: Shapes) -> list[tuple[int, ...]]:
         for name, shape in zip(plan.inputs, shapes, strict=True):
             if not plan.context.set_input_shape(name, shape):
                 low, _, high = plan.engine.get_tensor_profile_shape(name, 0)
                 hint = "with --calibrate and the task of these rows" if stage != PROJECT else "or lower --intrinsic-dim"
-                raise EngineError(
-                    f"{name} of shape {shape} is outside the shape profile of {stage}, {tuple(low)} to {tuple(high)}; "
-                    f"optimize again, {hint}"
-                )
+                profile = f"the shape profile of {stage}, {tuple(low)} to {tuple(high)}"
+                raise EngineError(f"{name} of shape {shape} is outside {profile}; optimize again, {hint}")
         return [tuple(plan.context.get_tensor_shape(name)) for name in plan.outputs]
 
-    def address(self, stage: str, plan: Plan, context: Any, given: list[DeviceArray], found: list[DeviceArray]) -> None:
-        """Set the shapes of a context's inputs, and the addresses of inputs and outputs."""
+    def enqueue(self, stage: str, plan: Plan, context: Any, given: list[DeviceArray], found: list[DeviceArray]) -> None:
+        """Run a context, after setting the shapes of its inputs and the addresses of inputs and outputs."""
         for name, array in zip(plan.inputs, given, strict=True):
             context.set_input_shape(name, array.shape)
+        for name, array in zip((*plan.inputs, *plan.outputs), (*given, *found), strict=True):
             context.set_tensor_address(name, array.address)
-        for name, array in zip(plan.outputs, found, strict=True):
-            context.set_tensor_address(name, array.address)
+        self.execute(stage, context)
 
-    def enqueue(self, stage: str, context: Any) -> None:
+    def execute(self, stage: str, context: Any) -> None:
         self.logger.errors.clear()
         if not context.execute_async_v3(int(self.cuda.stream)):
             raise EngineError(f"TensorRT failed in {stage} ({reason(self.logger.errors)})")

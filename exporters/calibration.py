@@ -1,4 +1,4 @@
-"""What passes through the graphs on real rows: the rows, the inputs of every stage, and the range of every tensor."""
+"""What passes through the graphs on real rows: the rows, the inputs of every stage, and the values in between."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ TEST_ROWS = 4096
 """Test rows whose lengths are looked at, at most."""
 SCALES = (0.0, 1.0, 3.0, 6.0)
 """Standard deviations of calibration prompts, relative to the word embeddings': a search starts at 1 and grows."""
-Ranges = dict[str, tuple[float, float]]
-"""Smallest and largest value of each tensor."""
 
 
 class TaskRows:
@@ -71,10 +69,8 @@ def lengths(batch: Batch) -> Int64:
 
 def random_prompts(bundle: Bundle, seed: int = 0) -> Float32:
     """(4, n, H) or (4, L, n, H): random prompts of the scales that a search goes through, zero first."""
-    info = bundle.info
-    rng = np.random.default_rng(seed)
-    prompts = [scale * info.word_embedding_std * rng.standard_normal(info.prompt_shape) for scale in SCALES]
-    return np.stack(prompts).astype(np.float32)
+    rng, std = np.random.default_rng(seed), bundle.info.word_embedding_std
+    return np.array([scale * std * rng.standard_normal(bundle.info.prompt_shape) for scale in SCALES], np.float32)
 
 
 def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32, rows: int) -> Iterator[tuple[str, list[Feeds]]]:
@@ -99,18 +95,8 @@ class Channels:
     tokens: int
 
 
-def ranges(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Ranges:
-    """Smallest and largest value of each named float tensor."""
-    found: Ranges = {}
-    for values in intermediate_values(model, feeds, names, folder):
-        for name, value in values.items():
-            low, high = found.get(name, (np.inf, -np.inf))
-            found[name] = min(low, float(value.min())), max(high, float(value.max()))
-    return found
-
-
 def channels(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> dict[str, Channels]:
-    """The same per channel."""
+    """Smallest and largest value of each channel of the named float tensors, over all feeds."""
     found: dict[str, Channels] = {}
     for values in intermediate_values(model, feeds, names, folder):
         for name, value in values.items():
@@ -129,8 +115,8 @@ def intermediate_values(model: onnx.ModelProto, feeds: list[Feeds], names: list[
         return
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
-    outputs = {o.name for o in tapped.graph.output}
-    tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    new = set(names) - {o.name for o in tapped.graph.output}
+    tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in new)
     with temporary_graph(tapped, folder) as file:
         session = open_session(file)
     inputs = [i.name for i in session.get_inputs()]

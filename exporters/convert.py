@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from bbt_accel.errors import ExportError, first_line
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.families import DTYPES
-from bbt_accel.exporters.sessions import import_openvino, temporary_graph
+from bbt_accel.exporters.sessions import temporary_graph
 from bbt_accel.machine import describe_machine
 
 
@@ -25,13 +25,9 @@ def read_graph(file: Path, target: str) -> tuple[onnx.ModelProto, dict[str, int]
 
     Fused for ONNX Runtime alone: other runtimes fuse by themselves, and TensorRT has no ONNX Runtime operators.
     """
-    if target == "ort":
-        return fuse(file)
-    return (onnx.load(str(file)) if target == "trt" else graph.load_stage(file)), {}
-
-
-def fuse(file: Path) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """onnxscript's fusions for ONNX Runtime: attention, skip connections with norms, bias with GELU."""
+    if target != "ort":
+        return (onnx.load(str(file)) if target == "trt" else graph.load_stage(file)), {}
+    # onnxscript's fusions: attention, skip connections with norms, bias with GELU.
     model, counts = optimize_for_ort(ir.load(file), clear_metadata=True)
     proto = ir.to_proto(model)
     onnx.load_external_data_for_model(proto, str(file.parent))
@@ -43,7 +39,8 @@ def save_openvino(model: onnx.ModelProto, folder: Path, stage: str) -> Counter[s
 
     OpenVINO's low-precision transformations turn quantized matmuls into 8-bit ones when the graph is loaded.
     """
-    openvino = import_openvino()
+    import openvino
+
     with temporary_graph(model, folder) as file:
         converted = openvino.convert_model(file)
     openvino.save_model(converted, folder / f"{stage}.xml", compress_to_fp16=False)
@@ -52,10 +49,13 @@ def save_openvino(model: onnx.ModelProto, folder: Path, stage: str) -> Counter[s
 
 def openvino_bf16() -> str:
     """How OpenVINO computes bf16 on this processor: natively, emulated (much slower than fp32), or not at all."""
-    if "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    import openvino
+
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "not supported by this processor: computed in fp32"
-    native = "bf16" in describe_machine()["features"]
-    return "native" if native else "emulated by this processor: slower than fp32"  # AVX-512 without bf16
+    if "bf16" in describe_machine()["features"]:
+        return "native"
+    return "emulated by this processor: slower than fp32"  # AVX-512 without bf16
 
 
 def convert_checkpoint(source: Path, folder: Path, precision: str) -> None:
@@ -72,9 +72,8 @@ def convert_checkpoint(source: Path, folder: Path, precision: str) -> None:
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # no OSError, even where the disk is full
-        raise ExportError(
-            f"cannot write the weights ({first_line(error)}); free some space or choose another -o"
-        ) from None
+        why = first_line(error)
+        raise ExportError(f"cannot write the weights ({why}); free some space or choose another -o") from None
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -4,9 +4,11 @@ statistics. A generation then transfers z, and five numbers per candidate.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
-from onnx import parser
+import torch
+from torch import Tensor, nn
 
 from bbt_accel.bundle import PROJECT, STATISTICS, BundleInfo
 from bbt_accel.objective import MARGIN
@@ -22,57 +24,43 @@ project (float[candidates, dim] z, float[{size}, dim] matrix, float[{size}] p0)
 """
 """prompts = reshape(z Aᵀ + p0): A is `matrix`, (n·H, d)."""
 
-SUMS = """
-<ir_version: 10, opset_import: ["" : {opset}]>
-statistics (float[candidates, rows, labels] label_logits, float[rows, labels] targets, float[labels] classes)
-   => (float[candidates, 5] statistics)
-<int64[1] over_rows = {{1}}, int64[1] over_labels = {{2}},
- float[1] one = {{1}}, float[1] margin = {{{margin}}}, float[1] many = {{1000000}}> {{
-    top = ReduceMax (label_logits, over_labels)
-    shifted = Sub (label_logits, top)
-    wanted_alone = Mul (shifted, targets)
-    wanted = ReduceSum (wanted_alone, over_labels)
-    powers = Exp (shifted)
-    power = ReduceSum (powers, over_labels)
-    log_power = Log (power)
-    ce = Sub (log_power, wanted)
 
-    above = Sub (shifted, wanted)
-    beyond = Add (above, margin)
-    violation = Relu (beyond)
-    others = Sub (one, targets)
-    violations = Mul (violation, others)
-    hinge = ReduceSum (violations, over_labels)
+def batch_statistics(label_logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
+    """`objective.batch_statistics` in fp32: (P, N, C), one-hot targets (N, C), classes 0 … C-1 → float32 (P, 5).
 
-    is_top = Equal (label_logits, top)
-    tops = Cast <to = 1> (is_top)
-    no_tops = Sub (one, tops)
-    far = Mul (no_tops, many)
-    numbers = Add (far, classes)
-    predicted = ReduceMin (numbers, over_labels)
-    class_alone = Mul (targets, classes)
-    actual = ReduceSum (class_alone, over_rows)
-    is_correct = Equal (predicted, actual)
-    correct = Cast <to = 1> (is_correct)
-    is_one = Equal (predicted, one)
-    positives = Cast <to = 1> (is_one)
-    true_positives = Mul (correct, positives)
+    A logit that is not finite makes `target` NaN, be it the target's or another times 0. Of equal logits the first
+    class is predicted, as by numpy's argmax; TensorRT's ArgMax does not guarantee that.
+    """
+    shifted = label_logits - label_logits.amax(2, keepdim=True)
+    target = (shifted * targets).sum(2)
+    ce = shifted.exp().sum(2).log() - target
+    hinge = (torch.relu(shifted - target[..., None] + MARGIN) * (1 - targets)).sum(2)
+    predicted, actual = torch.where(shifted == 0, classes, 1e6).amin(2), (targets * classes).sum(1)
+    correct, positives = predicted == actual, predicted == 1
+    columns = [ce, hinge, correct.float(), (correct & positives).float(), positives.float()]
+    return torch.stack(columns, dim=2).sum(1)
 
-    each = Concat <axis = 2> (ce, hinge, correct, true_positives, positives)
-    statistics = ReduceSum <keepdims = 0> (each, over_rows)
-}}
-"""
-"""`objective.batch_statistics` in fp32. targets is one-hot, classes is 0 … C-1.
 
-A logit that is not finite makes `wanted_alone` NaN, be it the target's or another times 0. Of equal logits the first
-class is predicted, as by numpy's argmax; TensorRT's ArgMax does not guarantee that.
-"""
+class Statistics(nn.Module):
+    """`batch_statistics` as a stage."""
+
+    def run(self, stage: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {stage: batch_statistics(**inputs)}
+
+
+@cache
+def statistics_graph() -> bytes:
+    from bbt_accel.exporters.graph import Stage, trace
+
+    inputs = {"label_logits": torch.zeros(2, 3, 5), "targets": torch.zeros(3, 5), "classes": torch.zeros(5)}
+    return bytes(trace(Stage(STATISTICS, inputs, [STATISTICS]), Statistics()).SerializeToString())
 
 
 def write_device_graphs(folder: Path, info: BundleInfo) -> None:
     """Write project.onnx and statistics.onnx beside the stages of the backbone."""
+    from onnx import parser
+
     n, hidden = info.prompt_shape[-2:]
-    sizes = {"opset": info.opset, "n": n, "hidden": hidden, "size": n * hidden, "margin": MARGIN}
-    for name, text in ((PROJECT, PROJECTION), (STATISTICS, SUMS)):
-        model = parser.parse_model(text.format(**sizes))
-        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    projection = parser.parse_model(PROJECTION.format(opset=info.opset, n=n, hidden=hidden, size=n * hidden))
+    (folder / f"{PROJECT}.onnx").write_bytes(projection.SerializeToString())
+    (folder / f"{STATISTICS}.onnx").write_bytes(statistics_graph())

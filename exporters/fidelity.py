@@ -8,11 +8,14 @@ from bbt_accel.batch import Float32
 
 
 def fidelity(logits: Float32, reference: Float32) -> dict[str, float]:
-    """All measures of label logits (P, N, C) against those of a reference, by their names in reports."""
+    """All measures of label logits (P, N, C) against those of a reference, by their names in reports.
+
+    agreement: the share of equal predictions.
+    """
     return {
         "logit_error": scaled_error(logits, reference),
         "logit_rmse": relative_rmse(logits, reference),
-        "agreement": agreement(logits, reference),
+        "agreement": float((logits.argmax(-1) == reference.argmax(-1)).mean()),
     }
 
 
@@ -28,14 +31,5 @@ def relative_rmse(logits: Float32, reference: Float32) -> float:
 
     Only differences between classes reach a prediction or a loss, so an offset that all classes share is no error.
     """
-
-    def centred(x: Float32) -> Float32:
-        return np.asarray(x - x.mean(axis=-1, keepdims=True))
-
-    error, scale = centred(logits) - centred(reference), centred(reference)
-    return float(np.sqrt(np.mean(error**2)) / max(float(np.sqrt(np.mean(scale**2))), 1e-12))
-
-
-def agreement(logits: Float32, reference: Float32) -> float:
-    """Share of equal predictions."""
-    return float((logits.argmax(-1) == reference.argmax(-1)).mean())
+    found, wanted = (x - x.mean(axis=-1, keepdims=True) for x in (logits, reference))
+    return float(np.sqrt(np.mean((found - wanted) ** 2)) / max(float(np.sqrt(np.mean(wanted**2))), 1e-12))

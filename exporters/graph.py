@@ -7,6 +7,7 @@ import json
 import logging
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import external_data_helper, numpy_helper
+from onnx import external_data_helper, helper, numpy_helper
 from onnxscript.optimizer import optimize
 from torch import Tensor, nn
 from torch.export import Dim
@@ -43,9 +44,9 @@ class Stage:
 class Traced(nn.Module):
     """A stage as torch.export wants it: a module with positional inputs, in the order of the stage's names."""
 
-    def __init__(self, backbone: Backbone, stage: Stage) -> None:
+    def __init__(self, stage: Stage, backbone: Any) -> None:
         super().__init__()
-        self.backbone, self.stage = backbone, stage
+        self.stage, self.backbone = stage, backbone
 
     def forward(self, *inputs: Tensor) -> State:
         return self.backbone.run(self.stage.name, dict(zip(self.stage.inputs, inputs, strict=True)))
@@ -56,14 +57,13 @@ def stages(backbone: Backbone, method: str, hidden_size: int) -> Iterator[Stage]
     p, rows, length, n = 2, 3, backbone.n + 7, backbone.n
     ids = torch.ones(rows, length, dtype=torch.int64)
     mask = torch.ones_like(ids)  # a tensor of its own: torch.export takes one object for one input
-    readout = torch.full((rows,), length - 2 if not backbone.decodes else 1)
+    readout = torch.full((rows,), 1 if backbone.decodes else length - 2)
     prompts = torch.zeros(p, n, hidden_size)
-    tail = {"readout": readout, "label_token_ids": torch.tensor([1, 2, 3, 4, 5])}
+    tail = {"readout": readout, "label_token_ids": torch.arange(1, 6)}
     if backbone.decodes:
         tail["decoder_input_ids"] = torch.ones(rows, 4, dtype=torch.int64)
     if method == "bbt":
-        inputs = {"prompts": prompts, "input_ids": ids, "attention_mask": mask, **tail}
-        yield Stage("model", inputs, ["label_logits"])
+        yield Stage("model", {"prompts": prompts, "input_ids": ids, "attention_mask": mask, **tail}, ["label_logits"])
         return
     state = backbone.embed(ids)
     yield Stage("embed", {"input_ids": ids}, list(state))
@@ -74,20 +74,25 @@ def stages(backbone: Backbone, method: str, hidden_size: int) -> Iterator[Stage]
     yield Stage("last", {**inputs, **tail}, ["label_logits"])
 
 
-def dynamic_axes(inputs: State, n: int, cat: bool) -> tuple[dict[int, Any], ...]:
+def dynamic_axes(inputs: State, n: int) -> tuple[dict[int, Any], ...]:
     """The dynamic axes of each input, as torch.export takes them."""
     dims = {name: Dim(name) for name in ("candidates", "state", "rows", "labels", "decoder_tokens")}
-    tokens = dims["tokens"] = Dim("tokens", min=2 if cat else n + 2, max=2**20)
-    dims["text"] = tokens - n if "prefix" in inputs and not cat else tokens
+    dims["tokens"] = Dim("tokens", min=n + 2, max=2**20)
+    dims["text"] = dims["tokens"] - n if "prefix" in inputs else dims["tokens"]
     return tuple({i: dims[axis] for i, axis in enumerate(AXES[name]) if axis is not None} for name in inputs)
 
 
 def export_stage(stage: Stage, backbone: Backbone) -> onnx.ModelProto:
-    """Trace one stage into ONNX with dynamic axes."""
-    axes = dynamic_axes(stage.inputs, backbone.n, backbone.cat)
+    """Trace one stage of a backbone into ONNX with dynamic axes."""
+    return trace(stage, backbone, 0 if backbone.cat else backbone.n)
+
+
+def trace(stage: Stage, backbone: Any, n: int = 0) -> onnx.ModelProto:
+    """Trace a stage of any module that has a `run` like the backbone's. n: tokens that a prompt is added to."""
+    axes = dynamic_axes(stage.inputs, n)
     with quiet():
         program = torch.onnx.export(
-            Traced(backbone, stage).eval(), tuple(stage.inputs.values()), dynamo=True, opset_version=OPSET,
+            Traced(stage, backbone).eval(), tuple(stage.inputs.values()), dynamo=True, opset_version=OPSET,
             dynamic_shapes={"inputs": axes}, input_names=list(stage.inputs),
             output_names=stage.outputs, external_data=False, verbose=False, optimize=False,
         )  # fmt: skip
@@ -95,17 +100,12 @@ def export_stage(stage: Stage, backbone: Backbone) -> onnx.ModelProto:
         # Small constants are folded; weights keep the checkpoint's layout, so that all graphs share its file.
         optimize(program.model, input_size_limit=SMALL, output_size_limit=SMALL)
     model = program.model_proto
-    check_names(model, stage)
+    found = sorted(i.name for i in model.graph.input), [o.name for o in model.graph.output]
+    if found != (sorted(stage.inputs), stage.outputs):
+        raise AssertionError(f"{stage.name} was traced with inputs and outputs {found}")
     for node in model.graph.node:
         del node.metadata_props[:]  # the tracer's stack traces
     return model
-
-
-def check_names(model: onnx.ModelProto, stage: Stage) -> None:
-    found = [i.name for i in model.graph.input], [o.name for o in model.graph.output]
-    wanted = list(stage.inputs), stage.outputs
-    if (sorted(found[0]), found[1]) != (sorted(wanted[0]), wanted[1]):
-        raise AssertionError(f"{stage.name} was traced with inputs and outputs {found}, not {wanted}")
 
 
 @contextmanager
@@ -115,75 +115,70 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)
 
 
-class SharedWeights:
-    """The tensors of a safetensors file, found by their bytes, for graphs to refer to.
+class WeightFile:
+    """A file of tensors, found by their bytes, for graphs to refer to: ONNX external data is a file and an offset."""
 
-    ONNX external data is a file, an offset and a length, and a safetensors file is a header followed by plain row-major
-    tensors: one copy of the checkpoint serves all graphs and PyTorch.
-    """
+    appends = False
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.offsets: dict[bytes, int] = {}
+        """sha256 of a tensor's bytes → where they begin."""
+
+    def refer(self, tensor: onnx.TensorProto) -> bool:
+        """Replace the tensor's bytes by a reference, if the file holds them or takes new ones."""
+        content = tensor.raw_data
+        name = hashlib.sha256(content).digest()
+        if self.appends and name not in self.offsets:
+            with self.file.open("ab") as stream:
+                stream.write(b"\0" * (-stream.tell() % PAGE))
+                self.offsets[name] = stream.tell()
+                stream.write(content)
+        if name not in self.offsets:
+            return False
+        external_data_helper.set_external_data(tensor, self.file.name, self.offsets[name], len(content))
+        tensor.ClearField("raw_data")
+        return True
+
+
+class NewWeights(WeightFile):
+    """Tensors that are not in the checkpoint (folded, or in a lower precision), each written once."""
+
+    appends = True
+
+
+class SharedWeights(WeightFile):
+    """The checkpoint: a safetensors file is a header, then plain row-major tensors. It serves PyTorch as well."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(size))
-            self.places: dict[tuple[int, bytes], tuple[int, int]] = {}
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                begin, end = entry["data_offsets"]
+            for begin, end in (entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"):
                 stream.seek(8 + size + begin)
-                self.places[key(stream.read(end - begin))] = (8 + size + begin, end - begin)
+                self.offsets[hashlib.sha256(stream.read(end - begin)).digest()] = 8 + size + begin
 
-    def refer(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> bool:
-        """Replace the tensor's bytes by a reference, if the file holds them, as they are or transposed."""
-        place = self.places.get(key(tensor.raw_data))
-        if place is None and len(tensor.dims) == 2:
-            array = numpy_helper.to_array(tensor)
-            place = self.places.get(key(np.ascontiguousarray(array.T).tobytes()))
-            if place is not None:
-                # The tracer transposes the weights of linear layers; runtimes transpose them again at load.
-                rows = f"{tensor.name}_rows"
-                graph.node.insert(0, onnx.helper.make_node("Transpose", [rows], [tensor.name], perm=[1, 0]))
-                tensor.name = rows
-                tensor.dims[:] = reversed(tensor.dims)
-        if place is None:
+    def refer_transposed(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> bool:
+        """The same for a tensor that the file holds transposed: the tracer transposes the weights of linear layers.
+
+        Runtimes transpose them again at load.
+        """
+        if len(tensor.dims) != 2:
             return False
-        external_data_helper.set_external_data(tensor, self.file.name, offset=place[0], length=place[1])
-        tensor.ClearField("raw_data")
+        array = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
+        rows = numpy_helper.from_array(array, f"{tensor.name}_rows")
+        if not self.refer(rows):
+            return False
+        graph.node.insert(0, helper.make_node("Transpose", [rows.name], [tensor.name], perm=[1, 0]))
+        tensor.CopyFrom(rows)
         return True
-
-
-class NewWeights:
-    """A file of tensors that are not in the checkpoint (folded, or in a lower precision), each written once."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.places: dict[tuple[int, bytes], tuple[int, int]] = {}
-
-    def refer(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> bool:
-        """Replace the tensor's bytes by a reference to the file, appending them if they are new."""
-        name = key(tensor.raw_data)
-        if name not in self.places:
-            with self.file.open("ab") as stream:
-                stream.write(b"\0" * (-stream.tell() % PAGE))
-                self.places[name] = stream.tell(), len(tensor.raw_data)
-                stream.write(tensor.raw_data)
-        offset, length = self.places[name]
-        external_data_helper.set_external_data(tensor, self.file.name, offset=offset, length=length)
-        tensor.ClearField("raw_data")
-        return True
-
-
-def key(data: bytes) -> tuple[int, bytes]:
-    return len(data), hashlib.sha256(data).digest()
 
 
 def save_stage(
@@ -191,10 +186,29 @@ def save_stage(
 ) -> None:
     """Write a graph whose weights are in the checkpoint's file, or in that of the others."""
     for tensor in list(model.graph.initializer):
-        large = tensor.HasField("raw_data") and len(tensor.raw_data) > SMALL
-        if large and (checkpoint is None or not checkpoint.refer(model.graph, tensor)):
-            others.refer(model.graph, tensor)
+        if not tensor.HasField("raw_data") or len(tensor.raw_data) <= SMALL:
+            continue
+        if checkpoint is None or not (checkpoint.refer(tensor) or checkpoint.refer_transposed(model.graph, tensor)):
+            others.refer(tensor)
     (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Give every node a name of its own."""
+    taken: Counter[str] = Counter()
+    for node in graph.node:
+        name = node.name or node.op_type
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Replace all nodes, and drop weights that none of them uses and types that are no longer known."""
+    used = {name for node in nodes for name in node.input} | {o.name for o in graph.output}
+    weights = [t for t in graph.initializer if t.name in used]
+    for field, values in ((graph.node, nodes), (graph.initializer, weights), (graph.value_info, [])):
+        del field[:]
+        field.extend(values)
 
 
 def load_stage(file: Path) -> onnx.ModelProto:
@@ -204,11 +218,9 @@ def load_stage(file: Path) -> onnx.ModelProto:
     nodes = []
     for node in model.graph.node:
         if node.op_type == "Transpose" and node.input[0] in weights:
-            (axes,) = (a.ints for a in node.attribute if a.name == "perm")
-            array = numpy_helper.to_array(weights[node.input[0]]).transpose(axes)
+            array = numpy_helper.to_array(weights[node.input[0]]).transpose(helper.get_node_attr_value(node, "perm"))
             model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
         else:
             nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    replace_nodes(model.graph, nodes)
     return model

@@ -9,44 +9,48 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bbt_accel.bundle import Bundle
-from bbt_accel.exporters.calibration import ranges
+from bbt_accel.exporters.calibration import intermediate_values
+from bbt_accel.exporters.graph import name_nodes, replace_nodes
 from bbt_accel.exporters.sessions import Feeds
 
 LARGEST = 65504.0 / 2
 """Nodes with values beyond half of fp16's maximum stay in fp32: other rows and prompts may reach further."""
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 """Precision → ONNX element type."""
-NORMS = {"LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
-         "SkipSimplifiedLayerNormalization"}  # fmt: skip
-"""Their sums of squares overflow first (RoBERTa, T5)."""
+FP32_OPERATORS = {"LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
+                  "SkipSimplifiedLayerNormalization", "Pow"}  # fmt: skip
+"""Norms, whose sums of squares overflow first (RoBERTa, T5)."""
 FP32_MAKERS = {"ConstantOfShape", "Range"}
 """Nodes that produce fp32 from no fp32 input, often without a type attribute."""
-NOT_FLOAT = {"Shape", "Size", "ArgMax", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN"}
-"""Operators whose outputs are never floats, whatever their inputs."""
 
 
-def to_half(
-    model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int = TensorProto.FLOAT16
-) -> tuple[onnx.ModelProto, list[str]]:
-    """Convert a graph in place; its inputs and outputs stay fp32. Returns it and the nodes that stay fp32.
+def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int = TensorProto.FLOAT16) -> list[str]:
+    """Convert a graph in place; its inputs and outputs stay fp32. Returns the nodes that stay fp32 lest they overflow.
 
     A node stays fp32 when an input or output exceeds `LARGEST` on `feeds`; norms do too. The same nodes stay fp32 in
     BFLOAT16, whose range is that of fp32: those with masks and positions, which it would round coarsely.
     """
-    for i, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{i}"
-    names = [name for node in model.graph.node for name in node.output if name]
-    found = ranges(model, feeds, names, folder)
-    large = {name for name, (low, high) in found.items() if max(-low, high) > LARGEST}
-    overflowing = [n.name for n in model.graph.node if large & {*n.input, *n.output}]
-    norms = [n.name for n in model.graph.node if n.op_type in NORMS or n.op_type == "Pow"]
-    floats = set(found) | {i.name for i in model.graph.input if i.type.tensor_type.elem_type == TensorProto.FLOAT}
-    Conversion(model.graph, floats, dtype).run({*overflowing, *norms})
-    return model, overflowing
+    name_nodes(model.graph)
+    floats = {i.name for i in model.graph.input if i.type.tensor_type.elem_type == TensorProto.FLOAT}
+    large: set[str] = set()
+    outputs = [name for node in model.graph.node for name in node.output if name]
+    for values in intermediate_values(model, feeds, outputs, folder):
+        floats |= values.keys()
+        large |= {name for name, value in values.items() if np.abs(value).max() > LARGEST}
+    conversion = Conversion(model.graph, floats, dtype)
+    overflowing = []
+    for node in model.graph.node:
+        overflows = bool(large & {*node.input, *node.output})
+        overflowing += [node.name] if overflows else []
+        conversion.add(node, overflows or node.op_type in FP32_OPERATORS)
+    for name in floats & {output.name for output in model.graph.output}:
+        conversion.as_type(name, half=False)
+    replace_nodes(model.graph, conversion.nodes)
+    return overflowing
 
 
 class Conversion:
-    """A graph while it is converted: the tensors that are half precision so far, and the casts between the types.
+    """A graph while it is converted: X_half is the tensor X in half precision; either is cast from the other on demand.
 
     floats: names of all fp32 inputs and node outputs.
     """
@@ -55,47 +59,35 @@ class Conversion:
         self.graph, self.floats, self.dtype = graph, floats, dtype
         self.weights = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self.half: set[str] = set()
-        self.casts: dict[tuple[str, int], str] = {}
+        """Tensors that exist in half precision so far."""
+        self.single = {*self.weights, *(i.name for i in graph.input)}
+        """Those that exist in fp32."""
         self.nodes: list[onnx.NodeProto] = []
 
-    def run(self, kept: set[str]) -> None:
-        """Convert every float node except those named in `kept`."""
-        for node in list(self.graph.node):
-            self.add(node, node.name in kept)
-        for i, name in enumerate([o.name for o in self.graph.output]):
-            if name in self.half:
-                rename(self.nodes, name, f"{name}_half")
-                self.nodes.append(
-                    helper.make_node("Cast", [f"{name}_half"], [name], f"output_{i}", to=TensorProto.FLOAT)
-                )
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
-        drop_unused(self.graph)
-        del self.graph.value_info[:]
-
     def add(self, node: onnx.NodeProto, keep: bool) -> None:
-        """Append a node, with casts in front of it where its inputs have the other type."""
-        keep = keep or node.op_type in FP32_MAKERS or not set(node.output) & self.floats
+        """Append a node, in fp32 if it is to `keep` that, with casts in front of it where its inputs lack its type."""
+        made = set(node.output) & self.floats
+        half = bool(made) and not keep and node.op_type not in FP32_MAKERS
         for i, name in enumerate(node.input):
             if name in self.floats or name in self.weights:
-                node.input[i] = self.as_type(name, TensorProto.FLOAT if keep else self.dtype)
-        if not keep:
+                node.input[i] = self.as_type(name, half)
+        (self.half if half else self.single).update(made)
+        if half:
             retype(node, TensorProto.FLOAT, self.dtype)
-            self.half |= set(node.output) & self.floats
+            node.output[:] = [f"{name}_half" if name in made else name for name in node.output]
         self.nodes.append(node)
 
-    def as_type(self, name: str, wanted: int) -> str:
-        """The name of a tensor in another type; adds a cast, or a converted weight, the first time."""
-        have = self.dtype if name in self.half else TensorProto.FLOAT
-        if have == wanted or (name, wanted) in self.casts:
-            return self.casts.get((name, wanted), name)
-        other = f"{name}_{TensorProto.DataType.Name(wanted).lower()}"
-        self.casts[name, wanted] = other
-        if name in self.weights:
-            self.graph.initializer.append(converted(self.weights[name], other, wanted))
-        else:
-            self.nodes.append(helper.make_node("Cast", [name], [other], f"cast_{other}", to=wanted))
-        return other
+    def as_type(self, name: str, half: bool) -> str:
+        """The name of a tensor in half precision or fp32; adds a cast, or a converted weight, the first time."""
+        other = f"{name}_half"
+        if half and name in self.weights and name not in self.half:
+            self.graph.initializer.append(converted(self.weights[name], other, self.dtype))
+        elif half and name not in self.half:
+            self.nodes.append(helper.make_node("Cast", [name], [other], f"cast_{other}", to=self.dtype))
+        elif not half and name not in self.single:
+            self.nodes.append(helper.make_node("Cast", [other], [name], f"cast_{name}", to=TensorProto.FLOAT))
+        (self.half if half else self.single).add(name)
+        return other if half else name
 
 
 def converted(tensor: onnx.TensorProto, name: str, dtype: int) -> onnx.TensorProto:
@@ -103,7 +95,7 @@ def converted(tensor: onnx.TensorProto, name: str, dtype: int) -> onnx.TensorPro
     array = numpy_helper.to_array(tensor)
     if dtype == TensorProto.FLOAT16:
         limit = float(np.finfo(np.float16).max)
-        return numpy_helper.from_array(np.clip(array, -limit, limit).astype(np.float16), name)
+        array = np.clip(array, -limit, limit)
     return numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(dtype)), name)
 
 
@@ -116,21 +108,6 @@ def retype(node: onnx.NodeProto, old: int, new: int) -> None:
             attribute.t.CopyFrom(converted(attribute.t, attribute.t.name, new))
 
 
-def rename(nodes: list[onnx.NodeProto], old: str, new: str) -> None:
-    for node in nodes:
-        for names in (node.input, node.output):
-            for i, name in enumerate(names):
-                if name == old:
-                    names[i] = new
-
-
-def drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    kept = [t for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
 # Emulating bf16 on a CPU -------------------------------------------------------------------------------------
 
 
@@ -140,40 +117,26 @@ def emulate_bf16(bundle: Bundle, folder: Path) -> Bundle:
     ONNX Runtime has no bf16 kernels for CPUs. Tensor cores accumulate bf16 matmuls in fp32, as these graphs do.
     """
     for stage in bundle.info.stages:
-        model = onnx.load(bundle.path / f"{stage}.onnx")
-        round_to_bf16(model.graph)
-        onnx.save(model, str(folder / f"{stage}.onnx"), save_as_external_data=True, location=f"{stage}.data")
+        file = bundle.path / f"{stage}.onnx"
+        typed = onnx.shape_inference.infer_shapes(onnx.load(file, load_external_data=False)).graph
+        model = onnx.load(file)
+        round_to_bf16(model.graph, {v.name: v.type.tensor_type.elem_type for v in typed.value_info})
+        onnx.save(model, str(folder / file.name), save_as_external_data=True, location=f"{stage}.data")
     return Bundle(folder, bundle.info)
 
 
-def round_to_bf16(graph: onnx.GraphProto) -> None:
-    """Turn bf16 weights, constants and outputs into fp32 ones that are rounded to bf16."""
-    low = {t.name for t in graph.initializer if t.data_type == TensorProto.BFLOAT16}
+def round_to_bf16(graph: onnx.GraphProto, types: dict[str, int]) -> None:
+    """Turn bf16 weights, constants and outputs into fp32 ones that are rounded to bf16. types: of the outputs."""
     for tensor in graph.initializer:
-        if tensor.name in low:
+        if tensor.data_type == TensorProto.BFLOAT16:
             tensor.CopyFrom(converted(tensor, tensor.name, TensorProto.FLOAT))
     nodes: list[onnx.NodeProto] = []
-    for original in graph.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
+    for node in graph.node:
         nodes.append(node)
-        if not outputs_bf16(node, low):
-            continue
-        retype(node, TensorProto.BFLOAT16, TensorProto.FLOAT)
         for i, name in enumerate(node.output):
-            low.add(name)
-            exact, rounded = f"{name}_exact", f"{name}_rounded"
-            node.output[i] = exact
-            nodes.append(helper.make_node("Cast", [exact], [rounded], to=TensorProto.BFLOAT16))
-            nodes.append(helper.make_node("Cast", [rounded], [name], to=TensorProto.FLOAT))
-    del graph.node[:]
-    graph.node.extend(nodes)
-    del graph.value_info[:]
-
-
-def outputs_bf16(node: onnx.NodeProto, low: set[str]) -> bool:
-    bf16 = TensorProto.BFLOAT16
-    if node.op_type == "Cast":
-        return any(a.name == "to" and a.i == bf16 for a in node.attribute)
-    constant = any(a.type == onnx.AttributeProto.TENSOR and a.t.data_type == bf16 for a in node.attribute)
-    return constant or (node.op_type not in NOT_FLOAT and bool(low & set(node.input)))
+            if types.get(name) == TensorProto.BFLOAT16:
+                retype(node, TensorProto.BFLOAT16, TensorProto.FLOAT)
+                node.output[i] = f"{name}_exact"
+                nodes.append(helper.make_node("Cast", [f"{name}_exact"], [f"{name}_bf16"], to=TensorProto.BFLOAT16))
+                nodes.append(helper.make_node("Cast", [f"{name}_bf16"], [name], to=TensorProto.FLOAT))
+    replace_nodes(graph, nodes)

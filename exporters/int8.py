@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from bbt_accel.exporters.calibration import Channels, channels
-from bbt_accel.exporters.half import drop_unused
+from bbt_accel.exporters.graph import name_nodes, replace_nodes
 from bbt_accel.exporters.sessions import Feeds
 
 FEW_TOKENS = 0.25
@@ -44,38 +44,20 @@ class SplitRange:
     sign: NDArray[np.float32]
     offset: NDArray[np.float32]
 
-    def side(self, sign: float) -> tuple[float, float]:
-        """How far the channel's own column reaches on this side, and each extra one."""
-        return reaches(self.high, -self.low)[0 if sign > 0 else 1]
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A graph with 8-bit matmuls: the names of those, and of the matmuls that stayed in fp32."""
-
-    model: onnx.ModelProto
-    quantized: list[str]
-    kept: list[str]
-
 
 def quantizable_matmuls(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """Matmuls of an activation with a constant weight."""
-    constants = {t.name: t for t in graph.initializer}
-    return [
-        node
-        for node in graph.node
-        if node.op_type in ("MatMul", "Gemm")
-        and node.input[0] not in constants
-        and node.input[1] in constants
-        and len(constants[node.input[1]].dims) == 2
-    ]
+    rank = {t.name: len(t.dims) for t in graph.initializer}
+    matmuls = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    return [node for node in matmuls if node.input[0] not in rank and rank.get(node.input[1]) == 2]
 
 
 def to_int8(
     model: onnx.ModelProto, feeds: list[Feeds], folder: Path, keep: Collection[str] = (), switchable: bool = False
-) -> Quantized:
+) -> tuple[list[str], list[str]]:
     """Quantize, in place, matmuls with constant weights: uint8 activations, int8 weights, float results.
 
+    Returns the names of those matmuls, and of the ones that stay in fp32.
     keep: names of matmuls to leave in fp32, besides those below `FEW_TOKENS`. switchable: the graph gets a boolean
     input for each quantized matmul, named by `switch`, that computes it in fp32 where it is true.
     """
@@ -84,52 +66,35 @@ def to_int8(
     matmuls = quantizable_matmuls(graph)
     seen = channels(model, feeds, sorted({n.input[0] for n in matmuls}), folder)
     chosen = {node.name for node in frequent(matmuls, seen) if node.name not in keep}
-    quantizer = Quantizer(graph, seen)
+    weights = {t.name: t for t in graph.initializer}
+    fitted: dict[str, SplitRange] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.name not in chosen:
             nodes.append(node)
             continue
-        before, matmul = quantizer.quantize(node)
-        nodes += [*before, *(switchable_matmul(graph, node, matmul) if switchable else [matmul])]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    drop_unused(graph)
+        name, weight = node.input[0], f"{node.name}_weight"
+        if name not in fitted:
+            fitted[name] = fit_range(seen[name])
+            nodes += quantize_activation(graph, name, fitted[name])
+        transpose = any(a.name == "transB" and a.i for a in node.attribute)
+        exact = numpy_helper.to_array(weights[node.input[1]])
+        nodes.append(quantize_weight(graph, exact, weight, transpose, fitted[name]))
+        matmul = onnx.NodeProto()
+        matmul.CopyFrom(node)
+        matmul.input[:2] = f"{name}_int8", weight
+        nodes += switchable_matmul(graph, node, matmul) if switchable else [matmul]
+    replace_nodes(graph, nodes)
     names = [node.name for node in matmuls]
-    return Quantized(model, [n for n in names if n in chosen], [n for n in names if n not in chosen])
+    return [n for n in names if n in chosen], [n for n in names if n not in chosen]
 
 
 def frequent(matmuls: list[onnx.NodeProto], seen: dict[str, Channels]) -> list[onnx.NodeProto]:
     """Matmuls whose weight, which is stored once, meets more than `FEW_TOKENS` of the tokens in one of its uses."""
     most = max((c.tokens for c in seen.values()), default=0)
-    tokens: dict[str, int] = defaultdict(int)
-    for node in matmuls:
-        if node.input[0] in seen:
-            tokens[node.input[1]] = max(tokens[node.input[1]], seen[node.input[0]].tokens)
-    return [node for node in matmuls if node.input[0] in seen and tokens[node.input[1]] > FEW_TOKENS * most]
-
-
-class Quantizer:
-    """Quantizes the matmuls of one graph, each activation once."""
-
-    def __init__(self, graph: onnx.GraphProto, seen: dict[str, Channels]) -> None:
-        self.graph, self.seen = graph, seen
-        self.weights = {t.name: t for t in graph.initializer}
-        self.ranges: dict[str, SplitRange] = {}
-
-    def quantize(self, node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
-        """The nodes that quantize its inputs, as far as they are new, and the matmul itself."""
-        name, weight = node.input[0], f"{node.name}_weight"
-        before: list[onnx.NodeProto] = []
-        if name not in self.ranges:
-            self.ranges[name] = fit_range(self.seen[name])
-            before = quantize_activation(self.graph, name, self.ranges[name])
-        exact = numpy_helper.to_array(self.weights[node.input[1]])
-        before.append(quantize_weight(self.graph, exact, weight, transposed(node), self.ranges[name]))
-        matmul = onnx.NodeProto()
-        matmul.CopyFrom(node)
-        matmul.input[0], matmul.input[1] = f"{name}_int8", weight
-        return before, matmul
+    measured = [node for node in matmuls if node.input[0] in seen]
+    often = {node.input[1] for node in measured if seen[node.input[0]].tokens > FEW_TOKENS * most}
+    return [node for node in measured if node.input[1] in often]
 
 
 def switch(name: str) -> str:
@@ -147,19 +112,6 @@ def switchable_matmul(graph: onnx.GraphProto, exact: onnx.NodeProto, quantized: 
     return [exact, quantized, helper.make_node("Where", inputs, [result], f"{exact.name}_switch")]
 
 
-def name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node a name of its own."""
-    taken: dict[str, int] = defaultdict(int)
-    for node in graph.node:
-        name = node.name or node.op_type
-        taken[name] += 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
-
-
-def transposed(node: onnx.NodeProto) -> bool:
-    return any(a.name == "transB" and a.i for a in node.attribute)
-
-
 # Channel splitting -------------------------------------------------------------------------------------------
 
 
@@ -170,41 +122,33 @@ def fit_range(seen: Channels) -> SplitRange:
     wide, narrow = max(top, bottom, 1e-6), 0.0
     for _ in range(30):  # bisection of the reach on either side
         reach = (wide + narrow) / 2
-        if sum(columns.sum() for columns in columns_needed(seen, min(top, reach), min(bottom, reach))) <= allowed:
+        if sum(columns_needed(seen, *side).sum() for side in sides(min(top, reach), min(bottom, reach))) <= allowed:
             wide = reach
         else:
             narrow = reach
     high, low = min(top, wide), min(bottom, wide)
-    return SplitRange(-low, high, *extra_columns(seen, high, low))
+    columns = [
+        (channel, sign, reach + step * i)
+        for sign, reach, step in sides(high, low)
+        for channel, needed in enumerate(columns_needed(seen, sign, reach, step))
+        for i in range(int(needed))
+    ]
+    channel, sign, offset = zip(*columns, strict=True) if columns else ((), (), ())
+    return SplitRange(-low, high, np.array(channel, np.int64), np.array(sign, np.float32), np.array(offset, np.float32))
 
 
-def reaches(high: float, low: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Above and below 0: how far the channel's own column reaches in [−low, high], and each extra one.
+def sides(high: float, low: float) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Above and below 0: the sign, how far the channel's own column reaches in [−low, high], and each extra one.
 
     Extra columns are positive on both sides, so none exceeds `high`.
     """
-    return (high, high), (low, min(low, high))
+    return (1.0, high, high), (-1.0, low, min(low, high))
 
 
-def columns_needed(seen: Channels, high: float, low: float) -> list[NDArray[np.floating]]:
-    """Above and below 0: extra columns of each channel, (K,), for what exceeds [−low, high]."""
-    sides = zip((seen.high, -seen.low), reaches(high, low), strict=True)
-    return [np.ceil(np.maximum(ends - reach, 0) / max(step, 1e-12)) for ends, (reach, step) in sides]
-
-
-def extra_columns(
-    seen: Channels, high: float, low: float
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    """Channel, sign and offset of the extra columns, (J,) each."""
-    sides = zip((1.0, -1.0), reaches(high, low), columns_needed(seen, high, low), strict=True)
-    columns = [
-        (channel, sign, reach + step * i)
-        for sign, (reach, step), needed in sides
-        for channel in np.flatnonzero(needed)
-        for i in range(int(needed[channel]))
-    ]
-    channel, sign, offset = zip(*columns, strict=True) if columns else ((), (), ())
-    return np.array(channel, np.int64), np.array(sign, np.float32), np.array(offset, np.float32)
+def columns_needed(seen: Channels, sign: float, reach: float, step: float) -> NDArray[np.floating]:
+    """Extra columns of each channel, (K,), for what exceeds `reach` on one side of 0."""
+    ends = seen.high if sign > 0 else -seen.low
+    return np.asarray(np.ceil(np.maximum(ends - reach, 0) / max(step, 1e-12)))
 
 
 def quantize_activation(graph: onnx.GraphProto, name: str, fitted: SplitRange) -> list[onnx.NodeProto]:
@@ -220,11 +164,9 @@ def quantize_activation(graph: onnx.GraphProto, name: str, fitted: SplitRange) -
         return helper.make_node(kind, inputs, [f"{name}_{output}"], f"{name}_{output}", **attributes)
 
     scaling = [constant("scale", scale), constant("zero", zero)]
+    back = node("DequantizeLinear", [f"{name}_quantized", *scaling], "int8")
     if not fitted.channel.size:
-        return [
-            node("QuantizeLinear", [name, *scaling], "quantized"),
-            node("DequantizeLinear", [f"{name}_quantized", *scaling], "int8"),
-        ]
+        return [node("QuantizeLinear", [name, *scaling], "quantized"), back]
     return [
         node("QuantizeLinear", [name, *scaling], "clipped"),
         node("Gather", [name, constant("channel", fitted.channel)], "outliers", axis=-1),
@@ -233,7 +175,7 @@ def quantize_activation(graph: onnx.GraphProto, name: str, fitted: SplitRange) -
         node("Relu", [f"{name}_beyond"], "positive"),
         node("QuantizeLinear", [f"{name}_positive", *scaling], "extra"),
         node("Concat", [f"{name}_clipped", f"{name}_extra"], "quantized", axis=-1),
-        node("DequantizeLinear", [f"{name}_quantized", *scaling], "int8"),
+        back,
     ]
 
 
@@ -261,7 +203,7 @@ def split_weight(exact: NDArray[np.float32], fitted: SplitRange) -> NDArray[np.i
     extra = np.zeros((len(fitted.channel), exact.shape[1]), np.float32)
     passed: dict[tuple[int, float], NDArray[np.float32]] = defaultdict(lambda: np.zeros_like(exact[0]))
     for j, (channel, sign, offset) in enumerate(zip(fitted.channel, fitted.sign, fitted.offset, strict=True)):
-        reach, step = fitted.side(sign)
+        _, reach, step = sides(fitted.high, -fitted.low)[0 if sign > 0 else 1]
         wanted = exact[channel] * (offset + step) - rounded[channel] * reach - passed[channel, sign]
         row = np.clip(np.rint(wanted / step), -127, 127)
         passed[channel, sign] += row * step

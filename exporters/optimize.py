@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle, write_info
@@ -24,7 +22,7 @@ from bbt_accel.exporters.fidelity import fidelity, scaled_error
 from bbt_accel.exporters.half import TYPES, emulate_bf16, to_half
 from bbt_accel.exporters.int8 import to_int8
 from bbt_accel.exporters.precision import Matmul, select_fp32
-from bbt_accel.exporters.sessions import Feeds, run_stages
+from bbt_accel.exporters.sessions import run_stages
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
 from bbt_accel.exporters.validate import reference_logits
 from bbt_accel.files import new_folder
@@ -110,10 +108,8 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
     known = targets()
     check_known("target", target, known)
     if target not in CONVERTERS:
-        raise UsageError(
-            f"--target {target} is an engine of another package, for which optimize has no converter; "
-            "optimize for a built-in target, or use the exported bundle"
-        )
+        why = f"--target {target} is an engine of another package, for which optimize has no converter"
+        raise UsageError(f"{why}; optimize for a built-in target, or use the exported bundle")
     if precision not in known[target].optimized:
         raise UsageError(f"--target {target} supports {', '.join(known[target].optimized)}, not {precision}")
     if not max_rmse >= 0:
@@ -132,77 +128,49 @@ def to_checkpoint(job: Job, folder: Path) -> Report:
 
 def to_graphs(job: Job, folder: Path) -> Report:
     """Every stage in the target's format and precision. Returns what was done, summed over the stages."""
+    bundle, target = job.bundle, job.target
     # The checkpoint's own tensors serve fused fp32 graphs alone; other graphs have their own.
-    shared = (job.target, job.precision) == ("ort", "fp32")
+    shared = (target, job.precision) == ("ort", "fp32")
     for name in ("config.json", "tokenizer.json", *(["model.safetensors"] if shared else [])):
-        shutil.copyfile(job.bundle.path / name, folder / name)
-    if job.target != "openvino":  # runs on the CPU
-        write_device_graphs(folder, job.bundle.info)
+        shutil.copyfile(bundle.path / name, folder / name)
+    if target != "openvino":  # runs on the CPU
+        write_device_graphs(folder, bundle.info)
     checkpoint = graph.SharedWeights(folder / "model.safetensors") if shared else None
     others = graph.NewWeights(folder / "weights.data")
-    hinted = (job.target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
-    precise = PrecisionConverter(job, folder, "fp32" if hinted else job.precision)
+    hinted = (target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
+    precision = "fp32" if hinted else job.precision
+    rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
+    fallback: set[Matmul] = set()
+    if precision == "int8":
+        job.tell("measuring the sensitivity of matmuls", 0, 1)
+        fallback = select_fp32(bundle, target, rows, job.prompts, job.max_rmse, folder)
+    calibrated = stage_feeds(bundle, rows, job.prompts, rows=4) if precision != "fp32" else None
     operators: Counter[str] = Counter()
-    for done, (stage, feeds) in enumerate(precise.stages()):
-        job.tell(f"converting {stage}", done, len(job.bundle.info.stages))
-        model, fused = read_graph(job.bundle.path / f"{stage}.onnx", job.target)
+    quantized, kept = 0, list[str]()
+    for done, (stage, feeds) in enumerate(calibrated or ((stage, []) for stage in bundle.info.stages)):
+        job.tell(f"converting {stage}", done, len(bundle.info.stages))
+        model, fused = read_graph(bundle.path / f"{stage}.onnx", target)
         operators.update(fused)
-        model = precise.convert(model, stage, feeds)
-        if job.target == "openvino":
+        if precision in TYPES:
+            kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[precision])]
+        elif precision == "int8":
+            made, exact = to_int8(model, feeds, folder, keep={name for where, name in fallback if where == stage})
+            kept += [f"{stage}: {name}" for name in exact]
+            quantized += len(made)
+        if target == "openvino":
             operators.update(save_openvino(model, folder, stage))
             continue
-        if job.target == "trt":
+        if target == "trt":
             operators.update(node.op_type for node in model.graph.node if node.op_type in OPERATORS)
         graph.save_stage(model, folder, stage, checkpoint, others)
-    report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)} | precise.report()
+    report: Report = {"fused" if target == "ort" else "operators": dict(operators)}
+    report |= {"kept_fp32": kept} if precision != "fp32" else {}
+    if precision == "int8":
+        report |= {"quantized": quantized, "fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}
     return report | ({"bf16": openvino_bf16()} if hinted else {})
 
 
-CONVERTERS: dict[str, Callable[[Job, Path], Report]] = {
-    "torch": to_checkpoint,
-    "ort": to_graphs,
-    "openvino": to_graphs,
-    "trt": to_graphs,
-}
-
-
-class PrecisionConverter:
-    """Converts the graphs of a bundle, stage by stage, to one precision."""
-
-    def __init__(self, job: Job, folder: Path, precision: Precision) -> None:
-        self.job, self.folder, self.precision = job, folder, precision
-        self.rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
-        self.quantized = 0
-        self.kept: list[str] = []
-        self.fallback: set[Matmul] = set()
-        if precision == "int8":
-            job.tell("measuring the sensitivity of matmuls", 0, 1)
-            self.fallback = select_fp32(job.bundle, job.target, self.rows, job.prompts, job.max_rmse, folder)
-
-    def stages(self) -> Iterable[tuple[str, list[Feeds]]]:
-        """Every stage with the inputs that it is calibrated on; none for fp32."""
-        if self.precision == "fp32":
-            return ((stage, []) for stage in self.job.bundle.info.stages)
-        return stage_feeds(self.job.bundle, self.rows, self.job.prompts, rows=4)
-
-    def convert(self, model: onnx.ModelProto, stage: str, feeds: list[Feeds]) -> onnx.ModelProto:
-        kept: list[str] = []
-        if self.precision in TYPES:
-            model, kept = to_half(model, feeds, self.folder, TYPES[self.precision])
-        elif self.precision == "int8":
-            made = to_int8(model, feeds, self.folder, keep={name for where, name in self.fallback if where == stage})
-            model, kept = made.model, made.kept
-            self.quantized += len(made.quantized)
-        self.kept += [f"{stage}: {name}" for name in kept]
-        return model
-
-    def report(self) -> Report:
-        """Counts and names of what was quantized, and of what stays in fp32."""
-        found: Report = {} if self.precision == "fp32" else {"kept_fp32": self.kept}
-        if self.precision == "int8":
-            fallback = [f"{stage}: {name}" for stage, name in sorted(self.fallback)]
-            found |= {"quantized": self.quantized, "fp32_fallback": fallback}
-        return found
+CONVERTERS = {"torch": to_checkpoint, "ort": to_graphs, "openvino": to_graphs, "trt": to_graphs}
 
 
 # Measure -----------------------------------------------------------------------------------------------------
@@ -216,6 +184,7 @@ def measure(job: Job, made: Bundle) -> Report:
     with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path.parent) as folder:
         if (job.target, job.precision) == ("trt", "bf16"):
             made = emulate_bf16(made, Path(folder))
+        label_logits = reference_logits if job.target == "torch" else run_stages
         logits = label_logits(made, job.batch, job.prompts)
         if not np.isfinite(logits).all():
             raise ExportError(f"the {job.precision} bundle has NaN or infinite logits on real rows")
@@ -224,16 +193,5 @@ def measure(job: Job, made: Bundle) -> Report:
         leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, :8])
     if leak > LEAK:
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
-    return {
-        **fidelity(logits, run_stages(job.bundle, job.batch, job.prompts)),
-        "padding_error": leak,
-        "rows": len(job.batch),
-        "candidates": len(job.prompts),
-    }
-
-
-def label_logits(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
-    """Label logits (P, N, C) of an optimized bundle on the CPU."""
-    if bundle.info.target == "torch":
-        return reference_logits(bundle, batch, prompts)
-    return run_stages(bundle, batch, prompts)
+    counts = {"rows": len(job.batch), "candidates": len(job.prompts)}
+    return {**fidelity(logits, run_stages(job.bundle, job.batch, job.prompts)), "padding_error": leak, **counts}

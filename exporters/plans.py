@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,7 @@ OPTIONS: dict[str, str] = {"strongly_typed": "yes", "tf32": "no", "profiling": "
 
 
 class ShapeProfile(BaseModel):
-    """A TensorRT optimization profile: the dynamic axes of the graphs, by their names in `axes.AXES`.
-
-    dim: of the search space.
-    """
+    """A TensorRT optimization profile: the dynamic axes of the graphs, by their names in `axes.AXES`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     candidates: Range
@@ -40,32 +37,24 @@ class ShapeProfile(BaseModel):
     tokens: Range
     labels: Range = (1, 2, 256)
     decoder_tokens: Range = (1, 2, 2)
-    dim: Range = (1, 500, 1024)
+    dim: Range = Field(default=(1, 500, 1024), description="Of the search space.")
 
     def shapes(self, name: str, shape: tuple[int, ...], info: BundleInfo) -> list[list[int]]:
         """The min, opt and max shape of an input, whose dynamic axes are -1 in `shape`."""
         apart = info.n_prompt_tokens if info.causal and info.prompt_mode == "add" else 0
-        ranges: dict[str | None, Range] = {
-            **dict(self),
-            "state": (1, *self.candidates[1:]),
-            "text": (self.tokens[0] - apart, self.tokens[1] - apart, self.tokens[2] - apart),
-        }
-        axes = AXES[name]
-        return [[ranges[axes[i]][k] if size < 0 else size for i, size in enumerate(shape)] for k in range(3)]
+        text = [size - apart for size in self.tokens]
+        ranges: dict[str | None, Any] = {**dict(self), "state": (1, *self.candidates[1:]), "text": text}
+        return [[ranges[AXES[name][i]][k] if size < 0 else size for i, size in enumerate(shape)] for k in range(3)]
 
 
 class Key(BaseModel):
-    """Everything that a plan depends on.
-
-    graph: sha256 of the ONNX file and its weights. runtime: tensorrt or tensorrt_rtx, and its version. gpu, driver:
-    None for a plan that is built ahead of time. capability: of the GPU, or those to build ahead for.
-    """
+    """Everything that a plan depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    graph: str
-    runtime: str
-    gpu: str | None
-    capability: tuple[str, ...]
+    graph: str = Field(description="sha256 of the ONNX file and its weights.")
+    runtime: str = Field(description="tensorrt or tensorrt_rtx, and its version.")
+    gpu: str | None = Field(description="None for a plan that is built ahead of time, as for the driver.")
+    capability: tuple[str, ...] = Field(description="Of the GPU, or those to build ahead for.")
     driver: str | None
     profile: ShapeProfile
     options: dict[str, str] = OPTIONS
@@ -82,12 +71,12 @@ class Key(BaseModel):
 
         A plan that was built ahead of time runs on every GPU of its compute capabilities, with any driver.
         """
-        names = ["graph", "runtime", "profile", "options"]
-        ahead = self.gpu is None and wanted.gpu is not None
-        if not (ahead and set(wanted.capability) <= set(self.capability)):
-            names += ["capability"] if ahead else ["gpu", "capability", "driver"]
-        names.sort(key=list(Key.model_fields).index)
-        pairs = [(name, getattr(self, name), getattr(wanted, name)) for name in names]
+        ignored: set[str] = set()
+        if self.gpu is None and wanted.gpu is not None:
+            ignored = {"gpu", "driver"}
+            if set(wanted.capability) <= set(self.capability):
+                ignored.add("capability")
+        pairs = [(name, before, getattr(wanted, name)) for name, before in self if name not in ignored]
         return [describe_change(name, before, now) for name, before, now in pairs if before != now]
 
 
@@ -97,14 +86,11 @@ def describe_change(name: str, before: Any, now: Any) -> str:
         return "the ONNX graph has changed"
     if name in ("profile", "options"):
         old, new = dict(before), dict(now)
-        fields = [
-            field for field in (old if name == "profile" else sorted(old | new)) if old.get(field) != new.get(field)
-        ]
-        what = "the profile has" if name == "profile" else "build options have"
-        return f"{what} changed: " + ", ".join(f"{field} {old.get(field)} → {new.get(field)}" for field in fields)
-    what = {"gpu": "the GPU", "capability": "the compute capability"}.get(name, f"the {name}")
-    shown = [", ".join(value) if isinstance(value, tuple) else value or "none" for value in (before, now)]
-    return f"{what} was {shown[0]} and is {shown[1]}"
+        changes = [f"{key} {old.get(key)} → {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+        return f"{'the profile has' if name == 'profile' else 'build options have'} changed: {', '.join(changes)}"
+    what = {"gpu": "GPU", "capability": "compute capability"}.get(name, name)
+    was, now = (", ".join(value) if isinstance(value, tuple) else value or "none" for value in (before, now))
+    return f"the {what} was {was} and is {now}"
 
 
 class Tensor(BaseModel):
@@ -117,12 +103,12 @@ class Tensor(BaseModel):
 
 
 class Record(BaseModel):
-    """STAGE.json: the key and facts of a plan. layers: of the network, before TensorRT fuses them."""
+    """STAGE.json: the key and facts of a plan."""
 
     key: Key
     sha256: str
     bytes: int
-    layers: int
+    layers: int = Field(description="Of the network, before TensorRT fuses them.")
     inputs: list[Tensor]
     outputs: list[Tensor]
 
@@ -132,7 +118,7 @@ def graph_digest(bundle: Bundle, stage: str) -> str:
     sums = bundle.info.sha256
     if f"{stage}.onnx" not in sums:
         raise PlanError(f"{bundle.path} lacks {stage}.onnx; optimize the exported bundle again")
-    parts = [sums[f"{stage}.onnx"], *(sums[n] for n in sorted(sums) if n in ("weights.data", "model.safetensors"))]
+    parts = [sums[name] for name in (f"{stage}.onnx", "model.safetensors", "weights.data") if name in sums]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -146,14 +132,9 @@ def profile_of(bundle: Bundle) -> ShapeProfile:
 
 def keys(bundle: Bundle, api: Api, gpu: str | None, capability: tuple[str, ...], driver: str | None) -> dict[str, Key]:
     """The key of each stage, of the projection, and of the batch statistics."""
-    profile = profile_of(bundle)
-    return {
-        stage: Key(
-            graph=graph_digest(bundle, stage), runtime=api.version, gpu=gpu, capability=capability, driver=driver,
-            profile=profile,
-        )
-        for stage in (*bundle.info.stages, PROJECT, STATISTICS)
-    }  # fmt: skip
+    shared: dict[str, Any] = {"runtime": api.version, "gpu": gpu, "capability": capability, "driver": driver}
+    profile, stages = profile_of(bundle), (*bundle.info.stages, PROJECT, STATISTICS)
+    return {stage: Key(graph=graph_digest(bundle, stage), profile=profile, **shared) for stage in stages}
 
 
 def get_plan(bundle: Bundle, stage: str, key: Key, api: Api, tell: Callable[[str], None] = print) -> bytes:
@@ -200,30 +181,24 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key, timing: Path | None = 
     builder = start(api, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(api, network, bundle.path / f"{stage}.onnx", logger)
-    config = builder.create_builder_config()
-    configure(api, config, key)
+    config = configure(api, builder, key)
     inputs = add_profile(builder, config, network, key.profile, bundle.info, stage)
     cache = timing_cache(config, timing)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)}){unsupported_gpu(api, key)}")
+        hint = ""
+        if key.gpu and api.builds_ahead and not set(key.capability) <= set(api.capabilities()):
+            # As TensorRT for RTX does not support the GPUs of data centres.
+            hint = f"; {api.name} does not support compute capability {key.capability[0]}: pip install tensorrt"
+        raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)}){hint}")
     if cache is not None and timing is not None:
         with suppress(OSError):  # a bundle that cannot be written to
             write_atomically(timing, bytes(cache.serialize()))
     content = bytes(plan)
+    digest = hashlib.sha256(content).hexdigest()
     outputs = [tensor_of(network.get_output(i)) for i in range(network.num_outputs)]
-    record = Record(
-        key=key, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), layers=network.num_layers,
-        inputs=inputs, outputs=outputs,
-    )  # fmt: skip
-    return content, record
-
-
-def unsupported_gpu(api: Api, key: Key) -> str:
-    """A hint for GPUs that TensorRT for RTX does not support, such as those of data centres."""
-    if key.gpu is None or not api.builds_ahead or set(key.capability) <= set(api.capabilities()):
-        return ""
-    return f"; {api.name} does not support compute capability {', '.join(key.capability)}: pip install tensorrt"
+    facts = {"layers": network.num_layers, "inputs": inputs, "outputs": outputs}
+    return content, Record(key=key, sha256=digest, bytes=len(content), **facts)
 
 
 def parse(api: Api, network: Any, file: Path, logger: Any) -> None:
@@ -234,13 +209,14 @@ def parse(api: Api, network: Any, file: Path, logger: Any) -> None:
     if not parser.num_errors:
         raise PlanError(f"TensorRT cannot read {file.name} ({reason(logger.errors)})")
     error = parser.get_error(0)
-    node = f"{error.node_operator()} {error.node_name()}".strip()
+    node = f"{error.node_operator()} {error.node_name()}".strip() or "the file"
     why = " ".join(str(error.desc()).split())
-    raise PlanError(f"TensorRT cannot read {file.name}: {node or 'the file'} is rejected ({why:.200})")
+    raise PlanError(f"TensorRT cannot read {file.name}: {node} is rejected ({why:.200})")
 
 
-def configure(api: Api, config: Any, key: Key) -> None:
-    trt = api.module
+def configure(api: Api, builder: Any, key: Key) -> Any:
+    """The builder's configuration for a plan of this key."""
+    trt, config = api.module, builder.create_builder_config()
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -249,6 +225,7 @@ def configure(api: Api, config: Any, key: Key) -> None:
         for i, capability in enumerate(key.capability):
             if not config.set_compute_capability(api.capability(capability), i):
                 raise PlanError(f"{api.version} rejects compute capability {capability}; build on the GPU itself")
+    return config
 
 
 def add_profile(
@@ -274,11 +251,9 @@ def tensor_of(tensor: Any) -> Tensor:
 
 def timing_cache(config: Any, file: Path | None) -> Any:
     """The kernel timings of earlier builds; None where this TensorRT has no timing cache."""
-    if file is None or not hasattr(config, "create_timing_cache"):
-        return None
-    blobs: Iterator[bytes] = iter((file.read_bytes(), b"") if file.is_file() else (b"",))
-    for blob in blobs:
-        cache = config.create_timing_cache(blob)
-        if cache is not None and config.set_timing_cache(cache, False):
-            return cache
+    if file is not None and hasattr(config, "create_timing_cache"):
+        for content in (file.read_bytes(), b"") if file.is_file() else (b"",):
+            cache = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return cache
     return None

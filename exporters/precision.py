@@ -22,16 +22,14 @@ Matmul = tuple[str, str]
 
 @dataclass(frozen=True)
 class SwitchableStage:
-    """One stage in which every matmul runs in fp32 or int8, as its switch says.
-
-    sizes: elements of each matmul's weight, to which its cost is proportional.
-    feeds: the stage's inputs, some rows at a time, as the stages before it compute them in fp32.
-    """
+    """One stage in which every matmul runs in fp32 or int8, as its switch says."""
 
     name: str
     run: RunStage
     sizes: dict[str, int]
+    """Elements of each matmul's weight, to which its cost is proportional."""
     feeds: list[Feeds]
+    """The stage's inputs, some rows at a time, as the stages before it compute them in fp32."""
 
 
 def select_fp32(bundle: Bundle, target: str, batch: Batch, prompts: Float32, limit: float, folder: Path) -> set[Matmul]:
@@ -45,11 +43,11 @@ def select_fp32(bundle: Bundle, target: str, batch: Batch, prompts: Float32, lim
     reference = run_from(stages, 0, sizes)
     if relative_rmse(run_from(stages, 0, ()), reference) <= limit:
         return set()
-    error: dict[Matmul, float] = {}
-    for i, stage in enumerate(stages):
-        for name in stage.sizes:
-            alone = run_from(stages, i, sizes.keys() - {(stage.name, name)})
-            error[stage.name, name] = relative_rmse(alone, reference) ** 2
+    error = {
+        (stage.name, name): relative_rmse(run_from(stages, i, sizes.keys() - {(stage.name, name)}), reference) ** 2
+        for i, stage in enumerate(stages)
+        for name in stage.sizes
+    }
     kept: set[Matmul] = set()
     for matmul in sorted(error, key=lambda m: error[m] / sizes[m], reverse=True):
         expected = sum(error[m] for m in error if m not in kept)
@@ -64,11 +62,11 @@ def switchable_stages(
 ) -> list[SwitchableStage]:
     found = []
     for stage, feeds in stage_feeds(bundle, batch, prompts, rows=4):
-        made = to_int8(read_graph(bundle.path / f"{stage}.onnx", target)[0], feeds, folder, switchable=True)
-        elements = {t.name: int(np.prod(t.dims)) for t in made.model.graph.initializer}
-        matmuls = [node for node in quantizable_matmuls(made.model.graph) if node.name in made.quantized]
-        sizes = {node.name: elements[node.input[1]] for node in matmuls}
-        with temporary_graph(made.model, folder) as file:
+        model, _ = read_graph(bundle.path / f"{stage}.onnx", target)
+        quantized, _ = to_int8(model, feeds, folder, switchable=True)
+        elements = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
+        sizes = {n.name: elements[n.input[1]] for n in quantizable_matmuls(model.graph) if n.name in quantized}
+        with temporary_graph(model, folder) as file:
             found.append(SwitchableStage(stage, onnx_stage(file), sizes, [dict(feed) for feed in feeds]))
     return found
 

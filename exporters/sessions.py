@@ -15,7 +15,7 @@ import onnx
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle, BundleInfo
-from bbt_accel.errors import ExportError, MissingDependency
+from bbt_accel.errors import ExportError
 
 Feeds = dict[str, Any]
 """Inputs or outputs of a stage by name, numpy."""
@@ -36,19 +36,16 @@ def onnx_stage(file: Path) -> RunStage:
     outputs = [o.name.removesuffix("_out") for o in session.get_outputs()]
 
     def run(feeds: Feeds) -> Feeds:
-        missing = [name for name in inputs if name not in feeds]
-        if missing:
-            raise ExportError(f"{file.name} needs {', '.join(missing)}, which no earlier stage provides")
+        if missing := set(inputs) - feeds.keys():
+            raise ExportError(f"{file.name} needs {', '.join(sorted(missing))}, which no earlier stage provides")
         return dict(zip(outputs, session.run(None, {name: feeds[name] for name in inputs}), strict=True))
 
     return run
 
 
 def open_session(file: Path) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependency('the check needs ONNX Runtime: pip install "bbt-accel[cpu]" (or [gpu])') from None
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
@@ -68,34 +65,24 @@ def temporary_graph(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
 
 def openvino_stage(file: Path, precision: str) -> RunStage:
     """An OpenVINO model. Without the hint, OpenVINO would compute fp32 graphs in bf16 on processors that have it."""
+    import openvino
+
     hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-    model = import_openvino().Core().compile_model(str(file), "CPU", hint)
-    inputs = [i.get_any_name() for i in model.inputs]
-    outputs = [o.get_any_name().removesuffix("_out") for o in model.outputs]
+    model = openvino.Core().compile_model(str(file), "CPU", hint)
 
     def run(feeds: Feeds) -> Feeds:
-        found = model({name: feeds[name] for name in inputs})
-        return {name: np.array(found[i]) for i, name in enumerate(outputs)}
+        found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})
+        return {o.get_any_name().removesuffix("_out"): np.array(found[o]) for o in model.outputs}
 
     return run
-
-
-def import_openvino() -> Any:
-    try:
-        import openvino
-    except ImportError:
-        raise MissingDependency('OpenVINO is not installed: pip install "bbt-accel[openvino]"') from None
-    return openvino
 
 
 def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
     """Label logits (P, N, C) of the bundle's graphs. prompts: float32 (P, n, H) or (P, L, n, H)."""
     feeds: Feeds = dict(batch.with_decoder_input(bundle.info).inputs())
     for stage in bundle.info.stages:
-        feeds |= prompt_feeds(bundle.info, stage, prompts)
-        feeds |= open_stage(bundle, stage)(feeds)
-    logits: Float32 = feeds["label_logits"]
-    return logits
+        feeds |= open_stage(bundle, stage)(feeds | prompt_feeds(bundle.info, stage, prompts))
+    return np.asarray(feeds["label_logits"])
 
 
 def prompt_feeds(info: BundleInfo, stage: str, prompts: Float32) -> Feeds:

@@ -60,17 +60,17 @@ def shape_profile(info: BundleInfo, batch: Batch, longest: int, settings: Settin
 
     batch: the train rows. longest: tokens of the longest row to accept. settings: of the search.
     """
-    shortest = info.shortest_row
+    shortest, popsize = info.shortest_row, settings.popsize
     longest = max(shortest, min(info.max_length, -(-longest // STEP) * STEP))
-    buckets = Counter((-(-np.clip(lengths(batch), shortest, longest) // STEP)).tolist())
-    bucket, frequency = buckets.most_common(1)[0]
-    rows = max(1, min(len(batch), TOKENS // (settings.popsize * longest)))
+    rounded = -(-np.clip(lengths(batch), shortest, longest) // STEP) * STEP
+    [(bucket, frequency)] = Counter(rounded.tolist()).most_common(1)
+    rows = max(1, min(len(batch), TOKENS // (popsize * longest)))
     shifted = info.decodes and info.template_group == "masked"
     labels, dim = len(batch.label_token_ids), settings.intrinsic_dim
     return ShapeProfile(
-        candidates=(1, settings.popsize, settings.popsize),
-        rows=(1, max(1, min(int(frequency), rows)), rows),
-        tokens=(shortest, min(longest, int(bucket) * STEP), longest),
+        candidates=(1, popsize, popsize),
+        rows=(1, min(frequency, rows), rows),
+        tokens=(shortest, min(longest, bucket), longest),
         labels=(1, labels, max(256, labels)),
         decoder_tokens=(1, int(np.median(batch.readout)) + 1, longest) if shifted else (1, 2, 2),
         dim=(1, dim, max(dim, 1024)),

@@ -18,12 +18,8 @@ from bbt_accel.errors import BbtError, BundleError, UsageError
 from bbt_accel.files import new_folder
 from bbt_accel.inference_protocol import DIGEST, backbone_name, stage_model
 
-TYPES = {
-    onnx.TensorProto.FLOAT: "TYPE_FP32",
-    onnx.TensorProto.FLOAT16: "TYPE_FP16",
-    onnx.TensorProto.BFLOAT16: "TYPE_BF16",
-    onnx.TensorProto.INT64: "TYPE_INT64",
-}
+TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
+"""Of a stage's inputs and outputs, which stay fp32 in every precision."""
 BACKENDS = {"onnx": "onnxruntime", "ort": "onnxruntime", "trt": "tensorrt"}
 """A bundle's target → the Triton backend that runs it."""
 SMALL = 1024
@@ -41,16 +37,14 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
     if not re.fullmatch(r"[\w.-]+", name):
         raise UsageError(f"{name!r} is not a valid Triton model name; name the bundle's folder with letters and digits")
     if bundle.info.target not in BACKENDS:
-        raise BundleError(
-            f"{bundle.path} is optimized for {bundle.info.target}; Triton takes bundles as exported or optimized for "
-            "ort or trt"
-        )
+        made = f"{bundle.path} is optimized for {bundle.info.target}"
+        raise BundleError(f"{made}; Triton takes bundles as exported or optimized for ort or trt")
     if folder.resolve().is_relative_to(bundle.path.resolve()):
         raise UsageError(f"the repository {folder} is inside the bundle itself; choose another folder")
     models = {stage: stage_model(name, stage) for stage in bundle.info.stages}
-    for model in models.values():
-        if (folder / model).exists():
-            raise BbtError(f"{folder / model} exists already; remove it, or rename the bundle's folder")
+    for there in (folder / model for model in models.values()):
+        if there.exists():
+            raise BbtError(f"{there} exists already; remove it, or rename the bundle's folder")
     for stage, model in models.items():
         with new_folder(folder / model) as target:
             write_model(bundle, stage, model, target)
@@ -62,23 +56,20 @@ def write_model(bundle: Bundle, stage: str, name: str, target: Path) -> None:
     backend = BACKENDS[bundle.info.target]
     graph = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False)
     found = plans(bundle, stage) if backend == "tensorrt" else {}
-    text = config(bundle, graph.graph, name, backend) + "".join(
-        f'cc_model_filenames {{ key: "{capability}" value: "sm{capability}.plan" }}\n' for capability in found
-    )
-    (target / "config.pbtxt").write_text(text, encoding="utf-8")
-    version = target / "1"
+    lines = config(bundle, graph.graph, name, backend)
+    lines += [f'cc_model_filenames {{ key: "{cc}" value: "sm{cc}.plan" }}' for cc in found]
+    (target / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (target / "1").mkdir()
+    for capability, plan in found.items():
+        shutil.copyfile(plan, target / "1" / f"sm{capability}.plan")
     if found:
-        version.mkdir()
-        for capability, plan in found.items():
-            shutil.copyfile(plan, version / f"sm{capability}.plan")
         return
     # A model of more than one file is a folder of that name (Triton's user guide, "ONNX Models").
-    files = version / "model.onnx"
-    files.mkdir(parents=True)
+    files = target / "1" / "model.onnx"
+    files.mkdir()
     onnx.load_external_data_for_model(graph, str(bundle.path))
-    onnx.save_model(
-        graph, files / "model.onnx", save_as_external_data=True, location="weights.data", size_threshold=SMALL
-    )
+    weights = {"save_as_external_data": True, "location": "weights.data", "size_threshold": SMALL}
+    onnx.save_model(graph, files / "model.onnx", **weights)
     for file in files.iterdir():
         file.chmod(0o644)  # onnx makes weights readable for the owner alone; Triton often runs as another user
 
@@ -98,21 +89,15 @@ def plans(bundle: Bundle, stage: str) -> dict[str, Path]:
     return found
 
 
-def config(bundle: Bundle, graph: onnx.GraphProto, name: str, backend: str) -> str:
-    """The text of config.pbtxt. Rows and candidates are separate axes, so Triton must not batch (size 0)."""
+def config(bundle: Bundle, graph: onnx.GraphProto, name: str, backend: str) -> list[str]:
+    """The lines of config.pbtxt. Rows and candidates are separate axes, so Triton must not batch (size 0)."""
     platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[backend]
-    info = bundle.info
-    facts = {
-        DIGEST: bundle.digest,
-        "backbone": backbone_name(info.backbone),
-        "method": info.method,
-        "precision": info.precision,
-    }
     lines = [f"name: {json.dumps(name)}", f'platform: "{platform}"', f'backend: "{backend}"', "max_batch_size: 0"]
     lines += tensors("input", graph.input) + tensors("output", graph.output)
-    for key, value in facts.items():
+    facts = {DIGEST: bundle.digest, "backbone": backbone_name(bundle.info.backbone), "method": bundle.info.method}
+    for key, value in (facts | {"precision": bundle.info.precision}).items():
         lines.append(f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}')
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def tensors(kind: str, values: Iterable[onnx.ValueInfoProto]) -> list[str]:

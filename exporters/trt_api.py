@@ -59,10 +59,8 @@ class Api:
     def capability(self, text: str) -> Any:
         """8.9 → ComputeCapability.SM89. Raises UsageError for one that this TensorRT does not support."""
         if text not in self.capabilities():
-            raise UsageError(
-                f"{self.version} cannot build for --compute-capability {text}; "
-                f"choose from {', '.join(self.capabilities()) or 'none'}"
-            )
+            known = ", ".join(self.capabilities()) or "none"
+            raise UsageError(f"{self.version} cannot build for --compute-capability {text}; choose from {known}")
         return getattr(self.module.ComputeCapability, f"SM{text.replace('.', '')}")
 
 
@@ -74,14 +72,16 @@ def find_api(ahead: bool = False) -> Api:
     found = [api for name in MODULES if (api := load(name)) is not None]
     if not found:
         raise MissingDependency('TensorRT is not installed: pip install "bbt-accel[trt]"')
-    if ahead:
-        found = [api for api in found if api.builds_ahead]
-        if not found:
-            raise MissingDependency(
-                '--compute-capability needs TensorRT for RTX, which builds without a GPU: pip install "bbt-accel[trt]"'
-            )
-    check(found[0])
-    return found[0]
+    api = next((api for api in found if api.builds_ahead or not ahead), None)
+    if api is None:
+        raise MissingDependency(
+            '--compute-capability needs TensorRT for RTX, which builds without a GPU: pip install "bbt-accel[trt]"'
+        )
+    for cls, names in NEEDED.items():
+        for name in names:
+            if not api.has(cls, name):
+                raise PlanError(f"{api.version} has no {cls}.{name}; bbt-accel needs TensorRT 10.12 or later")
+    return api
 
 
 def load(name: str) -> Api | None:
@@ -93,13 +93,6 @@ def load(name: str) -> Api | None:
     except (ImportError, OSError, RuntimeError) as error:  # the bindings without their libraries
         raise PlanError(f"{name} is installed but cannot be loaded ({first_line(error)}); reinstall it") from None
     return Api(name, module)
-
-
-def check(api: Api) -> None:
-    for cls, names in NEEDED.items():
-        missing = [name for name in names if not api.has(cls, name)]
-        if missing:
-            raise PlanError(f"{api.version} has no {cls}.{missing[0]}; bbt-accel needs TensorRT 10.12 or later")
 
 
 def new_logger(api: Api) -> Any:

@@ -30,7 +30,6 @@ def validate(path: str) -> float:
     """The largest scaled error of the bundle's label logits, for three random prompts."""
     bundle = Bundle.read(path)
     batch = sample_rows(bundle)
-    rng = np.random.default_rng(0)
-    shape = (3, *bundle.info.prompt_shape)
-    prompts = (bundle.info.word_embedding_std * rng.standard_normal(shape)).astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal((3, *bundle.info.prompt_shape))
+    prompts = (bundle.info.word_embedding_std * noise).astype(np.float32)
     return scaled_error(run_stages(bundle, batch, prompts), reference_logits(bundle, batch, prompts))

@@ -390,7 +390,8 @@ def test_rows_that_are_longer_than_the_profile_are_refused(made: Callable[..., B
 
 def test_a_bundle_that_was_not_made_for_tensorrt_names_the_command(tiny: Export, gpu: Any) -> None:
     bundle = tiny("roberta", "bbt", "add")
-    assert "--target trt" in one_line(lambda: load_engine(bundle, "trt"), PlanError)
+    assert "--target trt" in one_line(lambda: load_engine(bundle, "trt"), EngineError)
+    assert "--target trt" in one_line(lambda: TrtEngine(bundle), PlanError)
     assert "--engine trt" in one_line(
         lambda: load_engine(Bundle(bundle.path, bundle.info.model_copy(update={"target": "trt"})), "ort"), EngineError
     )

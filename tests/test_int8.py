@@ -96,9 +96,9 @@ def matmul(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) -> 
     nodes = [node or helper.make_node("MatMul", ["x", "w"], ["y"])]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [initializer])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    made = to_int8(model, [{"x": x}], folder)
-    assert (len(made.quantized), made.kept) == (1, [])
-    onnx.save(made.model, folder / "made.onnx")
+    quantized, kept = to_int8(model, [{"x": x}], folder)
+    assert (len(quantized), kept) == (1, [])
+    onnx.save(model, folder / "made.onnx")
     found: np.ndarray = open_session(folder / "made.onnx").run(None, {"x": x})[0]
     return found
 

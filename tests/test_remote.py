@@ -185,8 +185,8 @@ def test_the_token_comes_from_the_environment(plain: Bundle, monkeypatch: pytest
         ({"url": "http://"}, "--url must be http"),
         ({"url": "ftp://host"}, "--url must be http"),
         ({"url": "http://user:word@host"}, "--url must be http"),
-        ({"url": "http://host", "device": "cuda"}, "the server's to choose"),
-        ({"url": "http://host", "threads": 2}, "the server's to choose"),
+        ({"url": "http://host", "device": "cuda"}, "--device and --threads are set on the server"),
+        ({"url": "http://host", "threads": 2}, "--device and --threads are set on the server"),
     ],
 )
 def test_wrong_usage(plain: Bundle, options: dict[str, Any], message: str) -> None:
