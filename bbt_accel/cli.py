@@ -13,9 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
+from bbt_accel import __version__
 from bbt_accel import cli_options as shared
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.command import INTERRUPTED, exit_on_error
+from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.model_options import Fields, with_options
 from bbt_accel.sweeps.grid import Sweep
@@ -43,20 +45,14 @@ def command(panel: str, example: str) -> Callable[[Callable[..., None]], Callabl
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import bbt_accel
-
-        print(f"bbt-accel {bbt_accel.__version__}")
+        print(f"bbt-accel {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def program(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings; accepted in any position.")
-    ] = False,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks and the libraries' warnings, in any position."),
 ) -> None:
     """Options of the program. `main` removes --debug from the line, wherever it is."""
 
@@ -90,11 +86,12 @@ def optimize(
     from bbt_accel.printing import print_bundle
     from bbt_accel.progress import progress_bar
 
-    flags = [name for name in ("fp16", "bf16", "int8") if options.pop(name, False)]
-    if len(flags) > 1:
+    lower: tuple[Precision, ...] = ("fp16", "bf16", "int8")
+    precisions = [name for name in lower if options.pop(name, False)] or ["fp32"]
+    if len(precisions) > 1:
         raise UsageError("choose one of --fp16, --bf16 and --int8")
     with progress_bar(f"optimizing {bundle}") as tell:
-        optimized = optimize_bundle(bundle, output, precision=flags[0] if flags else "fp32", progress=tell, **options)
+        optimized = optimize_bundle(bundle, output, precision=precisions[0], progress=tell, **options)
     print_bundle(optimized, as_json)
 
 
@@ -255,8 +252,7 @@ def _quiet(debug: bool) -> Iterator[None]:
     if debug:
         yield
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         logging.disable(logging.WARNING)
         try:
             yield

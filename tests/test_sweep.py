@@ -282,7 +282,7 @@ def made_up(task: str, seed: int) -> Trial:
 
 def made_up_result(trial: Trial, score: float) -> TrialResult:
     return TrialResult(
-        trial=trial, score=score, without_prompt=0.5, dev_score=0.75, rows=100, calls=8000, seconds=60, versions={}
+        trial=trial, score=score, without_prompt=0.5, dev_score=0.75, test_rows=100, calls=8000, seconds=60, versions={}
     )
 
 

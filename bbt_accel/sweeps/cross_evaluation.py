@@ -33,8 +33,13 @@ def cross_evaluate(trials: Sequence[Trial], folder: Path, pool: Pool, progress: 
     """Score the prompts of trials that are done; `folder` holds the trials' folders."""
     groups: dict[Hashable, list[Trial]] = defaultdict(list)
     for trial in trials:
-        groups[_group(trial)].append(trial)
-    jobs = [job for group in groups.values() for job in _jobs(group, folder, pool.threads)]
+        groups[_exchange(trial)].append(trial)
+    jobs = []
+    for group in groups.values():
+        shared = {"runs": [str(folder / trial.name / RUN) for trial in group], "threads": pool.threads}
+        for trial in {trial.bundle: trial for trial in group}.values():
+            own = trial.model_dump(include={"bundle", "engine", "device", "data"})
+            jobs.append(PoolJob(_name(trial), score_prompts, own | shared))
     with SweepProgress(len(jobs), 0, progress) as bar:
         replies = dict(pool.run(jobs, bar))
     found = CrossEvaluation(failures={name: reply["message"] for name, reply in replies.items() if "error" in reply})
@@ -57,19 +62,10 @@ def score_prompts(
     return {"scores": scores.tolist(), "predictions": logits.argmax(2).tolist()}
 
 
-def _group(trial: Trial) -> Hashable:
+def _exchange(trial: Trial) -> Hashable:
     """Equal for trials whose prompts can be exchanged."""
     info = Bundle.read(trial.bundle, verify=False).info
     return trial.task, trial.engine, info.backbone, info.revision, info.method, info.prompt_mode, info.n_prompt_tokens
-
-
-def _jobs(group: Sequence[Trial], folder: Path, threads: int) -> list[PoolJob]:
-    """One per bundle, with the prompts of the whole group."""
-    first = group[0]
-    shared: dict[str, Any] = {"runs": [str(folder / trial.name / RUN) for trial in group], "engine": first.engine}
-    shared |= {"device": first.device, "data": first.data, "threads": threads}
-    bundles = {trial.bundle: trial for trial in group}
-    return [PoolJob(_name(trial), score_prompts, {"bundle": path, **shared}) for path, trial in bundles.items()]
 
 
 def _name(trial: Trial) -> str:
