@@ -13,13 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from bbt_accel import __version__
+from bbt_accel import __version__, printing
 from bbt_accel import cli_options as shared
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.command import INTERRUPTED, exit_on_error
+from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.model_options import Fields, with_options
+from bbt_accel.progress import progress_bar
 from bbt_accel.sweeps.grid import Sweep
 
 Options = dict[str, Any]
@@ -66,12 +68,10 @@ def export(
 ) -> None:
     """Export a backbone to a bundle: ONNX graphs, weights and tokenizer, validated against PyTorch."""
     from bbt_accel.exporters.export import export_bundle
-    from bbt_accel.printing import print_bundle
-    from bbt_accel.progress import progress_bar
 
     with progress_bar(f"exporting {backbone}") as tell:
         bundle = export_bundle(backbone, output, progress=tell, **options)
-    print_bundle(bundle, as_json)
+    printing.print_bundle(bundle, as_json)
 
 
 @command(PREPARE, "optimize bundles/roberta-large -o bundles/roberta-large-int8 --int8 --calibrate sst2")
@@ -83,8 +83,6 @@ def optimize(
 ) -> None:
     """Optimize a bundle for an engine: fused operators, lower precision, TensorRT plans."""
     from bbt_accel.exporters.optimize import optimize_bundle
-    from bbt_accel.printing import print_bundle
-    from bbt_accel.progress import progress_bar
 
     lower: tuple[Precision, ...] = ("fp16", "bf16", "int8")
     precisions = [name for name in lower if options.pop(name, False)] or ["fp32"]
@@ -92,7 +90,7 @@ def optimize(
         raise UsageError("choose one of --fp16, --bf16 and --int8")
     with progress_bar(f"optimizing {bundle}") as tell:
         optimized = optimize_bundle(bundle, output, precision=precisions[0], progress=tell, **options)
-    print_bundle(optimized, as_json)
+    printing.print_bundle(optimized, as_json)
 
 
 @command(PREPARE, "triton bundles/roberta-large -o models")
@@ -105,12 +103,10 @@ def triton(
     """Write a bundle as models of Triton Inference Server."""
     from bbt_accel.bundle import Bundle
     from bbt_accel.exporters.triton import write_repository
-    from bbt_accel.printing import print_triton
-    from bbt_accel.progress import progress_bar
 
     with progress_bar(f"writing {repository}"):
         models = write_repository(Bundle.read(bundle), repository, name)
-    print_triton(repository, models, as_json)
+    printing.print_triton(repository, models, as_json)
 
 
 @command(SEARCH, "tune --bundle bundles/roberta-large --task sst2 --data data/sst2 -o runs/sst2")
@@ -121,11 +117,10 @@ def tune(
     as_json: shared.AsJson = False,
 ) -> None:
     """Search for a soft prompt for a task with CMA-ES."""
-    from bbt_accel.printing import print_run
     from bbt_accel.tuning import tune as tune_prompt
 
     run = tune_prompt(**options, **execution, settings=settings, progress=not as_json)
-    print_run(run, as_json)
+    printing.print_run(run, as_json)
     if run.info.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
@@ -140,11 +135,10 @@ def sweep(
     as_json: shared.AsJson = False,
 ) -> None:
     """Tune on several tasks, bundles, engines and seeds, and tabulate the test scores."""
-    from bbt_accel.printing import print_sweep
     from bbt_accel.sweeps.runner import run_sweep
 
     report = run_sweep(output, given={**grid, "settings": settings}, progress=not as_json, **options, **execution)
-    print_sweep(report, output, as_json)
+    printing.print_sweep(report, output, as_json)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
     if failed := report.count("failed"):
@@ -162,9 +156,8 @@ def evaluate(
 ) -> None:
     """Score a tuned prompt on the test rows, and the backbone without a prompt."""
     from bbt_accel.inference import evaluate as evaluate_run
-    from bbt_accel.printing import print_score
 
-    print_score(evaluate_run(run, **options, **execution), as_json)
+    printing.print_score(evaluate_run(run, **options, **execution), as_json)
 
 
 @command(USE, 'predict runs/sst2 "a gripping film"')
@@ -181,12 +174,11 @@ def predict(
 ) -> None:
     """Label texts from the command line, a file or standard input."""
     from bbt_accel.inference import predict as predict_run
-    from bbt_accel.printing import print_predictions
     from bbt_accel.run import Run
     from bbt_accel.texts import read_texts
 
     rows = read_texts(texts or [], file, Run.read(run).task.text)
-    print_predictions(rows, predict_run(run, rows, **execution), as_json)
+    printing.print_predictions(rows, predict_run(run, rows, **execution), as_json)
 
 
 @command(USE, "serve runs/sst2 --port 8000")
@@ -197,7 +189,6 @@ def serve(
     as_json: shared.AsJson = False,
 ) -> None:
     """Serve a bundle, or a run's prompt, over HTTP with the Open Inference Protocol."""
-    from bbt_accel.printing import print_serving
     from bbt_accel.serving import Limits
     from bbt_accel.serving.server import serve as serve_models
 
@@ -205,7 +196,7 @@ def serve(
         raise UsageError("a server cannot use --engine remote; choose the engine that runs the backbone here")
     o = shared.ServeOptions(**options)
     limits = Limits(o.max_request_mib * 2**20, o.max_batch, o.timeout, o.keep_rows)
-    ready = partial(print_serving, as_json=as_json)
+    ready = partial(printing.print_serving, as_json=as_json)
     serve_models(path, **execution, host=o.host, port=o.port, limits=limits, ready=ready)
 
 
@@ -215,19 +206,15 @@ def bench(
 ) -> None:
     """Compare engines and precisions with eager PyTorch: speed, accuracy and memory."""
     from bbt_accel.benchmarks.bench import run_bench
-    from bbt_accel.printing import print_bench
 
     run_bench(bench_options(**options), output, progress=not as_json)
-    print_bench(output, as_json)
+    printing.print_bench(output, as_json)
 
 
 @command(MEASURE, "doctor --json")
 def doctor(as_json: shared.AsJson = False) -> None:
     """Show what this machine can run, what is fastest on it, and what to install for the rest."""
-    from bbt_accel.doctor import diagnose
-    from bbt_accel.printing import print_diagnosis
-
-    print_diagnosis(diagnose(), as_json)
+    printing.print_diagnosis(diagnose(), as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

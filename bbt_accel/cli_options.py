@@ -10,7 +10,6 @@ from pydantic import Field
 
 from bbt_accel.bundle import Method, PromptMode
 from bbt_accel.engine_specs import ENGINES, Device, engine_names, engine_spec, targets
-from bbt_accel.errors import check_known
 from bbt_accel.model_options import Fields
 from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
 from bbt_accel.reporting import Schema
@@ -29,17 +28,11 @@ def _check_engine(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
-def _check_target(context: typer.Context, name: str | None) -> str | None:
-    if name is not None and not context.resilient_parsing:
-        check_known("target", name, targets())
-    return name
-
-
 _ENGINES = ", ".join(spec.name for spec in ENGINES if not spec.internal)
 _TARGETS = ", ".join(spec.name for spec in ENGINES if spec.optimized)
 _WITHOUT = "Optimizations to switch off, comma-separated: "
 _ENGINE = typer.Option(callback=_check_engine, autocompletion=engine_names)
-_TARGET = typer.Option(callback=_check_target, autocompletion=lambda: list(targets()))
+_TARGET = typer.Option(autocompletion=lambda: list(targets()))
 _TASK = typer.Option(metavar="TASK", autocompletion=task_names)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

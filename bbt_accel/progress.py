@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,7 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bbt_accel.history import Generation
+if TYPE_CHECKING:
+    from bbt_accel.history import Generation
 
 Tell = Callable[[str, int, int], None]
 """Called with the current step, the number of steps done, and their total."""

@@ -122,7 +122,6 @@ def test_help_loads_nothing_heavy() -> None:
             "unknown engine 'openvin'; did you mean openvino?",
         ),
         (["evaluate", "r", "--engine", "tf"], "unknown engine 'tf'; choose from torch, ort, openvino, trt, remote"),
-        (["optimize", "b", "-o", "c", "--target", "remote"], "unknown target 'remote'"),
         (["tune", "--bundle", "b", "--task", "t", "--seed", "x"], "Invalid value for '--seed'"),
         (["export"], "Missing argument '"),
         (["export", "demo"], "Missing option '-o' / '--output'"),
