@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -197,7 +196,7 @@ def serve(
     o = shared.ServeOptions(**options)
     limits = Limits(o.max_request_mib * 2**20, o.max_batch, o.timeout, o.keep_rows)
     ready = partial(printing.print_serving, as_json=as_json)
-    serve_models(path, **execution, host=o.host, port=o.port, limits=limits, ready=ready)
+    serve_models(path, host=o.host, port=o.port, limits=limits, ready=ready, **execution)
 
 
 @command(MEASURE, "bench --backbone roberta-large --task sst2 --engines torch,ort --precisions fp32,int8 -o report")
@@ -226,25 +225,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for word in words[:end] if word != "--debug"] + words[end:]
-    with _quiet(debug), exit_on_error(debug):
-        code = app(args=words or ["--help"], prog_name="bbt-accel", standalone_mode=False) or 0
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.exit(code)
-
-
-@contextmanager
-def _quiet(debug: bool) -> Iterator[None]:
-    """Silence the libraries' warnings, which address developers."""
-    if debug:
-        yield
-        return
-    with warnings.catch_warnings(action="ignore"):
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
+    logging.disable(logging.NOTSET if debug else logging.WARNING)  # the libraries' warnings address developers
+    try:
+        with warnings.catch_warnings(action=None if debug else "ignore"), exit_on_error(debug):
+            code = app(args=words or ["--help"], prog_name="bbt-accel", standalone_mode=False) or 0
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
+            sys.exit(code)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ NOTES = (
     "this version's GPU engines have not been run on a GPU; check them with make gpu-check "
     "(python -m bbt_accel.benchmarks.gpu_check)",
 )
+INT8_FEATURES = frozenset({"AVX-512 VNNI", "AMX"})
 Versions = Mapping[str, str | None]
 
 
@@ -45,31 +46,22 @@ class Diagnosis(TypedDict):
 
 
 class Rule(NamedTuple):
-    """An engine and a precision, and what makes them fast: one of the instruction sets in `needs`, or a GPU."""
+    """A precision, the engines that are fast in it, and why: one of the features in `needs`, if any."""
 
-    engine: str
+    engines: tuple[str, ...]
     device: Device
     precision: Precision
     reason: str
     needs: frozenset[str] = frozenset()
 
 
-GPU = frozenset({"GPU"})
-INT8 = frozenset({"AVX-512 VNNI", "AMX"})
-BF16 = frozenset({"bf16"})
-TENSOR_CORES = "the GPU's tensor cores multiply fp16"
-DOT_PRODUCTS = "the processor has 8-bit dot products (VNNI or AMX)"
-FP32_ONLY = "the processor has no fast arithmetic below fp32"
 RULES = (
-    Rule("trt", "cuda", "fp16", TENSOR_CORES, GPU),
-    Rule("ort", "cuda", "fp16", TENSOR_CORES, GPU),
-    Rule("openvino", "cpu", "int8", DOT_PRODUCTS, INT8),
-    Rule("ort", "cpu", "int8", DOT_PRODUCTS, INT8),
-    Rule("openvino", "cpu", "bf16", "the processor multiplies bf16", BF16),
-    Rule("openvino", "cpu", "fp32", FP32_ONLY),
-    Rule("ort", "cpu", "fp32", FP32_ONLY),
+    Rule(("trt", "ort"), "cuda", "fp16", "the GPU's tensor cores multiply fp16", frozenset({"GPU"})),
+    Rule(("openvino", "ort"), "cpu", "int8", "the processor has 8-bit dot products (VNNI or AMX)", INT8_FEATURES),
+    Rule(("openvino",), "cpu", "bf16", "the processor multiplies bf16", frozenset({"bf16"})),
+    Rule(("openvino", "ort"), "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
 )
-"""From the fastest to the slowest."""
+"""From the fastest to the slowest, and so are their engines."""
 
 
 def diagnose() -> Diagnosis:
@@ -126,23 +118,24 @@ def _state(backend: Backend, device: Device, found: Versions, gpus: Collection[s
 
 def recommend(machine: Machine, states: Mapping[str, EngineState]) -> Recommendation:
     """The fastest engine and precision that this machine can run; the reason names what would be faster."""
-    features = {*machine["features"], *(GPU if machine["gpus"] else ())}
-    rules = [rule for rule in RULES if not rule.needs or rule.needs & features]
-    chosen = next((rule for rule in rules if states[label(rule.engine, rule.device)]["runs"]), rules[0])
+    features = {*machine["features"], *(["GPU"] if machine["gpus"] else [])}
+    options = [(r, name) for r in RULES if not r.needs or r.needs & features for name in r.engines]
+    chosen, engine = next((o for o in options if states[label(o[1], o[0].device)]["runs"]), options[0])
     reason = chosen.reason
-    if chosen.precision == "int8" and features & BF16:
+    if chosen.precision == "int8" and "bf16" in features:
         reason += "; --target openvino --bf16 is slower but needs no calibration"
-    best = label(rules[0].engine, rules[0].device)
+    fastest, name = options[0]
+    best = label(name, fastest.device)
     if install := states[best]["install"]:
-        faster = "to run it" if chosen is rules[0] else f"{best} in {rules[0].precision} is faster"
+        faster = "to run it" if (chosen, engine) == options[0] else f"{best} in {fastest.precision} is faster"
         reason += f"; {faster}: {install}"
     flag = "" if chosen.precision == "fp32" else f" --{chosen.precision}"
     return {
-        "engine": chosen.engine,
+        "engine": engine,
         "device": chosen.device,
         "precision": chosen.precision,
         "reason": reason,
-        "command": f"bbt-accel optimize BUNDLE -o OPTIMIZED --target {chosen.engine}{flag}",
+        "command": f"bbt-accel optimize BUNDLE -o OPTIMIZED --target {engine}{flag}",
     }
 
 

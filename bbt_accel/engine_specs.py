@@ -79,11 +79,7 @@ def _pytorch(name: str) -> dict[Device, Backend]:
 
 ENGINES = (
     EngineSpec(
-        "torch",
-        _pytorch("TorchEngine"),
-        reads=("onnx", "torch"),
-        optimized=("bf16", "fp16"),
-        benched=("fp32", "bf16"),
+        "torch", _pytorch("TorchEngine"), reads=("onnx", "torch"), optimized=("bf16", "fp16"), benched=("fp32", "bf16")
     ),
     EngineSpec(
         "ort",
