@@ -21,7 +21,6 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.inference import label_logits
 from bbt_accel.objective import Objective
-from bbt_accel.progress import SweepProgress
 from bbt_accel.run import Run
 from bbt_accel.sweeps.grid import Trial
 from bbt_accel.sweeps.pools import Pool, PoolJob
@@ -40,8 +39,7 @@ def cross_evaluate(trials: Sequence[Trial], folder: Path, pool: Pool, progress: 
         for trial in {trial.bundle: trial for trial in group}.values():
             own = trial.model_dump(include={"bundle", "engine", "device", "data"})
             jobs.append(PoolJob(_name(trial), score_prompts, own | shared))
-    with SweepProgress(len(jobs), 0, progress) as bar:
-        replies = dict(pool.run(jobs, bar))
+    replies = dict(pool.run(jobs, progress=progress))
     found = CrossEvaluation(failures={name: reply["message"] for name, reply in replies.items() if "error" in reply})
     for group in groups.values():
         _add(found, group, {name: reply["value"] for name, reply in replies.items() if "value" in reply})

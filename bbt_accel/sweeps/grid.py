@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from itertools import combinations, product
@@ -12,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from bbt_accel.bundle import Bundle, Method, first_problem
 from bbt_accel.engine_specs import Device, engine_spec
-from bbt_accel.errors import BundleError, UsageError, check_known
+from bbt_accel.errors import BundleError, UsageError, check_known, first_line
 from bbt_accel.reporting import Schema
 from bbt_accel.settings import Metric, resolve
 from bbt_accel.tasks import load_task
@@ -154,18 +155,17 @@ def read_sweep(file: Path | None, given: Mapping[str, Any]) -> Sweep:
         if first["type"] == "missing":
             name = first["loc"][0]
             raise UsageError(f"the sweep has no {name}; give --{name}, a --config or a --preset") from None
-        problem = first_problem(error).replace("Value error, ", "")
-        raise UsageError(f"{file or 'sweep'}: {problem}; got {first['input']!r}") from None
+        raise UsageError(f"{file or 'sweep'}: {first_problem(error)}; got {first['input']!r}") from None
 
 
 def _read(file: Path) -> dict[str, Any]:
+    parse = json.loads if file.suffix == ".json" else tomllib.loads
     try:
-        text = file.read_text(encoding="utf-8")
-        found = Sweep.model_validate_json(text).model_dump() if file.suffix == ".json" else tomllib.loads(text)
+        found: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the sweep {file} ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise UsageError(f"{file}: {first_problem(error)}") from None
+    except ValueError as error:
+        raise UsageError(f"{file}: {first_line(error)}") from None
     for name in found:
         check_known(f"entry of {file}:", name, Sweep.model_fields)
     return found

@@ -10,11 +10,10 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bbt_accel import processes
 from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_cores
@@ -27,8 +26,7 @@ POLL = 0.05
 """Seconds between two looks at the processes."""
 
 
-@dataclass(frozen=True)
-class PoolJob:
+class PoolJob(NamedTuple):
     """A module-level function to call, with arguments and a result that are JSON."""
 
     name: str
@@ -44,19 +42,20 @@ class Pool(ABC):
     threads: int
     """CPU threads of each."""
 
-    def run(self, jobs: Iterable[PoolJob], bar: SweepProgress) -> Iterator[tuple[str, Reply]]:
-        """Run jobs, and yield the name and the reply of each as it ends."""
+    def run(self, jobs: Sequence[PoolJob], done: int = 0, progress: bool = True) -> Iterator[tuple[str, Reply]]:
+        """Run jobs, and yield the name and the reply of each as it ends; `done`: others that were run before."""
         waiting, running = deque(jobs), 0
-        while waiting or running:
-            while waiting and running < self.jobs:
-                job = waiting.popleft()
-                self.start(job)
-                bar.begin(job.name)
-                running += 1
-            name, reply = self.wait()
-            running -= 1
-            bar.end(name, "error" in reply)
-            yield name, reply
+        with SweepProgress(done + len(jobs), done, progress) as bar:
+            while waiting or running:
+                while waiting and running < self.jobs:
+                    job = waiting.popleft()
+                    self.start(job)
+                    bar.begin(job.name)
+                    running += 1
+                name, reply = self.wait()
+                running -= 1
+                bar.end(name, "error" in reply)
+                yield name, reply
 
     @abstractmethod
     def start(self, job: PoolJob) -> None:

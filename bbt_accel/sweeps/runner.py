@@ -10,7 +10,7 @@ from typing import Any
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import BbtError, UsageError, check_known
 from bbt_accel.files import write_atomically
-from bbt_accel.progress import SweepProgress, progress_bar
+from bbt_accel.progress import progress_bar
 from bbt_accel.reporting import write_report
 from bbt_accel.sweeps.cross_evaluation import cross_evaluate
 from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
@@ -93,14 +93,13 @@ def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: 
     ]
     interrupted, crossed = False, None
     try:
-        with SweepProgress(len(trials), len(results), progress) as bar:
-            for name, reply in pool.run(waiting, bar):
-                if "error" in reply:
-                    failures[name] = " ".join(reply["message"].split())
-                else:
-                    results[name] = TrialResult.model_validate(reply["value"])
-                report = make_report(sweep, trials, results, failures)
-                write_report(folder, report, markdown(report, plot=False))
+        for name, reply in pool.run(waiting, len(results), progress):
+            if "error" in reply:
+                failures[name] = " ".join(reply["message"].split())
+            else:
+                results[name] = TrialResult.model_validate(reply["value"])
+            report = make_report(sweep, trials, results, failures)
+            write_report(folder, report, markdown(report, plot=False))
         if sweep.cross_evaluate and results:
             done = [trial for trial in trials if trial.name in results]
             crossed = cross_evaluate(done, folder / TRIALS, pool, progress)
