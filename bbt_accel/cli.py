@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from bbt_accel import __version__, printing
 from bbt_accel import cli_options as shared
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.command import INTERRUPTED, exit_on_error
+from bbt_accel.doctor import diagnose
+from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import BbtError, UsageError
-from bbt_accel.model_options import Fields, comma_separated, with_options
-from bbt_accel.sweeps.grid import Sweep, preset_names
+from bbt_accel.model_options import Fields, with_options
+from bbt_accel.progress import progress_bar
+from bbt_accel.sweeps.grid import Sweep
 
+Options = dict[str, Any]
 PREPARE, SEARCH, USE, MEASURE = "Prepare a backbone", "Search", "Use a tuned prompt", "Measure"
 
 app = typer.Typer(
@@ -41,20 +46,14 @@ def command(panel: str, example: str) -> Callable[[Callable[..., None]], Callabl
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import bbt_accel
-
-        print(f"bbt-accel {bbt_accel.__version__}")
+        print(f"bbt-accel {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def program(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings; accepted in any position.")
-    ] = False,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks and the libraries' warnings, in any position."),
 ) -> None:
     """Options of the program. `main` removes --debug from the line, wherever it is."""
 
@@ -63,84 +62,34 @@ def program(
 def export(
     backbone: Annotated[str, typer.Argument(help="Hub id, checkpoint folder, or demo (shipped with bbt-accel).")],
     output: shared.Output,
-    method: Annotated[
-        Literal["bbt", "bbtv2"], typer.Option(help="bbt: a prompt at the input; bbtv2: a prompt in every layer.")
-    ] = "bbt",
-    prompt_mode: Annotated[
-        Literal["add", "cat"],
-        typer.Option(help="add: added to the embeddings of the first tokens; cat: prepended to the input (bbt only)."),
-    ] = "add",
-    n_prompt_tokens: Annotated[int, typer.Option(min=1, help="Soft prompt vectors.")] = 50,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
-    without: shared.WithoutInGraph = "",
+    options: Annotated[Options, Fields(shared.ExportOptions)],
     as_json: shared.AsJson = False,
 ) -> None:
     """Export a backbone to a bundle: ONNX graphs, weights and tokenizer, validated against PyTorch."""
     from bbt_accel.exporters.export import export_bundle
-    from bbt_accel.printing import print_bundle
-    from bbt_accel.progress import progress_bar
 
     with progress_bar(f"exporting {backbone}") as tell:
-        bundle = export_bundle(
-            backbone,
-            output,
-            method=method,
-            prompt_mode=prompt_mode,
-            n_prompt_tokens=n_prompt_tokens,
-            revision=revision,
-            without=comma_separated(without),
-            progress=tell,
-        )
-    print_bundle(bundle, as_json)
+        bundle = export_bundle(backbone, output, progress=tell, **options)
+    printing.print_bundle(bundle, as_json)
 
 
 @command(PREPARE, "optimize bundles/roberta-large -o bundles/roberta-large-int8 --int8 --calibrate sst2")
 def optimize(
     bundle: shared.BundlePath,
     output: shared.Output,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Half precision, for GPUs.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16, for GPUs, and CPUs with AVX512_BF16 or AMX.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="8-bit integers, for CPUs.")] = False,
-    target: shared.Target = "ort",
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK",
-            help="Task whose few-shot rows calibrate int8 ranges and TensorRT shape profiles (default: shipped texts).",
-        ),
-    ] = None,
-    data: shared.Data = None,
-    max_rmse: Annotated[
-        float, typer.Option(help="int8: relative RMSE of the label logits above which matmuls fall back to fp32.")
-    ] = 0.05,
-    compute_capability: Annotated[
-        str | None,
-        typer.Option(
-            metavar="8.9,...",
-            help="Build TensorRT plans ahead of time for these GPUs, comma-separated (default: this machine's GPU).",
-        ),
-    ] = None,
+    options: Annotated[Options, Fields(shared.OptimizeOptions)],
     as_json: shared.AsJson = False,
 ) -> None:
     """Optimize a bundle for an engine: fused operators, lower precision, TensorRT plans."""
     from bbt_accel.exporters.optimize import optimize_bundle
-    from bbt_accel.printing import print_bundle
-    from bbt_accel.progress import progress_bar
 
-    precision = _precision(fp16, bf16, int8)
+    lower: tuple[Precision, ...] = ("fp16", "bf16", "int8")
+    precisions = [name for name in lower if options.pop(name, False)] or ["fp32"]
+    if len(precisions) > 1:
+        raise UsageError("choose one of --fp16, --bf16 and --int8")
     with progress_bar(f"optimizing {bundle}") as tell:
-        optimized = optimize_bundle(
-            bundle,
-            output,
-            precision=precision,
-            target=target,
-            calibrate=calibrate,
-            data=data,
-            max_rmse=max_rmse,
-            compute_capability=compute_capability,
-            progress=tell,
-        )
-    print_bundle(optimized, as_json)
+        optimized = optimize_bundle(bundle, output, precision=precisions[0], progress=tell, **options)
+    printing.print_bundle(optimized, as_json)
 
 
 @command(PREPARE, "triton bundles/roberta-large -o models")
@@ -153,59 +102,24 @@ def triton(
     """Write a bundle as models of Triton Inference Server."""
     from bbt_accel.bundle import Bundle
     from bbt_accel.exporters.triton import write_repository
-    from bbt_accel.printing import print_triton
-    from bbt_accel.progress import progress_bar
 
     with progress_bar(f"writing {repository}"):
         models = write_repository(Bundle.read(bundle), repository, name)
-    print_triton(repository, models, as_json)
+    printing.print_triton(repository, models, as_json)
 
 
 @command(SEARCH, "tune --bundle bundles/roberta-large --task sst2 --data data/sst2 -o runs/sst2")
 def tune(
-    bundle: Annotated[Path, typer.Option(help="Bundle written by export or optimize.")],
-    task: shared.TaskName,
+    options: Annotated[Options, Fields(shared.TuneOptions)],
     settings: shared.SearchSettings,
-    data: shared.Data = None,
-    engine: shared.EngineName = "ort",
-    device: shared.Device = "cpu",
-    threads: shared.Threads = None,
-    url: shared.Url = None,
-    without: shared.Without = "",
-    workers: Annotated[int | None, shared.execution("Processes that share each population.", min=1)] = None,
-    ray: shared.Ray = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Run folder to create (default: runs/TASK-METHOD-ENGINE-SEED)."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    execution: Annotated[Options, Fields(shared.TuneExecution, shared.EXECUTION)],
     as_json: shared.AsJson = False,
 ) -> None:
     """Search for a soft prompt for a task with CMA-ES."""
-    from bbt_accel.printing import print_run
     from bbt_accel.tuning import tune as tune_prompt
 
-    run = tune_prompt(
-        bundle,
-        task,
-        data=data,
-        engine=engine,
-        device=device,
-        threads=threads,
-        without=comma_separated(without),
-        workers=workers,
-        ray=ray,
-        url=url,
-        output=output,
-        resume=resume,
-        overwrite=overwrite,
-        tensorboard=tensorboard,
-        settings=settings,
-        progress=not as_json,
-    )
-    print_run(run, as_json)
+    run = tune_prompt(**options, **execution, settings=settings, progress=not as_json)
+    printing.print_run(run, as_json)
     if run.info.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
@@ -213,38 +127,17 @@ def tune(
 @command(SEARCH, "sweep --tasks sst2,agnews --bundles bundles/a,bundles/b --seeds 42,43 -o sweep")
 def sweep(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the sweep.")],
-    grid: Annotated[dict[str, Any], Fields(Sweep, exclude=("method", "needs", "settings"), required=False)],
+    grid: Annotated[Options, Fields(Sweep, exclude=("method", "needs", "settings"), required=False)],
+    options: Annotated[Options, Fields(shared.SweepOptions)],
     settings: shared.SweepSettings,
-    config: Annotated[Path | None, typer.Option(help="TOML file that defines the sweep; options override it.")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help=f"Shipped sweep: {', '.join(preset_names())}.", autocompletion=preset_names)
-    ] = None,
-    jobs: Annotated[
-        int | None, shared.execution("Trials at a time (default: 1; with --ray: one per node or GPU).", min=1)
-    ] = None,
-    threads: Annotated[
-        int | None, shared.execution("CPU threads per trial (default: its share of the cores).", min=1)
-    ] = None,
-    ray: shared.Ray = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep; finished trials are kept.")] = False,
+    execution: Annotated[Options, Fields(shared.SweepExecution, shared.EXECUTION)],
     as_json: shared.AsJson = False,
 ) -> None:
     """Tune on several tasks, bundles, engines and seeds, and tabulate the test scores."""
-    from bbt_accel.printing import print_sweep
     from bbt_accel.sweeps.runner import run_sweep
 
-    report = run_sweep(
-        output,
-        config=config,
-        preset=preset,
-        given={**grid, "settings": settings},
-        jobs=jobs,
-        threads=threads,
-        ray=ray,
-        resume=resume,
-        progress=not as_json,
-    )
-    print_sweep(report, output, as_json)
+    report = run_sweep(output, given={**grid, "settings": settings}, progress=not as_json, **options, **execution)
+    printing.print_sweep(report, output, as_json)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
     if failed := report.count("failed"):
@@ -256,105 +149,71 @@ def sweep(
 @command(USE, "evaluate runs/sst2 --data data/sst2")
 def evaluate(
     run: shared.RunPath,
-    data: shared.Data = None,
-    split: Annotated[Literal["test", "dev"], typer.Option(help="Rows to score.")] = "test",
-    bundle: shared.OtherBundle = None,
-    engine: shared.RunEngine = None,
-    device: shared.RunDevice = None,
-    threads: shared.Threads = None,
-    url: shared.Url = None,
+    options: Annotated[Options, Fields(shared.EvaluateOptions)],
+    execution: Annotated[Options, Fields(shared.RunExecution, shared.EXECUTION)],
     as_json: shared.AsJson = False,
 ) -> None:
     """Score a tuned prompt on the test rows, and the backbone without a prompt."""
     from bbt_accel.inference import evaluate as evaluate_run
-    from bbt_accel.printing import print_score
 
-    score = evaluate_run(
-        run, data=data, bundle=bundle, engine=engine, device=device, threads=threads, url=url, split=split
-    )
-    print_score(score, as_json)
+    printing.print_score(evaluate_run(run, **options, **execution), as_json)
 
 
 @command(USE, 'predict runs/sst2 "a gripping film"')
 def predict(
     run: shared.RunPath,
+    execution: Annotated[Options, Fields(shared.RunExecution, shared.EXECUTION)],
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="Texts; the two of a sentence pair separated by a tab.")
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="File with one text per line (sentence pairs as JSON); - for standard input.")
     ] = None,
-    bundle: shared.OtherBundle = None,
-    engine: shared.RunEngine = None,
-    device: shared.RunDevice = None,
-    threads: shared.Threads = None,
-    url: shared.Url = None,
     as_json: shared.AsJson = False,
 ) -> None:
     """Label texts from the command line, a file or standard input."""
     from bbt_accel.inference import predict as predict_run
-    from bbt_accel.printing import print_predictions
     from bbt_accel.run import Run
     from bbt_accel.texts import read_texts
 
     rows = read_texts(texts or [], file, Run.read(run).task.text)
-    predictions = predict_run(run, rows, bundle=bundle, engine=engine, device=device, threads=threads, url=url)
-    print_predictions(rows, predictions, as_json)
+    printing.print_predictions(rows, predict_run(run, rows, **execution), as_json)
 
 
 @command(USE, "serve runs/sst2 --port 8000")
 def serve(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE|RUN", help="Bundle, or run folder written by tune.")],
-    engine: shared.ServeEngine = None,
-    device: shared.RunDevice = None,
-    threads: shared.Threads = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
-    max_request_mib: Annotated[int, typer.Option(min=1, help="Largest request body, in MiB.")] = 64,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most rows times candidates per request.")] = 16384,
-    keep_rows: Annotated[int, typer.Option(min=1, help="Batches of rows cached for later requests.")] = 16,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request times out.")] = 300.0,
+    options: Annotated[Options, Fields(shared.ServeOptions)],
+    execution: Annotated[Options, Fields(shared.Execution, shared.EXECUTION, exclude=("url",))],
     as_json: shared.AsJson = False,
 ) -> None:
     """Serve a bundle, or a run's prompt, over HTTP with the Open Inference Protocol."""
-    from bbt_accel.printing import print_serving
     from bbt_accel.serving import Limits
     from bbt_accel.serving.server import serve as serve_models
 
-    if engine == "remote":
+    if execution.get("engine") == "remote":
         raise UsageError("a server cannot use --engine remote; choose the engine that runs the backbone here")
-    limits = Limits(max_request_mib * 2**20, max_batch, timeout, keep_rows)
-    serve_models(
-        path,
-        engine=engine,
-        device=device,
-        threads=threads,
-        host=host,
-        port=port,
-        limits=limits,
-        ready=lambda url, models: print_serving(url, models, as_json),
-    )
+    o = shared.ServeOptions(**options)
+    limits = Limits(o.max_request_mib * 2**20, o.max_batch, o.timeout, o.keep_rows)
+    ready = partial(printing.print_serving, as_json=as_json)
+    serve_models(path, host=o.host, port=o.port, limits=limits, ready=ready, **execution)
 
 
 @command(MEASURE, "bench --backbone roberta-large --task sst2 --engines torch,ort --precisions fp32,int8 -o report")
 def bench(
-    options: Annotated[dict[str, Any], Fields(BenchOptions)], output: shared.Output, as_json: shared.AsJson = False
+    options: Annotated[Options, Fields(BenchOptions)], output: shared.Output, as_json: shared.AsJson = False
 ) -> None:
     """Compare engines and precisions with eager PyTorch: speed, accuracy and memory."""
     from bbt_accel.benchmarks.bench import run_bench
-    from bbt_accel.printing import print_bench
 
     run_bench(bench_options(**options), output, progress=not as_json)
-    print_bench(output, as_json)
+    printing.print_bench(output, as_json)
 
 
 @command(MEASURE, "doctor --json")
 def doctor(as_json: shared.AsJson = False) -> None:
     """Show what this machine can run, what is fastest on it, and what to install for the rest."""
-    from bbt_accel.doctor import diagnose
-    from bbt_accel.printing import print_diagnosis
-
-    print_diagnosis(diagnose(), as_json)
+    printing.print_diagnosis(diagnose(), as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -366,32 +225,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for word in words[:end] if word != "--debug"] + words[end:]
-    with _quiet(debug), exit_on_error(debug):
-        code = app(args=words or ["--help"], prog_name="bbt-accel", standalone_mode=False) or 0
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.exit(code)
-
-
-@contextmanager
-def _quiet(debug: bool) -> Iterator[None]:
-    """Silence the libraries' warnings, which address developers."""
-    if debug:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-def _precision(fp16: bool, bf16: bool, int8: bool) -> Literal["fp32", "fp16", "bf16", "int8"]:
-    if fp16 + bf16 + int8 > 1:
-        raise UsageError("choose one of --fp16, --bf16 and --int8")
-    return "fp16" if fp16 else "bf16" if bf16 else "int8" if int8 else "fp32"
+    logging.disable(logging.NOTSET if debug else logging.WARNING)  # the libraries' warnings address developers
+    try:
+        with warnings.catch_warnings(action=None if debug else "ignore"), exit_on_error(debug):
+            code = app(args=words or ["--help"], prog_name="bbt-accel", standalone_mode=False) or 0
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
+            sys.exit(code)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

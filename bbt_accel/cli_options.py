@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""The options of the commands: each is a field of a model, and an argument of the function that the command calls."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import Field
 
-from bbt_accel.engine_specs import ENGINES, engine_names, engine_spec, targets
-from bbt_accel.errors import check_known
+from bbt_accel.bundle import Method, PromptMode
+from bbt_accel.engine_specs import ENGINES, Device, engine_names, engine_spec, targets
 from bbt_accel.model_options import Fields
-from bbt_accel.optimizations import OPTIMIZATIONS
+from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
+from bbt_accel.reporting import Schema
 from bbt_accel.settings import Settings
+from bbt_accel.sweeps.grid import preset_names
 from bbt_accel.tasks import task_names
 
 EXECUTION, SEARCH = "Execution", "Search settings"
 """Panels of --help."""
 TASK_PRESETS = ("budget", "sigma", "alpha", "loss")
-
-
-def execution(text: str, **more: Any) -> Any:
-    """An option that says how and where to run."""
-    return typer.Option(help=text, rich_help_panel=EXECUTION, **more)
 
 
 def _check_engine(context: typer.Context, name: str | None) -> str | None:
@@ -30,59 +28,115 @@ def _check_engine(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
-def _check_target(context: typer.Context, name: str) -> str:
-    if not context.resilient_parsing:
-        check_known("target", name, targets())
-    return name
-
-
-def _engine(text: str) -> Any:
-    return execution(text, callback=_check_engine, autocompletion=engine_names)
-
-
-def _without(names: list[str], panel: str | None) -> Any:
-    text = f"Optimizations to switch off, comma-separated: {', '.join(names)}."
-    return typer.Option(metavar="TEXT,...", help=text, rich_help_panel=panel)
-
-
 _ENGINES = ", ".join(spec.name for spec in ENGINES if not spec.internal)
 _TARGETS = ", ".join(spec.name for spec in ENGINES if spec.optimized)
-_DEVICE = Literal["cpu", "cuda"]
+_WITHOUT = "Optimizations to switch off, comma-separated: "
+_ENGINE = typer.Option(callback=_check_engine, autocompletion=engine_names)
+_TARGET = typer.Option(autocompletion=lambda: list(targets()))
+_TASK = typer.Option(metavar="TASK", autocompletion=task_names)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle written by export.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by tune.")]
-TaskName = Annotated[
-    str,
-    typer.Option(help="Built-in task (sst2, yelpp, agnews, ...) or path of a .toml file.", autocompletion=task_names),
-]
+SearchSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, task_presets=TASK_PRESETS)]
+SweepSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, exclude=("seed",), task_presets=TASK_PRESETS)]
+
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder with {train,validation,test}.{jsonl,csv,parquet} (default: the task's dataset)."),
+    Field(description="Folder with {train,validation,test}.{jsonl,csv,parquet} (default: the task's dataset)."),
 ]
-Target = Annotated[
-    str,
-    typer.Option(
-        help=f"Engine to optimize for: {_TARGETS}, or a plug-in's.",
-        callback=_check_target,
-        autocompletion=lambda: list(targets()),
-    ),
-]
-EngineName = Annotated[str, _engine(f"Engine that runs the backbone: {_ENGINES}, or a plug-in's.")]
-RunEngine = Annotated[str | None, _engine("Engine that runs the backbone (default: the run's).")]
-ServeEngine = Annotated[str | None, _engine("Engine that runs the backbone (default: the run's; ort for a bundle).")]
-Device = Annotated[_DEVICE, execution("Device of the engine; trt always uses cuda.")]
-RunDevice = Annotated[_DEVICE | None, execution("Device of the engine (default: the run's).")]
-Threads = Annotated[int | None, execution("CPU threads (default: all cores).", min=1)]
-Url = Annotated[str | None, execution("Server for --engine remote, e.g. http://127.0.0.1:8000.")]
-OtherBundle = Annotated[
-    Path | None, execution("Another bundle of the same backbone, e.g. in another precision (default: the run's).")
-]
-Without = Annotated[str, _without(list(OPTIMIZATIONS), EXECUTION)]
-WithoutInGraph = Annotated[str, _without([name for name, one in OPTIMIZATIONS.items() if one.in_graph], None)]
 Ray = Annotated[
-    str | None, execution("Ray cluster (HOST:PORT or auto) to run on; local starts one.", metavar="ADDRESS")
+    str | None,
+    typer.Option(metavar="ADDRESS"),
+    Field(description="Ray cluster (HOST:PORT or auto) to run on; local starts one."),
 ]
-SearchSettings = Annotated[dict[str, Any], Fields(Settings, task_presets=TASK_PRESETS, panel=SEARCH)]
-SweepSettings = Annotated[dict[str, Any], Fields(Settings, ("seed",), task_presets=TASK_PRESETS, panel=SEARCH)]
+
+
+class ExportOptions(Schema):
+    method: Method = Field(default="bbt", description="bbt: a prompt at the input; bbtv2: a prompt in every layer.")
+    prompt_mode: PromptMode = "add"
+    """add: added to the embeddings of the first tokens; cat: prepended to the input (bbt only)."""
+    n_prompt_tokens: int = Field(default=50, ge=1, description="Soft prompt vectors.")
+    revision: str | None = Field(default=None, description="Commit, tag or branch on the hub.")
+    without: list[str] = Field(default=[], description=_WITHOUT + ", ".join(in_graph(OPTIMIZATIONS)))
+
+
+class OptimizeOptions(Schema):
+    fp16: bool = Field(default=False, description="Half precision, for GPUs.")
+    bf16: bool = Field(default=False, description="bfloat16, for GPUs, and CPUs with AVX512_BF16 or AMX.")
+    int8: bool = Field(default=False, description="8-bit integers, for CPUs.")
+    target: Annotated[str, _TARGET, Field(description=f"Engine to optimize for: {_TARGETS}, or a plug-in's.")] = "ort"
+    calibrate: Annotated[str | None, _TASK] = None
+    """Task whose few-shot rows calibrate int8 ranges and TensorRT shape profiles (default: shipped texts)."""
+    data: Data = None
+    max_rmse: float = 0.05
+    """int8: relative RMSE of the label logits above which matmuls fall back to fp32."""
+    compute_capability: Annotated[str | None, typer.Option(metavar="8.9,...")] = None
+    """Build TensorRT plans ahead of time for these GPUs, comma-separated (default: this machine's GPU)."""
+
+
+class TuneOptions(Schema):
+    bundle: Path = Field(description="Bundle written by export or optimize.")
+    task: Annotated[str, _TASK]
+    """Built-in task (sst2, yelpp, agnews, ...) or path of a .toml file."""
+    data: Data = None
+    output: Annotated[Path | None, typer.Option("-o", "--output")] = None
+    """Run folder to create (default: runs/TASK-METHOD-ENGINE-SEED)."""
+    resume: bool = Field(default=False, description="Continue an interrupted run.")
+    overwrite: bool = Field(default=False, description="Replace an existing run.")
+    tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")
+
+
+class SweepOptions(Schema):
+    config: Path | None = Field(default=None, description="TOML file that defines the sweep; options override it.")
+    preset: Annotated[str | None, typer.Option(autocompletion=preset_names)] = Field(
+        default=None, description=f"Shipped sweep: {', '.join(preset_names())}."
+    )
+    resume: bool = Field(default=False, description="Continue a sweep; finished trials are kept.")
+
+
+class EvaluateOptions(Schema):
+    data: Data = None
+    split: Literal["test", "dev"] = Field(default="test", description="Rows to score.")
+
+
+class ServeOptions(Schema):
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 for any free one.")
+    max_request_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB.")
+    max_batch: int = Field(default=16384, ge=1, description="Most rows times candidates per request.")
+    keep_rows: int = Field(default=16, ge=1, description="Batches of rows cached for later requests.")
+    timeout: float = Field(default=300.0, ge=0.1, description="Seconds until a request times out.")
+
+
+class Execution(Schema):
+    """Where and how the backbone is run."""
+
+    engine: Annotated[str | None, _ENGINE] = Field(
+        default=None,
+        description=f"Engine that runs the backbone: {_ENGINES}, or a plug-in's (default: the run's, or ort).",
+    )
+    device: Device | None = None
+    """Device of the engine; trt always uses cuda (default: the run's, or cpu)."""
+    threads: int | None = Field(default=None, ge=1, description="CPU threads (default: all cores).")
+    url: str | None = Field(default=None, description="Server for --engine remote, e.g. http://127.0.0.1:8000.")
+
+
+class TuneExecution(Execution):
+    without: list[str] = Field(default=[], description=_WITHOUT + ", ".join(OPTIMIZATIONS))
+    workers: int | None = Field(default=None, ge=1, description="Processes that share each population.")
+    ray: Ray = None
+
+
+class RunExecution(Execution):
+    bundle: Path | None = None
+    """Another bundle of the same backbone, e.g. in another precision (default: the run's)."""
+
+
+class SweepExecution(Schema):
+    jobs: int | None = Field(default=None, ge=1)
+    """Trials at a time (default: 1; with --ray: one per node or GPU)."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads per trial (default: its share of the cores)."""
+    ray: Ray = None

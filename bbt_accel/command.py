@@ -1,16 +1,22 @@
-"""What every command and script shares: one-line errors, exit codes, and the command line that a report quotes."""
+"""What every command and script shares: errors in one line, exit codes, output, and the command line of a report."""
 
 from __future__ import annotations
 
 import errno
+import json
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from bbt_accel.errors import BbtError
 from bbt_accel.machine import extra_of
+from bbt_accel.reporting import plain
 
 INTERRUPTED = 130
 
@@ -54,3 +60,26 @@ def explain(error: Exception) -> tuple[int, str]:
 def command_line(module: str, arguments: Sequence[str] | None = None) -> str:
     """The command that runs a module with these arguments, or with those of this process."""
     return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def print_json(value: object) -> None:
+    """One JSON value on one line; paths become strings."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+def print_table(title: str, rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
+    table = Table(*header, title=title, title_justify="left", show_header=bool(header))
+    for row in rows:
+        table.add_row(*(Text(plain(value)) for value in row))
+    Console().print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, object]) -> None:
+    """A table of names and values, without those that are None."""
+    print_table(title, [(name, value) for name, value in facts.items() if value is not None])
+
+
+def print_markdown(content: str) -> None:
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(content))

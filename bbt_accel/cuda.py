@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,16 +35,9 @@ class DeviceArray:
     """An array in device memory; `release` returns its memory to the pool when it is garbage-collected."""
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, address: int, release: Callable[[], None]) -> None:
-        self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
+        self.shape, self.dtype, self.address = shape, np.dtype(dtype), address
+        self.nbytes = math.prod(shape) * self.dtype.itemsize
         weakref.finalize(self, release).atexit = False
-
-    @property
-    def nbytes(self) -> int:
-        return size_of(self.shape, self.dtype)
-
-
-def size_of(shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
 class Cuda:
@@ -56,12 +50,12 @@ class Cuda:
 
     def __init__(self) -> None:
         self.runtime = load_runtime()
-        count = self.call("cudaGetDeviceCount")
-        if not count:
+        if not self.call("cudaGetDeviceCount"):
             raise EngineError("no NVIDIA GPU found; see bbt-accel doctor")
         self.gpu = self.describe()
         self.stream: Any = None
         self.free: dict[int, list[int]] = defaultdict(list)
+        """Idle buffers by their size, each list a heap."""
         self.buffers: set[int] = set()
         self.forget: Callable[[], None] = lambda: None
         """Called before idle buffers are freed, to drop the CUDA graphs that use their addresses."""
@@ -74,9 +68,8 @@ class Cuda:
         return values[0] if len(values) == 1 else values or None
 
     def describe(self) -> Gpu:
-        properties = self.call("cudaGetDeviceProperties", 0)
-        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
-        return Gpu(name.strip("\0 "), f"{properties.major}.{properties.minor}", self.driver())
+        found = self.call("cudaGetDeviceProperties", 0)
+        return Gpu(decoded(found.name).strip("\0 "), f"{found.major}.{found.minor}", self.driver())
 
     def driver(self) -> str:
         """The driver's version; if the system does not provide it, the CUDA version that the driver supports."""
@@ -86,8 +79,6 @@ class Cuda:
             version = self.call("cudaDriverGetVersion")
             return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
-    # Memory ---------------------------------------------------------------------------------------------------
-
     def open(self) -> None:
         """Create the stream. Raises EngineError."""
         if self.stream is None:
@@ -95,7 +86,7 @@ class Cuda:
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new, uninitialized array. Raises EngineError when the GPU is out of memory."""
-        size = -(-max(1, size_of(shape, dtype)) // ALIGNMENT) * ALIGNMENT
+        size = -(-max(1, math.prod(shape) * np.dtype(dtype).itemsize) // ALIGNMENT) * ALIGNMENT
         pile = self.free[size]
         address = heapq.heappop(pile) if pile else self.allocate(size)
         return DeviceArray(shape, dtype, address, lambda: heapq.heappush(pile, address))
@@ -143,8 +134,6 @@ class Cuda:
 
     def synchronize(self) -> None:
         self.call("cudaStreamSynchronize", self.stream)
-
-    # Graphs ---------------------------------------------------------------------------------------------------
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
         """An executable CUDA graph of the work that `enqueue` puts on the stream. Raises EngineError."""
@@ -195,5 +184,8 @@ def failure(runtime: Any, function: str, status: Any) -> str:
         return "no NVIDIA GPU found, or its driver is too old for this cuda-python; see bbt-accel doctor"
     if name == "cudaErrorMemoryAllocation":
         return "the GPU is out of memory; use a smaller backbone, --popsize, --k-shot or --intrinsic-dim"
-    _, text = runtime.cudaGetErrorString(status)
-    return f"CUDA failed in {function} ({name}: {text.decode() if isinstance(text, bytes) else text})"
+    return f"CUDA failed in {function} ({name}: {decoded(runtime.cudaGetErrorString(status)[1])})"
+
+
+def decoded(text: bytes | str) -> str:
+    return text.decode() if isinstance(text, bytes) else str(text)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple, TypedDict
 
 from bbt_accel.engine_specs import Backend, Device, Precision, engine_names, engine_spec
 from bbt_accel.errors import first_line
@@ -16,6 +15,7 @@ NOTES = (
     "this version's GPU engines have not been run on a GPU; check them with make gpu-check "
     "(python -m bbt_accel.benchmarks.gpu_check)",
 )
+INT8_FEATURES = frozenset({"AVX-512 VNNI", "AMX"})
 Versions = Mapping[str, str | None]
 
 
@@ -45,32 +45,23 @@ class Diagnosis(TypedDict):
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """An engine and a precision, and what makes them fast: one of the instruction sets in `needs`, or a GPU."""
+class Rule(NamedTuple):
+    """A precision, the engines that are fast in it, and why: one of the features in `needs`, if any."""
 
-    engine: str
+    engines: tuple[str, ...]
     device: Device
     precision: Precision
     reason: str
     needs: frozenset[str] = frozenset()
 
 
-GPU = frozenset({"GPU"})
-INT8 = frozenset({"AVX-512 VNNI", "AMX"})
-BF16 = frozenset({"bf16"})
-TENSOR_CORES = "the GPU's tensor cores multiply fp16"
-DOT_PRODUCTS = "the processor has 8-bit dot products (VNNI or AMX)"
 RULES = (
-    Rule("trt", "cuda", "fp16", TENSOR_CORES, GPU),
-    Rule("ort", "cuda", "fp16", TENSOR_CORES, GPU),
-    Rule("openvino", "cpu", "int8", DOT_PRODUCTS, INT8),
-    Rule("ort", "cpu", "int8", DOT_PRODUCTS, INT8),
-    Rule("openvino", "cpu", "bf16", "the processor multiplies bf16", BF16),
-    Rule("openvino", "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
-    Rule("ort", "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
+    Rule(("trt", "ort"), "cuda", "fp16", "the GPU's tensor cores multiply fp16", frozenset({"GPU"})),
+    Rule(("openvino", "ort"), "cpu", "int8", "the processor has 8-bit dot products (VNNI or AMX)", INT8_FEATURES),
+    Rule(("openvino",), "cpu", "bf16", "the processor multiplies bf16", frozenset({"bf16"})),
+    Rule(("openvino", "ort"), "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
 )
-"""From the fastest to the slowest."""
+"""From the fastest to the slowest, and so are their engines."""
 
 
 def diagnose() -> Diagnosis:
@@ -85,7 +76,7 @@ def diagnose() -> Diagnosis:
         "onnxruntime_providers": providers,
         "engines": states,
         "recommended": recommend(machine, states),
-        "warnings": warnings(found) + problems + mismatches(found, providers, machine["gpus"]),
+        "warnings": [*problems, *misfits(found, providers, machine["gpus"])],
         "notes": list(NOTES),
     }
 
@@ -127,23 +118,24 @@ def _state(backend: Backend, device: Device, found: Versions, gpus: Collection[s
 
 def recommend(machine: Machine, states: Mapping[str, EngineState]) -> Recommendation:
     """The fastest engine and precision that this machine can run; the reason names what would be faster."""
-    features = {*machine["features"], *(GPU if machine["gpus"] else ())}
-    rules = [rule for rule in RULES if not rule.needs or rule.needs & features]
-    chosen = next((rule for rule in rules if states[label(rule.engine, rule.device)]["runs"]), rules[0])
+    features = {*machine["features"], *(["GPU"] if machine["gpus"] else [])}
+    options = [(r, name) for r in RULES if not r.needs or r.needs & features for name in r.engines]
+    chosen, engine = next((o for o in options if states[label(o[1], o[0].device)]["runs"]), options[0])
     reason = chosen.reason
-    if chosen.precision == "int8" and features & BF16:
+    if chosen.precision == "int8" and "bf16" in features:
         reason += "; --target openvino --bf16 is slower but needs no calibration"
-    best = label(rules[0].engine, rules[0].device)
+    fastest, name = options[0]
+    best = label(name, fastest.device)
     if install := states[best]["install"]:
-        faster = "to run it" if chosen is rules[0] else f"{best} in {rules[0].precision} is faster"
+        faster = "to run it" if (chosen, engine) == options[0] else f"{best} in {fastest.precision} is faster"
         reason += f"; {faster}: {install}"
     flag = "" if chosen.precision == "fp32" else f" --{chosen.precision}"
     return {
-        "engine": chosen.engine,
+        "engine": engine,
         "device": chosen.device,
         "precision": chosen.precision,
         "reason": reason,
-        "command": f"bbt-accel optimize BUNDLE -o OPTIMIZED --target {chosen.engine}{flag}",
+        "command": f"bbt-accel optimize BUNDLE -o OPTIMIZED --target {engine}{flag}",
     }
 
 
@@ -159,33 +151,24 @@ def onnxruntime_providers(found: Versions) -> tuple[list[str], list[str]]:
         return [], [f"onnxruntime cannot be imported ({first_line(error)}); reinstall it"]
 
 
-def warnings(found: Versions) -> list[str]:
-    """What is wrong with the installation of ONNX Runtime."""
-    if found["onnxruntime"] and found["onnxruntime-gpu"]:
-        return [
+def misfits(found: Versions, providers: Collection[str], gpus: Collection[str]) -> Iterator[str]:
+    """What is wrong with the installation: packages that are missing, or do not fit each other or this machine."""
+    cpu, gpu, tensorrt = found["onnxruntime"], found["onnxruntime-gpu"], found["tensorrt"]
+    if cpu and gpu:
+        yield (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall -y onnxruntime "
             "onnxruntime-gpu, then pip install either bbt-accel[cpu] or bbt-accel[gpu]"
-        ]
-    if not (found["onnxruntime"] or found["onnxruntime-gpu"]):
-        return ['ONNX Runtime is not installed: pip install "bbt-accel[cpu]", or "bbt-accel[gpu]" for an NVIDIA GPU']
-    return []
-
-
-def mismatches(found: Versions, providers: Collection[str], gpus: Collection[str]) -> list[str]:
-    """Installed packages that do not fit each other or this machine."""
-    problems = []
-    tensorrt = found["tensorrt"]
+        )
+    elif gpus and cpu:
+        yield 'there is a GPU, but ONNX Runtime has no CUDA: replace it by pip install "bbt-accel[gpu]"'
+    elif not (cpu or gpu):
+        yield 'ONNX Runtime is not installed: pip install "bbt-accel[cpu]", or "bbt-accel[gpu]" for an NVIDIA GPU'
+    if gpu and tuple(map(int, gpu.split(".")[:2])) < (1, 31):
+        yield f"onnxruntime-gpu {gpu} runs parts of the graphs on the CPU; 1.31 and later do not"
     if tensorrt and int(tensorrt.split(".")[0]) > 10 and "TensorrtExecutionProvider" in providers:
-        problems.append(
+        yield (
             f"ONNX Runtime's TensorRT provider links TensorRT 10 (libnvinfer.so.10), not {tensorrt}; "
             "--engine trt does not use that provider and runs with either"
         )
     if tensorrt and found["tensorrt-rtx-cu13"]:
-        problems.append(
-            "tensorrt and tensorrt-rtx-cu13 are both installed: tensorrt is used, except for --compute-capability"
-        )
-    if (gpu := found["onnxruntime-gpu"]) and tuple(map(int, gpu.split(".")[:2])) < (1, 31):
-        problems.append(f"onnxruntime-gpu {gpu} runs parts of the graphs on the CPU; 1.31 and later do not")
-    if gpus and found["onnxruntime"] and not found["onnxruntime-gpu"]:
-        problems.append('there is a GPU, but ONNX Runtime has no CUDA: replace it by pip install "bbt-accel[gpu]"')
-    return problems
+        yield "tensorrt and tensorrt-rtx-cu13 are both installed: tensorrt is used, except for --compute-capability"

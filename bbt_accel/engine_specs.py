@@ -41,7 +41,6 @@ class EngineSpec:
     backends: how it is loaded, by device.
     reads: targets of the bundles that it loads (`onnx` is the bundle as exported).
     optimized: precisions that `optimize --target NAME` converts a bundle to, for this engine.
-    exported: whether it runs the exported bundle, in fp32.
     benched: precisions that `bench` measures by default.
     internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
     """
@@ -66,21 +65,21 @@ class EngineSpec:
         """
         if wanted not in ("cpu", "cuda"):
             raise UsageError(f"--device must be cpu or cuda, not {wanted!r}")
-        if wanted == "cpu" and "cpu" not in self.backends:
-            return "cuda"
-        if wanted not in self.backends:
+        device: Device = "cpu" if wanted == "cpu" and "cpu" in self.backends else "cuda"
+        if device not in self.backends:
             raise EngineError(f"engine {self.name} runs on the {', '.join(self.backends).upper()}, not on {wanted}")
-        return wanted  # type: ignore[return-value]
+        return device
 
 
-PYTORCH = ("torch", "transformers")
+def _pytorch(name: str) -> dict[Device, Backend]:
+    """The backends of a class that runs PyTorch."""
+    backend = Backend(f"bbt_accel.engines.pytorch:{name}", ("torch", "transformers"), "export")
+    return {"cpu": backend, "cuda": backend}
+
+
 ENGINES = (
     EngineSpec(
-        "torch",
-        dict.fromkeys(("cpu", "cuda"), Backend("bbt_accel.engines.pytorch:TorchEngine", PYTORCH, "export")),
-        reads=("onnx", "torch"),
-        optimized=("bf16", "fp16"),
-        benched=("fp32", "bf16"),
+        "torch", _pytorch("TorchEngine"), reads=("onnx", "torch"), optimized=("bf16", "fp16"), benched=("fp32", "bf16")
     ),
     EngineSpec(
         "ort",
@@ -111,19 +110,9 @@ ENGINES = (
         {"cpu": Backend("bbt_accel.engines.remote:connect", ("tritonclient", "geventhttpclient"), "remote")},
         reads=("onnx", "torch", "ort", "openvino", "trt"),
     ),
-    *(
-        EngineSpec(
-            name,
-            dict.fromkeys(("cpu", "cuda"), Backend(f"bbt_accel.engines.pytorch:{cls}", PYTORCH, "export")),
-            reads=("onnx", "torch"),
-            internal=True,
-        )
-        for name, cls in (
-            ("eager", "EagerEngine"),
-            ("eager-readout", "EagerReadoutEngine"),
-            ("compiled", "CompiledEngine"),
-        )
-    ),
+    EngineSpec("eager", _pytorch("EagerEngine"), reads=("onnx", "torch"), internal=True),
+    EngineSpec("eager-readout", _pytorch("EagerReadoutEngine"), reads=("onnx", "torch"), internal=True),
+    EngineSpec("compiled", _pytorch("CompiledEngine"), reads=("onnx", "torch"), internal=True),
     EngineSpec("dummy", {"cpu": Backend("bbt_accel.engines.dummy:DummyEngine")}, internal=True),
 )
 

@@ -1,19 +1,18 @@
-"""Options of a command made from the fields of a pydantic model: name, type, help text and default are written once."""
+"""Options of a command from the fields of a pydantic model: name, type, limits, help and default are written once."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
 from copy import copy
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typer.models import OptionInfo
 
-EMPTY = inspect.Parameter.empty
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -21,97 +20,67 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 class Fields:
     """In a parameter's annotation: options for the fields of `model`; the command gets the given ones as a dict.
 
+    A `typer.Option` in a field's annotation adds what a field cannot say: other names, a callback, completion.
+
     exclude: fields without an option. task_presets: fields whose default a task may set. required: whether fields
     without a default are required options.
     """
 
     model: type[BaseModel]
+    panel: str | None = None
     exclude: Collection[str] = ()
     task_presets: Collection[str] = ()
     required: bool = True
-    panel: str | None = None
 
-    @property
-    def options(self) -> dict[str, FieldInfo]:
-        return {name: field for name, field in self.model.model_fields.items() if name not in self.exclude}
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        for name, field in self.model.model_fields.items():
+            if name not in self.exclude:
+                yield self._parameter(name, field)
 
-    def parameter(self, name: str) -> inspect.Parameter:
-        """The option of a field. Lists are comma-separated; None is the value of an option that is not given."""
-        field = self.options[name]
-        kind, several = _option_type(field.annotation)
-        text = " ".join((field.description or "").split()).removesuffix(".")
-        if several:
-            head, default, tail = text.partition(" (default")
-            text = f"{head}, comma-separated{default}{tail}"
-        option = typer.Option(
-            f"--{name.replace('_', '-')}",
-            help=f"{text}{self._default(name, kind)}.",
-            metavar=f"{'INTEGER' if kind is int else 'TEXT'},..." if several else None,
-            rich_help_panel=self.panel,
-        )
-        unset = EMPTY if field.is_required() and self.required else False if kind is bool else None
-        annotation = bool if kind is bool else (str if several else kind) | None
-        return inspect.Parameter(name, KEYWORD, default=unset, annotation=Annotated[annotation, option])
+    def _parameter(self, name: str, field: FieldInfo) -> inspect.Parameter:
+        """The option of a field: a comma-separated text for a list; None where it is not given."""
+        option = copy(next((entry for entry in field.metadata if isinstance(entry, OptionInfo)), typer.Option()))
+        option.param_decls = option.param_decls or (f"--{name.replace('_', '-')}",)
+        option.rich_help_panel = self.panel
+        option.help = f"{' '.join((field.description or '').split()).removesuffix('.')}{self._default(name, field)}."
+        option.min = next((entry.ge for entry in field.metadata if hasattr(entry, "ge")), None)
+        option.max = next((entry.le for entry in field.metadata if hasattr(entry, "le")), None)
+        kind: Any = field.annotation
+        if get_origin(kind) is list:
+            kind, option.parser, option.metavar = str, comma_separated, "A,B,..."
+        unset = inspect.Parameter.empty if field.is_required() and self.required else None
+        return inspect.Parameter(name, KEYWORD, default=unset, annotation=Annotated[kind | None, option])
 
-    def _default(self, name: str, kind: Any) -> str:
-        field = self.options[name]
-        if field.is_required() or field.default in (None, []) or field.default is False:
+    def _default(self, name: str, field: FieldInfo) -> str:
+        value = field.default
+        if field.is_required() or value in (None, []) or value is False:
             return ""
-        value = ",".join(map(str, field.default)) if isinstance(field.default, list) else field.default
+        value = ",".join(map(str, value)) if isinstance(value, list) else value
         preset = "the task's, or " if name in self.task_presets else ""
-        return f" (default: {preset}{f'{value:g}' if kind is float else value})"
-
-    def given(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Take the values of the options out of `values`; returns those that were given, lists split at commas."""
-        found = {name: values.pop(name) for name in self.options}
-        return {
-            name: comma_separated(value) if _option_type(self.options[name].annotation)[1] else value
-            for name, value in found.items()
-            if value is not None and value is not False
-        }
+        return f" (default: {preset}{f'{value:g}' if isinstance(value, float) else value})"
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer: parameters annotated with `Fields` become options, and help texts end with the default."""
-    fields: dict[str, Fields] = {}
+    """A command for typer: parameters annotated with `Fields` become options."""
+    groups: dict[str, list[inspect.Parameter]] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        kind, info = get_args(parameter.annotation)
-        if isinstance(info, Fields):
-            fields[parameter.name] = info
-            parameters += map(info.parameter, info.options)
-        else:
-            info = _with_default(info, parameter.default)
-            parameters.append(parameter.replace(kind=KEYWORD, annotation=Annotated[kind, info]))
+        fields = get_args(parameter.annotation)[1]
+        if isinstance(fields, Fields):
+            groups[parameter.name] = list(fields.parameters())
+        parameters += groups.get(parameter.name, [parameter.replace(kind=KEYWORD)])
 
     def command(**values: Any) -> None:
-        function(**{name: group.given(values) for name, group in fields.items()}, **values)
+        for name, options in groups.items():
+            found = {option.name: values.pop(option.name) for option in options}
+            values[name] = {option: value for option, value in found.items() if value is not None}
+        function(**values)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 
 
-def comma_separated(text: str | None) -> list[str]:
+def comma_separated(text: str) -> list[str]:
     """The entries of a comma-separated list, without spaces around them."""
-    return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
-
-
-def _with_default(info: Any, default: object) -> Any:
-    info = copy(info)
-    info.show_default = False  # typer would set it apart, in brackets
-    if default not in (EMPTY, None, False, ""):
-        info.help = f"{info.help.removesuffix('.')} (default: {default})."
-    return info
-
-
-def _option_type(annotation: Any) -> tuple[Any, bool]:
-    """The type of an option for a field's annotation, and whether it takes several values."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _option_type(arguments[0])
-    if origin in (Union, UnionType):
-        return _option_type(next(kind for kind in arguments if kind is not NoneType))
-    if origin in (list, tuple, Sequence):
-        return _option_type(arguments[0])[0], True
-    return annotation, False
+    return [entry.strip() for entry in text.split(",") if entry.strip()]

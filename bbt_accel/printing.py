@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bbt_accel.display import print_facts, print_json, print_markdown, print_table
+from bbt_accel.command import print_facts, print_json, print_markdown, print_table
 from bbt_accel.reporting import JSON, TABLE
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ def print_run(run: Run, as_json: bool) -> None:
     if as_json:
         print_json({"path": run.path, **info.model_dump(mode="json")})
         return
+    workers = f", {info.engine.workers} workers" if info.engine.workers else ""
     facts: dict[str, object] = {
         "task": f"{info.task.name}, {info.settings.k_shot} examples per class, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
-        "engine": f"{info.engine.name} on {info.engine.url or info.engine.device}"
-        + (f", {info.engine.workers} workers" if info.engine.workers else ""),
+        "engine": f"{info.engine.name} on {info.engine.url or info.engine.device}{workers}",
         "status": info.status if info.status == "done" else f"{info.status}; resume with --resume",
         "calls": info.calls,
         "seconds": info.seconds,
@@ -77,17 +77,14 @@ def relative(path: str | Path) -> str:
     return str(path) if here.startswith("..") else here
 
 
-def print_predictions(
-    rows: Sequence[Mapping[str, str]], predictions: Iterable[Mapping[str, Any]], as_json: bool
-) -> None:
+def print_predictions(rows: Sequence[Mapping[str, str]], found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """One line of JSON per text; or a table of text, label word and its probability."""
-    pairs = list(zip(rows, predictions, strict=True))
-    if as_json:
-        for row, prediction in pairs:
-            print_json({"text": dict(row) if len(row) > 1 else next(iter(row.values())), **prediction})
-        return
-    lines = [(" | ".join(row.values()), p["word"], f"{p['probabilities'][p['word']]:.3f}") for row, p in pairs]
-    print_table("", ["text", "label", "probability"], lines)
+    pairs = list(zip(rows, found, strict=True))
+    for row, prediction in pairs if as_json else ():
+        print_json({"text": dict(row) if len(row) > 1 else next(iter(row.values())), **prediction})
+    if not as_json:
+        lines = [(" | ".join(row.values()), p["word"], f"{p['probabilities'][p['word']]:.3f}") for row, p in pairs]
+        print_table("", lines, ["text", "label", "probability"])
 
 
 def print_serving(url: str, models: Sequence[str], as_json: bool) -> None:
@@ -129,7 +126,7 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:
         (name, "yes" if state["runs"] else "no", state["reason"], state["install"] or "")
         for name, state in diagnosis["engines"].items()
     ]
-    print_table("Engines", ["engine", "can run here", "reason", "to install"], rows)
+    print_table("Engines", rows, ["engine", "can run here", "reason", "to install"])
     print_facts("Recommended", diagnosis["recommended"])
     for kind in ("warning", "note"):
         for line in diagnosis[f"{kind}s"]:  # type: ignore[literal-required]

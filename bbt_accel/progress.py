@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from time import perf_counter
-from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bbt_accel.history import Generation
+if TYPE_CHECKING:
+    from bbt_accel.history import Generation
 
 Tell = Callable[[str, int, int], None]
 """Called with the current step, the number of steps done, and their total."""
@@ -28,34 +28,20 @@ SEARCH = "{task.completed:.0f}/{task.total:.0f} calls · {task.fields[rate]} · 
 SEARCH += "dev {task.fields[dev]} · {task.fields[left]} left"
 
 
-class StderrBar:
+class StderrBar(Progress):
     """A progress bar while the block runs, on a terminal and if `shown`."""
 
     def __init__(self, shown: bool, *columns: ProgressColumn) -> None:
         console = Console(stderr=True)
-        self.bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+        super().__init__(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
 
 
 @contextmanager
 def progress_bar(message: str, shown: bool = True) -> Iterator[Tell]:
     """A bar with a message while the block runs, and the function that advances it."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with StderrBar(shown, *columns) as it:
-        task = it.bar.add_task(message, total=None)
-
-        def tell(step: str, done: int, of: int) -> None:
-            it.bar.update(task, description=f"{message}: {step}", completed=done, total=of)
-
-        yield tell
+    with StderrBar(shown, SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as bar:
+        task = bar.add_task(message, total=None)
+        yield lambda step, done, of: bar.update(task, description=f"{message}: {step}", completed=done, total=of)
 
 
 def silent(step: str, done: int, of: int) -> None:
@@ -68,16 +54,16 @@ class StepProgress(StderrBar):
     def __init__(self, shown: bool = True) -> None:
         columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         super().__init__(shown, *columns)
-        self._task = self.bar.add_task("", total=None)
+        self._task = self.add_task("", total=None)
         self._begun = 0
 
     def expect(self, total: int) -> None:
         """Set the number of steps."""
-        self.bar.update(self._task, total=total)
+        self.update(self._task, total=total)
 
     def __call__(self, step: str) -> None:
         """Begin a step; the one before it is done."""
-        self.bar.update(self._task, completed=self._begun, description=step)
+        self.update(self._task, completed=self._begun, description=step)
         self._begun += 1
 
 
@@ -86,37 +72,31 @@ class SearchProgress(StderrBar):
 
     def __init__(self, total_calls: int, shown: bool = True) -> None:
         super().__init__(shown, BarColumn(24), TextColumn(SEARCH))
-        self._task = self.bar.add_task("", total=total_calls, rate="-", loss="-", dev="-", left="-")
+        self._task = self.add_task("", total=total_calls, rate="-", loss="-", dev="-", left="-")
         self._total = total_calls
-        self._dev: float | None = None
+        self._dev = 0.0
 
     def __call__(self, generation: Generation) -> None:
         g = generation
+        fields: dict[str, Any] = {"rate": f"{g.evaluations_per_second:.1f}/s", "loss": f"{g.best_loss:.3f}"}
         if g.dev_score is not None:
-            self._dev = max(g.dev_score, self._dev or 0.0)
+            self._dev = max(g.dev_score, self._dev)
+            fields["dev"] = f"{self._dev:.3f}"
         seconds_left = (self._total - g.calls) * g.seconds / len(g.losses)
-        self.bar.update(
-            self._task,
-            completed=g.calls,
-            rate=f"{g.evaluations_per_second:.1f}/s",
-            loss=f"{g.best_loss:.3f}",
-            dev="-" if self._dev is None else f"{self._dev:.3f}",
-            left=str(timedelta(seconds=round(seconds_left))),
-        )
+        self.update(self._task, completed=g.calls, left=str(timedelta(seconds=round(seconds_left))), **fields)
 
 
 class SweepProgress(StderrBar):
     """Trials done, failed and running, and the time left."""
 
     def __init__(self, total: int, done: int, shown: bool = True) -> None:
-        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"))
-        super().__init__(shown, *columns)
-        self._task = self.bar.add_task("", total=total, completed=done)
-        self._before, self._left, self._ended, self._failed = done, total - done, 0, 0
+        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._task = self.add_task("", total=total, completed=done)
+        self._left, self._ended, self._failed = total - done, 0, 0
         self._running: list[str] = []
         self._began = perf_counter()
 
-    def start(self, name: str) -> None:
+    def begin(self, name: str) -> None:
         self._running.append(name)
         self._show()
 
@@ -124,12 +104,12 @@ class SweepProgress(StderrBar):
         self._running.remove(name)
         self._ended += 1
         self._failed += failed
+        self.advance(self._task)
         self._show()
 
     def _show(self) -> None:
-        seconds = (perf_counter() - self._began) / self._ended * (self._left - self._ended) if self._ended else None
         words = [f"{self._failed} failed"] if self._failed else []
-        words += [f"{timedelta(seconds=round(seconds))} left"] if seconds is not None else []
-        self.bar.update(
-            self._task, completed=self._before + self._ended, description=" · ".join([*words, *self._running])
-        )
+        if self._ended:
+            seconds = (perf_counter() - self._began) / self._ended * (self._left - self._ended)
+            words.append(f"{timedelta(seconds=round(seconds))} left")
+        self.update(self._task, description=" · ".join([*words, *self._running]))

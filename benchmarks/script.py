@@ -14,8 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from bbt_accel.command import command_line, exit_on_error
-from bbt_accel.display import print_markdown
+from bbt_accel.command import command_line, exit_on_error, print_markdown
 from bbt_accel.errors import BbtError, MissingDependency
 from bbt_accel.files import new_folder
 from bbt_accel.machine import describe_machine, installed_versions

@@ -48,9 +48,9 @@ def test_engines_of_a_machine_with_a_gpu() -> None:
 def test_the_cpu_package_is_uninstalled_before_the_gpu_package_is_installed() -> None:
     state = doctor.engines(NOTHING | {"onnxruntime": "1"}, gpus=["X"])["ort (cuda)"]
     assert state["install"] == 'pip uninstall -y onnxruntime && pip install "bbt-accel[gpu]"'
-    [warning] = doctor.warnings(NOTHING | {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    [warning] = doctor.misfits(NOTHING | {"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"}, [], [])
     assert "overwrite each other" in warning
-    [warning] = doctor.warnings(NOTHING)
+    [warning] = doctor.misfits(NOTHING, [], [])
     assert 'pip install "bbt-accel[cpu]"' in warning
 
 
@@ -111,14 +111,15 @@ def test_gpus_are_those_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages_that_do_not_fit_each_other() -> None:
     listed = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
-    [problem] = doctor.mismatches(NOTHING | {"tensorrt": "11.4.0"}, listed, ["X"])
+    sound = NOTHING | {"onnxruntime-gpu": "1.32"}
+    [problem] = doctor.misfits(sound | {"tensorrt": "11.4.0"}, listed, ["X"])
     assert "libnvinfer.so.10" in problem
-    assert doctor.mismatches(NOTHING | {"tensorrt": "10.12.0"}, listed, ["X"]) == []
-    assert doctor.mismatches(NOTHING | {"tensorrt": "11.4.0"}, ["CPUExecutionProvider"], ["X"]) == []
-    [problem] = doctor.mismatches(NOTHING | {"tensorrt": "10.12", "tensorrt-rtx-cu13": "1.7"}, [], [])
+    assert not [*doctor.misfits(sound | {"tensorrt": "10.12.0"}, listed, ["X"])]
+    assert not [*doctor.misfits(sound | {"tensorrt": "11.4.0"}, ["CPUExecutionProvider"], ["X"])]
+    [problem] = doctor.misfits(sound | {"tensorrt": "10.12", "tensorrt-rtx-cu13": "1.7"}, [], [])
     assert "--compute-capability" in problem
-    [problem] = doctor.mismatches(NOTHING | {"onnxruntime-gpu": "1.26.0"}, [], ["X"])
+    [problem] = doctor.misfits(NOTHING | {"onnxruntime-gpu": "1.26.0"}, [], ["X"])
     assert "1.31" in problem
-    assert doctor.mismatches(NOTHING | {"onnxruntime-gpu": "1.31.1"}, [], ["X"]) == []
-    [problem] = doctor.mismatches(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
+    assert not [*doctor.misfits(NOTHING | {"onnxruntime-gpu": "1.31.1"}, [], ["X"])]
+    [problem] = doctor.misfits(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
     assert "bbt-accel[gpu]" in problem

@@ -213,8 +213,9 @@ def test_a_target_of_another_package_is_refused(tiny: Tiny, tmp_path: Path, monk
             optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="toy")
     finally:
         engine_specs.engine_specs.cache_clear()
-    with pytest.raises(UsageError, match="unknown target 'ordt'; did you mean ort"):
-        optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="ordt")
+    for target, hint in (("ordt", "did you mean ort"), ("remote", "choose from torch, ort")):
+        with pytest.raises(UsageError, match=f"unknown target '{target}'; {hint}"):
+            optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target=target)
     assert list(tmp_path.iterdir()) == []
 
 

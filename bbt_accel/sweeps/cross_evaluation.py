@@ -21,7 +21,6 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.inference import label_logits
 from bbt_accel.objective import Objective
-from bbt_accel.progress import SweepProgress
 from bbt_accel.run import Run
 from bbt_accel.sweeps.grid import Trial
 from bbt_accel.sweeps.pools import Pool, PoolJob
@@ -33,10 +32,14 @@ def cross_evaluate(trials: Sequence[Trial], folder: Path, pool: Pool, progress: 
     """Score the prompts of trials that are done; `folder` holds the trials' folders."""
     groups: dict[Hashable, list[Trial]] = defaultdict(list)
     for trial in trials:
-        groups[_group(trial)].append(trial)
-    jobs = [job for group in groups.values() for job in _jobs(group, folder, pool.threads)]
-    with SweepProgress(len(jobs), 0, progress) as bar:
-        replies = dict(pool.run(jobs, bar))
+        groups[_exchange(trial)].append(trial)
+    jobs = []
+    for group in groups.values():
+        shared = {"runs": [str(folder / trial.name / RUN) for trial in group], "threads": pool.threads}
+        for trial in {trial.bundle: trial for trial in group}.values():
+            own = trial.model_dump(include={"bundle", "engine", "device", "data"})
+            jobs.append(PoolJob(_name(trial), score_prompts, own | shared))
+    replies = dict(pool.run(jobs, progress=progress))
     found = CrossEvaluation(failures={name: reply["message"] for name, reply in replies.items() if "error" in reply})
     for group in groups.values():
         _add(found, group, {name: reply["value"] for name, reply in replies.items() if "value" in reply})
@@ -57,19 +60,10 @@ def score_prompts(
     return {"scores": scores.tolist(), "predictions": logits.argmax(2).tolist()}
 
 
-def _group(trial: Trial) -> Hashable:
+def _exchange(trial: Trial) -> Hashable:
     """Equal for trials whose prompts can be exchanged."""
     info = Bundle.read(trial.bundle, verify=False).info
     return trial.task, trial.engine, info.backbone, info.revision, info.method, info.prompt_mode, info.n_prompt_tokens
-
-
-def _jobs(group: Sequence[Trial], folder: Path, threads: int) -> list[PoolJob]:
-    """One per bundle, with the prompts of the whole group."""
-    first = group[0]
-    shared: dict[str, Any] = {"runs": [str(folder / trial.name / RUN) for trial in group], "engine": first.engine}
-    shared |= {"device": first.device, "data": first.data, "threads": threads}
-    bundles = {trial.bundle: trial for trial in group}
-    return [PoolJob(_name(trial), score_prompts, {"bundle": path, **shared}) for path, trial in bundles.items()]
 
 
 def _name(trial: Trial) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from bbt_accel.bundle import Bundle, Method, first_problem
 from bbt_accel.engine_specs import Device, engine_spec
-from bbt_accel.errors import BundleError, UsageError, check_known
+from bbt_accel.errors import BundleError, UsageError, check_known, first_line
+from bbt_accel.reporting import Schema
 from bbt_accel.settings import Metric, resolve
 from bbt_accel.tasks import load_task
 
@@ -33,19 +36,19 @@ def _engines(names: list[str]) -> list[str]:
     return names
 
 
-class Sweep(BaseModel):
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(_unique)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_unique)]
+
+
+class Sweep(Schema):
     """sweep.json, and the TOML file that `--config` names. Paths are relative to the working directory."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)]
-    """Built-in tasks or paths of .toml files."""
-    bundles: Annotated[list[str], Field(min_length=1), AfterValidator(_unique)]
-    """Bundle folders, of different names."""
-    engines: Annotated[list[str], Field(min_length=1), AfterValidator(_unique), AfterValidator(_engines)] = ["ort"]
+    tasks: Names = Field(description="Built-in tasks or paths of .toml files.")
+    bundles: Names = Field(description="Bundle folders, of different names.")
+    engines: Annotated[Names, AfterValidator(_engines)] = Field(default=["ort"])
     """Engines that run the backbones."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_unique)] = [42]
-    """Seeds of the few-shot rows, the projection and the search."""
-    device: Device = Field("cpu", description="Device of all engines.")
+    seeds: Seeds = Field(default=[42], description="Seeds of the few-shot rows, the projection and the search.")
+    device: Device = Field(default="cpu", description="Device of all engines.")
     data: str | None = None
     """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
     method: Method | None = None
@@ -53,7 +56,7 @@ class Sweep(BaseModel):
     needs: str | None = Field(default=None, description="Command that creates the bundle, for users who lack it.")
     cross_evaluate: bool = False
     """Also score every prompt in each bundle of the sweep that takes it, and compare the predictions."""
-    settings: dict[str, float | int | str] = {}
+    settings: dict[str, float | int | str] = Field(default={})
     """Any of `Settings` except the seed; the tasks' presets apply to the others."""
 
     def trials(self) -> list[Trial]:
@@ -68,9 +71,9 @@ class Sweep(BaseModel):
         tasks = {path: load_task(path) for path in self.tasks}
         _check_names("bundles", {path: bundle.path.name for path, bundle in bundles.items()})
         _check_names("tasks", {path: task.name for path, task in tasks.items()})
-        for task in tasks.values():
-            for info in (bundle.info for bundle in bundles.values()):
-                resolve(task.preset(info.method), self.settings).generations(info.method, info.n_layers)
+        for bundle, task in product(bundles.values(), tasks.values()):
+            method, n_layers = bundle.info.method, bundle.info.n_layers
+            resolve(task.preset(method), self.settings).generations(method, n_layers)
         return [
             Trial(
                 task=path,
@@ -85,10 +88,7 @@ class Sweep(BaseModel):
                 data=None if self.data is None else str(Path(self.data, task.name)),
                 settings=self.settings,
             )
-            for bundle in bundles.values()
-            for engine in self.engines
-            for path, task in tasks.items()
-            for seed in self.seeds
+            for bundle, engine, (path, task), seed in product(bundles.values(), self.engines, tasks.items(), self.seeds)
         ]
 
     def absolute(self) -> Sweep:
@@ -155,25 +155,23 @@ def read_sweep(file: Path | None, given: Mapping[str, Any]) -> Sweep:
         if first["type"] == "missing":
             name = first["loc"][0]
             raise UsageError(f"the sweep has no {name}; give --{name}, a --config or a --preset") from None
-        problem = first_problem(error).replace("Value error, ", "")
-        raise UsageError(f"{file or 'sweep'}: {problem}; got {first['input']!r}") from None
+        raise UsageError(f"{file or 'sweep'}: {first_problem(error)}; got {first['input']!r}") from None
 
 
 def _read(file: Path) -> dict[str, Any]:
+    parse = json.loads if file.suffix == ".json" else tomllib.loads
     try:
-        text = file.read_text(encoding="utf-8")
-        found = Sweep.model_validate_json(text).model_dump() if file.suffix == ".json" else tomllib.loads(text)
+        found: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the sweep {file} ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise UsageError(f"{file}: {first_problem(error)}") from None
+    except ValueError as error:
+        raise UsageError(f"{file}: {first_line(error)}") from None
     for name in found:
         check_known(f"entry of {file}:", name, Sweep.model_fields)
     return found
 
 
 def _check_names(what: str, names: Mapping[str, str]) -> None:
-    for path, name in names.items():
-        others = [other for other in names if names[other] == name and other != path]
-        if others:
-            raise UsageError(f"two {what} are named {name} ({path}, {others[0]}); rename one of them")
+    for (path, name), (other, same) in combinations(names.items(), 2):
+        if name == same:
+            raise UsageError(f"two {what} are named {name} ({path}, {other}); rename one of them")

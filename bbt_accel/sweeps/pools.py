@@ -10,12 +10,10 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from bbt_accel import processes
 from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_cores
@@ -28,8 +26,7 @@ POLL = 0.05
 """Seconds between two looks at the processes."""
 
 
-@dataclass(frozen=True)
-class PoolJob:
+class PoolJob(NamedTuple):
     """A module-level function to call, with arguments and a result that are JSON."""
 
     name: str
@@ -38,26 +35,27 @@ class PoolJob:
 
 
 class Pool(ABC):
-    """Runs several jobs at a time, and terminates those that still run when the block ends."""
+    """Runs several jobs at a time."""
 
     jobs: int
     """Jobs at a time."""
     threads: int
     """CPU threads of each."""
 
-    def run(self, jobs: Iterable[PoolJob], bar: SweepProgress) -> Iterator[tuple[str, Reply]]:
-        """Run jobs, and yield the name and the reply of each as it ends."""
+    def run(self, jobs: Sequence[PoolJob], done: int = 0, progress: bool = True) -> Iterator[tuple[str, Reply]]:
+        """Run jobs, and yield the name and the reply of each as it ends; `done`: others that were run before."""
         waiting, running = deque(jobs), 0
-        while waiting or running:
-            while waiting and running < self.jobs:
-                job = waiting.popleft()
-                self.start(job)
-                bar.start(job.name)
-                running += 1
-            name, reply = self.wait()
-            running -= 1
-            bar.end(name, "error" in reply)
-            yield name, reply
+        with SweepProgress(done + len(jobs), done, progress) as bar:
+            while waiting or running:
+                while waiting and running < self.jobs:
+                    job = waiting.popleft()
+                    self.start(job)
+                    bar.begin(job.name)
+                    running += 1
+                name, reply = self.wait()
+                running -= 1
+                bar.end(name, "error" in reply)
+                yield name, reply
 
     @abstractmethod
     def start(self, job: PoolJob) -> None:
@@ -68,15 +66,8 @@ class Pool(ABC):
         """Wait until a job ends; its name and its reply."""
 
     @abstractmethod
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def close(self) -> None:
+        """Terminate the jobs that still run."""
 
 
 class ProcessPool(Pool):
@@ -86,32 +77,29 @@ class ProcessPool(Pool):
         self.jobs = jobs or 1
         self.threads = threads or max(1, physical_cores() // self.jobs)
         self._folder = tempfile.TemporaryDirectory(prefix="bbt-sweep-")
-        self._running: dict[str, tuple[subprocess.Popen[bytes], Path, IO[bytes]]] = {}
+        self._running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
 
     def start(self, job: PoolJob) -> None:
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         command = processes.prepare(job.function, job.arguments, folder)
-        errors = (folder / "stderr").open("wb")
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=processes.environment())
-        self._running[job.name] = process, folder, errors
+        with (folder / "stderr").open("wb") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=processes.environment())
+        self._running[job.name] = process, folder
 
     def wait(self) -> tuple[str, Reply]:
         while True:
-            for name, (process, folder, errors) in self._running.items():
-                code = process.poll()
-                if code is not None:
-                    errors.close()
+            for name, (process, folder) in self._running.items():
+                if (code := process.poll()) is not None:
                     del self._running[name]
                     stderr = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
                     return name, processes.read_reply(folder, code, stderr)
             time.sleep(POLL)
 
     def close(self) -> None:
-        for process, _, _ in self._running.values():
+        for process, _ in self._running.values():
             process.terminate()  # a search keeps every finished generation
-        for process, _, errors in self._running.values():
+        for process, _ in self._running.values():
             process.wait()
-            errors.close()
         self._running = {}
         self._folder.cleanup()
 
@@ -124,18 +112,16 @@ class RayPool(Pool):
     """
 
     def __init__(self, address: str, jobs: int | None, threads: int | None, device: str) -> None:
-        self._stack = ExitStack()
         self._running: dict[Any, str] = {}
-        with ExitStack() as undo:
-            undo.callback(self.close)
-            ray = self._ray = self._stack.enter_context(connect(address))
+        with ExitStack() as stack:
+            ray = self._ray = stack.enter_context(connect(address))
             gpus = 1 if device == "cuda" else 0
             self.jobs = jobs or max(1, int(ray.cluster_resources().get("GPU", 0)) if gpus else len(cpus_of(ray)))
             self.threads = threads or share_of_cores(ray, self.jobs)
             require(ray, 1, self.threads, gpus, "a trial")
             options = {"num_cpus": self.threads, "num_gpus": gpus, "max_calls": 1, "max_retries": 0}
             self._attempt = ray.remote(**options)(processes.attempt).remote
-            undo.pop_all()
+            self._stack = stack.pop_all()
 
     def start(self, job: PoolJob) -> None:
         self._running[self._attempt(job.function, job.arguments)] = job.name

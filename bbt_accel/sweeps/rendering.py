@@ -16,15 +16,8 @@ MARKERS = "oDs^vPX"
 
 def markdown(report: SweepReport, plot: bool = True) -> str:
     """report.md; `plot`: whether report.png lies beside it."""
-    parts = [
-        "# Sweep",
-        summary(report),
-        *([f"![Test scores by task]({PLOT})"] if plot else []),
-        "## Trials",
-        _trials(report),
-        "## What was run",
-        _facts(report),
-    ]
+    image = [f"![Test scores by task]({PLOT})"] if plot else []
+    parts = ["# Sweep", summary(report), *image, "## Trials", _trials(report), "## What was run", _facts(report)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Literal
 
 from pydantic import Field
@@ -103,9 +104,8 @@ class SweepReport(Schema):
     sweep: Sweep = Field(description="The sweep as requested.")
     rows: list[SweepRow] = Field(description="The table.")
     trials: list[TrialRow] = Field(description="Everything behind it.")
-    cross_evaluation: CrossEvaluation | None = Field(
-        default=None, description="The prompts in other bundles, where requested."
-    )
+    cross_evaluation: CrossEvaluation | None = None
+    """The prompts in other bundles, where requested."""
     versions: dict[str, str] = Field(description="Versions of bbt-accel and Python.")
 
     def count(self, status: str) -> int:
@@ -118,36 +118,31 @@ def make_report(
     results: Mapping[str, TrialResult],
     failures: Mapping[str, str],
     interrupted: bool = False,
+    cross_evaluation: CrossEvaluation | None = None,
 ) -> SweepReport:
     """results, failures: by the names of trials; a trial in neither was not run."""
-    groups: dict[tuple[Method, str, str], dict[str, list[Trial]]] = {}
-    for t in trials:
-        groups.setdefault((t.method, t.bundle_name, t.engine), {}).setdefault(t.task_name, []).append(t)
     rows = []
-    for (method, bundle, engine), tasks in groups.items():
-        cells = [_cell(task, some, results, failures) for task, some in tasks.items()]
-        mean = _mean_if_complete([cell.mean for cell in cells])
-        without = _mean_if_complete([cell.without_prompt for cell in cells])
-        rows.append(
-            SweepRow(method=method, bundle=bundle, engine=engine, cells=cells, mean=mean, without_prompt=without)
-        )
+    for (method, bundle, engine), group in groupby(trials, lambda t: (t.method, t.bundle_name, t.engine)):
+        cells = [_cell(list(some), results, failures) for _, some in groupby(group, lambda t: t.task_name)]
+        mean, without = (_mean_if_complete([getattr(c, name) for c in cells]) for name in ("mean", "without_prompt"))
+        row = SweepRow(method=method, bundle=bundle, engine=engine, cells=cells, mean=mean, without_prompt=without)
+        rows.append(row)
     versions = installed_versions()
     return SweepReport(
         interrupted=interrupted,
         sweep=sweep,
         rows=rows,
         trials=[_trial_row(t, results.get(t.name), failures.get(t.name)) for t in trials],
+        cross_evaluation=cross_evaluation,
         versions={name: versions[name] for name in ("bbt-accel", "python")},
     )
 
 
-def _cell(
-    task: str, trials: Sequence[Trial], results: Mapping[str, TrialResult], failures: Mapping[str, str]
-) -> ScoreCell:
+def _cell(trials: Sequence[Trial], results: Mapping[str, TrialResult], failures: Mapping[str, str]) -> ScoreCell:
     done = [results[t.name] for t in trials if t.name in results]
     scores = [result.score for result in done]
     return ScoreCell(
-        task=task,
+        task=trials[0].task_name,
         metric=trials[0].metric,
         seeds=[result.trial.seed for result in done],
         scores=scores,
@@ -164,7 +159,7 @@ def _mean_if_complete(values: Sequence[float | None]) -> float | None:
 
 
 def _trial_row(trial: Trial, result: TrialResult | None, failure: str | None) -> TrialRow:
-    row = TrialRow(
+    return TrialRow(
         name=trial.name,
         task=trial.task_name,
         bundle=trial.bundle_name,
@@ -172,9 +167,5 @@ def _trial_row(trial: Trial, result: TrialResult | None, failure: str | None) ->
         seed=trial.seed,
         status="done" if result else "failed" if failure else "not run",
         reason=failure,
+        **(result.model_dump(exclude={"trial"}) if result else {}),
     )
-    if result is not None:
-        row.score, row.without_prompt, row.dev_score = result.score, result.without_prompt, result.dev_score
-        row.test_rows, row.calls, row.seconds = result.rows, result.calls, result.seconds
-        row.versions = result.versions
-    return row

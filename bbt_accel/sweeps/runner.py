@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import BbtError, UsageError, check_known
 from bbt_accel.files import write_atomically
-from bbt_accel.progress import SweepProgress, progress_bar
+from bbt_accel.progress import progress_bar
 from bbt_accel.reporting import write_report
 from bbt_accel.sweeps.cross_evaluation import cross_evaluate
 from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
@@ -49,7 +50,7 @@ def run_sweep(
     sweep = read_sweep(_source(folder, config, preset, resume), given or {}).absolute()
     trials = sweep.trials()
     on_gpu = any(engine_spec(name).device(sweep.device) == "cuda" for name in sweep.engines)
-    with _pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress) as pool:
+    with closing(_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
         try:
             (folder / TRIALS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,11 +76,9 @@ def _source(folder: Path, config: str | Path | None, preset: str | None, resume:
     if folder.exists() and not (resume and stored.is_file()):
         hint = "is not a sweep" if not stored.is_file() else "can be continued with --resume"
         raise BbtError(f"{folder} exists already and {hint}; or choose another -o")
-    if config is not None:
-        return Path(config)
     if preset is not None:
         return PRESETS / f"{preset}.toml"
-    return stored if stored.is_file() else None
+    return Path(config) if config is not None else stored if stored.is_file() else None
 
 
 def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: bool) -> SweepReport:
@@ -87,27 +86,25 @@ def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: 
     found = {trial.name: read_result(trial, places[trial.name]) for trial in trials}
     results = {name: result for name, result in found.items() if result is not None}
     failures: dict[str, str] = {}
-    arguments = {
-        t.name: {"trial": t.model_dump(mode="json"), "folder": str(places[t.name]), "threads": pool.threads}
+    waiting = [
+        PoolJob(t.name, run_trial, {"trial": t.model_dump(), "folder": str(places[t.name]), "threads": pool.threads})
         for t in trials
-    }
-    waiting = [PoolJob(name, run_trial, arguments[name]) for name in places if name not in results]
+        if t.name not in results
+    ]
     interrupted, crossed = False, None
     try:
-        with SweepProgress(len(trials), len(results), progress) as bar:
-            for name, reply in pool.run(waiting, bar):
-                if "error" in reply:
-                    failures[name] = " ".join(reply["message"].split())
-                else:
-                    results[name] = TrialResult.model_validate(reply["value"])
-                report = make_report(sweep, trials, results, failures)
-                write_report(folder, report, markdown(report, plot=False))
+        for name, reply in pool.run(waiting, len(results), progress):
+            if "error" in reply:
+                failures[name] = " ".join(reply["message"].split())
+            else:
+                results[name] = TrialResult.model_validate(reply["value"])
+            report = make_report(sweep, trials, results, failures)
+            write_report(folder, report, markdown(report, plot=False))
         if sweep.cross_evaluate and results:
             done = [trial for trial in trials if trial.name in results]
             crossed = cross_evaluate(done, folder / TRIALS, pool, progress)
     except KeyboardInterrupt:
         interrupted = True
-    report = make_report(sweep, trials, results, failures, interrupted)
-    report.cross_evaluation = crossed
+    report = make_report(sweep, trials, results, failures, interrupted, crossed)
     write_report(folder, report, markdown(report), lambda file: draw(file, report))
     return report

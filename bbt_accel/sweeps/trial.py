@@ -5,27 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from bbt_accel.errors import RunError
 from bbt_accel.files import write_atomically
 from bbt_accel.inference import evaluate
+from bbt_accel.reporting import Schema
 from bbt_accel.sweeps.grid import Trial
 from bbt_accel.tuning import tune
 
 SCORE, RUN = "score.json", "run"
 
 
-class TrialResult(BaseModel):
+class TrialResult(Schema):
     """score.json in the folder of a trial."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     trial: Trial
     score: float = Field(description="Test score of the tuned prompt, by the task's metric.")
     without_prompt: float = Field(description="Test score of a zero prompt.")
-    dev_score: float
-    rows: int = Field(description="Test rows.")
-    calls: int
+    dev_score: float = Field(description="Dev score of the tuned prompt, by which it was chosen.")
+    test_rows: int = Field(description="Test rows behind score and without_prompt.")
+    calls: int = Field(description="Candidates evaluated.")
     seconds: float = Field(description="Duration of the search.")
     versions: dict[str, str] = Field(description="Versions of the libraries that ran the backbone.")
 
@@ -54,7 +54,7 @@ def run_trial(trial: dict[str, Any], folder: str, threads: int | None) -> dict[s
         score=score["score"],
         without_prompt=score["without_prompt"],
         dev_score=run.info.best.dev_score,
-        rows=score["rows"],
+        test_rows=score["rows"],
         calls=run.info.calls,
         seconds=run.info.seconds,
         versions=run.info.engine.versions,
