@@ -65,7 +65,6 @@ class Bundles:
                 self._made[name] = self.work / name
             except BbtError as error:
                 self._made[name] = error
-        found = self._made[name]
-        if isinstance(found, BbtError):
+        if isinstance(found := self._made[name], BbtError):
             raise found
         return found

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from typing import get_args
 
-from bbt_accel.benchmarks.measurements import Measurement
+from bbt_accel.benchmarks.bench_report import Measurement
 from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs

@@ -21,11 +21,11 @@ import numpy as np
 
 from bbt_accel import processes
 from bbt_accel.benchmarks.bench import Benchmark
+from bbt_accel.benchmarks.bench_report import Measurement
 from bbt_accel.benchmarks.bundles import Bundles
 from bbt_accel.benchmarks.gpu_report import TOLERANCE, EngineCheck, GpuReport
-from bbt_accel.benchmarks.gpu_steps import record_reference, trace_error, validation_error
-from bbt_accel.benchmarks.make_backbone import make_backbone, make_tiny
-from bbt_accel.benchmarks.measurements import Measurement
+from bbt_accel.benchmarks.gpu_steps import trace_error, validation_error
+from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.script import run_script
 from bbt_accel.engine_specs import EngineSpec, engine_specs
@@ -40,6 +40,8 @@ TRACE_PROMPT = 10
 """Prompt tokens of the recorded traces."""
 TIMED = "fp16"
 """The precision that is timed."""
+SIZES = ("popsize", "k_shot", "n_prompt_tokens", "budget", "repeats")
+"""Options that go to the benchmark as they are."""
 
 
 def gpu_engines() -> list[tuple[EngineSpec, str]]:
@@ -68,7 +70,7 @@ class GpuCheck:
         try:
             self.validate()
             self.replay_traces()
-            for method in listed(self.given.methods):
+            for method in self.given.methods:
                 self.measure(method)
         except KeyboardInterrupt:
             self.report.interrupted = True
@@ -77,25 +79,16 @@ class GpuCheck:
         return self.report
 
     def validate(self) -> None:
-        """Every family, method and engine on batches of several shapes."""
+        """Every family, method and engine on batches of several shapes, compared with eager PyTorch on the CPU."""
         from bbt_accel.exporters.families import families
 
-        names = families() if self.given.families is None else listed(self.given.families)
+        names = families() if self.given.families is None else self.given.families
         for family, (method, mode) in product(names, VARIANTS):
             checkpoint = self.work / f"tiny-{family}"
-            case = f"{family} {method} {mode}"
-            bundles = self.bundles(case, checkpoint, method, mode, N_PROMPT)
-            reference = bundles.work / "reference.npz"
-            first = EngineCheck(case=case, engine="eager fp32")
-            self.tell(f"exporting {case}")
-            with first.capture_errors():
-                if not checkpoint.exists():
-                    processes.call(make_tiny, model_type=family, output=checkpoint)
-                processes.call(record_reference, bundle=bundles.exported(), output=reference)
-            if first.reason is None:
-                self.check(case, bundles, validation_error, reference)
-            else:
-                self.report.rows.append(first)
+            if not checkpoint.exists():
+                processes.call(make_backbone, shape=checkpoint.name, output=checkpoint)
+            bundles = self.bundles(f"{family} {method} {mode}", checkpoint, method, mode, N_PROMPT)
+            self.check(bundles, validation_error, bundles.exported)
 
     def replay_traces(self) -> None:
         """The losses that the original program recorded, where its traces are at hand."""
@@ -108,22 +101,22 @@ class GpuCheck:
             checkpoint = min((self.given.golden / "models").glob(f"{backbone}*"))
             mode = "cat" if "cat" in words else "add"
             bundles = self.bundles(f"trace {trace.stem}", checkpoint, method, mode, TRACE_PROMPT)
-            self.check(f"trace {trace.stem}", bundles, trace_error, trace)
+            self.check(bundles, trace_error, lambda trace=trace: trace)
 
     def bundles(self, case: str, checkpoint: Path, method: str, mode: str, n: int) -> Bundles:
-        folder = self.work / case.replace(" ", "-")
+        folder = self.work / case
         folder.mkdir()
         return Bundles(folder, checkpoint, {"method": method, "prompt_mode": mode, "n_prompt_tokens": n})
 
-    def check(self, case: str, bundles: Bundles, error: Callable[..., float], reference: Path) -> None:
-        """A row of the report for every engine: its error against a file."""
+    def check(self, bundles: Bundles, error: Callable[..., float], reference: Callable[[], Path]) -> None:
+        """A row of the report for every engine: its error compared with a file."""
         for spec, precision in gpu_engines():
-            check = EngineCheck(case=case, engine=f"{spec.name} {precision}")
+            check = EngineCheck(case=bundles.work.name, engine=f"{spec.name} {precision}")
             self.report.rows.append(check)
-            self.tell(f"{check.engine} on {case}")
+            self.tell(f"{check.engine} on {check.case}")
             with check.capture_errors():
                 engine = {"bundle": bundles.bundle(spec, precision), "name": spec.name, "device": self.given.device}
-                check.error = processes.call(error, reference=reference, engine=engine)
+                check.error = processes.call(error, reference=reference(), engine=engine)
 
     def measure(self, method: str) -> None:
         """The engines and the baselines on the workload, and a whole search with each engine."""
@@ -131,18 +124,16 @@ class GpuCheck:
         folder.mkdir()
         data = given.data if given.data.is_dir() else None
         checkpoint, benchmark = self.work / given.backbone, None
+        asked = {name: getattr(given, name) for name in (*SIZES, "device")}
+        engines = [spec.name for spec, precision in gpu_engines() if precision == TIMED]
         try:
             if given.backbone == "demo" or Path(given.backbone).is_dir():
                 checkpoint = given.backbone
             elif not checkpoint.exists():
                 make_backbone(given.backbone, checkpoint)
-            options = bench_options(
-                backbone=str(checkpoint), task="demo" if data is None else "sst2", data=data, method=method,
-                n_prompt_tokens=given.n_prompt_tokens, popsize=given.popsize, k_shot=given.k_shot, budget=given.calls,
-                repeats=given.repeats, device=given.device, tune=True, seeds=1, test_rows=64, precisions=[TIMED],
-                engines=[spec.name for spec, precision in gpu_engines() if precision == TIMED],
-            )  # fmt: skip
-            benchmark = SpeedBenchmark(options, folder, self.tell)
+            where = {"backbone": str(checkpoint), "task": "sst2" if data else "demo", "data": data, "method": method}
+            how = {"tune": True, "seeds": 1, "test_rows": 64, "precisions": [TIMED], "engines": engines}
+            benchmark = SpeedBenchmark(bench_options(**asked, **where, **how), folder, self.tell)
             benchmark.run()
         except BbtError as error:
             self.report.errors.append(f"{method}: {error}")
@@ -151,21 +142,21 @@ class GpuCheck:
                 self.report.benchmarks.append(benchmark.report(self.report.command))
 
 
-def listed(names: str) -> list[str]:
+def names(text: str) -> list[str]:
     """The names between commas; none for an empty text."""
-    return [name for name in names.split(",") if name]
+    return [name for name in text.split(",") if name]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     shared = Path(__file__).resolve().parents[2] / "shared"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script itself")
     parser.add_argument("--backbone", default="roberta-large", help="a shape of make_backbone, a folder, or demo")
-    parser.add_argument("--families", help='validated with tiny backbones; "" for none (default: all)')
-    parser.add_argument("--methods", default="bbt,bbtv2", help='timed methods; "" for none')
+    parser.add_argument("--families", type=names, help='validated with tiny backbones; "" for none (default: all)')
+    parser.add_argument("--methods", type=names, default=["bbt", "bbtv2"], help='timed methods; "" for none')
     parser.add_argument("--popsize", type=int, default=20, help="candidates per call")
     parser.add_argument("--k-shot", type=int, default=16, help="examples per class")
     parser.add_argument("--n-prompt-tokens", type=int, default=50, help="soft prompt vectors")
-    parser.add_argument("--calls", type=int, default=8000, help="API calls of a whole search")
+    parser.add_argument("--calls", type=int, default=8000, dest="budget", help="API calls of a whole search")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls per engine")
     parser.add_argument("--data", type=Path, default=shared / "data" / "sst2", help="SST-2's folder")
     parser.add_argument("--golden", type=Path, default=shared / "golden", help="recorded traces, if there are any")
@@ -179,11 +170,12 @@ def measure(given: argparse.Namespace, work: Path, tell: StepProgress) -> GpuRep
 
 
 def main(arguments: list[str] | None = None) -> int:
-    report = run_script("gpu_check", __doc__, add_options, measure, arguments=arguments)
-    for line in report.failures():
+    report = run_script("gpu_check", __doc__, add_options, measure, arguments)
+    failures = report.failures()
+    for line in failures:
         print("-", line)
-    print(f"{'FAILED' if report.failures() else 'PASSED'}; the report is in {report.options['output']}")
-    return 1 if report.failures() else 0
+    print(f"{'FAILED' if failures else 'PASSED'}; the report is in {report.options['output']}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

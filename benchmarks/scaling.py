@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import numpy as np
 from pydantic import Field
 
 from bbt_accel.batch import Float64
-from bbt_accel.benchmarks.script import ScriptReport, Timed, run_script
+from bbt_accel.benchmarks.script import Report, Timed, run_script
 from bbt_accel.benchmarks.steps import SEED, timed_rows
 from bbt_accel.bundle import Bundle
 from bbt_accel.encoding import Encoder
 from bbt_accel.objective import Objective
 from bbt_accel.progress import StepProgress
 from bbt_accel.run import EngineRecord
-from bbt_accel.settings import resolve
+from bbt_accel.settings import Settings, resolve
 from bbt_accel.tasks import load_task
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.space import PromptSpace
@@ -35,17 +36,14 @@ class ScalingPoint(Timed):
     engine: str = Field(description="Its name; dummy computes next to nothing.")
     workers: int | None = Field(description="None for the process of the search itself.")
     threads: int = Field(description="CPU threads of that process, or of each worker.")
-    start_s: float
-    """Seconds until the first generation: loading the engine, and Ray with its processes."""
-    speedup: float = 1.0
-    """The median of the same engine in the process of the search with one thread, over this one."""
+    start_s: float = Field(description="Seconds until the first generation: loading the engine, and Ray's processes.")
+    speedup: float = Field(description="The first row's median of the same engine over this one.")
     overhead_ms: float | None = None
     """One worker with one thread only: its median minus that of the process of the search with one thread."""
-    same: bool = True
-    """Whether every loss is that of the process of the search with one thread, bit for bit."""
+    same: bool = Field(description="Whether every loss is that of the engine's first row, bit for bit.")
 
 
-class ScalingReport(ScriptReport):
+class ScalingReport(Report):
     """A population divided among workers."""
 
     n_rows: int = Field(description="N, rows of the train batch.")
@@ -60,38 +58,38 @@ def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -
     sizes = {"popsize": given.popsize, "k_shot": given.k_shot, "seed": SEED}
     settings = resolve(task.preset(bundle.info.method), sizes)
     batch = Encoder(bundle, task).encode(timed_rows(task, given.data, given.k_shot))
-    most: int = given.workers
+    objective, most = Objective(settings.loss, task.metric), int(given.workers)
     places = [(None, 1), *((workers, 1) for workers in range(1, most + 1)), (None, most)]
-    points: list[ScalingPoint] = []
     first: dict[str, tuple[float, Float64]] = {}
 
-    def measured(engine: str, workers: int | None, threads: int) -> ScalingPoint:
+    def point(engine: str, workers: int | None, threads: int) -> ScalingPoint:
         tell(f"{engine}, {'here' if workers is None else f'{workers} workers'}, {threads} threads")
         record = EngineRecord(name=engine, device="cpu", threads=threads, without=[], url=None)
-        job = Job(bundle, record, settings, Objective(settings.loss, task.metric), batch, batch)
-        started = perf_counter()
+        job, started = Job(bundle, record, settings, objective, batch, batch), perf_counter()
         with job.evaluator() if workers is None else WorkersEvaluator(workers, "local", job) as evaluator:
-            space = PromptSpace(
-                bundle.info, settings, evaluator.layer_stds() if bundle.info.method == "bbtv2" else None
-            )
-            point = ScalingPoint(engine=engine, workers=workers, threads=threads, start_s=perf_counter() - started)
-            ms, losses = generations(evaluator, space, job, given.repeats)
-        median = point.set_times(ms)
-        alone, wanted = first.setdefault(engine, (median, losses))
-        point.speedup, point.same = alone / median, bool((losses == wanted).all())
-        point.overhead_ms = median - alone if (workers, threads) == (1, 1) else None
-        return point
+            stds = evaluator.layer_stds() if bundle.info.method == "bbtv2" else None
+            space, start_s = PromptSpace(bundle.info, settings, stds), perf_counter() - started
+            ms, losses = generations(evaluator, space, settings, given.repeats)
+        here = median(ms)
+        alone, wanted = first.setdefault(engine, (here, losses))
+        place = {"engine": engine, "workers": workers, "threads": threads, "start_s": start_s}
+        found = ScalingPoint(**place, speedup=alone / here, same=np.array_equal(losses, wanted))
+        found.set_times(ms)
+        if (workers, threads) == (1, 1):
+            found.overhead_ms = here - alone
+        return found
 
     tell.expect(len(given.engines) * len(places) + 1)
-    points = [measured(engine, *place) for engine in given.engines for place in places]
-    again = measured(given.engines[0], None, 1)
+    points = [point(engine, *place) for engine in given.engines for place in places]
+    again = point(given.engines[0], None, 1)
     return ScalingReport(n_rows=len(batch), drift=1 / again.speedup - 1, rows=points, **given.report)
 
 
-def generations(evaluator: Evaluator, space: PromptSpace, job: Job, repeats: int) -> tuple[list[float], Float64]:
+def generations(
+    evaluator: Evaluator, space: PromptSpace, settings: Settings, repeats: int
+) -> tuple[list[float], Float64]:
     """Milliseconds of each generation but the first, and the losses of all; in BBTv2 the layers take turns."""
-    rng, settings = np.random.default_rng(SEED), job.settings
-    layers = len(space.stack) or 1
+    rng, layers = np.random.default_rng(SEED), len(space.stack) or 1
     ms, losses = [], []
     for number in range(repeats + 1):
         Z = settings.sigma * rng.standard_normal((settings.popsize, settings.intrinsic_dim))

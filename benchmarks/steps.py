@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.benchmarks.timing import count_flops, generation, milliseconds, peak_mib
+from bbt_accel.bundle import BundleInfo
 from bbt_accel.data import Row, few_shot, load_rows
-from bbt_accel.engines.base import Engine
+from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError
 from bbt_accel.run import Run
+from bbt_accel.settings import resolve
 from bbt_accel.tasks import Task
+from bbt_accel.tuning.space import PromptSpace
 
 SEED = 42
 """Seed of the timed and compared rows, of the random prompts and of the first search."""
@@ -66,6 +71,9 @@ def row_logits(engine: Engine, batch: Batch, prompt: Float32) -> Float32:
     return np.concatenate(parts)
 
 
+# Rows and prompts -----------------------------------------------------------------------------------------------
+
+
 def timed_rows(task: Task, data: Path | None, k_shot: int, count: int | None = None) -> list[Row]:
     """The few-shot train rows, k per class; or `count` rows drawn from the train split. Raises DataError."""
     rows = load_rows(task, "train", data)
@@ -91,3 +99,74 @@ def save_batch(file: Path, batch: Batch) -> None:
 def load_batch(file: str | Path) -> Batch:
     with np.load(file) as arrays:
         return Batch(**arrays)
+
+
+def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
+    """float32 (count, n, H) or (count, L, n, H), entries N(0, σ_e²): what a first generation with α = 1 looks like."""
+    prompts = np.random.default_rng(seed).standard_normal((count, *info.prompt_shape), dtype=np.float32)
+    return np.asarray(prompts * np.float32(info.word_embedding_std), np.float32)
+
+
+# Time, arithmetic, memory ---------------------------------------------------------------------------------------
+
+
+def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
+    """What a search asks of an engine between two steps of CMA-ES, from z to the batch statistics.
+
+    For bbtv2 a generation for every layer, each of which then keeps its first candidate. Returns the candidates.
+    """
+    info, settings = bound.bundle.info, resolve()
+    deep = info.method == "bbtv2"
+    layers = info.n_layers if deep else 1
+    space = PromptSpace(info, settings, np.full(layers, info.word_embedding_std, np.float32) if deep else None)
+    Z = np.random.default_rng(0).standard_normal((layers, popsize, settings.intrinsic_dim))
+
+    def evaluate() -> int:
+        for layer, z in enumerate(Z):
+            bound.statistics(space.population(layer, z))
+            if deep:
+                space.stack[layer] = space.prompt(layer, z[0])
+        return layers * popsize
+
+    return evaluate
+
+
+def milliseconds(evaluate: Callable[[], int], repeats: int) -> list[float]:
+    """Milliseconds per candidate of each call. Results are on the host when a call returns: nothing still runs."""
+    found = []
+    for _ in range(repeats):
+        start = perf_counter()
+        candidates = evaluate()
+        found.append(1000 * (perf_counter() - start) / candidates)
+    return found
+
+
+def count_flops(evaluate: Callable[[], int]) -> int:
+    """Floating-point operations per candidate of a PyTorch engine: matmuls and attention, which are nearly all.
+
+    A multiplication and an addition count as two.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # PyTorch's counter knows the attention kernels of GPUs only.
+    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
+        candidates = evaluate()
+    return int(counter.get_total_flops() / candidates)
+
+
+def peak_mib() -> float | None:
+    """Largest resident memory of this process so far, MiB; None where the system does not report it."""
+    # Not getrusage first: on Linux a child starts with the peak of the process that started it.
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
+    with suppress(ImportError):  # Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+    return None

@@ -28,7 +28,7 @@ SETTINGS: dict[str, object] = {"k_shot": 2, "intrinsic_dim": 5, "popsize": 4, "b
 
 def measure(path: Path, output: Path, *words: str) -> LoadReport:
     arguments = [str(path), "-o", str(output), "--seconds", "0.05", *words]
-    return run_script("load", None, module.add_options, module.measure_load, module.draw_load, arguments)
+    return run_script("load", None, module.add_options, module.measure_load, arguments)
 
 
 def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
