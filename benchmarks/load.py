@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -128,8 +127,8 @@ def requests(url: str, batch: Batch, prompts: Float32, text: dict[str, str] | No
     """Health alone; a population with its rows, with rows sent before, and the same as JSON; and a text."""
     path = f"/v2/models/{BACKBONE}/infer"
     arrays = {"prompts": prompts, **batch.inputs()}
-    with closing(connection(url)) as client:
-        sent = json.loads(send(client, infer("", path, arrays, binary=False)))["parameters"][ROWS]
+    with sender(url, infer("", path, arrays, binary=False)) as send:
+        sent = json.loads(send())["parameters"][ROWS]
     found = [
         Request("health", "/v2/health/live"),
         infer("population with its rows", path, arrays),
@@ -154,6 +153,25 @@ def infer(name: str, path: str, arrays: dict[str, Any], rows: str | None = None,
     return Request(name, path, body, {} if length is None else {"Inference-Header-Content-Length": str(length)})
 
 
+@contextmanager
+def sender(url: str, request: Request) -> Iterator[Callable[[], bytes]]:
+    """A connection: a function that sends the request and returns the body of the response.
+
+    It raises EngineError for another status than 200.
+    """
+
+    def send() -> bytes:
+        client.request("POST" if request.body else "GET", request.path, request.body, request.headers)
+        response = client.getresponse()
+        content = response.read()
+        if response.status != 200:
+            raise EngineError(f"status {response.status}: {content.decode(errors='replace'):.200}")
+        return content
+
+    with closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=TIMEOUT)) as client:
+        yield send
+
+
 def load(url: str, request: Request, clients: int, seconds: float) -> RequestTiming:
     """The request from several clients at once, each in a loop. Raises EngineError if none is answered."""
     durations: list[float] = []
@@ -161,8 +179,8 @@ def load(url: str, request: Request, clients: int, seconds: float) -> RequestTim
 
     def run(_: int) -> None:
         try:
-            with closing(connection(url)) as client:
-                durations.extend(repeat(lambda: send(client, request), seconds))
+            with sender(url, request) as send:
+                durations.extend(repeat(send, seconds))
         except (EngineError, OSError, http.client.HTTPException) as error:
             errors.append(str(error) or type(error).__name__)
 
@@ -193,38 +211,20 @@ def summary(request: str, durations: list[float], clients: int = 1, errors: int 
     return timing
 
 
-def connection(url: str) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection(url.removeprefix("http://"), timeout=TIMEOUT)
-
-
-def send(client: http.client.HTTPConnection, request: Request) -> bytes:
-    """The body of the response. Raises EngineError for another status than 200."""
-    client.request("POST" if request.body else "GET", request.path, request.body, request.headers)
-    response = client.getresponse()
-    content = response.read()
-    if response.status != 200:
-        raise EngineError(f"status {response.status}: {content.decode(errors='replace'):.200}")
-    return content
-
-
 @contextmanager
 def served(path: Path, engine: str, threads: int | None) -> Iterator[str]:
-    """`bbt-accel serve` in a process of its own, on a free port; yields its address."""
+    """`bbt-accel serve` in a process of its own, on a free port; yields its address. Its errors are printed."""
     command = [sys.executable, "-m", "bbt_accel.cli", "serve", str(path), "--engine", engine, "--port", "0", "--json"]
     command += ["--threads", str(threads)] if threads is not None else []
     open_access = {name: value for name, value in os.environ.items() if name != TOKEN}
-    with (
-        TemporaryFile("w+") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=open_access) as process,
-    ):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=open_access) as process:
         limit = threading.Timer(TIMEOUT, process.kill)
         limit.start()
         try:
             line = process.stdout.readline() if process.stdout else ""
             limit.cancel()
             if not line:
-                log.seek(0)
-                raise EngineError(f"the server did not start: {log.read().strip() or 'no answer in time'}")
+                raise EngineError(f"the server did not start within {TIMEOUT:.0f} s, or ended with an error")
             yield json.loads(line)["url"]
         finally:
             limit.cancel()
