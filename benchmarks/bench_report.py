@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -15,9 +16,6 @@ from bbt_accel.exporters.fidelity import scaled_error
 from bbt_accel.objective import Objective
 from bbt_accel.reporting import BLUE, GREY, METRICS, ORANGE, Schema, digits, figure, markdown_list, markdown_table, tidy
 from bbt_accel.settings import Metric
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LARGEST_ERROR = 1e-4
 """An fp32 row passes up to this logit error (`exporters.fidelity.scaled_error`)."""
@@ -37,13 +35,16 @@ class TuningScores(Schema):
     std: float | None = Field(description="Standard deviation of the scores (n − 1); None for one seed.")
     seconds: float = Field(description="Mean duration of a search.")
 
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + (f" ± {self.std:.3f}" if self.std is not None else "")
+
 
 class Measurement(Outcome, Timed):
     """An engine at a precision. None means not measured; `reason` says why."""
 
     engine: str = Field(description="Name of the engine.")
     precision: str = Field(description="fp32, fp16, bf16 or int8.")
-    baseline: bool = Field(default=False, description="PyTorch without bbt-accel's optimizations (`cases.BASELINES`).")
+    baseline: bool = Field(default=False, description="PyTorch without bbt-accel's optimizations (`bench.BASELINES`).")
     without: list[str] = Field(default=[], description="Optimizations that were switched off.")
     ablation: bool = Field(default=False, description="Measured to find what an optimization contributes; not tuned.")
     bundle_mib: float | None = Field(default=None, description="Size of the bundle that was read, tokenizer included.")
@@ -97,14 +98,7 @@ def score(logits: Float32, targets: Int64, metric: Metric) -> float:
     return float(Objective("ce", metric).score(logits[None], targets)[1][0])
 
 
-def ratio(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def tuning_text(tuned: TuningScores) -> str:
-    return f"{tuned.mean:.3f}" + (f" ± {tuned.std:.3f}" if tuned.std is not None else "")
-
-
+ratio: Callable[[Any], str] = "{:.2f}".format
 NAMES: Columns = {"row": ("label", str), "status": ("status", str)}
 SPEED: Columns = NAMES | {
     "ms": ("ms_median", digits),
@@ -122,7 +116,7 @@ FIDELITY: Columns = NAMES | {
     "agreement": ("agreement", "{:.3f}".format),
     "score": ("score", "{:.3f}".format),
 }
-TUNED: Columns = {"tuned score": ("tuned", tuning_text), "search s": ("search_seconds", "{:.0f}".format)}
+TUNED: Columns = {"tuned score": ("tuned", str), "search s": ("search_seconds", "{:.0f}".format)}
 
 
 class BenchReport(Report):
@@ -261,7 +255,7 @@ class BenchReport(Report):
             for axes in (left, right):
                 tidy(axes, "x")
 
-    def _draw_speed(self, axes: Axes) -> None:
+    def _draw_speed(self, axes: Any) -> None:
         most = max([1.0, *(row.speedup_over_fastest or 0.0 for row in self.rows)])
         for place, row in enumerate(self.rows):
             found, passed = row.speedup_over_fastest or 0.0, row.status == "passed"
@@ -277,7 +271,7 @@ class BenchReport(Report):
         axes.set_xlabel(f"times as fast as the fastest baseline, {self.fastest_baseline} (ms per candidate)")
         axes.set_title(f"Speed on {self.processor}", fontsize=11, loc="left")
 
-    def _draw_scores(self, axes: Axes) -> None:
+    def _draw_scores(self, axes: Any) -> None:
         name = METRICS[self.metric]
         for place, row in enumerate(self.rows):
             if row.score is not None:

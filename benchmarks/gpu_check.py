@@ -22,12 +22,12 @@ import numpy as np
 from bbt_accel import processes
 from bbt_accel.benchmarks.bench import Benchmark
 from bbt_accel.benchmarks.bench_report import Measurement
-from bbt_accel.benchmarks.bundles import Bundles
 from bbt_accel.benchmarks.gpu_report import TOLERANCE, EngineCheck, GpuReport
 from bbt_accel.benchmarks.gpu_steps import trace_error, validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.script import run_script
+from bbt_accel.benchmarks.steps import Bundles
 from bbt_accel.engine_specs import EngineSpec, engine_specs
 from bbt_accel.errors import BbtError, EngineError
 from bbt_accel.machine import describe_machine

@@ -15,10 +15,9 @@ from pydantic import Field
 
 from bbt_accel import processes
 from bbt_accel.batch import Batch
-from bbt_accel.benchmarks.bundles import Bundles
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.script import Report, Timed, run_script
-from bbt_accel.benchmarks.steps import measure, save_batch
+from bbt_accel.benchmarks.steps import Bundles, measure, save_batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.machine import physical_cores

@@ -127,8 +127,8 @@ def requests(url: str, batch: Batch, prompts: Float32, text: dict[str, str] | No
     """Health alone; a population with its rows, with rows sent before, and the same as JSON; and a text."""
     path = f"/v2/models/{BACKBONE}/infer"
     arrays = {"prompts": prompts, **batch.inputs()}
-    with sender(url, infer("", path, arrays, binary=False)) as send:
-        sent = json.loads(send())["parameters"][ROWS]
+    with closing(connection(url)) as client:
+        sent = json.loads(send(client, infer("", path, arrays, binary=False)))["parameters"][ROWS]
     found = [
         Request("health", "/v2/health/live"),
         infer("population with its rows", path, arrays),
@@ -153,23 +153,18 @@ def infer(name: str, path: str, arrays: dict[str, Any], rows: str | None = None,
     return Request(name, path, body, {} if length is None else {"Inference-Header-Content-Length": str(length)})
 
 
-@contextmanager
-def sender(url: str, request: Request) -> Iterator[Callable[[], bytes]]:
-    """A connection: a function that sends the request and returns the body of the response.
+def connection(url: str) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(url.removeprefix("http://"), timeout=TIMEOUT)
 
-    It raises EngineError for another status than 200.
-    """
 
-    def send() -> bytes:
-        client.request("POST" if request.body else "GET", request.path, request.body, request.headers)
-        response = client.getresponse()
-        content = response.read()
-        if response.status != 200:
-            raise EngineError(f"status {response.status}: {content.decode(errors='replace'):.200}")
-        return content
-
-    with closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=TIMEOUT)) as client:
-        yield send
+def send(client: http.client.HTTPConnection, request: Request) -> bytes:
+    """The body of the response. Raises EngineError for another status than 200."""
+    client.request("POST" if request.body else "GET", request.path, request.body, request.headers)
+    response = client.getresponse()
+    content = response.read()
+    if response.status != 200:
+        raise EngineError(f"status {response.status}: {content.decode(errors='replace'):.200}")
+    return content
 
 
 def load(url: str, request: Request, clients: int, seconds: float) -> RequestTiming:
@@ -179,8 +174,8 @@ def load(url: str, request: Request, clients: int, seconds: float) -> RequestTim
 
     def run(_: int) -> None:
         try:
-            with sender(url, request) as send:
-                durations.extend(repeat(send, seconds))
+            with closing(connection(url)) as client:
+                durations.extend(repeat(lambda: send(client, request), seconds))
         except (EngineError, OSError, http.client.HTTPException) as error:
             errors.append(str(error) or type(error).__name__)
 

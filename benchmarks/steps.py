@@ -1,8 +1,11 @@
-"""The rows of a benchmark, and what its processes do with them: time, compare, search. Large arrays are files."""
+"""What the processes of a benchmark do: export, optimize, time, compare, search; and its bundles and rows.
+
+Large arrays are files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -10,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from bbt_accel import processes
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.data import Row, few_shot, load_rows
+from bbt_accel.engine_specs import EngineSpec
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import DataError
+from bbt_accel.errors import BbtError, DataError
+from bbt_accel.optimizations import in_graph
 from bbt_accel.run import Run
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import Task
@@ -29,6 +35,20 @@ WARM_UP = {"cpu": 1, "cuda": 3}
 """Calls before the timed ones, by device: buffers, kernels and CUDA graphs are made in them."""
 LoadArguments = dict[str, Any]
 """Arguments of `load_engine`: bundle, name, device, threads, without."""
+
+
+def export(**arguments: Any) -> None:
+    """Calls `export_bundle`."""
+    from bbt_accel.exporters.export import export_bundle
+
+    export_bundle(**arguments)
+
+
+def optimize(data: str | None = None, **arguments: Any) -> None:
+    """Calls `optimize_bundle`."""
+    from bbt_accel.exporters.optimize import optimize_bundle
+
+    optimize_bundle(data=None if data is None else Path(data), **arguments)
 
 
 def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops: bool = False) -> dict[str, Any]:
@@ -69,6 +89,53 @@ def row_logits(engine: Engine, batch: Batch, prompt: Float32) -> Float32:
         with engine.bind(batch.rows(slice(start, start + ROWS))) as bound:
             parts.append(bound.label_logits(prompt[None])[0])
     return np.concatenate(parts)
+
+
+# Bundles -----------------------------------------------------------------------------------------------------
+
+
+def conversion(spec: EngineSpec, precision: str) -> dict[str, str] | None:
+    """Target and precision of the bundle that an engine reads; None for the bundle as exported."""
+    if precision == "fp32" and "onnx" in spec.reads and "fp32" not in spec.optimized:
+        return None
+    target = spec.name if spec.optimized else next(name for name in spec.reads if name != "onnx")
+    return {"target": target, "precision": precision}
+
+
+class Bundles:
+    """The bundles of a backbone in the folder `work`, each made when it is first needed. Failures are remembered.
+
+    exporting, optimizing: further arguments of `export_bundle` and `optimize_bundle`.
+    """
+
+    def __init__(self, work: Path, backbone: str | Path, exporting: dict[str, Any], **optimizing: Any) -> None:
+        self.work, self.backbone, self.exporting, self.optimizing = work, backbone, exporting, optimizing
+        self._made: dict[str, Path | BbtError] = {}
+
+    def exported(self, without: Sequence[str] = ()) -> Path:
+        """The exported bundle whose graphs have these optimizations switched off. Raises BbtError."""
+        arguments = {"backbone": self.backbone, "without": list(without), **self.exporting}
+        return self._make(["exported", *without], export, arguments)
+
+    def bundle(self, spec: EngineSpec, precision: str, without: Sequence[str] = ()) -> Path:
+        """The bundle that an engine reads at a precision. Raises BbtError."""
+        off, wanted = in_graph(without), conversion(spec, precision)
+        if wanted is None:
+            return self.exported(off)
+        arguments = {"source": self.exported(off), **wanted, **self.optimizing}
+        return self._make([*wanted.values(), *off], optimize, arguments)
+
+    def _make(self, words: Sequence[str], step: Callable[..., None], arguments: dict[str, Any]) -> Path:
+        name = "-".join(words)
+        if name not in self._made:
+            try:
+                processes.call(step, output=self.work / name, **arguments)
+                self._made[name] = self.work / name
+            except BbtError as error:
+                self._made[name] = error
+        if isinstance(found := self._made[name], BbtError):
+            raise found
+        return found
 
 
 # Rows and prompts -----------------------------------------------------------------------------------------------

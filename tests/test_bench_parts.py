@@ -9,14 +9,14 @@ import pytest
 from tiny_bundles import tiny_bundle
 
 from bbt_accel.batch import Batch
-from bbt_accel.benchmarks import cases, rates
+from bbt_accel.benchmarks import bench, rates
+from bbt_accel.benchmarks.bench import BASELINES, ablations, plan_measurements, run_bench
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
-from bbt_accel.benchmarks.bundles import conversion
-from bbt_accel.benchmarks.cases import BASELINES, ablations, check_names, plan_measurements
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.benchmarks.rates import matrix_rates, median_seconds
 from bbt_accel.benchmarks.script import Timed
 from bbt_accel.benchmarks.steps import (
+    conversion,
     generation,
     load_batch,
     milliseconds,
@@ -81,7 +81,7 @@ def engine_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     def plan(features: Sequence[str] = ("bf16",), **changes: Any) -> list[Measurement]:
         machine = {**describe_machine(), "features": list(features)}
-        monkeypatch.setattr(cases, "describe_machine", lambda: machine)
+        monkeypatch.setattr(bench, "describe_machine", lambda: machine)
         rows, _ = plan_measurements(options(**changes), info)
         return [row for row in rows if not row.baseline]
 
@@ -115,9 +115,9 @@ def test_pairs_that_do_not_exist_are_rows_only_if_both_were_asked_for(
         ({"without": ["bucket"]}, "did you mean buckets"),
     ],
 )
-def test_unknown_names(changes: dict[str, Any], words: str) -> None:
+def test_unknown_names(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
-        check_names(options(**changes))
+        run_bench(options(**changes), tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbtv2"])
