@@ -196,26 +196,21 @@ class Benchmark:
             padding=1 - float(self.timed.attention_mask.mean()),
             n_test_rows=len(self.tested),
             drift=self.drift,
-            fastest_baseline=derive(self.rows, self.machine["fp32_rate"]).label,
+            fastest_baseline=self.derive().label,
             rows=list(self.rows),
             notes=self.notes,
         )
 
-
-def derive(rows: Sequence[Measurement], fp32_rate: float) -> Measurement:
-    """Fill in what follows from the timed calls; returns the fastest baseline that passed, else the original's forward.
-
-    rows: the original's forward first, which has been timed.
-    """
-    timed = [(row.set_times(row.calls_ms), row) for row in rows if row.calls_ms]
-    original, flops = timed[0][0], rows[0].flops or 0
-    passed = [(ms, row) for ms, row in timed if row.baseline and row.status == "passed"]
-    least, fastest = min(passed, key=lambda pair: pair[0], default=timed[0])
-    for ms, row in timed:
-        row.candidates_per_second = 1000 / ms
-        row.speedup, row.speedup_over_fastest = original / ms, least / ms
-        row.fp32_share = flops * row.candidates_per_second / (fp32_rate * 1e9)
-    return fastest
+    def derive(self) -> Measurement:
+        """Fill in what follows from the timed calls; returns the fastest baseline that passed, else the original."""
+        timed = [(row.set_times(row.calls_ms), row) for row in self.rows if row.calls_ms]
+        passed = [(ms, row) for ms, row in timed if row.baseline and row.status == "passed"]
+        least, fastest = min(passed, key=lambda pair: pair[0], default=timed[0])
+        for ms, row in timed:
+            row.candidates_per_second = 1000 / ms
+            row.speedup, row.speedup_over_fastest = timed[0][0] / ms, least / ms
+            row.fp32_share = (self.original.flops or 0) / ms / (1e6 * self.machine["fp32_rate"])
+        return fastest
 
 
 # Which rows there are ------------------------------------------------------------------------------------------

@@ -261,10 +261,8 @@ class BenchReport(Report):
             found, passed = row.speedup_over_fastest or 0.0, row.status == "passed"
             colour = GREY if row.baseline else BLUE if passed else ORANGE
             axes.barh(place, found, color=colour, height=0.66, hatch=None if passed else "///", edgecolor="white")
-            time = f"{found:.2f}×  ({digits(row.ms_median)} ms)" if found else ""
-            note = "  ".join(filter(None, (time, "" if passed else row.status)))
-            # The box keeps lines from running through the text.
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            note = f"{found:.2f}×  ({digits(row.ms_median)} ms)  " * bool(found) + row.status * (not passed)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # keeps lines from running through the text
             axes.text(found + 0.015 * most, place, note, va="center", fontsize=9, bbox=box)
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlim(0, 1.42 * most)
@@ -272,18 +270,17 @@ class BenchReport(Report):
         axes.set_title(f"Speed on {self.processor}", fontsize=11, loc="left")
 
     def _draw_scores(self, axes: Any) -> None:
-        name = METRICS[self.metric]
+        name, tuned = METRICS[self.metric], {"color": "black", "markerfacecolor": "none", "markersize": 8, "capsize": 3}
         for place, row in enumerate(self.rows):
             if row.score is not None:
                 axes.plot(row.score, place, "o", color=BLUE, markersize=8, label=self.prompt)
-            if (tuned := row.tuned) is not None:
-                label = f"tuned on the row's engine, {len(tuned.seeds)} seeds (mean ± std)"
-                style: dict[str, Any] = {"color": "black", "markerfacecolor": "none", "markersize": 8, "capsize": 3}
-                axes.errorbar(tuned.mean, place, xerr=tuned.std or 0.0, fmt="D", label=label, **style)
+            if row.tuned is not None:
+                label = f"tuned on the row's engine, {len(row.tuned.seeds)} seeds (mean ± std)"
+                axes.errorbar(row.tuned.mean, place, xerr=row.tuned.std or 0.0, fmt="D", label=label, **tuned)
         handles, labels = axes.get_legend_handles_labels()
-        if shown := dict(zip(labels, handles, strict=True)):
-            outside: dict[str, Any] = {"fontsize": 9, "loc": "outside lower right", "ncols": 2, "frameon": False}
-            axes.figure.legend(shown.values(), shown.keys(), **outside)
+        shown = dict(zip(labels, handles, strict=True))
+        outside = {"loc": "outside lower right", "ncols": 2, "frameon": False}
+        axes.figure.legend(shown.values(), shown.keys(), fontsize=9, **outside)
         axes.set_xlim(-0.03, 1.03)
         axes.set_xlabel(f"test {name}, {self.n_test_rows} rows")
         axes.set_title(name[0].upper() + name[1:], fontsize=11, loc="left")

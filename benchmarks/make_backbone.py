@@ -20,10 +20,6 @@ from bbt_accel.files import new_folder
 
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "n_layer")
 """What configurations call the number of blocks."""
-TINY = "tiny-"
-"""Before the name of a family: a shape that exports in seconds."""
-NOISE = 0.1
-"""Standard deviation of what is added to the weights of a tiny shape, so that its prompts and rows matter."""
 
 
 def make_backbone(
@@ -41,12 +37,12 @@ def make_backbone(
     from bbt_accel.exporters.families import families
 
     shapes = {name: (spec, size) for spec in families().values() for name, size in spec.shapes.items()}
-    shapes |= {TINY + name: (spec, spec.tiny) for name, spec in families().items()}
+    shapes |= {f"tiny-{name}": (spec, spec.tiny) for name, spec in families().items()}
     check_known("shape", shape, shapes)
     spec, published = shapes[shape]
     words = load_words(tokenizer, spec)
     config = {name: layers if layers and name in DEPTHS else value for name, value in published.items()}
-    if shape.startswith(TINY):
+    if tiny := shape.startswith("tiny-"):
         config["vocab_size"] = len(words)
     if len(words) > config["vocab_size"]:
         raise DataError(f"{tokenizer} has {len(words)} tokens, more than {shape}; give a smaller --tokenizer")
@@ -56,9 +52,10 @@ def make_backbone(
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
     model = spec.load_class()(transformers.AutoConfig.for_model(spec.model_type, **config, **tokens))
-    with torch.no_grad():
-        for parameter in model.parameters() if shape.startswith(TINY) else ():
-            parameter += NOISE * torch.randn_like(parameter)
+    if tiny:  # weights large enough that prompts and rows matter
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
     with new_folder(Path(output)) as folder:
         model.save_pretrained(folder, max_shard_size="1000GB")
         words.save_pretrained(folder)

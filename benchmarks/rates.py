@@ -29,7 +29,10 @@ def matrix_rates(device: str, threads: int) -> dict[str, Any]:
         except Exception as error:  # whatever is missing or unsupported: no row depends on it
             unavailable[name] = f"{type(error).__name__}: {first_line(error):.100}"
     if device == "cuda":
-        rates["copy, bytes"] = copy_rate()
+        import torch
+
+        block = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+        rates["copy, bytes"] = 2 * block.numel() / median_seconds(block.clone, threads) / 1e9
     best = max((name for name in rates if name.startswith("fp32")), key=rates.__getitem__)
     by = best.removeprefix("fp32 ")
     return {"fp32_rate": rates[best], "fp32_rate_by": by, "rates": rates, "unavailable": unavailable}
@@ -40,15 +43,6 @@ def median_seconds(call: Callable[[], object], threads: int) -> float:
     from torch.utils.benchmark import Timer
 
     return Timer("call()", globals={"call": call}, num_threads=threads).blocked_autorange(min_run_time=SECONDS).median
-
-
-def copy_rate(size: int = 2**30) -> float:
-    """10⁹ bytes/s that a copy on the GPU reads and writes."""
-    import torch
-
-    source = torch.ones(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * size / median_seconds(lambda: target.copy_(source), 1) / 1e9
 
 
 def _torch(n: int, device: str = "cpu", half: bool = False) -> Multiply:

@@ -18,9 +18,9 @@ from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.data import Row, few_shot, load_rows
 from bbt_accel.engine_specs import EngineSpec
-from bbt_accel.engines.base import BoundBatch, Engine
+from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError, DataError
+from bbt_accel.errors import DataError
 from bbt_accel.optimizations import in_graph
 from bbt_accel.run import Run
 from bbt_accel.settings import resolve
@@ -65,10 +65,13 @@ def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops
 
 
 def compare(engine: LoadArguments, batch: str, prompt: str) -> list[list[float]]:
-    """Label logits (N, C) of the batch for the prompt, both files."""
+    """Label logits (N, C) of the batch for the prompt, both files; a few rows at a time."""
+    rows, found = load_batch(batch), []
     with load_engine(**engine) as loaded:
-        found: list[list[float]] = row_logits(loaded, load_batch(batch), np.load(prompt)).tolist()
-        return found
+        for start in range(0, len(rows), ROWS):
+            with loaded.bind(rows.rows(slice(start, start + ROWS))) as bound:
+                found += bound.label_logits(np.load(prompt)[None])[0].tolist()
+    return found
 
 
 def search(engine: LoadArguments, run: str, data: str | None, **arguments: Any) -> dict[str, Any]:
@@ -80,15 +83,6 @@ def search(engine: LoadArguments, run: str, data: str | None, **arguments: Any) 
     done = Run.read(run)
     np.save(Path(run) / "prompt.npy", done.prompt)
     return {"seconds": done.info.seconds, "calls": done.info.calls}
-
-
-def row_logits(engine: Engine, batch: Batch, prompt: Float32) -> Float32:
-    """Label logits (N, C) of all rows for one prompt, a few rows at a time."""
-    parts = []
-    for start in range(0, len(batch), ROWS):
-        with engine.bind(batch.rows(slice(start, start + ROWS))) as bound:
-            parts.append(bound.label_logits(prompt[None])[0])
-    return np.concatenate(parts)
 
 
 # Bundles -----------------------------------------------------------------------------------------------------
@@ -103,39 +97,30 @@ def conversion(spec: EngineSpec, precision: str) -> dict[str, str] | None:
 
 
 class Bundles:
-    """The bundles of a backbone in the folder `work`, each made when it is first needed. Failures are remembered.
+    """The bundles of a backbone in the folder `work`, each made when it is first needed.
 
     exporting, optimizing: further arguments of `export_bundle` and `optimize_bundle`.
     """
 
     def __init__(self, work: Path, backbone: str | Path, exporting: dict[str, Any], **optimizing: Any) -> None:
-        self.work, self.backbone, self.exporting, self.optimizing = work, backbone, exporting, optimizing
-        self._made: dict[str, Path | BbtError] = {}
+        self.work, self.exporting, self.optimizing = work, {"backbone": backbone, **exporting}, optimizing
 
     def exported(self, without: Sequence[str] = ()) -> Path:
         """The exported bundle whose graphs have these optimizations switched off. Raises BbtError."""
-        arguments = {"backbone": self.backbone, "without": list(without), **self.exporting}
-        return self._make(["exported", *without], export, arguments)
+        return self._make(["exported", *without], export, without=without, **self.exporting)
 
     def bundle(self, spec: EngineSpec, precision: str, without: Sequence[str] = ()) -> Path:
         """The bundle that an engine reads at a precision. Raises BbtError."""
         off, wanted = in_graph(without), conversion(spec, precision)
         if wanted is None:
             return self.exported(off)
-        arguments = {"source": self.exported(off), **wanted, **self.optimizing}
-        return self._make([*wanted.values(), *off], optimize, arguments)
+        return self._make([*wanted.values(), *off], optimize, source=self.exported(off), **wanted, **self.optimizing)
 
-    def _make(self, words: Sequence[str], step: Callable[..., None], arguments: dict[str, Any]) -> Path:
-        name = "-".join(words)
-        if name not in self._made:
-            try:
-                processes.call(step, output=self.work / name, **arguments)
-                self._made[name] = self.work / name
-            except BbtError as error:
-                self._made[name] = error
-        if isinstance(found := self._made[name], BbtError):
-            raise found
-        return found
+    def _make(self, words: Sequence[str], step: Callable[..., None], **arguments: Any) -> Path:
+        path = self.work / "-".join(words)
+        if not path.exists():
+            processes.call(step, output=path, **arguments)
+        return path
 
 
 # Rows and prompts -----------------------------------------------------------------------------------------------

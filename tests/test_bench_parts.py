@@ -16,16 +16,16 @@ from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.benchmarks.rates import matrix_rates, median_seconds
 from bbt_accel.benchmarks.script import Timed
 from bbt_accel.benchmarks.steps import (
+    compare,
     conversion,
     generation,
     load_batch,
     milliseconds,
     peak_mib,
     random_prompts,
-    row_logits,
     save_batch,
 )
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import Bundle, write_info
 from bbt_accel.engine_specs import engine_spec, engine_specs
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import UsageError
@@ -154,11 +154,15 @@ def test_timing(method: str, tmp_path: Path) -> None:
     assert min(found) > 0
 
 
-def test_row_logits_in_parts(tmp_path: Path) -> None:
-    bundle = tiny_bundle(tmp_path)
+def test_logits_in_parts(tmp_path: Path) -> None:
+    bundle, batch = tiny_bundle(tmp_path / "bundle"), some_rows(130)
+    write_info(bundle.path, bundle.info)
     prompt = random_prompts(bundle.info, 1, 0)[0]
-    engine, batch = DummyEngine(bundle), some_rows(130)
-    np.testing.assert_array_equal(row_logits(engine, batch, prompt), engine.bind(batch).label_logits(prompt[None])[0])
+    save_batch(tmp_path / "rows.npz", batch)
+    np.save(tmp_path / "prompt.npy", prompt)
+    engine = {"bundle": tmp_path / "bundle", "name": "dummy"}
+    found = compare(engine, str(tmp_path / "rows.npz"), str(tmp_path / "prompt.npy"))
+    np.testing.assert_allclose(found, DummyEngine(bundle).bind(batch).label_logits(prompt[None])[0], rtol=1e-6)
 
 
 def test_batches_travel(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime")
 from bbt_accel import processes
 from bbt_accel.benchmarks import gpu_check
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores
-from bbt_accel.benchmarks.gpu_report import EngineCheck, GpuReport
+from bbt_accel.benchmarks.gpu_check import EngineCheck, GpuReport
 from bbt_accel.benchmarks.gpu_steps import validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
