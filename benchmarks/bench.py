@@ -44,19 +44,13 @@ def run_bench(options: BenchOptions, output: str | Path, progress: bool = True) 
     Raises UsageError for unknown names, BbtError when `output` exists, what `export_bundle`, `load_task` and
     `load_rows` raise, and EngineError when the original's forward itself fails.
     """
-    output = Path(output)
     for name in options.engines:
         engine_spec(name)
     for name in options.precisions:
         check_known("precision", name, get_args(Precision))
     check_optimizations(options.without)
-
-    def run(work: Path, tell: StepProgress) -> BenchReport:
-        benchmark = Benchmark(options, work, tell)
-        benchmark.run()
-        return benchmark.report(options.command_line(output))
-
-    return record(output, run, progress)
+    command = options.command_line(Path(output))
+    return record(Path(output), lambda work, tell: Benchmark(options, command, work, tell).run(), progress)
 
 
 class Benchmark:
@@ -65,15 +59,15 @@ class Benchmark:
     rows: Sequence[Measurement] = ()
     drift: float | None = None
 
-    def __init__(self, options: BenchOptions, work: Path, tell: StepProgress) -> None:
+    def __init__(self, options: BenchOptions, command: str, work: Path, tell: StepProgress) -> None:
         self.options = options.model_copy(update={"threads": options.threads or physical_cores()})
-        self.work, self.tell = work, tell
+        self.command, self.work, self.tell = command, work, tell
         self.task = load_task(options.task)
         exporting = options.model_dump(include={"method", "prompt_mode", "n_prompt_tokens"})
         self.bundles = Bundles(work, options.backbone, exporting, calibrate=options.task, data=options.data)
 
-    def run(self) -> None:
-        """Measure everything; `report` then has it, or what there is of it after an interrupt."""
+    def run(self) -> BenchReport:
+        """Measure everything. After an interrupt `report` has what there is."""
         self.prepare()
         self.tell("measuring the machine")
         rates = processes.call(matrix_rates, device=self.options.device, threads=self.options.threads)
@@ -82,6 +76,7 @@ class Benchmark:
         self.time_again()
         self.each("tuning", self.tune, filter(self.tunes, self.rows))
         self.each("comparing", self.compare, self.rows)
+        return self.report()
 
     @property
     def original(self) -> Measurement:
@@ -154,20 +149,19 @@ class Benchmark:
 
     def tune(self, row: Measurement) -> None:
         """Search once per seed. The first prompt that eager finds is the one that all rows are compared on."""
-        scores, seconds, calls = [], [], 0
+        scores, done = [], []
         seeds = list(range(SEED, SEED + self.options.seeds))
         for seed in seeds:
             self.tell(f"tuning {row.label}, seed {seed}")
             run = self.work / f"run {row.label} {seed}"
             asked = {"task": self.options.task, "data": self.options.data, "settings": self.settings(seed)}
-            done = processes.call(steps.search, engine=self.engine(row), run=run, **asked)
+            done.append(processes.call(steps.search, engine=self.engine(row), run=run, **asked))
             scores.append(score(self.logits(row, run / "prompt.npy"), self.tested.targets, self.task.metric))
-            seconds.append(done["seconds"])
-            calls = done["calls"]
             if row is self.original and seed == SEED:
                 shutil.copy(run / "prompt.npy", self.work / "prompt.npy")
-        found = {"mean": fmean(scores), "std": stdev(scores) if len(scores) > 1 else None, "seconds": fmean(seconds)}
-        row.tuned = TuningScores(seeds=seeds, budget=calls, scores=scores, **found)
+        mean, std = fmean(scores), stdev(scores) if len(scores) > 1 else None
+        cost = {"budget": done[-1]["calls"], "seconds": fmean(each["seconds"] for each in done)}
+        row.tuned = TuningScores(seeds=seeds, scores=scores, mean=mean, std=std, **cost)
 
     def settings(self, seed: int) -> dict[str, object]:
         asked = self.options.model_dump(include={"popsize", "k_shot", "budget"}, exclude_none=True)
@@ -184,9 +178,9 @@ class Benchmark:
         found = processes.call(steps.compare, engine=self.engine(row), batch=self.work / "tested.npz", prompt=prompt)
         return np.array(found, np.float32)
 
-    def report(self, command: str) -> BenchReport:
+    def report(self) -> BenchReport:
         return BenchReport(
-            command=command,
+            command=self.command,
             options=self.options,
             task=self.task.name,
             metric=self.task.metric,
@@ -211,9 +205,6 @@ class Benchmark:
             row.speedup, row.speedup_over_fastest = timed[0][0] / ms, least / ms
             row.fp32_share = (self.original.flops or 0) / ms / (1e6 * self.machine["fp32_rate"])
         return fastest
-
-
-# Which rows there are ------------------------------------------------------------------------------------------
 
 
 def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Measurement], list[str]]:

@@ -48,18 +48,16 @@ class Measurement(Outcome, Timed):
     without: list[str] = Field(default=[], description="Optimizations that were switched off.")
     ablation: bool = Field(default=False, description="Measured to find what an optimization contributes; not tuned.")
     bundle_mib: float | None = Field(default=None, description="Size of the bundle that was read, tokenizer included.")
-    flops: int | None = None
-    """Floating-point operations per candidate, matmuls and attention, padding included; PyTorch engines only."""
+    flops: int | None = Field(default=None, description="FLOP per candidate, padding included; PyTorch engines only.")
     calls_ms: list[float] = Field(default=[], description="ms per candidate of each timed call, z to batch statistics.")
     candidates_per_second: float | None = Field(default=None, description="Candidates/s, from the median.")
     speedup: float | None = Field(default=None, description="Time of the original's forward over this row's, medians.")
     speedup_over_fastest: float | None = None
     """Time of the fastest baseline that passed over this row's, medians."""
     fp32_share: float | None = None
-    """Effective share of the machine's fp32 rate: operations of the original's forward × candidates/s over that rate.
-    It exceeds 100 % where redundant computation is avoided or the precision is lower."""
-    peak_mib: float | None = None
-    """Largest resident memory of the row's process, MiB, from its start to the end of the timed calls."""
+    """Operations of the original's forward × candidates/s over the fp32 rate; beyond 100 % where redundant computation
+    is avoided or the precision is lower."""
+    peak_mib: float | None = Field(default=None, description="Largest resident memory of the row's process, MiB.")
     max_error: float | None = None
     """Largest difference of a test row's label logits from eager fp32, relative to the largest logit where that is
     beyond 1; None if a logit is not finite."""
@@ -200,16 +198,13 @@ class BenchReport(Report):
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         text = f"{len(states)} rows: {counts}. The fastest baseline is {self.fastest_baseline}."
         if (best := self.fastest) is not None:
-            text += (
-                f" The fastest engine that passed is **{best.label}**: {best.speedup_over_fastest:.2f} times the "
-                f"fastest baseline and {best.speedup:.2f} times the original's forward, on {self.processor}."
-            )
+            text += f" The fastest engine that passed is **{best.label}**: {best.speedup_over_fastest:.2f} times the "
+            text += f"fastest baseline and {best.speedup:.2f} times the original's forward, on {self.processor}."
         if abs(self.drift or 0.0) > STEADY:
             text += (
-                f"\n\n**The machine was not steady:** the time of the original's forward changed by {self.drift:+.0%} "
-                "from before the other rows to after them, and no ratio here is more precise than that. Measure again "
-                "on an idle machine."
+                f"\n\n**The machine was not steady:** the time of the original's forward changed by {self.drift:+.0%}, "
             )
+            text += "and no ratio here is more precise than that. Measure again on an idle machine."
         return text
 
     def ablation(self) -> str:
@@ -239,8 +234,6 @@ class BenchReport(Report):
             "Left out": "; ".join(self.notes),
         }
         return markdown_list(lines | self.provenance())
-
-    # The plot -------------------------------------------------------------------------------------------------
 
     def draw(self, file: Path) -> None:
         """Speed over the fastest baseline on the left, the score on the right, one line per row."""

@@ -3,6 +3,7 @@
 python -m bbt_accel.benchmarks.growth -o growth
 
 Random weights of a published shape, random rows without padding; one factor changes, the others stay as in `BASE`.
+Lengths beyond the backbone's are left out.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def measure_growth(given: argparse.Namespace, work: Path, tell: StepProgress) ->
             # Random weights have no accuracy to preserve: every matmul is quantized.
             backbones[layers] = Bundles(work / f"{layers}", work / f"{layers}" / "checkpoint", {}, max_rmse=1e9)
         bundle = Bundle.read(backbones[layers].bundle(engine_spec(engine), precision), verify=False)
+        if at["length"] > bundle.info.max_length:
+            continue
         save_batch(work / "batch.npz", random_batch(bundle, at["rows"], at["length"]))
         # Eager takes its candidates one by one: two give the same time each.
         popsize = min(at["population"], 2) if engine == "eager" else at["population"]

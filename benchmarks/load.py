@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +45,8 @@ WARM_UP = 2
 """Requests before those that are timed."""
 SCALED = ("population", "texts")
 """Requests that are sent by each number of clients."""
-
-
-@dataclass
-class Request:
-    """What a client sends repeatedly."""
-
-    name: str
-    path: str
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
+Request = tuple[str, str, bytes, dict[str, str]]
+"""What a client sends repeatedly: method, path, body and headers."""
 
 
 class RequestTiming(Timed):
@@ -115,33 +106,31 @@ def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> L
     with load_engine(bundle, given.engine, threads=given.threads) as engine, engine.bind(batch) as bound:
         timings = [summary("population, no server", repeat(lambda: bound.label_logits(prompts), given.seconds))]
     with served(given.path, given.engine, given.threads) as url:
-        for request in requests(url, batch, prompts, text):
-            for clients in given.clients if request.name in SCALED else given.clients[:1]:
-                tell(f"{request.name}, {clients} clients")
-                timings.append(load(url, request, clients, given.seconds))
+        for name, request in requests(url, batch, prompts, text).items():
+            for clients in given.clients if name in SCALED else given.clients[:1]:
+                tell(f"{name}, {clients} clients")
+                timings.append(load(url, name, request, clients, given.seconds))
     length = batch.input_ids.shape[1]
     return LoadReport(backbone=bundle.info.backbone, length=length, rows=timings, **given.report)
 
 
-def requests(url: str, batch: Batch, prompts: Float32, text: dict[str, str] | None) -> list[Request]:
+def requests(url: str, batch: Batch, prompts: Float32, text: dict[str, str] | None) -> dict[str, Request]:
     """Health alone; a population with its rows, with rows sent before, and the same as JSON; and a text."""
-    path = f"/v2/models/{BACKBONE}/infer"
     arrays = {"prompts": prompts, **batch.inputs()}
     with closing(connection(url)) as client:
-        sent = json.loads(send(client, infer("", path, arrays, binary=False)))["parameters"][ROWS]
-    found = [
-        Request("health", "/v2/health/live"),
-        infer("population with its rows", path, arrays),
-        infer("population", path, {"prompts": prompts}, rows=sent),
-        infer("population as JSON", path, {"prompts": prompts}, rows=sent, binary=False),
-    ]
+        sent = json.loads(send(client, infer(BACKBONE, arrays, binary=False)))["parameters"][ROWS]
+    found: dict[str, Request] = {
+        "health": ("GET", "/v2/health/live", b"", {}),
+        "population with its rows": infer(BACKBONE, arrays),
+        "population": infer(BACKBONE, {"prompts": prompts}, rows=sent),
+        "population as JSON": infer(BACKBONE, {"prompts": prompts}, rows=sent, binary=False),
+    }
     if text is not None:
-        columns = {name: np.array([value], object) for name, value in text.items()}
-        found.append(infer("texts", f"/v2/models/{CLASSIFIER}/infer", columns))
+        found["texts"] = infer(CLASSIFIER, {name: np.array([value], object) for name, value in text.items()})
     return found
 
 
-def infer(name: str, path: str, arrays: dict[str, Any], rows: str | None = None, binary: bool = True) -> Request:
+def infer(model: str, arrays: dict[str, Any], rows: str | None = None, binary: bool = True) -> Request:
     """A request as Triton's client writes it."""
     inputs = [
         triton.InferInput(key, list(a.shape), np_to_triton_dtype(a.dtype)).set_data_from_numpy(a, binary_data=binary)
@@ -150,7 +139,8 @@ def infer(name: str, path: str, arrays: dict[str, Any], rows: str | None = None,
     outputs = None if binary else [triton.InferRequestedOutput("label_logits", binary_data=False)]
     parameters = {ROWS: rows} if rows else None
     body, length = triton.InferenceServerClient.generate_request_body(inputs, outputs=outputs, parameters=parameters)
-    return Request(name, path, body, {} if length is None else {"Inference-Header-Content-Length": str(length)})
+    headers = {} if length is None else {"Inference-Header-Content-Length": str(length)}
+    return "POST", f"/v2/models/{model}/infer", body, headers
 
 
 def connection(url: str) -> http.client.HTTPConnection:
@@ -159,7 +149,7 @@ def connection(url: str) -> http.client.HTTPConnection:
 
 def send(client: http.client.HTTPConnection, request: Request) -> bytes:
     """The body of the response. Raises EngineError for another status than 200."""
-    client.request("POST" if request.body else "GET", request.path, request.body, request.headers)
+    client.request(*request)
     response = client.getresponse()
     content = response.read()
     if response.status != 200:
@@ -167,7 +157,7 @@ def send(client: http.client.HTTPConnection, request: Request) -> bytes:
     return content
 
 
-def load(url: str, request: Request, clients: int, seconds: float) -> RequestTiming:
+def load(url: str, name: str, request: Request, clients: int, seconds: float) -> RequestTiming:
     """The request from several clients at once, each in a loop. Raises EngineError if none is answered."""
     durations: list[float] = []
     errors: list[str] = []
@@ -183,7 +173,7 @@ def load(url: str, request: Request, clients: int, seconds: float) -> RequestTim
         list(pool.map(run, range(clients)))
     if not durations:
         raise EngineError(f"no request was answered ({errors[0]})")
-    return summary(request.name, durations, clients, len(errors), len(request.body))
+    return summary(name, durations, clients, len(errors), len(request[2]))
 
 
 def repeat(call: Callable[[], object], seconds: float) -> list[float]:

@@ -73,14 +73,10 @@ def load_words(folder: Path, spec: Any) -> Any:
     begin = source.cls_token or source.bos_token or source.eos_token
     end = source.sep_token or source.eos_token
     literal = spec.mask if spec.mask and not hasattr(source, spec.mask) else None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(file)),
-        **dict.fromkeys(("cls_token", "bos_token"), begin),
-        **dict.fromkeys(("sep_token", "eos_token"), end),
-        pad_token=source.pad_token or end,
-        unk_token=source.unk_token,
-        mask_token=literal or source.mask_token or "<mask>",
-    )
+    ends = dict.fromkeys(("bos_token", "cls_token"), begin) | dict.fromkeys(("eos_token", "sep_token"), end)
+    ends |= {"pad_token": source.pad_token or end, "mask_token": literal or source.mask_token or "<mask>"}
+    words = Tokenizer.from_file(str(file))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=source.unk_token, **ends)
 
 
 def main() -> None:

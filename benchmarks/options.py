@@ -18,13 +18,12 @@ Count = Annotated[int, Field(ge=1)]
 class BenchOptions(BaseModel):
     """The options of `run_bench`; None leaves the choice to the task or the machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
     backbone: str = Field(description="Hub id, local folder, or demo (shipped).")
     task: str = Field(description="Built-in task, or path of a task.toml.")
     data: Path | None = Field(default=None, description="Folder with {train,validation,test}.{jsonl,csv,parquet}.")
     method: Method = Field(default="bbt", description="One prompt (bbt), or one in every layer (bbtv2).")
-    prompt_mode: PromptMode = "add"
-    """Add the prompt to the first tokens, or concatenate it in front of the row."""
+    prompt_mode: PromptMode = Field(default="add", description="Add the prompt to the first tokens, or concatenate it.")
     n_prompt_tokens: Count = Field(default=50, description="Soft prompt vectors.")
     rows: Count | None = Field(default=None, description="Rows of the timed batch, instead of --k-shot per class.")
     k_shot: Count = Field(default=16, description="Examples per class, in the timed batch and for tuning.")

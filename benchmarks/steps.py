@@ -85,9 +85,6 @@ def search(engine: LoadArguments, run: str, data: str | None, **arguments: Any) 
     return {"seconds": done.info.seconds, "calls": done.info.calls}
 
 
-# Bundles -----------------------------------------------------------------------------------------------------
-
-
 def conversion(spec: EngineSpec, precision: str) -> dict[str, str] | None:
     """Target and precision of the bundle that an engine reads; None for the bundle as exported."""
     if precision == "fp32" and "onnx" in spec.reads and "fp32" not in spec.optimized:
@@ -123,9 +120,6 @@ class Bundles:
         return path
 
 
-# Rows and prompts -----------------------------------------------------------------------------------------------
-
-
 def timed_rows(task: Task, data: Path | None, k_shot: int, count: int | None = None) -> list[Row]:
     """The few-shot train rows, k per class; or `count` rows drawn from the train split. Raises DataError."""
     rows = load_rows(task, "train", data)
@@ -157,9 +151,6 @@ def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
     """float32 (count, n, H) or (count, L, n, H), entries N(0, σ_e²): what a first generation with α = 1 looks like."""
     prompts = np.random.default_rng(seed).standard_normal((count, *info.prompt_shape), dtype=np.float32)
     return np.asarray(prompts * np.float32(info.word_embedding_std), np.float32)
-
-
-# Time, arithmetic, memory ---------------------------------------------------------------------------------------
 
 
 def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:

@@ -12,6 +12,7 @@ from bbt_accel.batch import Batch
 from bbt_accel.benchmarks import bench, rates
 from bbt_accel.benchmarks.bench import BASELINES, ablations, plan_measurements, run_bench
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
+from bbt_accel.benchmarks.growth import ENGINES, FACTORS, GrowthPoint, GrowthReport
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.benchmarks.rates import matrix_rates, median_seconds
 from bbt_accel.benchmarks.script import Timed
@@ -221,6 +222,16 @@ def test_summary_warns_of_an_unsteady_machine() -> None:
         )
         assert ("not steady" in report.summary()) == warned
         assert "**ort fp32**: 1.50 times the fastest baseline and 2.00 times the original's" in report.summary()
+
+
+def test_the_growth_of_cost_is_a_table_and_a_plot(tmp_path: Path) -> None:
+    values = [(factor, value) for factor, (_, several) in FACTORS.items() for value in several]
+    rows = [GrowthPoint(factor=f, value=v, engine=e, ms_median=float(v)) for f, v in values for e in ENGINES]
+    report = GrowthReport(command="c", options={"shape": "tiny-bert"}, rows=rows)
+    report.draw(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "| rows | 4 | ort int8 |" in report.markdown()
+    assert "- **shape:** tiny-bert" in report.markdown()
 
 
 def test_every_field_is_documented() -> None:
