@@ -84,7 +84,7 @@ class Report(Schema):
         own = {n: getattr(self, n) for n in type(self).model_fields if n not in Report.model_fields}
         shown = sorted(row.model_fields, key=lambda name: name in Timed.model_fields)
         columns: Columns = {name.replace("_", " "): (name, written) for name in shown}
-        title = f"# {' '.join((type(self).__doc__ or '').split())}"
+        title = f"# {(type(self).__doc__ or '').removesuffix('.')}"
         facts = markdown_list(own | self.options | self.provenance())
         return page(title, self.image(), rows_table(self.rows, columns), facts, columns_legend(row, columns))
 
