@@ -167,7 +167,7 @@ class GpuCheck:
 
     def run(self) -> GpuReport:
         """Everything that was asked for. Ctrl-C and SIGTERM end it with a report of what there is."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             self.validate()
             self.replay_traces()
@@ -175,6 +175,8 @@ class GpuCheck:
                 self.measure(method)
         except KeyboardInterrupt:
             self.report.interrupted = True
+        finally:
+            signal.signal(signal.SIGTERM, former)
         return self.report
 
     def validate(self) -> None:
