@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean, median, stdev
+from typing import Any, get_args
 
 import numpy as np
 
 from bbt_accel import processes
 from bbt_accel.batch import Float32
-from bbt_accel.benchmarks.bench_report import bench_markdown, draw_bench
-from bbt_accel.benchmarks.bundles import Bundles
-from bbt_accel.benchmarks.cases import check_names, plan_measurements
-from bbt_accel.benchmarks.measurements import (
-    BenchReport,
-    Drift,
-    Measurement,
-    TuningScores,
-    check_fidelity,
-    score,
-)
+from bbt_accel.benchmarks import steps
+from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores, score
 from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.benchmarks.rates import matrix_rates
 from bbt_accel.benchmarks.script import record
-from bbt_accel.benchmarks.steps import (
-    SEED,
-    LoadArguments,
-    compare,
-    compared_rows,
-    measure,
-    save_batch,
-    search,
-    timed_rows,
-)
-from bbt_accel.benchmarks.timing import random_prompts
-from bbt_accel.bundle import Bundle
+from bbt_accel.benchmarks.steps import SEED, Bundles, LoadArguments
+from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import engine_spec
-from bbt_accel.errors import BbtError, EngineError
+from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs
+from bbt_accel.errors import BbtError, EngineError, check_known
 from bbt_accel.machine import describe_machine, physical_cores
+from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
 from bbt_accel.progress import StepProgress
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import load_task
 
+BASELINES = ("eager", "eager-readout", "compiled")
+"""PyTorch as one would use it without bbt-accel, the plainest first."""
+COMPILERS = ("c++", "g++", "clang++")
+"""One of these must be there for torch.compile."""
 COUNTED = ("eager", "eager-readout", "torch")
 """Engines whose operations PyTorch counts."""
 
@@ -58,79 +44,72 @@ def run_bench(options: BenchOptions, output: str | Path, progress: bool = True) 
     Raises UsageError for unknown names, BbtError when `output` exists, what `export_bundle`, `load_task` and
     `load_rows` raise, and EngineError when the original's forward itself fails.
     """
-    output = Path(output)
-    check_names(options)
-
-    def run(work: Path, tell: StepProgress) -> BenchReport:
-        benchmark = Benchmark(options, work, tell)
-        benchmark.run()
-        return benchmark.report(options.command_line(output))
-
-    return record(output, run, bench_markdown, draw_bench, progress)
+    for name in options.engines:
+        engine_spec(name)
+    for name in options.precisions:
+        check_known("precision", name, get_args(Precision))
+    check_optimizations(options.without)
+    command = options.command_line(Path(output))
+    return record(Path(output), lambda work, tell: Benchmark(options, command, work, tell).run(), progress)
 
 
 class Benchmark:
     """One benchmark. Its bundles and the files of its processes lie in the folder `work`."""
 
     rows: Sequence[Measurement] = ()
-    drift = Drift()
+    drift: float | None = None
 
-    def __init__(self, options: BenchOptions, work: Path, tell: StepProgress) -> None:
+    def __init__(self, options: BenchOptions, command: str, work: Path, tell: StepProgress) -> None:
         self.options = options.model_copy(update={"threads": options.threads or physical_cores()})
-        self.work, self.tell = work, tell
+        self.command, self.work, self.tell = command, work, tell
         self.task = load_task(options.task)
         exporting = options.model_dump(include={"method", "prompt_mode", "n_prompt_tokens"})
         self.bundles = Bundles(work, options.backbone, exporting, calibrate=options.task, data=options.data)
 
-    def run(self) -> None:
-        """Measure everything; `report` then has it, or what there is of it after an interrupt."""
+    def run(self) -> BenchReport:
+        """Measure everything. After an interrupt `report` has what there is."""
         self.prepare()
         self.tell("measuring the machine")
         rates = processes.call(matrix_rates, device=self.options.device, threads=self.options.threads)
         self.machine = {**describe_machine(), **rates}
-        self.time_all()
-        self.each("tuning", self.tune, self.tunes)
-        self.each("comparing", self.compare)
+        self.each("timing", self.time, self.rows)
+        self.time_again()
+        self.each("tuning", self.tune, filter(self.tunes, self.rows))
+        self.each("comparing", self.compare, self.rows)
+        return self.report()
 
     @property
     def original(self) -> Measurement:
         """The original's forward: eager in fp32."""
         return self.rows[0]
 
-    def each(
-        self, step: str, action: Callable[[Measurement], None], wanted: Callable[[Measurement], bool] = lambda row: True
-    ) -> None:
+    def each(self, step: str, action: Callable[[Measurement], None], rows: Iterable[Measurement]) -> None:
         """Do it with every row that has not failed so far. Raises EngineError if the original's forward fails."""
-        for row in filter(wanted, self.rows):
-            if row.status != "passed":
-                continue
+        for row in (row for row in rows if row.status == "passed"):
             self.tell(f"{step} {row.label}")
             with row.capture_errors():
                 action(row)
             if row is self.original and row.status in ("failed", "not installed"):
                 raise EngineError(f"the original's forward ({row.label}) failed: {row.reason}")
 
-    # Preparation ----------------------------------------------------------------------------------------------
-
     def prepare(self) -> None:
         """Export, plan, and write the timed and the compared rows. Raises whatever would make every row fail."""
         options, task = self.options, self.task
         self.tell(f"exporting {options.backbone}")
-        timed = timed_rows(task, options.data, options.k_shot, options.rows)
-        tested = compared_rows(task, options.data, options.test_rows)
-        if options.tune:
-            timed_rows(task, options.data, options.k_shot)
+        timed = steps.timed_rows(task, options.data, options.k_shot, options.rows)
+        tested = steps.compared_rows(task, options.data, options.test_rows)
         exported = Bundle.read(self.bundles.exported())
-        self.info = exported.info
         if options.tune:
-            resolve(task.preset(options.method), self.settings(SEED)).generations(options.method, self.info.n_layers)
-        self.rows, self.notes = plan_measurements(options, self.info)
+            steps.timed_rows(task, options.data, options.k_shot)
+            settings = resolve(task.preset(options.method), self.settings(SEED))
+            settings.generations(options.method, exported.info.n_layers)
+        self.rows, self.notes = plan_measurements(options, exported.info)
         self.tell.expect(4 + 2 * len(self.rows) + (1 + options.seeds) * sum(map(self.tunes, self.rows)))
         encoder = Encoder(exported, task)
         self.timed, self.tested = encoder.encode(timed), encoder.encode(tested)
-        save_batch(self.work / "timed.npz", self.timed)
-        save_batch(self.work / "tested.npz", self.tested)
-        np.save(self.work / "prompt.npy", random_prompts(self.info, 1, SEED)[0])
+        steps.save_batch(self.work / "timed.npz", self.timed)
+        steps.save_batch(self.work / "tested.npz", self.tested)
+        np.save(self.work / "prompt.npy", steps.random_prompts(exported.info, 1, SEED)[0])
 
     def engine(self, row: Measurement) -> LoadArguments:
         """How to load a row's engine; its bundle is made when it is first needed. Raises BbtError."""
@@ -138,29 +117,23 @@ class Benchmark:
         where = self.options.model_dump(include={"device", "threads"})
         return {"bundle": bundle, "name": row.engine, "without": row.without, **where}
 
-    # Speed ----------------------------------------------------------------------------------------------------
-
-    def time_all(self) -> None:
-        """Time every row, and the original's forward again at the end: ratios are no better than its drift."""
-        self.each("timing", self.time)
-        self.tell(f"timing {self.original.label} again")
-        first = self.original.set_times(self.original.calls_ms)
-        self.drift = Drift(first_ms=first)
-        with suppress(BbtError):
-            again = self.measure(self.original)["ms"]
-            last = self.original.set_times(again)
-            self.drift = Drift(first_ms=first, last_ms=last, change=last / first - 1)
-            self.original.calls_ms += again
-
     def time(self, row: Measurement) -> None:
         measured = self.measure(row)
         row.calls_ms, row.flops = measured["ms"], measured["flops"]
         row.peak_mib, row.versions = measured["peak_mib"], measured["versions"]
         row.bundle_mib = Bundle.read(self.engine(row)["bundle"], verify=False).size / 2**20
 
+    def time_again(self) -> None:
+        """Time the original's forward again after all other rows: ratios are no better than its drift."""
+        self.tell(f"timing {self.original.label} again")
+        with suppress(BbtError):
+            again = self.measure(self.original)["ms"]
+            self.drift = median(again) / median(self.original.calls_ms) - 1
+            self.original.calls_ms += again
+
     def measure(self, row: Measurement) -> dict[str, Any]:
         measured: dict[str, Any] = processes.call(
-            measure,
+            steps.measure,
             engine=self.engine(row),
             batch=self.work / "timed.npz",
             # Baselines take their candidates one by one: two give the same time per candidate as twenty.
@@ -170,51 +143,44 @@ class Benchmark:
         )
         return measured
 
-    # Scores ---------------------------------------------------------------------------------------------------
-
     def tunes(self, row: Measurement) -> bool:
         """Whether prompts are searched for on this engine: the other baselines compute what the first one does."""
         return self.options.tune and not row.ablation and (not row.baseline or row is self.original)
 
     def tune(self, row: Measurement) -> None:
         """Search once per seed. The first prompt that eager finds is the one that all rows are compared on."""
-        scores, seconds, calls = [], [], 0
+        scores, done = [], []
         seeds = list(range(SEED, SEED + self.options.seeds))
         for seed in seeds:
             self.tell(f"tuning {row.label}, seed {seed}")
             run = self.work / f"run {row.label} {seed}"
-            task, data, settings = self.options.task, self.options.data, self.settings(seed)
-            done = processes.call(search, engine=self.engine(row), run=run, task=task, data=data, settings=settings)
+            asked = {"task": self.options.task, "data": self.options.data, "settings": self.settings(seed)}
+            done.append(processes.call(steps.search, engine=self.engine(row), run=run, **asked))
             scores.append(score(self.logits(row, run / "prompt.npy"), self.tested.targets, self.task.metric))
-            seconds.append(done["seconds"])
-            calls = done["calls"]
             if row is self.original and seed == SEED:
                 shutil.copy(run / "prompt.npy", self.work / "prompt.npy")
-        spread = stdev(scores) if len(scores) > 1 else None
-        row.tuned = TuningScores(
-            seeds=seeds, budget=calls, scores=scores, mean=fmean(scores), std=spread, seconds=fmean(seconds)
-        )
+        mean, std = fmean(scores), stdev(scores) if len(scores) > 1 else None
+        cost = {"budget": done[-1]["calls"], "seconds": fmean(each["seconds"] for each in done)}
+        row.tuned = TuningScores(seeds=seeds, scores=scores, mean=mean, std=std, **cost)
 
     def settings(self, seed: int) -> dict[str, object]:
-        options = self.options
-        given = {"popsize": options.popsize, "k_shot": options.k_shot, "budget": options.budget, "seed": seed}
-        return {name: value for name, value in given.items() if value is not None}
+        asked = self.options.model_dump(include={"popsize", "k_shot", "budget"}, exclude_none=True)
+        return {**asked, "seed": seed}
 
     def compare(self, row: Measurement) -> None:
         logits = self.logits(row, self.work / "prompt.npy")
         if row is self.original:
             self.reference = logits
-        check_fidelity(row, logits, self.reference, self.tested.targets, self.task.metric)
+        row.compare(logits, self.reference, self.tested.targets, self.task.metric)
 
     def logits(self, row: Measurement, prompt: Path) -> Float32:
         """Label logits (N, C) of the test rows for the prompt in a file."""
-        found = processes.call(compare, engine=self.engine(row), batch=self.work / "tested.npz", prompt=prompt)
+        found = processes.call(steps.compare, engine=self.engine(row), batch=self.work / "tested.npz", prompt=prompt)
         return np.array(found, np.float32)
 
-    def report(self, command: str) -> BenchReport:
-        derive(self.rows, self.machine["fp32_rate"])
+    def report(self) -> BenchReport:
         return BenchReport(
-            command=command,
+            command=self.command,
             options=self.options,
             task=self.task.name,
             metric=self.task.metric,
@@ -224,28 +190,71 @@ class Benchmark:
             padding=1 - float(self.timed.attention_mask.mean()),
             n_test_rows=len(self.tested),
             drift=self.drift,
-            fastest_baseline=compare_with_fastest(self.rows).label,
+            fastest_baseline=self.derive().label,
             rows=list(self.rows),
             notes=self.notes,
         )
 
+    def derive(self) -> Measurement:
+        """Fill in what follows from the timed calls; returns the fastest baseline that passed, else the original."""
+        timed = [(row.set_times(row.calls_ms), row) for row in self.rows if row.calls_ms]
+        passed = [(ms, row) for ms, row in timed if row.baseline and row.status == "passed"]
+        least, fastest = min(passed, key=lambda pair: pair[0], default=timed[0])
+        for ms, row in timed:
+            row.candidates_per_second = 1000 / ms
+            row.speedup, row.speedup_over_fastest = timed[0][0] / ms, least / ms
+            row.fp32_share = (self.original.flops or 0) / ms / (1e6 * self.machine["fp32_rate"])
+        return fastest
 
-def derive(rows: Sequence[Measurement], fp32_rate: float) -> None:
-    """Fill in what follows from the timed calls, and from the original's forward, the first row."""
-    for row in rows:
-        if not row.calls_ms:
+
+def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Measurement], list[str]]:
+    """The rows of a benchmark in their order, and notes on what this machine leaves out by default."""
+    bf16 = options.device == "cuda" or "bf16" in describe_machine()["features"]
+    compiles = any(map(shutil.which, COMPILERS))
+    notes = []
+    if not bf16:
+        wish = "" if "bf16" in options.precisions else "; --precisions bf16 measures the engines anyway"
+        notes.append(f"no bf16 baselines: this processor has neither AVX512_BF16 nor AMX{wish}")
+    if not compiles:
+        notes.append(f"no torch.compile: there is no C++ compiler ({', '.join(COMPILERS)})")
+    baselines = [
+        Measurement(engine=name, precision=precision, baseline=True)
+        for name in BASELINES
+        for precision in ("fp32", *(["bf16"] if bf16 else []))
+        if compiles or name != "compiled"
+    ]
+    return [*baselines, *_engine_rows(options, info, bf16)], notes
+
+
+def _engine_rows(options: BenchOptions, info: BundleInfo, bf16: bool) -> Iterator[Measurement]:
+    """The rows after the baselines. A pair that does not exist is a row if engine and precision were both asked for."""
+    asked = [name for name in dict.fromkeys(options.engines) if name not in BASELINES]
+    specs = [engine_spec(name) for name in asked] if options.engines else engine_specs().values()
+    off = sorted(options.without)
+    for spec in specs:
+        if not (spec.benched or options.engines):
             continue
-        median = row.set_times(row.calls_ms)
-        row.candidates_per_second = 1000 / median
-        row.speedup = (rows[0].ms_median or 0.0) / median
-        row.fp32_share = (rows[0].flops or 0) * row.candidates_per_second / (fp32_rate * 1e9)
+        default = [name for name in spec.benched or spec.precisions if bf16 or name != "bf16"]
+        wanted = dict.fromkeys(options.precisions or default)
+        rows = [_row(spec, name, off, options) for name in wanted if options.engines or name in spec.precisions]
+        yield from rows
+        if options.ablate and rows and rows[0].status == "passed":
+            for names in ablations(info, off):
+                yield rows[0].model_copy(update={"without": names, "ablation": True})
 
 
-def compare_with_fastest(rows: Sequence[Measurement]) -> Measurement:
-    """Fill in the ratios to the fastest baseline that passed, and return it; the original's forward if none did."""
-    baselines = [row for row in rows if row.baseline and row.status == "passed"]
-    fastest = max(baselines, key=lambda row: row.speedup or 0.0, default=rows[0])
-    for row in rows:
-        if row.speedup is not None:
-            row.speedup_over_fastest = row.speedup / (fastest.speedup or 1.0)
-    return fastest
+def _row(spec: EngineSpec, precision: str, off: list[str], options: BenchOptions) -> Measurement:
+    row = Measurement(engine=spec.name, precision=precision, without=off)
+    if precision not in spec.precisions:
+        row.status, row.reason = "failed", f"{spec.name} runs in {', '.join(spec.precisions)}"
+    elif options.device not in spec.backends:
+        other = " or ".join(f"--device {name}" for name in spec.backends)
+        row.status, row.reason = "failed", f"{spec.name} needs {other}, for the baselines too"
+    return row
+
+
+def ablations(info: BundleInfo, off: list[str]) -> list[list[str]]:
+    """Each optimization that applies to the backbone, then all of them, on top of those that are off anyway."""
+    names = [name for name, optimization in OPTIMIZATIONS.items() if name not in off and optimization.applies(info)]
+    each = [[*off, name] for name in names]
+    return [*each, [*off, *names]] if len(names) > 1 else each

@@ -1,4 +1,4 @@
-"""What the processes of the GPU check do: record what eager PyTorch computes on the CPU, and compare with it."""
+"""What the processes of the GPU check do: compare an engine with eager PyTorch on the CPU, and with recorded traces."""
 
 from __future__ import annotations
 
@@ -6,36 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from bbt_accel.batch import Batch, Float32, Float64
-from bbt_accel.benchmarks.steps import LoadArguments
-from bbt_accel.benchmarks.timing import random_prompts
+from bbt_accel.batch import Batch, Float32
+from bbt_accel.benchmarks.steps import LoadArguments, random_prompts
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.exporters.fidelity import scaled_error
 from bbt_accel.exporters.rows import sample_rows
-from bbt_accel.objective import Objective
+from bbt_accel.objective import Loss, Objective
 from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection
 
 DIM = 20
 """Dimension of the space that prompts are projected from."""
+LOSSES: tuple[Loss, ...] = ("ce", "hinge")
 SHAPES = ((8, 40, 5), (5, 12, 3), (1, 8, 1))
 """Rows, words of the longest row, and candidates of the compared batches."""
 
 
-def record_reference(bundle: str, output: str) -> None:
-    """Write what eager PyTorch computes on the CPU into the file `output`."""
-    with load_engine(bundle, "eager") as engine:
-        np.savez(output, *outputs(engine, 1))
-
-
 def validation_error(reference: str, engine: LoadArguments) -> float:
-    """Largest error of an engine against a recorded reference (`exporters.fidelity.scaled_error`)."""
-    with load_engine(**engine) as loaded:
-        found = outputs(loaded, 3)
-    with np.load(reference) as file:
-        return max(scaled_error(a, file[name]) for a, name in zip(found, file.files, strict=True))
+    """Largest error of an engine compared with eager PyTorch on the CPU, which runs the exported bundle `reference`."""
+    with load_engine(reference, "eager") as eager, load_engine(**engine) as loaded:
+        pairs = zip(outputs(loaded, 3), outputs(eager, 1), strict=True)
+        return float(np.max([scaled_error(found, wanted) for found, wanted in pairs]))
 
 
 def outputs(engine: Engine, calls: int) -> list[Float32]:
@@ -63,25 +56,21 @@ def logits_and_losses(bound: BoundBatch, prompts: Float32) -> list[Float32]:
         populations = [Population(c, i, prompts[0]) for i in layers for c in (prompts[:, i], z)]
     found = [bound.label_logits(prompts)]
     for population in populations:
-        found += [bound.label_logits(population), losses(bound.statistics(population), bound.batch)]
+        statistics = bound.statistics(population)
+        losses = [Objective(loss).from_statistics(statistics, bound.batch.targets)[0] for loss in LOSSES]
+        found += [bound.label_logits(population), np.stack(losses).astype(np.float32)]
     return found
 
 
-def losses(statistics: Float64, batch: Batch) -> Float32:
-    """Cross entropies and hinge losses of a population, float32 (2, P)."""
-    both = (Objective("ce"), Objective("hinge"))
-    return np.stack([loss.from_statistics(statistics, batch.targets)[0] for loss in both]).astype(np.float32)
-
-
 def trace_error(reference: str, engine: LoadArguments) -> float:
-    """Largest difference of the first generation's losses from those in a trace of the original program."""
+    """Largest difference of the first generation's losses from those in a trace of the original program, a file."""
     with np.load(reference) as file:
-        arrays = {name: file[name] for name in file.files}
+        arrays = dict(file)
     with load_engine(**engine) as loaded:
         info = loaded.bundle.info
         batch = traced_batch(arrays, info)
-        p0 = arrays["init_prompt"] if arrays["init_prompt"].size else None
         shape = (info.n_prompt_tokens, info.hidden_size)
+        p0 = arrays["init_prompt"] if arrays["init_prompt"].size else None
         latent = Latent(Projection(arrays["A"][0], shape, p0), arrays["X"][0])
         deep = info.method == "bbtv2"
         population = Population(latent, 0, np.zeros(info.prompt_shape, np.float32)) if deep else Population(latent)

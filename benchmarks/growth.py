@@ -3,6 +3,7 @@
 python -m bbt_accel.benchmarks.growth -o growth
 
 Random weights of a published shape, random rows without padding; one factor changes, the others stay as in `BASE`.
+Lengths beyond the backbone's are left out.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from pydantic import Field
 
 from bbt_accel import processes
 from bbt_accel.batch import Batch
-from bbt_accel.benchmarks.bundles import Bundles
 from bbt_accel.benchmarks.make_backbone import make_backbone
-from bbt_accel.benchmarks.script import ScriptReport, Timed, run_script
-from bbt_accel.benchmarks.steps import measure, save_batch
+from bbt_accel.benchmarks.script import Report, Timed, run_script
+from bbt_accel.benchmarks.steps import Bundles, measure, save_batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.machine import physical_cores
@@ -45,17 +45,33 @@ class GrowthPoint(Timed):
     engine: str = Field(description="Engine and precision.")
 
 
-class GrowthReport(ScriptReport):
+class GrowthReport(Report):
     """How the cost of a candidate grows."""
 
     caption = "Milliseconds per candidate by each factor"
     rows: list[GrowthPoint] = Field(description="Every engine at every value of every factor.")
 
+    def draw(self, file: Path) -> None:
+        """A plot per factor."""
+        with figure(file, 11, 8, nrows=2, ncols=2) as (_, grid):
+            for axes, (factor, (description, values)) in zip(grid.flat, FACTORS.items(), strict=True):
+                for name, colour in ENGINES.items():
+                    found = [p for p in self.rows if (p.factor, p.engine) == (factor, name)]
+                    line = [(p.value, p.ms_median) for p in found]
+                    axes.plot(*zip(*line, strict=True), "o-", color=colour)
+                    axes.annotate(name, line[-1], xytext=(6, 0), textcoords="offset points", va="center", color=colour)
+                axes.set(xlabel=description, ylabel="ms per candidate", ylim=(0, None), xticks=values)
+                axes.margins(x=0.18)
+                tidy(axes, "y")
+
 
 def measure_growth(given: argparse.Namespace, work: Path, tell: StepProgress) -> GrowthReport:
     backbones: dict[int, Bundles] = {}
-
-    def point(factor: str, value: int, name: str) -> GrowthPoint:
+    wanted = [(factor, value, name) for factor, (_, values) in FACTORS.items() for value in values for name in ENGINES]
+    tell.expect(len(wanted))
+    points = []
+    for factor, value, name in wanted:
+        tell(f"{name}, {factor} {value}")
         at = BASE | {factor: value}
         engine, precision = name.split()
         if (layers := at["layers"]) not in backbones:
@@ -63,21 +79,15 @@ def measure_growth(given: argparse.Namespace, work: Path, tell: StepProgress) ->
             # Random weights have no accuracy to preserve: every matmul is quantized.
             backbones[layers] = Bundles(work / f"{layers}", work / f"{layers}" / "checkpoint", {}, max_rmse=1e9)
         bundle = Bundle.read(backbones[layers].bundle(engine_spec(engine), precision), verify=False)
+        if at["length"] > bundle.info.max_length:
+            continue
         save_batch(work / "batch.npz", random_batch(bundle, at["rows"], at["length"]))
         # Eager takes its candidates one by one: two give the same time each.
         popsize = min(at["population"], 2) if engine == "eager" else at["population"]
         load = {"bundle": bundle.path, "name": engine, "device": "cpu", "threads": given.threads}
-        batch, repeats = work / "batch.npz", given.repeats
-        found = GrowthPoint(factor=factor, value=value, engine=name)
-        found.set_times(processes.call(measure, engine=load, batch=batch, popsize=popsize, repeats=repeats)["ms"])
-        return found
-
-    wanted = [(factor, value, name) for factor, (_, values) in FACTORS.items() for value in values for name in ENGINES]
-    tell.expect(len(wanted))
-    points = []
-    for factor, value, name in wanted:
-        tell(f"{name}, {factor} {value}")
-        points.append(point(factor, value, name))
+        asked = {"engine": load, "batch": work / "batch.npz", "popsize": popsize, "repeats": given.repeats}
+        points.append(GrowthPoint(factor=factor, value=value, engine=name))
+        points[-1].set_times(processes.call(measure, **asked)["ms"])
     return GrowthReport(rows=points, **given.report)
 
 
@@ -87,20 +97,6 @@ def random_batch(bundle: Bundle, rows: int, length: int) -> Batch:
     return Batch(ids, np.ones_like(ids), np.full(rows, length - 2), np.zeros(rows, np.int64), np.array([10, 11]))
 
 
-def draw_growth(report: GrowthReport, file: Path) -> None:
-    """A plot per factor."""
-    with figure(file, 11, 8, nrows=2, ncols=2) as (_, grid):
-        for axes, (factor, (description, values)) in zip(grid.flat, FACTORS.items(), strict=True):
-            for name, colour in ENGINES.items():
-                found = [p for p in report.rows if (p.factor, p.engine) == (factor, name)]
-                line = [(p.value, p.ms_median) for p in found]
-                axes.plot(*zip(*line, strict=True), "o-", color=colour)
-                axes.annotate(name, line[-1], xytext=(6, 0), textcoords="offset points", va="center", color=colour)
-            axes.set(xlabel=description, ylabel="ms per candidate", ylim=(0, None), xticks=values)
-            axes.margins(x=0.18)
-            tidy(axes, "y")
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="bert-small", help="a shape of make_backbone")
     parser.add_argument("--threads", type=int, default=physical_cores())
@@ -108,4 +104,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_script("growth", __doc__, add_options, measure_growth, draw_growth)
+    run_script("growth", __doc__, add_options, measure_growth)

@@ -17,19 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.http as triton
 from pydantic import Field
+from tritonclient.utils import np_to_triton_dtype
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.benchmarks.script import ScriptReport, Timed, run_script
-from bbt_accel.benchmarks.steps import SEED, timed_rows
-from bbt_accel.benchmarks.timing import random_prompts
+from bbt_accel.benchmarks.script import Report, Timed, run_script
+from bbt_accel.benchmarks.steps import SEED, random_prompts, timed_rows
 from bbt_accel.bundle import Bundle
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
@@ -44,16 +43,10 @@ TIMEOUT = 120.0
 """Seconds that the server may take to load, and to answer."""
 WARM_UP = 2
 """Requests before those that are timed."""
-
-
-@dataclass
-class Request:
-    """What a client sends repeatedly."""
-
-    name: str
-    path: str
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
+SCALED = ("population", "texts")
+"""Requests that are sent by each number of clients."""
+Request = tuple[str, str, bytes, dict[str, str]]
+"""What a client sends repeatedly: method, path, body and headers."""
 
 
 class RequestTiming(Timed):
@@ -68,13 +61,34 @@ class RequestTiming(Timed):
     kib_sent: float = Field(description="Body of one request, KiB.")
 
 
-class LoadReport(ScriptReport):
+class LoadReport(Report):
     """Load test of bbt-accel serve."""
 
     caption = "Latency and throughput by clients"
     backbone: str = Field(description="Of the bundle.")
     length: int = Field(description="S, tokens per row.")
     rows: list[RequestTiming] = Field(description="Every kind of request and number of clients.")
+
+    def draw(self, file: Path) -> None:
+        """Latency (median and 99th percentile) and throughput by clients."""
+        by_kind = {name: [row for row in self.rows if row.request == name] for name in SCALED}
+        kinds = {name: found for name, found in by_kind.items() if found}
+        with figure(file, 9, 3.2 * len(kinds), nrows=len(kinds), ncols=2, squeeze=False) as (_, grid):
+            for (latency, throughput), (name, found) in zip(grid, kinds.items(), strict=True):
+                clients = [row.clients for row in found]
+                latency.plot(clients, [row.ms_median for row in found], "o-", color=BLUE, label="median")
+                latency.plot(clients, [row.ms_p99 for row in found], "s--", color=ORANGE, label="99th percentile")
+                throughput.plot(clients, [row.per_second for row in found], "o-", color=BLUE)
+                for direct in (row for row in self.rows if row.request == f"{name}, no server"):
+                    style = {"color": GREY, "linewidth": 0.9, "linestyle": ":"}
+                    latency.axhline(direct.ms_median, label="median without a server", **style)
+                    throughput.axhline(direct.per_second, **style)
+                latency.legend(frameon=False, fontsize=9)
+                for axes, label in ((latency, "ms per request"), (throughput, "requests/s")):
+                    axes.set_title(name, fontsize=10, loc="left")
+                    top = max(max(line.get_ydata()) for line in axes.get_lines())
+                    axes.set(xlabel="concurrent clients", ylabel=label, xticks=clients, ylim=(0, 1.1 * top))
+                    tidy(axes)
 
 
 def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> LoadReport:
@@ -92,45 +106,58 @@ def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> L
     with load_engine(bundle, given.engine, threads=given.threads) as engine, engine.bind(batch) as bound:
         timings = [summary("population, no server", repeat(lambda: bound.label_logits(prompts), given.seconds))]
     with served(given.path, given.engine, given.threads) as url:
-        for request in requests(url, batch, prompts, text):
-            for clients in given.clients if request.name in ("population", "texts") else given.clients[:1]:
-                tell(f"{request.name}, {clients} clients")
-                timings.append(load(url, request, clients, given.seconds))
+        for name, request in requests(url, batch, prompts, text).items():
+            for clients in given.clients if name in SCALED else given.clients[:1]:
+                tell(f"{name}, {clients} clients")
+                timings.append(load(url, name, request, clients, given.seconds))
     length = batch.input_ids.shape[1]
     return LoadReport(backbone=bundle.info.backbone, length=length, rows=timings, **given.report)
 
 
-def requests(url: str, batch: Batch, prompts: Float32, text: dict[str, str] | None) -> list[Request]:
+def requests(url: str, batch: Batch, prompts: Float32, text: dict[str, str] | None) -> dict[str, Request]:
     """Health alone; a population with its rows, with rows sent before, and the same as JSON; and a text."""
-    path = f"/v2/models/{BACKBONE}/infer"
     arrays = {"prompts": prompts, **batch.inputs()}
     with closing(connection(url)) as client:
-        sent = json.loads(send(client, infer("", path, arrays, binary=False)))["parameters"][ROWS]
-    found = [
-        Request("health", "/v2/health/live"),
-        infer("population with its rows", path, arrays),
-        infer("population", path, {"prompts": prompts}, rows=sent),
-        infer("population as JSON", path, {"prompts": prompts}, rows=sent, binary=False),
-    ]
+        sent = json.loads(send(client, infer(BACKBONE, arrays, binary=False)))["parameters"][ROWS]
+    found: dict[str, Request] = {
+        "health": ("GET", "/v2/health/live", b"", {}),
+        "population with its rows": infer(BACKBONE, arrays),
+        "population": infer(BACKBONE, {"prompts": prompts}, rows=sent),
+        "population as JSON": infer(BACKBONE, {"prompts": prompts}, rows=sent, binary=False),
+    }
     if text is not None:
-        columns = {name: np.array([value], object) for name, value in text.items()}
-        found.append(infer("texts", f"/v2/models/{CLASSIFIER}/infer", columns))
+        found["texts"] = infer(CLASSIFIER, {name: np.array([value], object) for name, value in text.items()})
     return found
 
 
-def infer(name: str, path: str, arrays: dict[str, Any], rows: str | None = None, binary: bool = True) -> Request:
+def infer(model: str, arrays: dict[str, Any], rows: str | None = None, binary: bool = True) -> Request:
     """A request as Triton's client writes it."""
-    datatypes = {"f": "FP32", "i": "INT64", "O": "BYTES"}
-    inputs = [triton.InferInput(key, list(a.shape), datatypes[a.dtype.kind]) for key, a in arrays.items()]
-    for tensor, array in zip(inputs, arrays.values(), strict=True):
-        tensor.set_data_from_numpy(array, binary_data=binary)
+    inputs = [
+        triton.InferInput(key, list(a.shape), np_to_triton_dtype(a.dtype)).set_data_from_numpy(a, binary_data=binary)
+        for key, a in arrays.items()
+    ]
     outputs = None if binary else [triton.InferRequestedOutput("label_logits", binary_data=False)]
     parameters = {ROWS: rows} if rows else None
     body, length = triton.InferenceServerClient.generate_request_body(inputs, outputs=outputs, parameters=parameters)
-    return Request(name, path, body, {} if length is None else {"Inference-Header-Content-Length": str(length)})
+    headers = {} if length is None else {"Inference-Header-Content-Length": str(length)}
+    return "POST", f"/v2/models/{model}/infer", body, headers
 
 
-def load(url: str, request: Request, clients: int, seconds: float) -> RequestTiming:
+def connection(url: str) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(url.removeprefix("http://"), timeout=TIMEOUT)
+
+
+def send(client: http.client.HTTPConnection, request: Request) -> bytes:
+    """The body of the response. Raises EngineError for another status than 200."""
+    client.request(*request)
+    response = client.getresponse()
+    content = response.read()
+    if response.status != 200:
+        raise EngineError(f"status {response.status}: {content.decode(errors='replace'):.200}")
+    return content
+
+
+def load(url: str, name: str, request: Request, clients: int, seconds: float) -> RequestTiming:
     """The request from several clients at once, each in a loop. Raises EngineError if none is answered."""
     durations: list[float] = []
     errors: list[str] = []
@@ -146,7 +173,7 @@ def load(url: str, request: Request, clients: int, seconds: float) -> RequestTim
         list(pool.map(run, range(clients)))
     if not durations:
         raise EngineError(f"no request was answered ({errors[0]})")
-    return summary(request.name, durations, clients, len(errors), len(request.body))
+    return summary(name, durations, clients, len(errors), len(request[2]))
 
 
 def repeat(call: Callable[[], object], seconds: float) -> list[float]:
@@ -162,80 +189,34 @@ def repeat(call: Callable[[], object], seconds: float) -> list[float]:
 
 
 def summary(request: str, durations: list[float], clients: int = 1, errors: int = 0, sent: int = 0) -> RequestTiming:
-    timing = RequestTiming(
-        request=request,
-        clients=clients,
-        requests=len(durations),
-        errors=errors,
-        per_second=clients * len(durations) / sum(durations),
-        ms_max=1000 * max(durations),
-        kib_sent=sent / 2**10,
-    )
+    counts = {"clients": clients, "requests": len(durations), "errors": errors}
+    rate, most = clients * len(durations) / sum(durations), 1000 * max(durations)
+    timing = RequestTiming(request=request, **counts, per_second=rate, ms_max=most, kib_sent=sent / 2**10)
     timing.set_times([1000 * duration for duration in durations])
     return timing
 
 
-def connection(url: str) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection(url.removeprefix("http://"), timeout=TIMEOUT)
-
-
-def send(client: http.client.HTTPConnection, request: Request) -> bytes:
-    """The body of the response. Raises EngineError for another status than 200."""
-    client.request("POST" if request.body else "GET", request.path, request.body, request.headers)
-    response = client.getresponse()
-    content = response.read()
-    if response.status != 200:
-        raise EngineError(f"status {response.status}: {content.decode(errors='replace'):.200}")
-    return content
-
-
 @contextmanager
 def served(path: Path, engine: str, threads: int | None) -> Iterator[str]:
-    """`bbt-accel serve` in a process of its own, on a free port; yields its address."""
+    """`bbt-accel serve` in a process of its own, on a free port; yields its address. Its errors are printed."""
     command = [sys.executable, "-m", "bbt_accel.cli", "serve", str(path), "--engine", engine, "--port", "0", "--json"]
     command += ["--threads", str(threads)] if threads is not None else []
     open_access = {name: value for name, value in os.environ.items() if name != TOKEN}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=open_access) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=open_access) as process:
         limit = threading.Timer(TIMEOUT, process.kill)
         limit.start()
         try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            line = process.stdout.readline()
+            line = process.stdout.readline() if process.stdout else ""
             limit.cancel()
             if not line:
-                raise EngineError(f"the server did not start: {process.stderr.read().strip() or 'no answer in time'}")
+                raise EngineError(f"the server did not start within {TIMEOUT:.0f} s, or ended with an error")
             yield json.loads(line)["url"]
         finally:
             limit.cancel()
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def draw_load(report: LoadReport, file: Path) -> None:
-    """Latency (median and 99th percentile) and throughput by clients."""
-    kinds = [name for name in ("population", "texts") if any(t.request == name for t in report.rows)]
-    with figure(file, 9, 3.2 * len(kinds), nrows=len(kinds), ncols=2, squeeze=False) as (_, grid):
-        for (latency, throughput), name in zip(grid, kinds, strict=True):
-            found = [t for t in report.rows if t.request == name]
-            clients = [t.clients for t in found]
-            latency.plot(clients, [t.ms_median for t in found], "o-", color=BLUE, label="median")
-            latency.plot(clients, [t.ms_p99 for t in found], "s--", color=ORANGE, label="99th percentile")
-            throughput.plot(clients, [t.per_second for t in found], "o-", color=BLUE)
-            for direct in (t for t in report.rows if t.request == f"{name}, no server"):
-                style = {"color": GREY, "linewidth": 0.9, "linestyle": ":"}
-                latency.axhline(direct.ms_median, label="median without a server", **style)
-                throughput.axhline(direct.per_second, **style)
-            latency.legend(frameon=False, fontsize=9)
-            for axes, label in ((latency, "ms per request"), (throughput, "requests/s")):
-                axes.set_title(name, fontsize=10, loc="left")
-                top = max(max(line.get_ydata()) for line in axes.get_lines())
-                axes.set(xlabel="concurrent clients", ylabel=label, xticks=clients, ylim=(0, 1.1 * top))
-                tidy(axes)
+            process.kill()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -250,4 +231,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_script("load", __doc__, add_options, measure_load, draw_load)
+    run_script("load", __doc__, add_options, measure_load)

@@ -3,7 +3,8 @@
 python -m bbt_accel.benchmarks.make_backbone SHAPE backbones/SHAPE
 bbt-accel bench --backbone backbones/SHAPE --task demo -o reports/SHAPE
 
-Speed and memory are those of the real model; its predictions mean nothing, so neither do scores and agreement.
+Speed and memory are those of the real model; its predictions mean nothing, so neither do scores and agreement. The
+shape tiny-FAMILY (tiny-bert, tiny-t5) exports in seconds, for checks.
 """
 
 from __future__ import annotations
@@ -22,55 +23,42 @@ DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers",
 
 
 def make_backbone(
-    shape: str, output: Path, tokenizer: Path = BACKBONE, seed: int = 0, layers: int | None = None
+    shape: str, output: str | Path, tokenizer: Path = BACKBONE, seed: int = 0, layers: int | None = None
 ) -> None:
     """Write a checkpoint with random float32 weights into the new folder `output`.
 
-    shape: a name in the `shapes` of a family. tokenizer: a folder with tokenizer.json; the shipped one unless given.
-    The vocabulary size stays the published one, so a tokenizer may be smaller but not larger. layers: blocks, instead
-    of the published number. Raises UsageError, DataError.
+    shape: a name in the `shapes` of a family, or tiny-FAMILY. tokenizer: a folder with tokenizer.json; the shipped one
+    unless given. The vocabulary size stays the published one, so a tokenizer may be smaller but not larger; that of a
+    tiny shape is the tokenizer's. layers: blocks, instead of the published number. Raises UsageError, DataError.
     """
-    from bbt_accel.exporters.families import families
-
-    shapes = {name: spec for spec in families().values() for name in spec.shapes}
-    check_known("shape", shape, shapes)
-    spec = shapes[shape]
-    config = {name: layers if layers and name in DEPTHS else value for name, value in spec.shapes[shape].items()}
-    words = load_words(tokenizer, spec)
-    if len(words) > config["vocab_size"]:
-        raise DataError(f"{tokenizer} has {len(words)} tokens, more than {shape}; give a smaller --tokenizer")
-    with new_folder(output) as folder:
-        save_random(spec, config, words, folder, seed)
-
-
-def make_tiny(model_type: str, output: str) -> None:
-    """A checkpoint that exports in seconds, with weights large enough that prompts and rows matter."""
-    from bbt_accel.exporters.families import families
-
-    spec = families()[model_type]
-    words = load_words(BACKBONE, spec)
-    save_random(spec, spec.tiny | {"vocab_size": len(words)}, words, Path(output), noise=0.1)
-
-
-def save_random(spec: Any, config: dict[str, Any], words: Any, folder: Path, seed: int = 0, noise: float = 0.0) -> None:
-    """A family's model with random weights, and the tokenizer. noise: standard deviation of what is added to them."""
     import torch
     import transformers
 
+    from bbt_accel.exporters.families import families
+
+    shapes = {name: (spec, size) for spec in families().values() for name, size in spec.shapes.items()}
+    shapes |= {f"tiny-{name}": (spec, spec.tiny) for name, spec in families().items()}
+    check_known("shape", shape, shapes)
+    spec, published = shapes[shape]
+    words = load_words(tokenizer, spec)
+    config = {name: layers if layers and name in DEPTHS else value for name, value in published.items()}
+    if tiny := shape.startswith("tiny-"):
+        config["vocab_size"] = len(words)
+    if len(words) > config["vocab_size"]:
+        raise DataError(f"{tokenizer} has {len(words)} tokens, more than {shape}; give a smaller --tokenizer")
     start = words.pad_token_id if spec.template_group == "span" else words.sep_token_id
     ids = {"pad": words.pad_token_id, "bos": words.cls_token_id, "eos": words.sep_token_id, "decoder_start": start}
     tokens = {f"{name}_token_id": value for name, value in ids.items()}
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = getattr(transformers, spec.model_class)(
-        transformers.AutoConfig.for_model(spec.model_type, **config, **tokens)
-    )
-    if noise:
+    model = spec.load_class()(transformers.AutoConfig.for_model(spec.model_type, **config, **tokens))
+    if tiny:  # weights large enough that prompts and rows matter
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += noise * torch.randn_like(parameter)
-    model.save_pretrained(folder, max_shard_size="1000GB")
-    words.save_pretrained(folder)
+                parameter += 0.1 * torch.randn_like(parameter)
+    with new_folder(Path(output)) as folder:
+        model.save_pretrained(folder, max_shard_size="1000GB")
+        words.save_pretrained(folder)
 
 
 def load_words(folder: Path, spec: Any) -> Any:
@@ -85,19 +73,16 @@ def load_words(folder: Path, spec: Any) -> Any:
     begin = source.cls_token or source.bos_token or source.eos_token
     end = source.sep_token or source.eos_token
     literal = spec.mask if spec.mask and not hasattr(source, spec.mask) else None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(file)),
-        **dict.fromkeys(("cls_token", "bos_token"), begin),
-        **dict.fromkeys(("sep_token", "eos_token"), end),
-        pad_token=source.pad_token or end,
-        unk_token=source.unk_token,
-        mask_token=literal or source.mask_token or "<mask>",
-    )
+    ends = dict.fromkeys(("bos_token", "cls_token"), begin) | dict.fromkeys(("eos_token", "sep_token"), end)
+    ends |= {"pad_token": source.pad_token or end, "mask_token": literal or source.mask_token or "<mask>"}
+    words = Tokenizer.from_file(str(file))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=source.unk_token, **ends)
 
 
 def main() -> None:
-    module = f"{__package__}.make_backbone"
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.make_backbone", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("shape", help="the name of a published checkpoint")
     parser.add_argument("output", type=Path, help="the new folder")
     parser.add_argument("--tokenizer", type=Path, default=BACKBONE, help="a folder with tokenizer.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,47 +12,33 @@ from bbt_accel.bundle import Method, PromptMode
 from bbt_accel.engine_specs import Device
 from bbt_accel.errors import UsageError
 
+Count = Annotated[int, Field(ge=1)]
+
 
 class BenchOptions(BaseModel):
     """The options of `run_bench`; None leaves the choice to the task or the machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
     backbone: str = Field(description="Hub id, local folder, or demo (shipped).")
     task: str = Field(description="Built-in task, or path of a task.toml.")
     data: Path | None = Field(default=None, description="Folder with {train,validation,test}.{jsonl,csv,parquet}.")
     method: Method = Field(default="bbt", description="One prompt (bbt), or one in every layer (bbtv2).")
-    prompt_mode: PromptMode = "add"
-    """Add the prompt to the first tokens, or concatenate it in front of the row."""
-    n_prompt_tokens: int = Field(default=50, ge=1, description="Soft prompt vectors.")
-    rows: int | None = Field(
-        default=None, ge=1, description="Rows of the timed batch, instead of --k-shot examples per class."
-    )
-    k_shot: int = Field(default=16, ge=1, description="Examples per class, in the timed batch and for tuning.")
-    test_rows: int = Field(default=512, ge=1)
-    """Maximum number of test rows on which logits and predictions are compared."""
+    prompt_mode: PromptMode = Field(default="add", description="Add the prompt to the first tokens, or concatenate it.")
+    n_prompt_tokens: Count = Field(default=50, description="Soft prompt vectors.")
+    rows: Count | None = Field(default=None, description="Rows of the timed batch, instead of --k-shot per class.")
+    k_shot: Count = Field(default=16, description="Examples per class, in the timed batch and for tuning.")
+    test_rows: Count = Field(default=512, description="Maximum of test rows to compare logits and predictions on.")
     popsize: int = Field(default=20, ge=2, description="Candidates per call.")
-    repeats: int = Field(default=5, ge=1, description="Timed calls per row of the report, after one warm-up call.")
-    tune: bool = Field(
-        default=False, description="Also search for soft prompts with every engine, and compare their scores."
-    )
-    seeds: int = Field(default=3, ge=1, description="Searches per engine, with --tune.")
-    budget: int | None = Field(
-        default=None, ge=1, description="API calls of a search, with --tune (default: the task's)."
-    )
+    repeats: Count = Field(default=5, description="Timed calls per row of the report, after one warm-up call.")
+    tune: bool = Field(default=False, description="Also search for soft prompts with every engine, and compare scores.")
+    seeds: Count = Field(default=3, description="Searches per engine, with --tune.")
+    budget: Count | None = Field(default=None, description="API calls of a search, with --tune (default: the task's).")
     device: Device = Field(default="cpu", description="Where all engines and baselines run.")
-    threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of every engine (default: one per physical core)."
-    )
-    engines: list[str] = Field(
-        default=[], description="Engines to measure (default: all that have precisions to benchmark)."
-    )
+    threads: Count | None = Field(default=None, description="CPU threads of an engine (default: the physical cores).")
+    engines: list[str] = Field(default=[], description="Engines to measure (default: all with benched precisions).")
     precisions: list[str] = Field(default=[], description="Precisions to measure (default: those of each engine).")
-    without: list[str] = Field(
-        default=[], description="Optimizations to switch off in every engine, baselines excepted."
-    )
-    ablate: bool = Field(
-        default=False, description="Also measure what each optimization contributes, by switching it off."
-    )
+    without: list[str] = Field(default=[], description="Optimizations to switch off in engines, not in baselines.")
+    ablate: bool = Field(default=False, description="Also measure what each optimization contributes, without it.")
 
     def command_line(self, output: Path) -> str:
         """The command that repeats the benchmark; options at their default are omitted."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -24,52 +22,30 @@ def matrix_rates(device: str, threads: int) -> dict[str, Any]:
     rates: 10⁹ operations/s of each product, by precision and library, and on a GPU 10⁹ bytes/s read and written by a
     copy. fp32_rate, fp32_rate_by: the best in fp32, and its library. unavailable: what is missing or failed, and why.
     """
-    import torch
-
-    torch.set_num_threads(threads)
-    rates, unavailable = {}, {}
+    n, rates, unavailable = SIZE[device], {}, {}
     for name, prepare in PRODUCTS[device].items():
-        n = SIZE[device]
         try:
-            rates[name] = 2 * n**3 / median_seconds(prepare(n, threads), device) / 1e9
+            rates[name] = 2 * n**3 / median_seconds(prepare(n, threads), threads) / 1e9
         except Exception as error:  # whatever is missing or unsupported: no row depends on it
             unavailable[name] = f"{type(error).__name__}: {first_line(error):.100}"
     if device == "cuda":
-        rates["copy, bytes"] = copy_rate()
-    best = max((name for name in rates if name.startswith("fp32")), key=lambda name: rates[name])
+        import torch
+
+        block = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+        rates["copy, bytes"] = 2 * block.numel() / median_seconds(block.clone, threads) / 1e9
+    best = max((name for name in rates if name.startswith("fp32")), key=rates.__getitem__)
     by = best.removeprefix("fp32 ")
     return {"fp32_rate": rates[best], "fp32_rate_by": by, "rates": rates, "unavailable": unavailable}
 
 
-def median_seconds(call: Callable[[], object], device: str = "cpu") -> float:
-    """Median duration of a call, which is repeated for a while after a warm-up."""
+def median_seconds(call: Callable[[], object], threads: int) -> float:
+    """Median duration of a call, GPU included; PyTorch on as many CPU threads."""
+    from torch.utils.benchmark import Timer
 
-    def timed() -> float:
-        start = perf_counter()
-        call()
-        if device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        return perf_counter() - start
-
-    timed()
-    durations = [timed()]
-    while len(durations) < 3 or sum(durations) < SECONDS:
-        durations.append(timed())
-    return median(durations)
+    return Timer("call()", globals={"call": call}, num_threads=threads).blocked_autorange(min_run_time=SECONDS).median
 
 
-def copy_rate(size: int = 2**30) -> float:
-    """10⁹ bytes/s that a copy on the GPU reads and writes."""
-    import torch
-
-    source = torch.ones(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * size / median_seconds(lambda: target.copy_(source), "cuda") / 1e9
-
-
-def _torch(n: int, threads: int, device: str = "cpu", half: bool = False) -> Multiply:
+def _torch(n: int, device: str = "cpu", half: bool = False) -> Multiply:
     """torch.mm: MKL in PyTorch's builds for x86, cuBLAS on a GPU."""
     import torch
 
@@ -77,7 +53,7 @@ def _torch(n: int, threads: int, device: str = "cpu", half: bool = False) -> Mul
     return lambda: torch.mm(a, a)
 
 
-def _onednn(n: int, threads: int) -> Multiply:
+def _onednn(n: int) -> Multiply:
     """PyTorch's own oneDNN, with the weight packed ahead of time."""
     import torch
     from torch.utils import mkldnn
@@ -121,15 +97,15 @@ def product(n: int, int8: bool = False) -> bytes:
 
 PRODUCTS: dict[str, dict[str, Callable[[int, int], Multiply]]] = {
     "cpu": {
-        "fp32 PyTorch": _torch,
-        "fp32 PyTorch oneDNN": _onednn,
+        "fp32 PyTorch": lambda n, threads: _torch(n),
+        "fp32 PyTorch oneDNN": lambda n, threads: _onednn(n),
         "fp32 ONNX Runtime": _ort,
         "fp32 OpenVINO": _openvino,
         "int8 ONNX Runtime": lambda n, threads: _ort(n, threads, int8=True),
     },
     "cuda": {
-        "fp32 PyTorch": lambda n, threads: _torch(n, threads, "cuda"),
-        "fp16 PyTorch": lambda n, threads: _torch(n, threads, "cuda", half=True),
+        "fp32 PyTorch": lambda n, threads: _torch(n, "cuda"),
+        "fp16 PyTorch": lambda n, threads: _torch(n, "cuda", half=True),
     },
 }
 """Device → precision and library → from n and the threads to the call."""

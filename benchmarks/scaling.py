@@ -8,99 +8,71 @@ The dummy engine computes next to nothing: what remains of a generation is the w
 from __future__ import annotations
 
 import argparse
+from math import ceil
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
-import numpy as np
 from pydantic import Field
 
-from bbt_accel.batch import Float64
-from bbt_accel.benchmarks.script import ScriptReport, Timed, run_script
-from bbt_accel.benchmarks.steps import SEED, timed_rows
+from bbt_accel.benchmarks.script import Report, Timed, run_script
+from bbt_accel.benchmarks.steps import SEED
 from bbt_accel.bundle import Bundle
-from bbt_accel.encoding import Encoder
-from bbt_accel.objective import Objective
 from bbt_accel.progress import StepProgress
-from bbt_accel.run import EngineRecord
-from bbt_accel.settings import resolve
-from bbt_accel.tasks import load_task
-from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.space import PromptSpace
-from bbt_accel.tuning.workers import WorkersEvaluator
+from bbt_accel.tuning import tune
 
 
 class ScalingPoint(Timed):
-    """An engine, and where it ran. Times are per generation, without CMA-ES."""
+    """A search with an engine, and where it ran. Times are per generation, without CMA-ES's update."""
 
     engine: str = Field(description="Its name; dummy computes next to nothing.")
     workers: int | None = Field(description="None for the process of the search itself.")
     threads: int = Field(description="CPU threads of that process, or of each worker.")
-    start_s: float
-    """Seconds until the first generation: loading the engine, and Ray with its processes."""
-    speedup: float = 1.0
-    """The median of the same engine in the process of the search with one thread, over this one."""
+    start_s: float = Field(description="Seconds outside the generations: rows, engine, Ray with its processes.")
+    speedup: float = Field(description="The median of the engine's first row over this one's.")
     overhead_ms: float | None = None
     """One worker with one thread only: its median minus that of the process of the search with one thread."""
-    same: bool = True
-    """Whether every loss is that of the process of the search with one thread, bit for bit."""
+    same: bool = Field(description="Whether every loss is that of the engine's first row, bit for bit.")
 
 
-class ScalingReport(ScriptReport):
+class ScalingReport(Report):
     """A population divided among workers."""
 
-    n_rows: int = Field(description="N, rows of the train batch.")
     drift: float
     """Change of the first row's time when it was measured again at the end; ratios are not more precise than that."""
     rows: list[ScalingPoint] = Field(description="One per engine and place.")
 
 
 def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -> ScalingReport:
-    """Time every engine in this process, in 1 … `workers` workers of one thread, and with as many threads here."""
-    bundle, task = Bundle.read(given.bundle), load_task(given.task)
-    sizes = {"popsize": given.popsize, "k_shot": given.k_shot, "seed": SEED}
-    settings = resolve(task.preset(bundle.info.method), sizes)
-    batch = Encoder(bundle, task).encode(timed_rows(task, given.data, given.k_shot))
-    most: int = given.workers
+    """Search with every engine here, in 1 … `workers` workers of one thread each, and here with as many threads."""
+    info, most = Bundle.read(given.bundle).info, int(given.workers)
+    turn = info.n_layers if info.method == "bbtv2" else 1
+    calls = given.popsize * turn * ceil((given.repeats + 1) / turn)
+    asked = {"popsize": given.popsize, "k_shot": given.k_shot, "budget": calls, "eval_every": calls, "seed": SEED}
+    shared = {"data": given.data, "settings": asked, "overwrite": True, "output": work / "run", "progress": False}
     places = [(None, 1), *((workers, 1) for workers in range(1, most + 1)), (None, most)]
-    points: list[ScalingPoint] = []
-    first: dict[str, tuple[float, Float64]] = {}
+    first: dict[str, tuple[float, list[list[float]]]] = {}
 
-    def measured(engine: str, workers: int | None, threads: int) -> ScalingPoint:
+    def point(engine: str, workers: int | None, threads: int) -> ScalingPoint:
         tell(f"{engine}, {'here' if workers is None else f'{workers} workers'}, {threads} threads")
-        record = EngineRecord(name=engine, device="cpu", threads=threads, without=[], url=None)
-        job = Job(bundle, record, settings, Objective(settings.loss, task.metric), batch, batch)
         started = perf_counter()
-        with job.evaluator() if workers is None else WorkersEvaluator(workers, "local", job) as evaluator:
-            space = PromptSpace(
-                bundle.info, settings, evaluator.layer_stds() if bundle.info.method == "bbtv2" else None
-            )
-            point = ScalingPoint(engine=engine, workers=workers, threads=threads, start_s=perf_counter() - started)
-            ms, losses = generations(evaluator, space, job, given.repeats)
-        median = point.set_times(ms)
-        alone, wanted = first.setdefault(engine, (median, losses))
-        point.speedup, point.same = alone / median, bool((losses == wanted).all())
-        point.overhead_ms = median - alone if (workers, threads) == (1, 1) else None
-        return point
+        run = tune(given.bundle, given.task, engine=engine, workers=workers, threads=threads, **shared)
+        seconds, history = perf_counter() - started, run.history
+        ms = [1000 * given.popsize / generation.evaluations_per_second for generation in history[1:]]
+        here, losses = median(ms), [generation.losses for generation in history]
+        alone, wanted = first.setdefault(engine, (here, losses))
+        place = {"engine": engine, "workers": workers, "threads": threads}
+        start_s = seconds - sum(generation.seconds for generation in history)
+        found = ScalingPoint(**place, start_s=start_s, speedup=alone / here, same=losses == wanted)
+        found.set_times(ms)
+        if (workers, threads) == (1, 1):
+            found.overhead_ms = here - alone
+        return found
 
     tell.expect(len(given.engines) * len(places) + 1)
-    points = [measured(engine, *place) for engine in given.engines for place in places]
-    again = measured(given.engines[0], None, 1)
-    return ScalingReport(n_rows=len(batch), drift=1 / again.speedup - 1, rows=points, **given.report)
-
-
-def generations(evaluator: Evaluator, space: PromptSpace, job: Job, repeats: int) -> tuple[list[float], Float64]:
-    """Milliseconds of each generation but the first, and the losses of all; in BBTv2 the layers take turns."""
-    rng, settings = np.random.default_rng(SEED), job.settings
-    layers = len(space.stack) or 1
-    ms, losses = [], []
-    for number in range(repeats + 1):
-        Z = settings.sigma * rng.standard_normal((settings.popsize, settings.intrinsic_dim))
-        layer, start = number % layers, perf_counter()
-        losses.append(evaluator.train(space, layer, Z)[0])
-        ms.append(1000 * (perf_counter() - start))
-        if len(space.stack):
-            space.stack[layer] = space.prompt(layer, Z[0])
-    return ms[1:], np.stack(losses)
+    points = [point(engine, *place) for engine in given.engines for place in places]
+    again = point(given.engines[0], None, 1)
+    return ScalingReport(drift=1 / again.speedup - 1, rows=points, **given.report)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The frame of every benchmark: options, one-line errors, the report folder, its tables, and where a report is from."""
+"""The frame of every benchmark: options, one-line errors, the report with its tables and plot, and its folder."""
 
 from __future__ import annotations
 
@@ -25,27 +25,6 @@ Columns = dict[str, tuple[str, Callable[[Any], str]]]
 """Header → the attribute that the column shows, and how it is written."""
 
 
-class Provenance(Schema):
-    """Base of every report: what was run, when and where."""
-
-    created: str = Field(default_factory=now, description="When the measurement ended, UTC, ISO 8601.")
-    command: str = Field(description="The command line that repeats it.")
-    machine: dict[str, Any] = Field(default_factory=lambda: dict(describe_machine()))
-    """Where it ran, by the names in `bbt_accel.machine.Machine`."""
-    versions: dict[str, str] = Field(default_factory=installed_versions)
-    """Versions of Python, bbt-accel and its installed dependencies."""
-
-    def facts(self) -> dict[str, object]:
-        """The same for a Markdown list."""
-        machine = [f"{self.machine['cpu']}, {self.machine['cores']} cores", *self.machine["gpus"]]
-        return {
-            "Machine": "; ".join(machine),
-            "Versions": self.versions,
-            "Date": self.created,
-            "Command": f"`{self.command}`",
-        }
-
-
 class Outcome(Schema):
     """Base of whatever is measured or checked: a failure is a row of the report."""
 
@@ -69,49 +48,57 @@ class Timed(Schema):
     ms_median: float | None = None
     """Milliseconds, median of the timed calls; per candidate unless the report says otherwise."""
     ms_p90: float | None = Field(default=None, description="The 90th percentile of the same.")
-    ms_p99: float | None = Field(
-        default=None, description="The 99th percentile of the same; with few calls the slowest one."
-    )
+    ms_p99: float | None = Field(default=None, description="The 99th percentile; with few calls the slowest one.")
 
     def set_times(self, milliseconds: Sequence[float]) -> float:
         """Set the percentiles, and return the median."""
-        median, p90, p99 = (float(value) for value in np.percentile(milliseconds, (50, 90, 99)))
-        self.ms_median, self.ms_p90, self.ms_p99 = median, p90, p99
+        median, self.ms_p90, self.ms_p99 = map(float, np.percentile(milliseconds, (50, 90, 99)))
+        self.ms_median = median
         return median
 
 
-class ScriptReport(Provenance):
-    """Base of the reports of scripts."""
+class Report(Schema):
+    """Base of every report.json: what was run, when, where, and its rows."""
 
     caption: ClassVar[str] = ""
-    """Of the plot, where there is one."""
-    options: dict[str, Any] = Field(description="The script's options.")
+    """Of the plot; empty for a report without one."""
+    created: str = Field(default_factory=now, description="When the measurement ended, UTC, ISO 8601.")
+    command: str = Field(description="The command line that repeats it.")
+    options: Any = Field(description="What was asked for.")
+    machine: dict[str, Any] = Field(default_factory=lambda: dict(describe_machine()))
+    """Where it ran, by the names in `bbt_accel.machine.Machine`."""
+    versions: dict[str, str] = Field(default_factory=installed_versions)
+    """Versions of Python, bbt-accel and its installed dependencies."""
     rows: Sequence[Schema] = Field(description="What was measured.")
 
+    def provenance(self) -> dict[str, object]:
+        """What was run, when and where, for a Markdown list."""
+        machine = [f"{self.machine['cpu']}, {self.machine['cores']} cores", *self.machine["gpus"]]
+        where = {"Machine": "; ".join(machine), "Versions": self.versions}
+        return {**where, "Date": self.created, "Command": f"`{self.command}`"}
+
     def markdown(self) -> str:
-        """report.md: the rows, the plot, and what they mean."""
-        own = {n: getattr(self, n) for n in type(self).model_fields if n not in ScriptReport.model_fields}
-        shown = sorted(type(self.rows[0]).model_fields, key=lambda name: name in Timed.model_fields)
+        """report.md: the plot, the rows, the facts, and what the columns mean."""
+        row = type(self.rows[0])
+        own = {n: getattr(self, n) for n in type(self).model_fields if n not in Report.model_fields}
+        shown = sorted(row.model_fields, key=lambda name: name in Timed.model_fields)
         columns: Columns = {name.replace("_", " "): (name, written) for name in shown}
-        title = f"# {' '.join((type(self).__doc__ or '').split())}"
-        facts = markdown_list(own | self.options | self.facts())
-        plot = f"![{self.caption}]({PLOT})" if self.caption else ""
-        return page(title, plot, rows_table(self.rows, columns), facts, columns_legend(type(self.rows[0]), columns))
+        title = f"# {(type(self).__doc__ or '').removesuffix('.')}"
+        facts = markdown_list(own | self.options | self.provenance())
+        return page(title, self.image(), rows_table(self.rows, columns), facts, columns_legend(row, columns))
+
+    def image(self) -> str:
+        return f"![{self.caption}]({PLOT})" if self.caption else ""
+
+    def draw(self, file: Path) -> None:
+        """Write the plot, report.png; only called where there is a caption."""
 
 
-Report = TypeVar("Report", bound=Provenance)
-Script = TypeVar("Script", bound=ScriptReport)
-Draw = Callable[[Any, Path], None]
+R = TypeVar("R", bound=Report)
 
 
-def record(
-    output: Path,
-    measure: Callable[[Path, StepProgress], Report],
-    markdown: Callable[[Report], str],
-    draw: Draw | None = None,
-    progress: bool = True,
-) -> Report:
-    """Measure, and write report.json, report.md and, with `draw`, report.png into the new folder `output`.
+def record(output: Path, measure: Callable[[Path, StepProgress], R], progress: bool = True) -> R:
+    """Measure, and write report.json, report.md and, if the report has a caption, report.png into a new folder.
 
     measure: gets a folder for its own files, which is removed at the end, and the progress bar.
     Raises BbtError when `output` exists, and what `measure` raises; then nothing is written.
@@ -121,7 +108,7 @@ def record(
         work.mkdir()
         report = measure(work, tell)
         shutil.rmtree(work)
-        write_report(folder, report, markdown(report), None if draw is None else partial(draw, report))
+        write_report(folder, report, report.markdown(), report.draw if report.caption else None)
     return report
 
 
@@ -129,10 +116,9 @@ def run_script(
     name: str,
     about: str | None,
     add_options: Callable[[argparse.ArgumentParser], None],
-    measure: Callable[[argparse.Namespace, Path, StepProgress], Script],
-    draw: Draw | None = None,
+    measure: Callable[[argparse.Namespace, Path, StepProgress], R],
     arguments: Sequence[str] | None = None,
-) -> Script:
+) -> R:
     """Run the script `name` of this package: parse its options, record its report and print it.
 
     about: the script's docstring. measure: gets the options; `report` among them goes into its report.
@@ -143,12 +129,10 @@ def run_script(
     parser.add_argument("-o", "--output", type=Path, required=True, help="new folder for the report")
     add_options(parser)
     given = parser.parse_args(arguments)
-    given.report = {
-        "command": command_line(module, arguments),
-        "options": json.loads(json.dumps(vars(given), default=str)),
-    }
+    options = json.loads(json.dumps(vars(given), default=str))
+    given.report = {"command": command_line(module, arguments), "options": options}
     with exit_on_error():
-        report = record(given.output, partial(measure, given), lambda found: found.markdown(), draw)
+        report = record(given.output, partial(measure, given))
         print_markdown(report.markdown())
     return report
 

@@ -1,20 +1,31 @@
-"""The rows of a benchmark, and what its processes do with them: time, compare, search. Large arrays are files."""
+"""What the processes of a benchmark do: export, optimize, time, compare, search; and its bundles and rows.
+
+Large arrays are files.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from bbt_accel import processes
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.benchmarks.timing import count_flops, generation, milliseconds, peak_mib
+from bbt_accel.bundle import BundleInfo
 from bbt_accel.data import Row, few_shot, load_rows
-from bbt_accel.engines.base import Engine
+from bbt_accel.engine_specs import EngineSpec
+from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError
+from bbt_accel.optimizations import in_graph
 from bbt_accel.run import Run
+from bbt_accel.settings import resolve
 from bbt_accel.tasks import Task
+from bbt_accel.tuning.space import PromptSpace
 
 SEED = 42
 """Seed of the timed and compared rows, of the random prompts and of the first search."""
@@ -24,6 +35,20 @@ WARM_UP = {"cpu": 1, "cuda": 3}
 """Calls before the timed ones, by device: buffers, kernels and CUDA graphs are made in them."""
 LoadArguments = dict[str, Any]
 """Arguments of `load_engine`: bundle, name, device, threads, without."""
+
+
+def export(**arguments: Any) -> None:
+    """Calls `export_bundle`."""
+    from bbt_accel.exporters.export import export_bundle
+
+    export_bundle(**arguments)
+
+
+def optimize(data: str | None = None, **arguments: Any) -> None:
+    """Calls `optimize_bundle`."""
+    from bbt_accel.exporters.optimize import optimize_bundle
+
+    optimize_bundle(data=None if data is None else Path(data), **arguments)
 
 
 def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops: bool = False) -> dict[str, Any]:
@@ -40,10 +65,13 @@ def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops
 
 
 def compare(engine: LoadArguments, batch: str, prompt: str) -> list[list[float]]:
-    """Label logits (N, C) of the batch for the prompt, both files."""
+    """Label logits (N, C) of the batch for the prompt, both files; a few rows at a time."""
+    rows, found = load_batch(batch), []
     with load_engine(**engine) as loaded:
-        found: list[list[float]] = row_logits(loaded, load_batch(batch), np.load(prompt)).tolist()
-        return found
+        for start in range(0, len(rows), ROWS):
+            with loaded.bind(rows.rows(slice(start, start + ROWS))) as bound:
+                found += bound.label_logits(np.load(prompt)[None])[0].tolist()
+    return found
 
 
 def search(engine: LoadArguments, run: str, data: str | None, **arguments: Any) -> dict[str, Any]:
@@ -57,13 +85,39 @@ def search(engine: LoadArguments, run: str, data: str | None, **arguments: Any) 
     return {"seconds": done.info.seconds, "calls": done.info.calls}
 
 
-def row_logits(engine: Engine, batch: Batch, prompt: Float32) -> Float32:
-    """Label logits (N, C) of all rows for one prompt, a few rows at a time."""
-    parts = []
-    for start in range(0, len(batch), ROWS):
-        with engine.bind(batch.rows(slice(start, start + ROWS))) as bound:
-            parts.append(bound.label_logits(prompt[None])[0])
-    return np.concatenate(parts)
+def conversion(spec: EngineSpec, precision: str) -> dict[str, str] | None:
+    """Target and precision of the bundle that an engine reads; None for the bundle as exported."""
+    if precision == "fp32" and "onnx" in spec.reads and "fp32" not in spec.optimized:
+        return None
+    target = spec.name if spec.optimized else next(name for name in spec.reads if name != "onnx")
+    return {"target": target, "precision": precision}
+
+
+class Bundles:
+    """The bundles of a backbone in the folder `work`, each made when it is first needed.
+
+    exporting, optimizing: further arguments of `export_bundle` and `optimize_bundle`.
+    """
+
+    def __init__(self, work: Path, backbone: str | Path, exporting: dict[str, Any], **optimizing: Any) -> None:
+        self.work, self.exporting, self.optimizing = work, {"backbone": backbone, **exporting}, optimizing
+
+    def exported(self, without: Sequence[str] = ()) -> Path:
+        """The exported bundle whose graphs have these optimizations switched off. Raises BbtError."""
+        return self._make(["exported", *without], export, without=without, **self.exporting)
+
+    def bundle(self, spec: EngineSpec, precision: str, without: Sequence[str] = ()) -> Path:
+        """The bundle that an engine reads at a precision. Raises BbtError."""
+        off, wanted = in_graph(without), conversion(spec, precision)
+        if wanted is None:
+            return self.exported(off)
+        return self._make([*wanted.values(), *off], optimize, source=self.exported(off), **wanted, **self.optimizing)
+
+    def _make(self, words: Sequence[str], step: Callable[..., None], **arguments: Any) -> Path:
+        path = self.work / "-".join(words)
+        if not path.exists():
+            processes.call(step, output=path, **arguments)
+        return path
 
 
 def timed_rows(task: Task, data: Path | None, k_shot: int, count: int | None = None) -> list[Row]:
@@ -91,3 +145,71 @@ def save_batch(file: Path, batch: Batch) -> None:
 def load_batch(file: str | Path) -> Batch:
     with np.load(file) as arrays:
         return Batch(**arrays)
+
+
+def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
+    """float32 (count, n, H) or (count, L, n, H), entries N(0, σ_e²): what a first generation with α = 1 looks like."""
+    prompts = np.random.default_rng(seed).standard_normal((count, *info.prompt_shape), dtype=np.float32)
+    return np.asarray(prompts * np.float32(info.word_embedding_std), np.float32)
+
+
+def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
+    """What a search asks of an engine between two steps of CMA-ES, from z to the batch statistics.
+
+    For bbtv2 a generation for every layer, each of which then keeps its first candidate. Returns the candidates.
+    """
+    info, settings = bound.bundle.info, resolve()
+    deep = info.method == "bbtv2"
+    layers = info.n_layers if deep else 1
+    space = PromptSpace(info, settings, np.full(layers, info.word_embedding_std, np.float32) if deep else None)
+    Z = np.random.default_rng(0).standard_normal((layers, popsize, settings.intrinsic_dim))
+
+    def evaluate() -> int:
+        for layer, z in enumerate(Z):
+            bound.statistics(space.population(layer, z))
+            if deep:
+                space.stack[layer] = space.prompt(layer, z[0])
+        return layers * popsize
+
+    return evaluate
+
+
+def milliseconds(evaluate: Callable[[], int], repeats: int) -> list[float]:
+    """Milliseconds per candidate of each call. Results are on the host when a call returns: nothing still runs."""
+    found = []
+    for _ in range(repeats):
+        start = perf_counter()
+        candidates = evaluate()
+        found.append(1000 * (perf_counter() - start) / candidates)
+    return found
+
+
+def count_flops(evaluate: Callable[[], int]) -> int:
+    """Floating-point operations per candidate of a PyTorch engine: matmuls and attention, which are nearly all.
+
+    A multiplication and an addition count as two.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # PyTorch's counter knows the attention kernels of GPUs only.
+    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
+        candidates = evaluate()
+    return int(counter.get_total_flops() / candidates)
+
+
+def peak_mib() -> float | None:
+    """Largest resident memory of this process so far, MiB; None where the system does not report it."""
+    # Not getrusage first: on Linux a child starts with the peak of the process that started it.
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
+    with suppress(ImportError):  # Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+    return None

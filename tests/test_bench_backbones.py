@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-from bbt_accel.benchmarks.make_backbone import make_backbone, make_tiny
+from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.errors import DataError, UsageError
 from bbt_accel.exporters import families as module
 from bbt_accel.exporters.export import special_tokens
@@ -29,7 +29,7 @@ def test_a_shape_loads_as_a_checkpoint(model_type: str, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("model_type", families())
 def test_a_tiny_backbone_has_the_vocabulary_of_its_tokenizer(model_type: str, tmp_path: Path) -> None:
-    make_tiny(model_type, str(tmp_path / "tiny"))
+    make_backbone(f"tiny-{model_type}", tmp_path / "tiny")
     assert load_config(tmp_path / "tiny").vocab_size == len(load_tokenizer(tmp_path / "tiny"))
 
 

@@ -9,17 +9,24 @@ import pytest
 from tiny_bundles import tiny_bundle
 
 from bbt_accel.batch import Batch
-from bbt_accel.benchmarks import cases, rates
-from bbt_accel.benchmarks.bench_report import summary
-from bbt_accel.benchmarks.bundles import conversion
-from bbt_accel.benchmarks.cases import BASELINES, ablations, check_names, plan_measurements
-from bbt_accel.benchmarks.measurements import BenchReport, Drift, Measurement, check_fidelity
+from bbt_accel.benchmarks import bench, rates
+from bbt_accel.benchmarks.bench import BASELINES, ablations, plan_measurements, run_bench
+from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
+from bbt_accel.benchmarks.growth import ENGINES, FACTORS, GrowthPoint, GrowthReport
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.benchmarks.rates import matrix_rates, median_seconds
 from bbt_accel.benchmarks.script import Timed
-from bbt_accel.benchmarks.steps import load_batch, row_logits, save_batch
-from bbt_accel.benchmarks.timing import generation, milliseconds, peak_mib, random_prompts
-from bbt_accel.bundle import Bundle
+from bbt_accel.benchmarks.steps import (
+    compare,
+    conversion,
+    generation,
+    load_batch,
+    milliseconds,
+    peak_mib,
+    random_prompts,
+    save_batch,
+)
+from bbt_accel.bundle import Bundle, write_info
 from bbt_accel.engine_specs import engine_spec, engine_specs
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import UsageError
@@ -36,7 +43,7 @@ def some_rows(count: int = 5) -> Batch:
 
 def checked(precision: str, logits: np.ndarray[Any, Any]) -> Measurement:
     row = Measurement(engine="ort", precision=precision)
-    check_fidelity(row, logits.astype(np.float32), EAGER, TARGETS, "accuracy")
+    row.compare(logits.astype(np.float32), EAGER, TARGETS, "accuracy")
     return row
 
 
@@ -75,7 +82,7 @@ def engine_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     def plan(features: Sequence[str] = ("bf16",), **changes: Any) -> list[Measurement]:
         machine = {**describe_machine(), "features": list(features)}
-        monkeypatch.setattr(cases, "describe_machine", lambda: machine)
+        monkeypatch.setattr(bench, "describe_machine", lambda: machine)
         rows, _ = plan_measurements(options(**changes), info)
         return [row for row in rows if not row.baseline]
 
@@ -109,9 +116,9 @@ def test_pairs_that_do_not_exist_are_rows_only_if_both_were_asked_for(
         ({"without": ["bucket"]}, "did you mean buckets"),
     ],
 )
-def test_unknown_names(changes: dict[str, Any], words: str) -> None:
+def test_unknown_names(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
-        check_names(options(**changes))
+        run_bench(options(**changes), tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbtv2"])
@@ -148,11 +155,15 @@ def test_timing(method: str, tmp_path: Path) -> None:
     assert min(found) > 0
 
 
-def test_row_logits_in_parts(tmp_path: Path) -> None:
-    bundle = tiny_bundle(tmp_path)
+def test_logits_in_parts(tmp_path: Path) -> None:
+    bundle, batch = tiny_bundle(tmp_path / "bundle"), some_rows(130)
+    write_info(bundle.path, bundle.info)
     prompt = random_prompts(bundle.info, 1, 0)[0]
-    engine, batch = DummyEngine(bundle), some_rows(130)
-    np.testing.assert_array_equal(row_logits(engine, batch, prompt), engine.bind(batch).label_logits(prompt[None])[0])
+    save_batch(tmp_path / "rows.npz", batch)
+    np.save(tmp_path / "prompt.npy", prompt)
+    engine = {"bundle": tmp_path / "bundle", "name": "dummy"}
+    found = compare(engine, str(tmp_path / "rows.npz"), str(tmp_path / "prompt.npy"))
+    np.testing.assert_allclose(found, DummyEngine(bundle).bind(batch).label_logits(prompt[None])[0], rtol=1e-6)
 
 
 def test_batches_travel(tmp_path: Path) -> None:
@@ -177,7 +188,7 @@ def test_the_ceiling_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPa
     known = {"fp32 slow": 4.0, "fp32 fast": 2.0, "int8 x": 1.0}
     made = {name: lambda n, threads, seconds=seconds: seconds for name, seconds in known.items()}
     monkeypatch.setitem(rates.PRODUCTS, "cpu", made | {"fp32 other": missing})
-    monkeypatch.setattr(rates, "median_seconds", lambda call, device: call)
+    monkeypatch.setattr(rates, "median_seconds", lambda call, threads: call)
     found = matrix_rates("cpu", 1)
     assert found["fp32_rate_by"] == "fast"
     assert found["fp32_rate"] == found["rates"]["fp32 fast"] == 2 * found["rates"]["fp32 slow"]
@@ -194,7 +205,7 @@ def test_every_library_multiplies(name: str) -> None:
 
 def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "SECONDS", 0.0)
-    assert median_seconds(lambda: None) > 0
+    assert median_seconds(lambda: None, 1) > 0
     peak = peak_mib()
     assert peak is None or 10 < peak < 10**6
 
@@ -207,10 +218,20 @@ def test_summary_warns_of_an_unsteady_machine() -> None:
     machine = {**describe_machine(), "fp32_rate": 1, "fp32_rate_by": "x", "rates": {}, "unavailable": {}}
     for change, warned in ((0.05, False), (-0.2, True), (None, False)):
         report = BenchReport.model_construct(
-            options=options(), machine=machine, rows=rows, fastest_baseline="eager fp32", drift=Drift(change=change)
+            options=options(), machine=machine, rows=rows, fastest_baseline="eager fp32", drift=change
         )
-        assert ("not steady" in summary(report)) == warned
-        assert "**ort fp32**: 1.50 times the fastest baseline and 2.00 times the original's" in summary(report)
+        assert ("not steady" in report.summary()) == warned
+        assert "**ort fp32**: 1.50 times the fastest baseline and 2.00 times the original's" in report.summary()
+
+
+def test_the_growth_of_cost_is_a_table_and_a_plot(tmp_path: Path) -> None:
+    values = [(factor, value) for factor, (_, several) in FACTORS.items() for value in several]
+    rows = [GrowthPoint(factor=f, value=v, engine=e, ms_median=float(v)) for f, v in values for e in ENGINES]
+    report = GrowthReport(command="c", options={"shape": "tiny-bert"}, rows=rows)
+    report.draw(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "| rows | 4 | ort int8 |" in report.markdown()
+    assert "- **shape:** tiny-bert" in report.markdown()
 
 
 def test_every_field_is_documented() -> None:

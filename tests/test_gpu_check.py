@@ -15,10 +15,10 @@ pytest.importorskip("onnxruntime")
 
 from bbt_accel import processes
 from bbt_accel.benchmarks import gpu_check
-from bbt_accel.benchmarks.gpu_report import EngineCheck, GpuReport
+from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores
+from bbt_accel.benchmarks.gpu_check import EngineCheck, GpuReport
 from bbt_accel.benchmarks.gpu_steps import validation_error
-from bbt_accel.benchmarks.make_backbone import make_tiny
-from bbt_accel.benchmarks.measurements import BenchReport, Drift, Measurement, TuningScores
+from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.rates import matrix_rates
 from bbt_accel.machine import describe_machine
@@ -41,7 +41,7 @@ def speed(task: str = "sst2", asked: dict[str, Any] | None = None, **changes: An
     return BenchReport(
         command="c", options=bench_options(**options | (asked or {})), task=task, metric="accuracy",
         machine={**describe_machine(), "fp32_rate": 1, "fp32_rate_by": "x", "rates": rates, "unavailable": {}},
-        n_rows=32, length=80, padding=0.1, n_test_rows=8, drift=Drift(), fastest_baseline="eager fp32", rows=rows,
+        n_rows=32, length=80, padding=0.1, n_test_rows=8, drift=None, fastest_baseline="eager fp32", rows=rows,
         notes=[],
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def test_the_script_runs_with_the_cpu_as_its_device(
 
     monkeypatch.setattr(processes, "call", inside)
     monkeypatch.setattr(gpu_check, "VARIANTS", (("bbtv2", "add"),))
-    make_tiny("bert", str(tmp_path / "bert"))
+    make_backbone("tiny-bert", tmp_path / "bert")
     words = f"--device cpu --backbone {tmp_path / 'bert'} --families gpt2 --methods bbt --popsize 4 --k-shot 1"
     words += f" --n-prompt-tokens 5 --calls 8 --repeats 1 --golden {tmp_path / 'none'} --data {tmp_path / 'none'}"
     output = tmp_path / "report"

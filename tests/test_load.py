@@ -19,7 +19,7 @@ from serving_parts import app, running
 
 from bbt_accel import tune
 from bbt_accel.benchmarks import load as module
-from bbt_accel.benchmarks.load import LoadReport, Request, load
+from bbt_accel.benchmarks.load import LoadReport, load
 from bbt_accel.benchmarks.script import run_script
 from bbt_accel.errors import EngineError
 
@@ -28,7 +28,7 @@ SETTINGS: dict[str, object] = {"k_shot": 2, "intrinsic_dim": 5, "popsize": 4, "b
 
 def measure(path: Path, output: Path, *words: str) -> LoadReport:
     arguments = [str(path), "-o", str(output), "--seconds", "0.05", *words]
-    return run_script("load", None, module.add_options, module.measure_load, module.draw_load, arguments)
+    return run_script("load", None, module.add_options, module.measure_load, arguments)
 
 
 def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
 def test_clients_that_fail_are_counted_or_an_error(tmp_path: Path) -> None:
     with running(app(search_bundle(tmp_path / "bundle"))) as url:
         with pytest.raises(EngineError, match="404"):
-            load(url, Request("nothing", "/v2/models/nothing"), 2, 0.05)
-        assert load(url, Request("health", "/v2/health/live"), 2, 0.05).errors == 0
+            load(url, "nothing", ("GET", "/v2/models/nothing", b"", {}), 2, 0.05)
+        assert load(url, "health", ("GET", "/v2/health/live", b"", {}), 2, 0.05).errors == 0
 
 
 def test_what_cannot_be_measured(tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,7 +177,7 @@ def test_the_scaling_benchmark_compares_workers_with_one_process(tmp_path: Path)
     task = task_file(tmp_path / "data")
     words = [str(bundle.path), "--task", str(task), "--data", str(tmp_path / "data"), "--engines", "dummy"]
     words += ["--popsize", "4", "--k-shot", "3", "--repeats", "2", "-o", str(tmp_path / "report")]
-    report = run_script("scaling", None, scaling.add_options, scaling.measure_scaling, arguments=words)
+    report = run_script("scaling", None, scaling.add_options, scaling.measure_scaling, words)
     assert [(row.workers, row.threads, row.same) for row in report.rows] == [
         (None, 1, True), (1, 1, True), (2, 1, True), (None, 2, True)
     ]  # fmt: skip
