@@ -61,9 +61,15 @@ def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -
         ms = [1000 * given.popsize / generation.evaluations_per_second for generation in history[1:]]
         here, losses = median(ms), [generation.losses for generation in history]
         alone, wanted = first.setdefault(engine, (here, losses))
-        place = {"engine": engine, "workers": workers, "threads": threads}
         start_s = seconds - sum(generation.seconds for generation in history)
-        found = ScalingPoint(**place, start_s=start_s, speedup=alone / here, same=losses == wanted)
+        found = ScalingPoint(
+            engine=engine,
+            workers=workers,
+            threads=threads,
+            start_s=start_s,
+            speedup=alone / here,
+            same=losses == wanted,
+        )
         found.set_times(ms)
         if (workers, threads) == (1, 1):
             found.overhead_ms = here - alone
