@@ -7,7 +7,7 @@ each worker the candidates' z, and receives their losses; in BBTv2 it also sends
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -22,8 +22,7 @@ from bbt_accel.machine import physical_cores
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.space import PromptSpace
 
-MAX_DEATHS = 3
-"""Deaths of workers in a row, without any work done in between, after which the search fails."""
+MAX_DEATHS = 3  # of workers in a row, without any work done in between, after which the search fails
 
 
 class Worker:
@@ -76,20 +75,17 @@ class WorkersEvaluator(Evaluator):
         self, workers: int, address: str, job: Job, report: Callable[[str], object] = lambda line: None
     ) -> None:
         check_workers(workers, job.settings.popsize)
-        self._report = report
-        self._stack = ExitStack()
+        self._report, self._deaths, self._stack = report, 0, ExitStack()
+        self._stds: Float32 | None = None
+        self._known: list[dict[int, Float32]] = [{} for _ in range(workers)]
+        """The prompts of the stack that each worker has, by layer; those not listed are zero."""
         self.actors: list[Any] = []
-        self._deaths = 0
         with ExitStack() as undo:
             undo.callback(self.close)
             self._connect(workers, address, job)
-            self._known: list[dict[int, Float32]] = [{} for _ in range(workers)]
-            """The prompts of the stack that each worker has, by layer; those not listed are zero."""
-            self._stds: Float32 | None = None
             self.actors += [self._make() for _ in range(workers)]
-            opened = [actor.open.remote(self._job, self._digest, None) for actor in self.actors]
-            for number, reference in enumerate(opened):
-                self._await_open(number, reference)
+            for number, opened in enumerate([self._open(number) for number in range(workers)]):
+                self._await_open(number, opened)
             undo.pop_all()
 
     def _connect(self, workers: int, address: str, job: Job) -> None:
@@ -102,15 +98,14 @@ class WorkersEvaluator(Evaluator):
         job = replace(job, bundle=bundle, engine=job.engine.model_copy(update={"threads": cpus}))
         self._job, self._digest = ray.put(job), bundle.digest
         self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Worker).remote
-        exceptions = ray.exceptions
-        self._dead = (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.OutOfMemoryError)
+        self._dead = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
     def versions(self) -> dict[str, str]:
-        found: dict[str, str] = self._one(lambda number: self.actors[number].versions.remote())
+        found: dict[str, str] = self._first(lambda number: self.actors[number].versions.remote())
         return found
 
     def layer_stds(self) -> Float32:
-        self._stds = self._one(lambda number: self.actors[number].layer_stds.remote())
+        self._stds = self._first(lambda number: self.actors[number].layer_stds.remote())
         self._all(lambda number: self.actors[number].make_space.remote(self._stds))
         return self._stds
 
@@ -126,7 +121,7 @@ class WorkersEvaluator(Evaluator):
         return np.concatenate(losses), np.concatenate(metrics)
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
-        loss, score = self._one(lambda number: self.actors[number].dev.remote(prompt))
+        loss, score = self._first(lambda number: self.actors[number].dev.remote(prompt))
         return loss, score
 
     def close(self) -> None:
@@ -142,15 +137,12 @@ class WorkersEvaluator(Evaluator):
         known |= new
         return new
 
-    def _one(self, start: Callable[[int], Any]) -> Any:
-        return self._run(start, [0])[0]
+    def _first(self, start: Callable[[int], Any]) -> Any:
+        return self._all(start, 1)[0]
 
-    def _all(self, start: Callable[[int], Any]) -> list[Any]:
-        return self._run(start, range(len(self.actors)))
-
-    def _run(self, start: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
-        """The results of these workers; `start` calls a worker, and is called again for the replacement of one."""
-        running = {start(number): number for number in numbers}
+    def _all(self, start: Callable[[int], Any], workers: int | None = None) -> list[Any]:
+        """The results of all or the first `workers`. `start` calls one, and is called again for its replacement."""
+        running = {start(number): number for number in range(workers or len(self.actors))}
         results: dict[int, Any] = {}
         while running:
             [ready], _ = self._ray.wait(list(running), num_returns=1)
@@ -173,7 +165,10 @@ class WorkersEvaluator(Evaluator):
         self._report(f"worker {number + 1} died ({first_line(death):.200}); it is replaced")
         self._ray.kill(self.actors[number])  # if it is only unreachable
         self.actors[number], self._known[number] = self._make(), {}
-        self._await_open(number, self.actors[number].open.remote(self._job, self._digest, self._stds))
+        self._await_open(number, self._open(number))
+
+    def _open(self, number: int) -> Any:
+        return self.actors[number].open.remote(self._job, self._digest, self._stds)
 
     def _await_open(self, number: int, opened: Any) -> None:
         try:
