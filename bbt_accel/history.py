@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
@@ -42,7 +43,12 @@ class History:
 
     def __init__(self, file: Path) -> None:
         self._stream: IO[bytes] = file.open("ab")
-        _lock(self._stream, file)
+        try:
+            _lock(self._stream)
+        except BlockingIOError:
+            self._stream.close()
+            problem = f"{file.parent} is in use by another bbt-accel tune"
+            raise RunError(f"{problem}; wait for it or choose another -o") from None
         self.generations, size = _parse(file)
         self._stream.truncate(size)
 
@@ -52,9 +58,6 @@ class History:
         os.fsync(self._stream.fileno())
         self.generations.append(generation)
 
-    def close(self) -> None:
-        self._stream.close()
-
     def __len__(self) -> int:
         return len(self.generations)
 
@@ -62,7 +65,7 @@ class History:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._stream.close()
 
 
 def read_history(file: Path) -> list[Generation]:
@@ -94,13 +97,8 @@ def _parse(file: Path) -> tuple[list[Generation], int]:
     return generations, size
 
 
-def _lock(stream: IO[bytes], file: Path) -> None:
-    try:
+def _lock(stream: IO[bytes]) -> None:
+    with suppress(ImportError):  # Windows has no flock
         import fcntl
-    except ImportError:  # Windows, which has no flock
-        return
-    try:
+
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        raise RunError(f"{file.parent} is in use by another bbt-accel tune; wait for it or choose another -o") from None

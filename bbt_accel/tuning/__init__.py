@@ -22,7 +22,7 @@ from bbt_accel.run import EVENTS, BundleRecord, DataRecord, EngineRecord, Run, R
 from bbt_accel.settings import Settings, resolve
 from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.events import Events
+from bbt_accel.tuning.monitoring import Events
 from bbt_accel.tuning.search import Outcome, search
 from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
 from bbt_accel.tuning.workspace import Workspace

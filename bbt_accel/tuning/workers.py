@@ -39,22 +39,17 @@ class Worker:
     def make_space(self, layer_stds: Float32 | None) -> None:
         self.space = PromptSpace(self.job.bundle.info, self.job.settings, layer_stds)
 
-    def versions(self) -> dict[str, str]:
-        return self.evaluator.versions()
-
-    def layer_stds(self) -> Float32:
-        return self.evaluator.layer_stds()
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A method of the evaluator."""
+        return getattr(self.evaluator, name)(*arguments)
 
     def train(
-        self, layer: int, candidates: Float32, first: int, end: int, changed: Mapping[int, Float32]
+        self, layer: int, candidates: Float32, part: slice, changed: Mapping[int, Float32]
     ) -> tuple[Float64, Float64]:
-        """Losses and metrics of candidates first .. end - 1. changed: new prompts of the stack, by layer."""
+        """Losses and metrics of a part of the candidates. changed: new prompts of the stack, by layer."""
         for number, prompt in changed.items():
             self.space.stack[number] = prompt
-        return self.evaluator.train(self.space, layer, candidates, slice(first, end))
-
-    def dev(self, prompt: Float32) -> tuple[float, float]:
-        return self.evaluator.dev(prompt)
+        return self.evaluator.train(self.space, layer, candidates, part)
 
 
 class WorkersEvaluator(Evaluator):
@@ -71,9 +66,7 @@ class WorkersEvaluator(Evaluator):
     engine raises; EngineError when the cluster is too small, or workers keep dying.
     """
 
-    def __init__(
-        self, workers: int, address: str, job: Job, report: Callable[[str], object] = lambda line: None
-    ) -> None:
+    def __init__(self, workers: int, address: str, job: Job, report: Callable[[str], object] = lambda _: None) -> None:
         check_workers(workers, job.settings.popsize)
         self._report, self._deaths, self._stack = report, 0, ExitStack()
         self._stds: Float32 | None = None
@@ -101,11 +94,11 @@ class WorkersEvaluator(Evaluator):
         self._dead = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
     def versions(self) -> dict[str, str]:
-        found: dict[str, str] = self._first(lambda number: self.actors[number].versions.remote())
+        found: dict[str, str] = self._first("versions")
         return found
 
     def layer_stds(self) -> Float32:
-        self._stds = self._first(lambda number: self.actors[number].layer_stds.remote())
+        self._stds = self._first("layer_stds")
         self._all(lambda number: self.actors[number].make_space.remote(self._stds))
         return self._stds
 
@@ -114,14 +107,14 @@ class WorkersEvaluator(Evaluator):
         shares = np.array_split(np.arange(len(z)), len(self.actors))
 
         def start(number: int) -> Any:
-            first, end = int(shares[number][0]), int(shares[number][-1]) + 1
-            return self.actors[number].train.remote(layer, z, first, end, self._changed(number, space))
+            part = slice(int(shares[number][0]), int(shares[number][-1]) + 1)
+            return self.actors[number].train.remote(layer, z, part, self._changed(number, space))
 
         losses, metrics = zip(*self._all(start), strict=True)
         return np.concatenate(losses), np.concatenate(metrics)
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
-        loss, score = self._first(lambda number: self.actors[number].dev.remote(prompt))
+        loss, score = self._first("dev", prompt)
         return loss, score
 
     def close(self) -> None:
@@ -137,8 +130,8 @@ class WorkersEvaluator(Evaluator):
         known |= new
         return new
 
-    def _first(self, start: Callable[[int], Any]) -> Any:
-        return self._all(start, 1)[0]
+    def _first(self, name: str, *arguments: Any) -> Any:
+        return self._all(lambda number: self.actors[number].call.remote(name, *arguments), workers=1)[0]
 
     def _all(self, start: Callable[[int], Any], workers: int | None = None) -> list[Any]:
         """The results of all or the first `workers`. `start` calls one, and is called again for its replacement."""
@@ -159,9 +152,8 @@ class WorkersEvaluator(Evaluator):
     def _replace(self, number: int, death: Exception) -> None:
         self._deaths += 1
         if self._deaths >= MAX_DEATHS:
-            raise EngineError(
-                f"{MAX_DEATHS} workers died in a row ({first_line(death):.200}); if they run out of memory, use fewer"
-            ) from death
+            problem = f"{MAX_DEATHS} workers died in a row ({first_line(death):.200})"
+            raise EngineError(f"{problem}; if they run out of memory, use fewer") from death
         self._report(f"worker {number + 1} died ({first_line(death):.200}); it is replaced")
         self._ray.kill(self.actors[number])  # if it is only unreachable
         self.actors[number], self._known[number] = self._make(), {}

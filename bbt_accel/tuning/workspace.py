@@ -11,7 +11,7 @@ from pathlib import Path
 from bbt_accel.errors import RunError
 from bbt_accel.history import History, read_history
 from bbt_accel.run import CURVE, HISTORY, INFO, BestRecord, Run, RunInfo, read_info, write_info, write_prompt
-from bbt_accel.tuning.curve import draw_curve
+from bbt_accel.tuning.monitoring import draw_curve
 from bbt_accel.tuning.search import Outcome
 
 
