@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file, save
 
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode
-from bbt_accel.data import Row, rows_digest
 from bbt_accel.errors import BundleError, RunError
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
@@ -66,11 +63,6 @@ class DataRecord(BaseModel, extra="forbid"):
     digest: str = Field(description="sha256 of the train rows, then the dev rows.")
     train_rows: int
     dev_rows: int
-
-    @classmethod
-    def of(cls, folder: Path | None, train: Sequence[Row], dev: Sequence[Row]) -> DataRecord:
-        path = None if folder is None else str(folder.absolute())
-        return cls(path=path, digest=rows_digest([*train, *dev]), train_rows=len(train), dev_rows=len(dev))
 
 
 class BestRecord(BaseModel, extra="forbid"):
@@ -133,19 +125,13 @@ class Run:
         path = Path(path)
         info = read_info(path)
         file = path / PROMPT
+        if info.status == "running":
+            raise RunError(f"{path} is an unfinished run; continue it with bbt-accel tune --resume")
         if not file.is_file():
-            if info.status == "running":
-                raise RunError(f"{path} is an unfinished run; continue it with bbt-accel tune --resume")
             raise RunError(f"{path} has no {PROMPT}; tune again")
         if sha256(file) != info.prompt_sha256:
             raise RunError(f"{file} is not the prompt that {INFO} describes (sha256); tune again")
-        try:
-            prompt = load(file.read_bytes())["prompt"]
-        except (SafetensorError, KeyError, ValueError):
-            raise RunError(f"{file} cannot be read; tune again") from None
-        if prompt.dtype != np.float32 or list(prompt.shape) != info.prompt_shape:
-            raise RunError(f"{file} has a prompt {prompt.shape}, {INFO} says {tuple(info.prompt_shape)}; tune again")
-        return cls(path, info, prompt)
+        return cls(path, info, load_file(file)["prompt"])
 
     @property
     def task(self) -> Task:
@@ -165,9 +151,8 @@ class Run:
             places = [self.path.absolute() / record.relative, Path(record.path)]
             bundle = Bundle.read(next((place for place in places if place.exists()), places[1]))
             if bundle.digest != record.digest:
-                raise BundleError(
-                    f"{bundle.path} is not the bundle that {self.path} was tuned for; pass one with --bundle"
-                )
+                problem = f"{bundle.path} is not the bundle that {self.path} was tuned for"
+                raise BundleError(f"{problem}; pass one with --bundle")
             return bundle
         bundle = Bundle.read(override)
         for name in ("backbone", "revision", "method", "prompt_mode"):

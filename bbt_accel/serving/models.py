@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,8 @@ class Model(ABC):
             "name": self.name,
             "versions": ["1"],
             "platform": f"bbt_accel_{self.engine.name}",
-            "inputs": [spec.metadata() for spec in self.inputs],
-            "outputs": [spec.metadata() for spec in self.outputs],
+            "inputs": [asdict(spec) for spec in self.inputs],
+            "outputs": [asdict(spec) for spec in self.outputs],
         }
 
     def config(self) -> dict[str, object]:
@@ -129,20 +130,17 @@ def rows_hash(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
+Compute = Callable[[BoundBatch, Tensors], Tensor]
+
+
 class RowModel(Model):
-    """A model that computes one output from cached rows and from inputs of its own, of which the first may be a
-    population of candidates.
+    """A model that computes one output from cached rows and from its `own` inputs, the first of them the candidates.
 
     compute: the output, from the rows and the inputs by name.
     """
 
     def __init__(
-        self,
-        name: str,
-        cache: RowCache,
-        own: tuple[TensorSpec, ...],
-        output: TensorSpec,
-        compute: Callable[[BoundBatch, Tensors], Tensor],
+        self, name: str, cache: RowCache, own: tuple[TensorSpec, ...], output: TensorSpec, compute: Compute
     ) -> None:
         super().__init__(name, cache.engine, cache.limits)
         self.cache, self.own, self.compute = cache, own, compute

@@ -35,9 +35,6 @@ class TensorSpec:
     datatype: str
     shape: tuple[int, ...]
 
-    def metadata(self) -> dict[str, object]:
-        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
-
     def config(self) -> dict[str, object]:
         """The entry in Triton's model configuration."""
         datatype = "TYPE_STRING" if self.datatype == "BYTES" else f"TYPE_{self.datatype}"

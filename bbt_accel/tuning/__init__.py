@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
 import bbt_accel
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import load_few_shot
+from bbt_accel.data import load_few_shot, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import RunError, UsageError
@@ -23,7 +23,7 @@ from bbt_accel.settings import Settings, resolve
 from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.monitoring import Events
-from bbt_accel.tuning.search import Outcome, search
+from bbt_accel.tuning.search import search
 from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
 from bbt_accel.tuning.workspace import Workspace
 
@@ -112,15 +112,16 @@ def _prepare(
     bundle: Bundle, task: Task, data: str | Path | None, engine: EngineRecord, settings: Settings, workspace: Workspace
 ) -> tuple[Job, RunInfo]:
     """Load and encode the rows, and describe the run."""
-    folder = None if data is None else Path(data)
+    folder = None if data is None else Path(data).absolute()
+    path = None if folder is None else str(folder)
     train, dev = load_few_shot(task, folder, settings)
-    encoder = Encoder(bundle, task)
+    encoder, digest = Encoder(bundle, task), rows_digest([*train, *dev])
     packages = {name: version(name) for name in ("cma", "numpy")}
     info = RunInfo(
         task=task,
         label_words=encoder.label_words,
         settings=settings,
-        data=DataRecord.of(folder, train, dev),
+        data=DataRecord(path=path, digest=digest, train_rows=len(train), dev_rows=len(dev)),
         bundle=BundleRecord.of(bundle, workspace.final),
         engine=engine,
         versions={"bbt-accel": bbt_accel.__version__, **packages, "python": platform.python_version()},
@@ -132,10 +133,22 @@ def _prepare(
 def _run(
     job: Job, info: RunInfo, workspace: Workspace, resume: bool, ray: str | None, tensorboard: bool, progress: bool
 ) -> Run:
-    """Load the engine, search, and complete the run."""
-    with _evaluator(job, ray, progress) as evaluator:
+    """Load the engine, search in the workspace, and complete the run."""
+    settings, bundle = job.settings, job.bundle.info
+    calls = settings.generations(bundle.method, bundle.n_layers) * settings.popsize
+    with ExitStack() as stack:
+        evaluator = stack.enter_context(_evaluator(job, ray, progress))
         info.engine.versions = evaluator.versions()
-        outcome = _search(job, info, workspace, evaluator, resume, tensorboard, progress)
+        history = stack.enter_context(workspace.open(info, resume))
+        bar = stack.enter_context(SearchProgress(calls, progress))
+        events = stack.enter_context(Events(workspace.folder / EVENTS)) if tensorboard else None
+
+        def observe(generation: Generation) -> None:
+            bar(generation)
+            if events is not None:
+                events(generation)
+
+        outcome = search(evaluator, bundle, settings, history, observe)
     run = workspace.finish(info, outcome)
     if outcome.interrupted:
         _say(f"interrupted; {run.path} holds the best prompt so far, --resume continues the search", progress)
@@ -148,26 +161,6 @@ def _evaluator(job: Job, ray: str | None, progress: bool) -> Evaluator:
         return job.evaluator()
     with progress_bar(f"starting {workers} workers", progress):
         return WorkersEvaluator(workers, ray or "local", job, lambda line: _say(line, progress))
-
-
-def _search(
-    job: Job, info: RunInfo, workspace: Workspace, evaluator: Evaluator, resume: bool, tensorboard: bool, progress: bool
-) -> Outcome:
-    """The search, in the workspace, with a progress bar and TensorBoard events."""
-    settings, bundle = job.settings, job.bundle.info
-    calls = settings.generations(bundle.method, bundle.n_layers) * settings.popsize
-    with (
-        workspace.open(info, resume) as history,
-        SearchProgress(calls, progress) as bar,
-        Events(workspace.folder / EVENTS) if tensorboard else nullcontext() as events,
-    ):
-
-        def observe(generation: Generation) -> None:
-            bar(generation)
-            if events is not None:
-                events(generation)
-
-        return search(evaluator, bundle, settings, history, observe)
 
 
 def _say(line: str, progress: bool) -> None:

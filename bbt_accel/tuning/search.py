@@ -43,11 +43,7 @@ class Outcome:
 
 
 def search(
-    evaluator: Evaluator,
-    info: BundleInfo,
-    settings: Settings,
-    history: History,
-    observe: Observe = lambda generation: None,
+    evaluator: Evaluator, info: BundleInfo, settings: Settings, history: History, observe: Observe = lambda _: None
 ) -> Outcome:
     """Search for a soft prompt for a bundle, by the method that it was exported for.
 

@@ -1,13 +1,13 @@
 """Processes that share the evaluation of each population, on this machine or on others: actors of Ray.
 
-Every worker has the backbone, the rows and the prompt space, which follows from the settings. So a generation sends
-each worker the candidates' z, and receives their losses; in BBTv2 it also sends the prompt that changed.
+Every worker has the backbone, the rows and the projections, which follow from the settings. So a generation sends the
+workers the candidates' z and, in BBTv2, the prompts of all layers, and receives losses.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -43,12 +43,9 @@ class Worker:
         """A method of the evaluator."""
         return getattr(self.evaluator, name)(*arguments)
 
-    def train(
-        self, layer: int, candidates: Float32, part: slice, changed: Mapping[int, Float32]
-    ) -> tuple[Float64, Float64]:
-        """Losses and metrics of a part of the candidates. changed: new prompts of the stack, by layer."""
-        for number, prompt in changed.items():
-            self.space.stack[number] = prompt
+    def train(self, layer: int, candidates: Float32, stack: Float32, part: slice) -> tuple[Float64, Float64]:
+        """Losses and metrics of a part of the candidates. stack: the prompts of all layers."""
+        self.space.stack = stack
         return self.evaluator.train(self.space, layer, candidates, part)
 
 
@@ -70,8 +67,6 @@ class WorkersEvaluator(Evaluator):
         check_workers(workers, job.settings.popsize)
         self._report, self._deaths, self._stack = report, 0, ExitStack()
         self._stds: Float32 | None = None
-        self._known: list[dict[int, Float32]] = [{} for _ in range(workers)]
-        """The prompts of the stack that each worker has, by layer; those not listed are zero."""
         self.actors: list[Any] = []
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -103,14 +98,11 @@ class WorkersEvaluator(Evaluator):
         return self._stds
 
     def train(self, space: PromptSpace, layer: int, candidates: Float64) -> tuple[Float64, Float64]:
-        z = candidates.astype(np.float32)  # what the projection casts them to
+        z, stack = candidates.astype(np.float32), self._ray.put(space.stack)  # float32 is what a projection takes
         shares = np.array_split(np.arange(len(z)), len(self.actors))
-
-        def start(number: int) -> Any:
-            part = slice(int(shares[number][0]), int(shares[number][-1]) + 1)
-            return self.actors[number].train.remote(layer, z, part, self._changed(number, space))
-
-        losses, metrics = zip(*self._all(start), strict=True)
+        parts = [slice(int(share[0]), int(share[-1]) + 1) for share in shares]
+        found = self._all(lambda number: self.actors[number].train.remote(layer, z, stack, parts[number]))
+        losses, metrics = zip(*found, strict=True)
         return np.concatenate(losses), np.concatenate(metrics)
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
@@ -122,13 +114,6 @@ class WorkersEvaluator(Evaluator):
             self._ray.kill(actor)
         self.actors = []
         self._stack.close()
-
-    def _changed(self, number: int, space: PromptSpace) -> dict[int, Float32]:
-        """Prompts of the stack that the worker does not have yet; they count as known from now on."""
-        known, zero = self._known[number], np.float32(0)
-        new = {i: p.copy() for i, p in enumerate(space.stack) if not np.array_equal(p, known.get(i, zero * p))}
-        known |= new
-        return new
 
     def _first(self, name: str, *arguments: Any) -> Any:
         return self._all(lambda number: self.actors[number].call.remote(name, *arguments), workers=1)[0]
@@ -156,7 +141,7 @@ class WorkersEvaluator(Evaluator):
             raise EngineError(f"{problem}; if they run out of memory, use fewer") from death
         self._report(f"worker {number + 1} died ({first_line(death):.200}); it is replaced")
         self._ray.kill(self.actors[number])  # if it is only unreachable
-        self.actors[number], self._known[number] = self._make(), {}
+        self.actors[number] = self._make()
         self._await_open(number, self._open(number))
 
     def _open(self, number: int) -> Any:
