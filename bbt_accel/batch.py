@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -13,6 +14,13 @@ from bbt_accel.errors import DataError
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+
+def shape_fits(found: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    """Whether a shape is as wanted; -1 and names, e.g. `P`, are any size."""
+    return len(found) == len(wanted) and all(
+        size == -1 or isinstance(size, str) or size == n for n, size in zip(found, wanted, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -39,28 +47,19 @@ class Batch:
     def __post_init__(self) -> None:
         for name, value in self.arrays().items():
             object.__setattr__(self, name, np.ascontiguousarray(value, dtype=np.int64))
-        rows = self.input_ids.shape[0] if self.input_ids.ndim == 2 else -1
-        shapes_fit = (
-            rows > 0
-            and self.attention_mask.shape == self.input_ids.shape
-            and self.readout.shape == (rows,)
-            and self.targets.shape == (rows,)
-            and self.label_token_ids.ndim == 1
-            and (self.decoder_input_ids is None or self.decoder_input_ids.shape[:1] == (rows,))
-        )
-        if not shapes_fit:
+        N, S = self.input_ids.shape if self.input_ids.ndim == 2 else (0, 0)
+        wanted = ((N, S), (N, S), (N,), (N,), (-1,), (N, -1))  # in the order of the fields
+        if not N or not all(map(shape_fits, (value.shape for value in self.arrays().values()), wanted)):
             raise DataError(
                 "a batch needs input_ids and attention_mask (N, S), readout and targets (N,), label_token_ids (C,), "
-                f"with N > 0; got {self.input_ids.shape}, {self.attention_mask.shape}, {self.readout.shape}, "
-                f"{self.targets.shape}, {self.label_token_ids.shape}"
+                f"with N > 0; got {', '.join(str(value.shape) for value in self.arrays().values())}"
             )
         if not np.isin(self.attention_mask, (0, 1)).all() or not self.attention_mask.any(axis=1).all():
             raise DataError("attention_mask must hold 0 and 1, with at least one real token per row")
         limit = self.input_ids.shape[1] if self.decoder_input_ids is None else self.decoder_input_ids.shape[1]
-        if ((self.readout < 0) | (self.readout >= limit)).any():
-            raise DataError(
-                f"readout positions must lie in 0..{limit - 1}; got {self.readout.min()}..{self.readout.max()}"
-            )
+        low, high = self.readout.min(), self.readout.max()
+        if low < 0 or high >= limit:
+            raise DataError(f"readout positions must lie in 0..{limit - 1}; got {low}..{high}")
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -97,7 +96,6 @@ class Batch:
 
     def padded(self, length: int, pad: int) -> Batch:
         """The same rows with padding on the right up to `length` columns, or cut to them."""
-        short = max(0, length - self.input_ids.shape[1])
-        ids = np.pad(self.input_ids[:, :length], ((0, 0), (0, short)), constant_values=pad)
-        mask = np.pad(self.attention_mask[:, :length], ((0, 0), (0, short)))
-        return replace(self, input_ids=ids, attention_mask=mask)
+        missing = ((0, 0), (0, max(0, length - self.input_ids.shape[1])))
+        ids = np.pad(self.input_ids[:, :length], missing, constant_values=pad)
+        return replace(self, input_ids=ids, attention_mask=np.pad(self.attention_mask[:, :length], missing))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from bbt_accel.engine_specs import Precision
-from bbt_accel.errors import BundleError
+from bbt_accel.errors import BbtError, BundleError
 from bbt_accel.files import sha256
 
-FORMAT = 2
 PLANS = "plans"
 """Folder of TensorRT plans: a cache that machines add to, so it is not part of a bundle's sha256."""
 PROJECT, STATISTICS = "project", "statistics"
@@ -24,24 +23,44 @@ TemplateGroup = Literal["masked", "span", "causal"]
 of a span-corruption model (position 1, behind the start token); at the last real token of a causal LM."""
 
 
-class SpecialTokens(BaseModel):
+class Manifest(BaseModel, extra="forbid"):
+    """The JSON file that describes a folder."""
+
+    format: int
+
+    @classmethod
+    def read(cls, file: Path, what: str, error: type[BbtError], make: str, again: str) -> Self:
+        """Raises `error` when the file is missing, malformed or of another format than this version's.
+
+        what: the kind of folder. make, again: how to get one, and how to get it again.
+        """
+        if not file.is_file():
+            raise error(f"{file.parent} is not a {what} (it has no {file.name}); {make}")
+        try:
+            found = cls.model_validate_json(file.read_bytes())
+        except ValidationError as problem:
+            raise error(f"{file} cannot be read ({first_problem(problem)}); {again}") from None
+        current = cls.model_fields["format"].default
+        if found.format != current:
+            raise error(f"{file.parent} has {what} format {found.format}, this version reads {current}; {again}")
+        return found
+
+
+class SpecialTokens(BaseModel, extra="forbid"):
     """Vocabulary ids that the encoding uses; None where rows of this family have no such token."""
 
-    model_config = ConfigDict(extra="forbid")
     begin: int | None
     end: int | None
     pad: int
     mask: int | None
-    mask_text: str | None
-    """The mask token's text, e.g. `<mask>` or `[MASK]`; the sentinel's for the template group `span`."""
+    mask_text: str | None = Field(description="The mask token's, e.g. `<mask>`; the sentinel's for the group `span`.")
     decoder_start: int | None
 
 
-class BundleInfo(BaseModel):
+class BundleInfo(Manifest):
     """bundle.json."""
 
-    model_config = ConfigDict(extra="forbid")
-    format: int = FORMAT
+    format: int = 2
     backbone: str
     revision: str | None
     family: str = Field(description="Name of the family that exported it; for readers, nothing depends on it.")
@@ -53,23 +72,18 @@ class BundleInfo(BaseModel):
     hidden_size: int
     n_layers: int = Field(description="Blocks that take a prompt: those of the encoder where there is one.")
     vocab_size: int
-    max_length: int
-    """Tokens of the longest row, special tokens and (in add mode) initial prompt tokens included."""
+    max_length: int = Field(description="Tokens of the longest row, with special and (in add mode) prompt tokens.")
     word_embedding_std: float
     special: SpecialTokens
     precision: Precision
     target: str = Field(description="`onnx` as exported, else the engine that it was optimized for.")
-    without: list[str] = []
-    """Optimizations that the graphs leave out, by the names in `bbt_accel.optimizations`."""
+    without: list[str] = Field(default=[], description="Names of `OPTIMIZATIONS` that the graphs leave out.")
     opset: int
-    stages: list[str]
-    """Graph files in the order in which they run: one for bbt; embedding, blocks and readout for bbtv2."""
+    stages: list[str] = Field(description="Graph files as they run: one for bbt; embedding, blocks, readout for bbtv2.")
     versions: dict[str, str]
-    max_error: float | None = None
-    """Largest absolute difference of label logits from eager PyTorch, measured after the export."""
+    max_error: float | None = Field(default=None, description="Largest difference of label logits from eager PyTorch.")
     source: str | None = Field(default=None, description="sha256 of the bundle.json that this one was optimized from.")
-    optimization: dict[str, object] | None = None
-    """What `optimize` did and measured: fused operators, size, logit error, agreement."""
+    optimization: dict[str, object] | None = Field(default=None, description="What `optimize` did and measured.")
     sha256: dict[str, str] = {}
 
     @property
@@ -98,8 +112,7 @@ class Bundle:
     """A bundle folder that has been read and checked."""
 
     def __init__(self, path: Path, info: BundleInfo) -> None:
-        self.path = path
-        self.info = info
+        self.path, self.info = path, info
 
     @classmethod
     def read(cls, path: str | Path, verify: bool = True) -> Bundle:
@@ -107,17 +120,8 @@ class Bundle:
 
         Raises BundleError for a folder that is not a bundle or of another format, and for a missing or changed file.
         """
-        path = Path(path)
-        manifest = path / "bundle.json"
-        if not manifest.is_file():
-            raise BundleError(f"{path} is not a bundle (it has no bundle.json); create one with bbt-accel export")
-        try:
-            info = BundleInfo.model_validate_json(manifest.read_text(encoding="utf-8"))
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise BundleError(f"{manifest} cannot be read ({first_problem(error)}); export the bundle again") from None
-        if info.format != FORMAT:
-            raise BundleError(f"{path} has bundle format {info.format}, this version reads {FORMAT}; export it again")
-        bundle = cls(path, info)
+        file, make = Path(path) / "bundle.json", "create one with bbt-accel export"
+        bundle = cls(Path(path), BundleInfo.read(file, "bundle", BundleError, make, "export it again"))
         if verify:
             bundle.verify()
         return bundle
@@ -133,9 +137,8 @@ class Bundle:
     def require(self, method: Method) -> None:
         """Raises BundleError if the bundle was exported for the other method."""
         if self.info.method != method:
-            raise BundleError(
-                f"{self.path} was exported for {self.info.method}, not {method}; export one with --method {method}"
-            )
+            problem = f"{self.path} was exported for {self.info.method}, not {method}"
+            raise BundleError(f"{problem}; export one with --method {method}")
 
     @property
     def digest(self) -> str:
@@ -150,9 +153,9 @@ class Bundle:
 
 def write_info(folder: Path, info: BundleInfo) -> BundleInfo:
     """Hash every file of `folder`, but for plans, into `info` and write bundle.json."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "bundle.json")
-    files = [p for p in files if p.relative_to(folder).parts[0] != PLANS]
-    info = info.model_copy(update={"sha256": {str(p.relative_to(folder)): sha256(p) for p in files}})
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    hashes = {name: sha256(p) for name, p in files.items() if p.name != "bundle.json" and Path(name).parts[0] != PLANS}
+    info = info.model_copy(update={"sha256": hashes})
     (folder / "bundle.json").write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return info
 

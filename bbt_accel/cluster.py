@@ -17,9 +17,7 @@ from bbt_accel.machine import physical_cores
 
 OBJECT_STORE = 100 * 2**20
 """Bytes of shared memory for Ray's objects: rows and losses need little, and Ray's default is a third of the memory."""
-
-CONNECT_TIMEOUT = 10.0
-"""Seconds to wait for a connection to a cluster's address."""
+CONNECT_TIMEOUT = 10.0  # seconds
 
 
 @contextmanager
@@ -52,14 +50,12 @@ def connect(address: str = "local", cpus: int | None = None) -> Iterator[ModuleT
 def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
     options: dict[str, object] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        options |= {
-            "num_cpus": cpus or physical_cores(),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE,
-        }
-        options |= {"_temp_dir": folder}
+        options |= {"num_cpus": cpus or physical_cores(), "include_dashboard": False}
+        options |= {"object_store_memory": OBJECT_STORE, "_temp_dir": folder}
+    host, colon, port = address.rpartition(":")
     try:
-        _reach(address)
+        if colon and port.isdigit() and "://" not in host:  # Ray itself takes minutes to notice that nothing listens
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
         ray.init(**options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = first_line(error)
@@ -67,13 +63,6 @@ def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
             raise EngineError(f"Ray does not start on this machine ({reason:.200})") from error
         hint = "start one with ray start --head; if it requires a token, set RAY_AUTH_MODE=token"
         raise EngineError(f"no Ray cluster at {address} ({reason:.200}); {hint}") from error
-
-
-def _reach(address: str) -> None:
-    """Raises OSError when nothing listens at HOST:PORT; Ray itself takes minutes to notice."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "://" not in host:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
 
 
 @contextmanager
@@ -107,11 +96,9 @@ def require(ray: ModuleType, parts: int, cpus: int, gpus: int, what: str) -> Non
     """Raises EngineError when the cluster could never run `parts` processes with these resources at once."""
     have = ray.cluster_resources()
     for kind, each, hint in (("CPU", cpus, "lower --threads"), ("GPU", gpus, "use --device cpu")):
-        found = have.get(kind, 0)
+        need, found = f"{what} needs {parts * each} {kind}s", have.get(kind, 0)
         if parts * each > found:
-            raise EngineError(
-                f"{what} needs {parts * each} {kind}s, the Ray cluster has {found:g}; {hint}, or use a larger cluster"
-            )
+            raise EngineError(f"{need}, the Ray cluster has {found:g}; {hint}, or use a larger cluster")
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,8 @@ from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task
 
 Split = Literal["train", "test"]
-SUFFIXES = (".jsonl", ".csv", ".parquet")
-UNLABELLED = -1
-"""The label of hub data sets for rows whose label is withheld or disputed."""
-Columns = dict[str, list[object]]
+Record = dict[str, object]
+UNLABELLED = -1  # the label of hub data sets for rows whose label is withheld or disputed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,7 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> list[Row]:
     """
     if data is None and task.name == "demo" and task.hub is None:
         data = Path(__file__).parent / "demo" / "data"
-    if data is not None:
-        return _from_folder(task, split, Path(data))
-    return _from_hub(task, split)
+    return _from_hub(task, split) if data is None else _from_folder(task, split, Path(data))
 
 
 def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -52,19 +50,16 @@ def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[li
     """
     train: list[Row] = []
     dev: list[Row] = []
-    seen = [0] * n_classes
+    seen = Counter[int | None]()
     for index in np.random.default_rng(seed).permutation(len(rows)):
         row = rows[index]
-        if row.label is None:
-            continue
         seen[row.label] += 1
-        if seen[row.label] <= 2 * k:
+        if row.label is not None and seen[row.label] <= 2 * k:
             (train if seen[row.label] <= k else dev).append(row)
-    for label, have in enumerate(seen):
-        if have < 2 * k:
-            raise DataError(
-                f"class {label} has {have} rows, --k-shot {k} needs {2 * k} (train and dev); add rows or lower --k-shot"
-            )
+    for label in range(n_classes):
+        if seen[label] < 2 * k:
+            needed = f"--k-shot {k} needs {2 * k} (train and dev)"
+            raise DataError(f"class {label} has {seen[label]} rows, {needed}; add rows or lower --k-shot")
     return train, dev
 
 
@@ -84,42 +79,37 @@ def rows_digest(rows: Iterable[Row]) -> str:
 def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
     if not folder.is_dir():
         raise DataError(f"--data {folder} is not a folder; it should hold train.jsonl and test.jsonl (or csv, parquet)")
-    names = {"train": ("train",), "test": ("test", "validation")}[split]
+    names = ("train",) if split == "train" else ("test", "validation")
     files = [file for name in names for file in _find(folder, name)]
     if not files:
         wanted = " or ".join(f"{name}.{{jsonl,csv,parquet}}" for name in names)
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"{folder} has no {wanted}; it holds {found}")
-    for file in files[:-1]:
-        if _has_labels(task, columns := _read(file)):
-            return _rows(task, columns, file)
-    return _rows(task, _read(files[-1]), files[-1])
+    for file in files:
+        records = _read(file)
+        labels = {str(record.get(task.label, UNLABELLED)) for record in records}
+        if file == files[-1] or labels - {str(UNLABELLED)}:
+            break
+    return _rows(task, records, file)
 
 
 def _find(folder: Path, name: str) -> list[Path]:
-    files = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").is_file()]
+    files = [file for suffix in READERS if (file := folder / f"{name}{suffix}").is_file()]
     if len(files) > 1:
         raise DataError(f"{folder} has {' and '.join(f.name for f in files)}; keep one of them")
     return files
 
 
-def _has_labels(task: Task, columns: Columns) -> bool:
-    return any(str(label) != str(UNLABELLED) for label in columns.get(task.label, []))
-
-
-def _read(file: Path) -> Columns:
-    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[file.suffix]
+def _read(file: Path) -> list[Record]:
     try:
-        return reader(file)
-    except DataError:
-        raise
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # what json and pyarrow raise
+        return READERS[file.suffix](file)
+    except (OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:  # pyarrow raises them too
         raise DataError(f"cannot read {file} ({first_line(error)})") from None
 
 
-def _read_jsonl(file: Path) -> Columns:
+def _read_jsonl(file: Path) -> list[Record]:
     # Not pyarrow: it converts texts that look like dates, and refuses long lines.
-    records: list[dict[str, object]] = []
+    records: list[Record] = []
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -131,33 +121,30 @@ def _read_jsonl(file: Path) -> Columns:
             if not isinstance(record, dict):
                 raise DataError(f'{file} line {number} is not an object like {{"text": "...", "label": 0}}')
             records.append(record)
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
+    return records
 
 
-def _read_csv(file: Path) -> Columns:
-    from pyarrow import csv, string
+def _read_csv(file: Path) -> list[Record]:
+    # Not pyarrow: every column is text, so that "1984" and "NA" remain texts.
+    csv.field_size_limit(2**31 - 1)  # a long text is no error
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        records: list[Record] = []
+        for record in reader:
+            if None in record or None in record.values():
+                raise DataError(f"cannot read {file} (line {reader.line_num} has more or fewer columns than the first)")
+            records.append(record)
+    return records
 
-    with file.open("rb") as stream:
-        if not stream.read(4).removeprefix(b"\xef\xbb\xbf").strip():
-            return {}
-    read = csv.ReadOptions(block_size=1 << 24)
-    parse = csv.ParseOptions(newlines_in_values=True)
-    names = csv.open_csv(file, read, parse).schema.names
-    # Every column as text, so that "1984" and "NA" remain texts.
-    convert = csv.ConvertOptions(column_types={name: string() for name in names}, strings_can_be_null=False)
-    return _columns(csv.read_csv(file, read, parse, convert))
 
-
-def _read_parquet(file: Path) -> Columns:
+def _read_parquet(file: Path) -> list[Record]:
     from pyarrow import parquet
 
-    return _columns(parquet.read_table(file))
+    records: list[Record] = parquet.read_table(file).to_pylist()
+    return records
 
 
-def _columns(table: object) -> Columns:
-    columns: Columns = table.to_pydict()  # type: ignore[attr-defined]
-    return columns
+READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def _from_hub(task: Task, split: Split) -> list[Row]:
@@ -168,28 +155,28 @@ def _from_hub(task: Task, split: Split) -> list[Row]:
     try:
         import datasets
 
-        table = datasets.load_dataset(hub.path, hub.config, split="train" if split == "train" else hub.test)
-        columns = {name: list(table[name]) for name in table.column_names}
+        records = datasets.load_dataset(hub.path, hub.config, split="train" if split == "train" else hub.test).to_list()
     except Exception as error:  # the hub's client raises errors of many libraries
         raise DataError(
             f"cannot load {source} from the hub ({type(error).__name__}: {first_line(error):.200}); "
             "pass --data DIR with {train,test}.{jsonl,csv,parquet}"
         ) from None
-    return _rows(task, columns, source)
+    return _rows(task, records, source)
 
 
-def _rows(task: Task, columns: Columns, source: Path | str) -> list[Row]:
-    if not columns or not any(columns.values()):
+def _rows(task: Task, records: Sequence[Record], source: Path | str) -> list[Row]:
+    if not records:
         raise DataError(f"{source} has no rows")
+    columns = dict.fromkeys(name for record in records for name in record)
     for name in (*task.text, task.label):
         if name not in columns:
             raise DataError(f"{source} has no column {name!r}; it has {', '.join(map(repr, columns))}")
     rows = []
-    for number, label in enumerate(columns[task.label]):
-        where = f"{source} row {number + 1}"
-        if (value := _label(label, task, where)) is None:
-            continue
-        rows.append(Row({name: _text(columns[name][number], name, where) for name in task.text}, value))
+    for number, record in enumerate(records, 1):
+        where = f"{source} row {number}"
+        label = _label(record.get(task.label), task, where)
+        if label is not None:
+            rows.append(Row({name: _text(record.get(name), name, where) for name in task.text}, label))
     if not rows:
         raise DataError(f"{source} has no labelled rows (every label is {UNLABELLED})")
     return rows

@@ -13,14 +13,11 @@ from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, DataError, TaskError, first_line
 from bbt_accel.tasks import Task, parse_template
 
-FIRST_PROMPT_ID = 1000
-"""Vocabulary id of the first initial prompt token, as in the original."""
+FIRST_PROMPT_ID = 1000  # in the vocabulary, as in the original
 UNKNOWN = ("<unk>", "[UNK]")
 Fields = Mapping[str, str]
-Text = list[tuple[str, str | None]]
-"""Literal texts, each with the column that follows it."""
-Fixed = tuple[int, ...]
-"""Token ids that are the same in every row."""
+Text = list[tuple[str, str | None]]  # literal texts, each with the column that follows it
+Fixed = tuple[int, ...]  # token ids that are the same in every row
 
 
 class Encoder:
@@ -35,20 +32,17 @@ class Encoder:
     """
 
     def __init__(self, bundle: Bundle, task: Task) -> None:
-        self.bundle = bundle
-        self.task = task
+        self.bundle, self.task = bundle, task
         self.label_words = task.words(bundle.info.template_group)
         self._tokenizer = _tokenizer(bundle)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
         self._layout = self._lay_out()
         self.label_token_ids: Int64 = self._label_token_ids()
-        room = bundle.info.max_length - len(self._ids([dict.fromkeys(task.text, "")])[0])
-        if room < 0:
-            raise TaskError(
-                f"the template of task {task.name} alone exceeds the {bundle.info.max_length} tokens of {bundle.path} "
-                f"by {-room}; shorten it"
-            )
+        limit, length = bundle.info.max_length, len(self._ids([dict.fromkeys(task.text, "")])[0])
+        if length > limit:
+            problem = f"the template of task {task.name} alone exceeds the {limit} tokens of {bundle.path}"
+            raise TaskError(f"{problem} by {length - limit}; shorten it")
 
     def encode(self, rows: Sequence[Row]) -> Batch:
         """All rows, in order, padded on the right to the longest; the target of a row without a label is 0.
@@ -56,32 +50,23 @@ class Encoder:
         Rows that are too long are truncated at the end of their text columns, the longest column first.
         Raises DataError for no rows, and for a row without one of the columns.
         """
-        special, limit = self.bundle.info.special, self.bundle.info.max_length
+        pad, limit = self.bundle.info.special.pad, self.bundle.info.max_length
         fields = [self._fields(row) for row in rows]
-        ids = self._ids(fields)
-        for number, row in enumerate(ids):
-            if len(row) > limit:
-                ids[number] = self._shortened(fields[number], len(row))
-        width = max(map(len, ids), default=0)
-        padded = np.full((len(ids), width), special.pad, dtype=np.int64)
-        attention_mask = np.zeros_like(padded)
-        for number, row in enumerate(ids):
-            padded[number, : len(row)] = row
-            attention_mask[number, : len(row)] = 1
-        return Batch(
-            input_ids=padded,
-            attention_mask=attention_mask,
-            readout=np.array([self._readout(row) for row in ids], dtype=np.int64),
-            targets=np.array([row.label or 0 for row in rows], dtype=np.int64),
-            label_token_ids=self.label_token_ids,
-        )
+        found = zip(self._ids(fields), fields, strict=True)
+        ids = [row if len(row) <= limit else self._shortened(texts, len(row)) for row, texts in found]
+        lengths = np.array([len(row) for row in ids])
+        attention_mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        padded = np.full(attention_mask.shape, pad, dtype=np.int64)
+        padded[attention_mask] = [token for row in ids for token in row]
+        readout = np.array([self._readout(row) for row in ids], dtype=np.int64)
+        targets = np.array([row.label or 0 for row in rows], dtype=np.int64)
+        return Batch(padded, attention_mask.astype(np.int64), readout, targets, self.label_token_ids)
 
     def _readout(self, ids: list[int]) -> int:
-        if self.bundle.info.template_group == "causal":
-            return len(ids) - 1
-        if self.bundle.info.template_group == "span":
-            return 1  # behind the decoder's start token
-        return ids.index(self._mask())
+        group = self.bundle.info.template_group
+        if group == "masked":
+            return ids.index(self._mask())
+        return len(ids) - 1 if group == "causal" else 1  # behind the decoder's start token
 
     def _mask(self) -> int:
         mask = self.bundle.info.special.mask
@@ -131,17 +116,12 @@ class Encoder:
         """Token ids of each row, before truncation."""
         texts = [_write(part, row) for row in fields for part in self._layout if isinstance(part, list)]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
-        rows = []
-        for _ in fields:
-            ids: list[int] = []
+        rows: list[list[int]] = [[] for _ in fields]
+        for ids in rows:
             for part in self._layout:
-                ids += part if isinstance(part, tuple) else self._ordinary(next(encodings).ids)
-            rows.append(ids)
+                # A unigram vocabulary has its special tokens as pieces too, so a user's text can still produce one.
+                ids += part if isinstance(part, tuple) else [i for i in next(encodings).ids if i not in self._special]
         return rows
-
-    def _ordinary(self, ids: list[int]) -> list[int]:
-        # A unigram vocabulary has its special tokens as pieces too, so a user's text can still produce one.
-        return [i for i in ids if i not in self._special]
 
     def _shortened(self, fields: dict[str, str], length: int) -> list[int]:
         """Token ids of a row of `length` tokens, too many, with its text columns truncated until it fits."""
@@ -152,11 +132,8 @@ class Encoder:
             # Truncation can change the tokenization around it, hence the loop; each turn removes at least one token.
             for _ in range(min(length - limit, sum(keep.values()))):
                 keep[max(keep, key=lambda name: keep[name])] -= 1
-            shorter = {
-                name: text[: pieces[name].offsets[keep[name] - 1][1]] if keep[name] else ""
-                for name, text in fields.items()
-            }
-            ids = self._ids([shorter])[0]
+            ends = {name: pieces[name].offsets[kept - 1][1] if kept else 0 for name, kept in keep.items()}
+            ids = self._ids([{name: text[: ends[name]] for name, text in fields.items()}])[0]
             length = len(ids)
             if length <= limit:
                 return ids
@@ -164,17 +141,16 @@ class Encoder:
     def _label_token_ids(self) -> Int64:
         """The first token of each label word, as it is tokenized at its position in the template."""
         space = " " if self._word_follows_space() else ""
-        owner: dict[int, str] = {}
+        of_task, path, owner = f"of task {self.task.name}", self.bundle.path, dict[int, str]()
         for word in self.label_words:
             ids = self._tokenizer.encode(space + word, add_special_tokens=False).ids
-            if not ids or ids[0] in self._unknown():
-                raise TaskError(
-                    f"label word {word!r} of task {self.task.name} is not in the vocabulary of {self.bundle.path}"
-                )
+            token = self._tokenizer.id_to_token(ids[0]) if ids else None
+            if token is None or token in UNKNOWN:
+                raise TaskError(f"label word {word!r} {of_task} is not in the vocabulary of {path}")
             if ids[0] in owner:
                 raise TaskError(
-                    f"label words {owner[ids[0]]!r} and {word!r} of task {self.task.name} begin with the same token "
-                    f"({self._tokenizer.id_to_token(ids[0])!r}) in {self.bundle.path}; choose other words"
+                    f"label words {owner[ids[0]]!r} and {word!r} {of_task} begin with the same token ({token!r}) in "
+                    f"{path}; choose other words"
                 )
             owner[ids[0]] = word
         return np.array(list(owner), dtype=np.int64)
@@ -189,9 +165,6 @@ class Encoder:
         group = self.bundle.info.template_group
         before = self.task.template(group).partition("{mask}")[0]
         return group == "causal" or not before or before[-1].isspace()
-
-    def _unknown(self) -> set[int | None]:
-        return {self._tokenizer.token_to_id(token) for token in UNKNOWN}
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer:

@@ -52,8 +52,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(path)
         os.rename(temporary, path)
     except OSError as error:
-        raise BbtError(
-            f"cannot write {path} ({error.strerror or error}); free some space or choose another -o"
-        ) from error
+        problem = f"cannot write {path} ({error.strerror or error})"
+        raise BbtError(f"{problem}; free some space or choose another -o") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

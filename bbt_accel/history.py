@@ -5,36 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from bbt_accel.batch import Float64
 from bbt_accel.errors import RunError
 
 
-class Generation(BaseModel):
+class Generation(BaseModel, extra="forbid", frozen=True):
     """One line of history.jsonl."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     generation: int = Field(description="Counted from 0.")
     calls: int = Field(description="API calls up to and including this generation.")
     layer: int = Field(description="The layer that was searched; 0 in BBT.")
-    candidates: str
-    """Digest of the candidates' coordinates, by which a resumed search verifies that it repeats the same ones."""
+    candidates: str = Field(description="`fingerprint` of the candidates, which a resumed search must ask for again.")
     losses: list[float] = Field(description="Train loss of every candidate, in full precision.")
     best_loss: float
     mean_loss: float
     metric: float = Field(description="Train metric of the best candidate.")
     step_size: float
-    dev_score: float | None = None
-    """Metric of the generation's prompt on the dev rows, if it was scored."""
-    dev_loss: float | None = Field(default=None, description="Its loss there.")
+    dev_score: float | None = Field(default=None, description="Metric of the generation's prompt on the dev rows.")
+    dev_loss: float | None = Field(default=None, description="Its loss there; None if it was not scored.")
     seconds: float = Field(description="Duration of the generation, dev score included.")
-    evaluations_per_second: float
-    """Candidates per second, without CMA-ES's update and the dev score."""
+    evaluations_per_second: float = Field(description="Candidates per second, without CMA-ES and the dev score.")
 
 
 class History:
@@ -45,9 +42,13 @@ class History:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file = file
         self._stream: IO[bytes] = file.open("ab")
-        _lock(self._stream, file)
+        try:
+            _lock(self._stream)
+        except BlockingIOError:
+            self._stream.close()
+            problem = f"{file.parent} is in use by another bbt-accel tune"
+            raise RunError(f"{problem}; wait for it or choose another -o") from None
         self.generations, size = _parse(file)
         self._stream.truncate(size)
 
@@ -57,9 +58,6 @@ class History:
         os.fsync(self._stream.fileno())
         self.generations.append(generation)
 
-    def close(self) -> None:
-        self._stream.close()
-
     def __len__(self) -> int:
         return len(self.generations)
 
@@ -67,7 +65,7 @@ class History:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._stream.close()
 
 
 def read_history(file: Path) -> list[Generation]:
@@ -99,13 +97,8 @@ def _parse(file: Path) -> tuple[list[Generation], int]:
     return generations, size
 
 
-def _lock(stream: IO[bytes], file: Path) -> None:
-    try:
+def _lock(stream: IO[bytes]) -> None:
+    with suppress(ImportError):  # Windows has no flock
         import fcntl
-    except ImportError:  # Windows, which has no flock
-        return
-    try:
+
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        raise RunError(f"{file.parent} is in use by another bbt-accel tune; wait for it or choose another -o") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -18,34 +18,47 @@ from bbt_accel.errors import DataError
 from bbt_accel.objective import Objective
 from bbt_accel.run import Run
 
-BATCH_SIZE = 64
-"""Rows that an engine gets at a time."""
+BATCH_SIZE = 64  # rows that an engine gets at a time
+
+
+class EngineOptions(TypedDict, total=False):
+    """Where to run a prompt: the bundle, engine, device and url of its run unless given, as in `load_engine`.
+
+    bundle: another bundle of the same backbone, e.g. in another precision.
+    """
+
+    bundle: str | Path | None
+    engine: str | None
+    device: str | None
+    threads: int | None
+    url: str | None
 
 
 def evaluate(
     run_path: str | Path,
     *,
     data: str | Path | None = None,
-    bundle: str | Path | None = None,
-    engine: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    url: str | None = None,
     split: Literal["dev", "test"] = "test",
+    **options: Unpack[EngineOptions],
 ) -> dict[str, Any]:
     """Score the prompt of a run on the task's test rows, or on the dev rows of its search.
 
-    data, engine, device, url: those of the run unless given. bundle: another bundle of the same backbone, e.g. in
-    another precision. Returns split, metric, score, rows, engine, device, bundle (its path) and without_prompt, the
-    score of the same bundle with a zero prompt. Raises RunError, BundleError, DataError, EngineError, NonFiniteLoss.
+    data: that of the run unless given. Returns split, metric, score, rows, engine, device, bundle (its path) and
+    without_prompt, the score of the same bundle with a zero prompt.
+    Raises RunError, BundleError, DataError, EngineError, NonFiniteLoss.
     """
     run = Run.read(run_path)
-    folder = data if data is not None else run.info.data.path
-    rows = _rows(run, split, Path(folder) if folder is not None else None)
-    with _load(run, bundle, engine, device, threads, url) as loaded:
+    source = data or run.info.data.path
+    folder = Path(source) if source is not None else None
+    if split == "test":
+        rows = load_rows(run.task, "test", folder)
+    else:
+        rows = load_few_shot(run.task, folder, run.info.settings)[1]
+    with _load(run, options) as loaded:
         prompts = [run.prompt, np.zeros_like(run.prompt)]
         logits = label_logits(loaded, Encoder(loaded.bundle, run.task), rows, prompts)
         _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
+        wanted = options.get("device") or run.info.engine.device
         return {
             "split": split,
             "metric": run.task.metric,
@@ -53,20 +66,13 @@ def evaluate(
             "without_prompt": float(without),
             "rows": len(rows),
             "engine": loaded.name,
-            "device": engine_spec(engine or run.info.engine.name).device(device or run.info.engine.device),
+            "device": engine_spec(options.get("engine") or run.info.engine.name).device(wanted),
             "bundle": str(loaded.bundle.path.resolve()),
         }
 
 
 def predict(
-    run_path: str | Path,
-    texts: Sequence[Mapping[str, str]],
-    *,
-    bundle: str | Path | None = None,
-    engine: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    url: str | None = None,
+    run_path: str | Path, texts: Sequence[Mapping[str, str]], **options: Unpack[EngineOptions]
 ) -> list[dict[str, Any]]:
     """Classify texts with the prompt of a run.
 
@@ -75,12 +81,12 @@ def predict(
     NonFiniteLoss, and DataError for a row without one of the columns.
     """
     run = Run.read(run_path)
-    for number, text in enumerate(texts):
+    for number, text in enumerate(texts, 1):
         if missing := [column for column in run.task.text if not isinstance(text.get(column), str)]:
-            raise DataError(f"row {number + 1} has no text {missing[0]!r}; it needs {', '.join(run.task.text)}")
+            raise DataError(f"row {number} has no text {missing[0]!r}; it needs {', '.join(run.task.text)}")
     if not texts:
         return []
-    with _load(run, bundle, engine, device, threads, url) as loaded:
+    with _load(run, options) as loaded:
         classifier = Classifier(loaded, run)
         words, probabilities = classifier.words, classifier.probabilities(texts)
     labels = probabilities.argmax(axis=1).tolist()
@@ -107,9 +113,8 @@ class Classifier:
         logits = label_logits(self.engine, self.encoder, rows, [self.prompt])
         Objective().score(logits, np.zeros(len(rows), np.int64))  # raises NonFiniteLoss
         exact = logits[0].astype(np.float64)
-        weights = np.exp(exact - exact.max(axis=1, keepdims=True))
-        probabilities: Float64 = weights / weights.sum(axis=1, keepdims=True)
-        return probabilities
+        weights: Float64 = np.exp(exact - exact.max(axis=1, keepdims=True))
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
 def label_logits(engine: Engine, encoder: Encoder, rows: Sequence[Row], prompts: Sequence[Float32]) -> Float32:
@@ -121,23 +126,15 @@ def label_logits(engine: Engine, encoder: Encoder, rows: Sequence[Row], prompts:
     return np.concatenate(parts, axis=1)
 
 
-def _rows(run: Run, split: Literal["dev", "test"], folder: Path | None) -> list[Row]:
-    if split == "test":
-        return load_rows(run.task, "test", folder)
-    return load_few_shot(run.task, folder, run.info.settings)[1]
-
-
-def _load(
-    run: Run, bundle: str | Path | None, name: str | None, device: str | None, threads: int | None, url: str | None
-) -> Engine:
+def _load(run: Run, options: EngineOptions) -> Engine:
     """The named engine, or the run's own with the options of the run."""
-    record = run.info.engine
+    record, name, url = run.info.engine, options.get("engine"), options.get("url")
     own = name in (None, record.name)
     return load_engine(
-        run.open_bundle(bundle),
+        run.open_bundle(options.get("bundle")),
         name or record.name,
-        device=device or record.device,
-        threads=threads,
+        device=options.get("device") or record.device,
+        threads=options.get("threads"),
         without=record.without if own else (),
         url=url or (record.url if own else None),
     )

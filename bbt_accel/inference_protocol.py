@@ -8,25 +8,17 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-BACKBONE = "backbone"
-"""The model that takes prompts and returns label logits."""
-LAYER = "backbone_layer"
-"""bbtv2: the model that takes candidates of one layer; the server caches the layers below it."""
-STDS = "backbone_stds"
-"""bbtv2: the model that returns the standard deviation of the hidden states that enter each block."""
-CLASSIFIER = "classifier"
-"""The model that takes texts and returns labels and probabilities, with a tuned prompt."""
+# The models.
+BACKBONE = "backbone"  # from prompts to label logits
+LAYER = "backbone_layer"  # bbtv2: from candidates of one layer to label logits; the server caches the layers below it
+STDS = "backbone_stds"  # bbtv2: the standard deviation of the hidden states that enter each block
+CLASSIFIER = "classifier"  # from texts to labels and probabilities, with a tuned prompt
 
-ROWS = "rows"
-"""The request parameter that refers to rows by their hash, and the response parameter that returns it."""
-ROWS_EXTENSION = "bbt_accel_rows"
-"""Listed in the extensions of the server's metadata: it caches rows that were sent once."""
-UNKNOWN_ROWS = 409
-"""The status of a request that refers to rows which the server does not have (any more)."""
-DIGEST = "bundle"
-"""The parameter of a model's configuration that holds the sha256 of its bundle.json."""
-TOKEN = "BBT_ACCEL_TOKEN"
-"""The environment variable that holds the bearer token, on both sides."""
+ROWS = "rows"  # the request parameter that refers to rows by their hash; the response parameter that returns it
+ROWS_EXTENSION = "bbt_accel_rows"  # listed in the server's extensions: it caches rows that were sent once
+UNKNOWN_ROWS = 409  # status of a request that refers to rows which the server does not have (any more)
+DIGEST = "bundle"  # the parameter of a model's configuration that holds the sha256 of its bundle.json
+TOKEN = "BBT_ACCEL_TOKEN"  # the environment variable with the bearer token, on both sides
 
 
 def backbone_name(backbone: str) -> str:

@@ -12,8 +12,7 @@ from bbt_accel.errors import NonFiniteLoss, UsageError, check_known
 from bbt_accel.settings import Loss as Loss
 from bbt_accel.settings import Metric as Metric
 
-MARGIN = 2.0
-"""Margin of the hinge loss, as in the original."""
+MARGIN = 2.0  # of the hinge loss, as in the original
 STATISTICS = ("ce", "hinge", "correct", "true_positives", "positives")
 """Columns of the batch statistics: sums over the rows of the cross entropy, of the hinge loss, of correct predictions,
 of those of class 1, and of all predictions of class 1."""
@@ -33,9 +32,13 @@ def batch_statistics(logits: Float32, targets: Int64) -> Float64:
     check_targets(targets, x.shape[2])
     finite = np.asarray(np.isfinite(x).all(axis=(1, 2)))
     x = np.where(finite[:, None, None], x, 0.0)
-    predicted, actual = x.argmax(axis=2), targets == 1
+    rows, predicted = np.arange(len(targets)), x.argmax(axis=2)
+    shifted = x - x.max(axis=2, keepdims=True)
+    cross_entropy = np.log(np.exp(shifted).sum(axis=2)) - shifted[:, rows, targets]
+    violations = np.maximum(0.0, x - x[:, rows, targets][:, :, None] + MARGIN)
+    violations[:, rows, targets] = 0.0
     correct, positives = predicted == targets, predicted == 1
-    columns = [_cross_entropy(x, targets), _hinge(x, targets), correct, correct & actual, positives]
+    columns = [cross_entropy, violations.sum(axis=2), correct, correct & (targets == 1), positives]
     found = np.stack([column.sum(axis=1, dtype=np.float64) for column in columns], axis=1)
     found[~finite, :2] = np.nan
     return found
@@ -45,20 +48,6 @@ def check_targets(targets: Int64, classes: int) -> None:
     """Raises UsageError for a target outside 0 .. classes - 1."""
     if not ((targets >= 0) & (targets < classes)).all():
         raise UsageError(f"targets must lie in 0..{classes - 1}; got {targets.min()}..{targets.max()}")
-
-
-def _cross_entropy(x: Float64, targets: Int64) -> Float64:
-    """(P, N)"""
-    shifted = x - x.max(axis=2, keepdims=True)
-    return np.asarray(np.log(np.exp(shifted).sum(axis=2)) - shifted[:, np.arange(len(targets)), targets])
-
-
-def _hinge(x: Float64, targets: Int64) -> Float64:
-    """(P, N)"""
-    rows = np.arange(len(targets))
-    violations = np.maximum(0.0, x - x[:, rows, targets][:, :, None] + MARGIN)
-    violations[:, rows, targets] = 0.0
-    return np.asarray(violations.sum(axis=2))
 
 
 @dataclass(frozen=True)
@@ -93,10 +82,10 @@ class Objective:
         """Losses and metrics of a population from its batch statistics (P, 5), as `score` gives them."""
         finite = np.isfinite(found).all(axis=1)
         if not finite.all():
-            raise NonFiniteLoss(
-                f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite); "
-                "use an fp32 bundle, or a smaller --sigma or --alpha"
+            problem = (
+                f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite)"
             )
+            raise NonFiniteLoss(f"{problem}; use an fp32 bundle, or a smaller --sigma or --alpha")
         sums = dict(zip(STATISTICS, found.T, strict=True))
         if self.metric == "accuracy":
             metrics = sums["correct"] / len(targets)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import get_args
 
-from bbt_accel.bundle import Architecture, BundleInfo, Method, PromptMode
+from bbt_accel.bundle import Architecture, BundleInfo, Method
 from bbt_accel.errors import check_known
 
 
@@ -19,20 +19,17 @@ class Optimization:
     """One optimization.
 
     in_graph: part of the graphs, and so fixed when a bundle is exported.
-    architectures, methods, modes: what it applies to.
+    architectures, methods: what it applies to.
     """
 
     what: str
     in_graph: bool = False
     architectures: tuple[Architecture, ...] = get_args(Architecture)
     methods: tuple[Method, ...] = get_args(Method)
-    modes: tuple[PromptMode, ...] = get_args(PromptMode)
 
     def applies(self, info: BundleInfo) -> bool:
-        """Whether it changes anything for this backbone, method and prompt mode."""
-        return (
-            info.architecture in self.architectures and info.method in self.methods and info.prompt_mode in self.modes
-        )
+        """Whether it changes anything for this backbone and method."""
+        return info.architecture in self.architectures and info.method in self.methods
 
 
 OPTIMIZATIONS = {
@@ -42,9 +39,7 @@ OPTIMIZATIONS = {
     "short-decoder": Optimization("the decoder ends at the readout position", architectures=("encoder-decoder",)),
     "label-head": Optimization("the LM head at the readout position, for the label words alone", in_graph=True),
     "last-block": Optimization("the last block at the readout position alone", in_graph=True),
-    "prefix-cache": Optimization(
-        "decoders: the prompt's states once per candidate, not once per row", True, ("decoder",)
-    ),
+    "prefix-cache": Optimization("the prompt's states once per candidate, not per row", True, ("decoder",)),
     "shared-first": Optimization("the parts of the first block that candidates or rows share, once", in_graph=True),
 }
 

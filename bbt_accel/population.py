@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from bbt_accel.batch import Float32
+from bbt_accel.batch import Float32, shape_fits
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.errors import UsageError
 from bbt_accel.projection import Projection
@@ -109,8 +109,5 @@ class Population:
 
 
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[str | int, ...]) -> None:
-    fits = len(found) == len(expected) and all(
-        isinstance(size, str) or n == size for n, size in zip(found, expected, strict=True)
-    )
-    if not fits:
+    if not shape_fits(found, expected):
         raise UsageError(f"{name} must have the shape ({', '.join(map(str, expected))}), not {found}")

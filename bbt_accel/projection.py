@@ -81,10 +81,8 @@ def prompt_std(alpha: float, embedding_std: float, d: int, sigma: float) -> floa
 
 def one_blas_thread() -> AbstractContextManager[object]:
     """One BLAS thread while the block runs: the last bits of a product depend on the number of threads."""
-    limit: AbstractContextManager[object] = _blas().limit(limits=1, user_api="blas")
+    limit: AbstractContextManager[object] = _controller().limit(limits=1, user_api="blas")
     return limit
 
 
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
+_controller = cache(ThreadpoolController)

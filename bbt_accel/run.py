@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from pydantic import BaseModel, Field
+from safetensors.numpy import load_file, save
 
 from bbt_accel.batch import Float32
-from bbt_accel.bundle import Bundle, Method, PromptMode, first_problem
-from bbt_accel.data import Row, rows_digest
+from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode
 from bbt_accel.errors import BundleError, RunError
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task
 
-FORMAT = 1
 INFO, PROMPT, HISTORY, CURVE, EVENTS = "run.json", "prompt.safetensors", "history.jsonl", "curve.png", "tensorboard"
 
 
-class BundleRecord(BaseModel):
+class BundleRecord(BaseModel, extra="forbid"):
     """The bundle that a prompt was tuned for."""
 
-    model_config = ConfigDict(extra="forbid")
     path: str = Field(description="Absolute.")
     relative: str = Field(description="From the run's folder, so that both may move together.")
     digest: str
@@ -40,71 +35,49 @@ class BundleRecord(BaseModel):
 
     @classmethod
     def of(cls, bundle: Bundle, run: Path) -> BundleRecord:
-        info, path = bundle.info, bundle.path.absolute()
+        path = bundle.path.absolute()
         try:
             relative = os.path.relpath(path, run.absolute())
         except ValueError:  # another drive of Windows
             relative = str(path)
-        return cls(
-            path=str(path),
-            relative=relative,
-            digest=bundle.digest,
-            backbone=info.backbone,
-            revision=info.revision,
-            method=info.method,
-            prompt_mode=info.prompt_mode,
-            precision=info.precision,
-        )
+        facts = bundle.info.model_dump(include={"backbone", "revision", "method", "prompt_mode", "precision"})
+        return cls(path=str(path), relative=relative, digest=bundle.digest, **facts)
 
 
-class EngineRecord(BaseModel):
+class EngineRecord(BaseModel, extra="forbid"):
     """The engine that evaluated the candidates."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
     device: str
     threads: int | None
-    workers: int | None = None
-    """Processes that shared the evaluation; None if the process of the search did it."""
+    workers: int | None = Field(default=None, description="Processes that shared the evaluation, besides the search's.")
     without: list[str] = Field(description="Optimizations that were switched off.")
     url: str | None = Field(default=None, description="Address of the server, for the engine `remote`.")
     versions: dict[str, str] = {}
 
 
-class DataRecord(BaseModel):
+class DataRecord(BaseModel, extra="forbid"):
     """The few-shot rows."""
 
-    model_config = ConfigDict(extra="forbid")
     path: str | None = Field(description="The folder given as --data, absolute; None for the task's own data set.")
     digest: str = Field(description="sha256 of the train rows, then the dev rows.")
     train_rows: int
     dev_rows: int
 
-    @classmethod
-    def of(cls, folder: Path | None, train: Sequence[Row], dev: Sequence[Row]) -> DataRecord:
-        return cls(
-            path=None if folder is None else str(folder.absolute()),
-            digest=rows_digest([*train, *dev]),
-            train_rows=len(train),
-            dev_rows=len(dev),
-        )
 
-
-class BestRecord(BaseModel):
+class BestRecord(BaseModel, extra="forbid"):
     """The generation that the saved prompt comes from."""
 
-    model_config = ConfigDict(extra="forbid")
     generation: int
     calls: int
     dev_score: float
     dev_loss: float
 
 
-class RunInfo(BaseModel):
+class RunInfo(Manifest):
     """run.json."""
 
-    model_config = ConfigDict(extra="forbid")
-    format: int = FORMAT
+    format: int = 1
     status: Literal["running", "interrupted", "done"] = "running"
     task: Task
     label_words: list[str]
@@ -116,8 +89,8 @@ class RunInfo(BaseModel):
     calls: int = 0
     best: BestRecord | None = None
     seconds: float = 0.0
-    prompt_shape: list[int] = []
-    prompt_sha256: str = Field("", description="Of prompt.safetensors.")
+    prompt_shape: list[int] = Field(default=[], description="Of the prompt in prompt.safetensors.")
+    prompt_sha256: str = Field(default="", description="Of that file.")
 
     def differences(self, other: RunInfo) -> list[str]:
         """Differences that keep `other` from continuing this run, with both values."""
@@ -142,8 +115,7 @@ class Run:
     """A complete run folder, read and checked."""
 
     def __init__(self, path: Path, info: RunInfo, prompt: Float32) -> None:
-        self.path = path
-        self.info = info
+        self.path, self.info = path, info
         self.prompt = prompt
         """float32 (n, H) for bbt, (L, n, H) for bbtv2: the final vectors, as engines take them."""
 
@@ -153,17 +125,13 @@ class Run:
         path = Path(path)
         info = read_info(path)
         file = path / PROMPT
+        if info.status == "running":
+            raise RunError(f"{path} is an unfinished run; continue it with bbt-accel tune --resume")
         if not file.is_file():
-            raise RunError(f"{path} has no {PROMPT}; tune again" if info.status != "running" else _unfinished(path))
+            raise RunError(f"{path} has no {PROMPT}; tune again")
         if sha256(file) != info.prompt_sha256:
             raise RunError(f"{file} is not the prompt that {INFO} describes (sha256); tune again")
-        try:
-            prompt = load(file.read_bytes())["prompt"]
-        except (SafetensorError, KeyError, ValueError):
-            raise RunError(f"{file} cannot be read; tune again") from None
-        if prompt.dtype != np.float32 or list(prompt.shape) != info.prompt_shape:
-            raise RunError(f"{file} has a prompt {prompt.shape}, {INFO} says {tuple(info.prompt_shape)}; tune again")
-        return cls(path, info, prompt)
+        return cls(path, info, load_file(file)["prompt"])
 
     @property
     def task(self) -> Task:
@@ -183,9 +151,8 @@ class Run:
             places = [self.path.absolute() / record.relative, Path(record.path)]
             bundle = Bundle.read(next((place for place in places if place.exists()), places[1]))
             if bundle.digest != record.digest:
-                raise BundleError(
-                    f"{bundle.path} is not the bundle that {self.path} was tuned for; pass one with --bundle"
-                )
+                problem = f"{bundle.path} is not the bundle that {self.path} was tuned for"
+                raise BundleError(f"{problem}; pass one with --bundle")
             return bundle
         bundle = Bundle.read(override)
         for name in ("backbone", "revision", "method", "prompt_mode"):
@@ -199,16 +166,7 @@ class Run:
 
 def read_info(path: Path) -> RunInfo:
     """run.json of a folder. Raises RunError when it is missing, malformed or of another format."""
-    file = path / INFO
-    if not file.is_file():
-        raise RunError(f"{path} is not a run (it has no {INFO}); make one with bbt-accel tune")
-    try:
-        info = RunInfo.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise RunError(f"{file} cannot be read ({first_problem(error)}); tune again") from None
-    if info.format != FORMAT:
-        raise RunError(f"{path} has run format {info.format}, this version reads {FORMAT}; tune again")
-    return info
+    return RunInfo.read(path / INFO, "run", RunError, "make one with bbt-accel tune", "tune again")
 
 
 def write_info(path: Path, info: RunInfo) -> None:
@@ -220,7 +178,3 @@ def write_prompt(path: Path, prompt: Float32) -> str:
     """Write prompt.safetensors; returns its sha256."""
     write_atomically(path / PROMPT, save({"prompt": np.ascontiguousarray(prompt, dtype=np.float32)}))
     return sha256(path / PROMPT)
-
-
-def _unfinished(path: Path) -> str:
-    return f"{path} is an unfinished run; continue it with bbt-accel tune --resume"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from bbt_accel.bundle import Method, first_problem
 from bbt_accel.errors import UsageError, check_known
@@ -14,30 +14,21 @@ Loss = Literal["ce", "hinge", "perf"]
 Metric = Literal["accuracy", "f1"]
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True, extra="forbid"):
     """Everything that determines a search, besides the bundle, the task and its rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-    k_shot: int = Field(
-        default=16, gt=0, description="Examples per class in the train set, and as many in the dev set."
-    )
+    k_shot: int = Field(default=16, gt=0, description="Examples per class in the train set, and again in the dev set.")
     intrinsic_dim: int = Field(default=500, gt=1, description="Dimension d of the search space.")
-    popsize: int = Field(default=20, ge=4)  # the fewest for which pycma updates the step size
-    """Candidates per generation, P."""
-    budget: int = Field(default=8000, gt=0)
-    """API calls of the whole search; one candidate on the train set is one call."""
-    sigma: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Initial step size of CMA-ES.")
-    alpha: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="Scale of the random projection.")
-    bound: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Half width of the box that z is kept in; 0 for none."""
+    # With fewer than 4, pycma does not update the step size.
+    popsize: int = Field(default=20, ge=4, description="Candidates per generation, P.")
+    budget: int = Field(default=8000, gt=0, description="API calls of the search, one per candidate on the train set.")
+    sigma: FiniteFloat = Field(default=1.0, gt=0, description="Initial step size of CMA-ES.")
+    alpha: FiniteFloat = Field(default=1.0, gt=0, description="Scale of the random projection.")
+    bound: FiniteFloat = Field(default=0.0, ge=0, description="Half width of the box that z is kept in; 0 for none.")
     loss: Loss = Field(default="ce", description="What is minimized.")
     eval_every: int = Field(default=100, gt=0, description="API calls between two evaluations on the dev set.")
-    seed: int = Field(
-        default=42, ge=0, lt=2**32, description="Seed of the few-shot rows, the projection and the search."
-    )
-    random_proj: Literal["normal", "uniform"] = Field(
-        default="normal", description="Distribution of the projection's entries."
-    )
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Of the few-shot rows, the projection and the search.")
+    random_proj: Literal["normal", "uniform"] = Field(default="normal", description="The projection's distribution.")
 
     def generations(self, method: Method, n_layers: int) -> int:
         """Generations within the budget; for bbtv2 those of whole sweeps over the layers.

@@ -130,8 +130,8 @@ def test_label_word_after_a_bracket_has_no_space(tmp_path: Path) -> None:
 def with_masked(task: Task, template: str, words: list[str]) -> Task:
     return task.model_copy(
         update={
-            "templates": task.templates.model_copy(update={"masked": template}),
-            "label_words": task.label_words.model_copy(update={"masked": words}),
+            "templates": task.templates | {"masked": template},
+            "label_words": task.label_words | {"masked": words},
         }
     )
 

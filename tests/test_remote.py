@@ -291,8 +291,8 @@ class StageModel(Model):
     """One stage of a bundle as Triton's onnxruntime backend serves it: its graph's inputs and outputs, no more."""
 
     def __init__(self, engine: Any, stage: str, name: str) -> None:
-        super().__init__(engine, LIMITS)
-        self.stage, self.name = stage, name
+        super().__init__(name, engine, LIMITS)
+        self.stage = stage
         session = engine.sessions[stage]
         self.inputs = tuple(map(spec, session.get_inputs()))
         self.outputs = tuple(map(spec, session.get_outputs()))

@@ -15,8 +15,8 @@ from bbt_accel.history import Generation, History
 from bbt_accel.objective import Objective
 from bbt_accel.population import Population
 from bbt_accel.settings import Settings
-from bbt_accel.tuning.cma import Cma
 from bbt_accel.tuning.evaluator import LocalEvaluator
+from bbt_accel.tuning.methods import Cma
 from bbt_accel.tuning.search import Outcome, search
 
 SMALL = Settings(intrinsic_dim=6, popsize=4, budget=96, eval_every=10, seed=3)

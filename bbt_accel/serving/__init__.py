@@ -10,9 +10,6 @@ class Limits:
     """Limits of one request, and of the server's cache."""
 
     request_bytes: int
-    batch: int
-    """Rows times candidates."""
-    timeout: float
-    """Seconds for the body to arrive, and again for the response to be ready."""
-    cached_batches: int = 16
-    """Batches of rows in the cache; the least recently used one is dropped first."""
+    batch: int  # rows times candidates
+    timeout: float  # seconds for the body to arrive, and again for the response to be ready
+    cached_batches: int = 16  # batches of rows in the cache; the least recently used one is dropped first

@@ -38,12 +38,9 @@ class Service:
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # no engine is thread-safe
 
     def routes(self) -> list[Route]:
-        routes = [
-            Route("/v2/health/live", self.healthy),
-            Route("/v2/health/ready", self.healthy),
-            Route("/v2/repository/index", self.index, methods=["POST"]),
-        ]
+        routes = [Route(f"/v2/health/{what}", self.healthy) for what in ("live", "ready")]
         routes += [Route(path, self.server) for path in ("/v2", "/v2/")]
+        routes += [Route("/v2/repository/index", self.index, methods=["POST"])]
         for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
             routes += [
                 Route(path, self.metadata),
@@ -77,9 +74,8 @@ class Service:
         model = self.model(request)
         async with self.timeout("the request took more than {} seconds to arrive", 408):
             body = await self.body(request)
-        read = await run_in_threadpool(
-            read_request, body, request.headers.get(HEADER_LENGTH), model.inputs, model.outputs
-        )
+        length = request.headers.get(HEADER_LENGTH)
+        read = await run_in_threadpool(read_request, body, length, model.inputs, model.outputs)
         del body
         async with self.timeout("the engine is busy: no result within {} seconds", 503):
             loop = asyncio.get_running_loop()
@@ -158,12 +154,12 @@ async def refuse(request: Request, error: Exception) -> Response:
     """The protocol's error response: 400 for the client's errors, unless they have a status of their own."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    if isinstance(error, RequestError):
-        return JSONResponse({"error": str(error)}, error.status)
+    status = error.status if isinstance(error, RequestError) else 500
     if isinstance(error, (DataError, UsageError, ClientDisconnect)):
-        return JSONResponse({"error": str(error) or "the client disconnected"}, 400)
-    log.error("%s: %s", request.url.path, error)
-    return JSONResponse({"error": str(error)}, 500)
+        status = 400
+    if status == 500:
+        log.error("%s: %s", request.url.path, error)
+    return JSONResponse({"error": str(error) or "the client disconnected"}, status)
 
 
 async def fail(request: Request, error: Exception) -> Response:

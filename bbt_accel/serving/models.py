@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,26 +20,22 @@ from bbt_accel.inference_protocol import BACKBONE, CLASSIFIER, DIGEST, LAYER, RO
 from bbt_accel.population import Population
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
-from bbt_accel.serving.protocol import DTYPES, Tensors, TensorSpec
+from bbt_accel.serving.protocol import DTYPES, Tensor, Tensors, TensorSpec
 
-_ONE, _ONES = np.zeros(1, np.int64), np.ones((1, 1), np.int64)
-_EXAMPLE = Batch(_ONES, _ONES, _ONE, _ONE, _ONE, decoder_input_ids=_ONES)
-ROW_INPUTS = {name: TensorSpec(name, "INT64", (-1,) * value.ndim) for name, value in _EXAMPLE.inputs().items()}
-"""The tensors that describe rows."""
 OPTIONAL = "decoder_input_ids"
-"""The one of them that may be missing."""
-LABEL_LOGITS = TensorSpec("label_logits", "FP32", (-1, -1, -1))
+_DIMENSIONS = {"input_ids": 2, "attention_mask": 2, "readout": 1, "label_token_ids": 1, OPTIONAL: 2}
+ROW_INPUTS = {name: TensorSpec(name, "INT64", (-1,) * rank) for name, rank in _DIMENSIONS.items()}
+"""The tensors that describe rows, of which one may be missing."""
 
 
 class Model(ABC):
     """One model of the server: its tensors, and how it computes them."""
 
-    name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
-        self.engine, self.limits = engine, limits
+    def __init__(self, name: str, engine: Engine, limits: Limits) -> None:
+        self.name, self.engine, self.limits = name, engine, limits
 
     @abstractmethod
     def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
@@ -46,13 +44,18 @@ class Model(ABC):
         Raises RequestError, UsageError or DataError for an invalid request, EngineError when the forward pass fails.
         """
 
+    def require(self, tensors: Tensors, name: str) -> Tensor:
+        if name not in tensors:
+            raise RequestError(f"input {name} is missing")
+        return tensors[name]
+
     def metadata(self) -> dict[str, object]:
         return {
             "name": self.name,
             "versions": ["1"],
             "platform": f"bbt_accel_{self.engine.name}",
-            "inputs": [spec.metadata() for spec in self.inputs],
-            "outputs": [spec.metadata() for spec in self.outputs],
+            "inputs": [asdict(spec) for spec in self.inputs],
+            "outputs": [asdict(spec) for spec in self.outputs],
         }
 
     def config(self) -> dict[str, object]:
@@ -90,23 +93,21 @@ class RowCache:
     def find(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[str, BoundBatch]:
         """The rows that a request holds or refers to, and their hash."""
         given = {name: tensors[name] for name in ROW_INPUTS if name in tensors}
-        wanted = parameters.get(ROWS)
+        digest, wanted = rows_hash(given), parameters.get(ROWS)
         if not given and wanted is not None:
             if wanted not in self.bound:
                 raise RequestError("the server does not have these rows (any more): send them again", UNKNOWN_ROWS)
-            found = wanted
-        else:
-            if missing := [name for name in ROW_INPUTS if name not in given and name != OPTIONAL]:
-                raise RequestError(f"input {missing[0]} is missing; send the rows, or the hash of rows sent before")
-            found = rows_hash(given)
-            if wanted not in (None, found):
-                raise RequestError(f"the hash of these rows is {found}, not {wanted}")
-            if found not in self.bound:
-                self.bound[found] = self.bind(given)
+            digest = wanted
+        elif missing := [name for name in ROW_INPUTS if name not in given and name != OPTIONAL]:
+            raise RequestError(f"input {missing[0]} is missing; send the rows, or the hash of rows sent before")
+        elif wanted not in (None, digest):
+            raise RequestError(f"the hash of these rows is {digest}, not {wanted}")
+        elif digest not in self.bound:
+            self.bound[digest] = self.bind(given)
             if len(self.bound) > self.limits.cached_batches:
                 self.bound.popitem(last=False)[1].close()
-        self.bound.move_to_end(found)
-        return found, self.bound[found]
+        self.bound.move_to_end(digest)
+        return digest, self.bound[digest]
 
     def bind(self, given: Tensors) -> BoundBatch:
         batch = Batch(**given, targets=np.zeros(len(given["input_ids"]), np.int64))
@@ -129,129 +130,94 @@ def rows_hash(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
+Compute = Callable[[BoundBatch, Tensors], Tensor]
+
+
 class RowModel(Model):
-    """A model that computes on cached rows. `own`: its other inputs."""
+    """A model that computes one output from cached rows and from its `own` inputs, the first of them the candidates.
 
-    own: tuple[TensorSpec, ...] = ()
+    compute: the output, from the rows and the inputs by name.
+    """
 
-    def __init__(self, engine: Engine, limits: Limits, cache: RowCache) -> None:
-        super().__init__(engine, limits)
-        self.cache = cache
-        decodes = engine.bundle.info.decodes
-        self.inputs = (*self.own, *(spec for spec in ROW_INPUTS.values() if decodes or spec.name != OPTIONAL))
+    def __init__(
+        self, name: str, cache: RowCache, own: tuple[TensorSpec, ...], output: TensorSpec, compute: Compute
+    ) -> None:
+        super().__init__(name, cache.engine, cache.limits)
+        self.cache, self.own, self.compute = cache, own, compute
+        decodes = self.engine.bundle.info.decodes
+        self.inputs = (*own, *(spec for spec in ROW_INPUTS.values() if decodes or spec.name != OPTIONAL))
+        self.outputs = (output,)
 
     def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
         for spec in self.own:
-            if spec.name not in tensors:
-                raise RequestError(f"input {spec.name} is missing")
-            if not tensors[spec.name].size or not np.isfinite(tensors[spec.name]).all():
+            if not self.require(tensors, spec.name).size or not np.isfinite(tensors[spec.name]).all():
                 raise RequestError(f"input {spec.name} must have finite numbers, at least one")
         digest, rows = self.cache.find(tensors, parameters)
-        return self.compute(rows, tensors), {ROWS: digest}
-
-    @abstractmethod
-    def compute(self, rows: BoundBatch, tensors: Tensors) -> Tensors: ...
-
-    def check_size(self, rows: BoundBatch, candidates: int) -> None:
+        candidates = len(tensors[self.own[0].name]) if self.own else 1
         if candidates * len(rows.batch) > self.limits.batch:
             raise RequestError(
                 f"{candidates} candidates times {len(rows.batch)} rows exceed {self.limits.batch}; send fewer", 413
             )
-
-
-class Backbone(RowModel):
-    """Label logits (P, N, C) of prompts (P, n, H), or (P, L, n, H) for bbtv2."""
-
-    name = BACKBONE
-    outputs = (LABEL_LOGITS,)
-
-    def __init__(self, engine: Engine, limits: Limits, cache: RowCache) -> None:
-        self.own = (TensorSpec("prompts", "FP32", (-1, *engine.bundle.info.prompt_shape)),)
-        super().__init__(engine, limits, cache)
-
-    def compute(self, rows: BoundBatch, tensors: Tensors) -> Tensors:
-        self.check_size(rows, len(tensors["prompts"]))
-        return {"label_logits": rows.label_logits(tensors["prompts"])}
-
-
-class BackboneLayer(RowModel):
-    """bbtv2: label logits of candidates (P, n, H) for one layer of a stack (L, n, H) whose other layers are fixed."""
-
-    name = LAYER
-    outputs = (LABEL_LOGITS,)
-
-    def __init__(self, engine: Engine, limits: Limits, cache: RowCache) -> None:
-        layers, *one = engine.bundle.info.prompt_shape
-        self.own = (
-            TensorSpec("candidates", "FP32", (-1, *one)),
-            TensorSpec("stack", "FP32", (layers, *one)),
-            TensorSpec("layer", "INT64", (1,)),
-        )
-        super().__init__(engine, limits, cache)
-
-    def compute(self, rows: BoundBatch, tensors: Tensors) -> Tensors:
-        population = Population(tensors["candidates"], int(tensors["layer"][0]), tensors["stack"])
-        self.check_size(rows, len(population))
-        return {"label_logits": rows.label_logits(population)}
-
-
-class BackboneStds(RowModel):
-    """bbtv2: standard deviations (L,) of the hidden states that enter each block when all prompts are zero."""
-
-    name = STDS
-
-    def __init__(self, engine: Engine, limits: Limits, cache: RowCache) -> None:
-        self.outputs = (TensorSpec("layer_stds", "FP32", (engine.bundle.info.n_layers,)),)
-        super().__init__(engine, limits, cache)
-
-    def compute(self, rows: BoundBatch, tensors: Tensors) -> Tensors:
-        self.check_size(rows, 1)
-        return {"layer_stds": rows.layer_stds()}
+        return {self.outputs[0].name: self.compute(rows, tensors)}, {ROWS: digest}
 
 
 class PromptedClassifier(Model):
     """A tuned prompt: from one tensor of texts per text column of its task to label, label word and probabilities."""
 
-    name = CLASSIFIER
-
     def __init__(self, engine: Engine, limits: Limits, run: Run) -> None:
-        super().__init__(engine, limits)
+        super().__init__(CLASSIFIER, engine, limits)
         self.classifier = Classifier(engine, run)
-        self.inputs = tuple(TensorSpec(column, "BYTES", (-1,)) for column in run.task.text)
+        self.columns, self.words = run.task.text, self.classifier.words
+        self.inputs = tuple(TensorSpec(column, "BYTES", (-1,)) for column in self.columns)
         self.outputs = (
             TensorSpec("label", "INT64", (-1,)),
             TensorSpec("word", "BYTES", (-1,)),
-            TensorSpec("probabilities", "FP32", (-1, len(self.classifier.words))),
+            TensorSpec("probabilities", "FP32", (-1, len(self.words))),
         )
 
     def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
-        probabilities = self.classifier.probabilities(self.rows(tensors))
-        label = probabilities.argmax(axis=1)
-        return {
-            "label": label.astype(np.int64),
-            "word": np.array(self.classifier.words, object)[label],
-            "probabilities": probabilities.astype(np.float32),
-        }, {}
-
-    def rows(self, tensors: Tensors) -> list[dict[str, str]]:
-        columns = [spec.name for spec in self.inputs]
-        if missing := [column for column in columns if column not in tensors]:
-            raise RequestError(f"input {missing[0]} is missing")
-        count = len(tensors[columns[0]])
-        if not count or any(len(tensors[column]) != count for column in columns):
-            raise RequestError(f"inputs {', '.join(columns)} must have the same number of texts, at least one")
+        texts = [self.require(tensors, column) for column in self.columns]
+        count = len(texts[0])
+        if not count or any(len(column) != count for column in texts):
+            raise RequestError(f"inputs {', '.join(self.columns)} must have the same number of texts, at least one")
         if count > self.limits.batch:
             raise RequestError(f"{count} texts exceed {self.limits.batch}; send fewer", 413)
-        return [dict(zip(columns, row, strict=True)) for row in zip(*(tensors[c] for c in columns), strict=True)]
+        rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*texts, strict=True)]
+        probabilities = self.classifier.probabilities(rows)
+        label = probabilities.argmax(axis=1)
+        word = np.array(self.words, object)[label]
+        return {"label": label, "word": word, "probabilities": probabilities.astype(np.float32)}, {}
 
     def facts(self) -> dict[str, str]:
-        return super().facts() | {"task": self.classifier.task.name, "words": ", ".join(self.classifier.words)}
+        return super().facts() | {"task": self.classifier.task.name, "words": ", ".join(self.words)}
 
 
 def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[Model]:
-    """The models of a bundle, and of a run on it."""
-    cache = RowCache(engine, limits)
-    models: list[Model] = [Backbone(engine, limits, cache)]
-    if engine.bundle.info.method == "bbtv2":
-        models += [BackboneLayer(engine, limits, cache), BackboneStds(engine, limits, cache)]
+    """The models of a bundle, and of a run on it.
+
+    For both methods label logits (P, N, C) of prompts (P, n, H) or (P, L, n, H); for bbtv2 also those of candidates
+    (P, n, H) for one layer of a stack (L, n, H) whose other layers are fixed, and the standard deviations (L,) of the
+    hidden states that enter each block when all prompts are zero.
+    """
+    cache, info = RowCache(engine, limits), engine.bundle.info
+    logits = TensorSpec("label_logits", "FP32", (-1, -1, -1))
+    prompts = TensorSpec("prompts", "FP32", (-1, *info.prompt_shape))
+    models: list[Model] = [
+        RowModel(BACKBONE, cache, (prompts,), logits, lambda rows, given: rows.label_logits(given["prompts"]))
+    ]
+    if info.method == "bbtv2":
+        own = (
+            TensorSpec("candidates", "FP32", (-1, *info.prompt_shape[1:])),
+            TensorSpec("stack", "FP32", info.prompt_shape),
+            TensorSpec("layer", "INT64", (1,)),
+        )
+        stds = TensorSpec("layer_stds", "FP32", (info.n_layers,))
+        models += [
+            RowModel(LAYER, cache, own, logits, _layer_logits),
+            RowModel(STDS, cache, (), stds, lambda rows, given: rows.layer_stds()),
+        ]
     return models if run is None else [*models, PromptedClassifier(engine, limits, run)]
+
+
+def _layer_logits(rows: BoundBatch, given: Tensors) -> Tensor:
+    return rows.label_logits(Population(given["candidates"], int(given["layer"][0]), given["stack"]))

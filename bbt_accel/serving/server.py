@@ -20,10 +20,8 @@ from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
 from bbt_accel.serving.models import make_models
 
-MAX_CONNECTIONS = 64
-"""Further concurrent connections get 503."""
-GRACE_PERIOD = 10
-"""Seconds that running requests have to finish when the server stops."""
+MAX_CONNECTIONS = 64  # further concurrent ones get 503
+GRACE_PERIOD = 10  # seconds that running requests have to finish when the server stops
 
 
 def serve(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Generic, Literal, Self, TypeVar, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from bbt_accel.bundle import Method, TemplateGroup, first_problem
 from bbt_accel.errors import TaskError, UsageError, did_you_mean
@@ -17,16 +17,12 @@ FOLDER = Path(__file__).parent
 GROUPS: tuple[TemplateGroup, ...] = get_args(TemplateGroup)
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class HubData(Strict):
+class HubData(BaseModel, extra="forbid", frozen=True):
     """A dataset of the Hugging Face hub."""
 
     path: str
     config: str | None = None
-    test: str = Field("test", description="The split to test on: `validation` where the labels of `test` are withheld.")
+    test: str = Field(default="test", description="The split to test on, where `test` is without labels `validation`.")
 
 
 def _check_settings(values: dict[str, float | int | str]) -> dict[str, float | int | str]:
@@ -41,31 +37,26 @@ Preset = Annotated[dict[str, float | int | str], AfterValidator(_check_settings)
 """Any of `Settings` that suit the task; options on the command line override them."""
 
 
-class Presets(Strict):
+class Presets(BaseModel, extra="forbid", frozen=True):
     bbt: Preset = {}
     bbtv2: Preset = {}
 
 
-T = TypeVar("T")
-
-
-class ByGroup(Strict, Generic[T]):
-    """A value per template group: for masked LMs, span-corruption models and causal LMs."""
-
-    masked: T | None = None
-    span: T | None = None
-    causal: T | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_groups(cls, given: object) -> object:
-        for name in given if isinstance(given, dict) else ():
-            if name not in GROUPS:
-                raise ValueError(f"unknown template group {name!r}; {did_you_mean(name, GROUPS)}")
+def _every_group(given: object) -> object:
+    if not isinstance(given, dict):
         return given
+    for name in given:
+        if name not in GROUPS:
+            raise ValueError(f"unknown template group {name!r}; {did_you_mean(name, GROUPS)}")
+    return dict.fromkeys(GROUPS) | given
 
 
-class Task(Strict):
+T = TypeVar("T")
+ByGroup = Annotated[dict[str, T | None], BeforeValidator(_every_group)]
+"""A value, or None, for every template group."""
+
+
+class Task(BaseModel, extra="forbid", frozen=True):
     """A classification task, as its TOML file describes it."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -87,66 +78,60 @@ class Task(Strict):
         if self.metric == "f1" and self.n_classes != 2:
             raise ValueError(f"metric: f1 is for 2 classes, n_classes is {self.n_classes}")
         for column in self.text:
-            if column in ("mask", "prompt") or self.text.count(column) > 1 or column == self.label:
+            if column in ("mask", "prompt", self.label) or self.text.count(column) > 1:
                 raise ValueError(f"text: {column!r} cannot name a text column here")
-        if not self.templates.model_dump(exclude_none=True):
-            raise ValueError(f"templates: give at least one of {', '.join(GROUPS)}")
         for group in GROUPS:
-            self._check_template(group)
-            self._check_words(group)
+            template, words = self.templates[group], self.label_words[group]
+            if template is not None and words is not None:
+                self._check_template(f"templates.{group}", template, masks=0 if group == "causal" else 1)
+                self._check_words(f"label_words.{group}", words)
+            elif template is not None or words is not None:
+                raise ValueError(f"{'templates' if template is None else 'label_words'}.{group}: missing")
+        if not any(self.templates.values()):
+            raise ValueError(f"templates: give at least one of {', '.join(GROUPS)}")
         return self
 
-    def _check_template(self, group: str) -> None:
-        template, words = getattr(self.templates, group), getattr(self.label_words, group)
-        if (template is None) != (words is None):
-            raise ValueError(f"{'templates' if template is None else 'label_words'}.{group}: missing")
-        if template is None:
-            return
-        key = f"templates.{group}"
+    def _check_template(self, key: str, template: str, masks: int) -> None:
         try:
-            parts = parse_template(template)
+            used = [name for _, name in parse_template(template) if name is not None]
         except ValueError as error:
             raise ValueError(f"{key}: {error}; write {{{{ and }}}} for braces") from None
-        used = [name for _, name in parts if name is not None]
-        known = [*self.text, "prompt"] + ([] if group == "causal" else ["mask"])
+        known = [*self.text, "prompt", *["mask"] * masks]
         for name in used:
             if name not in known:
                 names = ", ".join(f"{{{k}}}" for k in known)
                 raise ValueError(f"{key}: unknown placeholder {{{name}}}; known here: {names}")
-        if group != "causal" and used.count("mask") != 1:
+        if used.count("mask") != masks:
             raise ValueError(f"{key}: needs {{mask}} exactly once")
         if used.count("prompt") > 1:
             raise ValueError(f"{key}: {{prompt}} may be used once")
         if not any(column in used for column in self.text):
             raise ValueError(f"{key}: has no text column; write {{{self.text[0]}}}")
 
-    def _check_words(self, group: str) -> None:
-        words = getattr(self.label_words, group)
-        if words is None:
-            return
+    def _check_words(self, key: str, words: list[str]) -> None:
         if len(words) != self.n_classes:
-            raise ValueError(f"label_words.{group}: {len(words)} words for {self.n_classes} classes")
+            raise ValueError(f"{key}: {len(words)} words for {self.n_classes} classes")
         if len(set(words)) != len(words) or not all(word.strip() for word in words):
-            raise ValueError(f"label_words.{group}: each class needs a word of its own")
+            raise ValueError(f"{key}: each class needs a word of its own")
 
     def template(self, group: TemplateGroup) -> str:
         """The template of a group. Raises TaskError when the task has none."""
-        template: str | None = getattr(self.templates, group)
-        if template is None:
-            raise TaskError(f"task {self.name} has no templates.{group}, which this backbone needs; add it")
-        return template
+        return self._required("templates", self.templates, group)
 
     def words(self, group: TemplateGroup) -> list[str]:
         """The label words of a group, in class order. Raises TaskError when the task has none."""
-        words: list[str] | None = getattr(self.label_words, group)
-        if words is None:
-            raise TaskError(f"task {self.name} has no label_words.{group}, which this backbone needs; add it")
-        return list(words)
+        return self._required("label_words", self.label_words, group)
+
+    def _required(self, key: str, values: dict[str, T | None], group: TemplateGroup) -> T:
+        value = values[group]
+        if value is None:
+            raise TaskError(f"task {self.name} has no {key}.{group}, which this backbone needs; add it")
+        return value
 
     def preset(self, method: Method) -> dict[str, float | int | str]:
         """The task's settings for a method; may be empty."""
         preset: dict[str, float | int | str] = getattr(self.presets, method)
-        return dict(preset)
+        return preset
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -169,16 +154,10 @@ def load_task(name_or_path: str | Path) -> Task:
 
     Raises TaskError, in one line, for an unknown name and for a file that is missing or malformed.
     """
-    name = str(name_or_path)
-    if name.endswith(".toml"):
-        return _read(Path(name))
-    if name in task_names():
-        return _read(FOLDER / f"{name}.toml")
-    hint = did_you_mean(name, task_names())
-    raise TaskError(f"unknown task {name!r}; {hint} (or give the path of a .toml file)")
-
-
-def _read(file: Path) -> Task:
+    name, names = str(name_or_path), task_names()
+    if not name.endswith(".toml") and name not in names:
+        raise TaskError(f"unknown task {name!r}; {did_you_mean(name, names)} (or give the path of a .toml file)")
+    file = FOLDER / f"{name}.toml" if name in names else Path(name)
     try:
         return Task.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except OSError as error:

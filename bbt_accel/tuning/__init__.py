@@ -6,13 +6,12 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import bbt_accel
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import load_few_shot
+from bbt_accel.data import load_few_shot, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import RunError, UsageError
@@ -23,8 +22,8 @@ from bbt_accel.run import EVENTS, BundleRecord, DataRecord, EngineRecord, Run, R
 from bbt_accel.settings import Settings, resolve
 from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.events import Events
-from bbt_accel.tuning.search import Outcome, search
+from bbt_accel.tuning.monitoring import Events
+from bbt_accel.tuning.search import search
 from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
 from bbt_accel.tuning.workspace import Workspace
 
@@ -55,8 +54,7 @@ def tune(
     settings: any of `Settings`; what is not given comes from the task's preset, in a resumed run from that run.
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is complete.
     resume: continue an interrupted or killed run to the same prompt, bit for bit; start one if there is none, and
-        return a complete run as it is.
-    overwrite: replace an existing run once the new one is complete.
+        return a complete run as it is. overwrite: replace an existing run once the new one is complete.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
     progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
@@ -70,90 +68,90 @@ def tune(
         raise UsageError("--resume and --overwrite exclude each other; choose one")
     if ray is not None and workers is None:
         raise UsageError("--ray is for --workers; give their number with --workers N")
+    if workers is not None and engine == "remote":
+        raise UsageError("--workers starts engines of its own; omit it with --engine remote")
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
+    task = task if isinstance(task, Task) else load_task(task)
     place = engine_spec(engine).device(device)
     record = EngineRecord(name=engine, device=place, threads=threads, workers=workers, without=sorted(without), url=url)
-    plan = _resolve(bundle, task, data, record, output, resume, overwrite, settings or {})
-    job, info = _prepare(plan)
-    if plan.former is not None and plan.former.status == "done" and plan.workspace.is_complete():
-        if progress:
-            print(f"{plan.workspace.final} is complete already; nothing to resume", file=sys.stderr)
-        return Run.read(plan.workspace.final)
-    return _run(plan, job, info, ray, tensorboard, progress)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A resolved search: its inputs, and where it is saved; nothing is loaded or written yet."""
-
-    bundle: Bundle
-    task: Task
-    data: Path | None
-    engine: EngineRecord
-    settings: Settings
-    workspace: Workspace
-    former: RunInfo | None
-    """Of the run to resume; None for a new run."""
-    resume: bool
+    workspace, former, chosen = _resolve(bundle, task, record, output, resume, overwrite, settings or {})
+    job, info = _prepare(bundle, task, data, record, chosen, workspace)
+    if former is not None and (differences := former.differences(info)):
+        raise RunError(f"{workspace.final} cannot be resumed with another {', '.join(differences)}")
+    if former is None or former.status != "done" or not workspace.is_complete():
+        return _run(job, info, workspace, resume, ray, tensorboard, progress)
+    _say(f"{workspace.final} is complete already; nothing to resume", progress)
+    return Run.read(workspace.final)
 
 
 def _resolve(
-    bundle: str | Path | Bundle,
-    task: str | Path | Task,
-    data: str | Path | None,
+    bundle: Bundle,
+    task: Task,
     engine: EngineRecord,
     output: str | Path | None,
     resume: bool,
     overwrite: bool,
-    settings: Mapping[str, object],
-) -> _Plan:
-    """Read bundle and task, find the run to resume, and validate the settings."""
-    if engine.workers is not None and engine.name == "remote":
-        raise UsageError("--workers starts engines of its own; omit it with --engine remote")
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
-    task = task if isinstance(task, Task) else load_task(task)
+    given: Mapping[str, object],
+) -> tuple[Workspace, RunInfo | None, Settings]:
+    """Where the run is saved, run.json of the one to resume, and the settings; nothing is loaded or written yet."""
     method = bundle.info.method
-    chosen = resolve(task.preset(method), settings)
-    default = Path("runs") / f"{task.name}-{method}-{engine.name}-{chosen.seed}"
-    workspace = Workspace(default if output is None else Path(output))
+    settings = resolve(task.preset(method), given)
+    workspace = Workspace(Path(output or f"runs/{task.name}-{method}-{engine.name}-{settings.seed}"))
     former = workspace.find() if resume else None
     if former is not None:
-        chosen = resolve(former.settings.model_dump(), settings)
+        settings = resolve(former.settings.model_dump(), given)
     elif not resume:
         workspace.require_free(overwrite)
-    chosen.generations(method, bundle.info.n_layers)  # raises before anything is loaded
+    settings.generations(method, bundle.info.n_layers)  # raises before anything is loaded
     if engine.workers is not None:
-        check_workers(engine.workers, chosen.popsize)
-    return _Plan(bundle, task, None if data is None else Path(data), engine, chosen, workspace, former, resume)
+        check_workers(engine.workers, settings.popsize)
+    return workspace, former, settings
 
 
-def _prepare(plan: _Plan) -> tuple[Job, RunInfo]:
-    """Load and encode the rows, and describe the run. Raises RunError when the former run was another."""
-    settings, task = plan.settings, plan.task
-    train, dev = load_few_shot(task, plan.data, settings)
-    encoder = Encoder(plan.bundle, task)
+def _prepare(
+    bundle: Bundle, task: Task, data: str | Path | None, engine: EngineRecord, settings: Settings, workspace: Workspace
+) -> tuple[Job, RunInfo]:
+    """Load and encode the rows, and describe the run."""
+    folder = None if data is None else Path(data).absolute()
+    path = None if folder is None else str(folder)
+    train, dev = load_few_shot(task, folder, settings)
+    encoder, digest = Encoder(bundle, task), rows_digest([*train, *dev])
+    packages = {name: version(name) for name in ("cma", "numpy")}
     info = RunInfo(
         task=task,
         label_words=encoder.label_words,
         settings=settings,
-        data=DataRecord.of(plan.data, train, dev),
-        bundle=BundleRecord.of(plan.bundle, plan.workspace.final),
-        engine=plan.engine,
-        versions=_versions(),
+        data=DataRecord(path=path, digest=digest, train_rows=len(train), dev_rows=len(dev)),
+        bundle=BundleRecord.of(bundle, workspace.final),
+        engine=engine,
+        versions={"bbt-accel": bbt_accel.__version__, **packages, "python": platform.python_version()},
     )
-    if plan.former is not None and (differences := plan.former.differences(info)):
-        raise RunError(f"{plan.workspace.final} cannot be resumed with another {', '.join(differences)}")
     objective = Objective(settings.loss, task.metric)
-    return Job(plan.bundle, plan.engine, settings, objective, encoder.encode(train), encoder.encode(dev)), info
+    return Job(bundle, engine, settings, objective, encoder.encode(train), encoder.encode(dev)), info
 
 
-def _run(plan: _Plan, job: Job, info: RunInfo, ray: str | None, tensorboard: bool, progress: bool) -> Run:
-    """Load the engine, search, and complete the run."""
-    with _evaluator(job, ray, progress) as evaluator:
+def _run(
+    job: Job, info: RunInfo, workspace: Workspace, resume: bool, ray: str | None, tensorboard: bool, progress: bool
+) -> Run:
+    """Load the engine, search in the workspace, and complete the run."""
+    settings, bundle = job.settings, job.bundle.info
+    calls = settings.generations(bundle.method, bundle.n_layers) * settings.popsize
+    with ExitStack() as stack:
+        evaluator = stack.enter_context(_evaluator(job, ray, progress))
         info.engine.versions = evaluator.versions()
-        outcome = _search(plan, info, evaluator, tensorboard, progress)
-    run = plan.workspace.finish(info, outcome)
-    if progress and outcome.interrupted:
-        print(f"interrupted; {run.path} holds the best prompt so far, --resume continues the search", file=sys.stderr)
+        history = stack.enter_context(workspace.open(info, resume))
+        bar = stack.enter_context(SearchProgress(calls, progress))
+        events = stack.enter_context(Events(workspace.folder / EVENTS)) if tensorboard else None
+
+        def observe(generation: Generation) -> None:
+            bar(generation)
+            if events is not None:
+                events(generation)
+
+        outcome = search(evaluator, bundle, settings, history, observe)
+    run = workspace.finish(info, outcome)
+    if outcome.interrupted:
+        _say(f"interrupted; {run.path} holds the best prompt so far, --resume continues the search", progress)
     return run
 
 
@@ -161,34 +159,10 @@ def _evaluator(job: Job, ray: str | None, progress: bool) -> Evaluator:
     workers = job.engine.workers
     if workers is None:
         return job.evaluator()
-
-    def report(line: str) -> None:
-        if progress:
-            print(line, file=sys.stderr)
-
     with progress_bar(f"starting {workers} workers", progress):
-        return WorkersEvaluator(workers, ray or "local", job, report)
+        return WorkersEvaluator(workers, ray or "local", job, lambda line: _say(line, progress))
 
 
-def _search(plan: _Plan, info: RunInfo, evaluator: Evaluator, tensorboard: bool, progress: bool) -> Outcome:
-    """The search, in the workspace, with a progress bar and TensorBoard events."""
-    settings, bundle = info.settings, plan.bundle.info
-    calls = settings.generations(bundle.method, bundle.n_layers) * settings.popsize
-    with (
-        plan.workspace.open(info, plan.resume) as history,
-        SearchProgress(calls, progress) as bar,
-        ExitStack() as stack,
-    ):
-        events = stack.enter_context(Events(plan.workspace.folder / EVENTS)) if tensorboard else None
-
-        def observe(generation: Generation) -> None:
-            bar(generation)
-            if events is not None:
-                events(generation)
-
-        return search(evaluator, bundle, settings, history, observe)
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("cma", "numpy")}
-    return {"bbt-accel": bbt_accel.__version__, **packages, "python": platform.python_version()}
+def _say(line: str, progress: bool) -> None:
+    if progress:
+        print(line, file=sys.stderr)

@@ -35,7 +35,8 @@ class Evaluator(ABC):
     def dev(self, prompt: Float32) -> tuple[float, float]:
         """Loss and metric of one prompt, (n, H) or (L, n, H), on the dev rows."""
 
-    def close(self) -> None:  # noqa: B027 - nothing to free by default
+    @abstractmethod
+    def close(self) -> None:
         """Free the engine."""
 
     def __enter__(self) -> Self:

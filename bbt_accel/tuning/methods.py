@@ -1,71 +1,99 @@
-"""The two search methods, BBT and BBTv2, and their common protocol."""
+"""The two search methods, BBT and BBTv2, and their optimizer, CMA-ES."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import cma
 import numpy as np
 
 from bbt_accel.batch import Float32, Float64
+from bbt_accel.projection import one_blas_thread
 from bbt_accel.settings import Settings
-from bbt_accel.tuning.cma import Cma
 from bbt_accel.tuning.space import PromptSpace
 
 
-class SearchMethod(Protocol):
-    """A search, one generation at a time: ask, evaluate the candidates in `space`, tell."""
+class Cma:
+    """CMA-ES (Hansen, 2016), by pycma: starts at 0 with the step size sigma, in [-bound, bound]^d if bound > 0.
 
-    space: PromptSpace
+    Its trajectory is a function of the seed and the losses, bit for bit on one machine. So a stopped run is continued
+    by repeating its asks and tells (about 10 ms per generation for d = 500), and pycma's state need not be stored.
+    """
+
+    def __init__(self, d: int, sigma: float, popsize: int, seed: int | Sequence[int], bound: float = 0.0) -> None:
+        # A generator of its own: other code, and the other layers of BBTv2, may draw from numpy's global one.
+        randn = np.random.RandomState(seed).randn
+        bounds = [-bound, bound] if bound > 0 else [None, None]
+        options = {"popsize": popsize, "randn": randn, "seed": np.nan, "verbose": -9, "bounds": bounds}
+        # pycma's eigendecomposition is 10 to 50 times slower with two BLAS threads on a busy machine, and its last
+        # bits depend on their number.
+        with one_blas_thread():
+            self._es = cma.CMAEvolutionStrategy(np.zeros(d), sigma, options)
+
+    def ask(self) -> Float64:
+        """The next population, float64 (P, d)."""
+        with one_blas_thread():
+            return np.asarray(self._es.ask(), dtype=np.float64)
+
+    def tell(self, candidates: Float64, losses: Float64) -> None:
+        """Update with the losses (P,) of the population that was asked for."""
+        with one_blas_thread():
+            self._es.tell(list(candidates), losses.tolist())
 
     @property
-    def layer(self) -> int:
+    def step_size(self) -> float:
+        return float(self._es.sigma)
+
+
+class SearchMethod(ABC):
+    """A search, one generation at a time: ask, evaluate the candidates in `space`, tell."""
+
+    def __init__(self, space: PromptSpace, settings: Settings, seeds: Sequence[int | Sequence[int]]) -> None:
+        self.space, s = space, settings
+        self.layer = 0
         """The layer that the next generation searches; 0 for BBT."""
+        self._cmas = [Cma(s.intrinsic_dim, s.sigma, s.popsize, seed, s.bound) for seed in seeds]
 
     @property
     def step_size(self) -> float:
         """Step size from which the next generation is sampled."""
+        return self._cmas[self.layer].step_size
 
     def ask(self) -> Float64:
         """Candidates, float64 (P, d)."""
+        return self._cmas[self.layer].ask()
 
+    @abstractmethod
     def tell(self, candidates: Float64, losses: Float64) -> None:
         """Update the search with the losses (P,) of the candidates."""
+        self._cmas[self.layer].tell(candidates, losses)
 
+    @abstractmethod
     def prompt(self) -> Float32:
         """The prompt after the last generation: float32 (n, H), or (L, n, H) for BBTv2."""
 
 
-class Bbt:
+class Bbt(SearchMethod):
     """Black-Box Tuning (Sun et al., ICML 2022): one CMA-ES searches the prompt of the input layer.
 
     z* = argmin over z ∈ R^d of L(f(A z + p0; X), Y), the paper's objective. The prompt of a generation is that of its
     best candidate.
     """
 
-    layer = 0
-
     def __init__(self, space: PromptSpace, settings: Settings) -> None:
-        self.space = space
-        s = settings
-        self._cma = Cma(s.intrinsic_dim, s.sigma, s.popsize, s.seed, s.bound)
-        self._best = np.zeros(s.intrinsic_dim)
-
-    @property
-    def step_size(self) -> float:
-        return self._cma.step_size
-
-    def ask(self) -> Float64:
-        return self._cma.ask()
+        super().__init__(space, settings, [settings.seed])
+        self._best = np.zeros(settings.intrinsic_dim)
 
     def tell(self, candidates: Float64, losses: Float64) -> None:
-        self._cma.tell(candidates, losses)
+        super().tell(candidates, losses)
         self._best = candidates[np.argmin(losses)]
 
     def prompt(self) -> Float32:
         return self.space.prompt(0, self._best)
 
 
-class BbtV2:
+class BbtV2(SearchMethod):
     """BBTv2 (Sun et al., EMNLP 2022): one prompt per layer, searched by divide and conquer.
 
     One projection and one CMA-ES per layer. The layers take turns, starting from the lowest, as in the paper's
@@ -74,24 +102,14 @@ class BbtV2:
     """
 
     def __init__(self, space: PromptSpace, settings: Settings) -> None:
-        self.space = space
-        self.layer = 0
-        s, layers = settings, len(space.stack)
-        self._cmas = [Cma(s.intrinsic_dim, s.sigma, s.popsize, [s.seed, i], s.bound) for i in range(layers)]
-        self._best_losses = [np.inf] * layers
-
-    @property
-    def step_size(self) -> float:
-        return self._cmas[self.layer].step_size
-
-    def ask(self) -> Float64:
-        return self._cmas[self.layer].ask()
+        super().__init__(space, settings, [[settings.seed, layer] for layer in range(len(space.stack))])
+        self._best_losses = np.full(len(space.stack), np.inf)
 
     def tell(self, candidates: Float64, losses: Float64) -> None:
-        self._cmas[self.layer].tell(candidates, losses)
+        super().tell(candidates, losses)
         best = int(np.argmin(losses))
         if losses[best] < self._best_losses[self.layer]:
-            self._best_losses[self.layer] = float(losses[best])
+            self._best_losses[self.layer] = losses[best]
             self.space.stack[self.layer] = self.space.prompt(self.layer, candidates[best])
         self.layer = (self.layer + 1) % len(self._cmas)
 

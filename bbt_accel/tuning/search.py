@@ -30,9 +30,8 @@ class BestPrompt:
     dev_loss: float
 
     def or_better(self, other: BestPrompt | None) -> BestPrompt:
-        if other is None:
-            return self
-        return other if (other.dev_score, -other.dev_loss) > (self.dev_score, -self.dev_loss) else self
+        """The better of the two; this one if they are equal."""
+        return max(self, other or self, key=lambda found: (found.dev_score, -found.dev_loss))
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,7 @@ class Outcome:
 
 
 def search(
-    evaluator: Evaluator,
-    info: BundleInfo,
-    settings: Settings,
-    history: History,
-    observe: Observe = lambda generation: None,
+    evaluator: Evaluator, info: BundleInfo, settings: Settings, history: History, observe: Observe = lambda _: None
 ) -> Outcome:
     """Search for a soft prompt for a bundle, by the method that it was exported for.
 
@@ -59,7 +54,10 @@ def search(
     another search.
     """
     total = settings.generations(info.method, info.n_layers)
-    method = make_method(evaluator, info, settings)
+    if info.method == "bbt":
+        method: SearchMethod = Bbt(PromptSpace(info, settings), settings)
+    else:
+        method = BbtV2(PromptSpace(info, settings, evaluator.layer_stds()), settings)
     best = _replay(method, history, observe)
     try:
         for number in range(len(history), total):
@@ -75,11 +73,22 @@ def search(
     return Outcome(best, interrupted=False)
 
 
-def make_method(evaluator: Evaluator, info: BundleInfo, settings: Settings) -> SearchMethod:
-    """BBT or BBTv2 at its start, whichever the bundle was exported for."""
-    if info.method == "bbt":
-        return Bbt(PromptSpace(info, settings), settings)
-    return BbtV2(PromptSpace(info, settings, evaluator.layer_stds()), settings)
+def _replay(method: SearchMethod, history: History, observe: Observe) -> BestPrompt | None:
+    """Repeat the asks and tells of the history, without the engine."""
+    best: BestPrompt | None = None
+    for known in history.generations:
+        candidates = method.ask()
+        if fingerprint(candidates) != known.candidates:
+            raise RunError(
+                f"the run cannot be resumed: generation {known.generation} has other candidates than when it was made "
+                "(another processor, or another version of cma or numpy); tune again with --overwrite"
+            )
+        method.tell(candidates, np.array(known.losses))
+        if known.dev_score is not None and known.dev_loss is not None:
+            scored = BestPrompt(method.prompt(), known.generation, known.dev_score, known.dev_loss)
+            best = best.or_better(scored) if best else scored
+        observe(known)
+    return best
 
 
 def _generation(
@@ -111,24 +120,6 @@ def _generation(
         evaluations_per_second=rate,
     )
     return generation, scored
-
-
-def _replay(method: SearchMethod, history: History, observe: Observe) -> BestPrompt | None:
-    """Repeat the asks and tells of the history, without the engine."""
-    best: BestPrompt | None = None
-    for known in history.generations:
-        candidates = method.ask()
-        if fingerprint(candidates) != known.candidates:
-            raise RunError(
-                f"the run cannot be resumed: generation {known.generation} has other candidates than when it was made "
-                "(another processor, or another version of cma or numpy); tune again with --overwrite"
-            )
-        method.tell(candidates, np.array(known.losses))
-        if known.dev_score is not None and known.dev_loss is not None:
-            scored = BestPrompt(method.prompt(), known.generation, known.dev_score, known.dev_loss)
-            best = best.or_better(scored) if best else scored
-        observe(known)
-    return best
 
 
 def _score(evaluator: Evaluator, method: SearchMethod, generation: int) -> BestPrompt:

@@ -1,13 +1,13 @@
 """Processes that share the evaluation of each population, on this machine or on others: actors of Ray.
 
-Every worker has the backbone, the rows and the prompt space, which follows from the settings. So a generation sends
-each worker the candidates' z, and receives their losses; in BBTv2 it also sends the prompt that changed.
+Every worker has the backbone, the rows and the projections, which follow from the settings. So a generation sends the
+workers the candidates' z and, in BBTv2, the prompts of all layers, and receives losses.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -22,8 +22,7 @@ from bbt_accel.machine import physical_cores
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.space import PromptSpace
 
-MAX_DEATHS = 3
-"""Deaths of workers in a row, without any work done in between, after which the search fails."""
+MAX_DEATHS = 3  # of workers in a row, without any work done in between, after which the search fails
 
 
 class Worker:
@@ -40,22 +39,14 @@ class Worker:
     def make_space(self, layer_stds: Float32 | None) -> None:
         self.space = PromptSpace(self.job.bundle.info, self.job.settings, layer_stds)
 
-    def versions(self) -> dict[str, str]:
-        return self.evaluator.versions()
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A method of the evaluator."""
+        return getattr(self.evaluator, name)(*arguments)
 
-    def layer_stds(self) -> Float32:
-        return self.evaluator.layer_stds()
-
-    def train(
-        self, layer: int, candidates: Float32, first: int, end: int, changed: Mapping[int, Float32]
-    ) -> tuple[Float64, Float64]:
-        """Losses and metrics of candidates first .. end - 1. changed: new prompts of the stack, by layer."""
-        for number, prompt in changed.items():
-            self.space.stack[number] = prompt
-        return self.evaluator.train(self.space, layer, candidates, slice(first, end))
-
-    def dev(self, prompt: Float32) -> tuple[float, float]:
-        return self.evaluator.dev(prompt)
+    def train(self, layer: int, candidates: Float32, stack: Float32, part: slice) -> tuple[Float64, Float64]:
+        """Losses and metrics of a part of the candidates. stack: the prompts of all layers."""
+        self.space.stack = stack
+        return self.evaluator.train(self.space, layer, candidates, part)
 
 
 class WorkersEvaluator(Evaluator):
@@ -72,24 +63,17 @@ class WorkersEvaluator(Evaluator):
     engine raises; EngineError when the cluster is too small, or workers keep dying.
     """
 
-    def __init__(
-        self, workers: int, address: str, job: Job, report: Callable[[str], object] = lambda line: None
-    ) -> None:
+    def __init__(self, workers: int, address: str, job: Job, report: Callable[[str], object] = lambda _: None) -> None:
         check_workers(workers, job.settings.popsize)
-        self._report = report
-        self._stack = ExitStack()
+        self._report, self._deaths, self._stack = report, 0, ExitStack()
+        self._stds: Float32 | None = None
         self.actors: list[Any] = []
-        self._deaths = 0
         with ExitStack() as undo:
             undo.callback(self.close)
             self._connect(workers, address, job)
-            self._known: list[dict[int, Float32]] = [{} for _ in range(workers)]
-            """The prompts of the stack that each worker has, by layer; those not listed are zero."""
-            self._stds: Float32 | None = None
             self.actors += [self._make() for _ in range(workers)]
-            opened = [actor.open.remote(self._job, self._digest, None) for actor in self.actors]
-            for number, reference in enumerate(opened):
-                self._await_open(number, reference)
+            for number, opened in enumerate([self._open(number) for number in range(workers)]):
+                self._await_open(number, opened)
             undo.pop_all()
 
     def _connect(self, workers: int, address: str, job: Job) -> None:
@@ -102,31 +86,27 @@ class WorkersEvaluator(Evaluator):
         job = replace(job, bundle=bundle, engine=job.engine.model_copy(update={"threads": cpus}))
         self._job, self._digest = ray.put(job), bundle.digest
         self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Worker).remote
-        exceptions = ray.exceptions
-        self._dead = (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.OutOfMemoryError)
+        self._dead = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
     def versions(self) -> dict[str, str]:
-        found: dict[str, str] = self._one(lambda number: self.actors[number].versions.remote())
+        found: dict[str, str] = self._first("versions")
         return found
 
     def layer_stds(self) -> Float32:
-        self._stds = self._one(lambda number: self.actors[number].layer_stds.remote())
+        self._stds = self._first("layer_stds")
         self._all(lambda number: self.actors[number].make_space.remote(self._stds))
         return self._stds
 
     def train(self, space: PromptSpace, layer: int, candidates: Float64) -> tuple[Float64, Float64]:
-        z = candidates.astype(np.float32)  # what the projection casts them to
+        z, stack = candidates.astype(np.float32), self._ray.put(space.stack)  # float32 is what a projection takes
         shares = np.array_split(np.arange(len(z)), len(self.actors))
-
-        def start(number: int) -> Any:
-            first, end = int(shares[number][0]), int(shares[number][-1]) + 1
-            return self.actors[number].train.remote(layer, z, first, end, self._changed(number, space))
-
-        losses, metrics = zip(*self._all(start), strict=True)
+        parts = [slice(int(share[0]), int(share[-1]) + 1) for share in shares]
+        found = self._all(lambda number: self.actors[number].train.remote(layer, z, stack, parts[number]))
+        losses, metrics = zip(*found, strict=True)
         return np.concatenate(losses), np.concatenate(metrics)
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
-        loss, score = self._one(lambda number: self.actors[number].dev.remote(prompt))
+        loss, score = self._first("dev", prompt)
         return loss, score
 
     def close(self) -> None:
@@ -135,22 +115,12 @@ class WorkersEvaluator(Evaluator):
         self.actors = []
         self._stack.close()
 
-    def _changed(self, number: int, space: PromptSpace) -> dict[int, Float32]:
-        """Prompts of the stack that the worker does not have yet; they count as known from now on."""
-        known, zero = self._known[number], np.float32(0)
-        new = {i: p.copy() for i, p in enumerate(space.stack) if not np.array_equal(p, known.get(i, zero * p))}
-        known |= new
-        return new
+    def _first(self, name: str, *arguments: Any) -> Any:
+        return self._all(lambda number: self.actors[number].call.remote(name, *arguments), workers=1)[0]
 
-    def _one(self, start: Callable[[int], Any]) -> Any:
-        return self._run(start, [0])[0]
-
-    def _all(self, start: Callable[[int], Any]) -> list[Any]:
-        return self._run(start, range(len(self.actors)))
-
-    def _run(self, start: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
-        """The results of these workers; `start` calls a worker, and is called again for the replacement of one."""
-        running = {start(number): number for number in numbers}
+    def _all(self, start: Callable[[int], Any], workers: int | None = None) -> list[Any]:
+        """The results of all or the first `workers`. `start` calls one, and is called again for its replacement."""
+        running = {start(number): number for number in range(workers or len(self.actors))}
         results: dict[int, Any] = {}
         while running:
             [ready], _ = self._ray.wait(list(running), num_returns=1)
@@ -167,13 +137,15 @@ class WorkersEvaluator(Evaluator):
     def _replace(self, number: int, death: Exception) -> None:
         self._deaths += 1
         if self._deaths >= MAX_DEATHS:
-            raise EngineError(
-                f"{MAX_DEATHS} workers died in a row ({first_line(death):.200}); if they run out of memory, use fewer"
-            ) from death
+            problem = f"{MAX_DEATHS} workers died in a row ({first_line(death):.200})"
+            raise EngineError(f"{problem}; if they run out of memory, use fewer") from death
         self._report(f"worker {number + 1} died ({first_line(death):.200}); it is replaced")
         self._ray.kill(self.actors[number])  # if it is only unreachable
-        self.actors[number], self._known[number] = self._make(), {}
-        self._await_open(number, self.actors[number].open.remote(self._job, self._digest, self._stds))
+        self.actors[number] = self._make()
+        self._await_open(number, self._open(number))
+
+    def _open(self, number: int) -> Any:
+        return self.actors[number].open.remote(self._job, self._digest, self._stds)
 
     def _await_open(self, number: int, opened: Any) -> None:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from bbt_accel.errors import RunError
 from bbt_accel.history import History, read_history
 from bbt_accel.run import CURVE, HISTORY, INFO, BestRecord, Run, RunInfo, read_info, write_info, write_prompt
-from bbt_accel.tuning.curve import draw_curve
+from bbt_accel.tuning.monitoring import draw_curve
 from bbt_accel.tuning.search import Outcome
 
 
@@ -32,10 +32,7 @@ class Workspace:
         """run.json of the run to resume, or of the complete one; None if there is neither. RunError if unreadable."""
         self._recover()
         # The hidden folder first: where both exist, it continues or is to replace the other.
-        for folder in (self.folder, self.final):
-            if folder.exists():
-                return read_info(folder)
-        return None
+        return next((read_info(folder) for folder in (self.folder, self.final) if folder.exists()), None)
 
     def require_free(self, overwrite: bool) -> None:
         """Raises RunError when the run exists, complete or not; with `overwrite`, only when NAME is not a run."""
@@ -59,7 +56,7 @@ class Workspace:
         if not resume:
             self._discard()
         if not self.folder.exists():
-            self._create(info, source=self.final if resume and self.final.exists() else None)
+            self._create(info, self.final if resume and self.final.exists() else None)
         with History(self.folder / HISTORY) as history:
             try:
                 for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote a file
@@ -67,8 +64,8 @@ class Workspace:
                 write_info(self.folder, info)
                 yield history
             except OSError as error:
-                hint = "free some space, then --resume"
-                raise RunError(f"cannot write {self.folder} ({error.strerror}); {hint}") from error
+                problem = f"cannot write {self.folder} ({error.strerror})"
+                raise RunError(f"{problem}; free some space, then --resume") from error
             finally:
                 if not len(history):
                     self._discard()
@@ -80,24 +77,14 @@ class Workspace:
     def finish(self, info: RunInfo, outcome: Outcome) -> Run:
         """Add the prompt, the curve and the final run.json, and give the folder its name."""
         generations, best = read_history(self.folder / HISTORY), outcome.best
-        record = BestRecord(
-            generation=best.generation,
-            calls=generations[best.generation].calls,
-            dev_score=best.dev_score,
-            dev_loss=best.dev_loss,
-        )
-        info = info.model_copy(
-            update={
-                "status": "interrupted" if outcome.interrupted else "done",
-                "calls": generations[-1].calls,
-                "best": record,
-                "seconds": sum(g.seconds for g in generations),
-                "prompt_shape": list(best.prompt.shape),
-                "prompt_sha256": write_prompt(self.folder, best.prompt),
-            }
-        )
+        at, calls = best.generation, generations[best.generation].calls
+        info = info.model_copy()
+        info.status = "interrupted" if outcome.interrupted else "done"
+        info.calls, info.seconds = generations[-1].calls, sum(g.seconds for g in generations)
+        info.best = BestRecord(generation=at, calls=calls, dev_score=best.dev_score, dev_loss=best.dev_loss)
+        info.prompt_shape, info.prompt_sha256 = list(best.prompt.shape), write_prompt(self.folder, best.prompt)
         title = f"{info.task.name} · {info.bundle.backbone} · {info.bundle.method} · {info.engine.name}"
-        draw_curve(self.folder / CURVE, generations, best.generation, best.dev_score, info.task.metric, title)
+        draw_curve(self.folder / CURVE, generations, at, best.dev_score, info.task.metric, title)
         write_info(self.folder, info)
         self._rename()
         return Run.read(self.final)
@@ -105,18 +92,15 @@ class Workspace:
     def _discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _create(self, info: RunInfo, source: Path | None = None) -> None:
-        """Make the folder atomically, with a new run.json and history.jsonl or those of `source`."""
+    def _create(self, info: RunInfo, source: Path | None) -> None:
+        """Make the folder atomically, with run.json and the history of `source`, if any."""
         try:
             self._new.mkdir(parents=True)
         except OSError as error:
             raise RunError(f"cannot write to {self.final.parent} ({error.strerror}); choose another -o") from None
-        if source is None:
-            write_info(self._new, info)
-            (self._new / HISTORY).touch()
-        else:
-            for name in (INFO, HISTORY):
-                shutil.copy(source / name, self._new)
+        write_info(self._new, info)
+        if source is not None:
+            shutil.copy(source / HISTORY, self._new)
         os.rename(self._new, self.folder)
 
     def _rename(self) -> None:
