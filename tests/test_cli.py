@@ -23,6 +23,7 @@ from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.bundle import Bundle
 from bbt_accel.cli import app, main
 from bbt_accel.errors import BundleError, EngineError
+from bbt_accel.inference import EngineOptions
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
@@ -275,7 +276,9 @@ def test_options_are_arguments_of_the_function_and_have_its_defaults(
     module, _, name = function.partition(":")
     if module.startswith("exporters"):
         pytest.importorskip("torch")
-    arguments = inspect.signature(getattr(import_module(f"bbt_accel.{module}"), name)).parameters
+    arguments = dict(inspect.signature(getattr(import_module(f"bbt_accel.{module}"), name)).parameters)
+    if arguments.pop("options", None):  # **options: Unpack[EngineOptions], none of which has a default
+        arguments |= dict.fromkeys(EngineOptions.__annotations__)
     for name, field in (pair for model in models for pair in model.model_fields.items()):
         if name in ("fp16", "bf16", "int8"):  # together the argument `precision`
             continue
@@ -371,7 +374,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_settings_are_documented_with_their_defaults(command: str) -> None:
     text = plain(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "500"}).output)
     assert "(default: the task's, or 8000)" in text
-    assert "as many in the dev set (default: 16)" in text
+    assert "and again in the dev set (default: 16)" in text
     options = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
     assert options - set(text.split()) == ({"--seed"} if command == "sweep" else set())
 

@@ -206,13 +206,10 @@ def test_calibration_rows_are_those_of_the_tasks_preset(exported: Callable[..., 
 
 def test_a_target_of_another_package_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = EngineSpec("toy", {"cpu": Backend("toy:Engine")}, reads=("toy",), optimized=("fp32",))
-    monkeypatch.setattr(engine_specs, "ENGINES", (*engine_specs.ENGINES, spec))
-    engine_specs.engine_specs.cache_clear()
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_specs, "engine_specs", lambda: {"toy": spec})
         with pytest.raises(UsageError, match="--target toy is an engine of another package"):
             optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="toy")
-    finally:
-        engine_specs.engine_specs.cache_clear()
     for target, hint in (("ordt", "did you mean ort"), ("remote", "choose from torch, ort")):
         with pytest.raises(UsageError, match=f"unknown target '{target}'; {hint}"):
             optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target=target)
