@@ -13,7 +13,7 @@ from bbt_accel.engines.registry import load_engine
 from bbt_accel.objective import Objective
 from bbt_accel.run import EngineRecord
 from bbt_accel.settings import Settings
-from bbt_accel.tuning.space import PromptSpace
+from bbt_accel.tuning.methods import PromptSpace
 
 
 class Evaluator(ABC):

@@ -20,7 +20,7 @@ from bbt_accel.cluster import connect, first_cause, require, share_of_cores
 from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError, first_line
 from bbt_accel.machine import physical_cores
 from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.space import PromptSpace
+from bbt_accel.tuning.methods import PromptSpace
 
 MAX_DEATHS = 3  # of workers in a row, without any work done in between, after which the search fails
 
