@@ -112,7 +112,10 @@ def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"{folder} has no {wanted}; it holds {found}")
     for file in files:
-        records = _read(file)
+        try:
+            records = READERS[file.suffix](file)
+        except (OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:  # pyarrow raises them too
+            raise DataError(f"cannot read {file} ({first_line(error)})") from None
         labels = {str(record.get(task.label, UNLABELLED)) for record in records}
         if file == files[-1] or labels - {str(UNLABELLED)}:
             break
@@ -124,13 +127,6 @@ def _find(folder: Path, name: str) -> list[Path]:
     if len(files) > 1:
         raise DataError(f"{folder} has {' and '.join(f.name for f in files)}; keep one of them")
     return files
-
-
-def _read(file: Path) -> list[Record]:
-    try:
-        return READERS[file.suffix](file)
-    except (OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:  # pyarrow raises them too
-        raise DataError(f"cannot read {file} ({first_line(error)})") from None
 
 
 def _read_jsonl(file: Path) -> list[Record]:
