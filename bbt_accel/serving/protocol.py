@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from bbt_accel.batch import shape_fits
 from bbt_accel.bundle import first_problem
@@ -51,11 +51,8 @@ class InferRequest:
     id: str | None
 
 
-# The schema of the JSON object. Unknown members are ignored: extensions of other servers use them.
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+class _Part(BaseModel, strict=True, extra="ignore"):
+    """A part of the JSON object. Unknown members are ignored: extensions of other servers use them."""
 
 
 class _Parameters(_Part):

@@ -37,8 +37,7 @@ class PromptSpace:
 
     def prompt(self, layer: int, z: Float64) -> Float32:
         """A z for one layer: (d,) to float32 (n, H)."""
-        prompt: Float32 = self._projections[layer].prompts(z[None])[0]
-        return prompt
+        return self._projections[layer].prompts(z[None]).squeeze(0)
 
 
 def _projection(info: BundleInfo, settings: Settings, layer: int, embedding_std: float) -> Projection:

@@ -89,8 +89,7 @@ class WorkersEvaluator(Evaluator):
         self._dead = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
     def versions(self) -> dict[str, str]:
-        found: dict[str, str] = self._first("versions")
-        return found
+        return dict(self._first("versions"))
 
     def layer_stds(self) -> Float32:
         self._stds = self._first("layer_stds")
