@@ -1,4 +1,4 @@
-"""Rows of a task, from a folder, the hub or the package; and the few-shot split."""
+"""Rows of a task, from a folder, the hub or the package; the few-shot split; and texts to predict."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from bbt_accel.errors import DataError, first_line
+from bbt_accel.errors import DataError, UsageError, first_line
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task
 
@@ -76,6 +77,31 @@ def rows_digest(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Texts by column, for each of `texts` or for each line of `file` (`-` is standard input).
+
+    Without either, lines are read from standard input unless that is a terminal. For a task with one text column a
+    line is a text; for one with more it is a JSON object or tab-separated columns. Raises UsageError and DataError.
+    """
+    if texts and file is not None:
+        raise UsageError("give texts or --file, not both")
+    if texts:
+        return [_parse_text(text, columns, f"text {number}") for number, text in enumerate(texts, 1)]
+    if file is None and sys.stdin.isatty():
+        raise UsageError("give a text, --file FILE, or lines on standard input")
+    name = "standard input" if file is None or str(file) == "-" else str(file)
+    try:
+        content = file.read_text("utf-8-sig") if file is not None and str(file) != "-" else sys.stdin.read()
+    except UnicodeDecodeError:
+        raise DataError(f"{name} is not UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"cannot read {name} ({error.strerror})") from None
+    if not content:
+        raise DataError(f"{name} is empty")
+    lines = content.removesuffix("\n").split("\n")
+    return [_parse_text(line, columns, f"{name} line {number}") for number, line in enumerate(lines, 1)]
+
+
 def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
     if not folder.is_dir():
         raise DataError(f"--data {folder} is not a folder; it should hold train.jsonl and test.jsonl (or csv, parquet)")
@@ -86,7 +112,10 @@ def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"{folder} has no {wanted}; it holds {found}")
     for file in files:
-        records = _read(file)
+        try:
+            records = READERS[file.suffix](file)
+        except (OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:  # pyarrow raises them too
+            raise DataError(f"cannot read {file} ({first_line(error)})") from None
         labels = {str(record.get(task.label, UNLABELLED)) for record in records}
         if file == files[-1] or labels - {str(UNLABELLED)}:
             break
@@ -98,13 +127,6 @@ def _find(folder: Path, name: str) -> list[Path]:
     if len(files) > 1:
         raise DataError(f"{folder} has {' and '.join(f.name for f in files)}; keep one of them")
     return files
-
-
-def _read(file: Path) -> list[Record]:
-    try:
-        return READERS[file.suffix](file)
-    except (OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:  # pyarrow raises them too
-        raise DataError(f"cannot read {file} ({first_line(error)})") from None
 
 
 def _read_jsonl(file: Path) -> list[Record]:
@@ -199,3 +221,24 @@ def _text(value: object, column: str, where: str) -> str:
         kind = "missing" if value is None else f"{value!r:.50}, not text"
         raise DataError(f"{where}: {column} is {kind}")
     return value
+
+
+def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
+    """One row. Raises DataError, naming `where`, when a column is missing."""
+    if len(columns) == 1:
+        return {columns[0]: text}
+    needed = f"the task needs {', '.join(columns)}"
+    if text.lstrip().startswith("{"):
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON ({error})") from None
+        for column in columns:
+            if not isinstance(record.get(column), str):
+                raise DataError(f"{where} has no text {column!r}; {needed}")
+        return {column: record[column] for column in columns}
+    values = text.split("\t")
+    if len(values) != len(columns):
+        problem = f"{where} has {len(values)} column(s), {needed}"
+        raise DataError(f"{problem}: separate them with tabs, or write a JSON object")
+    return dict(zip(columns, values, strict=True))

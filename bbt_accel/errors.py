@@ -74,7 +74,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
 
 
-def check_known(what: str, name: str, known: Iterable[str], error: type[BbtError] = UsageError) -> None:
+def check_known(what: str, name: str, known: Iterable[str], error: type[Exception] = UsageError) -> None:
     """Raises `error` for a name that is not among those known, and suggests the closest one."""
     known = list(known)
     if name not in known:

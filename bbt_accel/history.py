@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from bbt_accel.batch import Float64
 from bbt_accel.errors import RunError
@@ -44,13 +43,17 @@ class History:
     def __init__(self, file: Path) -> None:
         self._stream: IO[bytes] = file.open("ab")
         try:
-            _lock(self._stream)
+            import fcntl
+
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has no flock
         except BlockingIOError:
             self._stream.close()
             problem = f"{file.parent} is in use by another bbt-accel tune"
             raise RunError(f"{problem}; wait for it or choose another -o") from None
-        self.generations, size = _parse(file)
-        self._stream.truncate(size)
+        self.generations = read_history(file)
+        self._stream.truncate(file.read_bytes().rfind(b"\n") + 1)
 
     def append(self, generation: Generation) -> None:
         self._stream.write(json.dumps(generation.model_dump()).encode() + b"\n")
@@ -68,37 +71,24 @@ class History:
         self._stream.close()
 
 
-def read_history(file: Path) -> list[Generation]:
-    """The complete lines of history.jsonl. Raises RunError for one that is not a generation, or out of order."""
-    return _parse(file)[0]
-
-
 def fingerprint(candidates: Float64) -> str:
     """Digest of float64 candidates, bit for bit."""
     return hashlib.sha256(np.ascontiguousarray(candidates).tobytes()).hexdigest()[:16]
 
 
-def _parse(file: Path) -> tuple[list[Generation], int]:
-    """The generations, and the number of bytes of their lines."""
+def read_history(file: Path) -> list[Generation]:
+    """The complete lines of history.jsonl. Raises RunError for one that is not a generation, or out of order."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise RunError(f"cannot read {file} ({error.strerror})") from None
-    size = content.rfind(b"\n") + 1
-    generations = []
-    for number, line in enumerate(content[:size].splitlines()):
+    generations: list[Generation] = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines()):
         try:
             generation = Generation.model_validate(json.loads(line))
-        except (ValueError, ValidationError):
+        except ValueError:  # pydantic's error is one
             raise RunError(f"{file} is damaged in line {number + 1}; tune again with --overwrite") from None
         if generation.generation != number:
             raise RunError(f"{file} is damaged: line {number + 1} is generation {generation.generation}; tune again")
         generations.append(generation)
-    return generations, size
-
-
-def _lock(stream: IO[bytes]) -> None:
-    with suppress(ImportError):  # Windows has no flock
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return generations

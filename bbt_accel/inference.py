@@ -11,7 +11,6 @@ import numpy as np
 from bbt_accel.batch import Float32, Float64
 from bbt_accel.data import Row, load_few_shot, load_rows
 from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError
@@ -58,7 +57,6 @@ def evaluate(
         prompts = [run.prompt, np.zeros_like(run.prompt)]
         logits = label_logits(loaded, Encoder(loaded.bundle, run.task), rows, prompts)
         _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
-        wanted = options.get("device") or run.info.engine.device
         return {
             "split": split,
             "metric": run.task.metric,
@@ -66,7 +64,7 @@ def evaluate(
             "without_prompt": float(without),
             "rows": len(rows),
             "engine": loaded.name,
-            "device": engine_spec(options.get("engine") or run.info.engine.name).device(wanted),
+            "device": loaded.device,
             "bundle": str(loaded.bundle.path.resolve()),
         }
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.errors import NonFiniteLoss, UsageError, check_known
-from bbt_accel.settings import Loss as Loss
-from bbt_accel.settings import Metric as Metric
+from bbt_accel.settings import Loss, Metric
 
 MARGIN = 2.0  # of the hinge loss, as in the original
 STATISTICS = ("ce", "hinge", "correct", "true_positives", "positives")
@@ -22,7 +21,8 @@ def batch_statistics(logits: Float32, targets: Int64) -> Float64:
     """The sums from which every loss and metric follows, for each candidate: float64 (P, 5), columns `STATISTICS`.
 
     logits: float32 (P, N, C); targets: int64 (N,). The losses of a candidate with a NaN or infinite logit are NaN.
-    Statistics of several batches add up. exporters/device.py has the same as a graph.
+    Statistics of several batches add up. `exporters.device.batch_statistics` is the same in fp32 as a graph, without
+    the checks.
     Raises UsageError for other shapes, and for a target that is not a class.
     """
     x = np.asarray(logits, dtype=np.float64)
@@ -82,9 +82,8 @@ class Objective:
         """Losses and metrics of a population from its batch statistics (P, 5), as `score` gives them."""
         finite = np.isfinite(found).all(axis=1)
         if not finite.all():
-            problem = (
-                f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite)"
-            )
+            number = first + int(np.argmin(finite))
+            problem = f"the loss of candidate {number} is not finite (a logit is NaN or infinite)"
             raise NonFiniteLoss(f"{problem}; use an fp32 bundle, or a smaller --sigma or --alpha")
         sums = dict(zip(STATISTICS, found.T, strict=True))
         if self.metric == "accuracy":

@@ -13,9 +13,10 @@ from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.exporters.fidelity import scaled_error
 from bbt_accel.exporters.rows import sample_rows
-from bbt_accel.objective import Loss, Objective
+from bbt_accel.objective import Objective
 from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection
+from bbt_accel.settings import Loss
 
 DIM = 20
 """Dimension of the space that prompts are projected from."""

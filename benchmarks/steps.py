@@ -25,7 +25,7 @@ from bbt_accel.optimizations import in_graph
 from bbt_accel.run import Run
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import Task
-from bbt_accel.tuning.space import PromptSpace
+from bbt_accel.tuning.methods import PromptSpace
 
 SEED = 42
 """Seed of the timed and compared rows, of the random prompts and of the first search."""

@@ -22,8 +22,8 @@ from bbt_accel.objective import Objective
 from bbt_accel.run import EngineRecord, Run
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import Evaluator, Job
+from bbt_accel.tuning.methods import PromptSpace
 from bbt_accel.tuning.search import Outcome, search
-from bbt_accel.tuning.space import PromptSpace
 from bbt_accel.tuning.workers import WorkersEvaluator
 
 pytestmark = pytest.mark.usefixtures("cluster")

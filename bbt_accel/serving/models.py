@@ -153,11 +153,10 @@ class RowModel(Model):
             if not self.require(tensors, spec.name).size or not np.isfinite(tensors[spec.name]).all():
                 raise RequestError(f"input {spec.name} must have finite numbers, at least one")
         digest, rows = self.cache.find(tensors, parameters)
-        candidates = len(tensors[self.own[0].name]) if self.own else 1
-        if candidates * len(rows.batch) > self.limits.batch:
-            raise RequestError(
-                f"{candidates} candidates times {len(rows.batch)} rows exceed {self.limits.batch}; send fewer", 413
-            )
+        candidates, count = len(tensors[self.own[0].name]) if self.own else 1, len(rows.batch)
+        if candidates * count > self.limits.batch:
+            problem = f"{candidates} candidates times {count} rows exceed {self.limits.batch}"
+            raise RequestError(f"{problem}; send fewer", 413)
         return {self.outputs[0].name: self.compute(rows, tensors)}, {ROWS: digest}
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from bbt_accel.batch import shape_fits
 from bbt_accel.bundle import first_problem
@@ -51,11 +51,8 @@ class InferRequest:
     id: str | None
 
 
-# The schema of the JSON object. Unknown members are ignored: extensions of other servers use them.
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+class _Part(BaseModel, strict=True, extra="ignore"):
+    """A part of the JSON object. Unknown members are ignored: extensions of other servers use them."""
 
 
 class _Parameters(_Part):
@@ -89,7 +86,11 @@ def read_request(
     header_length: the value of `Inference-Header-Content-Length`, None without it. The model itself checks that its
     inputs are complete. Raises RequestError (400) for whatever violates the specification or the model's metadata.
     """
-    head = body if header_length is None else body[: _length(header_length, len(body))]
+    head, length = body, header_length
+    if length is not None:
+        if not (length.isascii() and length.isdigit() and len(length) < 16 and int(length) <= len(body)):
+            raise RequestError("Inference-Header-Content-Length must be a number, at most the length of the body")
+        head = body[: int(length)]
     try:
         request = _Request.model_validate_json(head)
     except ValidationError as error:
@@ -106,12 +107,6 @@ def read_request(
     if end != len(body):
         raise RequestError(f"the body has {len(body)} bytes, but its header and inputs have {end}")
     return InferRequest(tensors, _wanted(request, outputs), request.parameters, request.id)
-
-
-def _length(text: str, most: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) <= most):
-        raise RequestError("Inference-Header-Content-Length must be a number, at most the length of the body")
-    return int(text)
 
 
 def _check_input(tensor: _Input, known: Mapping[str, TensorSpec], binary: bool) -> None:

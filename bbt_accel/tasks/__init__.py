@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from bbt_accel.bundle import Method, TemplateGroup, first_problem
-from bbt_accel.errors import TaskError, UsageError, did_you_mean
+from bbt_accel.errors import TaskError, UsageError, check_known, did_you_mean
 from bbt_accel.settings import Metric, resolve
 
 FOLDER = Path(__file__).parent
@@ -46,8 +46,7 @@ def _every_group(given: object) -> object:
     if not isinstance(given, dict):
         return given
     for name in given:
-        if name not in GROUPS:
-            raise ValueError(f"unknown template group {name!r}; {did_you_mean(name, GROUPS)}")
+        check_known("template group", name, GROUPS, ValueError)
     return dict.fromkeys(GROUPS) | given
 
 

@@ -113,7 +113,6 @@ def _prepare(
 ) -> tuple[Job, RunInfo]:
     """Load and encode the rows, and describe the run."""
     folder = None if data is None else Path(data).absolute()
-    path = None if folder is None else str(folder)
     train, dev = load_few_shot(task, folder, settings)
     encoder, digest = Encoder(bundle, task), rows_digest([*train, *dev])
     packages = {name: version(name) for name in ("cma", "numpy")}
@@ -121,7 +120,7 @@ def _prepare(
         task=task,
         label_words=encoder.label_words,
         settings=settings,
-        data=DataRecord(path=path, digest=digest, train_rows=len(train), dev_rows=len(dev)),
+        data=DataRecord(path=str(folder) if folder else None, digest=digest, train_rows=len(train), dev_rows=len(dev)),
         bundle=BundleRecord.of(bundle, workspace.final),
         engine=engine,
         versions={"bbt-accel": bbt_accel.__version__, **packages, "python": platform.python_version()},

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
 
 from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.bundle import Bundle
-from bbt_accel.engines.base import Engine
+from bbt_accel.engines.base import Closing, Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.objective import Objective
 from bbt_accel.run import EngineRecord
 from bbt_accel.settings import Settings
-from bbt_accel.tuning.space import PromptSpace
+from bbt_accel.tuning.methods import PromptSpace
 
 
-class Evaluator(ABC):
+class Evaluator(Closing, ABC):
     """An engine with the train and the dev rows bound, and the objective. A context manager."""
 
     @abstractmethod
@@ -34,16 +33,6 @@ class Evaluator(ABC):
     @abstractmethod
     def dev(self, prompt: Float32) -> tuple[float, float]:
         """Loss and metric of one prompt, (n, H) or (L, n, H), on the dev rows."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free the engine."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 class LocalEvaluator(Evaluator):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
+from bbt_accel.engines.base import Closing
 from bbt_accel.errors import MissingDependency
 from bbt_accel.history import Generation
 from bbt_accel.reporting import BLUE, GREY, METRICS, RED, figure, tidy
@@ -14,7 +14,7 @@ from bbt_accel.reporting import BLUE, GREY, METRICS, RED, figure, tidy
 FIELDS = ("best_loss", "mean_loss", "metric", "step_size", "dev_score", "dev_loss", "evaluations_per_second")
 
 
-class Events:
+class Events(Closing):
     """Writes scalars of each generation, over API calls. Raises MissingDependency without tensorboard."""
 
     def __init__(self, folder: Path) -> None:
@@ -37,10 +37,7 @@ class Events:
         self._writer.add_event(event)
         self._writer.flush()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._writer.close()
 
 

@@ -14,8 +14,7 @@ from bbt_accel.errors import RunError
 from bbt_accel.history import Generation, History, fingerprint
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import Evaluator
-from bbt_accel.tuning.methods import Bbt, BbtV2, SearchMethod
-from bbt_accel.tuning.space import PromptSpace
+from bbt_accel.tuning.methods import Bbt, BbtV2, PromptSpace, SearchMethod
 
 Observe = Callable[[Generation], None]
 

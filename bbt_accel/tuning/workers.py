@@ -20,7 +20,7 @@ from bbt_accel.cluster import connect, first_cause, require, share_of_cores
 from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError, first_line
 from bbt_accel.machine import physical_cores
 from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.space import PromptSpace
+from bbt_accel.tuning.methods import PromptSpace
 
 MAX_DEATHS = 3  # of workers in a row, without any work done in between, after which the search fails
 
@@ -89,8 +89,7 @@ class WorkersEvaluator(Evaluator):
         self._dead = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
     def versions(self) -> dict[str, str]:
-        found: dict[str, str] = self._first("versions")
-        return found
+        return dict(self._first("versions"))
 
     def layer_stds(self) -> Float32:
         self._stds = self._first("layer_stds")

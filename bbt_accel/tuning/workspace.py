@@ -54,7 +54,7 @@ class Workspace:
         """
         self._recover()
         if not resume:
-            self._discard()
+            shutil.rmtree(self.folder, ignore_errors=True)
         if not self.folder.exists():
             self._create(info, self.final if resume and self.final.exists() else None)
         with History(self.folder / HISTORY) as history:
@@ -68,14 +68,14 @@ class Workspace:
                 raise RunError(f"{problem}; free some space, then --resume") from error
             finally:
                 if not len(history):
-                    self._discard()
+                    shutil.rmtree(self.folder, ignore_errors=True)
 
     def is_complete(self) -> bool:
         """Whether the run has its final name, and no other is about to replace it."""
         return self.final.exists() and not self.folder.exists()
 
     def finish(self, info: RunInfo, outcome: Outcome) -> Run:
-        """Add the prompt, the curve and the final run.json, and give the folder its name."""
+        """Add the prompt, the curve and the final run.json, and give the folder its name, in place of a former run."""
         generations, best = read_history(self.folder / HISTORY), outcome.best
         at, calls = best.generation, generations[best.generation].calls
         info = info.model_copy()
@@ -86,11 +86,12 @@ class Workspace:
         title = f"{info.task.name} · {info.bundle.backbone} · {info.bundle.method} · {info.engine.name}"
         draw_curve(self.folder / CURVE, generations, at, best.dev_score, info.task.metric, title)
         write_info(self.folder, info)
-        self._rename()
+        shutil.rmtree(self._old, ignore_errors=True)
+        if self.final.exists():
+            os.rename(self.final, self._old)
+        os.rename(self.folder, self.final)
+        shutil.rmtree(self._old, ignore_errors=True)
         return Run.read(self.final)
-
-    def _discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _create(self, info: RunInfo, source: Path | None) -> None:
         """Make the folder atomically, with run.json and the history of `source`, if any."""
@@ -102,14 +103,6 @@ class Workspace:
         if source is not None:
             shutil.copy(source / HISTORY, self._new)
         os.rename(self._new, self.folder)
-
-    def _rename(self) -> None:
-        """Give the folder its final name, in place of a former run."""
-        shutil.rmtree(self._old, ignore_errors=True)
-        if self.final.exists():
-            os.rename(self.final, self._old)
-        os.rename(self.folder, self.final)
-        shutil.rmtree(self._old, ignore_errors=True)
 
     def _recover(self) -> None:
         """Clean up after a process that was killed while it renamed."""
