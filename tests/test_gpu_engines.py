@@ -32,8 +32,8 @@ from bbt_accel.engines.trt import TrtEngine
 from bbt_accel.errors import EngineError, PlanError
 from bbt_accel.exporters import tensorrt
 from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.rows import sample_rows
 from bbt_accel.exporters.trt_api import Api
+from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.objective import batch_statistics
 from bbt_accel.population import Latent, Population
 
