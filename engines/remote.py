@@ -111,10 +111,8 @@ class Server:
         found = self.config(model)
         if found.get(protocol.DIGEST, bundle.digest) != bundle.digest:
             there = f"{found.get('backbone', 'unknown')}, {found[protocol.DIGEST][:12]}"
-            here = f"{bundle.path} ({bundle.digest[:12]})"
-            raise BundleError(
-                f"{self.url} serves another bundle ({there}) than {here}; pass the server's bundle as --bundle"
-            )
+            why = f"{self.url} serves another bundle ({there}) than {bundle.path} ({bundle.digest[:12]})"
+            raise BundleError(f"{why}; pass the server's bundle as --bundle")
         return found
 
     def versions(self) -> dict[str, str]:
