@@ -84,9 +84,15 @@ class OrtEngine(StagedEngine):
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         session = self.sessions[stage]
+        names = [o.name for o in session.get_outputs()]
         with failing("ONNX Runtime", f"in {stage}.onnx"):
-            outputs = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
-        return dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
+            found = self.call(stage, {i.name: inputs[i.name] for i in session.get_inputs()}, names)
+        return dict(zip(names, found, strict=True))
+
+    def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
+        """The outputs of these names."""
+        found: list[Any] = self.sessions[stage].run(names, given)
+        return found
 
     def versions(self) -> dict[str, str]:
         names = ("onnxruntime", "onnxruntime-gpu")
@@ -167,13 +173,9 @@ class OrtCudaEngine(OrtEngine):
     def providers(self, more: dict[str, str]) -> list[Any]:
         return [(self.provider, self.provider_options | more)]
 
-    def run(self, stage: str, inputs: Arrays) -> Arrays:
-        session = self.sessions[stage]
-        given = {i.name: inputs[i.name] for i in session.get_inputs()}
-        names = [o.name for o in session.get_outputs()]
+    def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
         call = self.replay if self.captures(stage) else self.once
-        with failing("ONNX Runtime", f"in {stage}.onnx"):
-            return dict(zip(names, call(session, given, names), strict=True))
+        return call(self.sessions[stage], given, names)
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:
         """A call whose outputs are new arrays on the device, or whose only output is `place`."""

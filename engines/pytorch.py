@@ -66,7 +66,7 @@ class TorchEngine(StagedEngine):
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays) -> Arrays:
-        with failing("PyTorch", f"in {stage}", (RuntimeError, IndexError)):
+        with failing("PyTorch", f"in {stage}", RuntimeError, IndexError):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
                 return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}

@@ -231,12 +231,10 @@ def add_profile(
 ) -> list[Tensor]:
     """Add one optimization profile over all inputs; returns the inputs with their shapes."""
     profile = builder.create_optimization_profile()
-    inputs = []
-    for i in range(network.num_inputs):
-        tensor = tensor_of(network.get_input(i))
+    inputs = [tensor_of(network.get_input(i)) for i in range(network.num_inputs)]
+    for tensor in inputs:
         tensor.profile = shapes.shapes(tensor.name, tensor.shape, info)
         profile.set_shape(tensor.name, *tensor.profile)
-        inputs.append(tensor)
     if config.add_optimization_profile(profile) < 0:
         raise PlanError(f"TensorRT rejects the profile of {stage}: {shapes}")
     return inputs
