@@ -1,4 +1,7 @@
-"""Validation of a bundle's label logits: real rows, measures of fidelity, and the check that ends every export."""
+"""Validation of a bundle's label logits: real rows, measures of fidelity, and the check that ends every export.
+
+Rows and measures need neither onnx nor torch, which benchmarks of an engine may lack; the check imports them itself.
+"""
 
 from __future__ import annotations
 
