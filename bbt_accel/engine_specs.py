@@ -85,7 +85,7 @@ ENGINES = (
         "ort",
         {
             "cpu": Backend("bbt_accel.engines.ort:OrtEngine", ("onnxruntime|onnxruntime-gpu",), "cpu"),
-            "cuda": Backend("bbt_accel.engines.ort_cuda:OrtCudaEngine", ("onnxruntime-gpu",), "gpu", "onnxruntime"),
+            "cuda": Backend("bbt_accel.engines.ort:OrtCudaEngine", ("onnxruntime-gpu",), "gpu", "onnxruntime"),
         },
         reads=("onnx", "ort"),
         optimized=("fp32", "fp16", "int8"),

@@ -12,13 +12,13 @@ from pydantic import Field
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.benchmarks.script import Columns, Outcome, Report, Timed, columns_legend, page, rows_table
-from bbt_accel.exporters.fidelity import scaled_error
+from bbt_accel.exporters.validate import scaled_error
 from bbt_accel.objective import Objective
 from bbt_accel.reporting import BLUE, GREY, METRICS, ORANGE, Schema, digits, figure, markdown_list, markdown_table, tidy
 from bbt_accel.settings import Metric
 
 LARGEST_ERROR = 1e-4
-"""An fp32 row passes up to this logit error (`exporters.fidelity.scaled_error`)."""
+"""An fp32 row passes up to this logit error (`exporters.validate.scaled_error`)."""
 LEAST_AGREEMENT = 0.97
 """A row of lower precision passes if it predicts eager's class for at least this share of the test rows."""
 STEADY = 0.1

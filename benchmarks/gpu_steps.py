@@ -11,8 +11,7 @@ from bbt_accel.benchmarks.steps import LoadArguments, random_prompts
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.exporters.fidelity import scaled_error
-from bbt_accel.exporters.rows import sample_rows
+from bbt_accel.exporters.validate import sample_rows, scaled_error
 from bbt_accel.objective import Objective
 from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection

@@ -95,13 +95,12 @@ class Engine(Closing, ABC):
 
 
 @contextmanager
-def failing(
-    library: str, where: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception
-) -> Iterator[None]:
-    """Turns these errors of a library into an EngineError; all of them where they share no public base class."""
+def failing(library: str, where: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors of a library into an EngineError; by default all, for those without a public base class."""
+    caught = errors or (Exception,)
     try:
         yield
-    except errors as error:
+    except caught as error:
         raise EngineError(f"{library} failed {where} ({first_line(error).rstrip('.')})") from error
 
 

@@ -1,19 +1,34 @@
-"""ONNX Runtime."""
+"""ONNX Runtime on the CPU, and on an NVIDIA GPU, where arrays stay there and repeated calls become CUDA graphs."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import logging
+import sys
 from collections.abc import Sequence
-from typing import Any
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any, ClassVar
 
+import numpy as np
 import onnxruntime
 
+from bbt_accel.batch import Float32, Int64
+from bbt_accel.bundle import PROJECT, STATISTICS
 from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import Arrays, StagedEngine
-from bbt_accel.errors import EngineError
+from bbt_accel.errors import EngineError, first_line
 from bbt_accel.machine import installed
+from bbt_accel.population import Latent, LayerPrompts
 
+log = logging.getLogger(__name__)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+MAX_GRAPHS = 64
+"""CUDA graphs at most: ONNX Runtime frees them only with the session."""
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+"""The library of NVIDIA's driver, which no Python package installs."""
 
 
 @functools.cache
@@ -43,14 +58,12 @@ class OrtEngine(StagedEngine):
                 "uninstall both, then install one extra, [cpu] or [gpu]"
             )
         self.provider = PROVIDERS[self.device]
-        self.require_provider()
-        self.sessions = {stage: self.open(stage) for stage in self.bundle.info.stages}
-
-    def require_provider(self) -> None:
-        """Raises EngineError where ONNX Runtime lacks the provider; one that it has may still not start."""
-        if self.provider not in onnxruntime.get_available_providers():
+        if self.provider not in onnxruntime.get_available_providers():  # one that is there may still not start
             found = f"--device {self.device}: this ONNX Runtime has no {self.provider}"
             raise EngineError(f"{found}; see bbt-accel doctor for what to install")
+        if self.device == "cuda":
+            find_cuda()
+        self.sessions = {stage: self.open(stage) for stage in self.bundle.info.stages}
 
     def open(self, stage: str) -> Any:
         options = onnxruntime.SessionOptions()
@@ -71,9 +84,15 @@ class OrtEngine(StagedEngine):
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         session = self.sessions[stage]
+        names = [o.name for o in session.get_outputs()]
         with failing("ONNX Runtime", f"in {stage}.onnx"):
-            outputs = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
-        return dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
+            found = self.call(stage, {i.name: inputs[i.name] for i in session.get_inputs()}, names)
+        return dict(zip(names, found, strict=True))
+
+    def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
+        """The outputs of these names."""
+        found: list[Any] = self.sessions[stage].run(names, given)
+        return found
 
     def versions(self) -> dict[str, str]:
         names = ("onnxruntime", "onnxruntime-gpu")
@@ -83,3 +102,157 @@ class OrtEngine(StagedEngine):
     def close(self) -> None:
         super().close()
         self.sessions = {}
+
+
+# On a GPU ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def find_cuda() -> None:
+    """Load CUDA and cuDNN from pip's packages if they are installed; otherwise ONNX Runtime finds the system's.
+
+    Raises EngineError without NVIDIA's driver: ONNX Runtime would log it at length and fall back to the CPU.
+    """
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        why = f"there is no NVIDIA GPU, or no driver for it ({DRIVER})"
+        raise EngineError(f"--device cuda: {why}; use --device cpu or see bbt-accel doctor") from None
+    if hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(StringIO()):  # it prints what it cannot find
+            onnxruntime.preload_dlls()
+
+
+@dataclass
+class Call:
+    """A call with fixed addresses of its inputs and outputs, as a CUDA graph needs it."""
+
+    binding: Any
+    prompts: Any
+    outputs: list[Any]
+    options: Any
+
+
+class OrtCudaEngine(OrtEngine):
+    """Arrays are OrtValues on the device; prompts are copied, or projected, to where the call reads them.
+
+    CUDA graphs are for bbt, whose one stage has fixed shapes and addresses. In bbtv2 a layer's state may be cached
+    while the layer runs again, so its outputs cannot have a fixed address.
+    """
+
+    memory: ClassVar[str] = "cuda"
+    # fp32 matmuls stay in fp32: TF32, the default on GPUs that have it, keeps 10 bits.
+    provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    bucket_step = 8
+    tokens_per_call = 2**17
+    on_device = True
+
+    def load(self) -> None:
+        self.graphs = self.bundle.info.method == "bbt"
+        if not self.graphs:  # there are many stages, and each session keeps the memory of its largest call
+            self.tokens_per_call = 2**14
+        self.calls: dict[object, Call] = {}
+        self.seen: dict[object, list[tuple[int, ...]]] = {}
+        """A call seen once → the shapes of its outputs."""
+        super().load()
+        self.sessions |= {stage: self.open(stage) for stage in (PROJECT, STATISTICS)}
+
+    def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
+        """With CUDA graphs, or without them if part of the graph cannot run on the device."""
+        if self.captures(stage):
+            try:
+                return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
+            except Exception as error:  # ONNX Runtime's exceptions share no public base class
+                self.graphs = False
+                log.warning("no CUDA graphs: %s", first_line(error))
+        return super().session(stage, options, self.providers({}))
+
+    def captures(self, stage: str) -> bool:
+        return self.graphs and stage in self.bundle.info.stages
+
+    def providers(self, more: dict[str, str]) -> list[Any]:
+        return [(self.provider, self.provider_options | more)]
+
+    def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
+        call = self.replay if self.captures(stage) else self.once
+        return call(self.sessions[stage], given, names)
+
+    def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:
+        """A call whose outputs are new arrays on the device, or whose only output is `place`."""
+        inputs = {name: self.on_gpu(value) for name, value in given.items()}
+        binding = self.bind_arrays(session, inputs, dict.fromkeys(names, place))
+        session.run_with_iobinding(binding, options_for(-1))
+        found: list[Any] = binding.get_outputs()
+        return found
+
+    def bind_arrays(self, session: Any, inputs: Arrays, outputs: Arrays) -> Any:
+        """Arrays on the device as a session takes them; an output that is None becomes a new one."""
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            if value is None:
+                binding.bind_output(name, self.memory)
+            else:
+                binding.bind_ortvalue_output(name, value)
+        return binding
+
+    def replay(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
+        """A call that is captured the second time that it comes with the same rows and shapes."""
+        rows = [value for name, value in given.items() if name != "prompts"]
+        key = (given["prompts"].shape, *((value.data_ptr(), *value.shape()) for value in rows))
+        if key not in self.calls:
+            if key not in self.seen or len(self.calls) >= MAX_GRAPHS:
+                found = self.once(session, given, names)
+                self.seen[key] = [tuple(value.shape()) for value in found]
+                return found
+            inputs = {name: self.on_gpu(value) for name, value in given.items()}
+            new = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+            outputs = [new(shape, np.float32, self.memory) for shape in self.seen[key]]
+            binding = self.bind_arrays(session, inputs, dict(zip(names, outputs, strict=True)))
+            self.calls[key] = Call(binding, inputs["prompts"], outputs, options_for(len(self.calls) + 1))
+        call = self.calls[key]
+        if isinstance(given["prompts"], Latent):
+            self.project(given["prompts"], call.prompts)
+        else:
+            call.prompts.update_inplace(given["prompts"])
+        session.run_with_iobinding(call.binding, call.options)
+        return call.outputs
+
+    def on_gpu(self, value: Any) -> Any:
+        """A numpy array or `Latent` prompts as an OrtValue on the device; an OrtValue unchanged."""
+        if isinstance(value, np.ndarray):
+            return onnxruntime.OrtValue.ortvalue_from_numpy(value, self.memory)
+        return self.project(value) if isinstance(value, Latent) else value
+
+    def project(self, prompts: Latent, place: Any = None) -> Any:
+        """Projected prompts on the device, in the given OrtValue or a new one."""
+        given = {"z": prompts.z, **self.upload_projection(prompts.projection)}
+        return self.once(self.sessions[PROJECT], given, ["prompts"], place)[0]
+
+    def upload_prompts(self, prompts: LayerPrompts) -> Any:
+        """To the device; with CUDA graphs unchanged, because the call copies them to its fixed address."""
+        if self.graphs:
+            return prompts if isinstance(prompts, Latent) else np.ascontiguousarray(prompts)
+        return super().upload_prompts(prompts)
+
+    def to_device(self, array: Float32 | Int64) -> Any:
+        with failing("ONNX Runtime", "to upload an array to the GPU"):
+            return self.on_gpu(np.ascontiguousarray(array))
+
+    def to_host(self, array: Any) -> Float32:
+        return np.array(array.numpy(), np.float32)
+
+    def versions(self) -> dict[str, str]:
+        return super().versions() | {"cuda graphs": "on" if self.graphs else "off"}
+
+    def close(self) -> None:
+        self.calls, self.seen = {}, {}
+        super().close()
+
+
+def options_for(graph: int) -> Any:
+    """Run options that capture or launch the CUDA graph with this number; -1 is none."""
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options

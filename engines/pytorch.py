@@ -20,6 +20,15 @@ from bbt_accel.exporters.reference import Reference
 from bbt_accel.optimizations import in_graph
 from bbt_accel.population import Population
 
+HEAD_INPUTS = ("readout", "label_token_ids", "decoder_input_ids")
+BLOCK_INPUTS = ("prompts", "prefix", "hidden", "attention_mask")
+INPUTS = {
+    "model": ("prompts", "input_ids", "attention_mask", *HEAD_INPUTS),
+    "embed": ("input_ids",),
+    "last": (*BLOCK_INPUTS, *HEAD_INPUTS),
+}
+"""Stage → names of its inputs; the others are blocks."""
+
 
 def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
     """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available."""
@@ -57,26 +66,17 @@ class TorchEngine(StagedEngine):
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays) -> Arrays:
-        with failing("PyTorch", f"in {stage}", (RuntimeError, IndexError)):
+        with failing("PyTorch", f"in {stage}", RuntimeError, IndexError):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
                 return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}
             if stage == STATISTICS:
                 logits = inputs["label_logits"].float()
                 return {"statistics": batch_statistics(logits, inputs["targets"], inputs["classes"])}
-            taken = {name: value for name, value in inputs.items() if name in self.takes(stage)}
+            taken = {name: inputs[name] for name in INPUTS.get(stage, BLOCK_INPUTS) if name in inputs}
             if "prompts" in taken:
                 taken["prompts"] = taken["prompts"].to(self.dtype)
             return self.backbone.run(stage, taken)
-
-    def takes(self, stage: str) -> tuple[str, ...]:
-        """Names of a stage's inputs."""
-        rows = ("attention_mask", "readout", "label_token_ids", "decoder_input_ids")
-        if stage == "model":
-            return ("prompts", "input_ids", *rows)
-        if stage == "embed":
-            return ("input_ids",)
-        return ("prompts", "prefix", "hidden", *(rows if stage == "last" else rows[:1]))
 
     def to_device(self, array: Float32 | Int64) -> Tensor:
         return torch.from_numpy(array).to(self.device)

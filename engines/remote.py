@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -112,10 +111,8 @@ class Server:
         found = self.config(model)
         if found.get(protocol.DIGEST, bundle.digest) != bundle.digest:
             there = f"{found.get('backbone', 'unknown')}, {found[protocol.DIGEST][:12]}"
-            here = f"{bundle.path} ({bundle.digest[:12]})"
-            raise BundleError(
-                f"{self.url} serves another bundle ({there}) than {here}; pass the server's bundle as --bundle"
-            )
+            why = f"{self.url} serves another bundle ({there}) than {bundle.path} ({bundle.digest[:12]})"
+            raise BundleError(f"{why}; pass the server's bundle as --bundle")
         return found
 
     def versions(self) -> dict[str, str]:
@@ -130,7 +127,7 @@ class ServerRefused(EngineError):
 
     def __init__(self, url: str, error: InferenceServerException) -> None:
         status = str(error.status() or "")
-        self.status = int(status) if re.fullmatch(r"\d{3}", status) else None
+        self.status = int(status) if status.isdecimal() else None
         hint = f"; set {protocol.TOKEN} to the server's token" if self.status in (401, 403) else ""
         super().__init__(f"{url} refused: {str(error.message()).splitlines()[0]} (status {status or 'unknown'}){hint}")
 

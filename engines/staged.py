@@ -122,17 +122,16 @@ class StagedBoundBatch(BoundBatch):
 
     def upload_buckets(self, without: frozenset[str], step: int) -> list[Bucket]:
         limits = self.engine.tokens_per_call, self.engine.rows_per_call
-        return [self.upload_bucket(r, without) for r in bucket_rows(self.info, self.batch, without, step, *limits)]
-
-    def upload_bucket(self, rows: Int64, without: frozenset[str]) -> Bucket:
-        part = trim(self.info, self.batch, rows, without)
-        part = part.with_decoder_input(self.info, "short-decoder" not in without)
-        arrays: dict[str, Float32 | Int64] = {**part.inputs()}
-        if self.engine.on_device:
-            arrays["classes"] = classes = np.arange(len(part.label_token_ids), dtype=np.float32)
-            arrays["targets"] = np.equal.outer(part.targets, classes).astype(np.float32)
-        inputs = {name: self.engine.to_device(value) for name, value in arrays.items()}
-        return Bucket(rows, part.input_ids.shape[1], inputs)
+        buckets = []
+        for rows in bucket_rows(self.info, self.batch, without, step, *limits):
+            part = trim(self.info, self.batch, rows, without)
+            arrays: dict[str, Any] = part.with_decoder_input(self.info, "short-decoder" not in without).inputs()
+            if self.engine.on_device:
+                arrays["classes"] = classes = np.arange(len(part.label_token_ids), dtype=np.float32)
+                arrays["targets"] = np.equal.outer(part.targets, classes).astype(np.float32)
+            inputs = {name: self.engine.to_device(value) for name, value in arrays.items()}
+            buckets.append(Bucket(rows, part.input_ids.shape[1], inputs))
+        return buckets
 
     def _label_logits(self, population: Population) -> Float32:
         logits = np.empty((len(population), len(self.batch), len(self.batch.label_token_ids)), np.float32)

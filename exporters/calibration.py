@@ -16,8 +16,8 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.data import load_few_shot, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import DataError
-from bbt_accel.exporters.rows import sample_rows
 from bbt_accel.exporters.sessions import Feeds, open_session, open_stage, prompt_feeds, temporary_graph
+from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import load_task
 

@@ -18,13 +18,11 @@ from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, random_prompts, stage_feeds
 from bbt_accel.exporters.convert import convert_checkpoint, openvino_bf16, read_graph, save_openvino
 from bbt_accel.exporters.device import write_device_graphs
-from bbt_accel.exporters.fidelity import fidelity, scaled_error
 from bbt_accel.exporters.half import TYPES, emulate_bf16, to_half
-from bbt_accel.exporters.int8 import to_int8
-from bbt_accel.exporters.precision import Matmul, select_fp32
+from bbt_accel.exporters.int8 import Matmul, select_fp32, to_int8
 from bbt_accel.exporters.sessions import run_stages
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
-from bbt_accel.exporters.validate import reference_logits
+from bbt_accel.exporters.validate import fidelity, reference_logits, scaled_error
 from bbt_accel.files import new_folder
 from bbt_accel.machine import installed
 from bbt_accel.progress import Tell, silent

@@ -146,7 +146,7 @@ def get_plan(bundle: Bundle, stage: str, key: Key, api: Api, tell: Callable[[str
     folder = bundle.path / PLANS / key.folder
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    plan, record = build(api, bundle, stage, key, folder / "timing.cache")
+    plan, record = build(api, bundle, stage, key)
     try:
         write_atomically(folder / f"{stage}.plan", plan)
         write_atomically(folder / f"{stage}.json", (record.model_dump_json(indent=1) + "\n").encode())
@@ -172,17 +172,15 @@ def find_plan(bundle: Path, stage: str, key: Key) -> tuple[bytes | None, str]:
     return None, min(reasons)[1] if reasons else "there is none yet"
 
 
-def build(api: Api, bundle: Bundle, stage: str, key: Key, timing: Path | None = None) -> tuple[bytes, Record]:
-    """Build a plan from a stage's ONNX file. Raises PlanError with the node or TensorRT's first error.
-
-    timing: cache file of kernel timings, which make later builds faster.
-    """
+def build(api: Api, bundle: Bundle, stage: str, key: Key) -> tuple[bytes, Record]:
+    """Build a plan from a stage's ONNX file. Raises PlanError with the node or TensorRT's first error."""
     trt, logger = api.module, new_logger(api)
     builder = start(api, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(api, network, bundle.path / f"{stage}.onnx", logger)
     config = configure(api, builder, key)
     inputs = add_profile(builder, config, network, key.profile, bundle.info, stage)
+    timing = bundle.path / PLANS / key.folder / "timing.cache"
     cache = timing_cache(config, timing)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -191,7 +189,7 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key, timing: Path | None = 
             # As TensorRT for RTX does not support the GPUs of data centres.
             hint = f"; {api.name} does not support compute capability {key.capability[0]}: pip install tensorrt"
         raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)}){hint}")
-    if cache is not None and timing is not None:
+    if cache is not None:
         with suppress(OSError):  # a bundle that cannot be written to
             write_atomically(timing, bytes(cache.serialize()))
     content = bytes(plan)
@@ -233,12 +231,10 @@ def add_profile(
 ) -> list[Tensor]:
     """Add one optimization profile over all inputs; returns the inputs with their shapes."""
     profile = builder.create_optimization_profile()
-    inputs = []
-    for i in range(network.num_inputs):
-        tensor = tensor_of(network.get_input(i))
+    inputs = [tensor_of(network.get_input(i)) for i in range(network.num_inputs)]
+    for tensor in inputs:
         tensor.profile = shapes.shapes(tensor.name, tensor.shape, info)
         profile.set_shape(tensor.name, *tensor.profile)
-        inputs.append(tensor)
     if config.add_optimization_profile(profile) < 0:
         raise PlanError(f"TensorRT rejects the profile of {stage}: {shapes}")
     return inputs
@@ -249,9 +245,9 @@ def tensor_of(tensor: Any) -> Tensor:
     return Tensor(name=tensor.name, dtype=dtype, shape=tuple(int(size) for size in tensor.shape))
 
 
-def timing_cache(config: Any, file: Path | None) -> Any:
-    """The kernel timings of earlier builds; None where this TensorRT has no timing cache."""
-    if file is not None and hasattr(config, "create_timing_cache"):
+def timing_cache(config: Any, file: Path) -> Any:
+    """The kernel timings of earlier builds, which make later ones faster; None where this TensorRT caches none."""
+    if hasattr(config, "create_timing_cache"):
         for content in (file.read_bytes(), b"") if file.is_file() else (b"",):
             cache = config.create_timing_cache(content)
             if cache is not None and config.set_timing_cache(cache, False):

@@ -69,7 +69,14 @@ def find_api(ahead: bool = False) -> Api:
 
     Raises MissingDependency when there is none, PlanError when the installed one is too old or broken.
     """
-    found = [api for name in MODULES if (api := load(name)) is not None]
+    found = []
+    for name in MODULES:
+        try:
+            found.append(Api(name, import_module(name)))
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError, RuntimeError) as error:  # the bindings without their libraries
+            raise PlanError(f"{name} is installed but cannot be loaded ({first_line(error)}); reinstall it") from None
     if not found:
         raise MissingDependency('TensorRT is not installed: pip install "bbt-accel[trt]"')
     api = next((api for api in found if api.builds_ahead or not ahead), None)
@@ -82,17 +89,6 @@ def find_api(ahead: bool = False) -> Api:
             if not api.has(cls, name):
                 raise PlanError(f"{api.version} has no {cls}.{name}; bbt-accel needs TensorRT 10.12 or later")
     return api
-
-
-def load(name: str) -> Api | None:
-    """A module by name; None if it is not installed. Raises PlanError if it is but cannot be loaded."""
-    try:
-        module = import_module(name)
-    except ModuleNotFoundError:
-        return None
-    except (ImportError, OSError, RuntimeError) as error:  # the bindings without their libraries
-        raise PlanError(f"{name} is installed but cannot be loaded ({first_line(error)}); reinstall it") from None
-    return Api(name, module)
 
 
 def new_logger(api: Api) -> Any:

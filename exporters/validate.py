@@ -1,17 +1,72 @@
-"""Validate an exported bundle against eager PyTorch: names, shapes and values, on real padded rows.
+"""Validation of a bundle's label logits: real rows, measures of fidelity, and the check that ends every export.
 
-`export_bundle` calls it in a process that has not traced anything.
+Rows and measures need neither onnx nor torch, which benchmarks of an engine may lack; the check imports them itself.
 """
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+from tokenizers import Tokenizer
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
-from bbt_accel.exporters.fidelity import scaled_error
-from bbt_accel.exporters.rows import sample_rows
-from bbt_accel.exporters.sessions import run_stages
+from bbt_accel.demo import DATA
+
+
+def sample_rows(bundle: Bundle, count: int = 8, words: int = 40) -> Batch:
+    """Rows of the shipped texts, of different lengths, padded, with a mask token, encoded for any backbone.
+
+    The five label words are plain vocabulary ids: no task is needed, so a bundle with any vocabulary can be checked.
+    """
+    info, special = bundle.info, bundle.info.special
+    tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
+    lines = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    texts = [json.loads(line)["text"] for line in lines]
+    prompt = [] if info.prompt_mode == "cat" else [5 + i % (info.vocab_size - 5) for i in range(info.n_prompt_tokens)]
+    rows, readout = [], []
+    for i, text in enumerate(texts):
+        kept = words * (1 + i % 4) // 4
+        body = tokenizer.encode(text, add_special_tokens=False).ids[:kept][: info.max_length - len(prompt) - 3]
+        row = ([special.begin] if special.begin is not None else []) + prompt + (body or [5])
+        if special.mask is not None:
+            row.append(special.mask)
+        readout.append(1 if info.template_group == "span" else len(row) - 1)
+        rows.append(row + ([special.end] if special.end is not None else []))
+    length = max(map(len, rows))
+    ids = np.array([row + [special.pad] * (length - len(row)) for row in rows])
+    mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    labels = np.linspace(0, info.vocab_size - 1, 5).astype(np.int64)
+    return Batch(ids, mask, np.array(readout), np.arange(count) % 5, labels)
+
+
+def fidelity(logits: Float32, reference: Float32) -> dict[str, float]:
+    """All measures of label logits (P, N, C) against those of a reference, by their names in reports.
+
+    agreement: the share of equal predictions.
+    """
+    return {
+        "logit_error": scaled_error(logits, reference),
+        "logit_rmse": relative_rmse(logits, reference),
+        "agreement": float((logits.argmax(-1) == reference.argmax(-1)).mean()),
+    }
+
+
+def scaled_error(logits: Float32, reference: Float32) -> float:
+    """Largest absolute difference, relative to the largest reference logit if that exceeds 1; inf if shapes differ."""
+    if logits.shape != reference.shape:
+        return float("inf")
+    return float(np.abs(logits - reference).max() / max(1.0, np.abs(reference).max()))
+
+
+def relative_rmse(logits: Float32, reference: Float32) -> float:
+    """Root mean square error relative to the reference's root mean square, both after centring over the classes.
+
+    Only differences between classes reach a prediction or a loss, so an offset that all classes share is no error.
+    """
+    found, wanted = (x - x.mean(axis=-1, keepdims=True) for x in (logits, reference))
+    return float(np.sqrt(np.mean((found - wanted) ** 2)) / max(float(np.sqrt(np.mean(wanted**2))), 1e-12))
 
 
 def reference_logits(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
@@ -27,7 +82,12 @@ def reference_logits(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
 
 
 def validate(path: str) -> float:
-    """The largest scaled error of the bundle's label logits, for three random prompts."""
+    """The largest scaled error of a bundle's label logits against eager PyTorch, for three random prompts.
+
+    `export_bundle` calls it in a process that has not traced anything.
+    """
+    from bbt_accel.exporters.sessions import run_stages
+
     bundle = Bundle.read(path)
     batch = sample_rows(bundle)
     noise = np.random.default_rng(0).standard_normal((3, *bundle.info.prompt_shape))

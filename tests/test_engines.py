@@ -26,7 +26,7 @@ from tiny_backbones import POSITIONS, VARIANTS, VOCABULARY
 
 from bbt_accel import Batch, Bundle, Population, load_engine
 from bbt_accel.errors import EngineError, MissingDependency, UsageError
-from bbt_accel.exporters.rows import sample_rows
+from bbt_accel.exporters.validate import sample_rows
 
 ROOT = Path(__file__).parents[1]
 REAL = ["torch", "eager", "ort"]

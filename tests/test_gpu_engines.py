@@ -26,14 +26,14 @@ from tiny_backbones import VARIANTS
 
 from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
 from bbt_accel.bundle import write_info
-from bbt_accel.engines import ort, ort_cuda, trt
-from bbt_accel.engines.ort_cuda import OrtCudaEngine
+from bbt_accel.engines import ort, trt
+from bbt_accel.engines.ort import OrtCudaEngine
 from bbt_accel.engines.trt import TrtEngine
 from bbt_accel.errors import EngineError, PlanError
 from bbt_accel.exporters import tensorrt
 from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.rows import sample_rows
 from bbt_accel.exporters.trt_api import Api
+from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.objective import batch_statistics
 from bbt_accel.population import Latent, Population
 
@@ -62,10 +62,10 @@ def made(tiny: Export, gpu: Any, tmp_path: Path) -> Callable[..., Bundle]:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ort_cuda with the CPU as its device."""
+    """The engine for CUDA with the CPU as its device."""
     monkeypatch.setitem(ort.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(OrtCudaEngine, "memory", "cpu")
-    monkeypatch.setattr(ort_cuda, "find_cuda", lambda: None)
+    monkeypatch.setattr(ort, "find_cuda", lambda: None)
     monkeypatch.setattr(OrtCudaEngine, "providers", lambda self, more: ["CPUExecutionProvider"])
 
 
@@ -445,7 +445,7 @@ def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(tiny: Export, monkeypatch: p
         seen.extend(providers)
         raise RuntimeError("no device")
 
-    monkeypatch.setattr(ort_cuda, "find_cuda", lambda: None)
+    monkeypatch.setattr(ort, "find_cuda", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
@@ -460,7 +460,7 @@ def test_ort_without_a_driver_is_one_line_that_names_the_cpu(
 ) -> None:
     bundle = tiny("roberta", method, "add")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(ort_cuda, "DRIVER", "libno.so.1")
+    monkeypatch.setattr(ort, "DRIVER", "libno.so.1")
     message = one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
     assert "no NVIDIA GPU" in message
     assert "--device cpu" in message

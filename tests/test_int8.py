@@ -18,11 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
 from bbt_accel.exporters.calibration import Channels, TaskRows, random_prompts
-from bbt_accel.exporters.fidelity import relative_rmse
-from bbt_accel.exporters.int8 import SPLIT_SHARE, SplitRange, fit_range, split_weight, to_int8
+from bbt_accel.exporters.int8 import SPLIT_SHARE, SplitRange, fit_range, select_fp32, split_weight, to_int8
 from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.precision import select_fp32
 from bbt_accel.exporters.sessions import open_session, run_stages
+from bbt_accel.exporters.validate import relative_rmse
 
 few = settings(
     max_examples=25, deadline=None, derandomize=True, database=None,

@@ -27,10 +27,9 @@ from bbt_accel.errors import BundleError, ExportError, UsageError
 from bbt_accel.exporters import convert, optimize
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.convert import convert_checkpoint
-from bbt_accel.exporters.fidelity import fidelity, scaled_error
 from bbt_accel.exporters.half import to_half
 from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.rows import sample_rows
+from bbt_accel.exporters.validate import fidelity, sample_rows, scaled_error
 from bbt_accel.tasks import FOLDER, load_task
 
 Tiny = Callable[[str, str, str], Bundle]
