@@ -1,10 +1,9 @@
-"""What every command and script shares: errors in one line, exit codes, output, and the command line of a report."""
+"""What every command and script shares: errors in one line, exit codes and output."""
 
 from __future__ import annotations
 
 import errno
 import json
-import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,11 +54,6 @@ def explain(error: Exception) -> tuple[int, str]:
         hint = "; free some space" if error.errno == errno.ENOSPC else ""
         return 1, f"{where}{error.strerror or type(error).__name__}{hint}"
     return 1, f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback"
-
-
-def command_line(module: str, arguments: Sequence[str] | None = None) -> str:
-    """The command that runs a module with these arguments, or with those of this process."""
-    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def print_json(value: object) -> None:

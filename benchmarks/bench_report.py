@@ -201,10 +201,8 @@ class BenchReport(Report):
             text += f" The fastest engine that passed is **{best.label}**: {best.speedup_over_fastest:.2f} times the "
             text += f"fastest baseline and {best.speedup:.2f} times the original's forward, on {self.processor}."
         if abs(self.drift or 0.0) > STEADY:
-            text += (
-                f"\n\n**The machine was not steady:** the time of the original's forward changed by {self.drift:+.0%}, "
-            )
-            text += "and no ratio here is more precise than that. Measure again on an idle machine."
+            text += "\n\n**The machine was not steady:** the time of the original's forward changed by "
+            text += f"{self.drift:+.0%}, and no ratio here is more precise than that. Measure again on an idle machine."
         return text
 
     def ablation(self) -> str:

@@ -9,7 +9,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from bbt_accel.bundle import Bundle, Method, first_problem
 from bbt_accel.engine_specs import Device, engine_spec
@@ -20,6 +20,8 @@ from bbt_accel.tasks import load_task
 
 PRESETS = Path(__file__).parent
 """Folder of the shipped sweeps."""
+RUN = "run"
+"""Folder of the run in the folder of a trial."""
 
 
 def _unique(values: list[Any]) -> list[Any]:
@@ -107,10 +109,9 @@ class Sweep(Schema):
         return bundle
 
 
-class Trial(BaseModel):
+class Trial(Schema, frozen=True):
     """One tuning run and its score. A trial equal to one that is done is not run again."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     task: str
     task_name: str
     metric: Metric
