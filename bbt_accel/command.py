@@ -1,4 +1,4 @@
-"""What every command and script shares: errors in one line, exit codes and output."""
+"""What every command and script shares: errors in one line, exit codes, lists on the command line, output."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def explain(error: Exception) -> tuple[int, str]:
         hint = "; free some space" if error.errno == errno.ENOSPC else ""
         return 1, f"{where}{error.strerror or type(error).__name__}{hint}"
     return 1, f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback"
+
+
+def comma_separated(text: str) -> list[str]:
+    """The entries of a comma-separated list, without spaces around them."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 def print_json(value: object) -> None:

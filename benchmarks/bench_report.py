@@ -174,10 +174,8 @@ class BenchReport(Report):
     def markdown(self) -> str:
         fidelity = FIDELITY | (TUNED if any(row.tuned for row in self.rows) else {})
         reasons = [f"- **{row.label}**: {row.status}: {row.reason}" for row in self.rows if row.reason]
-        passing = (
-            f"- An fp32 row passes with a logit error of at most {LARGEST_ERROR:.0e}, a row of lower precision with an "
-            f"agreement of at least {LEAST_AGREEMENT}. Scores are {METRICS[self.metric]}."
-        )
+        passing = f"- An fp32 row passes with a logit error of at most {LARGEST_ERROR:.0e}, a row of lower precision "
+        passing += f"with an agreement of at least {LEAST_AGREEMENT}. Scores are {METRICS[self.metric]}."
         return page(
             f"# {self.options.backbone} on {self.task}",
             self.summary(),

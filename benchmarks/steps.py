@@ -21,7 +21,6 @@ from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError, first_line
 from bbt_accel.optimizations import in_graph
-from bbt_accel.run import Run
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import Task
 from bbt_accel.tuning.space import PromptSpace
@@ -78,13 +77,12 @@ def compare(engine: LoadArguments, batch: str, prompt: str) -> list[list[float]]
     return found
 
 
-def search(engine: LoadArguments, run: str, data: str | None, **arguments: Any) -> dict[str, Any]:
+def search(engine: LoadArguments, run: str, **arguments: Any) -> dict[str, Any]:
     """A whole search into the folder `run`: its seconds and API calls; the prompt goes into prompt.npy there."""
     from bbt_accel.tuning import tune
 
     options = {("engine" if name == "name" else name): value for name, value in engine.items()}
-    tune(data=None if data is None else Path(data), output=run, progress=False, **options, **arguments)
-    done = Run.read(run)
+    done = tune(output=run, progress=False, **options, **arguments)
     np.save(Path(run) / "prompt.npy", done.prompt)
     return {"seconds": done.info.seconds, "calls": done.info.calls}
 

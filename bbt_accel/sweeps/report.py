@@ -15,8 +15,6 @@ from bbt_accel.reporting import Schema, now
 from bbt_accel.settings import Metric
 from bbt_accel.sweeps.grid import Sweep, Trial
 
-VERSION = 2
-
 
 class TrialResult(Schema):
     """score.json in the folder of a trial."""
@@ -110,7 +108,7 @@ class CrossEvaluation(Schema):
 class SweepReport(Schema):
     """report.json."""
 
-    version: int = Field(default=VERSION, description="Version of this schema.")
+    version: int = Field(default=2, description="Version of this schema.")
     created: str = Field(default_factory=now, description="When it was written, UTC, ISO 8601.")
     interrupted: bool = Field(description="Whether the sweep was interrupted.")
     sweep: Sweep = Field(description="The sweep as requested.")

@@ -78,19 +78,17 @@ def _source(folder: Path, config: str | Path | None, preset: str | None, resume:
         raise UsageError("--config and --preset exclude each other; choose one")
     if preset is not None:
         check_known("preset", preset, preset_names())
+        config = PRESETS / f"{preset}.toml"
     stored = folder / SWEEP
     if folder.exists() and not (resume and stored.is_file()):
         hint = "is not a sweep" if not stored.is_file() else "can be continued with --resume"
         raise BbtError(f"{folder} exists already and {hint}; or choose another -o")
-    if preset is not None:
-        return PRESETS / f"{preset}.toml"
     return Path(config) if config is not None else stored if stored.is_file() else None
 
 
 def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: bool) -> SweepReport:
     places = {trial.name: folder / TRIALS / trial.name for trial in trials}
-    found = {trial.name: read_result(trial, places[trial.name]) for trial in trials}
-    results = {name: result for name, result in found.items() if result is not None}
+    results = {t.name: result for t in trials if (result := read_result(t, places[t.name])) is not None}
     failures: dict[str, str] = {}
     waiting = [
         PoolJob(t.name, run_trial, {"trial": t.model_dump(), "folder": str(places[t.name]), "threads": pool.threads})
