@@ -6,19 +6,19 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Method, PromptMode
 from bbt_accel.engine_specs import Device
 from bbt_accel.errors import UsageError
-from bbt_accel.reporting import Schema
 
 Count = Annotated[int, Field(ge=1)]
 
 
-class BenchOptions(Schema, frozen=True):
+class BenchOptions(BaseModel):
     """The options of `run_bench`; None leaves the choice to the task or the machine."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
     backbone: str = Field(description="Hub id, local folder, or demo (shipped).")
     task: str = Field(description="Built-in task, or path of a task.toml.")
     data: Path | None = Field(default=None, description="Folder with {train,validation,test}.{jsonl,csv,parquet}.")

@@ -9,7 +9,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Bundle, Method, first_problem
 from bbt_accel.engine_specs import Device, engine_spec
@@ -109,9 +109,10 @@ class Sweep(Schema):
         return bundle
 
 
-class Trial(Schema, frozen=True):
+class Trial(BaseModel):
     """One tuning run and its score. A trial equal to one that is done is not run again."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
     task: str
     task_name: str
     metric: Metric
