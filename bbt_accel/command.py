@@ -1,10 +1,9 @@
-"""What every command and script shares: errors in one line, exit codes, output, and the command line of a report."""
+"""What every command and script shares: errors in one line, exit codes, lists on the command line, output."""
 
 from __future__ import annotations
 
 import errno
 import json
-import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,9 +56,9 @@ def explain(error: Exception) -> tuple[int, str]:
     return 1, f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback"
 
 
-def command_line(module: str, arguments: Sequence[str] | None = None) -> str:
-    """The command that runs a module with these arguments, or with those of this process."""
-    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
+def comma_separated(text: str) -> list[str]:
+    """The entries of a comma-separated list, without spaces around them."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 def print_json(value: object) -> None:

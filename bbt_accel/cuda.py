@@ -52,7 +52,8 @@ class Cuda:
         self.runtime = load_runtime()
         if not self.call("cudaGetDeviceCount"):
             raise EngineError("no NVIDIA GPU found; see bbt-accel doctor")
-        self.gpu = self.describe()
+        found = self.call("cudaGetDeviceProperties", 0)
+        self.gpu = Gpu(decoded(found.name).strip("\0 "), f"{found.major}.{found.minor}", self.driver())
         self.stream: Any = None
         self.free: dict[int, list[int]] = defaultdict(list)
         """Idle buffers by their size, each list a heap."""
@@ -66,10 +67,6 @@ class Cuda:
         if int(status):
             raise EngineError(failure(self.runtime, name, status))
         return values[0] if len(values) == 1 else values or None
-
-    def describe(self) -> Gpu:
-        found = self.call("cudaGetDeviceProperties", 0)
-        return Gpu(decoded(found.name).strip("\0 "), f"{found.major}.{found.minor}", self.driver())
 
     def driver(self) -> str:
         """The driver's version; if the system does not provide it, the CUDA version that the driver supports."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from bbt_accel.engine_specs import Backend, Device, Precision, engine_names, engine_spec
 from bbt_accel.errors import first_line
@@ -17,6 +17,8 @@ NOTES = (
 )
 INT8_FEATURES = frozenset({"AVX-512 VNNI", "AMX"})
 Versions = Mapping[str, str | None]
+Recommendation = dict[str, str]
+"""engine, device, precision, reason, and the command that makes the bundle."""
 
 
 class EngineState(TypedDict):
@@ -24,25 +26,6 @@ class EngineState(TypedDict):
     reason: str
     install: str | None
     """The command that installs what is missing; None if nothing is."""
-
-
-class Recommendation(TypedDict):
-    engine: str
-    device: Device
-    precision: Precision
-    reason: str
-    command: str
-    """The command that makes the bundle."""
-
-
-class Diagnosis(TypedDict):
-    versions: dict[str, str | None]
-    machine: Machine
-    onnxruntime_providers: list[str]
-    engines: dict[str, EngineState]
-    recommended: Recommendation
-    warnings: list[str]
-    notes: list[str]
 
 
 class Rule(NamedTuple):
@@ -64,7 +47,7 @@ RULES = (
 """From the fastest to the slowest, and so are their engines."""
 
 
-def diagnose() -> Diagnosis:
+def diagnose() -> dict[str, Any]:
     """Versions, machine, engines and the fastest precision, ready for JSON. Never raises for missing packages."""
     found = versions()
     machine = describe_machine()

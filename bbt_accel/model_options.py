@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
+from bbt_accel.command import comma_separated
+
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -79,8 +81,3 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
-
-
-def comma_separated(text: str) -> list[str]:
-    """The entries of a comma-separated list, without spaces around them."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]

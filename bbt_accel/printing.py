@@ -13,7 +13,6 @@ from bbt_accel.reporting import JSON, TABLE
 
 if TYPE_CHECKING:
     from bbt_accel.bundle import Bundle
-    from bbt_accel.doctor import Diagnosis
     from bbt_accel.run import Run
     from bbt_accel.sweeps.report import SweepReport
 
@@ -80,11 +79,12 @@ def relative(path: str | Path) -> str:
 def print_predictions(rows: Sequence[Mapping[str, str]], found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """One line of JSON per text; or a table of text, label word and its probability."""
     pairs = list(zip(rows, found, strict=True))
-    for row, prediction in pairs if as_json else ():
-        print_json({"text": dict(row) if len(row) > 1 else next(iter(row.values())), **prediction})
     if not as_json:
         lines = [(" | ".join(row.values()), p["word"], f"{p['probabilities'][p['word']]:.3f}") for row, p in pairs]
         print_table("", lines, ["text", "label", "probability"])
+        return
+    for row, prediction in pairs:
+        print_json({"text": dict(row) if len(row) > 1 else next(iter(row.values())), **prediction})
 
 
 def print_serving(url: str, models: Sequence[str], as_json: bool) -> None:
@@ -114,7 +114,7 @@ def print_sweep(report: SweepReport, output: Path, as_json: bool) -> None:
     print(f"written to {output}; {output / TABLE} lists every trial")
 
 
-def print_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:
+def print_diagnosis(diagnosis: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(diagnosis)
         return
@@ -129,5 +129,5 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:
     print_table("Engines", rows, ["engine", "can run here", "reason", "to install"])
     print_facts("Recommended", diagnosis["recommended"])
     for kind in ("warning", "note"):
-        for line in diagnosis[f"{kind}s"]:  # type: ignore[literal-required]
+        for line in diagnosis[f"{kind}s"]:
             print(f"{kind}: {line}")

@@ -19,6 +19,7 @@ from typing import Any
 
 from bbt_accel import errors
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, first_line
+from bbt_accel.files import write_atomically
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
 Reply = dict[str, Any]
@@ -92,9 +93,7 @@ def main(name: str, request: str, reply: str) -> None:
     module, _, function = name.partition(":")
     arguments = json.loads(Path(request).read_text(encoding="utf-8"))
     answer = attempt(lambda **given: getattr(import_module(module), function)(**given), arguments)
-    partial = Path(reply).with_suffix(".part")
-    partial.write_text(json.dumps(answer), encoding="utf-8")
-    partial.rename(reply)
+    write_atomically(Path(reply), json.dumps(answer).encode())
 
 
 if __name__ == "__main__":

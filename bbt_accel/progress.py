@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -92,9 +91,8 @@ class SweepProgress(StderrBar):
     def __init__(self, total: int, done: int, shown: bool = True) -> None:
         super().__init__(shown, BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"))
         self._task = self.add_task("", total=total, completed=done)
-        self._left, self._ended, self._failed = total - done, 0, 0
+        self._ended, self._failed = 0, 0
         self._running: list[str] = []
-        self._began = perf_counter()
 
     def begin(self, name: str) -> None:
         self._running.append(name)
@@ -110,6 +108,7 @@ class SweepProgress(StderrBar):
     def _show(self) -> None:
         words = [f"{self._failed} failed"] if self._failed else []
         if self._ended:
-            seconds = (perf_counter() - self._began) / self._ended * (self._left - self._ended)
+            task = self.tasks[0]
+            seconds = (task.elapsed or 0) / self._ended * (task.remaining or 0)
             words.append(f"{timedelta(seconds=round(seconds))} left")
         self.update(self._task, description=" · ".join([*words, *self._running]))

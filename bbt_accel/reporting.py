@@ -78,14 +78,6 @@ def markdown_list(facts: Mapping[str, object]) -> str:
     return "\n".join(f"- **{name}:** {plain(value)}" for name, value in facts.items() if value not in (None, "", {}))
 
 
-def legend(schema: type[Schema], columns: Mapping[str, str]) -> str:
-    """A Markdown list that explains the columns of a table by the descriptions of the fields behind them."""
-    return "\n".join(
-        f"- **{header}**: {' '.join((schema.model_fields[field].description or '').split())}"
-        for header, field in columns.items()
-    )
-
-
 @contextmanager
 def figure(file: Path, width: float, height: float, **layout: Any) -> Iterator[tuple[Figure, Any]]:
     """A figure and its axes (`layout` goes to `Figure.subplots`), written to a PNG when the block ends."""

@@ -16,7 +16,6 @@ from bbt_accel.batch import Float32
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores, score
 from bbt_accel.benchmarks.options import BenchOptions
-from bbt_accel.benchmarks.rates import matrix_rates
 from bbt_accel.benchmarks.script import record
 from bbt_accel.benchmarks.steps import SEED, Bundles, LoadArguments
 from bbt_accel.bundle import Bundle, BundleInfo
@@ -70,7 +69,7 @@ class Benchmark:
         """Measure everything. After an interrupt `report` has what there is."""
         self.prepare()
         self.tell("measuring the machine")
-        rates = processes.call(matrix_rates, device=self.options.device, threads=self.options.threads)
+        rates = processes.call(steps.matrix_rates, device=self.options.device, threads=self.options.threads)
         self.machine = {**describe_machine(), **rates}
         self.each("timing", self.time, self.rows)
         self.time_again()

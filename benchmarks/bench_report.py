@@ -126,7 +126,7 @@ class BenchReport(Report):
     task: str = Field(description="Name of the task.")
     metric: Metric = Field(description="The metric of all scores.")
     machine: dict[str, Any]
-    """Where it ran, and its ceilings: the names of `machine.describe_machine` and `benchmarks.rates.matrix_rates`."""
+    """Where it ran, and its ceilings: the names of `machine.describe_machine` and `benchmarks.steps.matrix_rates`."""
     n_rows: int = Field(description="N, rows of the timed batch, from the task's train split.")
     length: int = Field(description="S, tokens per row after padding.")
     padding: float = Field(description="Share of the N × S tokens that is padding.")
@@ -174,10 +174,8 @@ class BenchReport(Report):
     def markdown(self) -> str:
         fidelity = FIDELITY | (TUNED if any(row.tuned for row in self.rows) else {})
         reasons = [f"- **{row.label}**: {row.status}: {row.reason}" for row in self.rows if row.reason]
-        passing = (
-            f"- An fp32 row passes with a logit error of at most {LARGEST_ERROR:.0e}, a row of lower precision with an "
-            f"agreement of at least {LEAST_AGREEMENT}. Scores are {METRICS[self.metric]}."
-        )
+        passing = f"- An fp32 row passes with a logit error of at most {LARGEST_ERROR:.0e}, a row of lower precision "
+        passing += f"with an agreement of at least {LEAST_AGREEMENT}. Scores are {METRICS[self.metric]}."
         return page(
             f"# {self.options.backbone} on {self.task}",
             self.summary(),
@@ -201,10 +199,8 @@ class BenchReport(Report):
             text += f" The fastest engine that passed is **{best.label}**: {best.speedup_over_fastest:.2f} times the "
             text += f"fastest baseline and {best.speedup:.2f} times the original's forward, on {self.processor}."
         if abs(self.drift or 0.0) > STEADY:
-            text += (
-                f"\n\n**The machine was not steady:** the time of the original's forward changed by {self.drift:+.0%}, "
-            )
-            text += "and no ratio here is more precise than that. Measure again on an idle machine."
+            text += "\n\n**The machine was not steady:** the time of the original's forward changed by "
+            text += f"{self.drift:+.0%}, and no ratio here is more precise than that. Measure again on an idle machine."
         return text
 
     def ablation(self) -> str:

@@ -29,6 +29,7 @@ from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.script import Outcome, Report, page, rows_table, run_script
 from bbt_accel.benchmarks.steps import Bundles
+from bbt_accel.command import comma_separated
 from bbt_accel.engine_specs import EngineSpec, engine_specs
 from bbt_accel.errors import BbtError, EngineError
 from bbt_accel.machine import describe_machine
@@ -159,9 +160,11 @@ class SpeedBenchmark(Benchmark):
 
 
 class GpuCheck:
-    """One run of the check, its bundles in the folder `work`."""
+    """One run of the check, its bundles in the folder `work`. Raises EngineError when there is no GPU."""
 
     def __init__(self, given: argparse.Namespace, work: Path, tell: StepProgress) -> None:
+        if given.device == "cuda" and not describe_machine()["gpus"]:
+            raise EngineError("there is no NVIDIA GPU here (nvidia-smi finds none): nothing was checked")
         self.given, self.work, self.tell = given, work, tell
         self.report = GpuReport(rows=[], benchmarks=[], **given.report)
 
@@ -243,17 +246,14 @@ class GpuCheck:
                 self.report.benchmarks.append(benchmark.report())
 
 
-def names(text: str) -> list[str]:
-    """The names between commas; none for an empty text."""
-    return [name for name in text.split(",") if name]
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     shared = Path(__file__).resolve().parents[2] / "shared"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script itself")
     parser.add_argument("--backbone", default="roberta-large", help="a shape of make_backbone, a folder, or demo")
-    parser.add_argument("--families", type=names, help='validated with tiny backbones; "" for none (default: all)')
-    parser.add_argument("--methods", type=names, default=["bbt", "bbtv2"], help='timed methods; "" for none')
+    parser.add_argument(
+        "--families", type=comma_separated, help='validated with tiny backbones; "" for none (default: all)'
+    )
+    parser.add_argument("--methods", type=comma_separated, default=["bbt", "bbtv2"], help='timed methods; "" for none')
     parser.add_argument("--popsize", type=int, default=20, help="candidates per call")
     parser.add_argument("--k-shot", type=int, default=16, help="examples per class")
     parser.add_argument("--n-prompt-tokens", type=int, default=50, help="soft prompt vectors")
@@ -263,15 +263,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--golden", type=Path, default=shared / "golden", help="recorded traces, if there are any")
 
 
-def measure(given: argparse.Namespace, work: Path, tell: StepProgress) -> GpuReport:
-    """Raises EngineError when there is no GPU."""
-    if given.device == "cuda" and not describe_machine()["gpus"]:
-        raise EngineError("there is no NVIDIA GPU here (nvidia-smi finds none): nothing was checked")
-    return GpuCheck(given, work, tell).run()
-
-
 def main(arguments: list[str] | None = None) -> int:
-    report = run_script("gpu_check", __doc__, add_options, measure, arguments)
+    report = run_script("gpu_check", __doc__, add_options, lambda *given: GpuCheck(*given).run(), arguments)
     failures = report.failures()
     for line in failures:
         print("-", line)

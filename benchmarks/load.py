@@ -71,8 +71,7 @@ class LoadReport(Report):
 
     def draw(self, file: Path) -> None:
         """Latency (median and 99th percentile) and throughput by clients."""
-        by_kind = {name: [row for row in self.rows if row.request == name] for name in SCALED}
-        kinds = {name: found for name, found in by_kind.items() if found}
+        kinds = {name: found for name in SCALED if (found := [row for row in self.rows if row.request == name])}
         with figure(file, 9, 3.2 * len(kinds), nrows=len(kinds), ncols=2, squeeze=False) as (_, grid):
             for (latency, throughput), (name, found) in zip(grid, kinds.items(), strict=True):
                 clients = [row.clients for row in found]

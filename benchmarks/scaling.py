@@ -68,11 +68,10 @@ def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -
             threads=threads,
             start_s=start_s,
             speedup=alone / here,
+            overhead_ms=here - alone if (workers, threads) == (1, 1) else None,
             same=losses == wanted,
         )
         found.set_times(ms)
-        if (workers, threads) == (1, 1):
-            found.overhead_ms = here - alone
         return found
 
     tell.expect(len(given.engines) * len(places) + 1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,12 +16,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from bbt_accel.command import command_line, exit_on_error, print_markdown
+from bbt_accel.command import exit_on_error, print_markdown
 from bbt_accel.errors import BbtError, MissingDependency
 from bbt_accel.files import new_folder
 from bbt_accel.machine import describe_machine, installed_versions
 from bbt_accel.progress import StepProgress
-from bbt_accel.reporting import PLOT, Schema, digits, legend, markdown_list, markdown_table, now, write_report
+from bbt_accel.reporting import PLOT, Schema, digits, markdown_list, markdown_table, now, write_report
 
 Columns = dict[str, tuple[str, Callable[[Any], str]]]
 """Header → the attribute that the column shows, and how it is written."""
@@ -128,9 +130,10 @@ def run_script(
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(about or "").partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="new folder for the report")
     add_options(parser)
-    given = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    given = parser.parse_args(words)
     options = json.loads(json.dumps(vars(given), default=str))
-    given.report = {"command": command_line(module, arguments), "options": options}
+    given.report = {"command": shlex.join(["python", "-m", module, *words]), "options": options}
     with exit_on_error():
         report = record(given.output, partial(measure, given))
         print_markdown(report.markdown())
@@ -155,4 +158,5 @@ def written(value: object) -> str:
 
 def columns_legend(schema: type[Schema], columns: Columns) -> str:
     """A Markdown list that explains the columns which show fields of the schema."""
-    return legend(schema, {header: name for header, (name, _) in columns.items() if name in schema.model_fields})
+    fields = [(header, schema.model_fields.get(name)) for header, (name, _) in columns.items()]
+    return "\n".join(f"- **{name}**: {' '.join((f.description or '').split())}" for name, f in fields if f is not None)

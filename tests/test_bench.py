@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from bbt_accel import processes
 from bbt_accel.benchmarks import bench as module
-from bbt_accel.benchmarks import rates, steps
+from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.bench import run_bench
 from bbt_accel.benchmarks.bench_report import BenchReport
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
@@ -42,7 +42,7 @@ class Inside:
         key = given.get("engine", {}).get("name") or Path(given.get("output", "")).name
         if (step.__name__, key) in self.errors:
             raise self.errors[step.__name__, key]
-        if step is rates.matrix_rates:
+        if step is steps.matrix_rates:
             return {
                 "fp32_rate": 100.0,
                 "fp32_rate_by": "x",

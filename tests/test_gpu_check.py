@@ -20,7 +20,7 @@ from bbt_accel.benchmarks.gpu_check import EngineCheck, GpuReport
 from bbt_accel.benchmarks.gpu_steps import validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
-from bbt_accel.benchmarks.rates import matrix_rates
+from bbt_accel.benchmarks.steps import matrix_rates
 from bbt_accel.machine import describe_machine
 
 

@@ -25,9 +25,8 @@ from bbt_accel.sweeps.cross_evaluation import score_prompts
 from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
 from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool
 from bbt_accel.sweeps.rendering import markdown, scores
-from bbt_accel.sweeps.report import SweepReport, make_report
+from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
 from bbt_accel.sweeps.runner import run_sweep
-from bbt_accel.sweeps.trial import TrialResult
 from bbt_accel.tasks import load_task
 
 FAST = {"k_shot": 3, "eval_every": 10, "budget": 24}

@@ -22,10 +22,9 @@ from bbt_accel.engines.registry import load_engine
 from bbt_accel.inference import label_logits
 from bbt_accel.objective import Objective
 from bbt_accel.run import Run
-from bbt_accel.sweeps.grid import Trial
+from bbt_accel.sweeps.grid import RUN, Trial
 from bbt_accel.sweeps.pools import Pool, PoolJob
 from bbt_accel.sweeps.report import Agreement, CrossEvaluation, CrossScore
-from bbt_accel.sweeps.trial import RUN
 
 
 def cross_evaluate(trials: Sequence[Trial], folder: Path, pool: Pool, progress: bool) -> CrossEvaluation:

@@ -20,6 +20,8 @@ from bbt_accel.tasks import load_task
 
 PRESETS = Path(__file__).parent
 """Folder of the shipped sweeps."""
+RUN = "run"
+"""Folder of the run in the folder of a trial."""
 
 
 def _unique(values: list[Any]) -> list[Any]:

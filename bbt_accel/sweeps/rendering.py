@@ -25,7 +25,10 @@ def summary(report: SweepReport) -> str:
     """The table of scores, what failed, and the cross-evaluation."""
     counts = [f"{report.count(status)} {status}" for status in ("done", "failed", "not run") if report.count(status)]
     hint = " Interrupted; resume with --resume." if report.interrupted else ""
-    parts = [f"{len(report.trials)} trials: {', '.join(counts)}.{hint}", scores(report), _legend(report)]
+    seeds = len(report.sweep.seeds)
+    mean = f"mean over {seeds} seeds and (standard deviation, n − 1)" if seeds > 1 else "one seed"
+    legend = f"Percent on the test rows, {mean}. `no prompt` is the same bundle with a zero prompt."
+    parts = [f"{len(report.trials)} trials: {', '.join(counts)}.{hint}", scores(report), legend]
     failures = {trial.name: trial.reason for trial in report.trials if trial.reason}
     if report.cross_evaluation is not None:
         parts += _cross_evaluation(report.cross_evaluation)
@@ -95,12 +98,6 @@ def _mean_and_std(values: Sequence[float]) -> str:
 
 def _title(cell: ScoreCell, separator: str) -> str:
     return cell.task if cell.metric == "accuracy" else f"{cell.task}{separator}({METRICS[cell.metric]})"
-
-
-def _legend(report: SweepReport) -> str:
-    seeds = len(report.sweep.seeds)
-    text = f"mean over {seeds} seeds and (standard deviation, n − 1)" if seeds > 1 else "one seed"
-    return f"Percent on the test rows, {text}. `no prompt` is the same bundle with a zero prompt."
 
 
 def _cross_evaluation(found: CrossEvaluation) -> list[str]:

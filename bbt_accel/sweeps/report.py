@@ -14,9 +14,19 @@ from bbt_accel.machine import installed_versions
 from bbt_accel.reporting import Schema, now
 from bbt_accel.settings import Metric
 from bbt_accel.sweeps.grid import Sweep, Trial
-from bbt_accel.sweeps.trial import TrialResult
 
-VERSION = 2
+
+class TrialResult(Schema):
+    """score.json in the folder of a trial."""
+
+    trial: Trial
+    score: float = Field(description="Test score of the tuned prompt, by the task's metric.")
+    without_prompt: float = Field(description="Test score of a zero prompt.")
+    dev_score: float = Field(description="Dev score of the tuned prompt, by which it was chosen.")
+    test_rows: int = Field(description="Test rows behind score and without_prompt.")
+    calls: int = Field(description="Candidates evaluated.")
+    seconds: float = Field(description="Duration of the search.")
+    versions: dict[str, str] = Field(description="Versions of the libraries that ran the backbone.")
 
 
 class TrialRow(Schema):
@@ -98,7 +108,7 @@ class CrossEvaluation(Schema):
 class SweepReport(Schema):
     """report.json."""
 
-    version: int = Field(default=VERSION, description="Version of this schema.")
+    version: int = Field(default=2, description="Version of this schema.")
     created: str = Field(default_factory=now, description="When it was written, UTC, ISO 8601.")
     interrupted: bool = Field(description="Whether the sweep was interrupted.")
     sweep: Sweep = Field(description="The sweep as requested.")

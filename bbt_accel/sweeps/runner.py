@@ -1,4 +1,7 @@
-"""Running a sweep: every trial that is not done yet, then the cross-evaluation; the report after each of them."""
+"""Running a sweep: every trial that is not done yet, then the cross-evaluation; the report after each of them.
+
+A trial is tuned, scored on the test rows, and its result written.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bbt_accel.engine_specs import engine_spec
-from bbt_accel.errors import BbtError, UsageError, check_known
+from bbt_accel.errors import BbtError, RunError, UsageError, check_known
 from bbt_accel.files import write_atomically
+from bbt_accel.inference import evaluate
 from bbt_accel.progress import progress_bar
 from bbt_accel.reporting import write_report
 from bbt_accel.sweeps.cross_evaluation import cross_evaluate
-from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
+from bbt_accel.sweeps.grid import PRESETS, RUN, Sweep, Trial, preset_names, read_sweep
 from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool, RayPool
 from bbt_accel.sweeps.rendering import draw, markdown
-from bbt_accel.sweeps.report import SweepReport, make_report
-from bbt_accel.sweeps.trial import TrialResult, read_result, run_trial
+from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
+from bbt_accel.tuning import tune
 
-SWEEP, TRIALS = "sweep.json", "trials"
+SWEEP, TRIALS, SCORE = "sweep.json", "trials", "score.json"
 
 
 def run_sweep(
@@ -72,19 +78,17 @@ def _source(folder: Path, config: str | Path | None, preset: str | None, resume:
         raise UsageError("--config and --preset exclude each other; choose one")
     if preset is not None:
         check_known("preset", preset, preset_names())
+        config = PRESETS / f"{preset}.toml"
     stored = folder / SWEEP
     if folder.exists() and not (resume and stored.is_file()):
         hint = "is not a sweep" if not stored.is_file() else "can be continued with --resume"
         raise BbtError(f"{folder} exists already and {hint}; or choose another -o")
-    if preset is not None:
-        return PRESETS / f"{preset}.toml"
     return Path(config) if config is not None else stored if stored.is_file() else None
 
 
 def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: bool) -> SweepReport:
     places = {trial.name: folder / TRIALS / trial.name for trial in trials}
-    found = {trial.name: read_result(trial, places[trial.name]) for trial in trials}
-    results = {name: result for name, result in found.items() if result is not None}
+    results = {t.name: result for t in trials if (result := read_result(t, places[t.name])) is not None}
     failures: dict[str, str] = {}
     waiting = [
         PoolJob(t.name, run_trial, {"trial": t.model_dump(), "folder": str(places[t.name]), "threads": pool.threads})
@@ -108,3 +112,45 @@ def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: 
     report = make_report(sweep, trials, results, failures, interrupted, crossed)
     write_report(folder, report, markdown(report), lambda file: draw(file, report))
     return report
+
+
+def run_trial(trial: dict[str, Any], folder: str, threads: int | None) -> dict[str, Any]:
+    """Run a trial in its folder, or what remains of it; arguments and result are JSON. Raises what `tune` raises."""
+    t, place = Trial.model_validate(trial), Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    run = tune(
+        t.bundle,
+        t.task,
+        data=t.data,
+        engine=t.engine,
+        device=t.device,
+        threads=threads,
+        output=place / RUN,
+        resume=True,
+        settings={**t.settings, "seed": t.seed},
+        progress=False,
+    )
+    if run.info.status != "done" or run.info.best is None:
+        raise RunError(f"interrupted after {run.info.calls} calls; resume with --resume")
+    score = evaluate(run.path, data=t.data, threads=threads)
+    result = TrialResult(
+        trial=t,
+        score=score["score"],
+        without_prompt=score["without_prompt"],
+        dev_score=run.info.best.dev_score,
+        test_rows=score["rows"],
+        calls=run.info.calls,
+        seconds=run.info.seconds,
+        versions=run.info.engine.versions,
+    )
+    write_atomically(place / SCORE, result.model_dump_json(indent=1).encode() + b"\n")
+    return result.model_dump(mode="json")
+
+
+def read_result(trial: Trial, folder: Path) -> TrialResult | None:
+    """The result of a trial that was done with the same description; None where there is none."""
+    try:
+        result = TrialResult.model_validate_json((folder / SCORE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return result if result.trial == trial else None
