@@ -22,8 +22,7 @@ from bbt_accel.errors import BbtError, EngineError, MissingDependency, first_lin
 from bbt_accel.files import write_atomically
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
-Reply = dict[str, Any]
-"""{"value": ...}, or {"error": class name, "message": ...}."""
+Reply = dict[str, Any]  # {"value": ...}, or {"error": class name, "message": ...}
 
 
 def call(function: Callable[..., Any], **arguments: Any) -> Any:
@@ -34,13 +33,11 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
     """
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as folder:
         command = prepare(function, arguments, Path(folder))
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment())
-        return result(read_reply(Path(folder), done.returncode, done.stderr))
-
-
-def environment() -> dict[str, str]:
-    """The environment of a child process."""
-    return os.environ | QUIET
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=os.environ | QUIET)
+        reply = read_reply(Path(folder), done.returncode, done.stderr)
+    if "error" in reply:
+        raise getattr(errors, reply["error"], EngineError)(reply["message"])
+    return reply["value"]
 
 
 def prepare(function: Callable[..., Any], arguments: dict[str, Any], folder: Path) -> list[str]:
@@ -59,13 +56,6 @@ def read_reply(folder: Path, exit_code: int, stderr: str) -> Reply:
     return content
 
 
-def result(reply: Reply) -> Any:
-    """The value that the function returned. Raises what it raised."""
-    if "error" in reply:
-        raise getattr(errors, reply["error"], EngineError)(reply["message"])
-    return reply["value"]
-
-
 def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> Reply:
     """Call the function in this process and reply with its result or its error."""
     try:
@@ -73,8 +63,7 @@ def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> Reply:
     except BbtError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except ImportError as error:
-        message = f"{error.name} is not installed; see bbt-accel doctor"
-        return {"error": MissingDependency.__name__, "message": message}
+        return {"error": MissingDependency.__name__, "message": f"{error.name} is not installed; see bbt-accel doctor"}
     except MemoryError:
         return {"error": EngineError.__name__, "message": "out of memory"}
     except Exception as error:  # whatever an engine raises is a row of the table

@@ -8,21 +8,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from bbt_accel.history import Generation
 
-Tell = Callable[[str, int, int], None]
-"""Called with the current step, the number of steps done, and their total."""
+Tell = Callable[[str, int, int], None]  # called with the current step, the number of steps done, and their total
 SEARCH = "{task.completed:.0f}/{task.total:.0f} calls · {task.fields[rate]} · loss {task.fields[loss]} · "
 SEARCH += "dev {task.fields[dev]} · {task.fields[left]} left"
 
@@ -30,7 +21,7 @@ SEARCH += "dev {task.fields[dev]} · {task.fields[left]} left"
 class StderrBar(Progress):
     """A progress bar while the block runs, on a terminal and if `shown`."""
 
-    def __init__(self, shown: bool, *columns: ProgressColumn) -> None:
+    def __init__(self, shown: bool, *columns: str | ProgressColumn) -> None:
         console = Console(stderr=True)
         super().__init__(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
 
@@ -38,7 +29,7 @@ class StderrBar(Progress):
 @contextmanager
 def progress_bar(message: str, shown: bool = True) -> Iterator[Tell]:
     """A bar with a message while the block runs, and the function that advances it."""
-    with StderrBar(shown, SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as bar:
+    with StderrBar(shown, SpinnerColumn(), "{task.description}", BarColumn(), TimeElapsedColumn()) as bar:
         task = bar.add_task(message, total=None)
         yield lambda step, done, of: bar.update(task, description=f"{message}: {step}", completed=done, total=of)
 
@@ -51,8 +42,7 @@ class StepProgress(StderrBar):
     """Steps done, and the name of the current one."""
 
     def __init__(self, shown: bool = True) -> None:
-        columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        super().__init__(shown, *columns)
+        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), "{task.description}")
         self._task = self.add_task("", total=None)
         self._begun = 0
 
@@ -70,13 +60,12 @@ class SearchProgress(StderrBar):
     """Calls, calls/s, train loss, best dev score and time left of a search."""
 
     def __init__(self, total_calls: int, shown: bool = True) -> None:
-        super().__init__(shown, BarColumn(24), TextColumn(SEARCH))
+        super().__init__(shown, BarColumn(24), SEARCH)
         self._task = self.add_task("", total=total_calls, rate="-", loss="-", dev="-", left="-")
         self._total = total_calls
         self._dev = 0.0
 
-    def __call__(self, generation: Generation) -> None:
-        g = generation
+    def __call__(self, g: Generation) -> None:
         fields: dict[str, Any] = {"rate": f"{g.evaluations_per_second:.1f}/s", "loss": f"{g.best_loss:.3f}"}
         if g.dev_score is not None:
             self._dev = max(g.dev_score, self._dev)
@@ -89,7 +78,7 @@ class SweepProgress(StderrBar):
     """Trials done, failed and running, and the time left."""
 
     def __init__(self, total: int, done: int, shown: bool = True) -> None:
-        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"))
+        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), "{task.description}")
         self._task = self.add_task("", total=total, completed=done)
         self._ended, self._failed = 0, 0
         self._running: list[str] = []

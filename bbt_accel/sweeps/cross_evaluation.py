@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from bbt_accel.batch import Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import load_rows
 from bbt_accel.encoding import Encoder
@@ -52,10 +51,9 @@ def score_prompts(
     found = [Run.read(path) for path in runs]
     task = found[0].task
     rows = load_rows(task, "test", None if data is None else Path(data))
-    targets: Int64 = np.array([row.label for row in rows], np.int64)
     with load_engine(bundle, engine, device=device, threads=threads) as loaded:
         logits = label_logits(loaded, Encoder(loaded.bundle, task), rows, [run.prompt for run in found])
-    _, scores = Objective("ce", task.metric).score(logits, targets)
+    _, scores = Objective("ce", task.metric).score(logits, np.array([row.label for row in rows]))
     return {"scores": scores.tolist(), "predictions": logits.argmax(2).tolist()}
 
 

@@ -18,10 +18,8 @@ from bbt_accel.reporting import Schema
 from bbt_accel.settings import Metric, resolve
 from bbt_accel.tasks import load_task
 
-PRESETS = Path(__file__).parent
-"""Folder of the shipped sweeps."""
-RUN = "run"
-"""Folder of the run in the folder of a trial."""
+PRESETS = Path(__file__).parent  # the folder of the shipped sweeps
+RUN = "run"  # the folder of the run in the folder of a trial
 
 
 def _unique(values: list[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ Each job has a process of its own, so that a crash fails that job alone.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import time
@@ -19,11 +20,10 @@ from bbt_accel import processes
 from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_cores
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.machine import physical_cores
-from bbt_accel.processes import Reply
+from bbt_accel.processes import QUIET, Reply
 from bbt_accel.progress import SweepProgress
 
-POLL = 0.05
-"""Seconds between two looks at the processes."""
+POLL = 0.05  # seconds between two looks at the processes
 
 
 class PoolJob(NamedTuple):
@@ -37,10 +37,8 @@ class PoolJob(NamedTuple):
 class Pool(ABC):
     """Runs several jobs at a time."""
 
-    jobs: int
-    """Jobs at a time."""
-    threads: int
-    """CPU threads of each."""
+    jobs: int  # at a time
+    threads: int  # CPU threads of each job
 
     def run(self, jobs: Sequence[PoolJob], done: int = 0, progress: bool = True) -> Iterator[tuple[str, Reply]]:
         """Run jobs, and yield the name and the reply of each as it ends; `done`: others that were run before."""
@@ -83,7 +81,7 @@ class ProcessPool(Pool):
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         command = processes.prepare(job.function, job.arguments, folder)
         with (folder / "stderr").open("wb") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=processes.environment())
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=os.environ | QUIET)
         self._running[job.name] = process, folder
 
     def wait(self) -> tuple[str, Reply]:
@@ -100,7 +98,6 @@ class ProcessPool(Pool):
             process.terminate()  # a search keeps every finished generation
         for process, _ in self._running.values():
             process.wait()
-        self._running = {}
         self._folder.cleanup()
 
 

@@ -80,8 +80,7 @@ def _draw_row(axes: Any, row: SweepRow, offset: float, step: float, colour: str,
             axes.plot([x - 0.4 * step, x + 0.4 * step], [100 * cell.without_prompt] * 2, color=GREY, linewidth=2)
         axes.plot([x + 0.2 * step] * len(cell.scores), [100 * s for s in cell.scores], ".", color=colour, alpha=0.5)
         if cell.mean is not None:
-            error = 100 * cell.std if cell.std is not None else None
-            axes.errorbar(x, 100 * cell.mean, yerr=error, label=label, **style)
+            axes.errorbar(x, 100 * cell.mean, yerr=None if cell.std is None else 100 * cell.std, label=label, **style)
             label = "_"  # one entry per row in the legend
 
 

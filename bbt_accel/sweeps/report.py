@@ -37,8 +37,7 @@ class TrialRow(Schema):
     bundle: str = Field(description="Name of the bundle's folder.")
     engine: str = Field(description="Engine of the search and of the test.")
     seed: int = Field(description="Seed of the few-shot rows, the projection and the search.")
-    status: Literal["done", "failed", "not run"]
-    """done; failed; not run, because the sweep was interrupted."""
+    status: Literal["done", "failed", "not run"] = Field(description="not run: the sweep was interrupted.")
     reason: str | None = Field(default=None, description="Why it failed, in one line.")
     score: float | None = Field(default=None, description="Test score of the tuned prompt.")
     without_prompt: float | None = Field(default=None, description="Test score of a zero prompt.")
@@ -46,8 +45,7 @@ class TrialRow(Schema):
     test_rows: int | None = Field(default=None, description="Test rows behind score and without_prompt.")
     calls: int | None = Field(default=None, description="Candidates evaluated.")
     seconds: float | None = Field(default=None, description="Duration of the search.")
-    versions: dict[str, str] = Field(default_factory=dict)
-    """Versions of the libraries that ran the backbone."""
+    versions: dict[str, str] = Field(default={}, description="Versions of the libraries that ran the backbone.")
 
 
 class ScoreCell(Schema):
@@ -98,11 +96,9 @@ class Agreement(Schema):
 class CrossEvaluation(Schema):
     """Every prompt of a sweep, scored in each bundle that takes it."""
 
-    scores: list[CrossScore] = Field(default_factory=list, description="One per task, engine and pair of bundles.")
-    agreements: list[Agreement] = Field(default_factory=list)
-    """One per task, engine, bundle of the search and two bundles."""
-    failures: dict[str, str] = Field(default_factory=dict)
-    """Why a bundle could not score the prompts, by task, bundle and engine."""
+    scores: list[CrossScore] = Field(default=[], description="One per task, engine and pair of bundles.")
+    agreements: list[Agreement] = Field(default=[], description="One per task, engine, tuned_in and pair of bundles.")
+    failures: dict[str, str] = Field(default={}, description="Why a bundle has no scores, by task, bundle and engine.")
 
 
 class SweepReport(Schema):
@@ -114,8 +110,7 @@ class SweepReport(Schema):
     sweep: Sweep = Field(description="The sweep as requested.")
     rows: list[SweepRow] = Field(description="The table.")
     trials: list[TrialRow] = Field(description="Everything behind it.")
-    cross_evaluation: CrossEvaluation | None = None
-    """The prompts in other bundles, where requested."""
+    cross_evaluation: CrossEvaluation | None = Field(default=None, description="The prompts in other bundles.")
     versions: dict[str, str] = Field(description="Versions of bbt-accel and Python.")
 
     def count(self, status: str) -> int:

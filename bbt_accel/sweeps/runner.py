@@ -1,7 +1,4 @@
-"""Running a sweep: every trial that is not done yet, then the cross-evaluation; the report after each of them.
-
-A trial is tuned, scored on the test rows, and its result written.
-"""
+"""Running a sweep: every trial that is not done yet, then the cross-evaluation; the report after each of them."""
 
 from __future__ import annotations
 
