@@ -15,8 +15,7 @@ from types import ModuleType
 from bbt_accel.errors import EngineError, MissingDependency, first_line
 from bbt_accel.machine import physical_cores
 
-OBJECT_STORE = 100 * 2**20
-"""Bytes of shared memory for Ray's objects: rows and losses need little, and Ray's default is a third of the memory."""
+OBJECT_STORE = 100 * 2**20  # bytes: rows and losses need little, and Ray's default is a third of the memory
 CONNECT_TIMEOUT = 10.0  # seconds
 
 
@@ -67,10 +66,7 @@ def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep Ray from printing deaths of processes to standard output, which is for results; they are raised anyway.
-
-    Ray has no setting for this.
-    """
+    """Keep Ray, which has no setting for it, from printing deaths of processes (raised anyway) between the results."""
     worker = import_module("ray._private.worker")
     former = getattr(worker, "print_to_stdstream", None)
     worker.print_to_stdstream = lambda *arguments, **options: None  # type: ignore[attr-defined]
@@ -82,8 +78,7 @@ def _silent() -> Iterator[None]:
 
 def cpus_of(ray: ModuleType) -> list[int]:
     """CPUs of each node that is alive and has any."""
-    found = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return [cpus for cpus in found if cpus]
+    return [cpus for node in ray.nodes() if node["Alive"] and (cpus := int(node["Resources"].get("CPU", 0)))]
 
 
 def share_of_cores(ray: ModuleType, parts: int) -> int:

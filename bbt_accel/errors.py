@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from difflib import get_close_matches
 
 
@@ -67,15 +67,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Collection[str]) -> str:
     """A hint for a name that is not known: the closest known one, or all of them."""
-    known = list(known)
     close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
 
 
-def check_known(what: str, name: str, known: Iterable[str], error: type[Exception] = UsageError) -> None:
+def check_known(what: str, name: str, known: Collection[str], error: type[Exception] = UsageError) -> None:
     """Raises `error` for a name that is not among those known, and suggests the closest one."""
-    known = list(known)
     if name not in known:
         raise error(f"unknown {what} {name!r}; {did_you_mean(name, known)}")

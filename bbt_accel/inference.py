@@ -21,12 +21,9 @@ BATCH_SIZE = 64  # rows that an engine gets at a time
 
 
 class EngineOptions(TypedDict, total=False):
-    """Where to run a prompt: the bundle, engine, device and url of its run unless given, as in `load_engine`.
+    """Where to run a prompt: the bundle, engine, device and url of its run unless given, as in `load_engine`."""
 
-    bundle: another bundle of the same backbone, e.g. in another precision.
-    """
-
-    bundle: str | Path | None
+    bundle: str | Path | None  # another of the same backbone, e.g. in another precision
     engine: str | None
     device: str | None
     threads: int | None
@@ -54,8 +51,7 @@ def evaluate(
     else:
         rows = load_few_shot(run.task, folder, run.info.settings)[1]
     with _load(run, options) as loaded:
-        prompts = [run.prompt, np.zeros_like(run.prompt)]
-        logits = label_logits(loaded, Encoder(loaded.bundle, run.task), rows, prompts)
+        logits = label_logits(loaded, Encoder(loaded.bundle, run.task), rows, [run.prompt, np.zeros_like(run.prompt)])
         _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
         return {
             "split": split,
@@ -87,10 +83,9 @@ def predict(
     with _load(run, options) as loaded:
         classifier = Classifier(loaded, run)
         words, probabilities = classifier.words, classifier.probabilities(texts)
-    labels = probabilities.argmax(axis=1).tolist()
     return [
         {"label": label, "word": words[label], "probabilities": dict(zip(words, p, strict=True))}
-        for label, p in zip(labels, probabilities.tolist(), strict=True)
+        for label, p in zip(probabilities.argmax(axis=1).tolist(), probabilities.tolist(), strict=True)
     ]
 
 

@@ -1,7 +1,6 @@
 """Names that the server, its client and the Triton repository share.
 
-The protocol is the Open Inference Protocol of KServe and Triton (version 2 of their REST interface) with its binary
-tensor data.
+The protocol is the Open Inference Protocol of KServe and Triton (version 2 of their REST interface) with binary data.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ def batch_statistics(logits: Float32, targets: Int64) -> Float64:
     """The sums from which every loss and metric follows, for each candidate: float64 (P, 5), columns `STATISTICS`.
 
     logits: float32 (P, N, C); targets: int64 (N,). The losses of a candidate with a NaN or infinite logit are NaN.
-    Statistics of several batches add up. `exporters.device.batch_statistics` is the same in fp32 as a graph, without
-    the checks.
+    Statistics of several batches add up. `exporters.device.batch_statistics` is the same in fp32: a graph, unchecked.
     Raises UsageError for other shapes, and for a target that is not a class.
     """
     x = np.asarray(logits, dtype=np.float64)
@@ -58,7 +57,6 @@ class Objective:
         max(0, logit_c - logit_target + 2), over N; `perf`, minus the metric.
     metric: `accuracy`; `f1`, the F1 of class 1 (0 where it has neither a row nor a prediction), which is what GLUE
         reports for MRPC.
-
     Raises UsageError for an unknown loss or metric.
     """
 
@@ -82,8 +80,9 @@ class Objective:
         """Losses and metrics of a population from its batch statistics (P, 5), as `score` gives them."""
         finite = np.isfinite(found).all(axis=1)
         if not finite.all():
-            number = first + int(np.argmin(finite))
-            problem = f"the loss of candidate {number} is not finite (a logit is NaN or infinite)"
+            problem = (
+                f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite)"
+            )
             raise NonFiniteLoss(f"{problem}; use an fp32 bundle, or a smaller --sigma or --alpha")
         sums = dict(zip(STATISTICS, found.T, strict=True))
         if self.metric == "accuracy":

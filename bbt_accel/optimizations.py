@@ -16,14 +16,10 @@ from bbt_accel.errors import check_known
 
 @dataclass(frozen=True)
 class Optimization:
-    """One optimization.
-
-    in_graph: part of the graphs, and so fixed when a bundle is exported.
-    architectures, methods: what it applies to.
-    """
+    """What is avoided, and for which architectures and methods."""
 
     what: str
-    in_graph: bool = False
+    in_graph: bool = False  # part of the graphs, and so fixed when a bundle is exported
     architectures: tuple[Architecture, ...] = get_args(Architecture)
     methods: tuple[Method, ...] = get_args(Method)
 

@@ -46,16 +46,14 @@ class Latent:
         return self.projection.prompts(self._whole)[self._part]
 
 
-LayerPrompts = Float32 | Latent
-"""One layer's prompts, (P, n, H), projected or not."""
+LayerPrompts = Float32 | Latent  # one layer's prompts, (P, n, H), projected or not
 
 
 @dataclass(frozen=True)
 class Population:
     """P candidate prompts.
 
-    candidates: float32 (P, n, H), or (P, L, n, H) for whole stacks of bbtv2; or `Latent`, where whole stacks do not
-        exist.
+    candidates: float32 (P, n, H), or (P, L, n, H) for whole stacks of bbtv2; or `Latent`, never of whole stacks.
     layer, fixed: bbtv2, for candidates of one layer: its number, and the prompts of all layers, float32 (L, n, H);
         `fixed[layer]` is ignored.
     """

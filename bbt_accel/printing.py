@@ -88,7 +88,6 @@ def print_predictions(rows: Sequence[Mapping[str, str]], found: Sequence[Mapping
 
 
 def print_serving(url: str, models: Sequence[str], as_json: bool) -> None:
-    """The server's address and models, once it listens."""
     if as_json:
         print_json({"url": url, "models": models})
     else:

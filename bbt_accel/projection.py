@@ -13,6 +13,8 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from bbt_accel.batch import Float32
 from bbt_accel.errors import UsageError
 
+Seed = np.random.Generator | int
+
 
 class Projection:
     """The fixed random projection of Black-Box Tuning: prompt = reshape(A z + p0, n × H), row-major.
@@ -20,7 +22,6 @@ class Projection:
     matrix: A, float32 (n·H, d).
     prompt_shape: (n, H), the prompt tokens and the hidden size.
     p0: float32 (n·H,), the initial prompt; zero unless given.
-
     Raises UsageError for shapes that do not match.
     """
 
@@ -30,23 +31,17 @@ class Projection:
         size = prompt_shape[0] * prompt_shape[1]
         self.p0: Float32 = np.zeros(size, np.float32) if p0 is None else np.asarray(p0, dtype=np.float32).ravel()
         if self.matrix.ndim != 2 or self.matrix.shape[0] != size or self.p0.shape != (size,):
-            raise UsageError(
-                f"a projection to prompts {prompt_shape} needs a matrix ({size}, d) and p0 ({size},); "
-                f"got {self.matrix.shape} and {self.p0.shape}"
-            )
+            need = f"a projection to prompts {prompt_shape} needs a matrix ({size}, d) and p0 ({size},)"
+            raise UsageError(f"{need}; got {self.matrix.shape} and {self.p0.shape}")
 
     @classmethod
-    def normal(
-        cls, rng: np.random.Generator | int, d: int, n: int, H: int, std: float, p0: npt.ArrayLike | None = None
-    ) -> Projection:
+    def normal(cls, rng: Seed, d: int, n: int, H: int, std: float, p0: npt.ArrayLike | None = None) -> Projection:
         """A with independent entries N(0, std²); `rng` is a generator or a seed. `prompt_std` gives the papers' std."""
         matrix = np.random.default_rng(rng).standard_normal((n * H, d), dtype=np.float32)
         return cls(np.multiply(matrix, np.float32(std), out=matrix), (n, H), p0)
 
     @classmethod
-    def uniform(
-        cls, rng: np.random.Generator | int, d: int, n: int, H: int, p0: npt.ArrayLike | None = None
-    ) -> Projection:
+    def uniform(cls, rng: Seed, d: int, n: int, H: int, p0: npt.ArrayLike | None = None) -> Projection:
         """A with independent entries U(-1/√d, 1/√d), torch's default initialization of a Linear layer."""
         matrix = np.random.default_rng(rng).random((n * H, d), dtype=np.float32)
         return cls((2 * matrix - 1) / np.float32(math.sqrt(d)), (n, H), p0)
@@ -59,8 +54,7 @@ class Projection:
         """
         z = self.check(Z)
         with one_blas_thread():
-            prompts: Float32 = (z @ self.matrix.T + self.p0).reshape(len(z), *self.prompt_shape)
-        return prompts
+            return (z @ self.matrix.T + self.p0).reshape(len(z), *self.prompt_shape)
 
     def check(self, Z: npt.ArrayLike) -> Float32:
         """Z as a contiguous float32 (P, d). Raises UsageError for another shape."""

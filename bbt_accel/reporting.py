@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 JSON, TABLE, PLOT = "report.json", "report.md", "report.png"
-METRICS = {"accuracy": "accuracy", "f1": "F1"}
-"""How metrics are written."""
+METRICS = {"accuracy": "accuracy", "f1": "F1"}  # as they are written
 GREY, BLUE, ORANGE, RED, GREEN = "#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73"
-PALETTE = (BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000")
-"""Okabe and Ito's colours, which remain distinct in every kind of colour vision."""
+PALETTE = (BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000")  # Okabe and Ito: distinct to the colour-blind
 
 
 class Schema(BaseModel):

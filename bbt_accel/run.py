@@ -116,8 +116,7 @@ class Run:
 
     def __init__(self, path: Path, info: RunInfo, prompt: Float32) -> None:
         self.path, self.info = path, info
-        self.prompt = prompt
-        """float32 (n, H) for bbt, (L, n, H) for bbtv2: the final vectors, as engines take them."""
+        self.prompt = prompt  # float32 (n, H) for bbt, (L, n, H) for bbtv2: the final vectors, as engines take them
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -170,7 +169,6 @@ def read_info(path: Path) -> RunInfo:
 
 
 def write_info(path: Path, info: RunInfo) -> None:
-    """Write run.json atomically."""
     write_atomically(path / INFO, info.model_dump_json(indent=1).encode() + b"\n")
 
 

@@ -31,10 +31,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     random_proj: Literal["normal", "uniform"] = Field(default="normal", description="The projection's distribution.")
 
     def generations(self, method: Method, n_layers: int) -> int:
-        """Generations within the budget; for bbtv2 those of whole sweeps over the layers.
-
-        Raises UsageError for a budget below one of them.
-        """
+        """Generations within the budget (bbtv2: of whole sweeps over the layers). Raises UsageError if it has none."""
         turn = self.popsize if method == "bbt" else self.popsize * n_layers
         if self.budget < turn:
             need = f"popsize {self.popsize}" + ("" if method == "bbt" else f" times {n_layers} layers")
