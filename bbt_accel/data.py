@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,10 +45,7 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> list[Row]:
 
 
 def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Train and dev rows, k examples per class in each, after a shuffle by `seed`.
-
-    Raises DataError when a class has fewer than 2 k rows.
-    """
+    """Train and dev rows, k per class in each, after a shuffle by `seed`. DataError for a class with fewer than 2 k."""
     train: list[Row] = []
     dev: list[Row] = []
     seen = Counter[int | None]()
@@ -113,11 +110,10 @@ def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
         raise DataError(f"{folder} has no {wanted}; it holds {found}")
     for file in files:
         try:
-            records = READERS[file.suffix](file)
+            records = list(READERS[file.suffix](file))
         except (OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:  # pyarrow raises them too
             raise DataError(f"cannot read {file} ({first_line(error)})") from None
-        labels = {str(record.get(task.label, UNLABELLED)) for record in records}
-        if file == files[-1] or labels - {str(UNLABELLED)}:
+        if file == files[-1] or any(str(record.get(task.label, UNLABELLED)) != str(UNLABELLED) for record in records):
             break
     return _rows(task, records, file)
 
@@ -129,9 +125,8 @@ def _find(folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _read_jsonl(file: Path) -> list[Record]:
+def _read_jsonl(file: Path) -> Iterator[Record]:
     # Not pyarrow: it converts texts that look like dates, and refuses long lines.
-    records: list[Record] = []
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -142,28 +137,24 @@ def _read_jsonl(file: Path) -> list[Record]:
                 raise DataError(f"{file} line {number} is not JSON ({error})") from None
             if not isinstance(record, dict):
                 raise DataError(f'{file} line {number} is not an object like {{"text": "...", "label": 0}}')
-            records.append(record)
-    return records
+            yield record
 
 
-def _read_csv(file: Path) -> list[Record]:
+def _read_csv(file: Path) -> Iterator[Record]:
     # Not pyarrow: every column is text, so that "1984" and "NA" remain texts.
     csv.field_size_limit(2**31 - 1)  # a long text is no error
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
-        records: list[Record] = []
         for record in reader:
             if None in record or None in record.values():
                 raise DataError(f"cannot read {file} (line {reader.line_num} has more or fewer columns than the first)")
-            records.append(record)
-    return records
+            yield record
 
 
-def _read_parquet(file: Path) -> list[Record]:
+def _read_parquet(file: Path) -> Iterator[Record]:
     from pyarrow import parquet
 
-    records: list[Record] = parquet.read_table(file).to_pylist()
-    return records
+    yield from parquet.read_table(file).to_pylist()
 
 
 READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -196,8 +187,7 @@ def _rows(task: Task, records: Sequence[Record], source: Path | str) -> list[Row
     rows = []
     for number, record in enumerate(records, 1):
         where = f"{source} row {number}"
-        label = _label(record.get(task.label), task, where)
-        if label is not None:
+        if (label := _label(record.get(task.label), task, where)) is not None:
             rows.append(Row({name: _text(record.get(name), name, where) for name in task.text}, label))
     if not rows:
         raise DataError(f"{source} has no labelled rows (every label is {UNLABELLED})")

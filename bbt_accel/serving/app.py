@@ -33,8 +33,7 @@ class Service:
     """The endpoints. Models run in one separate thread, so that health and metadata respond meanwhile."""
 
     def __init__(self, models: Sequence[Model], limits: Limits) -> None:
-        self.models = {model.name: model for model in models}
-        self.limits = limits
+        self.models, self.limits = {model.name: model for model in models}, limits
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # no engine is thread-safe
 
     def routes(self) -> list[Route]:
@@ -124,13 +123,12 @@ class Token:
         self.app, self.expected = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
         if scope["type"] == "http" and not scope["path"].startswith("/v2/health/"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
-                message = {"error": "a valid bearer token is required"}
-                await JSONResponse(message, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+                app = JSONResponse({"error": "a valid bearer token is required"}, 401, {"www-authenticate": "Bearer"})
+        await app(scope, receive, send)
 
 
 def make_app(models: Sequence[Model], limits: Limits, token: str | None = None) -> Starlette:

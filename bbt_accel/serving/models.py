@@ -22,10 +22,10 @@ from bbt_accel.run import Run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.protocol import DTYPES, Tensor, Tensors, TensorSpec
 
-OPTIONAL = "decoder_input_ids"
+OPTIONAL = "decoder_input_ids"  # of the tensors that describe rows, the one that may be missing
 _DIMENSIONS = {"input_ids": 2, "attention_mask": 2, "readout": 1, "label_token_ids": 1, OPTIONAL: 2}
 ROW_INPUTS = {name: TensorSpec(name, "INT64", (-1,) * rank) for name, rank in _DIMENSIONS.items()}
-"""The tensors that describe rows, of which one may be missing."""
+Compute = Callable[[BoundBatch, Tensors], Tensor]  # from bound rows and the inputs by name to the output
 
 
 class Model(ABC):
@@ -130,14 +130,8 @@ def rows_hash(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-Compute = Callable[[BoundBatch, Tensors], Tensor]
-
-
 class RowModel(Model):
-    """A model that computes one output from cached rows and from its `own` inputs, the first of them the candidates.
-
-    compute: the output, from the rows and the inputs by name.
-    """
+    """A model that computes one output from cached rows and from its `own` inputs, the first of them the candidates."""
 
     def __init__(
         self, name: str, cache: RowCache, own: tuple[TensorSpec, ...], output: TensorSpec, compute: Compute
@@ -211,10 +205,8 @@ def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[
             TensorSpec("layer", "INT64", (1,)),
         )
         stds = TensorSpec("layer_stds", "FP32", (info.n_layers,))
-        models += [
-            RowModel(LAYER, cache, own, logits, _layer_logits),
-            RowModel(STDS, cache, (), stds, lambda rows, given: rows.layer_stds()),
-        ]
+        models.append(RowModel(LAYER, cache, own, logits, _layer_logits))
+        models.append(RowModel(STDS, cache, (), stds, lambda rows, given: rows.layer_stds()))
     return models if run is None else [*models, PromptedClassifier(engine, limits, run)]
 
 

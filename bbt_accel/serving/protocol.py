@@ -182,10 +182,7 @@ def _wanted(request: _Request, outputs: Sequence[TensorSpec]) -> dict[str, bool]
 def write_response(
     model: str, request: InferRequest, outputs: Tensors, specs: Sequence[TensorSpec], parameters: dict[str, str]
 ) -> tuple[bytes, dict[str, str]]:
-    """The body of a response, and its headers.
-
-    Raises RequestError when NaN or infinite numbers are requested as JSON, which cannot represent them.
-    """
+    """The body and the headers of a response. Raises RequestError for NaN or infinity as JSON, which has neither."""
     datatypes = {spec.name: spec.datatype for spec in specs}
     parts, blobs = [], []
     for name, binary in request.outputs.items():
@@ -203,8 +200,7 @@ def write_response(
     head = json.dumps({name: value for name, value in answer.items() if value not in (None, {})}).encode()
     if not blobs:
         return head, {"content-type": "application/json"}
-    headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
-    return b"".join([head, *blobs]), headers
+    return b"".join([head, *blobs]), {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
 
 
 def _to_binary(value: Tensor, datatype: str) -> bytes:

@@ -20,9 +20,6 @@ from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
 from bbt_accel.serving.models import make_models
 
-MAX_CONNECTIONS = 64  # further concurrent ones get 503
-GRACE_PERIOD = 10  # seconds that running requests have to finish when the server stops
-
 
 def serve(
     path: str | Path,
@@ -47,11 +44,9 @@ def serve(
     run = Run.read(path) if (Path(path) / INFO).is_file() else None
     bundle = Bundle.read(path) if run is None else run.open_bundle()
     own = run.info.engine if run is not None and run.info.engine.name != "remote" else None
-    name, place = (own.name, own.device) if own else ("ort", "cpu")
-    with (
-        listen(host, port) as listener,
-        load_engine(bundle, engine or name, device=device or place, threads=threads) as loaded,
-    ):
+    engine = engine or (own.name if own else "ort")
+    device = device or (own.device if own else "cpu")
+    with listen(host, port) as listener, load_engine(bundle, engine, device=device, threads=threads) as loaded:
         models = make_models(loaded, limits, run)
         config = uvicorn.Config(
             make_app(models, limits, token),
@@ -59,9 +54,9 @@ def serve(
             access_log=False,
             lifespan="on",
             ws="none",
-            limit_concurrency=MAX_CONNECTIONS,
+            limit_concurrency=64,  # further connections get 503
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=GRACE_PERIOD,
+            timeout_graceful_shutdown=10,  # seconds for running requests to finish
             server_header=False,
         )
         ready(address(listener), [model.name for model in models])
@@ -71,10 +66,9 @@ def serve(
 
 def check_host(host: str, token: str | None) -> None:
     """Raises UsageError for an address that other machines can reach, without a token."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False  # a host name, with any address
+    loopback = host == "localhost"
+    with suppress(ValueError):  # of another host name, which may have any address
+        loopback = loopback or ipaddress.ip_address(host).is_loopback
     if not loopback and token is None:
         raise UsageError(f"--host {host} can be reached from other machines: set a bearer token in {TOKEN} first")
 

@@ -33,8 +33,7 @@ def _check_settings(values: dict[str, float | int | str]) -> dict[str, float | i
     return values
 
 
-Preset = Annotated[dict[str, float | int | str], AfterValidator(_check_settings)]
-"""Any of `Settings` that suit the task; options on the command line override them."""
+Preset = Annotated[dict[str, float | int | str], AfterValidator(_check_settings)]  # the command line overrides it
 
 
 class Presets(BaseModel, extra="forbid", frozen=True):
@@ -51,8 +50,7 @@ def _every_group(given: object) -> object:
 
 
 T = TypeVar("T")
-ByGroup = Annotated[dict[str, T | None], BeforeValidator(_every_group)]
-"""A value, or None, for every template group."""
+ByGroup = Annotated[dict[str, T | None], BeforeValidator(_every_group)]  # a value, or None, for every template group
 
 
 class Task(BaseModel, extra="forbid", frozen=True):
@@ -63,10 +61,8 @@ class Task(BaseModel, extra="forbid", frozen=True):
     text: list[str] = Field(min_length=1, description="Text columns, in the order of a row without column names.")
     label: str = "label"
     n_classes: int = Field(ge=2)
-    clean: Literal["newlines"] | None = None
-    """`newlines`: a literal backslash and n, which some data sets write for a line break, becomes a space."""
-    separator: str = " . "
-    """Text between the initial prompt tokens and the template, where the template has no {prompt}."""
+    clean: Literal["newlines"] | None = None  # a backslash and n, in some data sets a line break, become a space
+    separator: str = " . "  # between the initial prompt tokens and the template, where the template has no {prompt}
     hub: HubData | None = None
     templates: ByGroup[str] = Field(description="How a row is written.")
     label_words: ByGroup[list[str]] = Field(description="The word of each class, in class order.")
@@ -122,15 +118,13 @@ class Task(BaseModel, extra="forbid", frozen=True):
         return self._required("label_words", self.label_words, group)
 
     def _required(self, key: str, values: dict[str, T | None], group: TemplateGroup) -> T:
-        value = values[group]
-        if value is None:
+        if (value := values[group]) is None:
             raise TaskError(f"task {self.name} has no {key}.{group}, which this backbone needs; add it")
         return value
 
     def preset(self, method: Method) -> dict[str, float | int | str]:
         """The task's settings for a method; may be empty."""
-        preset: dict[str, float | int | str] = getattr(self.presets, method)
-        return preset
+        return self.presets.bbt if method == "bbt" else self.presets.bbtv2
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -149,10 +143,7 @@ def task_names() -> list[str]:
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """A built-in task by name, or a user's own by the path of a .toml file.
-
-    Raises TaskError, in one line, for an unknown name and for a file that is missing or malformed.
-    """
+    """A built-in task by name, or a user's own by the path of a .toml file. Raises TaskError, in one line."""
     name, names = str(name_or_path), task_names()
     if not name.endswith(".toml") and name not in names:
         raise TaskError(f"unknown task {name!r}; {did_you_mean(name, names)} (or give the path of a .toml file)")

@@ -78,7 +78,7 @@ def tune(
     job, info = _prepare(bundle, task, data, record, chosen, workspace)
     if former is not None and (differences := former.differences(info)):
         raise RunError(f"{workspace.final} cannot be resumed with another {', '.join(differences)}")
-    if former is None or former.status != "done" or not workspace.is_complete():
+    if former is None or former.status != "done" or workspace.folder.exists():  # the last: killed before the rename
         return _run(job, info, workspace, resume, ray, tensorboard, progress)
     _say(f"{workspace.final} is complete already; nothing to resume", progress)
     return Run.read(workspace.final)
@@ -155,8 +155,7 @@ def _run(
 
 
 def _evaluator(job: Job, ray: str | None, progress: bool) -> Evaluator:
-    workers = job.engine.workers
-    if workers is None:
+    if (workers := job.engine.workers) is None:
         return job.evaluator()
     with progress_bar(f"starting {workers} workers", progress):
         return WorkersEvaluator(workers, ray or "local", job, lambda line: _say(line, progress))

@@ -19,8 +19,7 @@ class Evaluator(Closing, ABC):
     """An engine with the train and the dev rows bound, and the objective. A context manager."""
 
     @abstractmethod
-    def versions(self) -> dict[str, str]:
-        """The engine's versions."""
+    def versions(self) -> dict[str, str]: ...
 
     @abstractmethod
     def layer_stds(self) -> Float32:

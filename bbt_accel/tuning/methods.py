@@ -86,8 +86,7 @@ class SearchMethod(ABC):
 
     def __init__(self, space: PromptSpace, settings: Settings, seeds: Sequence[int | Sequence[int]]) -> None:
         self.space, s = space, settings
-        self.layer = 0
-        """The layer that the next generation searches; 0 for BBT."""
+        self.layer = 0  # the layer that the next generation searches; 0 for BBT
         self._cmas = [Cma(s.intrinsic_dim, s.sigma, s.popsize, seed, s.bound) for seed in seeds]
 
     @property

@@ -44,10 +44,7 @@ class Events(Closing):
 def draw_curve(
     file: Path, generations: Sequence[Generation], best: int, best_score: float, metric: str, title: str
 ) -> None:
-    """Write a PNG: train loss of each generation's best candidate, dev scores, and the best prompt.
-
-    best: the generation of the best prompt, whose dev score is best_score.
-    """
+    """Write a PNG: train loss of each generation's best candidate, dev scores, and the prompt of generation `best`."""
     name, calls = METRICS.get(metric, metric), generations[best].calls
     scored = [(g.calls, g.dev_score) for g in generations if g.dev_score is not None]
     with figure(file, 8, 5.5, nrows=2, sharex=True) as (drawn, (losses, scores)):
@@ -57,11 +54,9 @@ def draw_curve(
         losses.set_title("Train loss of each generation's best candidate", fontsize=10, loc="left")
         scores.plot([c for c, _ in scored], [s for _, s in scored], ".-", color=RED, linewidth=1.1, markersize=4)
         scores.plot([calls], [best_score], "*", color=RED, markersize=15, markeredgecolor="black", zorder=5)
-        scores.set_ylabel(f"dev {name}")
-        scores.set_xlabel("API calls")
+        scores.set(xlabel="API calls", ylabel=f"dev {name}")
         scores.xaxis.set_major_formatter("{x:,.0f}")
-        star = f"★ best prompt: {best_score:.3f} at {calls:,} calls"
-        scores.set_title(f"Dev {name}   ({star})", fontsize=10, loc="left")
+        scores.set_title(f"Dev {name}   (★ best prompt: {best_score:.3f} at {calls:,} calls)", fontsize=10, loc="left")
         for axes in (losses, scores):
             tidy(axes)
             axes.axvline(calls, color=GREY, linewidth=0.8, linestyle=":")

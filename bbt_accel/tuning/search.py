@@ -35,8 +35,6 @@ class BestPrompt:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a search."""
-
     best: BestPrompt
     interrupted: bool
 
@@ -53,10 +51,8 @@ def search(
     another search.
     """
     total = settings.generations(info.method, info.n_layers)
-    if info.method == "bbt":
-        method: SearchMethod = Bbt(PromptSpace(info, settings), settings)
-    else:
-        method = BbtV2(PromptSpace(info, settings, evaluator.layer_stds()), settings)
+    space = PromptSpace(info, settings, evaluator.layer_stds() if info.method == "bbtv2" else None)
+    method = BbtV2(space, settings) if info.method == "bbtv2" else Bbt(space, settings)
     best = _replay(method, history, observe)
     try:
         for number in range(len(history), total):

@@ -40,7 +40,6 @@ class Worker:
         self.space = PromptSpace(self.job.bundle.info, self.job.settings, layer_stds)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A method of the evaluator."""
         return getattr(self.evaluator, name)(*arguments)
 
     def train(self, layer: int, candidates: Float32, stack: Float32, part: slice) -> tuple[Float64, Float64]:
@@ -126,11 +125,10 @@ class WorkersEvaluator(Evaluator):
             number = running.pop(ready)
             try:
                 results[number] = self._get(ready)
+                self._deaths = 0
             except self._dead as death:
                 self._replace(number, death)
                 running[start(number)] = number
-            else:
-                self._deaths = 0
         return [results[number] for number in sorted(results)]
 
     def _replace(self, number: int, death: Exception) -> None:

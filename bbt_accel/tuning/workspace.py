@@ -24,9 +24,8 @@ class Workspace:
 
     def __init__(self, final: Path) -> None:
         self.final = final.absolute()
-        self.folder, self._new, self._old = (
-            self.final.with_name(f".{self.final.name}.{suffix}") for suffix in ("partial", "new", "old")
-        )
+        hidden = (self.final.with_name(f".{self.final.name}.{end}") for end in ("partial", "new", "old"))
+        self.folder, self._new, self._old = hidden
 
     def find(self) -> RunInfo | None:
         """run.json of the run to resume, or of the complete one; None if there is neither. RunError if unreadable."""
@@ -37,13 +36,11 @@ class Workspace:
     def require_free(self, overwrite: bool) -> None:
         """Raises RunError when the run exists, complete or not; with `overwrite`, only when NAME is not a run."""
         self._recover()
-        if overwrite:
-            if self.final.exists() and not (self.final / INFO).is_file():
-                raise RunError(f"{self.final} is not a run, so --overwrite does not replace it; choose another -o")
-            return
-        if self.final.exists():
+        if overwrite and self.final.exists() and not (self.final / INFO).is_file():
+            raise RunError(f"{self.final} is not a run, so --overwrite does not replace it; choose another -o")
+        if not overwrite and self.final.exists():
             raise RunError(f"{self.final} exists already; use --resume, --overwrite or another -o")
-        if self.folder.exists():
+        if not overwrite and self.folder.exists():
             raise RunError(f"{self.final} is an unfinished run; use --resume to continue it, or --overwrite")
 
     @contextmanager
@@ -70,10 +67,6 @@ class Workspace:
                 if not len(history):
                     shutil.rmtree(self.folder, ignore_errors=True)
 
-    def is_complete(self) -> bool:
-        """Whether the run has its final name, and no other is about to replace it."""
-        return self.final.exists() and not self.folder.exists()
-
     def finish(self, info: RunInfo, outcome: Outcome) -> Run:
         """Add the prompt, the curve and the final run.json, and give the folder its name, in place of a former run."""
         generations, best = read_history(self.folder / HISTORY), outcome.best
@@ -86,7 +79,6 @@ class Workspace:
         title = f"{info.task.name} · {info.bundle.backbone} · {info.bundle.method} · {info.engine.name}"
         draw_curve(self.folder / CURVE, generations, at, best.dev_score, info.task.metric, title)
         write_info(self.folder, info)
-        shutil.rmtree(self._old, ignore_errors=True)
         if self.final.exists():
             os.rename(self.final, self._old)
         os.rename(self.folder, self.final)
