@@ -20,12 +20,18 @@ GROUP = "bbt_accel.engines"
 
 @dataclass(frozen=True)
 class Backend:
-    """An engine on one device."""
+    """An engine on one device.
 
-    loader: str  # `module:name` of the class (or function) that `load_engine` calls
-    packages: tuple[str, ...] = ()  # distributions that it needs; alternatives are separated by a bar
-    extra: str = ""  # the extra of bbt-accel that installs them
-    replaces: str = ""  # a distribution that must be uninstalled first
+    loader: `module:name` of the class (or function) that `load_engine` calls.
+    packages: distributions that it needs; alternatives are separated by a bar.
+    extra: the extra of bbt-accel that installs them.
+    replaces: a distribution that must be uninstalled first.
+    """
+
+    loader: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    replaces: str = ""
 
 
 @dataclass(frozen=True)

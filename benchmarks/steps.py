@@ -146,13 +146,10 @@ def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
 
 
 def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
-    """What a search asks of an engine between two steps of CMA-ES, from z to the batch statistics.
-
-    For bbtv2 a generation for every layer, each of which then keeps its first candidate. Returns the candidates.
-    """
+    """What a search asks of an engine between two steps of CMA-ES, from z to the statistics; returns the candidates."""
     info, settings = bound.bundle.info, resolve()
     deep = info.method == "bbtv2"
-    layers = info.n_layers if deep else 1
+    layers = info.n_layers if deep else 1  # a generation for every layer, which then keeps its first candidate
     space = PromptSpace(info, settings, np.full(layers, info.word_embedding_std, np.float32) if deep else None)
     Z = np.random.default_rng(0).standard_normal((layers, popsize, settings.intrinsic_dim))
 
