@@ -17,8 +17,7 @@ from bbt_accel.settings import Settings
 from bbt_accel.sweeps.grid import preset_names
 from bbt_accel.tasks import task_names
 
-EXECUTION, SEARCH = "Execution", "Search settings"
-"""Panels of --help."""
+EXECUTION, SEARCH = "Execution", "Search settings"  # panels of --help
 TASK_PRESETS = ("budget", "sigma", "alpha", "loss")
 
 
@@ -33,6 +32,7 @@ _TARGETS = ", ".join(spec.name for spec in ENGINES if spec.optimized)
 _WITHOUT = "Optimizations to switch off, comma-separated: "
 _ENGINE = typer.Option(callback=_check_engine, autocompletion=engine_names)
 _TARGET = typer.Option(autocompletion=lambda: list(targets()))
+_PRESET = typer.Option(autocompletion=preset_names)
 _TASK = typer.Option(metavar="TASK", autocompletion=task_names)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -90,9 +90,7 @@ class TuneOptions(Schema):
 
 class SweepOptions(Schema):
     config: Path | None = Field(default=None, description="TOML file that defines the sweep; options override it.")
-    preset: Annotated[str | None, typer.Option(autocompletion=preset_names)] = Field(
-        default=None, description=f"Shipped sweep: {', '.join(preset_names())}."
-    )
+    preset: Annotated[str | None, _PRESET, Field(description=f"Shipped sweep: {', '.join(preset_names())}.")] = None
     resume: bool = Field(default=False, description="Continue a sweep; finished trials are kept.")
 
 

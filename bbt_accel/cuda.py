@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from bbt_accel.errors import EngineError, MissingDependency, first_line
 
-LAYOUTS = ("cuda.bindings.runtime", "cuda.cudart")
-"""Modules in which releases of cuda-python have the runtime's functions, the current one first."""
+LAYOUTS = ("cuda.bindings.runtime", "cuda.cudart")  # cuda-python's modules with the runtime, the current one first
 ALIGNMENT = 256
 """TensorRT's alignment of device memory in bytes; buffer sizes are multiples of it, so that buffers can be reused."""
 
@@ -26,8 +25,7 @@ ALIGNMENT = 256
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    capability: str
-    """Compute capability, e.g. 8.9."""
+    capability: str  # compute capability, e.g. 8.9
     driver: str
 
 
@@ -55,8 +53,7 @@ class Cuda:
         found = self.call("cudaGetDeviceProperties", 0)
         self.gpu = Gpu(decoded(found.name).strip("\0 "), f"{found.major}.{found.minor}", self.driver())
         self.stream: Any = None
-        self.free: dict[int, list[int]] = defaultdict(list)
-        """Idle buffers by their size, each list a heap."""
+        self.free: dict[int, list[int]] = defaultdict(list)  # idle buffers by their size, each list a heap
         self.buffers: set[int] = set()
         self.forget: Callable[[], None] = lambda: None
         """Called before idle buffers are freed, to drop the CUDA graphs that use their addresses."""

@@ -17,15 +17,13 @@ NOTES = (
 )
 INT8_FEATURES = frozenset({"AVX-512 VNNI", "AMX"})
 Versions = Mapping[str, str | None]
-Recommendation = dict[str, str]
-"""engine, device, precision, reason, and the command that makes the bundle."""
+Recommendation = dict[str, str]  # engine, device, precision, reason, and the command that makes the bundle
 
 
 class EngineState(TypedDict):
     runs: bool
     reason: str
-    install: str | None
-    """The command that installs what is missing; None if nothing is."""
+    install: str | None  # the command that installs what is missing; None if nothing is
 
 
 class Rule(NamedTuple):
@@ -38,13 +36,12 @@ class Rule(NamedTuple):
     needs: frozenset[str] = frozenset()
 
 
-RULES = (
+RULES = (  # from the fastest to the slowest, and so are their engines
     Rule(("trt", "ort"), "cuda", "fp16", "the GPU's tensor cores multiply fp16", frozenset({"GPU"})),
     Rule(("openvino", "ort"), "cpu", "int8", "the processor has 8-bit dot products (VNNI or AMX)", INT8_FEATURES),
     Rule(("openvino",), "cpu", "bf16", "the processor multiplies bf16", frozenset({"bf16"})),
     Rule(("openvino", "ort"), "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
 )
-"""From the fastest to the slowest, and so are their engines."""
 
 
 def diagnose() -> dict[str, Any]:

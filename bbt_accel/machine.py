@@ -13,14 +13,13 @@ from typing import TypedDict
 
 import bbt_accel
 
-FEATURES = {
+FEATURES = {  # instruction sets that matter for speed → the flags of /proc/cpuinfo that announce them
     "AVX2": {"avx2"},
     "AVX-512": {"avx512f"},
     "AVX-512 VNNI": {"avx512_vnni", "avx_vnni"},
     "AMX": {"amx_tile"},
     "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
 }
-"""Instruction sets that matter for speed, and the flags of /proc/cpuinfo that announce them."""
 
 
 class Machine(TypedDict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin
@@ -34,10 +34,9 @@ class Fields:
     task_presets: Collection[str] = ()
     required: bool = True
 
-    def parameters(self) -> Iterator[inspect.Parameter]:
-        for name, field in self.model.model_fields.items():
-            if name not in self.exclude:
-                yield self._parameter(name, field)
+    def parameters(self) -> list[inspect.Parameter]:
+        fields = self.model.model_fields.items()
+        return [self._parameter(name, field) for name, field in fields if name not in self.exclude]
 
     def _parameter(self, name: str, field: FieldInfo) -> inspect.Parameter:
         """The option of a field: a comma-separated text for a list; None where it is not given."""
@@ -69,13 +68,12 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         fields = get_args(parameter.annotation)[1]
         if isinstance(fields, Fields):
-            groups[parameter.name] = list(fields.parameters())
+            groups[parameter.name] = fields.parameters()
         parameters += groups.get(parameter.name, [parameter.replace(kind=KEYWORD)])
 
     def command(**values: Any) -> None:
         for name, options in groups.items():
-            found = {option.name: values.pop(option.name) for option in options}
-            values[name] = {option: value for option, value in found.items() if value is not None}
+            values[name] = {o.name: value for o in options if (value := values.pop(o.name)) is not None}
         function(**values)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__

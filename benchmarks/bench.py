@@ -28,12 +28,9 @@ from bbt_accel.progress import StepProgress
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import load_task
 
-BASELINES = ("eager", "eager-readout", "compiled")
-"""PyTorch as one would use it without bbt-accel, the plainest first."""
-COMPILERS = ("c++", "g++", "clang++")
-"""One of these must be there for torch.compile."""
-COUNTED = ("eager", "eager-readout", "torch")
-"""Engines whose operations PyTorch counts."""
+BASELINES = ("eager", "eager-readout", "compiled")  # PyTorch as one would use it without bbt-accel, the plainest first
+COMPILERS = ("c++", "g++", "clang++")  # one of these must be there for torch.compile
+COUNTED = ("eager", "eager-readout", "torch")  # engines whose operations PyTorch counts
 
 
 def run_bench(options: BenchOptions, output: str | Path, progress: bool = True) -> BenchReport:
@@ -163,8 +160,7 @@ class Benchmark:
         row.tuned = TuningScores(seeds=seeds, scores=scores, mean=mean, std=std, **cost)
 
     def settings(self, seed: int) -> dict[str, object]:
-        asked = self.options.model_dump(include={"popsize", "k_shot", "budget"}, exclude_none=True)
-        return {**asked, "seed": seed}
+        return {"seed": seed, **self.options.model_dump(include={"popsize", "k_shot", "budget"}, exclude_none=True)}
 
     def compare(self, row: Measurement) -> None:
         logits = self.logits(row, self.work / "prompt.npy")

@@ -17,12 +17,9 @@ from bbt_accel.objective import Objective
 from bbt_accel.reporting import BLUE, GREY, METRICS, ORANGE, Schema, digits, figure, markdown_list, markdown_table, tidy
 from bbt_accel.settings import Metric
 
-LARGEST_ERROR = 1e-4
-"""An fp32 row passes up to this logit error (`exporters.validate.scaled_error`)."""
-LEAST_AGREEMENT = 0.97
-"""A row of lower precision passes if it predicts eager's class for at least this share of the test rows."""
-STEADY = 0.1
-"""Drift of the machine beyond which the report warns."""
+LARGEST_ERROR = 1e-4  # logit error (`exporters.validate.scaled_error`) up to which an fp32 row passes
+LEAST_AGREEMENT = 0.97  # a row of lower precision passes if it predicts eager's class for this share of the test rows
+STEADY = 0.1  # drift of the machine beyond which the report warns
 
 
 class TuningScores(Schema):
@@ -153,9 +150,8 @@ class BenchReport(Report):
     @property
     def processor(self) -> str:
         """What computed, by its name."""
-        if self.options.device == "cuda":
-            return "; ".join(self.machine["gpus"])
-        return f"{self.machine['cpu']} ({self.options.threads} threads)"
+        host = f"{self.machine['cpu']} ({self.options.threads} threads)"
+        return "; ".join(self.machine["gpus"]) if self.options.device == "cuda" else host
 
     @property
     def setting(self) -> str:
@@ -268,8 +264,6 @@ class BenchReport(Report):
                 axes.errorbar(row.tuned.mean, place, xerr=row.tuned.std or 0.0, fmt="D", label=label, **tuned)
         handles, labels = axes.get_legend_handles_labels()
         shown = dict(zip(labels, handles, strict=True))
-        outside = {"loc": "outside lower right", "ncols": 2, "frameon": False}
-        axes.figure.legend(shown.values(), shown.keys(), fontsize=9, **outside)
-        axes.set_xlim(-0.03, 1.03)
-        axes.set_xlabel(f"test {name}, {self.n_test_rows} rows")
+        axes.figure.legend(shown.values(), shown.keys(), fontsize=9, loc="outside lower right", ncols=2, frameon=False)
+        axes.set(xlim=(-0.03, 1.03), xlabel=f"test {name}, {self.n_test_rows} rows")
         axes.set_title(name[0].upper() + name[1:], fontsize=11, loc="left")

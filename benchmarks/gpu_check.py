@@ -40,17 +40,13 @@ SECONDS, SPEEDUP, SHARE = 30.0, 12.0, 0.6
 """Targets on one H100, on `WORKLOAD`: seconds of a search, the ratio to the original's forward (eager PyTorch in fp32),
 and the share of the measured fp16 rate by the operations that the torch engine needs."""
 WORKLOAD = {"backbone": "roberta-large", "popsize": 20, "n_prompt_tokens": 50, "budget": 8000}
-ROWS = 32
-"""What the targets are for, on rows of SST-2."""
+ROWS = 32  # of SST-2; the targets are for `WORKLOAD` on these rows
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.02}
 """Largest error of logits, relative to the largest logit where that is beyond 1; of losses for recorded traces."""
 VARIANTS = (("bbt", "add"), ("bbtv2", "add"), ("bbt", "cat"))
-N_PROMPT, TRACE_PROMPT = 5, 10
-"""Prompt tokens of the tiny backbones, and of the recorded traces."""
-TIMED = "fp16"
-"""The precision that is timed."""
-SIZES = ("popsize", "k_shot", "n_prompt_tokens", "budget", "repeats")
-"""Options that go to the benchmark as they are."""
+N_PROMPT, TRACE_PROMPT = 5, 10  # prompt tokens of the tiny backbones, and of the recorded traces
+TIMED = "fp16"  # the precision that is timed
+SIZES = ("popsize", "k_shot", "n_prompt_tokens", "budget", "repeats")  # go to the benchmark as they are
 
 
 class EngineCheck(Outcome):

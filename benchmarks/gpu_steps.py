@@ -17,11 +17,9 @@ from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection
 from bbt_accel.settings import Loss
 
-DIM = 20
-"""Dimension of the space that prompts are projected from."""
+DIM = 20  # dimension of the space that prompts are projected from
 LOSSES: tuple[Loss, ...] = ("ce", "hinge")
-SHAPES = ((8, 40, 5), (5, 12, 3), (1, 8, 1))
-"""Rows, words of the longest row, and candidates of the compared batches."""
+SHAPES = ((8, 40, 5), (5, 12, 3), (1, 8, 1))  # rows, words of the longest row, and candidates of the compared batches
 
 
 def validation_error(reference: str, engine: LoadArguments) -> float:
@@ -47,8 +45,7 @@ def logits_and_losses(bound: BoundBatch, prompts: Float32) -> list[Float32]:
     """Logits of whole prompts; and logits and losses of projected ones, for bbtv2 those of each layer."""
     n, hidden = prompts.shape[-2:]
     rng, std = np.random.default_rng(0), float(prompts.std())
-    p0 = std * rng.standard_normal(n * hidden)
-    projection = Projection.normal(rng, DIM, n, hidden, std / DIM**0.5, p0)
+    projection = Projection.normal(rng, DIM, n, hidden, std / DIM**0.5, std * rng.standard_normal(n * hidden))
     z = Latent(projection, rng.standard_normal((len(prompts), DIM)))
     populations = [Population(z)]
     if bound.bundle.info.method == "bbtv2":
@@ -69,9 +66,8 @@ def trace_error(reference: str, engine: LoadArguments) -> float:
     with load_engine(**engine) as loaded:
         info = loaded.bundle.info
         batch = traced_batch(arrays, info)
-        shape = (info.n_prompt_tokens, info.hidden_size)
         p0 = arrays["init_prompt"] if arrays["init_prompt"].size else None
-        latent = Latent(Projection(arrays["A"][0], shape, p0), arrays["X"][0])
+        latent = Latent(Projection(arrays["A"][0], (info.n_prompt_tokens, info.hidden_size), p0), arrays["X"][0])
         deep = info.method == "bbtv2"
         population = Population(latent, 0, np.zeros(info.prompt_shape, np.float32)) if deep else Population(latent)
         with loaded.bind(batch) as bound:
@@ -80,14 +76,12 @@ def trace_error(reference: str, engine: LoadArguments) -> float:
 
 
 def traced_batch(arrays: dict[str, Any], info: BundleInfo) -> Batch:
-    """The rows of a trace as the original program laid them out.
-
-    With a masked template its decoder reads the input shifted by one, behind the last token of the row.
-    """
+    """The rows of a trace as the original program laid them out."""
     ids, mask = arrays["train_input_ids"], arrays["train_attention_mask"]
     last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
     rows = np.arange(len(ids))
     decoder = arrays.get("train_decoder_input_ids")
+    # The decoder of a masked template reads the input shifted by one, behind the last token of the row.
     if info.decodes and info.template_group == "masked":
         decoder = np.concatenate([ids[rows, last][:, None], ids[:, :-1]], axis=1)
     readout = {"span": np.ones_like(rows), "causal": last}.get(info.template_group, arrays.get("train_mask_pos"))

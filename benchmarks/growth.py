@@ -26,15 +26,13 @@ from bbt_accel.progress import StepProgress
 from bbt_accel.reporting import BLUE, GREY, RED, figure, tidy
 
 BASE = {"rows": 16, "length": 96, "population": 8, "layers": 4}
-FACTORS = {
+FACTORS = {  # what changes: its description and its values
     "rows": ("rows of the batch", (4, 8, 16, 32, 64)),
     "length": ("tokens per row", (64, 96, 128, 192, 256)),
     "population": ("candidates per generation", (1, 4, 8, 16, 32)),
     "layers": ("blocks of the backbone", (2, 4, 8, 12)),
 }
-"""What changes: its description and its values."""
-ENGINES = {"eager fp32": GREY, "ort fp32": BLUE, "ort int8": RED}
-"""Engine and precision, and the colour."""
+ENGINES = {"eager fp32": GREY, "ort fp32": BLUE, "ort int8": RED}  # engine and precision → colour
 
 
 class GrowthPoint(Timed):
@@ -56,8 +54,7 @@ class GrowthReport(Report):
         with figure(file, 11, 8, nrows=2, ncols=2) as (_, grid):
             for axes, (factor, (description, values)) in zip(grid.flat, FACTORS.items(), strict=True):
                 for name, colour in ENGINES.items():
-                    found = [p for p in self.rows if (p.factor, p.engine) == (factor, name)]
-                    line = [(p.value, p.ms_median) for p in found]
+                    line = [(p.value, p.ms_median) for p in self.rows if (p.factor, p.engine) == (factor, name)]
                     axes.plot(*zip(*line, strict=True), "o-", color=colour)
                     axes.annotate(name, line[-1], xytext=(6, 0), textcoords="offset points", va="center", color=colour)
                 axes.set(xlabel=description, ylabel="ms per candidate", ylim=(0, None), xticks=values)

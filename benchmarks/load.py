@@ -39,14 +39,10 @@ from bbt_accel.reporting import BLUE, GREY, ORANGE, figure, tidy
 from bbt_accel.run import INFO, Run
 from bbt_accel.tasks import load_task
 
-TIMEOUT = 120.0
-"""Seconds that the server may take to load, and to answer."""
-WARM_UP = 2
-"""Requests before those that are timed."""
-SCALED = ("population", "texts")
-"""Requests that are sent by each number of clients."""
-Request = tuple[str, str, bytes, dict[str, str]]
-"""What a client sends repeatedly: method, path, body and headers."""
+TIMEOUT = 120.0  # seconds that the server may take to load, and to answer
+WARM_UP = 2  # requests before those that are timed
+SCALED = ("population", "texts")  # requests that are sent by each number of clients
+Request = tuple[str, str, bytes, dict[str, str]]  # what a client sends repeatedly: method, path, body and headers
 
 
 class RequestTiming(Timed):
@@ -109,8 +105,7 @@ def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> L
             for clients in given.clients if name in SCALED else given.clients[:1]:
                 tell(f"{name}, {clients} clients")
                 timings.append(load(url, name, request, clients, given.seconds))
-    length = batch.input_ids.shape[1]
-    return LoadReport(backbone=bundle.info.backbone, length=length, rows=timings, **given.report)
+    return LoadReport(backbone=bundle.info.backbone, length=batch.input_ids.shape[1], rows=timings, **given.report)
 
 
 def requests(url: str, batch: Batch, prompts: Float32, text: dict[str, str] | None) -> dict[str, Request]:

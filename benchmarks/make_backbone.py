@@ -18,8 +18,7 @@ from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import DataError, check_known
 from bbt_accel.files import new_folder
 
-DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "n_layer")
-"""What configurations call the number of blocks."""
+DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "n_layer")  # names of the block count
 
 
 def make_backbone(
@@ -75,14 +74,12 @@ def load_words(folder: Path, spec: Any) -> Any:
     literal = spec.mask if spec.mask and not hasattr(source, spec.mask) else None
     ends = dict.fromkeys(("bos_token", "cls_token"), begin) | dict.fromkeys(("eos_token", "sep_token"), end)
     ends |= {"pad_token": source.pad_token or end, "mask_token": literal or source.mask_token or "<mask>"}
-    words = Tokenizer.from_file(str(file))
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=source.unk_token, **ends)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)), unk_token=source.unk_token, **ends)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.make_backbone", description=__doc__.partition("\n")[0]
-    )
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.make_backbone", description=about)
     parser.add_argument("shape", help="the name of a published checkpoint")
     parser.add_argument("output", type=Path, help="the new folder")
     parser.add_argument("--tokenizer", type=Path, default=BACKBONE, help="a folder with tokenizer.json")

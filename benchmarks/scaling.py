@@ -61,12 +61,11 @@ def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -
         ms = [1000 * given.popsize / generation.evaluations_per_second for generation in history[1:]]
         here, losses = median(ms), [generation.losses for generation in history]
         alone, wanted = first.setdefault(engine, (here, losses))
-        start_s = seconds - sum(generation.seconds for generation in history)
         found = ScalingPoint(
             engine=engine,
             workers=workers,
             threads=threads,
-            start_s=start_s,
+            start_s=seconds - sum(generation.seconds for generation in history),
             speedup=alone / here,
             overhead_ms=here - alone if (workers, threads) == (1, 1) else None,
             same=losses == wanted,

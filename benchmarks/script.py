@@ -23,8 +23,7 @@ from bbt_accel.machine import describe_machine, installed_versions
 from bbt_accel.progress import StepProgress
 from bbt_accel.reporting import PLOT, Schema, digits, markdown_list, markdown_table, now, write_report
 
-Columns = dict[str, tuple[str, Callable[[Any], str]]]
-"""Header → the attribute that the column shows, and how it is written."""
+Columns = dict[str, tuple[str, Callable[[Any], str]]]  # header → the attribute shown, and how it is written
 
 
 class Outcome(Schema):
@@ -54,9 +53,8 @@ class Timed(Schema):
 
     def set_times(self, milliseconds: Sequence[float]) -> float:
         """Set the percentiles, and return the median."""
-        median, self.ms_p90, self.ms_p99 = map(float, np.percentile(milliseconds, (50, 90, 99)))
-        self.ms_median = median
-        return median
+        self.ms_median, self.ms_p90, self.ms_p99 = map(float, np.percentile(milliseconds, (50, 90, 99)))
+        return self.ms_median
 
 
 class Report(Schema):

@@ -1,6 +1,4 @@
-"""What the processes of a benchmark do: export, optimize, time, compare, search, measure the machine's ceilings; and
-its bundles and rows. Large arrays are files.
-"""
+"""What a benchmark's processes do: export, optimize, time, compare, search, find ceilings. Large arrays are files."""
 
 from __future__ import annotations
 
@@ -25,30 +23,22 @@ from bbt_accel.settings import resolve
 from bbt_accel.tasks import Task
 from bbt_accel.tuning.methods import PromptSpace
 
-SEED = 42
-"""Seed of the timed and compared rows, of the random prompts and of the first search."""
-ROWS = 64
-"""Test rows per call."""
-WARM_UP = {"cpu": 1, "cuda": 3}
-"""Calls before the timed ones, by device: buffers, kernels and CUDA graphs are made in them."""
-LoadArguments = dict[str, Any]
-"""Arguments of `load_engine`: bundle, name, device, threads, without."""
-SIZE = {"cpu": 2048, "cuda": 8192}
-"""Side of the square matrices whose product is the ceiling, by device."""
-SECONDS = 1.0
-"""How long each product is repeated."""
+SEED = 42  # of the timed and compared rows, of the random prompts and of the first search
+ROWS = 64  # test rows per call
+WARM_UP = {"cpu": 1, "cuda": 3}  # calls before the timed ones: they make buffers, kernels and CUDA graphs
+LoadArguments = dict[str, Any]  # arguments of `load_engine`: bundle, name, device, threads, without
+SIZE = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the ceiling
+SECONDS = 1.0  # how long each product is repeated
 Multiply = Callable[[], object]
 
 
 def export(**arguments: Any) -> None:
-    """Calls `export_bundle`."""
     from bbt_accel.exporters.export import export_bundle
 
     export_bundle(**arguments)
 
 
 def optimize(data: str | None = None, **arguments: Any) -> None:
-    """Calls `optimize_bundle`."""
     from bbt_accel.exporters.optimize import optimize_bundle
 
     optimize_bundle(data=None if data is None else Path(data), **arguments)
@@ -156,13 +146,10 @@ def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
 
 
 def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
-    """What a search asks of an engine between two steps of CMA-ES, from z to the batch statistics.
-
-    For bbtv2 a generation for every layer, each of which then keeps its first candidate. Returns the candidates.
-    """
+    """What a search asks of an engine between two steps of CMA-ES, from z to the statistics; returns the candidates."""
     info, settings = bound.bundle.info, resolve()
     deep = info.method == "bbtv2"
-    layers = info.n_layers if deep else 1
+    layers = info.n_layers if deep else 1  # a generation for every layer, which then keeps its first candidate
     space = PromptSpace(info, settings, np.full(layers, info.word_embedding_std, np.float32) if deep else None)
     Z = np.random.default_rng(0).standard_normal((layers, popsize, settings.intrinsic_dim))
 
@@ -187,10 +174,7 @@ def milliseconds(evaluate: Callable[[], int], repeats: int) -> list[float]:
 
 
 def count_flops(evaluate: Callable[[], int]) -> int:
-    """Floating-point operations per candidate of a PyTorch engine: matmuls and attention, which are nearly all.
-
-    A multiplication and an addition count as two.
-    """
+    """FLOP per candidate of a PyTorch engine: matmuls and attention, nearly all. A multiply-add counts as two."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -292,8 +276,7 @@ def product(n: int, int8: bool = False) -> bytes:
     constant = f"ConstantOfShape<value = {right}[1] {{{7 if int8 else 0.5}}}>(s)"
     nodes = f"s = Constant<value = int64[2] {{{n}, {n}}}>() b = {constant} y = MatMul{'Integer' * int8}(a, b)"
     graph = f"product ({left}[{n}, {n}] a) => ({result}[{n}, {n}] y) {{ {nodes} }}"
-    model: bytes = parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {graph}').SerializeToString()
-    return model
+    return bytes(parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {graph}').SerializeToString())
 
 
 PRODUCTS: dict[str, dict[str, Callable[[int, int], Multiply]]] = {
