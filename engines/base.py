@@ -30,8 +30,7 @@ class Closing:
 class BoundBatch(Closing, ABC):
     """The rows of a batch, held by an engine, against which populations are evaluated. A context manager."""
 
-    projects = False
-    """Whether the engine projects `Latent` prompts on its device; others get them projected."""
+    projects = False  # whether the engine projects `Latent` prompts on its device; others get them projected
 
     def __init__(self, bundle: Bundle, batch: Batch) -> None:
         self.bundle, self.batch = bundle, batch

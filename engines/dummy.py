@@ -11,14 +11,12 @@ from bbt_accel.population import Population
 
 class DummyBoundBatch(BoundBatch):
     def _label_logits(self, population: Population) -> Float32:
-        prompts = population.prompts()
-        rng = np.random.default_rng(0)
-        flat = prompts.reshape(len(prompts), -1)
-        rows, classes = len(self.batch), len(self.batch.label_token_ids)
+        flat = population.prompts().reshape(len(population), -1)
+        rng, classes = np.random.default_rng(0), len(self.batch.label_token_ids)
         weight = rng.standard_normal((flat.shape[1], classes), dtype=np.float32) / np.sqrt(flat.shape[1])
         row = (self.batch.input_ids * self.batch.attention_mask).sum(1) % 97 / 97
         logits = np.tanh(flat @ weight)[:, None, :] + row[None, :, None] * np.arange(classes, dtype=np.float32)
-        return np.asarray(logits, np.float32).reshape(len(prompts), rows, classes)
+        return np.asarray(logits, np.float32)
 
     def layer_stds(self) -> Float32:
         return np.ones(self.bundle.info.n_layers, dtype=np.float32)

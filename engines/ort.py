@@ -25,8 +25,7 @@ from bbt_accel.population import Latent, LayerPrompts
 
 log = logging.getLogger(__name__)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-MAX_GRAPHS = 64
-"""CUDA graphs at most: ONNX Runtime frees them only with the session."""
+MAX_GRAPHS = 64  # CUDA graphs at most: ONNX Runtime frees them only with the session
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 """The library of NVIDIA's driver, which no Python package installs."""
 
@@ -38,9 +37,8 @@ def share_memory() -> None:
     It grows by doubling, so that tensors of the many shapes of a search share its blocks. Untouched pages take no
     memory.
     """
-    memory = onnxruntime.OrtMemoryInfo(
-        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-    )
+    arena, default = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
+    memory = onnxruntime.OrtMemoryInfo("Cpu", arena, 0, default)
     doubling = 0  # kNextPowerOfTwo
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, doubling, -1, -1))
 
@@ -53,10 +51,8 @@ class OrtEngine(StagedEngine):
     def load(self) -> None:
         super().load()
         if not hasattr(onnxruntime, "InferenceSession"):
-            raise EngineError(
-                "onnxruntime is broken (onnxruntime and onnxruntime-gpu overwrite each other): "
-                "uninstall both, then install one extra, [cpu] or [gpu]"
-            )
+            why = "onnxruntime is broken (onnxruntime and onnxruntime-gpu overwrite each other)"
+            raise EngineError(f"{why}: uninstall both, then install one extra, [cpu] or [gpu]")
         self.provider = PROVIDERS[self.device]
         if self.provider not in onnxruntime.get_available_providers():  # one that is there may still not start
             found = f"--device {self.device}: this ONNX Runtime has no {self.provider}"
@@ -91,12 +87,10 @@ class OrtEngine(StagedEngine):
 
     def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
         """The outputs of these names."""
-        found: list[Any] = self.sessions[stage].run(names, given)
-        return found
+        return list(self.sessions[stage].run(names, given))
 
     def versions(self) -> dict[str, str]:
-        names = ("onnxruntime", "onnxruntime-gpu")
-        found = {name: version for name in names if (version := installed(name)) is not None}
+        found = {name: version for name in ("onnxruntime", "onnxruntime-gpu") if (version := installed(name))}
         return {**found, "provider": self.provider}
 
     def close(self) -> None:
@@ -152,8 +146,7 @@ class OrtCudaEngine(OrtEngine):
         if not self.graphs:  # there are many stages, and each session keeps the memory of its largest call
             self.tokens_per_call = 2**14
         self.calls: dict[object, Call] = {}
-        self.seen: dict[object, list[tuple[int, ...]]] = {}
-        """A call seen once → the shapes of its outputs."""
+        self.seen: dict[object, list[tuple[int, ...]]] = {}  # a call seen once → the shapes of its outputs
         super().load()
         self.sessions |= {stage: self.open(stage) for stage in (PROJECT, STATISTICS)}
 
@@ -182,8 +175,7 @@ class OrtCudaEngine(OrtEngine):
         inputs = {name: self.on_gpu(value) for name, value in given.items()}
         binding = self.bind_arrays(session, inputs, dict.fromkeys(names, place))
         session.run_with_iobinding(binding, options_for(-1))
-        found: list[Any] = binding.get_outputs()
-        return found
+        return list(binding.get_outputs())
 
     def bind_arrays(self, session: Any, inputs: Arrays, outputs: Arrays) -> Any:
         """Arrays on the device as a session takes them; an output that is None becomes a new one."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.engine_specs import engine_spec
@@ -45,9 +45,8 @@ def load_engine(
             raise EngineError(f"engine {name} needs a bundle optimized for it: bbt-accel optimize --target {name}")
         target, reads = opened.info.target, ", ".join(spec.reads)
         raise EngineError(f"{opened.path} was made for {target}, engine {name} reads {reads}; use --engine {target}")
-    module, _, attribute = backend.loader.partition(":")
     try:
-        make: Callable[..., Engine] = getattr(import_module(module), attribute)
+        make: Callable[..., Engine] = resolve_name(backend.loader)
     except ImportError as error:
         hint = f'pip install "bbt-accel[{backend.extra}]"' if backend.extra else "install it"
         raise MissingDependency(f"engine {name} needs {error.name}: {hint}") from None

@@ -24,12 +24,9 @@ from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
 from bbt_accel.population import Population
 
-TIMEOUT = 600.0
-"""Seconds to wait for a response."""
-WAITS = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each retry after a connection error."""
-HEAD = 65536
-"""Bytes of a request that are reserved for its JSON header."""
+TIMEOUT = 600.0  # seconds to wait for a response
+WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each retry after a connection error
+HEAD = 65536  # bytes of a request that are reserved for its JSON header
 
 
 def connect(bundle: Bundle, *, url: str, without: frozenset[str] = frozenset()) -> Engine:
@@ -66,10 +63,7 @@ class Server:
         self.facts = self.ask(self.client.get_server_metadata)
 
     def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What a function of the client returns; only connection errors are retried.
-
-        Raises EngineError, or ServerRefused.
-        """
+        """What a client call returns; only connection errors are retried. Raises EngineError or ServerRefused."""
         token = os.environ.get(protocol.TOKEN)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         for wait in (*WAITS, None):
@@ -88,16 +82,6 @@ class Server:
                 raise EngineError(f"cannot query {self.url} ({error}); check --url") from None
         raise AssertionError
 
-    def config(self, model: str) -> dict[str, str]:
-        """The parameters of a model's configuration; empty for a server that has none."""
-        try:
-            found = self.ask(self.client.get_model_config, model)
-        except ServerRefused as error:
-            if error.status in (404, 405, 501, None):
-                return {}
-            raise
-        return {name: str(entry.get("string_value", "")) for name, entry in (found.get("parameters") or {}).items()}
-
     def infer(self, model: str, arrays: Mapping[str, Any], rows: str | None = None) -> Any:
         """The result of one request with these arrays, and a hash that refers to rows."""
         inputs = [
@@ -107,8 +91,14 @@ class Server:
         return self.ask(self.client.infer, model, inputs, parameters=None if rows is None else {protocol.ROWS: rows})
 
     def check(self, bundle: Bundle, model: str) -> dict[str, str]:
-        """The parameters of a model's configuration. Raises BundleError when they name another bundle."""
-        found = self.config(model)
+        """The parameters of a model's configuration, if any. Raises BundleError when they name another bundle."""
+        try:
+            parameters = self.ask(self.client.get_model_config, model).get("parameters") or {}
+        except ServerRefused as error:
+            if error.status not in (404, 405, 501, None):
+                raise
+            parameters = {}
+        found = {name: str(entry.get("string_value", "")) for name, entry in parameters.items()}
         if found.get(protocol.DIGEST, bundle.digest) != bundle.digest:
             there = f"{found.get('backbone', 'unknown')}, {found[protocol.DIGEST][:12]}"
             why = f"{self.url} serves another bundle ({there}) than {bundle.path} ({bundle.digest[:12]})"
@@ -141,8 +131,8 @@ class RemoteEngine(Engine):
         super().__init__(bundle)
         self.server = server
         self.facts = server.check(bundle, protocol.BACKBONE)
-        self.limits = int(self.facts.get("max_batch", 2**31)), int(self.facts.get("max_request_bytes", 2**31))
-        """Of the server: rows times candidates, and bytes, per request."""
+        self.max_batch = int(self.facts.get("max_batch", 2**31))  # rows times candidates, per request
+        self.max_bytes = int(self.facts.get("max_request_bytes", 2**31))
 
     def bind(self, batch: Batch) -> RemoteBoundBatch:
         check_tokens(self.bundle, batch)
@@ -161,8 +151,7 @@ class RemoteBoundBatch(BoundBatch):
     def __init__(self, engine: RemoteEngine, batch: Batch) -> None:
         super().__init__(engine.bundle, batch)
         self.engine, self.rows = engine, batch.inputs()
-        self.hash: str | None = None
-        """As the server returned it; None until it has the rows."""
+        self.hash: str | None = None  # as the server returned it; None until it has the rows
 
     def infer(self, model: str, own: dict[str, Any], output: str) -> Float32:
         server, result = self.engine.server, None
@@ -186,9 +175,8 @@ class RemoteBoundBatch(BoundBatch):
         if population.layer is not None:
             model, name = protocol.LAYER, "candidates"
             other = {"stack": population.fixed, "layer": np.array([population.layer], np.int64)}
-        most, size = self.engine.limits
-        room = size - HEAD - sum(array.nbytes for array in (*other.values(), *self.rows.values()))
-        step = max(1, min(most // len(self.batch), room // candidates[:1].nbytes))
+        room = self.engine.max_bytes - HEAD - sum(array.nbytes for array in (*other.values(), *self.rows.values()))
+        step = max(1, min(self.engine.max_batch // len(self.batch), room // candidates[:1].nbytes))
         parts = [candidates[i : i + step] for i in range(0, len(candidates), step)]
         return np.concatenate([self.infer(model, {name: part, **other}, "label_logits") for part in parts])
 

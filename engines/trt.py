@@ -21,9 +21,7 @@ from bbt_accel.files import write_atomically
 
 log = logging.getLogger(__name__)
 DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
-MAX_GRAPHS = 2048
-"""CUDA graphs at most; each has an execution context of its own."""
-
+MAX_GRAPHS = 2048  # CUDA graphs at most; each has an execution context of its own
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -34,10 +32,8 @@ class Plan:
     engine: Any
     context: Any
     inputs: list[str]
-    outputs: dict[str, type[np.generic]]
-    """Name → dtype."""
-    shapes: dict[Shapes, list[tuple[int, ...]]] = field(default_factory=dict)
-    """Shapes of the inputs → those of the outputs."""
+    outputs: dict[str, type[np.generic]]  # name → dtype
+    shapes: dict[Shapes, list[tuple[int, ...]]] = field(default_factory=dict)  # of the inputs → of the outputs
 
 
 class TrtEngine(StagedEngine):

@@ -15,13 +15,11 @@ from bbt_accel.exporters.sessions import Feeds
 
 LARGEST = 65504.0 / 2
 """Nodes with values beyond half of fp16's maximum stay in fp32: other rows and prompts may reach further."""
-TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-"""Precision → ONNX element type."""
+TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}  # precision → ONNX element type
 FP32_OPERATORS = {"LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
                   "SkipSimplifiedLayerNormalization", "Pow"}  # fmt: skip
 """Norms, whose sums of squares overflow first (RoBERTa, T5)."""
-FP32_MAKERS = {"ConstantOfShape", "Range"}
-"""Nodes that produce fp32 from no fp32 input, often without a type attribute."""
+FP32_MAKERS = {"ConstantOfShape", "Range"}  # produce fp32 from no fp32 input, often without a type attribute
 
 
 def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int = TensorProto.FLOAT16) -> list[str]:
@@ -38,11 +36,9 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
         floats |= values.keys()
         large |= {name for name, value in values.items() if np.abs(value).max() > LARGEST}
     conversion = Conversion(model.graph, floats, dtype)
-    overflowing = []
+    overflowing = [node.name for node in model.graph.node if large & {*node.input, *node.output}]
     for node in model.graph.node:
-        overflows = bool(large & {*node.input, *node.output})
-        overflowing += [node.name] if overflows else []
-        conversion.add(node, overflows or node.op_type in FP32_OPERATORS)
+        conversion.add(node, node.name in overflowing or node.op_type in FP32_OPERATORS)
     for name in floats & {output.name for output in model.graph.output}:
         conversion.as_type(name, half=False)
     replace_nodes(model.graph, conversion.nodes)
@@ -50,18 +46,14 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
 
 
 class Conversion:
-    """A graph while it is converted: X_half is the tensor X in half precision; either is cast from the other on demand.
-
-    floats: names of all fp32 inputs and node outputs.
-    """
+    """A graph while it is converted. X_half is the tensor X in half precision, either cast from the other on demand."""
 
     def __init__(self, graph: onnx.GraphProto, floats: set[str], dtype: int) -> None:
-        self.graph, self.floats, self.dtype = graph, floats, dtype
+        self.graph, self.dtype = graph, dtype
+        self.floats = floats  # names of all fp32 inputs and node outputs
         self.weights = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
-        self.half: set[str] = set()
-        """Tensors that exist in half precision so far."""
-        self.single = {*self.weights, *(i.name for i in graph.input)}
-        """Those that exist in fp32."""
+        self.half: set[str] = set()  # tensors that exist in half precision so far
+        self.single = {*self.weights, *(i.name for i in graph.input)}  # those that exist in fp32
         self.nodes: list[onnx.NodeProto] = []
 
     def add(self, node: onnx.NodeProto, keep: bool) -> None:

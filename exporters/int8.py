@@ -91,8 +91,7 @@ def to_int8(
         matmul.input[:2] = f"{name}_int8", weight
         nodes += switchable_matmul(graph, node, matmul) if switchable else [matmul]
     replace_nodes(graph, nodes)
-    names = [node.name for node in matmuls]
-    return [n for n in names if n in chosen], [n for n in names if n not in chosen]
+    return [n.name for n in matmuls if n.name in chosen], [n.name for n in matmuls if n.name not in chosen]
 
 
 def frequent(matmuls: list[onnx.NodeProto], seen: dict[str, Channels]) -> list[onnx.NodeProto]:
@@ -219,8 +218,7 @@ def split_weight(exact: NDArray[np.float32], fitted: SplitRange) -> NDArray[np.i
 
 # Sensitivity fallback ----------------------------------------------------------------------------------------
 
-Matmul = tuple[str, str]
-"""A stage and the name of a matmul in it."""
+Matmul = tuple[str, str]  # a stage and the name of a matmul in it
 
 
 @dataclass(frozen=True)
@@ -229,10 +227,8 @@ class SwitchableStage:
 
     name: str
     run: RunStage
-    sizes: dict[str, int]
-    """Elements of each matmul's weight, to which its cost is proportional."""
-    feeds: list[Feeds]
-    """The stage's inputs, some rows at a time, as the stages before it compute them in fp32."""
+    sizes: dict[str, int]  # elements of each matmul's weight, to which its cost is proportional
+    feeds: list[Feeds]  # the stage's inputs, some rows at a time, as the stages before it compute them in fp32
 
 
 def select_fp32(bundle: Bundle, target: str, batch: Batch, prompts: Float32, limit: float, folder: Path) -> set[Matmul]:
@@ -241,7 +237,7 @@ def select_fp32(bundle: Bundle, target: str, batch: Batch, prompts: Float32, lim
     Each matmul's error is measured with that matmul alone in int8; squared errors add up. Those with the largest error
     for their cost are kept first. None is measured by itself if int8 throughout is within the limit.
     """
-    stages = switchable_stages(bundle, target, batch, prompts, folder)
+    stages = make_switchable(bundle, target, batch, prompts, folder)
     sizes = {(stage.name, name): size for stage in stages for name, size in stage.sizes.items()}
     reference = run_from(stages, 0, sizes)
     if relative_rmse(run_from(stages, 0, ()), reference) <= limit:
@@ -260,9 +256,7 @@ def select_fp32(bundle: Bundle, target: str, batch: Batch, prompts: Float32, lim
     return kept
 
 
-def switchable_stages(
-    bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path
-) -> list[SwitchableStage]:
+def make_switchable(bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path) -> list[SwitchableStage]:
     found = []
     for stage, feeds in stage_feeds(bundle, batch, prompts, rows=4):
         model, _ = read_graph(bundle.path / f"{stage}.onnx", target)

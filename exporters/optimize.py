@@ -27,10 +27,8 @@ from bbt_accel.files import new_folder
 from bbt_accel.machine import installed
 from bbt_accel.progress import Tell, silent
 
-CALIBRATION_ROWS = 16
-"""Rows, times the prompts of `random_prompts`, that activation ranges are read from."""
-MAX_RMSE = 0.05
-"""Relative logit RMSE of int8 above which matmuls are kept in fp32."""
+CALIBRATION_ROWS = 16  # rows, times the prompts of `random_prompts`, that activation ranges are read from
+MAX_RMSE = 0.05  # relative logit RMSE of int8 above which matmuls are kept in fp32
 LEAK = 0.05
 """Largest change of a row's logits when padding is added, relative to the largest logit; more means a lost mask."""
 TOOLS = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx_cu13", "torch")

@@ -22,8 +22,7 @@ from bbt_accel.exporters.axes import AXES
 from bbt_accel.exporters.trt_api import Api, new_logger, reason, start
 from bbt_accel.files import write_atomically
 
-Range = tuple[int, int, int]
-"""(min, opt, max) of a dynamic axis: what a plan accepts, and what it is tuned for."""
+Range = tuple[int, int, int]  # (min, opt, max) of a dynamic axis: what a plan accepts, and what it is tuned for
 OPTIONS: dict[str, str] = {"strongly_typed": "yes", "tf32": "no", "profiling": "detailed"}
 """Build options. Types are those of the graph; with TF32, fp32 matmuls would round their inputs."""
 
@@ -179,7 +178,7 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key) -> tuple[bytes, Record
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(api, network, bundle.path / f"{stage}.onnx", logger)
     config = configure(api, builder, key)
-    inputs = add_profile(builder, config, network, key.profile, bundle.info, stage)
+    inputs = add_profile(builder, config, network, key, bundle.info, stage)
     timing = bundle.path / PLANS / key.folder / "timing.cache"
     cache = timing_cache(config, timing)
     plan = builder.build_serialized_network(network, config)
@@ -193,10 +192,9 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key) -> tuple[bytes, Record
         with suppress(OSError):  # a bundle that cannot be written to
             write_atomically(timing, bytes(cache.serialize()))
     content = bytes(plan)
-    digest = hashlib.sha256(content).hexdigest()
     outputs = [tensor_of(network.get_output(i)) for i in range(network.num_outputs)]
     facts = {"layers": network.num_layers, "inputs": inputs, "outputs": outputs}
-    return content, Record(key=key, sha256=digest, bytes=len(content), **facts)
+    return content, Record(key=key, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), **facts)
 
 
 def parse(api: Api, network: Any, file: Path, logger: Any) -> None:
@@ -226,17 +224,15 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
     return config
 
 
-def add_profile(
-    builder: Any, config: Any, network: Any, shapes: ShapeProfile, info: BundleInfo, stage: str
-) -> list[Tensor]:
+def add_profile(builder: Any, config: Any, network: Any, key: Key, info: BundleInfo, stage: str) -> list[Tensor]:
     """Add one optimization profile over all inputs; returns the inputs with their shapes."""
     profile = builder.create_optimization_profile()
     inputs = [tensor_of(network.get_input(i)) for i in range(network.num_inputs)]
     for tensor in inputs:
-        tensor.profile = shapes.shapes(tensor.name, tensor.shape, info)
+        tensor.profile = key.profile.shapes(tensor.name, tensor.shape, info)
         profile.set_shape(tensor.name, *tensor.profile)
     if config.add_optimization_profile(profile) < 0:
-        raise PlanError(f"TensorRT rejects the profile of {stage}: {shapes}")
+        raise PlanError(f"TensorRT rejects the profile of {stage}: {key.profile}")
     return inputs
 
 

@@ -19,8 +19,7 @@ from bbt_accel.exporters.trt_api import find_api
 from bbt_accel.progress import Tell
 from bbt_accel.settings import Settings
 
-OPERATORS = ("MatMul", "Softmax", "LayerNormalization", "Gelu", "Erf", "Tanh")
-"""Those that the report counts."""
+OPERATORS = ("MatMul", "Softmax", "LayerNormalization", "Gelu", "Erf", "Tanh")  # those that the report counts
 TOKENS = 2**17
 """Candidates × rows × tokens of a profile's largest call: bounds the memory of a plan, about 2 GiB at H = 1024."""
 STEP = 8
@@ -78,10 +77,9 @@ def shape_profile(info: BundleInfo, batch: Batch, longest: int, settings: Settin
 
 
 def build_plans(bundle: Bundle, capabilities: tuple[str, ...], tell: Tell) -> dict[str, object]:
-    """Build and cache the plans of all stages and device graphs, for this machine's GPU or ahead of time.
+    """Build and cache the plans of all stages and device graphs, for this GPU or ahead of time; returns what was built.
 
-    Returns what was built. Raises PlanError; MissingDependency without TensorRT; EngineError where neither a GPU nor
-    capabilities are given.
+    Raises PlanError; MissingDependency without TensorRT; EngineError where neither a GPU nor capabilities are given.
     """
     api = find_api(ahead=bool(capabilities))
     gpu, capability, driver = (None, capabilities, None) if capabilities else local_gpu()

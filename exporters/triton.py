@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -20,10 +20,8 @@ from bbt_accel.inference_protocol import DIGEST, backbone_name, stage_model
 
 TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
 """Of a stage's inputs and outputs, which stay fp32 in every precision."""
-BACKENDS = {"onnx": "onnxruntime", "ort": "onnxruntime", "trt": "tensorrt"}
-"""A bundle's target → the Triton backend that runs it."""
-SMALL = 1024
-"""Bytes up to which a tensor stays inside the graph, as in the bundle."""
+BACKENDS = {"onnx": "onnxruntime", "ort": "onnxruntime", "trt": "tensorrt"}  # a bundle's target → its backend
+SMALL = 1024  # bytes up to which a tensor stays inside the graph, as in the bundle
 
 
 def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None) -> list[str]:
@@ -82,10 +80,8 @@ def plans(bundle: Bundle, stage: str) -> dict[str, Path]:
         if key["runtime"].split()[0] == "tensorrt":  # Triton's backend is TensorRT's own, not that for RTX
             found |= dict.fromkeys(key["capability"], file.with_suffix(".plan"))
     if not found:
-        raise BundleError(
-            f"{bundle.path} has no plan of {stage} that Triton can load; optimize it for trt on the GPU itself, with "
-            "the package tensorrt (Triton cannot load plans of TensorRT for RTX)"
-        )
+        why = f"{bundle.path} has no plan of {stage} that Triton can load; optimize it for trt on the GPU itself"
+        raise BundleError(f"{why}, with the package tensorrt (Triton cannot load plans of TensorRT for RTX)")
     return found
 
 
@@ -93,17 +89,15 @@ def config(bundle: Bundle, graph: onnx.GraphProto, name: str, backend: str) -> l
     """The lines of config.pbtxt. Rows and candidates are separate axes, so Triton must not batch (size 0)."""
     platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[backend]
     lines = [f"name: {json.dumps(name)}", f'platform: "{platform}"', f'backend: "{backend}"', "max_batch_size: 0"]
-    lines += tensors("input", graph.input) + tensors("output", graph.output)
+    lines += [*tensors("input", graph.input), *tensors("output", graph.output)]
     facts = {DIGEST: bundle.digest, "backbone": backbone_name(bundle.info.backbone), "method": bundle.info.method}
     for key, value in (facts | {"precision": bundle.info.precision}).items():
         lines.append(f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}')
     return lines
 
 
-def tensors(kind: str, values: Iterable[onnx.ValueInfoProto]) -> list[str]:
-    lines = []
+def tensors(kind: str, values: Iterable[onnx.ValueInfoProto]) -> Iterator[str]:
     for value in values:
         tensor = value.type.tensor_type
         dims = ", ".join(str(d.dim_value) if d.HasField("dim_value") else "-1" for d in tensor.shape.dim)
-        lines.append(f'{kind} {{ name: "{value.name}" data_type: {TYPES[tensor.elem_type]} dims: [ {dims} ] }}')
-    return lines
+        yield f'{kind} {{ name: "{value.name}" data_type: {TYPES[tensor.elem_type]} dims: [ {dims} ] }}'

@@ -13,7 +13,7 @@ from typing import Any
 from bbt_accel.errors import MissingDependency, PlanError, UsageError, first_line
 
 MODULES = ("tensorrt", "tensorrt_rtx")
-NEEDED = {
+NEEDED = {  # class → its attributes that the builder and the engine use
     "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
     "OnnxParser": ("parse_from_file", "get_error"),
     "ParserError": ("node_name", "node_operator", "desc"),
@@ -22,7 +22,6 @@ NEEDED = {
     "IExecutionContext": ("execute_async_v3", "set_input_shape", "set_tensor_address", "set_device_memory"),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
 }
-"""Class → its attributes that the builder and the engine use."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class Api:
         return f"{self.name} {getattr(self.module, '__version__', 'of unknown version')}"
 
     def has(self, cls: str, *names: str) -> bool:
-        found = getattr(self.module, cls, None)
-        return found is not None and all(hasattr(found, name) for name in names)
+        return all(hasattr(getattr(self.module, cls, None), name) for name in names)
 
     @property
     def builds_ahead(self) -> bool:
@@ -81,13 +79,11 @@ def find_api(ahead: bool = False) -> Api:
         raise MissingDependency('TensorRT is not installed: pip install "bbt-accel[trt]"')
     api = next((api for api in found if api.builds_ahead or not ahead), None)
     if api is None:
-        raise MissingDependency(
-            '--compute-capability needs TensorRT for RTX, which builds without a GPU: pip install "bbt-accel[trt]"'
-        )
-    for cls, names in NEEDED.items():
-        for name in names:
-            if not api.has(cls, name):
-                raise PlanError(f"{api.version} has no {cls}.{name}; bbt-accel needs TensorRT 10.12 or later")
+        why = "--compute-capability needs TensorRT for RTX, which builds without a GPU"
+        raise MissingDependency(f'{why}: pip install "bbt-accel[trt]"')
+    missing = [f"{cls}.{name}" for cls, names in NEEDED.items() for name in names if not api.has(cls, name)]
+    if missing:
+        raise PlanError(f"{api.version} has no {missing[0]}; bbt-accel needs TensorRT 10.12 or later")
     return api
 
 
