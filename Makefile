@@ -24,7 +24,7 @@ help:
 # What has no wheel for this system or Python is left out, and its tests are skipped. TensorRT for RTX builds plans
 # without a GPU.
 .venv/.extras: .venv/.installed
-	@for extra in openvino ray trt; do \
+	@for extra in gguf openvino ray trt; do \
 	  $(BIN)/pip install --quiet --editable ".[$$extra]" || echo "no [$$extra] here: its tests are skipped"; \
 	done
 	@touch $@

@@ -33,6 +33,8 @@ class Batch:
     targets: int64 (N,), the class of each row, 0 .. C-1.
     label_token_ids: int64 (C,), the vocabulary id of each class's label word.
     decoder_input_ids: int64 (N, D), to override the decoder input that is derived from the rows, else None.
+    context_ids: int64 (K,), a decoder's: tokens between the begin token, if any, and the prompt of every row. `readout`
+        does not count them.
 
     Raises DataError for shapes that do not fit, a mask without a real token, and a readout outside the row.
     """
@@ -43,15 +45,18 @@ class Batch:
     targets: Int64
     label_token_ids: Int64
     decoder_input_ids: Int64 | None = None
+    context_ids: Int64 | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.arrays().items():
             object.__setattr__(self, name, np.ascontiguousarray(value, dtype=np.int64))
         N, S = self.input_ids.shape if self.input_ids.ndim == 2 else (0, 0)
-        wanted = ((N, S), (N, S), (N,), (N,), (-1,), (N, -1))  # in the order of the fields
-        if not N or not all(map(shape_fits, (value.shape for value in self.arrays().values()), wanted)):
+        wanted = {"input_ids": (N, S), "attention_mask": (N, S), "readout": (N,), "targets": (N,)}
+        wanted |= {"label_token_ids": (-1,), "decoder_input_ids": (N, -1), "context_ids": (-1,)}
+        if not N or not all(shape_fits(value.shape, wanted[name]) for name, value in self.arrays().items()):
             raise DataError(
-                "a batch needs input_ids and attention_mask (N, S), readout and targets (N,), label_token_ids (C,), "
+                "a batch needs input_ids and attention_mask (N, S), readout and targets (N,), label_token_ids (C,) and "
+                "perhaps decoder_input_ids (N, D) or context_ids (K,), "
                 f"with N > 0; got {', '.join(str(value.shape) for value in self.arrays().values())}"
             )
         if not np.isin(self.attention_mask, (0, 1)).all() or not self.attention_mask.any(axis=1).all():
@@ -72,9 +77,28 @@ class Batch:
         """What the backbone reads: every field but the targets."""
         return {name: value for name, value in self.arrays().items() if name != "targets"}
 
+    def graph_inputs(self, info: BundleInfo) -> dict[str, Int64]:
+        """The same as the graphs take it.
+
+        A decoder's begin token and context, which all rows must share, become `context_ids` (C,) and `context_mask`
+        (C,): 1 for a token, 0 for padding, -1 for the one column of a context without tokens.
+        """
+        found = self.inputs()
+        if not info.causal:
+            return found
+        begin, context = info.prompt_start, np.zeros(0, np.int64) if self.context_ids is None else self.context_ids
+        ids, mask = self.input_ids[0, :begin], self.attention_mask[0, :begin]
+        found["context_ids"] = np.concatenate([ids, context])
+        found["context_mask"] = np.concatenate([mask, np.ones_like(context)])
+        if not len(found["context_ids"]):
+            found |= {"context_ids": np.zeros(1, np.int64), "context_mask": np.full(1, -1)}
+        columns = {name: np.ascontiguousarray(found[name][:, begin:]) for name in ("input_ids", "attention_mask")}
+        return found | columns | {"readout": self.readout - begin}
+
     def rows(self, index: Int64 | slice) -> Batch:
         """The same batch with some of its rows, in the order of `index`."""
-        per_row = {name: value[index] for name, value in self.arrays().items() if name != "label_token_ids"}
+        shared = ("label_token_ids", "context_ids")
+        per_row = {name: value[index] for name, value in self.arrays().items() if name not in shared}
         return replace(self, **per_row)
 
     def with_decoder_input(self, info: BundleInfo, short: bool = True) -> Batch:

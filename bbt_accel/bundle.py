@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError
+from safetensors.numpy import load_file
 
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import BbtError, BundleError
@@ -15,6 +18,8 @@ PLANS = "plans"
 """Folder of TensorRT plans: a cache that machines add to, so it is not part of a bundle's sha256."""
 PROJECT, STATISTICS = "project", "statistics"
 """Graphs from z to prompts and from label logits to batch statistics, for engines on a GPU; not backbone stages."""
+INITIAL_PROMPT = "initial_prompt.safetensors"
+"""Holds `prompt`, the embeddings of the text that a cat-mode prompt starts from."""
 Method = Literal["bbt", "bbtv2"]
 PromptMode = Literal["add", "cat"]
 Architecture = Literal["encoder", "encoder-decoder", "decoder"]
@@ -75,6 +80,8 @@ class BundleInfo(Manifest):
     max_length: int = Field(description="Tokens of the longest row, with special and (in add mode) prompt tokens.")
     word_embedding_std: float
     special: SpecialTokens
+    prompt_init: str | None = Field(default=None, description="The text that the prompt starts from.")
+    prompt_ids: list[int] | None = Field(default=None, description="Its token ids.")
     precision: Precision
     target: str = Field(description="`onnx` as exported, else the engine that it was optimized for.")
     without: list[str] = Field(default=[], description="Names of `OPTIMIZATIONS` that the graphs leave out.")
@@ -103,9 +110,23 @@ class BundleInfo(Manifest):
         return self.architecture == "decoder"
 
     @property
+    def prompt_start(self) -> int:
+        """Position of the first prompt token in a row, which may follow a shared context: behind the begin token.
+
+        Encoders in cat mode have the prompt in front of it.
+        """
+        in_front = self.special.begin is None or (self.prompt_mode == "cat" and not self.causal)
+        return 0 if in_front else 1
+
+    @property
+    def prefix_columns(self) -> int:
+        """Columns that all of a decoder's rows in a call share: the begin token, and the tokens under the prompt."""
+        return self.prompt_start + (0 if self.prompt_mode == "cat" else self.n_prompt_tokens) if self.causal else 0
+
+    @property
     def shortest_row(self) -> int:
-        """Tokens of the shortest row that the graphs take: the prompt positions and one on each side."""
-        return 2 if self.prompt_mode == "cat" else self.n_prompt_tokens + 2
+        """Tokens of the shortest row that the graphs take: the prompt's, and one on each side or two behind it."""
+        return (self.prefix_columns if self.causal else 0 if self.prompt_mode == "cat" else self.n_prompt_tokens) + 2
 
 
 class Bundle:
@@ -139,6 +160,11 @@ class Bundle:
         if self.info.method != method:
             problem = f"{self.path} was exported for {self.info.method}, not {method}"
             raise BundleError(f"{problem}; export one with --method {method}")
+
+    def initial_prompt(self) -> npt.NDArray[np.float32] | None:
+        """p0, float32 (n, H), of a bundle whose cat-mode prompt starts from a text."""
+        file = self.path / INITIAL_PROMPT
+        return load_file(file)["prompt"] if file.is_file() else None
 
     @property
     def digest(self) -> str:

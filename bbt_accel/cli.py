@@ -83,10 +83,10 @@ def optimize(
     """Optimize a bundle for an engine: fused operators, lower precision, TensorRT plans."""
     from bbt_accel.exporters.optimize import optimize_bundle
 
-    lower: tuple[Precision, ...] = ("fp16", "bf16", "int8")
+    lower: tuple[Precision, ...] = ("fp16", "bf16", "int8", "int4")
     precisions = [name for name in lower if options.pop(name, False)] or ["fp32"]
     if len(precisions) > 1:
-        raise UsageError("choose one of --fp16, --bf16 and --int8")
+        raise UsageError("choose one of --fp16, --bf16, --int8 and --int4")
     with progress_bar(f"optimizing {bundle}") as tell:
         optimized = optimize_bundle(bundle, output, precision=precisions[0], progress=tell, **options)
     printing.print_bundle(optimized, as_json)

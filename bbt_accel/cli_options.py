@@ -58,6 +58,8 @@ class ExportOptions(Schema):
     prompt_mode: PromptMode = "add"
     """add: added to the embeddings of the first tokens; cat: prepended to the input (bbt only)."""
     n_prompt_tokens: int = Field(default=50, ge=1, description="Soft prompt vectors.")
+    prompt_init: str | None = None
+    """Text that the prompt starts from, or a task file with [prompt] init; its length sets --n-prompt-tokens."""
     revision: str | None = Field(default=None, description="Commit, tag or branch on the hub.")
     without: list[str] = Field(default=[], description=_WITHOUT + ", ".join(in_graph(OPTIMIZATIONS)))
 
@@ -66,6 +68,7 @@ class OptimizeOptions(Schema):
     fp16: bool = Field(default=False, description="Half precision, for GPUs.")
     bf16: bool = Field(default=False, description="bfloat16, for GPUs, and CPUs with AVX512_BF16 or AMX.")
     int8: bool = Field(default=False, description="8-bit integers, for CPUs.")
+    int4: bool = Field(default=False, description="Weights alone in 4 bits, for less memory.")
     target: Annotated[str, _TARGET, Field(description=f"Engine to optimize for: {_TARGETS}, or a plug-in's.")] = "ort"
     calibrate: Annotated[str | None, _TASK] = None
     """Task whose few-shot rows calibrate int8 ranges and TensorRT shape profiles (default: shipped texts)."""

@@ -66,6 +66,26 @@ def load_few_shot(task: Task, data: Path | None, settings: Settings) -> tuple[li
     return few_shot(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)
 
 
+def choose_demonstrations(train: Sequence[Row], n_classes: int, count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Some of the train rows as demonstrations, and the others: a search does not score a row whose label is shown.
+
+    They are drawn by `seed`, as evenly from the classes as `count` allows, and shuffled. Raises DataError when no row
+    would be left.
+    """
+    if count >= len(train):
+        raise DataError(f"--demonstrations {count} leaves none of the {len(train)} train rows; raise --k-shot")
+    rng = np.random.default_rng(seed)
+    order, rank = rng.permutation(len(train)), dict[int, int]()
+    seen, classes = Counter[int | None](), rng.permutation(n_classes).tolist()
+    for index in order.tolist():
+        label = train[index].label
+        rank[index] = seen[label] * n_classes + classes.index(label)
+        seen[label] += 1
+    chosen = sorted(rank, key=lambda index: rank[index])[:count]
+    shown = [train[index] for index in order.tolist() if index in chosen]
+    return shown, [row for index, row in enumerate(train) if index not in chosen]
+
+
 def rows_digest(rows: Iterable[Row]) -> str:
     """sha256 (hex) of the rows' content and order."""
     digest = hashlib.sha256()

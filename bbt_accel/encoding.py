@@ -1,8 +1,9 @@
-"""From rows to a Batch: template, initial prompt tokens, truncation and readout position."""
+"""From rows to a Batch: context, template, initial prompt tokens, truncation and readout position."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,7 +17,7 @@ from bbt_accel.tasks import Task, parse_template
 FIRST_PROMPT_ID = 1000  # in the vocabulary, as in the original
 UNKNOWN = ("<unk>", "[UNK]")
 Fields = Mapping[str, str]
-Text = list[tuple[str, str | None]]  # literal texts, each with the column that follows it
+Text = list[tuple[str, str | None]]  # literal texts, each with the field that follows it
 Fixed = tuple[int, ...]  # token ids that are the same in every row
 
 
@@ -25,13 +26,15 @@ class Encoder:
 
     A row alternates between texts and fixed token ids, e.g. for a masked LM in add mode: begin token and initial prompt
     ids, text, mask token, text, end token. Only the layout inserts special tokens: one that is spelled out in a user's
-    text is ordinary text.
+    text is ordinary text. Those of a chat template may be spelled out in the task's causal template and context.
 
+    demonstrations: rows that stand, with their labels, in front of every row of a decoder, behind the task's
+        instruction; `Batch.context_ids` holds both.
     Raises TaskError when the task does not fit the bundle: no template for its group, label words that begin with the
-    same token or are not in the vocabulary, or a template longer than the bundle's maximum length.
+    same token or are not in the vocabulary, or a template and context longer than the bundle's maximum length.
     """
 
-    def __init__(self, bundle: Bundle, task: Task) -> None:
+    def __init__(self, bundle: Bundle, task: Task, demonstrations: Sequence[Row] = ()) -> None:
         self.bundle, self.task = bundle, task
         self.label_words = task.words(bundle.info.template_group)
         self._tokenizer = _tokenizer(bundle)
@@ -39,10 +42,13 @@ class Encoder:
         self._special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
         self._layout = self._lay_out()
         self.label_token_ids: Int64 = self._label_token_ids()
-        limit, length = bundle.info.max_length, len(self._ids([dict.fromkeys(task.text, "")])[0])
-        if length > limit:
-            problem = f"the template of task {task.name} alone exceeds the {limit} tokens of {bundle.path}"
-            raise TaskError(f"{problem} by {length - limit}; shorten it")
+        self.context_ids = self._context_ids(demonstrations) if bundle.info.causal else None
+        self._limit = bundle.info.max_length - (0 if self.context_ids is None else len(self.context_ids))
+        length = len(self._ids([dict.fromkeys(task.text, "")])[0])
+        if length > self._limit:
+            what = "template" if self.context_ids is None else "template and context"
+            problem = f"the {what} of task {task.name} alone exceeds the {bundle.info.max_length} tokens"
+            raise TaskError(f"{problem} of {bundle.path} by {length - self._limit}; shorten it")
 
     def encode(self, rows: Sequence[Row]) -> Batch:
         """All rows, in order, padded on the right to the longest; the target of a row without a label is 0.
@@ -50,7 +56,7 @@ class Encoder:
         Rows that are too long are truncated at the end of their text columns, the longest column first.
         Raises DataError for no rows, and for a row without one of the columns.
         """
-        pad, limit = self.bundle.info.special.pad, self.bundle.info.max_length
+        pad, limit = self.bundle.info.special.pad, self._limit
         fields = [self._fields(row) for row in rows]
         found = zip(self._ids(fields), fields, strict=True)
         ids = [row if len(row) <= limit else self._shortened(texts, len(row)) for row, texts in found]
@@ -60,7 +66,8 @@ class Encoder:
         padded[attention_mask] = [token for row in ids for token in row]
         readout = np.array([self._readout(row) for row in ids], dtype=np.int64)
         targets = np.array([row.label or 0 for row in rows], dtype=np.int64)
-        return Batch(padded, attention_mask.astype(np.int64), readout, targets, self.label_token_ids)
+        mask, context = attention_mask.astype(np.int64), self.context_ids
+        return Batch(padded, mask, readout, targets, self.label_token_ids, context_ids=context)
 
     def _readout(self, ids: list[int]) -> int:
         group = self.bundle.info.template_group
@@ -90,21 +97,70 @@ class Encoder:
         info = self.bundle.info
         template = self.task.template(info.template_group)
         if info.prompt_mode == "cat":
-            template = template.replace("{prompt} ", "").replace("{prompt}", "")
+            template = _without_prompt(template)
         elif "{prompt}" not in template:
             template = "{prompt}" + self.task.separator + template
         begin, end = ((() if token is None else (token,)) for token in (info.special.begin, info.special.end))
-        layout: list[Text | Fixed] = [begin]
+        return [begin, *self._parts(template), end]
+
+    def _parts(self, template: str) -> list[Text | Fixed]:
+        """The texts and fixed token ids of a template."""
+        parts: list[Text | Fixed] = []
         text: Text = []
         for literal, name in parse_template(template):
-            text.append((literal, name if name in self.task.text else None))
-            if name == "mask" or name == "prompt":
-                layout += [text, (self._mask(),) if name == "mask" else self._prompt_ids()]
+            *before, literal = self._split_special(literal)
+            for piece in before:
+                if isinstance(piece, tuple):
+                    parts, text = [*parts, text, piece], []
+                else:
+                    text.append((piece, None))
+            assert isinstance(literal, str)
+            fixed = name in ("mask", "prompt")
+            text.append((literal, None if fixed else name))
+            if fixed:
+                parts += [text, (self._mask(),) if name == "mask" else self._prompt_ids()]
                 text = []
-        return [*layout, text, end]
+        return [*parts, text]
+
+    def _split_special(self, literal: str) -> list[str | Fixed]:
+        """A literal text of a decoder's template, with its special tokens as ids; a text, perhaps empty, at the end."""
+        names = {self._tokenizer.id_to_token(i): i for i in self._special} if self.bundle.info.causal else {}
+        if not names:
+            return [literal]
+        pieces = re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", literal)
+        return [(names[piece],) if piece in names else piece for piece in pieces]
+
+    def _context_ids(self, demonstrations: Sequence[Row]) -> Int64 | None:
+        """Tokens of the instruction and the demonstrations; None if there are neither."""
+        context = self.task.context
+        template = _without_prompt(context.template or self._demonstration_template())
+        texts = [(context.instruction, {})] if context.instruction else []
+        texts += [(template, self._fields(row) | {"label": self.label_words[row.label or 0]}) for row in demonstrations]
+        parts: list[str | Fixed] = []
+        for text, fields in texts:
+            literal = text.replace("{", "{{").replace("}", "}}") if text is context.instruction else text
+            for part in self._parts(literal):
+                parts.append(part if isinstance(part, tuple) else _write(part, fields, strip=""))
+            parts += self._split_special(context.separator)
+        ids = [i for part in _joined(parts) for i in (part if isinstance(part, tuple) else self._encode(part))]
+        return np.array(ids, np.int64) if ids else None
+
+    def _demonstration_template(self) -> str:
+        """The causal template with the label word behind it."""
+        template = self.task.template("causal")
+        return f"{template}{'' if template[-1:].isspace() else ' '}{{label}}"
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text. A unigram vocabulary has its special tokens as pieces too; none is let through."""
+        return [i for i in self._tokenizer.encode(text, add_special_tokens=False).ids if i not in self._special]
 
     def _prompt_ids(self) -> Fixed:
-        """Ids 1000 .. 1000+n-1; in a smaller vocabulary its ordinary tokens, repeated if necessary."""
+        """The ids of the text that the prompt starts from; else 1000 .. 1000+n-1.
+
+        In a smaller vocabulary than that its ordinary tokens, repeated if necessary.
+        """
+        if self.bundle.info.prompt_ids is not None:
+            return tuple(self.bundle.info.prompt_ids)
         n, size = self.bundle.info.n_prompt_tokens, self.bundle.info.vocab_size
         wanted = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + n)
         if wanted.stop <= size and self._special.isdisjoint(wanted):
@@ -114,7 +170,8 @@ class Encoder:
 
     def _ids(self, fields: Sequence[Fields]) -> list[list[int]]:
         """Token ids of each row, before truncation."""
-        texts = [_write(part, row) for row in fields for part in self._layout if isinstance(part, list)]
+        strip = " " if self.bundle.info.causal else None
+        texts = [_write(part, row, strip) for row in fields for part in self._layout if isinstance(part, list)]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         rows: list[list[int]] = [[] for _ in fields]
         for ids in rows:
@@ -125,7 +182,7 @@ class Encoder:
 
     def _shortened(self, fields: dict[str, str], length: int) -> list[int]:
         """Token ids of a row of `length` tokens, too many, with its text columns truncated until it fits."""
-        limit = self.bundle.info.max_length
+        limit = self._limit
         pieces = {name: self._tokenizer.encode(text, add_special_tokens=False) for name, text in fields.items()}
         keep = {name: len(piece) for name, piece in pieces.items()}
         while True:
@@ -140,10 +197,9 @@ class Encoder:
 
     def _label_token_ids(self) -> Int64:
         """The first token of each label word, as it is tokenized at its position in the template."""
-        space = " " if self._word_follows_space() else ""
         of_task, path, owner = f"of task {self.task.name}", self.bundle.path, dict[int, str]()
         for word in self.label_words:
-            ids = self._tokenizer.encode(space + word, add_special_tokens=False).ids
+            ids = self._word_ids(word)
             token = self._tokenizer.id_to_token(ids[0]) if ids else None
             if token is None or token in UNKNOWN:
                 raise TaskError(f"label word {word!r} {of_task} is not in the vocabulary of {path}")
@@ -155,16 +211,15 @@ class Encoder:
             owner[ids[0]] = word
         return np.array(list(owner), dtype=np.int64)
 
-    def _word_follows_space(self) -> bool:
-        """Whether a label word begins with a space: in byte-level vocabularies the space belongs to the word.
-
-        WordPiece drops spaces, and SentencePiece itself puts one before every word.
-        """
-        if "ByteLevel(" not in repr(self._tokenizer.pre_tokenizer):
-            return False
+    def _word_ids(self, word: str) -> list[int]:
+        """Tokens of a label word behind the text before it: with the space, where the vocabulary has it in the word."""
         group = self.bundle.info.template_group
         before = self.task.template(group).partition("{mask}")[0]
-        return group == "causal" or not before or before[-1].isspace()
+        spaced = not before[-1:].strip(" ") if group != "causal" else before[-1:] != "\n"
+        behind, alone = self._encode(f"a {word}"), self._encode("a")
+        if spaced and behind[: len(alone)] == alone:
+            return behind[len(alone) :]
+        return self._encode(word)
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer:
@@ -179,6 +234,24 @@ def _tokenizer(bundle: Bundle) -> Tokenizer:
     return tokenizer
 
 
-def _write(text: Text, fields: Fields) -> str:
-    # No space before a fixed token: mask tokens swallow it. At the end, the label word has its own.
-    return "".join(literal + (fields[column] if column else "") for literal, column in text).rstrip()
+def _write(text: Text, fields: Fields, strip: str | None) -> str:
+    """The text of a row, without whitespace, or these characters, at the end.
+
+    Mask tokens swallow the space before them, and a label word has its own.
+    """
+    return "".join(literal + (fields[field] if field else "") for literal, field in text).rstrip(strip)
+
+
+def _without_prompt(template: str) -> str:
+    return template.replace("{prompt} ", "").replace("{prompt}", "")
+
+
+def _joined(parts: Iterable[str | Fixed]) -> list[str | Fixed]:
+    """The same with texts that follow each other as one, because tokens may span them."""
+    joined: list[str | Fixed] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined

@@ -14,7 +14,7 @@ from typing import Literal
 from bbt_accel.errors import EngineError, UsageError, check_known
 
 Device = Literal["cpu", "cuda"]
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 GROUP = "bbt_accel.engines"
 
 
@@ -88,14 +88,14 @@ ENGINES = (
             "cuda": Backend("bbt_accel.engines.ort:OrtCudaEngine", ("onnxruntime-gpu",), "gpu", "onnxruntime"),
         },
         reads=("onnx", "ort"),
-        optimized=("fp32", "fp16", "int8"),
+        optimized=("fp32", "fp16", "int8", "int4"),
         benched=("fp32", "int8"),
     ),
     EngineSpec(
         "openvino",
         {"cpu": Backend("bbt_accel.engines.openvino:OpenVinoEngine", ("openvino",), "openvino")},
         reads=("onnx", "openvino"),
-        optimized=("fp32", "bf16", "int8"),
+        optimized=("fp32", "bf16", "int8", "int4"),
         benched=("fp32", "bf16", "int8"),
     ),
     EngineSpec(

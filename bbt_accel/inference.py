@@ -51,7 +51,8 @@ def evaluate(
     else:
         rows = load_few_shot(run.task, folder, run.info.settings)[1]
     with _load(run, options) as loaded:
-        logits = label_logits(loaded, Encoder(loaded.bundle, run.task), rows, [run.prompt, np.zeros_like(run.prompt)])
+        encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
+        logits = label_logits(loaded, encoder, rows, [run.prompt, np.zeros_like(run.prompt)])
         _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
         return {
             "split": split,
@@ -94,7 +95,7 @@ class Classifier:
 
     def __init__(self, engine: Engine, run: Run) -> None:
         self.engine, self.task, self.prompt = engine, run.task, run.prompt
-        self.encoder = Encoder(engine.bundle, run.task)
+        self.encoder = Encoder(engine.bundle, run.task, run.info.demonstrations)
         self.words = self.encoder.label_words
 
     def probabilities(self, texts: Sequence[Mapping[str, str]]) -> Float64:

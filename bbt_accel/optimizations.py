@@ -32,6 +32,7 @@ OPTIMIZATIONS = {
     "population": Optimization("all candidates in one call"),
     "buckets": Optimization("rows of similar length together, so that padding is not computed"),
     "layer-cache": Optimization("bbtv2: the layers below the searched one are computed once", methods=("bbtv2",)),
+    "context-cache": Optimization("the begin token's and the context's states once per search", False, ("decoder",)),
     "short-decoder": Optimization("the decoder ends at the readout position", architectures=("encoder-decoder",)),
     "label-head": Optimization("the LM head at the readout position, for the label words alone", in_graph=True),
     "last-block": Optimization("the last block at the readout position alone", in_graph=True),

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save
 
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode
+from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, RunError
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
@@ -83,6 +84,7 @@ class RunInfo(Manifest):
     label_words: list[str]
     settings: Settings
     data: DataRecord
+    demonstrations: list[Row] = Field(default=[], description="Train rows that stand, labelled, in front of every row.")
     bundle: BundleRecord
     engine: EngineRecord
     versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")

@@ -28,6 +28,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     loss: Loss = Field(default="ce", description="What is minimized.")
     eval_every: int = Field(default=100, gt=0, description="API calls between two evaluations on the dev set.")
     seed: int = Field(default=42, ge=0, lt=2**32, description="Of the few-shot rows, the projection and the search.")
+    demonstrations: int = Field(default=0, ge=0, description="Labelled train rows in front of each row (decoders).")
     random_proj: Literal["normal", "uniform"] = Field(default="normal", description="The projection's distribution.")
 
     def generations(self, method: Method, n_layers: int) -> int:

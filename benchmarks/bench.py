@@ -19,6 +19,7 @@ from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.benchmarks.script import record
 from bbt_accel.benchmarks.steps import SEED, Bundles, LoadArguments
 from bbt_accel.bundle import Bundle, BundleInfo
+from bbt_accel.data import Row, choose_demonstrations
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs
 from bbt_accel.errors import BbtError, EngineError, check_known
@@ -101,7 +102,12 @@ class Benchmark:
             settings.generations(options.method, exported.info.n_layers)
         self.rows, self.notes = plan_measurements(options, exported.info)
         self.tell.expect(4 + 2 * len(self.rows) + (1 + options.seeds) * sum(map(self.tunes, self.rows)))
-        encoder = Encoder(exported, task)
+        shown: list[Row] = []
+        if exported.info.causal:
+            own = resolve(task.preset(options.method), self.settings(SEED))
+            few = steps.timed_rows(task, options.data, options.k_shot)
+            shown = choose_demonstrations(few, task.n_classes, own.demonstrations, SEED)[0]
+        encoder = Encoder(exported, task, shown)
         self.timed, self.tested = encoder.encode(timed), encoder.encode(tested)
         steps.save_batch(self.work / "timed.npz", self.timed)
         steps.save_batch(self.work / "tested.npz", self.tested)

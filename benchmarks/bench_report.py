@@ -40,7 +40,7 @@ class Measurement(Outcome, Timed):
     """An engine at a precision. None means not measured; `reason` says why."""
 
     engine: str = Field(description="Name of the engine.")
-    precision: str = Field(description="fp32, fp16, bf16 or int8.")
+    precision: str = Field(description="fp32, fp16, bf16, int8 or int4.")
     baseline: bool = Field(default=False, description="PyTorch without bbt-accel's optimizations (`bench.BASELINES`).")
     without: list[str] = Field(default=[], description="Optimizations that were switched off.")
     ablation: bool = Field(default=False, description="Measured to find what an optimization contributes; not tuned.")

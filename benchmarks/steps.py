@@ -150,7 +150,7 @@ def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
     info, settings = bound.bundle.info, resolve()
     deep = info.method == "bbtv2"
     layers = info.n_layers if deep else 1  # a generation for every layer, which then keeps its first candidate
-    space = PromptSpace(info, settings, np.full(layers, info.word_embedding_std, np.float32) if deep else None)
+    space = PromptSpace(bound.bundle, settings, np.full(layers, info.word_embedding_std, np.float32) if deep else None)
     Z = np.random.default_rng(0).standard_normal((layers, popsize, settings.intrinsic_dim))
 
     def evaluate() -> int:

@@ -27,11 +27,11 @@ def bucket_rows(
     """Row indices of each bucket: rows of similar length (up to a multiple of `step`), at most so many tokens and rows.
 
     A decoder computes the n positions of its prompt once per bucket and candidate, so it gets no more buckets than
-    pay off; in add mode the rows of a bucket begin with the same n tokens.
+    pay off; the rows of a bucket have the same begin token and, in add mode, the same tokens under the prompt.
     """
     lengths = row_lengths(info, batch, without)
     prefix = info.n_prompt_tokens if info.causal and "prefix-cache" not in info.without else 0
-    group = group_by_beginning(batch, prefix if info.prompt_mode == "add" else 0)
+    group = group_by_beginning(batch, info.prefix_columns if prefix else info.prompt_start if info.causal else 0)
     buckets = []
     for value in np.unique(group):
         rows = np.flatnonzero(group == value)
@@ -46,7 +46,7 @@ def bucket_rows(
 def group_by_beginning(batch: Batch, n: int) -> Int64:
     """(N,): equal for rows with the same first n tokens. Raises DataError for a readout position among them."""
     if (batch.readout < n).any():
-        raise DataError("a readout position lies within the prompt; a decoder reads behind it")
+        raise DataError("a readout position lies within the prompt or before it; a decoder reads behind it")
     start = np.concatenate([batch.input_ids[:, :n], batch.attention_mask[:, :n]], axis=1)
     _, same = np.unique(start, axis=0, return_inverse=True)
     return np.asarray(same.reshape(-1), np.int64)

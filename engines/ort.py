@@ -161,7 +161,7 @@ class OrtCudaEngine(OrtEngine):
         return super().session(stage, options, self.providers({}))
 
     def captures(self, stage: str) -> bool:
-        return self.graphs and stage in self.bundle.info.stages
+        return self.graphs and stage == "model"
 
     def providers(self, more: dict[str, str]) -> list[Any]:
         return [(self.provider, self.provider_options | more)]

@@ -20,15 +20,6 @@ from bbt_accel.exporters.reference import Reference
 from bbt_accel.optimizations import in_graph
 from bbt_accel.population import Population
 
-HEAD_INPUTS = ("readout", "label_token_ids", "decoder_input_ids")
-BLOCK_INPUTS = ("prompts", "prefix", "hidden", "attention_mask")
-INPUTS = {
-    "model": ("prompts", "input_ids", "attention_mask", *HEAD_INPUTS),
-    "embed": ("input_ids",),
-    "last": (*BLOCK_INPUTS, *HEAD_INPUTS),
-}
-"""Stage → names of its inputs; the others are blocks."""
-
 
 def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
     """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available."""
@@ -73,7 +64,7 @@ class TorchEngine(StagedEngine):
             if stage == STATISTICS:
                 logits = inputs["label_logits"].float()
                 return {"statistics": batch_statistics(logits, inputs["targets"], inputs["classes"])}
-            taken = {name: inputs[name] for name in INPUTS.get(stage, BLOCK_INPUTS) if name in inputs}
+            taken = {name: inputs[name] for name in self.backbone.inputs(stage)}
             if "prompts" in taken:
                 taken["prompts"] = taken["prompts"].to(self.dtype)
             return self.backbone.run(stage, taken)
@@ -146,5 +137,6 @@ class EagerBoundBatch(BoundBatch):
         return torch.stack(logits).cpu().numpy()
 
     def layer_stds(self) -> Float32:
-        states = self.engine.reference.hidden_states(self.rows["input_ids"], self.rows["attention_mask"])
+        names = ("input_ids", "attention_mask", "context_ids")
+        states = self.engine.reference.hidden_states(*(self.rows.get(name) for name in names))
         return np.array([clipped_std(h.float().cpu().numpy().reshape(-1)) for h in states], np.float32)

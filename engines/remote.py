@@ -205,7 +205,7 @@ class TritonEngine(StagedEngine):
         metadata = self.server.ask(self.server.client.get_model_metadata, model)
         shapes = {tensor["name"]: [int(size) for size in tensor["shape"]] for tensor in metadata["inputs"]}
         found, wanted = shapes.get("prompts"), [-1, *self.bundle.info.prompt_shape[-2:]]
-        if stage != "embed" and found != wanted:
+        if stage not in ("context", "embed") and found != wanted:
             takes = f"model {model} of {self.server.url} takes prompts {found}, not {wanted}"
             raise BundleError(f"{takes}; it belongs to another bundle")
         return list(shapes)

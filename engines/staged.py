@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,10 +28,15 @@ from bbt_accel.projection import Projection
 Array = Any
 """An array of the engine's own kind, on its device: numpy, torch, OrtValue, device memory."""
 Arrays = dict[str, Array]
+CONTEXTS = 4
+"""Contexts whose keys and values an engine keeps: those of the train and dev rows, and of another task."""
 
 
 class StagedEngine(Engine):
-    """An engine over the stages of a bundle: `model` for bbt; `embed`, `block_00` … and `last` for bbtv2."""
+    """An engine over the stages of a bundle: `model` for bbt; `embed`, `block_00` … and `last` for bbtv2.
+
+    Those of a decoder also read what the stage `context` makes of the tokens that all rows begin with.
+    """
 
     tokens_per_call = 4096
     """Tokens (candidates × rows × length) per call: bounds the memory, and keeps activations in the caches."""
@@ -47,6 +53,8 @@ class StagedEngine(Engine):
         """Uploaded projections, for as long as they are in use."""
         self.fixed_prompts: dict[tuple[int, int], tuple[Float32, Array]] = {}
         """bbtv2 on a device: layer and population → the layer's last fixed prompt, and its array."""
+        self.contexts: dict[bytes, Arrays] = {}
+        """The tokens of a context → what the stage `context` makes of them, the latest last."""
         for name in in_graph(self.without):
             if name not in self.bundle.info.without:
                 raise UsageError(f"{name} is part of the graphs of {self.bundle.path}: export --without {name}")
@@ -89,7 +97,18 @@ class StagedEngine(Engine):
             self.projections[projection] = {"matrix": matrix, "p0": p0}
         return self.projections[projection]
 
+    def shared_context(self, inputs: Arrays, key: bytes) -> Arrays:
+        """A decoder's keys and values of the context that these rows begin with, from the cache if they are there."""
+        if "context-cache" in self.without:
+            return self.run("context", inputs)
+        found = self.contexts.pop(key, None) or self.run("context", inputs)
+        self.contexts[key] = found
+        if len(self.contexts) > CONTEXTS:
+            self.contexts.pop(next(iter(self.contexts)))
+        return found
+
     def close(self) -> None:
+        self.contexts.clear()
         self.projections.clear()
         self.fixed_prompts.clear()
 
@@ -105,6 +124,8 @@ class Bucket:
     rows: Int64
     length: int
     inputs: Arrays
+    context: bytes = b""
+    """The tokens that a decoder's rows begin with."""
     layer: int = -1
     key: bytes = b""
     state: Arrays = field(default_factory=dict)
@@ -125,12 +146,14 @@ class StagedBoundBatch(BoundBatch):
         buckets = []
         for rows in bucket_rows(self.info, self.batch, without, step, *limits):
             part = trim(self.info, self.batch, rows, without)
-            arrays: dict[str, Any] = part.with_decoder_input(self.info, "short-decoder" not in without).inputs()
+            part = part.with_decoder_input(self.info, "short-decoder" not in without)
+            arrays: dict[str, Any] = part.graph_inputs(self.info)
+            context = b"".join(arrays[name].tobytes() for name in ("context_ids", "context_mask") if name in arrays)
             if self.engine.on_device:
                 arrays["classes"] = classes = np.arange(len(part.label_token_ids), dtype=np.float32)
                 arrays["targets"] = np.equal.outer(part.targets, classes).astype(np.float32)
             inputs = {name: self.engine.to_device(value) for name, value in arrays.items()}
-            buckets.append(Bucket(rows, part.input_ids.shape[1], inputs))
+            buckets.append(Bucket(rows, part.input_ids.shape[1], inputs, context))
         return buckets
 
     def _label_logits(self, population: Population) -> Float32:
@@ -160,6 +183,7 @@ class StagedBoundBatch(BoundBatch):
             population = population.whole()
         uploaded: dict[tuple[int, int], list[Array]] = {}
         for bucket in self.buckets:
+            self.add_context(bucket)
             state = self.entering(bucket, population)
             for some in self.chunks(len(population), bucket):
                 key = some.start, some.stop
@@ -171,6 +195,11 @@ class StagedBoundBatch(BoundBatch):
                 else:
                     logits = self.run_from(population.layer or 0, bucket, state, prompts)
                 yield bucket, some, logits
+
+    def add_context(self, bucket: Bucket) -> None:
+        """Add to a decoder's inputs what the stage `context` makes of the tokens that its rows begin with."""
+        if self.info.causal:
+            bucket.inputs |= self.engine.shared_context(bucket.inputs, bucket.context)
 
     def upload_candidates(self, some: Population) -> list[Array]:
         """The prompts of each layer from the first in which candidates differ; of bbt the only ones."""
@@ -214,22 +243,28 @@ class StagedBoundBatch(BoundBatch):
 
     def layer_stds(self) -> Float32:
         buckets = self.upload_buckets(frozenset({"buckets"}), 1)  # the original measures the padded batch
+        for bucket in buckets:
+            self.add_context(bucket)
         states = [self.engine.run("embed", bucket.inputs) for bucket in buckets]
         zero = self.engine.upload_prompts(np.zeros((1, *self.info.prompt_shape[1:]), np.float32))
         stds = []
         for layer in range(self.info.n_layers):
             if layer:
                 states = [self.run_block(layer - 1, b, s, zero) for b, s in zip(buckets, states, strict=True)]
-            stds.append(clipped_std(np.concatenate([self.hidden(s) for s in states])))
+            stds.append(clipped_std(np.concatenate(list(map(partial(self.hidden, layer), buckets, states)))))
         return np.array(stds, np.float32)
 
-    def hidden(self, state: Arrays) -> Float32:
-        """All hidden states of some rows as one flat array; a shared prefix counts once per row."""
+    def hidden(self, layer: int, bucket: Bucket, state: Arrays) -> Float32:
+        """All hidden states that enter a block, as one flat array; what rows share counts once per row."""
         text: Float32 = self.engine.to_host(state["hidden"])[0]
-        if "prefix" not in state:
-            return text.reshape(-1)
-        prefix = self.engine.to_host(state["prefix"])
-        return np.concatenate([np.broadcast_to(prefix, (len(text), *prefix.shape[1:])), text], axis=1).reshape(-1)
+        parts = [text]
+        if "prefix" in state:
+            parts.insert(0, self.engine.to_host(state["prefix"]))
+        if self.info.causal:
+            real = self.engine.to_host(bucket.inputs["context_mask"]) >= 0
+            parts.insert(0, self.engine.to_host(bucket.inputs["context_hidden"])[layer, real][None])
+        whole = [np.broadcast_to(part, (len(text), *part.shape[1:])) for part in parts]
+        return np.concatenate(whole, axis=1).reshape(-1)
 
     def chunks(self, population: int, bucket: Bucket) -> Iterator[slice]:
         """Candidates per call."""

@@ -19,8 +19,11 @@ from bbt_accel.bundle import BundleInfo
 MASKED = -10000.0
 """Added to the attention score of a padded key: exp() of it is 0 in fp32, and twice of it is finite in fp16."""
 
-State = dict[str, Tensor]
-"""What one stage passes to the next: hidden states by name, float32, population first."""
+Inputs = dict[str, Tensor]
+"""Inputs or outputs of a stage by name."""
+ROWS = ("input_ids", "attention_mask")
+READOUT = ("readout", "label_token_ids")
+"""The inputs that describe the rows, and where their logits are read."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, scale: float | None = None) -> Tensor:
@@ -53,13 +56,15 @@ def each(population: int | torch.SymInt, x: Tensor) -> Tensor:
     return x[None].expand(population, *x.shape).flatten(0, 1)
 
 
-def at(x: Tensor, position: Tensor) -> Tensor:
-    """(B, S, H) at one position per row, (B,) → (B, 1, H)."""
-    return x.gather(1, position[:, None, None].expand(-1, 1, x.shape[-1]))
+def at(x: Tensor, position: Tensor | None) -> Tensor:
+    """(B, S, H) at one position per row, (B,) → (B, 1, H); unchanged where position is None."""
+    return x if position is None else x.gather(1, position[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
-def rows_at(bias: Tensor, position: Tensor) -> Tensor:
-    """(1 or B, h, D, D) at one query position per row, (B,) → (B, h, 1, D)."""
+def rows_at(bias: Tensor, position: Tensor | None) -> Tensor:
+    """(1 or B, h, T or 1, K) at one query position per row, (B,) → (B, h, 1, K); unchanged where position is None."""
+    if position is None or bias.shape[2] == 1:
+        return bias
     index = position[:, None, None, None].expand(-1, bias.shape[1], 1, bias.shape[3])
     return bias.expand(position.shape[0], -1, -1, -1).gather(2, index)
 
@@ -77,15 +82,12 @@ def broadcast_add(prompts: Tensor, hidden: Tensor) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """A frozen language model with the prompt of one method and mode. Subclasses define how a family computes.
+    """A frozen language model with the prompt of one method and mode. Subclasses define how a family computes."""
 
-    first: position of the first prompt token in add mode.
-    """
-
-    def __init__(self, model: nn.Module, info: BundleInfo, first: int) -> None:
+    def __init__(self, model: nn.Module, info: BundleInfo) -> None:
         super().__init__()
         self.model: Any = model
-        self.first = first
+        self.first = info.prompt_start
         self.decodes = info.decodes
         self.n = info.n_prompt_tokens
         self.cat = info.prompt_mode == "cat"
@@ -107,8 +109,11 @@ class Backbone(nn.Module):
         return padding_bias(attention_mask)
 
     @abstractmethod
-    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-        """Block i for the positions in query (B, Tq, H), attending to x (B, T, H) → (B, Tq, H)."""
+    def block(self, i: int, x: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
+        """Block i of x (B, T, H), attending to all of it, with (B, heads or 1, T or 1, T) added to the scores.
+
+        position: compute one position per row alone, (B,) → (B, 1, H); then the bias is that position's.
+        """
 
     def first_block(self, prompts: Tensor, tokens: Tensor, bias: Tensor) -> Tensor | None:
         """Block 0 of bbt's add mode from (P, n, H) and (N, S, H), where that takes less work than from their sum."""
@@ -122,18 +127,41 @@ class Backbone(nn.Module):
     def vocabulary(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, H) and bias (V,) of the LM head's last matmul."""
 
-    def run(self, stage: str, inputs: State) -> State:
-        """One stage by its name, from inputs by name to outputs by name.
+    state: tuple[str, ...] = ("hidden",)
+    """Names of what one stage of bbtv2 passes to the next: hidden states, float32, population first."""
 
-        `model` is all of bbt; bbtv2 runs `embed`, then `block_00`, `block_01`, … and `last`. A block's outputs have
-        the names of its inputs with `_out`.
+    def stages(self, method: str) -> list[str]:
+        """Names of the stages, in the order in which they run.
+
+        `model` is all of bbt; bbtv2 runs `embed`, then `block_00`, `block_01`, … and `last`.
         """
+        if method == "bbt":
+            return ["model"]
+        return ["embed", *(f"block_{i:02d}" for i in range(self.layers - 1)), "last"]
+
+    def inputs(self, stage: str) -> tuple[str, ...]:
+        """Names of a stage's inputs."""
+        tail = (*READOUT, "decoder_input_ids") if self.decodes else READOUT
+        if stage == "model":
+            return ("prompts", *ROWS, *tail)
+        if stage == "embed":
+            return ("input_ids",)
+        return ("prompts", *self.state, "attention_mask", *(tail if stage == "last" else ()))
+
+    def outputs(self, stage: str) -> tuple[str, ...]:
+        """Names of a stage's outputs. A block's are those of its state with `_out`."""
+        if stage in ("model", "last"):
+            return ("label_logits",)
+        return self.state if stage == "embed" else tuple(f"{name}_out" for name in self.state)
+
+    def run(self, stage: str, inputs: Inputs) -> Inputs:
+        """One stage by its name, from inputs by name to outputs by name."""
         if stage == "model":
             return {"label_logits": self.label_logits(**inputs)}
         if stage == "embed":
             return self.embed(**inputs)
-        state: State = {name: inputs[name] for name in ("prefix", "hidden") if name in inputs}
-        rest: State = {name: value for name, value in inputs.items() if name not in state}
+        state: Inputs = {name: inputs[name] for name in self.state}
+        rest: Inputs = {name: value for name, value in inputs.items() if name not in state}
         if stage == "last":
             return {"label_logits": self.last(state=state, **rest)}
         moved = self.step(int(stage.removeprefix("block_")), state=state, **rest)
@@ -174,7 +202,7 @@ class Backbone(nn.Module):
         first = self.first_block(prompts, tokens, bias) if shared else None
         x = self.join(prompts, tokens) if first is None else first
         for i in range(0 if first is None else 1, self.layers - 1):
-            x = self.block(i, x, x, bias)
+            x = self.block(i, x, bias)
         logits = self.finish(p, x, bias, mask, readout, label_token_ids, decoder_input_ids)
         return logits.unflatten(0, (p, -1))
 
@@ -185,42 +213,44 @@ class Backbone(nn.Module):
         """The last block and the head, at the readout position alone: (P·N, T, H) → (P·N, C)."""
         position = each(p, readout + self.n if self.cat else readout)
         if "last-block" in self.without:
-            return self.read(self.block(self.layers - 1, x, x, bias), position, label_token_ids)
-        bias = bias if bias.shape[2] == 1 else rows_at(bias, position)
-        return self.read(self.block(self.layers - 1, at(x, position), x, bias), None, label_token_ids)
+            return self.read(self.block(self.layers - 1, x, bias), position, label_token_ids)
+        x = self.block(self.layers - 1, x, rows_at(bias, position), position)
+        return self.read(x, None, label_token_ids)
 
     def read(self, x: Tensor, position: Tensor | None, label_token_ids: Tensor) -> Tensor:
         """The LM head at one position per row, (B, T, H) and (B,) → (B, C); position None: x is that position alone."""
         weight, bias = self.vocabulary()
         if "label-head" in self.without:
-            logits = F.linear(self.head(x), weight, bias)
-            logits = logits if position is None else at(logits, position)
-            return logits[:, 0].index_select(-1, label_token_ids)
-        x = x if position is None else at(x, position)
+            logits = at(F.linear(self.head(x), weight, bias), position)
+            return self.cap(logits[:, 0].index_select(-1, label_token_ids))
+        x = at(x, position)
         # index_select becomes Gather. Indexing becomes GatherND, which breaks CUDA graphs before ONNX Runtime 1.31.
         weight = weight.index_select(0, label_token_ids)
         bias = None if bias is None else bias.index_select(0, label_token_ids)
-        return F.linear(self.head(x)[:, 0], weight, bias)
+        return self.cap(F.linear(self.head(x)[:, 0], weight, bias))
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """What follows the LM head's last matmul, element by element."""
+        return logits
 
     # bbtv2: the same in stages, each with its own prompt ---------------------------------------------------------
 
-    def embed(self, input_ids: Tensor) -> State:
+    def embed(self, input_ids: Tensor) -> Inputs:
         """(N, S) → the state that enters block 0, without a prompt; its population is 1."""
         return {"hidden": self.enter(self.tokens(input_ids))[None]}
 
-    def prompted(self, prompts: Tensor, state: State) -> Tensor:
+    def prompted(self, prompts: Tensor, state: Inputs) -> Tensor:
         hidden = state["hidden"]
         return broadcast_add(self.spread(prompts, hidden.shape[2]), hidden).flatten(0, 1)
 
-    def step(self, i: int, prompts: Tensor, state: State, attention_mask: Tensor) -> State:
+    def step(self, i: int, prompts: Tensor, state: Inputs, attention_mask: Tensor) -> Inputs:
         """Block i with its prompt (P, n, H) added to its input, for a state of population 1 or P."""
         p = prompts.shape[0]
-        x = self.prompted(prompts, state)
-        x = self.block(i, x, x, each(p, self.attention_bias(attention_mask)))
+        x = self.block(i, self.prompted(prompts, state), each(p, self.attention_bias(attention_mask)))
         return {"hidden": x.unflatten(0, (p, -1))}
 
     def last(
-        self, prompts: Tensor, state: State, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
+        self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         decoder_input_ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The last block with its prompt, and the readout → (P, N, C)."""

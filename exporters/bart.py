@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bbt_accel.exporters.backbone import attend
+from bbt_accel.exporters.backbone import at, attend
 from bbt_accel.exporters.encoder_decoder import EncoderDecoderBackbone
 from bbt_accel.exporters.family import FamilySpec
 
@@ -25,8 +25,8 @@ class BartBackbone(EncoderDecoderBackbone):
         encoder = self.model.model.encoder
         return encoder.layernorm_embedding(x + encoder.embed_positions(x[:, :, 0]))
 
-    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-        layer = self.model.model.encoder.layers[i]
+    def block(self, i: int, x: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
+        layer, query = self.model.model.encoder.layers[i], at(x, position)
         y = layer.self_attn_layer_norm(query + bart_attention(layer.self_attn, query, x, bias))
         return bart_feed_forward(layer, y)
 

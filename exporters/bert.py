@@ -1,18 +1,19 @@
-"""BERT, RoBERTa and ELECTRA's generator: masked LMs whose blocks normalize after the residual."""
+"""BERT, RoBERTa and its multilingual kin, and ELECTRA's generator: masked LMs that normalize after the residual."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bbt_accel.exporters.backbone import Backbone, attend
+from bbt_accel.exporters.backbone import Backbone, at, attend
 from bbt_accel.exporters.family import FamilySpec
 
 
 class BertBackbone(Backbone):
-    """BertForMaskedLM."""
+    """BertForMaskedLM. Families with the same computation override where its modules are."""
 
     @property
     def base(self) -> Any:
@@ -21,28 +22,37 @@ class BertBackbone(Backbone):
     def tokens(self, input_ids: Tensor) -> Tensor:
         return self.base.embeddings(input_ids=input_ids)
 
-    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    def projections(self, i: int) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """The linear layers of block i for queries, keys and values."""
         own = self.base.encoder.layer[i].attention.self
-        return self.mix(i, query, own.query(query), own.key(x), own.value(x), bias)
+        return own.query, own.key, own.value
+
+    def mix(self, i: int, query: Tensor, context: Tensor) -> Tensor:
+        """Block i from the weighted values on: the output projection and the feed-forward, each with its norm."""
+        layer = self.base.encoder.layer[i]
+        y = layer.attention.output(context, query)
+        return layer.output(layer.intermediate(y), y)
+
+    def block(self, i: int, x: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
+        (query, key, value), asked = self.projections(i), at(x, position)
+        return self.mix(i, asked, attend(query(asked), key(x), value(x), self.heads, bias))
+
+    @property
+    def heads(self) -> int:
+        return int(self.model.config.num_attention_heads)
 
     def first_block(self, prompts: Tensor, tokens: Tensor, bias: Tensor) -> Tensor:
         """Queries, keys and values are linear in the block's input, W(t + p) + b = (W t + b) + W p.
 
         The first term is computed once per row and the second once per candidate, instead of both for each pair.
         """
-        own, length = self.base.encoder.layer[0].attention.self, tokens.shape[1]
 
         def both(linear: nn.Linear) -> Tensor:
-            of_prompts = self.spread(F.linear(prompts, linear.weight), length)
+            of_prompts = self.spread(F.linear(prompts, linear.weight), tokens.shape[1])
             return (linear(tokens)[None] + of_prompts).flatten(0, 1)
 
-        return self.mix(0, self.join(prompts, tokens), both(own.query), both(own.key), both(own.value), bias)
-
-    def mix(self, i: int, query: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Block i from its projections on."""
-        layer = self.base.encoder.layer[i]
-        y = layer.attention.output(attend(q, k, v, layer.attention.self.num_attention_heads, bias), query)
-        return layer.output(layer.intermediate(y), y)
+        query, key, value = map(both, self.projections(0))
+        return self.mix(0, self.join(prompts, tokens), attend(query, key, value, self.heads, bias))
 
     def head(self, x: Tensor) -> Tensor:
         return self.model.cls.predictions.transform(x)
@@ -133,6 +143,13 @@ ROBERTA = FamilySpec(
         "roberta-large": _shape(24, 1024, 16, 50265, 514, type_vocab_size=1, layer_norm_eps=1e-5),
     },
 )
+XLM_ROBERTA = replace(
+    ROBERTA,
+    model_type="xlm-roberta",
+    model_class="XLMRobertaForMaskedLM",
+    shapes={"xlm-roberta-base": _shape(12, 768, 12, 250002, 514, type_vocab_size=1, layer_norm_eps=1e-5)},
+)
+CAMEMBERT = replace(ROBERTA, model_type="camembert", model_class="CamembertForMaskedLM", shapes={})
 ELECTRA = FamilySpec(
     model_type="electra",
     model_class="ElectraForMaskedLM",

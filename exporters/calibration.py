@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import load_few_shot, load_rows
+from bbt_accel.data import Row, choose_demonstrations, load_few_shot, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import DataError
 from bbt_accel.exporters.sessions import Feeds, open_session, open_stage, prompt_feeds, temporary_graph
@@ -43,8 +44,12 @@ class TaskRows:
             return
         self.task = load_task(task)
         self.settings = resolve(self.task.preset(bundle.info.method))
-        self.encoder = Encoder(bundle, self.task)
         train, self.dev = load_few_shot(self.task, data, self.settings)
+        shown: list[Row] = []
+        if bundle.info.causal:
+            count, seed = self.settings.demonstrations, self.settings.seed
+            shown, train = choose_demonstrations(train, self.task.n_classes, count, seed)
+        self.encoder = Encoder(bundle, self.task, shown)
         self.train = self.encoder.encode(train)
 
     def calibration(self) -> Batch:
@@ -73,10 +78,16 @@ def random_prompts(bundle: Bundle, seed: int = 0) -> Float32:
     return np.array([scale * std * rng.standard_normal(bundle.info.prompt_shape) for scale in SCALES], np.float32)
 
 
+def initial_feeds(bundle: Bundle, batch: Batch, rows: int) -> list[Feeds]:
+    """What the first stage gets, besides prompts, `rows` rows at a time."""
+    batch = batch.with_decoder_input(bundle.info)
+    parts = (batch.rows(slice(i, i + rows)) for i in range(0, len(batch), rows))
+    return [dict(part.graph_inputs(bundle.info)) for part in parts]
+
+
 def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32, rows: int) -> Iterator[tuple[str, list[Feeds]]]:
     """Every stage with its inputs, `rows` rows at a time, as the stages before it computed them."""
-    batch = batch.with_decoder_input(bundle.info)
-    feeds: list[Feeds] = [dict(batch.rows(slice(i, i + rows)).inputs()) for i in range(0, len(batch), rows)]
+    feeds = initial_feeds(bundle, batch, rows)
     for stage in bundle.info.stages:
         for feed in feeds:
             feed |= prompt_feeds(bundle.info, stage, prompts)
@@ -95,18 +106,50 @@ class Channels:
     tokens: int
 
 
-def channels(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> dict[str, Channels]:
-    """Smallest and largest value of each channel of the named float tensors, over all feeds."""
-    found: dict[str, Channels] = {}
-    for values in intermediate_values(model, feeds, names, folder):
-        for name, value in values.items():
-            flat = value.reshape(-1, value.shape[-1])
-            low, high, tokens = flat.min(axis=0), flat.max(axis=0), len(flat)
+def channels(file: Path, feeds: list[Feeds], names: dict[str, int]) -> tuple[dict[str, Channels], list[Feeds]]:
+    """Smallest and largest value of each channel of float tensors, over all feeds; and the graph's own outputs.
+
+    file: a graph whose weights lie beside it. names: tensor → its channels. They are reduced inside the graph, so that
+    no activation is kept.
+    """
+    model = onnx.load(str(file), load_external_data=False)
+    own = [output.name for output in model.graph.output]
+    for name, size in names.items():
+        model.graph.node.extend(reductions(name, size, model.graph))
+    tapped = file.with_name(f"tapped.{file.name}")
+    try:
+        tapped.write_bytes(model.SerializeToString())
+        session = open_session(tapped)
+    finally:
+        tapped.unlink(missing_ok=True)
+    inputs, outputs = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+    found, results = dict[str, Channels](), []
+    for feed in feeds:
+        values = dict(zip(outputs, session.run(None, {k: feed[k] for k in inputs}), strict=True))
+        results.append({name.removesuffix("_out"): values[name] for name in own})
+        for name in names:
+            low, high = values[f"{name}_low"], values[f"{name}_high"]
+            tokens = int(values[f"{name}_rows"].sum())
+            if not tokens:
+                continue
             if name in found:
                 low, high = np.minimum(low, found[name].low), np.maximum(high, found[name].high)
                 tokens = max(tokens, found[name].tokens)
             found[name] = Channels(low, high, tokens)
-    return found
+    return found, results
+
+
+def reductions(name: str, size: int, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Nodes for the smallest and the largest value of each channel of a tensor, and its number of rows."""
+    flat, shape, axis = f"{name}_flat", f"{name}_flat_shape", f"{name}_axis"
+    graph.initializer.append(numpy_helper.from_array(np.array([-1, size], np.int64), shape))
+    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), axis))
+    yield helper.make_node("Reshape", [name, shape], [flat])
+    for kind, operator in (("low", "ReduceMin"), ("high", "ReduceMax")):
+        graph.output.append(helper.make_tensor_value_info(f"{name}_{kind}", onnx.TensorProto.FLOAT, [size]))
+        yield helper.make_node(operator, [flat, axis], [f"{name}_{kind}"], keepdims=0)
+    graph.output.append(helper.make_tensor_value_info(f"{name}_rows", onnx.TensorProto.INT64, [1]))
+    yield helper.make_node("Shape", [flat], [f"{name}_rows"], start=0, end=1)
 
 
 def intermediate_values(model: onnx.ModelProto, feeds: list[Feeds], names: list[str], folder: Path) -> Iterator[Feeds]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -20,18 +24,50 @@ from bbt_accel.exporters.sessions import temporary_graph
 from bbt_accel.machine import describe_machine
 
 
-def read_graph(file: Path, target: str) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """A stage in fp32 with its weights inside, and how many operators of each kind were fused.
+@contextmanager
+def graph_on_disk(file: Path, target: str, folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """A stage in fp32 in a temporary file of `folder`, its weights in another beside it; none of them is in memory.
 
-    Fused for ONNX Runtime alone: other runtimes fuse by themselves, and TensorRT has no ONNX Runtime operators.
+    And how many operators of each kind were fused: for ONNX Runtime alone, by onnxscript (attention, skip connections
+    with norms, bias with GELU). Other runtimes fuse by themselves, and TensorRT has no ONNX Runtime operators.
     """
-    if target != "ort":
-        return (onnx.load(str(file)) if target == "trt" else graph.load_stage(file)), {}
-    # onnxscript's fusions: attention, skip connections with norms, bias with GELU.
-    model, counts = optimize_for_ort(ir.load(file), clear_metadata=True)
-    proto = ir.to_proto(model)
-    onnx.load_external_data_for_model(proto, str(file.parent))
-    return proto, {name: count for name, count in counts.items() if count}
+    model = ir.load(file)
+    transpose_weights(model)
+    counts: dict[str, int] = {}
+    if target == "ort":
+        model, found = optimize_for_ort(model, clear_metadata=True)
+        counts = {name: count for name, count in found.items() if count}
+    place = folder / f"{file.stem}.fp32.onnx"
+    try:
+        ir.save(model, place, external_data=f"{place.name}.data", size_threshold_bytes=graph.SMALL)
+        del model
+        yield place, counts
+    finally:
+        place.unlink(missing_ok=True)
+        place.with_name(f"{place.name}.data").unlink(missing_ok=True)
+
+
+def transpose_weights(model: ir.Model) -> None:
+    """Weights in the orientation in which matmuls take them; each is read when it is written."""
+    weights = model.graph.initializers
+    for node in list(model.graph):
+        (source, *_), (result, *_) = (*node.inputs, None), (*node.outputs, None)
+        if node.op_type != "Transpose" or source is None or source.name not in weights:
+            continue
+        stored, name = source.const_value, result.name
+        shape = ir.Shape([stored.shape[1], stored.shape[0]])
+        read = partial(transposed, stored)
+        value = ir.Value(name=f"{name}_transposed", shape=shape, type=ir.TensorType(stored.dtype))
+        value.const_value = ir.LazyTensor(read, dtype=stored.dtype, shape=shape, name=value.name)
+        weights.add(value)
+        ir.convenience.replace_all_uses_with(result, value)
+        model.graph.remove(node, safe=True)
+    for name in [name for name, value in weights.items() if not value.uses() and not value.is_graph_output()]:
+        weights.pop(name)
+
+
+def transposed(stored: ir.TensorProtocol) -> ir.Tensor:
+    return ir.Tensor(np.ascontiguousarray(stored.numpy().T))
 
 
 def save_openvino(model: onnx.ModelProto, folder: Path, stage: str) -> Counter[str]:

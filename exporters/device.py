@@ -44,11 +44,13 @@ def batch_statistics(label_logits: Tensor, targets: Tensor, classes: Tensor) -> 
 
 @cache
 def statistics_graph() -> bytes:
+    import onnx_ir as ir
+
     from bbt_accel.exporters.graph import Stage, trace
 
     inputs = {"label_logits": torch.zeros(2, 3, 5), "targets": torch.zeros(3, 5), "classes": torch.zeros(5)}
     traced = SimpleNamespace(run=lambda stage, inputs: {stage: batch_statistics(**inputs)})
-    return bytes(trace(Stage(STATISTICS, inputs, [STATISTICS]), traced).SerializeToString())
+    return bytes(ir.to_proto(trace(Stage(STATISTICS, inputs, [STATISTICS]), traced)).SerializeToString())
 
 
 def write_device_graphs(folder: Path, info: BundleInfo) -> None:

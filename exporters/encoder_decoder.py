@@ -22,7 +22,7 @@ class EncoderDecoderBackbone(Backbone):
         self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         decoder_input_ids: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        x = self.encoded(self.block(self.layers - 1, x, x, bias))
+        x = self.encoded(self.block(self.layers - 1, x, bias))
         assert decoder_input_ids is not None
         y = self.decode(p, x, each(p, self.cross_bias(mask)), decoder_input_ids, readout)
         return self.read(y, each(p, readout) if "last-block" in self.without else None, label_token_ids)

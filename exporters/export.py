@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from bbt_accel import processes
-from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode, SpecialTokens, write_info
+from bbt_accel.bundle import INITIAL_PROMPT, Bundle, BundleInfo, Method, PromptMode, SpecialTokens, write_info
 from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, first_line
 from bbt_accel.exporters import graph
@@ -23,6 +25,7 @@ from bbt_accel.exporters.validate import validate
 from bbt_accel.files import new_folder
 from bbt_accel.optimizations import check_optimizations, in_graph
 from bbt_accel.progress import Tell, silent
+from bbt_accel.tasks import load_task
 
 TOLERANCE = 1e-4
 """Largest error of label logits against eager PyTorch, relative to the largest logit where that is beyond 1."""
@@ -35,12 +38,15 @@ def export_bundle(
     method: Method = "bbt",
     prompt_mode: PromptMode = "add",
     n_prompt_tokens: int = 50,
+    prompt_init: str | None = None,
     revision: str | None = None,
     without: Collection[str] = (),
     progress: Tell = silent,
 ) -> Bundle:
     """Export a hub id, a local folder or `demo` into a new bundle folder, and validate it.
 
+    prompt_init: a text that the prompt starts from, or a task's .toml file whose [prompt] init has it; its tokens
+        determine n_prompt_tokens. In cat mode p0 is their embeddings; in add mode the prompt is added to them.
     without: optimizations that the graphs leave out, for an ablation, by the names in `bbt_accel.optimizations`.
     Raises UsageError for a combination that does not exist, ExportError for a checkpoint that cannot be loaded, has
     no LM head, or whose graphs differ from eager PyTorch by more than `TOLERANCE`.
@@ -55,8 +61,9 @@ def export_bundle(
         raise UsageError(f"{output} exists already; choose another -o or remove it")
     progress("loading the checkpoint", 0, 1)
     model, tokenizer = load_model(checkpoint, revision), load_tokenizer(checkpoint, revision)
-    info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, n_prompt_tokens)
-    info = info.model_copy(update={"without": off})
+    text, ids = initial_text(prompt_init, tokenizer)
+    info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, len(ids) or n_prompt_tokens)
+    info = info.model_copy(update={"without": off, "prompt_init": text, "prompt_ids": ids or None})
     with new_folder(output) as folder:
         try:
             model.save_pretrained(folder, max_shard_size="1000GB")  # type: ignore[operator]
@@ -66,6 +73,9 @@ def export_bundle(
             ) from refusal
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        if ids and prompt_mode == "cat":
+            embedded = family_of(model.config).compose(model, info).tokens(torch.tensor([ids]))[0]
+            save_file({"prompt": embedded.contiguous()}, folder / INITIAL_PROMPT)
         info = info.model_copy(update={"stages": trace(model, info, folder, progress)})
         write_device_graphs(folder, info)
         write_info(folder, info)
@@ -84,12 +94,26 @@ def check_arguments(method: str, prompt_mode: str, n_prompt_tokens: int) -> None
         raise UsageError(f"--n-prompt-tokens must be at least 1, not {n_prompt_tokens}")
 
 
+def initial_text(prompt_init: str | None, tokenizer: Any) -> tuple[str | None, list[int]]:
+    """The text that a prompt starts from, and its token ids. Raises UsageError for one without tokens."""
+    text = prompt_init
+    if text is not None and text.endswith(".toml"):
+        task = load_task(text)
+        if task.prompt is None:
+            raise UsageError(f"--prompt-init {text}: the task file has no [prompt] init")
+        text = task.prompt.init
+    ids = [] if text is None else list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    if text is not None and not ids:
+        raise UsageError("--prompt-init has no tokens; give a text")
+    return text, ids
+
+
 def trace(model: nn.Module, info: BundleInfo, folder: Path, progress: Tell) -> list[str]:
     """Write the graphs of every stage; returns their names."""
     backbone = family_of(model.config).compose(model, info)
     weights = graph.SharedWeights(folder / "model.safetensors")
     others = graph.NewWeights(folder / "weights.data")
-    of = 1 if info.method == "bbt" else info.n_layers + 1
+    of = len(backbone.stages(info.method))
     names = []
     for done, stage in enumerate(graph.stages(backbone, info.method, info.hidden_size)):
         progress(f"tracing {stage.name}", done, of)
@@ -107,7 +131,7 @@ def describe(
     longest = family.positions(config) - (n if mode == "cat" and family.prompt_takes_positions else 0)
     if longest < n + 4:
         raise UsageError(f"--n-prompt-tokens {n} leaves no room for text: the backbone has {longest} positions")
-    local = Path(backbone).is_dir()
+    local = Path(backbone).exists()
     return BundleInfo(
         backbone=str(Path(backbone).resolve()) if local else backbone,
         revision=revision or (None if local else getattr(config, "_commit_hash", None)),
@@ -121,7 +145,7 @@ def describe(
         n_layers=len(family.blocks(model)),
         vocab_size=config.vocab_size,
         max_length=longest,
-        word_embedding_std=float(np.std(model.get_input_embeddings().weight.numpy(), dtype=np.float64)),  # type: ignore[operator]
+        word_embedding_std=embedding_std(model),
         special=special_tokens(config, tokenizer, family),
         precision="fp32",
         target="onnx",
@@ -129,6 +153,13 @@ def describe(
         stages=[],
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
     )
+
+
+def embedding_std(model: Any) -> float:
+    """Standard deviation of the word embeddings as they enter the model: some families scale them."""
+    embedding = model.get_input_embeddings()
+    scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
+    return scale * float(np.std(embedding.weight.numpy(), dtype=np.float64))
 
 
 def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTokens:
@@ -141,9 +172,12 @@ def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTo
     mask_text, mask = token(family.mask)
     if family.mask is not None and (mask is None or mask == tokenizer.unk_token_id):
         raise ExportError(f"the tokenizer has no mask token, which prompts of a {family.model_type} model need")
+    begin = token(family.begin)[1]
+    if family.architecture == "decoder" and begin not in tokenizer("a").input_ids[:1]:
+        begin = None
     pads = (config.pad_token_id, tokenizer.pad_token_id, config.eos_token_id, 0)
     return SpecialTokens(
-        begin=token(family.begin)[1],
+        begin=begin,
         end=token(family.end)[1],
         pad=next(p for p in pads if isinstance(p, int) and p < config.vocab_size),
         mask=mask,

@@ -13,14 +13,23 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from bbt_accel.errors import ExportError, first_line
+from bbt_accel.errors import ExportError, MissingDependency, first_line
+from bbt_accel.exporters.albert import ALBERT
 from bbt_accel.exporters.bart import BART
-from bbt_accel.exporters.bert import BERT, ELECTRA, ROBERTA
+from bbt_accel.exporters.bert import BERT, CAMEMBERT, ELECTRA, ROBERTA, XLM_ROBERTA
+from bbt_accel.exporters.distilbert import DISTILBERT
 from bbt_accel.exporters.family import FamilySpec
 from bbt_accel.exporters.gpt2 import GPT2
-from bbt_accel.exporters.t5 import T5
+from bbt_accel.exporters.llama import EUROBERT, GEMMA3, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
+from bbt_accel.exporters.modernbert import MODERNBERT
+from bbt_accel.exporters.mpnet import MPNET
+from bbt_accel.exporters.t5 import MT5, T5
+from bbt_accel.machine import installed
 
-FAMILIES = (ROBERTA, BERT, ELECTRA, BART, T5, GPT2)
+FAMILIES = (
+    ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ALBERT, MPNET, ELECTRA, MODERNBERT, EUROBERT, BART, T5, MT5,
+    GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3, GEMMA3,
+)  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A bundle's precision → the dtype of its checkpoint."""
 GROUP = "bbt_accel.families"
@@ -46,32 +55,51 @@ def family_of(config: Any) -> FamilySpec:
     return families()[config.model_type]
 
 
+def place(checkpoint: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """A checkpoint as transformers' from_pretrained takes it. Raises MissingDependency for a GGUF file without gguf."""
+    path = Path(checkpoint)
+    if path.suffix != ".gguf":
+        return str(checkpoint), {"revision": revision}
+    if installed("gguf") is None:
+        raise MissingDependency('GGUF files need the package gguf; pip install "bbt-accel[gguf]"')
+    if not path.is_file():
+        raise ExportError(f"there is no file {checkpoint}")
+    return str(path.parent), {"gguf_file": path.name}
+
+
 def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
-    """The configuration of a hub id or local folder. Raises ExportError if there is none, or of another family."""
+    """The configuration of a hub id, a local folder or a GGUF file.
+
+    Raises ExportError if there is none, or of another family; MissingDependency for a GGUF file without gguf.
+    """
     families()  # installed packages register their configurations with transformers
+    where, options = place(checkpoint, revision)
     try:
-        config = AutoConfig.from_pretrained(str(checkpoint), revision=revision)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as error:
         raise ExportError(
-            f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder or a hub id"
+            f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder, a hub id or a GGUF file"
         ) from None
     family_of(config)
     return config
 
 
 def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The family's own transformers class with sdpa attention, ready for inference.
+    """The family's own transformers class with sdpa attention where it has that, ready for inference.
 
     Raises ExportError for a checkpoint without an LM head, whose logits would be random.
     """
     transformers.logging.disable_progress_bar()
     config = load_config(checkpoint, revision)
     family = family_of(config)
+    where, options = place(checkpoint, revision)
+    kind = family.load_class()
+    attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
     try:
-        model, report = family.load_class().from_pretrained(
-            str(checkpoint), revision=revision, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        model, report = kind.from_pretrained(
+            where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error).rstrip('.')})") from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -85,8 +113,9 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
 
 def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
     """The checkpoint's fast tokenizer. Raises ExportError if there is none."""
+    where, options = place(checkpoint, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), revision=revision, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ExportError(f"cannot load the tokenizer of {checkpoint} ({first_line(error).rstrip('.')})") from None
     if not tokenizer.is_fast:

@@ -18,14 +18,14 @@ class FamilySpec:
     """A family of checkpoints: those of one `model_type`.
 
     model_type: as config.json has it. model_class: the class with the LM head, or its name in transformers.
-    backbone: how it computes, without redundant work. without_prefix_cache: for decoders, the class that computes the
-        prompt once per row, which `--without prefix-cache` exports.
+    backbone: how it computes, without redundant work.
     architecture, template_group: see `bbt_accel.bundle`.
     blocks, embedding, head: where the naive forward (exporters/reference.py) finds, in the model, the blocks that take
         a prompt; the module whose output the bbt prompt is added to; and the first module of the LM head.
-    first_prompt: position of the first prompt token in add mode: 1 behind a begin token.
-    begin, end, mask: the special tokens of a row, as attributes of the tokenizer or as text; None for none.
-    positions: the longest row that the position embeddings allow, from the configuration.
+    arguments: changes those of the naive forward, where a family needs other ones to take the prompt.
+    begin, end, mask: the special tokens of a row, as attributes of the tokenizer or as text; None for none. The prompt
+        stands behind the begin token, but in cat mode of encoders. A decoder has it where its tokenizer adds it.
+    positions: the longest row that the positions allow, from the configuration; ExportError for what is not computed.
     prompt_takes_positions: whether a cat-mode prompt counts towards that limit, as it does when it stands in front of
         the token embeddings.
     tiny: a configuration that exports in seconds and has every kind of node, for checks.
@@ -40,13 +40,12 @@ class FamilySpec:
     blocks: Callable[[Any], nn.ModuleList]
     embedding: Callable[[Any], nn.Module]
     head: Callable[[Any], nn.Module]
-    first_prompt: int = 1
+    arguments: Callable[[dict[str, Any]], dict[str, Any]] = dict
     begin: str | None = "cls_token"
     end: str | None = "sep_token"
     mask: str | None = "mask_token"
     positions: Callable[[Any], int] = lambda config: int(config.max_position_embeddings)
     prompt_takes_positions: bool = False
-    without_prefix_cache: type[Backbone] | None = None
     tiny: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -60,5 +59,4 @@ class FamilySpec:
 
     def compose(self, model: nn.Module, info: BundleInfo) -> Backbone:
         """The backbone of a loaded model for one method, mode and prompt length."""
-        plain = self.without_prefix_cache if "prefix-cache" in info.without else None
-        return (plain or self.backbone)(model, info, self.first_prompt).eval()
+        return self.backbone(model, info).eval()

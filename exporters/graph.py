@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import external_data_helper, helper, numpy_helper
 from onnxscript.optimizer import optimize
 from torch import Tensor, nn
 from torch.export import Dim
 
 from bbt_accel.exporters.axes import AXES
-from bbt_accel.exporters.backbone import Backbone, State
+from bbt_accel.exporters.backbone import Backbone, Inputs
 
 OPSET = 20
 SMALL = 1024
@@ -37,7 +37,7 @@ class Stage:
     """One graph: a stage of the backbone, example inputs by name, and the names of its outputs."""
 
     name: str
-    inputs: State
+    inputs: Inputs
     outputs: list[str]
 
 
@@ -48,46 +48,46 @@ class Traced(nn.Module):
         super().__init__()
         self.stage, self.backbone = stage, backbone
 
-    def forward(self, *inputs: Tensor) -> State:
+    def forward(self, *inputs: Tensor) -> Inputs:
         return self.backbone.run(self.stage.name, dict(zip(self.stage.inputs, inputs, strict=True)))
 
 
 def stages(backbone: Backbone, method: str, hidden_size: int) -> Iterator[Stage]:
     """The graphs of a bundle in the order in which they run, with example inputs of two candidates and three rows."""
     p, rows, length, n = 2, 3, backbone.n + 7, backbone.n
-    ids = torch.ones(rows, length, dtype=torch.int64)
-    mask = torch.ones_like(ids)  # a tensor of its own: torch.export takes one object for one input
-    readout = torch.full((rows,), 1 if backbone.decodes else length - 2)
-    prompts = torch.zeros(p, n, hidden_size)
-    tail = {"readout": readout, "label_token_ids": torch.arange(1, 6)}
-    if backbone.decodes:
-        tail["decoder_input_ids"] = torch.ones(rows, 4, dtype=torch.int64)
-    if method == "bbt":
-        yield Stage("model", {"prompts": prompts, "input_ids": ids, "attention_mask": mask, **tail}, ["label_logits"])
-        return
-    state = backbone.embed(ids)
-    yield Stage("embed", {"input_ids": ids}, list(state))
-    state = {k: torch.zeros(4, *v.shape[1:]) for k, v in state.items()}  # a population that is not P's example
-    inputs = {"prompts": prompts, **state, "attention_mask": mask}
-    for i in range(backbone.layers - 1):
-        yield Stage(f"block_{i:02d}", inputs, [f"{name}_out" for name in state])
-    yield Stage("last", {**inputs, **tail}, ["label_logits"])
+    known: Inputs = {
+        "prompts": torch.zeros(p, n, hidden_size),
+        "input_ids": torch.ones(rows, length, dtype=torch.int64),
+        "attention_mask": torch.ones(rows, length, dtype=torch.int64),
+        "readout": torch.full((rows,), 1 if backbone.decodes else length - 2),
+        "label_token_ids": torch.arange(1, 6),
+        "decoder_input_ids": torch.ones(rows, 4, dtype=torch.int64),
+        "context_ids": torch.ones(5, dtype=torch.int64),
+        "context_mask": torch.ones(5, dtype=torch.int64),
+    }
+    for name in backbone.stages(method):
+        inputs = {i: known[i] for i in backbone.inputs(name)}
+        yield Stage(name, inputs, list(backbone.outputs(name)))
+        if name in ("context", "embed"):
+            known |= backbone.run(name, inputs)
+        if name == "embed":  # a population that is not P's example
+            known |= {i: torch.zeros(4, *known[i].shape[1:]) for i in backbone.state}
 
 
-def dynamic_axes(inputs: State, n: int) -> tuple[dict[int, Any], ...]:
+def dynamic_axes(inputs: Inputs, n: int) -> tuple[dict[int, Any], ...]:
     """The dynamic axes of each input, as torch.export takes them."""
-    dims = {name: Dim(name) for name in ("candidates", "state", "rows", "labels", "decoder_tokens")}
+    dims = {name: Dim(name) for name in ("candidates", "state", "rows", "labels", "decoder_tokens", "context")}
     dims["tokens"] = Dim("tokens", min=n + 2, max=2**20)
     dims["text"] = dims["tokens"] - n if "prefix" in inputs else dims["tokens"]
     return tuple({i: dims[axis] for i, axis in enumerate(AXES[name]) if axis is not None} for name in inputs)
 
 
-def export_stage(stage: Stage, backbone: Backbone) -> onnx.ModelProto:
-    """Trace one stage of a backbone into ONNX with dynamic axes."""
+def export_stage(stage: Stage, backbone: Backbone) -> ir.Model:
+    """Trace one stage of a backbone into ONNX with dynamic axes. The weights are those of the backbone, not copies."""
     return trace(stage, backbone, 0 if backbone.cat else backbone.n)
 
 
-def trace(stage: Stage, backbone: Any, n: int = 0) -> onnx.ModelProto:
+def trace(stage: Stage, backbone: Any, n: int = 0) -> ir.Model:
     """Trace a stage of any module that has a `run` like the backbone's. n: tokens that a prompt is added to."""
     axes = dynamic_axes(stage.inputs, n)
     with quiet():
@@ -99,12 +99,12 @@ def trace(stage: Stage, backbone: Any, n: int = 0) -> onnx.ModelProto:
         assert program is not None
         # Small constants are folded; weights keep the checkpoint's layout, so that all graphs share its file.
         optimize(program.model, input_size_limit=SMALL, output_size_limit=SMALL)
-    model = program.model_proto
-    found = sorted(i.name for i in model.graph.input), [o.name for o in model.graph.output]
+    model: ir.Model = program.model
+    found = sorted(str(i.name) for i in model.graph.inputs), [o.name for o in model.graph.outputs]
     if found != (sorted(stage.inputs), stage.outputs):
         raise AssertionError(f"{stage.name} was traced with inputs and outputs {found}")
-    for node in model.graph.node:
-        del node.metadata_props[:]  # the tracer's stack traces
+    for node in model.graph:
+        node.metadata_props.clear()  # the tracer's stack traces
     return model
 
 
@@ -131,9 +131,9 @@ class WeightFile:
         self.offsets: dict[bytes, int] = {}
         """sha256 of a tensor's bytes → where they begin."""
 
-    def refer(self, tensor: onnx.TensorProto) -> bool:
-        """Replace the tensor's bytes by a reference, if the file holds them or takes new ones."""
-        content = tensor.raw_data
+    def find(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor | None:
+        """The tensor as one in the file, if that holds its bytes or takes new ones."""
+        content = tensor.tobytes()
         name = hashlib.sha256(content).digest()
         if self.appends and name not in self.offsets:
             with self.file.open("ab") as stream:
@@ -141,10 +141,12 @@ class WeightFile:
                 self.offsets[name] = stream.tell()
                 stream.write(content)
         if name not in self.offsets:
-            return False
-        external_data_helper.set_external_data(tensor, self.file.name, self.offsets[name], len(content))
-        tensor.ClearField("raw_data")
-        return True
+            return None
+        place = {"location": self.file.name, "offset": self.offsets[name], "length": len(content)}
+        shape = ir.Shape(tensor.shape)
+        return ir.ExternalTensor(
+            **place, dtype=tensor.dtype, shape=shape, name=str(tensor.name), base_dir=self.file.parent
+        )
 
 
 class NewWeights(WeightFile):
@@ -165,32 +167,45 @@ class SharedWeights(WeightFile):
                 stream.seek(8 + size + begin)
                 self.offsets[hashlib.sha256(stream.read(end - begin)).digest()] = 8 + size + begin
 
-    def refer_transposed(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> bool:
-        """The same for a tensor that the file holds transposed: the tracer transposes the weights of linear layers.
 
-        Runtimes transpose them again at load.
-        """
-        if len(tensor.dims) != 2:
-            return False
-        array = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
-        rows = numpy_helper.from_array(array, f"{tensor.name}_rows")
-        if not self.refer(rows):
-            return False
-        graph.node.insert(0, helper.make_node("Transpose", [rows.name], [tensor.name], perm=[1, 0]))
-        tensor.CopyFrom(rows)
-        return True
+def save_stage(model: ir.Model, folder: Path, name: str, checkpoint: SharedWeights | None, others: NewWeights) -> None:
+    """Write a graph whose weights are in the checkpoint's file, or in that of the others; one at a time is copied.
 
-
-def save_stage(
-    model: onnx.ModelProto, folder: Path, name: str, checkpoint: SharedWeights | None, others: NewWeights
-) -> None:
-    """Write a graph whose weights are in the checkpoint's file, or in that of the others."""
-    for tensor in list(model.graph.initializer):
-        if not tensor.HasField("raw_data") or len(tensor.raw_data) <= SMALL:
+    The tracer transposes the weights of linear layers. They are read as the checkpoint has them, and transposed by a
+    node; runtimes do that once, at load.
+    """
+    for value in list(model.graph.initializers.values()):
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes <= SMALL:
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
             continue
-        if checkpoint is None or not (checkpoint.refer(tensor) or checkpoint.refer_transposed(model.graph, tensor)):
-            others.refer(tensor)
-    (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+        found = None if checkpoint is None else checkpoint.find(tensor)
+        if found is None and checkpoint is not None and len(tensor.shape) == 2:
+            rows = ir.Tensor(np.ascontiguousarray(tensor.numpy().T), name=f"{value.name}_rows")
+            if (stored := checkpoint.find(rows)) is not None:
+                transpose(model.graph, value, stored)
+                continue
+        value.const_value = found or others.find(tensor)
+    (folder / f"{name}.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+
+
+def transpose(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> None:
+    """Replace an initializer by the transposition of another."""
+    rows = ir.Value(name=stored.name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+    graph.initializers.pop(str(value.name))
+    graph.initializers.add(rows)
+    node = ir.node("Transpose", [rows], attributes={"perm": [1, 0]})
+    ir.convenience.replace_all_uses_with(value, node.outputs[0])
+    node.outputs[0].name = value.name
+    graph.insert_before(next(iter(graph)), node)
+
+
+def from_proto(model: onnx.ModelProto, folder: Path) -> ir.Model:
+    """A converted graph, perhaps with weights in a temporary file of the folder."""
+    made = ir.from_proto(model)
+    ir.external_data.set_base_dir(made.graph, folder)
+    return made
 
 
 def name_nodes(graph: onnx.GraphProto) -> None:
@@ -209,18 +224,3 @@ def replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     for field, values in ((graph.node, nodes), (graph.initializer, weights), (graph.value_info, [])):
         del field[:]
         field.extend(values)
-
-
-def load_stage(file: Path) -> onnx.ModelProto:
-    """A graph with its weights inside it, in the orientation in which matmuls take them."""
-    model = onnx.load(str(file))
-    weights = {t.name: t for t in model.graph.initializer}
-    nodes = []
-    for node in model.graph.node:
-        if node.op_type == "Transpose" and node.input[0] in weights:
-            array = numpy_helper.to_array(weights[node.input[0]]).transpose(helper.get_node_attr_value(node, "perm"))
-            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
-        else:
-            nodes.append(node)
-    replace_nodes(model.graph, nodes)
-    return model

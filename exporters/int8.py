@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +25,18 @@ from onnx import helper, numpy_helper
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
-from bbt_accel.exporters.calibration import Channels, channels, stage_feeds
-from bbt_accel.exporters.convert import read_graph
+from bbt_accel.exporters.calibration import Channels, channels, initial_feeds
+from bbt_accel.exporters.convert import graph_on_disk
 from bbt_accel.exporters.graph import name_nodes, replace_nodes
-from bbt_accel.exporters.sessions import Feeds, RunStage, onnx_stage, temporary_graph
+from bbt_accel.exporters.sessions import Feeds, RunStage, onnx_stage, prompt_feeds, temporary_graph
 from bbt_accel.exporters.validate import relative_rmse
+from bbt_accel.progress import Tell
 
 FEW_TOKENS = 0.25
 """Weights that meet at most this share of the tokens stay in fp32: matmuls once per row or candidate (calibration has
 four of each in a call), at the readout position, or in a short decoder. They are little of the work."""
+ROWS_PER_CALL = 4
+"""Calibration rows in a call."""
 SPLIT_SHARE = 1 / 16
 """Extra columns for outlier channels, at most, relative to the channels: their relative cost is of that order."""
 
@@ -58,19 +62,67 @@ def quantizable_matmuls(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return [node for node in matmuls if node.input[0] not in rank and rank.get(node.input[1]) == 2]
 
 
-def to_int8(
-    model: onnx.ModelProto, feeds: list[Feeds], folder: Path, keep: Collection[str] = (), switchable: bool = False
-) -> tuple[list[str], list[str]]:
-    """Quantize, in place, matmuls with constant weights: uint8 activations, int8 weights, float results.
+@dataclass(frozen=True)
+class CalibratedStage:
+    """A stage in fp32 with what calibration saw.
 
-    Returns the names of those matmuls, and of the ones that stay in fp32.
+    file: its graph, with the weights beside it. fused: how many operators of each kind. seen: of the matmuls' inputs.
+    feeds: the stage's inputs, some rows at a time, as the stages before it compute them in fp32.
+    """
+
+    name: str
+    file: Path
+    fused: dict[str, int]
+    seen: dict[str, Channels]
+    feeds: list[Feeds]
+
+
+def calibrate(
+    files: ExitStack, bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path, tell: Tell
+) -> tuple[list[CalibratedStage], Float32]:
+    """Every stage of a bundle as calibrated on these rows and prompts, and their label logits (P, N, C) in fp32.
+
+    files: closes the temporary files in `folder`.
+    """
+    found: list[CalibratedStage] = []
+    feeds = initial_feeds(bundle, batch, ROWS_PER_CALL)
+    for done, stage in enumerate(bundle.info.stages):
+        tell(f"calibrating {stage}", done, len(bundle.info.stages))
+        feeds = [feed | prompt_feeds(bundle.info, stage, prompts) for feed in feeds]
+        source = bundle.path / f"{stage}.onnx"
+        file, fused = files.enter_context(graph_on_disk(source, target, folder))
+        graph = onnx.load(str(file), load_external_data=False).graph
+        name_nodes(graph)
+        sizes = {node.input[0]: input_channels(graph, node) for node in quantizable_matmuls(graph)}
+        seen, results = channels(file, feeds, sizes)
+        found.append(CalibratedStage(stage, file, fused, seen, feeds))
+        feeds = [feed | result for feed, result in zip(feeds, results, strict=True)]
+    return found, np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
+
+
+def is_transposed(node: onnx.NodeProto) -> bool:
+    return any(a.name == "transB" and a.i for a in node.attribute)
+
+
+def input_channels(graph: onnx.GraphProto, node: onnx.NodeProto) -> int:
+    """Channels of a matmul's input."""
+    (dims,) = (t.dims for t in graph.initializer if t.name == node.input[1])
+    return int(dims[1 if is_transposed(node) else 0])
+
+
+def to_int8(
+    file: Path, seen: dict[str, Channels], keep: Collection[str] = (), switchable: bool = False
+) -> tuple[onnx.ModelProto, list[str], list[str]]:
+    """The graph with its matmuls with constant weights quantized: uint8 activations, int8 weights, float results.
+
+    Returns it, whose other weights stay beside `file`; the names of those matmuls, and of the ones that stay in fp32.
     keep: names of matmuls to leave in fp32, besides those below `FEW_TOKENS`. switchable: the graph gets a boolean
     input for each quantized matmul, named by `switch`, that computes it in fp32 where it is true.
     """
+    model = onnx.load(str(file), load_external_data=False)
     graph = model.graph
     name_nodes(graph)
     matmuls = quantizable_matmuls(graph)
-    seen = channels(model, feeds, sorted({n.input[0] for n in matmuls}), folder)
     chosen = {node.name for node in frequent(matmuls, seen) if node.name not in keep}
     weights = {t.name: t for t in graph.initializer}
     fitted: dict[str, SplitRange] = {}
@@ -83,15 +135,15 @@ def to_int8(
         if name not in fitted:
             fitted[name] = fit_range(seen[name])
             nodes += quantize_activation(graph, name, fitted[name])
-        transpose = any(a.name == "transB" and a.i for a in node.attribute)
-        exact = numpy_helper.to_array(weights[node.input[1]])
-        nodes.append(quantize_weight(graph, exact, weight, transpose, fitted[name]))
+        exact = numpy_helper.to_array(weights[node.input[1]], str(file.parent))
+        nodes.append(quantize_weight(graph, exact, weight, is_transposed(node), fitted[name]))
         matmul = onnx.NodeProto()
         matmul.CopyFrom(node)
         matmul.input[:2] = f"{name}_int8", weight
         nodes += switchable_matmul(graph, node, matmul) if switchable else [matmul]
     replace_nodes(graph, nodes)
-    return [n.name for n in matmuls if n.name in chosen], [n.name for n in matmuls if n.name not in chosen]
+    names = [node.name for node in matmuls]
+    return model, [name for name in names if name in chosen], [name for name in names if name not in chosen]
 
 
 def frequent(matmuls: list[onnx.NodeProto], seen: dict[str, Channels]) -> list[onnx.NodeProto]:
@@ -231,40 +283,37 @@ class SwitchableStage:
     feeds: list[Feeds]  # the stage's inputs, some rows at a time, as the stages before it compute them in fp32
 
 
-def select_fp32(bundle: Bundle, target: str, batch: Batch, prompts: Float32, limit: float, folder: Path) -> set[Matmul]:
-    """Matmuls to keep in fp32 so that the relative logit RMSE on these rows and prompts is at most `limit`.
+def select_fp32(stages: list[CalibratedStage], limit: float, folder: Path) -> set[Matmul]:
+    """Matmuls to keep in fp32 so that the relative logit RMSE on the calibration rows is at most `limit`.
 
     Each matmul's error is measured with that matmul alone in int8; squared errors add up. Those with the largest error
-    for their cost are kept first. None is measured by itself if int8 throughout is within the limit.
+    for their cost are kept first.
     """
-    stages = make_switchable(bundle, target, batch, prompts, folder)
-    sizes = {(stage.name, name): size for stage in stages for name, size in stage.sizes.items()}
-    reference = run_from(stages, 0, sizes)
-    if relative_rmse(run_from(stages, 0, ()), reference) <= limit:
-        return set()
+    switchable = make_switchable(stages, folder)
+    sizes = {(stage.name, name): size for stage in switchable for name, size in stage.sizes.items()}
+    reference = run_from(switchable, 0, sizes)
     error = {
-        (stage.name, name): relative_rmse(run_from(stages, i, sizes.keys() - {(stage.name, name)}), reference) ** 2
-        for i, stage in enumerate(stages)
+        (stage.name, name): relative_rmse(run_from(switchable, i, sizes.keys() - {(stage.name, name)}), reference) ** 2
+        for i, stage in enumerate(switchable)
         for name in stage.sizes
     }
     kept: set[Matmul] = set()
     for matmul in sorted(error, key=lambda m: error[m] / sizes[m], reverse=True):
         expected = sum(error[m] for m in error if m not in kept)
-        if expected <= limit**2 and relative_rmse(run_from(stages, 0, kept), reference) <= limit:
+        if expected <= limit**2 and relative_rmse(run_from(switchable, 0, kept), reference) <= limit:
             break
         kept.add(matmul)
     return kept
 
 
-def make_switchable(bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path) -> list[SwitchableStage]:
+def make_switchable(stages: list[CalibratedStage], folder: Path) -> list[SwitchableStage]:
     found = []
-    for stage, feeds in stage_feeds(bundle, batch, prompts, rows=4):
-        model, _ = read_graph(bundle.path / f"{stage}.onnx", target)
-        quantized, _ = to_int8(model, feeds, folder, switchable=True)
+    for stage in stages:
+        model, quantized, _ = to_int8(stage.file, stage.seen, switchable=True)
         elements = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
         sizes = {n.name: elements[n.input[1]] for n in quantizable_matmuls(model.graph) if n.name in quantized}
         with temporary_graph(model, folder) as file:
-            found.append(SwitchableStage(stage, onnx_stage(file), sizes, [dict(feed) for feed in feeds]))
+            found.append(SwitchableStage(stage.name, onnx_stage(file), sizes, stage.feeds))
     return found
 
 

@@ -1,28 +1,31 @@
-"""From an exported bundle to a faster one for a single engine: fused operators, fp16, bf16, int8, TensorRT plans."""
+"""From an exported bundle to one for a single engine: fused operators, fp16, bf16, int8, int4, TensorRT plans."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import Bundle, write_info
+from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
 from bbt_accel.engine_specs import Precision, targets
 from bbt_accel.errors import BundleError, ExportError, UsageError, check_known
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, random_prompts, stage_feeds
-from bbt_accel.exporters.convert import convert_checkpoint, openvino_bf16, read_graph, save_openvino
+from bbt_accel.exporters.convert import convert_checkpoint, graph_on_disk, openvino_bf16, save_openvino
 from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.half import TYPES, emulate_bf16, to_half
-from bbt_accel.exporters.int8 import Matmul, select_fp32, to_int8
+from bbt_accel.exporters.int4 import to_int4
+from bbt_accel.exporters.int8 import CalibratedStage, Matmul, calibrate, select_fp32, to_int8
 from bbt_accel.exporters.sessions import run_stages
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
-from bbt_accel.exporters.validate import fidelity, reference_logits, scaled_error
+from bbt_accel.exporters.validate import fidelity, reference_logits, relative_rmse, scaled_error
 from bbt_accel.files import new_folder
 from bbt_accel.machine import installed
 from bbt_accel.progress import Tell, silent
@@ -80,6 +83,8 @@ def optimize_bundle(
     rows = TaskRows(bundle, calibrate, data)
     job = Job(bundle, target, precision, rows.calibration(), random_prompts(bundle), max_rmse, progress)
     with new_folder(output) as folder:
+        if (bundle.path / INITIAL_PROMPT).exists():
+            shutil.copyfile(bundle.path / INITIAL_PROMPT, folder / INITIAL_PROMPT)
         report = CONVERTERS[target](job, folder)
         versions = {name: version for name in TOOLS if (version := installed(name))}
         changes = {"precision": precision, "target": target, "source": bundle.digest}
@@ -135,35 +140,89 @@ def to_graphs(job: Job, folder: Path) -> Report:
     others = graph.NewWeights(folder / "weights.data")
     hinted = (target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
     precision = "fp32" if hinted else job.precision
+    if precision in INTEGERS:
+        return INTEGERS[precision](job, folder)
     rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
-    fallback: set[Matmul] = set()
-    if precision == "int8":
-        job.tell("measuring the sensitivity of matmuls", 0, 1)
-        fallback = select_fp32(bundle, target, rows, job.prompts, job.max_rmse, folder)
     calibrated = stage_feeds(bundle, rows, job.prompts, rows=4) if precision != "fp32" else None
     operators: Counter[str] = Counter()
-    quantized, kept = 0, list[str]()
+    kept: list[str] = []
     for done, (stage, feeds) in enumerate(calibrated or ((stage, []) for stage in bundle.info.stages)):
         job.tell(f"converting {stage}", done, len(bundle.info.stages))
-        model, fused = read_graph(bundle.path / f"{stage}.onnx", target)
-        operators.update(fused)
-        if precision in TYPES:
-            kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[precision])]
-        elif precision == "int8":
-            made, exact = to_int8(model, feeds, folder, keep={name for where, name in fallback if where == stage})
-            kept += [f"{stage}: {name}" for name in exact]
-            quantized += len(made)
-        if target == "openvino":
-            operators.update(save_openvino(model, folder, stage))
-            continue
-        if target == "trt":
-            operators.update(node.op_type for node in model.graph.node if node.op_type in OPERATORS)
-        graph.save_stage(model, folder, stage, checkpoint, others)
+        with graph_on_disk(bundle.path / f"{stage}.onnx", target, folder) as (file, fused):
+            model = onnx.load(str(file), load_external_data=precision in TYPES)
+            if precision in TYPES:
+                kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[precision])]
+            operators.update(fused)
+            if target == "trt":
+                operators.update(node.op_type for node in model.graph.node if node.op_type in OPERATORS)
+            operators.update(write_stage(job, model, folder, stage, others, checkpoint))
     report: Report = {"fused" if target == "ort" else "operators": dict(operators)}
     report |= {"kept_fp32": kept} if precision != "fp32" else {}
-    if precision == "int8":
-        report |= {"quantized": quantized, "fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}
     return report | ({"bf16": openvino_bf16()} if hinted else {})
+
+
+def to_int8_graphs(job: Job, folder: Path) -> Report:
+    """Every stage in int8; with the matmuls in fp32 that the limit on the logits' error asks for, if it does."""
+    rows, fallback = job.batch.rows(slice(0, CALIBRATION_ROWS)), set[Matmul]()
+    info = job.bundle.info.model_copy(update={"precision": "int8", "target": job.target})
+    with ExitStack() as files:
+        stages, reference = calibrate(files, job.bundle, job.target, rows, job.prompts, folder, job.tell)
+        report = write_int8(job, stages, fallback, folder)
+        if relative_rmse(run_stages(Bundle(folder, info), rows, job.prompts), reference) > job.max_rmse:
+            job.tell("measuring the sensitivity of matmuls", 0, 1)
+            if fallback := select_fp32(stages, job.max_rmse, folder):
+                report = write_int8(job, stages, fallback, folder)
+    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}
+
+
+def to_int4_graphs(job: Job, folder: Path) -> Report:
+    """Every stage with its matmuls' weights in 4 bits."""
+    operators: Counter[str] = Counter()
+    others, stages, quantized = graph.NewWeights(folder / "weights.data"), job.bundle.info.stages, 0
+    for done, stage in enumerate(stages):
+        job.tell(f"converting {stage}", done, len(stages))
+        with graph_on_disk(job.bundle.path / f"{stage}.onnx", job.target, folder) as (file, fused):
+            model, made = to_int4(file)
+            quantized += len(made)
+            operators.update(fused)
+            operators.update(write_stage(job, model, folder, stage, others))
+    return {"fused" if job.target == "ort" else "operators": dict(operators), "quantized": quantized}
+
+
+INTEGERS = {"int8": to_int8_graphs, "int4": to_int4_graphs}
+
+
+def write_stage(
+    job: Job,
+    model: onnx.ModelProto,
+    folder: Path,
+    stage: str,
+    others: graph.NewWeights,
+    checkpoint: graph.SharedWeights | None = None,
+) -> dict[str, int]:
+    """Write a graph in the target's format; returns the count of each operator, where that is of interest."""
+    if job.target == "openvino":
+        return save_openvino(model, folder, stage)
+    graph.save_stage(graph.from_proto(model, folder), folder, stage, checkpoint, others)
+    return {}
+
+
+def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
+    """Write every stage in int8 but for some matmuls. Returns what was done, summed over the stages."""
+    weights = folder / "weights.data"
+    weights.unlink(missing_ok=True)
+    others = graph.NewWeights(weights)
+    operators: Counter[str] = Counter()
+    quantized, kept = 0, list[str]()
+    for done, stage in enumerate(stages):
+        job.tell(f"converting {stage.name}", done, len(stages))
+        keep = {name for where, name in fallback if where == stage.name}
+        model, made, exact = to_int8(stage.file, stage.seen, keep)
+        quantized, kept = quantized + len(made), kept + [f"{stage.name}: {name}" for name in exact]
+        operators.update(stage.fused)
+        operators.update(write_stage(job, model, folder, stage.name, others))
+    report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)}
+    return report | {"kept_fp32": kept, "quantized": quantized}
 
 
 CONVERTERS = {"torch": to_checkpoint, "ort": to_graphs, "openvino": to_graphs, "trt": to_graphs}

@@ -36,13 +36,16 @@ class ShapeProfile(BaseModel):
     tokens: Range
     labels: Range = (1, 2, 256)
     decoder_tokens: Range = (1, 2, 2)
+    context: Range = (1, 1, 1)
     dim: Range = Field(default=(1, 500, 1024), description="Of the search space.")
 
     def shapes(self, name: str, shape: tuple[int, ...], info: BundleInfo) -> list[list[int]]:
         """The min, opt and max shape of an input, whose dynamic axes are -1 in `shape`."""
-        apart = info.n_prompt_tokens if info.causal and info.prompt_mode == "add" else 0
-        text = [size - apart for size in self.tokens]
-        ranges: dict[str | None, Any] = {**dict(self), "state": (1, *self.candidates[1:]), "text": text}
+        # A decoder's begin token is part of the context, and its prompt's states are apart from the text's.
+        tokens = [size - info.prompt_start * info.causal for size in self.tokens]
+        text = [size - info.prefix_columns for size in self.tokens]
+        ranges: dict[str | None, Any] = dict(self)
+        ranges |= {"tokens": tokens, "text": text, "state": (1, *self.candidates[1:])}
         return [[ranges[AXES[name][i]][k] if size < 0 else size for i, size in enumerate(shape)] for k in range(3)]
 
 

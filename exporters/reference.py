@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.exporters.backbone import at
@@ -30,8 +29,9 @@ class Reference:
         self.head_at_readout = head_at_readout
         self.family = family_of(model.config)
         self.forward: Callable[..., Any] = model
-        self.prompt = torch.zeros(info.prompt_shape)
-        """What the hooks put in place: (n, H) or (L, n, H)."""
+        self.prompt, self.start = torch.zeros(info.prompt_shape), info.prompt_start
+        """What the hooks put in place, (n, H) or (L, n, H), and where."""
+        self.layer = 0
         self.readout = torch.zeros(1, dtype=torch.int64)
         self.embeds = info.causal and info.method == "bbt"
         """Whether the model gets embeddings: a decoder takes its positions from the length of its input."""
@@ -40,8 +40,8 @@ class Reference:
     def add_hooks(self) -> None:
         """The prompt at the embedding for bbt, before each block for bbtv2; and the head's input at the readout."""
         if self.info.method == "bbtv2":
-            for layer, block in enumerate(self.family.blocks(self.model)):
-                block.register_forward_pre_hook(self.before_block(layer))
+            for block in dict.fromkeys(self.family.blocks(self.model)):
+                block.register_forward_pre_hook(self.before_block)
         elif not self.embeds:
             embedding = self.family.embedding(self.model)
             embedding.register_forward_hook(lambda _, args, out: self.with_prompt(self.prompt, out))
@@ -49,8 +49,10 @@ class Reference:
             head = self.family.head(self.model)
             head.register_forward_pre_hook(lambda _, args: (at(args[0], self.readout), *args[1:]))
 
-    def before_block(self, layer: int) -> Callable[..., Any]:
-        return lambda _, args: (self.with_prompt(self.prompt[layer], args[0]), *args[1:])
+    def before_block(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Layers are counted, because some families compute several with one block."""
+        self.layer += 1
+        return self.with_prompt(self.prompt[self.layer - 1], args[0]), *args[1:]
 
     def compile(self) -> None:
         """Run the model under torch.compile."""
@@ -59,11 +61,18 @@ class Reference:
     @torch.inference_mode()
     def label_logits(
         self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
-        decoder_input_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None, context_ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """float32 (n, H) or (L, n, H), int64 rows → float32 (N, C)."""
-        info, cat = self.info, self.info.prompt_mode == "cat"
-        mask = F.pad(attention_mask, (info.n_prompt_tokens, 0), value=1) if cat else attention_mask
+        info, cat, self.start = self.info, self.info.prompt_mode == "cat", self.info.prompt_start
+        if context_ids is not None:
+            context = context_ids.expand(len(input_ids), -1)
+            input_ids = insert(input_ids, self.start, context)
+            attention_mask = insert(attention_mask, self.start, torch.ones_like(context))
+            readout, self.start = readout + len(context_ids), self.start + len(context_ids)
+        mask = attention_mask
+        if cat:
+            mask = insert(mask, self.start, mask.new_ones(len(mask), info.n_prompt_tokens))
         arguments = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
         if info.decodes:
             given = decoder_input_ids is not None
@@ -73,8 +82,8 @@ class Reference:
         if self.embeds:
             tokens = self.family.embedding(self.model)(arguments.pop("input_ids"))
             arguments["inputs_embeds"] = self.with_prompt(prompt, tokens)
-        self.prompt, self.readout = prompt, readout
-        logits = self.forward(**arguments).logits
+        self.prompt, self.readout, self.layer = prompt, readout, 0
+        logits = self.forward(**self.family.arguments(arguments)).logits
         rows = torch.arange(len(readout), device=readout.device)
         position = torch.zeros_like(readout) if self.head_at_readout else readout
         return logits[rows, position][:, label_token_ids].float()
@@ -87,15 +96,15 @@ class Reference:
         follow = input_ids[:, :-1] if shifted else torch.full_like(start, special.mask or 0)
         return torch.cat([start, follow], dim=1)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-        """What enters each block when all prompts are zero: L tensors (N, S, H)."""
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, context_ids: Tensor | None) -> list[Tensor]:
+        """What enters each block when all prompts are zero: L tensors (N, S, H), or (N, K + S, H) with a context."""
         seen: list[Tensor] = []
-        blocks = self.family.blocks(self.model)
+        blocks = dict.fromkeys(self.family.blocks(self.model))
         handles = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in blocks]
         zero = torch.zeros(self.info.prompt_shape, device=input_ids.device)
         try:
             readout = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
-            self.label_logits(zero, input_ids, attention_mask, readout, readout[:1])
+            self.label_logits(zero, input_ids, attention_mask, readout, readout[:1], context_ids=context_ids)
         finally:
             for handle in handles:
                 handle.remove()
@@ -104,7 +113,12 @@ class Reference:
     def with_prompt(self, prompt: Tensor, x: Tensor) -> Tensor:
         """(n, H) and (N, S, H) → (N, S, H) in add mode, (N, n + S, H) in cat mode."""
         if self.info.prompt_mode == "cat":
-            return torch.cat([prompt.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        x, first = x.clone(), self.family.first_prompt
-        x[:, first : first + self.info.n_prompt_tokens] += prompt.to(x.dtype)
+            return insert(x, self.start, prompt.to(x.dtype).expand(len(x), -1, -1))
+        x = x.clone()
+        x[:, self.start : self.start + self.info.n_prompt_tokens] += prompt.to(x.dtype)
         return x
+
+
+def insert(x: Tensor, position: int, part: Tensor) -> Tensor:
+    """(N, S, …) with (N, K, …) in front of a position."""
+    return torch.cat([x[:, :position], part, x[:, position:]], dim=1)

@@ -79,7 +79,7 @@ def openvino_stage(file: Path, precision: str) -> RunStage:
 
 def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
     """Label logits (P, N, C) of the bundle's graphs. prompts: float32 (P, n, H) or (P, L, n, H)."""
-    feeds: Feeds = dict(batch.with_decoder_input(bundle.info).inputs())
+    feeds: Feeds = dict(batch.with_decoder_input(bundle.info).graph_inputs(bundle.info))
     for stage in bundle.info.stages:
         feeds |= open_stage(bundle, stage)(feeds | prompt_feeds(bundle.info, stage, prompts))
     return np.asarray(feeds["label_logits"])
@@ -87,9 +87,9 @@ def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
 
 def prompt_feeds(info: BundleInfo, stage: str, prompts: Float32) -> Feeds:
     """The prompts that a stage reads: all of them for bbt, those of its layer for bbtv2."""
+    if stage in ("context", "embed"):
+        return {}
     if info.method == "bbt":
         return {"prompts": prompts}
-    if stage == "embed":
-        return {}
     layer = info.n_layers - 1 if stage == "last" else int(stage.removeprefix("block_"))
     return {"prompts": np.ascontiguousarray(prompts[:, layer])}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bbt_accel.exporters.backbone import attend, causal_bias, padding_bias
+from bbt_accel.exporters.backbone import at, attend, causal_bias, padding_bias
 from bbt_accel.exporters.encoder_decoder import EncoderDecoderBackbone
 from bbt_accel.exporters.family import FamilySpec
 
 
 class T5Backbone(EncoderDecoderBackbone):
-    """T5ForConditionalGeneration, version 1.0 and the gated 1.1."""
+    """T5ForConditionalGeneration: version 1.0, and the gated 1.1 of Flan-T5 and mT5."""
 
     @property
     def decoder_layers(self) -> int:
@@ -27,11 +28,10 @@ class T5Backbone(EncoderDecoderBackbone):
         position = self.model.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length)
         return position + padding_bias(attention_mask)
 
-    def block(self, i: int, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    def block(self, i: int, x: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
         attention, feed_forward = self.model.encoder.block[i].layer
         normed = attention.layer_norm(x)
-        asked = normed if query is x else attention.layer_norm(query)
-        y = query + t5_attention(attention.SelfAttention, asked, normed, bias)
+        y = at(x, position) + t5_attention(attention.SelfAttention, at(normed, position), normed, bias)
         return feed_forward(y)
 
     def encoded(self, x: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ class T5Backbone(EncoderDecoderBackbone):
 
     def head(self, x: Tensor) -> Tensor:
         x = self.model.decoder.final_layer_norm(x)
-        return x * self.model.model_dim**-0.5 if self.model.config.scale_decoder_outputs else x
+        scaled = getattr(self.model.config, "scale_decoder_outputs", False)  # T5 1.0 alone
+        return x * self.model.model_dim**-0.5 if scaled else x
 
     def vocabulary(self) -> tuple[Tensor, None]:
         return self.model.lm_head.weight, None
@@ -88,7 +89,6 @@ T5 = FamilySpec(
     blocks=lambda model: model.encoder.block,
     embedding=lambda model: model.encoder.embed_tokens,
     head=lambda model: model.lm_head,
-    first_prompt=0,
     begin=None,
     end="eos_token",
     mask="<extra_id_0>",
@@ -100,4 +100,10 @@ T5 = FamilySpec(
         "t5-base": _shape(768, 3072, 12, 12),
         "t5-large": _shape(1024, 4096, 24, 16),
     },
+)
+MT5 = replace(
+    T5,
+    model_type="mt5",
+    model_class="MT5ForConditionalGeneration",
+    shapes={"mt5-small": _shape(512, 1024, 8, 6, feed_forward_proj="gated-gelu") | {"vocab_size": 250112}},
 )

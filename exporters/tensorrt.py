@@ -22,6 +22,8 @@ from bbt_accel.settings import Settings
 OPERATORS = ("MatMul", "Softmax", "LayerNormalization", "Gelu", "Erf", "Tanh")  # those that the report counts
 TOKENS = 2**17
 """Candidates × rows × tokens of a profile's largest call: bounds the memory of a plan, about 2 GiB at H = 1024."""
+CONTEXT = 512
+"""Tokens of a decoder's context that every profile accepts."""
 STEP = 8
 """Rows whose lengths round up to the same multiple form a bucket; the longest row is rounded up to it, too."""
 
@@ -66,12 +68,14 @@ def shape_profile(info: BundleInfo, batch: Batch, longest: int, settings: Settin
     rows = max(1, min(len(batch), TOKENS // (popsize * longest)))
     shifted = info.decodes and info.template_group == "masked"
     labels, dim = len(batch.label_token_ids), settings.intrinsic_dim
+    context = len(batch.graph_inputs(info).get("context_ids", [0]))
     return ShapeProfile(
         candidates=(1, popsize, popsize),
         rows=(1, min(frequency, rows), rows),
         tokens=(shortest, min(longest, bucket), longest),
         labels=(1, labels, max(256, labels)),
         decoder_tokens=(1, int(np.median(batch.readout)) + 1, longest) if shifted else (1, 2, 2),
+        context=(1, context, max(context, min(CONTEXT, info.max_length)) if info.causal else 1),
         dim=(1, dim, max(dim, 1024)),
     )
 

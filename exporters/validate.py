@@ -25,6 +25,7 @@ def sample_rows(bundle: Bundle, count: int = 8, words: int = 40) -> Batch:
     lines = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     texts = [json.loads(line)["text"] for line in lines]
     prompt = [] if info.prompt_mode == "cat" else [5 + i % (info.vocab_size - 5) for i in range(info.n_prompt_tokens)]
+    context = np.array([info.special.pad, 5, 6]) if info.causal else None
     rows, readout = [], []
     for i, text in enumerate(texts):
         kept = words * (1 + i % 4) // 4
@@ -38,7 +39,7 @@ def sample_rows(bundle: Bundle, count: int = 8, words: int = 40) -> Batch:
     ids = np.array([row + [special.pad] * (length - len(row)) for row in rows])
     mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows])
     labels = np.linspace(0, info.vocab_size - 1, 5).astype(np.int64)
-    return Batch(ids, mask, np.array(readout), np.arange(count) % 5, labels)
+    return Batch(ids, mask, np.array(readout), np.arange(count) % 5, labels, context_ids=context)
 
 
 def fidelity(logits: Float32, reference: Float32) -> dict[str, float]:

@@ -15,7 +15,7 @@ import cma
 from conftest import THREADS, Export, Load
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tiny_backbones import VARIANTS
+from tiny_backbones import RELATIVES, VARIANTS
 
 from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
 from bbt_accel.engines.staged import StagedEngine
@@ -36,7 +36,12 @@ def named(variants: list[tuple[str, str, str]]) -> Any:
     return pytest.mark.parametrize(("name", "method", "mode"), variants, ids=["-".join(v) for v in variants])
 
 
-all_variants, deep_variants = named(VARIANTS), named([v for v in VARIANTS if v[1] == "bbtv2"])
+LLAMA = [v for v in RELATIVES if v[0] == "llama"]
+"""Besides those in VARIANTS: it has a begin token, rotary positions and grouped heads."""
+all_variants, deep_variants = (
+    named([v for v in VARIANTS + LLAMA if v[1] in methods]) for methods in (("bbt", "bbtv2"), ("bbtv2",))
+)
+every_family = named(VARIANTS + RELATIVES)
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -49,15 +54,16 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "labels": draw(st.integers(1, 5)),
         "padding": draw(st.sampled_from(["none", "right", "left", "holes", "short rows"])),
         "decoder": draw(st.sampled_from([None, None, 1, 2, 5])),
+        "context": draw(st.sampled_from([0, 0, 1, 4])),
         "seed": draw(seeds),
     }
 
 
 def batch_of(bundle: Bundle, shape: dict[str, Any]) -> Batch:
-    """Rows of random tokens, the readout anywhere, a decoder input of `decoder` tokens where there is a decoder."""
+    """Rows of random tokens, the readout anywhere; a decoder input, or a context, where the backbone takes one."""
     info, rng, rows = bundle.info, np.random.default_rng(shape["seed"]), shape["rows"]
     add = info.prompt_mode == "add"
-    width = shape["text"] + (info.n_prompt_tokens + 2 if add else 1)
+    width = shape["text"] + (info.shortest_row if add else 1 + info.prompt_start)
     ids = rng.integers(0, info.vocab_size, (rows, width))
     if add:  # most rows begin alike, as encoded ones do
         alike = rng.random(rows) < 0.6
@@ -81,10 +87,13 @@ def batch_of(bundle: Bundle, shape: dict[str, Any]) -> Batch:
         end = decoder.shape[1] if decoder is not None else width if info.template_group == "masked" else 2
     elif info.causal:
         # A causal model reads behind the prompt, where it sees something.
-        first = int(mask.argmax(1).max()) if not add else max(info.n_prompt_tokens, int(mask.argmax(1).max()))
+        first = max(info.prefix_columns, int(mask.argmax(1).max()))
     readout = rng.integers(first, end, rows)
+    if info.family == "modernbert":  # where a padded position may see nothing at all in its window
+        readout = np.array([rng.choice(np.flatnonzero(row)) for row in mask])
     labels = rng.integers(0, info.vocab_size, shape["labels"])
-    return Batch(ids, mask, readout, np.zeros(rows), labels, decoder)  # type: ignore[arg-type]
+    context = rng.integers(0, info.vocab_size, size) if info.causal and (size := shape.get("context")) else None
+    return Batch(ids, mask, readout, np.zeros(rows), labels, decoder, context)  # type: ignore[arg-type]
 
 
 def random_prompts(bundle: Bundle, count: int, seed: int) -> np.ndarray:
@@ -104,21 +113,18 @@ def losses(statistics: np.ndarray, rows: Batch) -> np.ndarray:
     return found
 
 
-@all_variants
+@every_family
 def test_a_prompt_changes_the_logits(tiny: Export, loaded: Load, name: str, method: str, mode: str) -> None:
     """Otherwise the rest of this file would prove little."""
     bundle = tiny(name, method, mode)
-    rows = {"rows": 4, "text": 8, "labels": 3, "padding": "right", "decoder": None, "seed": 0}
+    rows = {"rows": 4, "text": 8, "labels": 3, "padding": "right", "decoder": None, "context": 3, "seed": 0}
     with loaded(bundle, "eager").bind(batch_of(bundle, rows)) as bound:
         one, other = bound.label_logits(random_prompts(bundle, 2, 0))
     assert np.abs(one - other).max() > 0.01
 
 
-@each_engine
-@all_variants
-def test_logits_are_those_of_the_naive_forward(
-    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
-) -> None:
+@every_family
+def test_logits_are_those_of_the_naive_forward(tiny: Export, loaded: Load, name: str, method: str, mode: str) -> None:
     bundle = tiny(name, method, mode)
 
     @few
@@ -127,8 +133,9 @@ def test_logits_are_those_of_the_naive_forward(
         rows, prompts = batch_of(bundle, shape), random_prompts(bundle, count, seed)
         with loaded(bundle, "eager").bind(rows) as bound:
             wanted = bound.label_logits(prompts)
-        with loaded(bundle, engine).bind(rows) as bound:
-            assert_same(bound.label_logits(prompts), wanted)
+        for engine in ENGINES:
+            with loaded(bundle, engine).bind(rows) as bound:
+                assert_same(bound.label_logits(prompts), wanted, engine)
 
     check()
 
@@ -158,7 +165,7 @@ def test_logits_do_not_depend_on_how_the_work_is_split(
     tiny: Export, name: str, method: str, mode: str, engine: str
 ) -> None:
     bundle = tiny(name, method, mode)
-    shape = {"rows": 7, "text": 12, "labels": 2, "padding": "right", "decoder": None, "seed": 5}
+    shape = {"rows": 7, "text": 12, "labels": 2, "padding": "right", "decoder": None, "context": 3, "seed": 5}
     rows, prompts = batch_of(bundle, shape), random_prompts(bundle, 5, 1)
     with load_engine(bundle, engine, threads=THREADS) as one:
         assert isinstance(one, StagedEngine)
@@ -187,7 +194,15 @@ def test_each_optimization_gives_the_same_numbers_as_the_naive_computation(
         source = bundle if engine == "torch" else tiny(name, method, mode, tuple(in_graph(off)))
         with load_engine(source, engine, threads=THREADS, without=off) as naive:
             for padding in ("right", "left", "short rows"):
-                shape = {"rows": 5, "text": 9, "labels": 3, "padding": padding, "decoder": None, "seed": 3}
+                shape = {
+                    "rows": 5,
+                    "text": 9,
+                    "labels": 3,
+                    "padding": padding,
+                    "decoder": None,
+                    "seed": 3,
+                    "context": 3,
+                }
                 rows = batch_of(bundle, shape)
                 with loaded(bundle, engine).bind(rows) as optimized, naive.bind(rows) as whole:
                     for population in populations:
@@ -229,7 +244,7 @@ def test_the_layers_below_the_searched_one_are_computed_once(
 ) -> None:
     bundle = tiny(name, method, mode)
     last = bundle.info.n_layers - 1
-    shape = {"rows": 3, "text": 6, "labels": 2, "padding": "none", "decoder": None, "seed": 0}
+    shape = {"rows": 3, "text": 6, "labels": 2, "padding": "none", "decoder": None, "context": 3, "seed": 0}
     stack, fresh = random_prompts(bundle, 1, 0)[0], random_prompts(bundle, 4, 1)[:, last]
     with load_engine(bundle, engine, threads=THREADS) as one:
         assert isinstance(one, StagedEngine)
@@ -288,6 +303,8 @@ def test_the_standard_deviations_of_the_layers_are_those_of_the_naive_forward(
         with loaded(bundle, "eager").bind(rows) as naive, loaded(bundle, engine).bind(rows) as bound:
             wanted = naive.layer_stds()
             assume(np.isfinite(wanted).all())
+            # In a decoder, padding on the left sees nothing, and transformers' states of it differ: they are of no use.
+            assume(not bundle.info.causal or rows.attention_mask[:, 0].all())
             np.testing.assert_allclose(bound.layer_stds(), wanted, rtol=1e-5)
         assert wanted.shape == (bundle.info.n_layers,)
 
@@ -300,7 +317,7 @@ def test_a_bbtv2_search_follows_the_same_trajectory_with_and_without_the_cache(
 ) -> None:
     """The step size and the best prompts of every turn, over several rounds through the layers."""
     bundle = tiny("roberta", "bbtv2", "add")
-    shape = {"rows": 6, "text": 8, "labels": 3, "padding": "right", "decoder": None, "seed": 11}
+    shape = {"rows": 6, "text": 8, "labels": 3, "padding": "right", "decoder": None, "context": 3, "seed": 11}
     rows = batch_of(bundle, shape)
     targets = np.arange(len(rows)) % 3
     trajectories = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
-from bbt_accel.exporters.calibration import Channels, TaskRows, random_prompts
-from bbt_accel.exporters.int8 import SPLIT_SHARE, SplitRange, fit_range, select_fp32, split_weight, to_int8
+from bbt_accel.exporters.calibration import Channels, TaskRows, channels, random_prompts
+from bbt_accel.exporters.int8 import SPLIT_SHARE, SplitRange, calibrate, fit_range, select_fp32, split_weight, to_int8
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.sessions import open_session, run_stages
 from bbt_accel.exporters.validate import relative_rmse
+from bbt_accel.progress import silent
 
 few = settings(
     max_examples=25, deadline=None, derandomize=True, database=None,
@@ -95,9 +97,11 @@ def matmul(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) -> 
     nodes = [node or helper.make_node("MatMul", ["x", "w"], ["y"])]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [initializer])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    quantized, kept = to_int8(model, [{"x": x}], folder)
+    onnx.save(model, folder / "exact.onnx")
+    ranges, _ = channels(folder / "exact.onnx", [{"x": x}], {"x": len(weight)})
+    made, quantized, kept = to_int8(folder / "exact.onnx", ranges)
     assert (len(quantized), kept) == (1, [])
-    onnx.save(model, folder / "made.onnx")
+    onnx.save(made, folder / "made.onnx")
     found: np.ndarray = open_session(folder / "made.onnx").run(None, {"x": x})[0]
     return found
 
@@ -146,7 +150,9 @@ def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
 def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny("bert", "bbt", "cat")
     batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
-    kept = [select_fp32(source, "ort", batch, prompts, limit, tmp_path) for limit in (1, 3e-3, 1e-3, 0)]
+    with ExitStack() as files:
+        stages, _ = calibrate(files, source, "ort", batch, prompts, tmp_path, silent)
+        kept = [select_fp32(stages, limit, tmp_path) for limit in (1, 3e-3, 1e-3, 0)]
     assert kept[0] == set()
     assert kept[0] < kept[3]
     assert kept[1] <= kept[2] <= kept[3]

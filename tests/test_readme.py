@@ -73,13 +73,14 @@ def test_options_that_replace_those_of_the_original_exist() -> None:
 
 def test_table_of_families() -> None:
     pytest.importorskip("torch")
-    from tiny_backbones import VARIANTS
+    from tiny_backbones import BACKBONES, RELATIVES, VARIANTS
 
     from bbt_accel.exporters.families import FAMILIES
 
     rows = table("`model_type`")
     assert {row["`model_type`"]: row["class"] for row in rows} == {s.model_type: s.class_name for s in FAMILIES}
-    tested = {(name.split("-")[0], method, mode) for name, method, mode in VARIANTS}
+    of_class = {spec.class_name: spec.model_type for spec in FAMILIES}
+    tested = {(of_class[BACKBONES[name][1]], method, mode) for name, method, mode in VARIANTS + RELATIVES}
     for row in rows:
         for method, mode in (("bbt", "add"), ("bbt", "cat"), ("bbtv2", "add")):
             wanted = "yes" if (row["`model_type`"], method, mode) in tested else "untested"
@@ -107,7 +108,7 @@ def test_table_of_extras() -> None:
     rows = {row["extra"].strip("`"): row["brings"] for row in table("extra")}
     assert set(rows) == set(extras) - {"test", "dev"}
     for name, brings in rows.items():
-        assert set(brings.split(", ")) == {re.split("[>=;]", need)[0] for need in extras[name]}
+        assert set(brings.split(", ")) == {re.split("[>=;]", need)[0] for need in extras[name]}, name
 
 
 def test_optimizations_and_tasks_are_named() -> None:

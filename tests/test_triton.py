@@ -22,6 +22,7 @@ import onnxruntime
 from conftest import Export
 from google.protobuf import text_format
 from serving_parts import prompts, rows
+from tiny_backbones import RELATIVES
 from tritonclient.grpc import model_config_pb2 as model_config
 
 from bbt_accel import load_engine
@@ -33,6 +34,7 @@ from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.triton import write_repository
 
 KINDS = [("roberta", "bbt", "add"), ("bart", "bbt", "cat"), ("gpt2", "bbtv2", "add"), ("t5", "bbtv2", "add")]
+OTHERS = [variant for variant in RELATIVES if variant[2] == "cat"]
 
 
 def read_config(folder: Path) -> Any:
@@ -40,11 +42,11 @@ def read_config(folder: Path) -> Any:
     return text_format.Parse((folder / "config.pbtxt").read_text(), model_config.ModelConfig())
 
 
-@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("kind", KINDS + OTHERS, ids="-".join)
 def test_config_matches_the_graph(tiny: Export, tmp_path: Path, kind: tuple[str, str, str]) -> None:
     bundle = tiny(*kind)
     models = write_repository(bundle, tmp_path, "model")
-    assert models == (["model"] if kind[1] == "bbt" else [f"model_{stage}" for stage in bundle.info.stages])
+    assert models == ["model" if stage == "model" else f"model_{stage}" for stage in bundle.info.stages]
     assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(models)
     for stage, name in zip(bundle.info.stages, models, strict=True):
         found = read_config(tmp_path / name)

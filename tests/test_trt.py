@@ -22,7 +22,7 @@ import onnx
 from conftest import Export
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_backbones import VARIANTS
+from tiny_backbones import RELATIVES, VARIANTS
 from tiny_bundles import tiny_bundle
 
 from bbt_accel import Batch, cuda
@@ -401,7 +401,7 @@ def records(bundle: Bundle) -> dict[str, Record]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+@pytest.mark.parametrize("variant", VARIANTS + RELATIVES, ids="-".join)
 def test_every_family_method_and_mode_is_built_ahead_of_time(
     tiny: Export, rtx: Api, tmp_path: Path, variant: tuple[str, str, str]
 ) -> None:
@@ -427,7 +427,7 @@ def inspect(bundle: Bundle, stage: str, record: Record) -> None:
     assert [t.name for t in record.outputs] == [o.name for o in graph.output]
     assert {t.dtype for t in record.outputs} == {"float"}
     for tensor in record.inputs:
-        floats = ("prompts", "hidden", "prefix", "z", "matrix", "p0", "label_logits", "targets", "classes")
+        floats = ("prompts", "context", "hidden", "prefix", "z", "matrix", "p0", "label_logits", "targets", "classes")
         assert tensor.dtype == ("float" if tensor.name in floats else "int64")
         assert tensor.profile is not None
         low, best, high = tensor.profile

@@ -18,6 +18,7 @@ FAMILIES: dict[str, tuple[str, str, Callable[[int], Tokenizer], tuple[object, ..
     "roberta": ("encoder", "masked", lambda size: _byte_level(size), (0, 2, 1, 4, "<mask>", None)),
     "bart": ("encoder-decoder", "masked", lambda size: _byte_level(size), (0, 2, 1, 4, "<mask>", 2)),
     "gpt2": ("decoder", "causal", lambda size: _byte_level(size), (None, None, 1, None, None, None)),
+    "llama": ("decoder", "causal", lambda size: _begins(_byte_level(size)), (0, None, 1, None, None, None)),
     "bert": ("encoder", "masked", lambda size: _word_pieces(size), (2, 3, 0, 4, "[MASK]", None)),
     "t5": ("encoder-decoder", "span", lambda size: _unigram(size), (None, 1, 0, 3, "<extra_id_0>", 0)),
 }
@@ -70,6 +71,12 @@ def _byte_level(size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     tokenizer.add_special_tokens([*specials[:4], AddedToken("<mask>", lstrip=True, special=True)])
+    return tokenizer
+
+
+def _begins(tokenizer: Tokenizer) -> Tokenizer:
+    """The same with a begin token in front of each row, and the special tokens of a chat template."""
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return tokenizer
 
 

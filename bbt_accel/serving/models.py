@@ -22,8 +22,10 @@ from bbt_accel.run import Run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.protocol import DTYPES, Tensor, Tensors, TensorSpec
 
-OPTIONAL = "decoder_input_ids"  # of the tensors that describe rows, the one that may be missing
-_DIMENSIONS = {"input_ids": 2, "attention_mask": 2, "readout": 1, "label_token_ids": 1, OPTIONAL: 2}
+OPTIONAL = {"decoder_input_ids": "encoder-decoder", "context_ids": "decoder"}
+"""Of the tensors that describe rows, those that may be missing, and the architecture that takes them."""
+_DIMENSIONS = {"input_ids": 2, "attention_mask": 2, "readout": 1, "label_token_ids": 1}
+_DIMENSIONS |= {"decoder_input_ids": 2, "context_ids": 1}
 ROW_INPUTS = {name: TensorSpec(name, "INT64", (-1,) * rank) for name, rank in _DIMENSIONS.items()}
 Compute = Callable[[BoundBatch, Tensors], Tensor]  # from bound rows and the inputs by name to the output
 
@@ -98,7 +100,7 @@ class RowCache:
             if wanted not in self.bound:
                 raise RequestError("the server does not have these rows (any more): send them again", UNKNOWN_ROWS)
             digest = wanted
-        elif missing := [name for name in ROW_INPUTS if name not in given and name != OPTIONAL]:
+        elif missing := [name for name in ROW_INPUTS if name not in given and name not in OPTIONAL]:
             raise RequestError(f"input {missing[0]} is missing; send the rows, or the hash of rows sent before")
         elif wanted not in (None, digest):
             raise RequestError(f"the hash of these rows is {digest}, not {wanted}")
@@ -113,6 +115,7 @@ class RowCache:
         batch = Batch(**given, targets=np.zeros(len(given["input_ids"]), np.int64))
         limit = self.engine.bundle.info.max_length
         longest = max(value.shape[1] for value in given.values() if value.ndim == 2)
+        longest += len(given.get("context_ids", ()))
         if longest > limit:
             raise RequestError(f"rows have {longest} tokens, the backbone takes at most {limit}")
         if not batch.label_token_ids.size:
@@ -138,8 +141,8 @@ class RowModel(Model):
     ) -> None:
         super().__init__(name, cache.engine, cache.limits)
         self.cache, self.own, self.compute = cache, own, compute
-        decodes = self.engine.bundle.info.decodes
-        self.inputs = (*own, *(spec for spec in ROW_INPUTS.values() if decodes or spec.name != OPTIONAL))
+        here = self.engine.bundle.info.architecture
+        self.inputs = (*own, *(spec for name, spec in ROW_INPUTS.items() if OPTIONAL.get(name, here) == here))
         self.outputs = (output,)
 
     def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:

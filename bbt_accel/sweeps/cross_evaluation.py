@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,11 @@ def score_prompts(
     task = found[0].task
     rows = load_rows(task, "test", None if data is None else Path(data))
     with load_engine(bundle, engine, device=device, threads=threads) as loaded:
-        logits = label_logits(loaded, Encoder(loaded.bundle, task), rows, [run.prompt for run in found])
+        parts = []
+        for shown, same in groupby(found, key=lambda run: run.info.demonstrations):  # each seed may have its own
+            encoder = Encoder(loaded.bundle, task, shown)
+            parts.append(label_logits(loaded, encoder, rows, [run.prompt for run in same]))
+        logits = np.concatenate(parts)
     _, scores = Objective("ce", task.metric).score(logits, np.array([row.label for row in rows]))
     return {"scores": scores.tolist(), "predictions": logits.argmax(2).tolist()}
 

@@ -41,6 +41,25 @@ class Presets(BaseModel, extra="forbid", frozen=True):
     bbtv2: Preset = {}
 
 
+class Context(BaseModel, extra="forbid", frozen=True):
+    """What stands in front of every row of a decoder: an instruction, then demonstrations.
+
+    The tokenizer's special tokens, e.g. of a chat template, may be written here and in the causal template; in the text
+    of a row they are ordinary text.
+    """
+
+    instruction: str = ""
+    demonstrations: int = Field(default=0, ge=0, description="Train rows, chosen by the seed, with their labels.")
+    template: str | None = None  # of a demonstration, with {label}; the causal template and the label word unless given
+    separator: str = "\n\n"  # after the instruction and after each demonstration
+
+
+class PromptStart(BaseModel, extra="forbid", frozen=True):
+    """The text that a prompt starts from, for bundles that are exported with it."""
+
+    init: str
+
+
 def _every_group(given: object) -> object:
     if not isinstance(given, dict):
         return given
@@ -66,6 +85,8 @@ class Task(BaseModel, extra="forbid", frozen=True):
     hub: HubData | None = None
     templates: ByGroup[str] = Field(description="How a row is written.")
     label_words: ByGroup[list[str]] = Field(description="The word of each class, in class order.")
+    context: Context = Context()
+    prompt: PromptStart | None = None
     presets: Presets = Presets()
 
     @model_validator(mode="after")
@@ -78,26 +99,30 @@ class Task(BaseModel, extra="forbid", frozen=True):
         for group in GROUPS:
             template, words = self.templates[group], self.label_words[group]
             if template is not None and words is not None:
-                self._check_template(f"templates.{group}", template, masks=0 if group == "causal" else 1)
+                self._check_template(f"templates.{group}", template, {} if group == "causal" else {"mask": 1})
                 self._check_words(f"label_words.{group}", words)
             elif template is not None or words is not None:
                 raise ValueError(f"{'templates' if template is None else 'label_words'}.{group}: missing")
         if not any(self.templates.values()):
             raise ValueError(f"templates: give at least one of {', '.join(GROUPS)}")
+        if self.context.template is not None:
+            self._check_template("context.template", self.context.template, {"label": 1})
         return self
 
-    def _check_template(self, key: str, template: str, masks: int) -> None:
+    def _check_template(self, key: str, template: str, once: dict[str, int]) -> None:
+        """once: placeholders besides the text columns and {prompt} that it needs exactly once."""
         try:
             used = [name for _, name in parse_template(template) if name is not None]
         except ValueError as error:
             raise ValueError(f"{key}: {error}; write {{{{ and }}}} for braces") from None
-        known = [*self.text, "prompt", *["mask"] * masks]
+        known = [*self.text, "prompt", *once]
         for name in used:
             if name not in known:
                 names = ", ".join(f"{{{k}}}" for k in known)
                 raise ValueError(f"{key}: unknown placeholder {{{name}}}; known here: {names}")
-        if used.count("mask") != masks:
-            raise ValueError(f"{key}: needs {{mask}} exactly once")
+        for name in once:
+            if used.count(name) != 1:
+                raise ValueError(f"{key}: needs {{{name}}} exactly once")
         if used.count("prompt") > 1:
             raise ValueError(f"{key}: {{prompt}} may be used once")
         if not any(column in used for column in self.text):
@@ -124,7 +149,8 @@ class Task(BaseModel, extra="forbid", frozen=True):
 
     def preset(self, method: Method) -> dict[str, float | int | str]:
         """The task's settings for a method; may be empty."""
-        return self.presets.bbt if method == "bbt" else self.presets.bbtv2
+        own = {"demonstrations": self.context.demonstrations} if self.context.demonstrations else {}
+        return own | (self.presets.bbt if method == "bbt" else self.presets.bbtv2)
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:

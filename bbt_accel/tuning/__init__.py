@@ -11,7 +11,7 @@ from pathlib import Path
 
 import bbt_accel
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import load_few_shot, rows_digest
+from bbt_accel.data import Row, choose_demonstrations, load_few_shot, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import RunError, UsageError
@@ -96,6 +96,10 @@ def _resolve(
     """Where the run is saved, run.json of the one to resume, and the settings; nothing is loaded or written yet."""
     method = bundle.info.method
     settings = resolve(task.preset(method), given)
+    if given.get("demonstrations") and not bundle.info.causal:
+        raise UsageError(f"--demonstrations is for decoders; {bundle.path} is an {bundle.info.architecture}")
+    if task.prompt is not None and bundle.info.prompt_init != task.prompt.init:
+        raise UsageError(f"task {task.name} starts from a text; export the bundle with --prompt-init and the task file")
     workspace = Workspace(Path(output or f"runs/{task.name}-{method}-{engine.name}-{settings.seed}"))
     former = workspace.find() if resume else None
     if former is not None:
@@ -114,13 +118,17 @@ def _prepare(
     """Load and encode the rows, and describe the run."""
     folder = None if data is None else Path(data).absolute()
     train, dev = load_few_shot(task, folder, settings)
-    encoder, digest = Encoder(bundle, task), rows_digest([*train, *dev])
+    digest, shown = rows_digest([*train, *dev]), list[Row]()
+    if bundle.info.causal:
+        shown, train = choose_demonstrations(train, task.n_classes, settings.demonstrations, settings.seed)
+    encoder = Encoder(bundle, task, shown)
     packages = {name: version(name) for name in ("cma", "numpy")}
     info = RunInfo(
         task=task,
         label_words=encoder.label_words,
         settings=settings,
         data=DataRecord(path=str(folder) if folder else None, digest=digest, train_rows=len(train), dev_rows=len(dev)),
+        demonstrations=shown,
         bundle=BundleRecord.of(bundle, workspace.final),
         engine=engine,
         versions={"bbt-accel": bbt_accel.__version__, **packages, "python": platform.python_version()},
@@ -133,8 +141,8 @@ def _run(
     job: Job, info: RunInfo, workspace: Workspace, resume: bool, ray: str | None, tensorboard: bool, progress: bool
 ) -> Run:
     """Load the engine, search in the workspace, and complete the run."""
-    settings, bundle = job.settings, job.bundle.info
-    calls = settings.generations(bundle.method, bundle.n_layers) * settings.popsize
+    settings, bundle = job.settings, job.bundle
+    calls = settings.generations(bundle.info.method, bundle.info.n_layers) * settings.popsize
     with ExitStack() as stack:
         evaluator = stack.enter_context(_evaluator(job, ray, progress))
         info.engine.versions = evaluator.versions()

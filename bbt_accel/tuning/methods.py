@@ -9,7 +9,7 @@ import cma
 import numpy as np
 
 from bbt_accel.batch import Float32, Float64
-from bbt_accel.bundle import BundleInfo
+from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection, one_blas_thread, prompt_std
 from bbt_accel.settings import Settings
@@ -24,9 +24,11 @@ class PromptSpace:
         without a prompt. Layer 0 uses that of the word embeddings instead.
     """
 
-    def __init__(self, info: BundleInfo, settings: Settings, layer_stds: Float32 | None = None) -> None:
+    def __init__(self, bundle: Bundle, settings: Settings, layer_stds: Float32 | None = None) -> None:
+        info = bundle.info
         stds = [info.word_embedding_std, *([] if layer_stds is None else map(float, layer_stds[1:]))]
-        self._projections = [_projection(info, settings, layer, std) for layer, std in enumerate(stds)]
+        p0 = bundle.initial_prompt()
+        self._projections = [_projection(info, settings, layer, std, p0) for layer, std in enumerate(stds)]
         self.stack: Float32 = np.zeros(info.prompt_shape if info.method == "bbtv2" else 0, np.float32)
         """BBTv2: the current prompt of every layer, float32 (L, n, H); empty for BBT."""
 
@@ -36,17 +38,19 @@ class PromptSpace:
         return Population(latent, layer, self.stack) if self.stack.size else Population(latent)
 
     def prompt(self, layer: int, z: Float64) -> Float32:
-        """A z for one layer: (d,) to float32 (n, H)."""
+        """A z + p0 for one layer: (d,) to float32 (n, H)."""
         return self._projections[layer].prompts(z[None]).squeeze(0)
 
 
-def _projection(info: BundleInfo, settings: Settings, layer: int, embedding_std: float) -> Projection:
+def _projection(
+    info: BundleInfo, settings: Settings, layer: int, embedding_std: float, p0: Float32 | None
+) -> Projection:
     """The random projection of one layer. It follows from the seed, and no two layers share one."""
     rng = np.random.default_rng([settings.seed, layer])
     d, n, H = settings.intrinsic_dim, info.n_prompt_tokens, info.hidden_size
     if settings.random_proj == "uniform":
-        return Projection.uniform(rng, d, n, H)
-    return Projection.normal(rng, d, n, H, prompt_std(settings.alpha, embedding_std, d, settings.sigma))
+        return Projection.uniform(rng, d, n, H, p0)
+    return Projection.normal(rng, d, n, H, prompt_std(settings.alpha, embedding_std, d, settings.sigma), p0)
 
 
 class Cma:

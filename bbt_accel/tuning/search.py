@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from bbt_accel.batch import Float32
-from bbt_accel.bundle import BundleInfo
+from bbt_accel.bundle import Bundle
 from bbt_accel.errors import RunError
 from bbt_accel.history import Generation, History, fingerprint
 from bbt_accel.settings import Settings
@@ -40,7 +40,7 @@ class Outcome:
 
 
 def search(
-    evaluator: Evaluator, info: BundleInfo, settings: Settings, history: History, observe: Observe = lambda _: None
+    evaluator: Evaluator, bundle: Bundle, settings: Settings, history: History, observe: Observe = lambda _: None
 ) -> Outcome:
     """Search for a soft prompt for a bundle, by the method that it was exported for.
 
@@ -50,9 +50,9 @@ def search(
     Raises NonFiniteLoss, EngineError, UsageError for a budget below one generation, RunError for the history of
     another search.
     """
-    total = settings.generations(info.method, info.n_layers)
-    space = PromptSpace(info, settings, evaluator.layer_stds() if info.method == "bbtv2" else None)
-    method = BbtV2(space, settings) if info.method == "bbtv2" else Bbt(space, settings)
+    total, deep = settings.generations(bundle.info.method, bundle.info.n_layers), bundle.info.method == "bbtv2"
+    space = PromptSpace(bundle, settings, evaluator.layer_stds() if deep else None)
+    method = BbtV2(space, settings) if deep else Bbt(space, settings)
     best = _replay(method, history, observe)
     try:
         for number in range(len(history), total):

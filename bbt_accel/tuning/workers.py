@@ -37,7 +37,7 @@ class Worker:
             self.make_space(layer_stds)
 
     def make_space(self, layer_stds: Float32 | None) -> None:
-        self.space = PromptSpace(self.job.bundle.info, self.job.settings, layer_stds)
+        self.space = PromptSpace(self.job.bundle, self.job.settings, layer_stds)
 
     def call(self, name: str, *arguments: Any) -> Any:
         return getattr(self.evaluator, name)(*arguments)

