@@ -65,7 +65,7 @@ class SpecialTokens(BaseModel, extra="forbid"):
 class BundleInfo(Manifest):
     """bundle.json."""
 
-    format: int = 2
+    format: int = 3
     backbone: str
     revision: str | None
     family: str = Field(description="Name of the family that exported it; for readers, nothing depends on it.")

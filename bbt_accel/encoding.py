@@ -108,23 +108,22 @@ class Encoder:
         parts: list[Text | Fixed] = []
         text: Text = []
         for literal, name in parse_template(template):
-            *before, literal = self._split_special(literal)
-            for piece in before:
+            for piece in self._split_special(literal):
                 if isinstance(piece, tuple):
                     parts, text = [*parts, text, piece], []
                 else:
                     text.append((piece, None))
-            assert isinstance(literal, str)
             fixed = name in ("mask", "prompt")
-            text.append((literal, None if fixed else name))
+            text.append(("", None if fixed else name))
             if fixed:
                 parts += [text, (self._mask(),) if name == "mask" else self._prompt_ids()]
                 text = []
         return [*parts, text]
 
     def _split_special(self, literal: str) -> list[str | Fixed]:
-        """A literal text of a decoder's template, with its special tokens as ids; a text, perhaps empty, at the end."""
-        names = {self._tokenizer.id_to_token(i): i for i in self._special} if self.bundle.info.causal else {}
+        """A literal text of a decoder's template, with its special tokens as ids."""
+        special = self._special if self.bundle.info.causal else ()
+        names = {str(self._tokenizer.id_to_token(i)): i for i in special}
         if not names:
             return [literal]
         pieces = re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", literal)
@@ -134,7 +133,7 @@ class Encoder:
         """Tokens of the instruction and the demonstrations; None if there are neither."""
         context = self.task.context
         template = _without_prompt(context.template or self._demonstration_template())
-        texts = [(context.instruction, {})] if context.instruction else []
+        texts: list[tuple[str, Fields]] = [(context.instruction, {})] if context.instruction else []
         texts += [(template, self._fields(row) | {"label": self.label_words[row.label or 0]}) for row in demonstrations]
         parts: list[str | Fixed] = []
         for text, fields in texts:
@@ -215,7 +214,11 @@ class Encoder:
         """Tokens of a label word behind the text before it: with the space, where the vocabulary has it in the word."""
         group = self.bundle.info.template_group
         before = self.task.template(group).partition("{mask}")[0]
-        spaced = not before[-1:].strip(" ") if group != "causal" else before[-1:] != "\n"
+        if group == "causal":  # no space behind a line break, or behind a special token
+            *_, last = (" ", *filter(None, self._split_special(before)))
+            spaced = isinstance(last, str) and not last.endswith("\n")
+        else:
+            spaced = not before[-1:].strip(" ")
         behind, alone = self._encode(f"a {word}"), self._encode("a")
         if spaced and behind[: len(alone)] == alone:
             return behind[len(alone) :]

@@ -32,6 +32,7 @@ class BundleRecord(BaseModel, extra="forbid"):
     revision: str | None
     method: Method
     prompt_mode: PromptMode
+    prompt_init: str | None = Field(default=None, description="The text that the prompt started from.")
     precision: str
 
     @classmethod
@@ -41,7 +42,7 @@ class BundleRecord(BaseModel, extra="forbid"):
             relative = os.path.relpath(path, run.absolute())
         except ValueError:  # another drive of Windows
             relative = str(path)
-        facts = bundle.info.model_dump(include={"backbone", "revision", "method", "prompt_mode", "precision"})
+        facts = bundle.info.model_dump(include={*cls.model_fields} - {"path", "relative", "digest"})
         return cls(path=str(path), relative=relative, digest=bundle.digest, **facts)
 
 
@@ -156,7 +157,7 @@ class Run:
                 raise BundleError(f"{problem}; pass one with --bundle")
             return bundle
         bundle = Bundle.read(override)
-        for name in ("backbone", "revision", "method", "prompt_mode"):
+        for name in ("backbone", "revision", "method", "prompt_mode", "prompt_init"):
             found, wanted = getattr(bundle.info, name), getattr(record, name)
             if found != wanted:
                 raise BundleError(f"{override} has the {name} {found}, the prompt of {self.path} needs {wanted}")

@@ -103,10 +103,9 @@ class Benchmark:
         self.rows, self.notes = plan_measurements(options, exported.info)
         self.tell.expect(4 + 2 * len(self.rows) + (1 + options.seeds) * sum(map(self.tunes, self.rows)))
         shown: list[Row] = []
-        if exported.info.causal:
-            own = resolve(task.preset(options.method), self.settings(SEED))
+        if exported.info.causal and (count := resolve(task.preset(options.method)).demonstrations):
             few = steps.timed_rows(task, options.data, options.k_shot)
-            shown = choose_demonstrations(few, task.n_classes, own.demonstrations, SEED)[0]
+            shown = choose_demonstrations(few, task.n_classes, count, SEED)[0]
         encoder = Encoder(exported, task, shown)
         self.timed, self.tested = encoder.encode(timed), encoder.encode(tested)
         steps.save_batch(self.work / "timed.npz", self.timed)

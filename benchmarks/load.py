@@ -94,7 +94,8 @@ def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> L
     if min(given.clients) < 1:
         raise UsageError("--clients must be at least 1")
     task = load_task(given.task) if run is None else run.task
-    batch = Encoder(bundle, task).encode(timed_rows(task, None, 16, given.rows))
+    shown = [] if run is None else run.info.demonstrations
+    batch = Encoder(bundle, task, shown).encode(timed_rows(task, None, 16, given.rows))
     prompts = random_prompts(bundle.info, given.popsize, SEED)
     text = None if run is None else timed_rows(task, None, 16, 1)[0].fields
     tell("population, no server")

@@ -50,7 +50,7 @@ def make_backbone(
     tokens = {f"{name}_token_id": value for name, value in ids.items()}
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = spec.load_class()(transformers.AutoConfig.for_model(spec.model_type, **config, **tokens))
+    model = spec.load_class()(transformers.AutoConfig.for_model(spec.model_type, **(config | tokens)))
     if tiny:  # weights large enough that prompts and rows matter
         with torch.no_grad():
             for parameter in model.parameters():

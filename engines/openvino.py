@@ -34,7 +34,7 @@ class OpenVinoEngine(StagedEngine):
         names = [i.get_any_name() for i in request.model_inputs]
         with failing("OpenVINO", f"in {stage}", RuntimeError):
             found = request.infer({name: inputs[name] for name in names}, share_inputs=True)
-        if len(self.requests) > 1:  # otherwise each of bbtv2's stages would keep activations that only it can use
+        if self.bundle.info.method == "bbtv2":  # otherwise each stage would keep activations that only it can use
             request.get_compiled_model().release_memory()
         return {o.get_any_name(): found[o] for o in request.model_outputs}
 

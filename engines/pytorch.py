@@ -137,6 +137,6 @@ class EagerBoundBatch(BoundBatch):
         return torch.stack(logits).cpu().numpy()
 
     def layer_stds(self) -> Float32:
-        names = ("input_ids", "attention_mask", "context_ids")
-        states = self.engine.reference.hidden_states(*(self.rows.get(name) for name in names))
+        rows, reference = self.rows, self.engine.reference
+        states = reference.hidden_states(rows["input_ids"], rows["attention_mask"], rows.get("context_ids"))
         return np.array([clipped_std(h.float().cpu().numpy().reshape(-1)) for h in states], np.float32)

@@ -108,12 +108,13 @@ class Backbone(nn.Module):
         """(N, T) → (N, heads or 1, T or 1, T)."""
         return padding_bias(attention_mask)
 
-    @abstractmethod
     def block(self, i: int, x: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
         """Block i of x (B, T, H), attending to all of it, with (B, heads or 1, T or 1, T) added to the scores.
 
         position: compute one position per row alone, (B,) → (B, 1, H); then the bias is that position's.
+        Decoders define `project` and `mix` instead (`CausalBackbone`).
         """
+        raise NotImplementedError
 
     def first_block(self, prompts: Tensor, tokens: Tensor, bias: Tensor) -> Tensor | None:
         """Block 0 of bbt's add mode from (P, n, H) and (N, S, H), where that takes less work than from their sum."""

@@ -78,9 +78,8 @@ class CausalBackbone(Backbone):
         """Attention heads of the queries, and of keys and values."""
         return self.model.config.num_attention_heads, self.model.config.num_attention_heads
 
-    @property
-    def scale(self) -> float | None:
-        """Of the attention scores; None for 1 / √D."""
+    def scale(self, i: int) -> float | None:
+        """Of the attention scores of block i; None for 1 / √D."""
         return None
 
     # Stages --------------------------------------------------------------------------------------------------
@@ -118,7 +117,7 @@ class CausalBackbone(Backbone):
             entering.append(x)
             known.append(own)
             if i < self.layers - 1:
-                x = self.mix(i, x, self.attend(query, own, bias))
+                x = self.mix(i, x, self.attend(i, query, own, bias))
         return {"context": torch.cat(known), "context_hidden": torch.cat(entering)}
 
     def label_logits(  # type: ignore[override]
@@ -220,7 +219,7 @@ class CausalBackbone(Backbone):
             query, own = self.project(i, front, prefix.position)
             known = torch.cat([known.expand(front.shape[0], -1, -1), own], dim=1)
             if i < self.layers - 1:
-                front = self.mix(i, front, self.attend(query, known, prefix.bias))
+                front = self.mix(i, front, self.attend(i, query, known, prefix.bias))
         query, own = self.project(i, x, text.position) if projected is None else projected
         rows = x.shape[0] // known.shape[0]
         known = torch.cat([known[:, None].expand(-1, rows, -1, -1).flatten(0, 1), own], dim=1)
@@ -228,10 +227,10 @@ class CausalBackbone(Backbone):
         if position is not None:
             x = at(x, position)
             query, _ = self.project(i, x, text.position.index_select(0, position)[:, None])
-        return front, self.mix(i, x, self.attend(query, known, bias))
+        return front, self.mix(i, x, self.attend(i, query, known, bias))
 
-    def attend(self, query: Tensor, known: Tensor, bias: Tensor) -> Tensor:
-        """Attention of (B, Tq, heads · D) over keys beside values (B, Tk, 2 · key heads · D) → (B, Tq, heads · D).
+    def attend(self, i: int, query: Tensor, known: Tensor, bias: Tensor) -> Tensor:
+        """Attention of block i: (B, Tq, heads · D) over keys beside values (B, Tk, 2 · key heads · D), like the first.
 
         Query heads that share a key head become further queries of it, so that no key is copied (Ainslie et al., 2023,
         "GQA").
@@ -239,10 +238,10 @@ class CausalBackbone(Backbone):
         (heads, shared), (key, value) = self.heads, known.chunk(2, dim=-1)
         group = heads // shared
         if group == 1:
-            return attend(query, key, value, heads, bias, self.scale)
+            return attend(query, key, value, heads, bias, self.scale(i))
         length = query.shape[1]
         query = query.unflatten(-1, (shared, group, -1)).permute(0, 3, 1, 2, 4).flatten(3, 4).flatten(1, 2)
         bias = bias.expand(-1, -1, length, -1).repeat(1, 1, group, 1)
-        found = attend(query, key, value, shared, bias, self.scale)
+        found = attend(query, key, value, shared, bias, self.scale(i))
         found = found.unflatten(1, (group, length)).unflatten(-1, (shared, -1))
         return found.permute(0, 2, 3, 1, 4).flatten(2)

@@ -51,10 +51,11 @@ def transpose_weights(model: ir.Model) -> None:
     """Weights in the orientation in which matmuls take them; each is read when it is written."""
     weights = model.graph.initializers
     for node in list(model.graph):
-        (source, *_), (result, *_) = (*node.inputs, None), (*node.outputs, None)
-        if node.op_type != "Transpose" or source is None or source.name not in weights:
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or source.name not in weights:
             continue
-        stored, name = source.const_value, result.name
+        stored, result = source.const_value, node.outputs[0]
+        name = result.name
         shape = ir.Shape([stored.shape[1], stored.shape[0]])
         read = partial(transposed, stored)
         value = ir.Value(name=f"{name}_transposed", shape=shape, type=ir.TensorType(stored.dtype))

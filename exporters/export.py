@@ -142,7 +142,7 @@ def describe(
         prompt_mode=mode,
         n_prompt_tokens=n,
         hidden_size=config.hidden_size,
-        n_layers=len(family.blocks(model)),
+        n_layers=len(list(family.blocks(model))),
         vocab_size=config.vocab_size,
         max_length=longest,
         word_embedding_std=embedding_std(model),

@@ -64,7 +64,7 @@ def place(checkpoint: str | Path, revision: str | None = None) -> tuple[str, dic
         raise MissingDependency('GGUF files need the package gguf; pip install "bbt-accel[gguf]"')
     if not path.is_file():
         raise ExportError(f"there is no file {checkpoint}")
-    return str(path.parent), {"gguf_file": path.name}
+    return str(path.parent), {"gguf_file": str(path.absolute())}
 
 
 def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
@@ -95,6 +95,8 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
     where, options = place(checkpoint, revision)
     kind = family.load_class()
     attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):  # newer releases keep the weights quantized
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model, report = kind.from_pretrained(
             where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class FamilySpec:
     backbone: type[Backbone]
     architecture: Architecture
     template_group: TemplateGroup
-    blocks: Callable[[Any], nn.ModuleList]
+    blocks: Callable[[Any], Iterable[nn.Module]]
     embedding: Callable[[Any], nn.Module]
     head: Callable[[Any], nn.Module]
     arguments: Callable[[dict[str, Any]], dict[str, Any]] = dict

@@ -24,9 +24,8 @@ class GPT2Backbone(CausalBackbone):
         projected, size = linear(layer.attn.c_attn, layer.ln_1(x)), layer.attn.embed_dim
         return projected[..., :size], projected[..., size:]
 
-    @property
-    def scale(self) -> float:
-        return float(self.model.transformer.h[0].attn.scaling)
+    def scale(self, i: int) -> float:
+        return float(self.model.transformer.h[i].attn.scaling)
 
     def mix(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
         layer = self.model.transformer.h[i]

@@ -37,12 +37,26 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
         large |= {name for name, value in values.items() if np.abs(value).max() > LARGEST}
     conversion = Conversion(model.graph, floats, dtype)
     overflowing = [node.name for node in model.graph.node if large & {*node.input, *node.output}]
+    exact = {*overflowing, *angles(model.graph, floats)}
     for node in model.graph.node:
-        conversion.add(node, node.name in overflowing or node.op_type in FP32_OPERATORS)
+        conversion.add(node, node.name in exact or node.op_type in FP32_OPERATORS)
     for name in floats & {output.name for output in model.graph.output}:
         conversion.as_type(name, half=False)
     replace_nodes(model.graph, conversion.nodes)
     return overflowing
+
+
+def angles(graph: onnx.GraphProto, floats: set[str]) -> set[str]:
+    """Names of the nodes that compute sines and cosines of positions: half precision has no digits for their turns."""
+    makers = {name: node for node in graph.node for name in node.output}
+    found: set[str] = set()
+    waiting = [node for node in graph.node if node.op_type in ("Cos", "Sin")]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found:
+            found.add(node.name)
+            waiting += [makers[name] for name in node.input if name in makers and name in floats]
+    return found
 
 
 class Conversion:

@@ -28,9 +28,8 @@ class LlamaBackbone(CausalBackbone):
     def heads(self) -> tuple[int, int]:
         return self.model.config.num_attention_heads, self.model.config.num_key_value_heads
 
-    @property
-    def scale(self) -> float:
-        return float(self.layer(0).self_attn.scaling)
+    def scale(self, i: int) -> float:
+        return float(self.layer(i).self_attn.scaling)
 
     def project(self, i: int, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         query, key, value = self.projected(i, self.layer(i).input_layernorm(x))
@@ -128,7 +127,7 @@ class EuroBertBackbone(Backbone):
         if position is not None:
             x = at(x, position)
             query, _ = self.llama.project(i, x, position[:, None])
-        return self.llama.mix(i, x, self.llama.attend(query, known, bias))
+        return self.llama.mix(i, x, self.llama.attend(i, query, known, bias))
 
     def head(self, x: Tensor) -> Tensor:
         return self.llama.head(x)
@@ -153,7 +152,7 @@ def longest_row(config: Any) -> int:
     rope = config.rope_parameters
     for one in (rope,) if "rope_type" in rope else rope.values():
         if one and one["rope_type"] == "longrope":
-            limits.append(int(config.original_max_position_embeddings))
+            limits.append(int(one["original_max_position_embeddings"]))
     return min(limits)
 
 

@@ -182,7 +182,7 @@ def to_int4_graphs(job: Job, folder: Path) -> Report:
     for done, stage in enumerate(stages):
         job.tell(f"converting {stage}", done, len(stages))
         with graph_on_disk(job.bundle.path / f"{stage}.onnx", job.target, folder) as (file, fused):
-            model, made = to_int4(file)
+            model, made = to_int4(file, job.target)
             quantized += len(made)
             operators.update(fused)
             operators.update(write_stage(job, model, folder, stage, others))

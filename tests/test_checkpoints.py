@@ -73,7 +73,7 @@ def write_gguf(file: Path) -> dict[str, np.ndarray]:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(vocabulary)
     bytes_ = [chr(c) for c in range(33, 127)]
-    tokens = ["<s>", "</s>", "<unk>", *bytes_, *(f"Ġ{c}" for c in bytes_)]
+    tokens = ["<s>", "</s>", "<unk>", "Ġ", *bytes_, *(f"Ġ{c}" for c in bytes_)]
     tokens += [f"filler{i}" for i in range(vocabulary - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)

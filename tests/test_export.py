@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("torch")
 
 import onnx
+import onnx_ir
 import transformers
 from conftest import Export
-from onnx import numpy_helper
 from safetensors import SafetensorError
 from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, tiny_model
 
@@ -70,7 +70,7 @@ def test_a_bundle_says_what_it_holds(whole: tuple[Path, Bundle]) -> None:
     source, bundle = whole
     info = Bundle.read(bundle.path).info
     model = transformers.BertForMaskedLM.from_pretrained(source)
-    assert (info.format, info.family, info.method, info.prompt_mode) == (2, "bert", "bbtv2", "add")
+    assert (info.format, info.family, info.method, info.prompt_mode) == (3, "bert", "bbtv2", "add")
     assert (info.backbone, info.revision) == (str(source), None)
     assert (info.n_prompt_tokens, info.hidden_size, info.n_layers) == (4, 96, 2)
     assert (info.vocab_size, info.max_length) == (4000, POSITIONS)
@@ -161,6 +161,8 @@ def test_the_stages_of_a_bbtv2_bundle_fit_together(tiny: Export) -> None:
         model = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False)
         states = {name for name in shapes(model.graph.input) if name in ("hidden", "prefix")}
         assert states == outputs
+        if stage == "context":  # read by every later stage
+            continue
         outputs = {name.removesuffix("_out") for name in shapes(model.graph.output)}
     assert outputs == {"label_logits"}
 
@@ -198,13 +200,13 @@ def test_a_checkpoint_without_its_lm_head_is_refused_by_name(
     assert "head" in message
 
 
-@pytest.mark.parametrize("config", ["DistilBertConfig", "LlamaConfig"])
+@pytest.mark.parametrize("config", ["DebertaV2Config", "OPTConfig"])
 def test_a_foreign_model_type_is_refused_with_those_that_are_not(refuse: Refuse, tmp_path: Path, config: str) -> None:
     foreign = getattr(transformers, config)()
     foreign.save_pretrained(tmp_path / "source")
     message = refuse(ExportError, tmp_path / "source")
     assert foreign.model_type in message
-    assert "roberta, bert, electra, bart, t5, gpt2" in message
+    assert "roberta, xlm-roberta, camembert, bert" in message
 
 
 @pytest.mark.parametrize("backbone", ["no/such/folder", "nobody/no-such-model"])
@@ -278,10 +280,10 @@ def test_graphs_that_compute_something_else_are_not_kept(
 ) -> None:
     right = graph.export_stage
 
-    def wrong(stage: graph.Stage, backbone: Any) -> onnx.ModelProto:
+    def wrong(stage: graph.Stage, backbone: Any) -> Any:
         model = right(stage, backbone)
-        tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 0.5, tensor.name))
+        value = max(model.graph.initializers.values(), key=lambda value: value.const_value.nbytes)
+        value.const_value = onnx_ir.tensor(value.const_value.numpy() + 0.5, name=value.name)
         return model
 
     monkeypatch.setattr(graph, "export_stage", wrong)
@@ -289,7 +291,7 @@ def test_graphs_that_compute_something_else_are_not_kept(
 
 
 def test_graphs_that_do_not_run_are_not_kept(refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(model: onnx.ModelProto, folder: Path, name: str, *rest: object) -> None:
+    def broken(model: object, folder: Path, name: str, *rest: object) -> None:
         (folder / f"{name}.onnx").write_bytes(b"no graph")
 
     monkeypatch.setattr(graph, "save_stage", broken)

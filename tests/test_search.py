@@ -33,7 +33,7 @@ def run(
 ) -> tuple[Outcome, list[Generation]]:
     with History(file) as history:
         evaluator = LocalEvaluator(engine or DummyEngine(bundle), TRAIN, DEV, Objective(settings.loss, "accuracy"))
-        outcome = search(evaluator, bundle.info, settings, history)
+        outcome = search(evaluator, bundle, settings, history)
         return outcome, history.generations
 
 

@@ -50,7 +50,7 @@ def walk(
 ) -> tuple[Outcome, list[tuple[Any, ...]]]:
     """The search, and what does not depend on the clock of each generation."""
     with evaluator, History(file) as history:
-        outcome = search(evaluator, work.bundle.info, work.settings, history, observe)
+        outcome = search(evaluator, work.bundle, work.settings, history, observe)
         done = history.generations
         return outcome, [(g.candidates, g.losses, g.metric, g.dev_score, g.dev_loss, g.step_size) for g in done]
 
@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_names_the_candidate(tmp_path: Path) -> None:
     candidates[4] = np.nan
     pool = WorkersEvaluator(2, "local", work)
     with pool, pytest.raises(NonFiniteLoss, match="candidate 4 is not finite"):
-        pool.train(PromptSpace(work.bundle.info, work.settings), 0, candidates)
+        pool.train(PromptSpace(work.bundle, work.settings), 0, candidates)
 
 
 def test_impossible_numbers_of_workers_and_threads_are_refused(tmp_path: Path) -> None:

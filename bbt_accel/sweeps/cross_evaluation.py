@@ -64,7 +64,8 @@ def score_prompts(
 def _exchange(trial: Trial) -> Hashable:
     """Equal for trials whose prompts can be exchanged."""
     info = Bundle.read(trial.bundle, verify=False).info
-    return trial.task, trial.engine, info.backbone, info.revision, info.method, info.prompt_mode, info.n_prompt_tokens
+    prompt = info.method, info.prompt_mode, info.n_prompt_tokens, info.prompt_init
+    return trial.task, trial.engine, info.backbone, info.revision, *prompt
 
 
 def _name(trial: Trial) -> str:

@@ -105,6 +105,8 @@ class Task(BaseModel, extra="forbid", frozen=True):
                 raise ValueError(f"{'templates' if template is None else 'label_words'}.{group}: missing")
         if not any(self.templates.values()):
             raise ValueError(f"templates: give at least one of {', '.join(GROUPS)}")
+        if "label" in self.text and self.context.demonstrations:
+            raise ValueError("text: a column of demonstrations cannot have the name 'label'")
         if self.context.template is not None:
             self._check_template("context.template", self.context.template, {"label": 1})
         return self
