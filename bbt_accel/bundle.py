@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError
-from safetensors.numpy import load_file
 
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import BbtError, BundleError
 from bbt_accel.files import sha256
+
+if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
 
 PLANS = "plans"
 """Folder of TensorRT plans: a cache that machines add to, so it is not part of a bundle's sha256."""
@@ -161,8 +162,10 @@ class Bundle:
             problem = f"{self.path} was exported for {self.info.method}, not {method}"
             raise BundleError(f"{problem}; export one with --method {method}")
 
-    def initial_prompt(self) -> npt.NDArray[np.float32] | None:
+    def initial_prompt(self) -> NDArray[float32] | None:
         """p0, float32 (n, H), of a bundle whose cat-mode prompt starts from a text."""
+        from safetensors.numpy import load_file  # numpy is not needed to read bundle.json
+
         file = self.path / INITIAL_PROMPT
         return load_file(file)["prompt"] if file.is_file() else None
 

@@ -8,7 +8,8 @@ a row and a candidate. The text alone needs logits.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,12 @@ CONTEXT = ("context", "context_mask")
 class Segment:
     """Consecutive tokens of a row.
 
-    position: (T,). bias: (1 or B, 1, T, K), what is added to their attention scores over this segment and all before.
+    position: (T,). turns: `CausalBackbone.turns` of the positions. bias: (1 or B, 1, T, K), what is added to their
+    attention scores over this segment and all before.
     """
 
     position: Tensor
+    turns: Any
     bias: Tensor
 
 
@@ -62,12 +65,13 @@ class CausalBackbone(Backbone):
         """(B, T, H) → (B, T, H): position embeddings, where a family has them; position: (T,)."""
         return x
 
-    @abstractmethod
-    def project(self, i: int, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Block i up to its attention: queries (B, T, heads · D), and keys beside values (B, T, 2 · key heads · D).
+    def turns(self, position: Tensor, dtype: torch.dtype) -> Any:
+        """What `project` needs of the positions, (T,) or (B, 1), in all blocks: the angles of rotary embeddings."""
+        return None
 
-        position: of the tokens, (T,), or (B, 1).
-        """
+    @abstractmethod
+    def project(self, i: int, x: Tensor, turns: Any) -> tuple[Tensor, Tensor]:
+        """Block i up to its attention: queries (B, T, heads · D), and keys beside values (B, T, 2 · key heads · D)."""
 
     @abstractmethod
     def mix(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
@@ -111,9 +115,10 @@ class CausalBackbone(Backbone):
         position = torch.arange(length, device=context_ids.device)
         x = self.place(self.tokens(context_ids[None]), position)
         bias = padding_bias((context_mask > 0)[None]) + causal_bias(length, length, x.device)
+        turns = self.turns(position, x.dtype)
         entering, known = [], []
         for i in range(self.layers):
-            query, own = self.project(i, x, position)
+            query, own = self.project(i, x, turns)
             entering.append(x)
             known.append(own)
             if i < self.layers - 1:
@@ -125,8 +130,8 @@ class CausalBackbone(Backbone):
         context: Tensor, context_mask: Tensor,
     ) -> Tensor:  # fmt: skip
         p = prompts.shape[0]
-        prefix, text = self.segments(attention_mask, context_mask)
         tokens = self.tokens(input_ids)
+        prefix, text = self.segments(attention_mask, context_mask, tokens.dtype)
         if not self.cached:
             x = self.place(self.join(prompts, tokens), text.position)
             return self.finish_row(p, None, x, prefix, text, context, readout, label_token_ids)
@@ -135,7 +140,7 @@ class CausalBackbone(Backbone):
         rows = self.place(tokens if self.cat else tokens[:, self.n :], text.position)
         first = None
         if "shared-first" not in self.without:
-            query, own = self.project(0, rows, text.position)
+            query, own = self.project(0, rows, text.turns)
             first = each(p, query), each(p, own)
         return self.finish_row(p, front, each(p, rows), prefix, text, context, readout, label_token_ids, first)
 
@@ -144,7 +149,7 @@ class CausalBackbone(Backbone):
         readout: Tensor, label_token_ids: Tensor, first: tuple[Tensor, Tensor] | None = None, begin: int = 0,
     ) -> Tensor:  # fmt: skip
         """All blocks from `begin` on, and the head: front (P, n, H) or None, x (P·N, T, H) → (P, N, C)."""
-        text = Segment(text.position, each(p, text.bias))
+        text = replace(text, bias=each(p, text.bias))
         for i in range(begin, self.layers - 1):
             front, x = self.both(i, front, x, prefix, text, context, first if i == 0 else None)
         position = each(p, readout if self.cat == self.cached else readout + self.n * (1 if self.cat else -1))
@@ -170,8 +175,8 @@ class CausalBackbone(Backbone):
     ) -> Inputs:
         p = prompts.shape[0]
         front, x = self.enter_layer(prompts, state)
-        prefix, text = self.segments(attention_mask, context_mask)
-        front, x = self.both(i, front, x, prefix, Segment(text.position, each(p, text.bias)), context)
+        prefix, text = self.segments(attention_mask, context_mask, x.dtype)
+        front, x = self.both(i, front, x, prefix, replace(text, bias=each(p, text.bias)), context)
         hidden = x.unflatten(0, (p, -1))
         return {"hidden": hidden} if front is None else {"prefix": front, "hidden": hidden}
 
@@ -180,14 +185,14 @@ class CausalBackbone(Backbone):
         context: Tensor, context_mask: Tensor,
     ) -> Tensor:  # fmt: skip
         front, x = self.enter_layer(prompts, state)
-        prefix, text = self.segments(attention_mask, context_mask)
+        prefix, text = self.segments(attention_mask, context_mask, x.dtype)
         begin = self.layers - 1
         p = prompts.shape[0]
         return self.finish_row(p, front, x, prefix, text, context, readout, label_token_ids, begin=begin)
 
     # One block -----------------------------------------------------------------------------------------------
 
-    def segments(self, attention_mask: Tensor, context_mask: Tensor) -> tuple[Segment, Segment]:
+    def segments(self, attention_mask: Tensor, context_mask: Tensor, dtype: torch.dtype) -> tuple[Segment, Segment]:
         """The prompt, which is empty where the text holds it, and the text."""
         rows = attention_mask.shape[0]
         if self.cached:
@@ -202,7 +207,8 @@ class CausalBackbone(Backbone):
 
         def segment(start: Tensor, length: int, mask: Tensor) -> Segment:
             bias = padding_bias(mask) + causal_bias(length, mask.shape[1], mask.device)
-            return Segment(start + torch.arange(length, device=mask.device), bias)
+            position = start + torch.arange(length, device=mask.device)
+            return Segment(position, self.turns(position, dtype), bias)
 
         return segment(begin, n, known), segment(begin + n, text.shape[1], seen)
 
@@ -216,17 +222,17 @@ class CausalBackbone(Backbone):
         """
         known = context[i][None]
         if front is not None:
-            query, own = self.project(i, front, prefix.position)
+            query, own = self.project(i, front, prefix.turns)
             known = torch.cat([known.expand(front.shape[0], -1, -1), own], dim=1)
             if i < self.layers - 1:
                 front = self.mix(i, front, self.attend(i, query, known, prefix.bias))
-        query, own = self.project(i, x, text.position) if projected is None else projected
+        query, own = self.project(i, x, text.turns) if projected is None else projected
         rows = x.shape[0] // known.shape[0]
         known = torch.cat([known[:, None].expand(-1, rows, -1, -1).flatten(0, 1), own], dim=1)
         bias = rows_at(text.bias, position)
         if position is not None:
             x = at(x, position)
-            query, _ = self.project(i, x, text.position.index_select(0, position)[:, None])
+            query, _ = self.project(i, x, self.turns(text.position.index_select(0, position)[:, None], x.dtype))
         return front, self.mix(i, x, self.attend(i, query, known, bias))
 
     def attend(self, i: int, query: Tensor, known: Tensor, bias: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def graph_on_disk(file: Path, target: str, folder: Path) -> Iterator[tuple[Path,
     transpose_weights(model)
     counts: dict[str, int] = {}
     if target == "ort":
-        model, found = optimize_for_ort(model, clear_metadata=True)
+        with graph.quick_rules():
+            model, found = optimize_for_ort(model, clear_metadata=True)
         counts = {name: count for name, count in found.items() if count}
     place = folder / f"{file.stem}.fp32.onnx"
     try:

@@ -19,7 +19,7 @@ class GPT2Backbone(CausalBackbone):
     def place(self, x: Tensor, position: Tensor) -> Tensor:
         return x + self.model.transformer.wpe(position)
 
-    def project(self, i: int, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, i: int, x: Tensor, turns: None) -> tuple[Tensor, Tensor]:
         layer = self.model.transformer.h[i]
         projected, size = linear(layer.attn.c_attn, layer.ln_1(x)), layer.attn.embed_dim
         return projected[..., :size], projected[..., size:]

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript import rewriter
 from onnxscript.optimizer import optimize
 from torch import Tensor, nn
 from torch.export import Dim
@@ -97,8 +98,8 @@ def trace(stage: Stage, backbone: Any, n: int = 0) -> ir.Model:
             output_names=stage.outputs, external_data=False, verbose=False, optimize=False,
         )  # fmt: skip
         assert program is not None
-        # Small constants are folded; weights keep the checkpoint's layout, so that all graphs share its file.
-        optimize(program.model, input_size_limit=SMALL, output_size_limit=SMALL)
+        with quick_rules():  # small constants are folded; weights stay as they are, so that all graphs share the file
+            optimize(program.model, input_size_limit=SMALL, output_size_limit=SMALL)
     model: ir.Model = program.model
     found = sorted(str(i.name) for i in model.graph.inputs), [o.name for o in model.graph.outputs]
     if found != (sorted(stage.inputs), stage.outputs):
@@ -106,6 +107,23 @@ def trace(stage: Stage, backbone: Any, n: int = 0) -> ir.Model:
     for node in model.graph:
         node.metadata_props.clear()  # the tracer's stack traces
     return model
+
+
+@contextmanager
+def quick_rules() -> Iterator[None]:
+    """onnxscript's optimizer without its only rule of several outputs.
+
+    For that rule the optimizer lists all nodes of the graph at each of them: minutes where there are 30 blocks.
+    """
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())
+    kept = tuple(rule for rule in rules if rule.name != "SlicesSplit")
+    try:
+        if kept:
+            rewriter._DEFAULT_REWRITE_RULES = kept
+        yield
+    finally:
+        if kept:
+            rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 @contextmanager

@@ -31,18 +31,20 @@ class LlamaBackbone(CausalBackbone):
     def scale(self, i: int) -> float:
         return float(self.layer(i).self_attn.scaling)
 
-    def project(self, i: int, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def turns(self, position: Tensor, dtype: torch.dtype) -> Any:
+        return angles(self.model.model.rotary_emb, position, dtype)
+
+    def project(self, i: int, x: Tensor, turns: Any) -> tuple[Tensor, Tensor]:
         query, key, value = self.projected(i, self.layer(i).input_layernorm(x))
-        return self.turn(i, query, position), torch.cat([self.turn(i, key, position), value], dim=-1)
+        return self.turn(i, query, turns), torch.cat([self.turn(i, key, turns), value], dim=-1)
 
     def projected(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own = self.layer(i).self_attn
         return own.q_proj(x), own.k_proj(x), own.v_proj(x)
 
-    def turn(self, i: int, x: Tensor, position: Tensor) -> Tensor:
+    def turn(self, i: int, x: Tensor, turns: Any) -> Tensor:
         """Queries or keys of block i at their positions."""
-        turned = angles(self.model.model.rotary_emb, position, x.dtype)
-        return rotate(x, turned, self.layer(i).self_attn.head_dim)
+        return rotate(x, turns, self.layer(i).self_attn.head_dim)
 
     def mix(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
         layer = self.layer(i)
@@ -63,8 +65,8 @@ class LlamaBackbone(CausalBackbone):
 class SmolLM3Backbone(LlamaBackbone):
     """SmolLM3ForCausalLM: every fourth block has no positions."""
 
-    def turn(self, i: int, x: Tensor, position: Tensor) -> Tensor:
-        return super().turn(i, x, position) if self.layer(i).self_attn.use_rope else x
+    def turn(self, i: int, x: Tensor, turns: Any) -> Tensor:
+        return super().turn(i, x, turns) if self.layer(i).self_attn.use_rope else x
 
 
 class Qwen3Backbone(LlamaBackbone):
@@ -79,10 +81,10 @@ class Qwen3Backbone(LlamaBackbone):
 class Olmo2Backbone(LlamaBackbone):
     """Olmo2ForCausalLM: norms behind attention and feed-forward instead of in front, and of all queries and keys."""
 
-    def project(self, i: int, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, i: int, x: Tensor, turns: Any) -> tuple[Tensor, Tensor]:
         own = self.layer(i).self_attn
         query, key = own.q_norm(own.q_proj(x)), own.k_norm(own.k_proj(x))
-        return self.turn(i, query, position), torch.cat([self.turn(i, key, position), own.v_proj(x)], dim=-1)
+        return self.turn(i, query, turns), torch.cat([self.turn(i, key, turns), own.v_proj(x)], dim=-1)
 
     def mix(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
         layer = self.layer(i)
@@ -102,9 +104,12 @@ class Phi3Backbone(LlamaBackbone):
 class Gemma3Backbone(Qwen3Backbone):
     """Gemma3ForCausalLM: norms on both sides, scaled embeddings, and frequencies of its own for local blocks."""
 
-    def turn(self, i: int, x: Tensor, position: Tensor) -> Tensor:
-        own = self.layer(i).self_attn
-        return rotate(x, angles(self.model.model.rotary_emb, position, x.dtype, own.layer_type), own.head_dim)
+    def turns(self, position: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        rotary = self.model.model.rotary_emb
+        return {kind: angles(rotary, position, dtype, kind) for kind in sorted(set(self.model.config.layer_types))}
+
+    def turn(self, i: int, x: Tensor, turns: Any) -> Tensor:
+        return super().turn(i, x, turns[self.layer(i).self_attn.layer_type])
 
     def mix(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
         layer = self.layer(i)
@@ -123,10 +128,11 @@ class EuroBertBackbone(Backbone):
         return self.llama.tokens(input_ids)
 
     def block(self, i: int, x: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
-        query, known = self.llama.project(i, x, torch.arange(x.shape[1], device=x.device))
+        everywhere = torch.arange(x.shape[1], device=x.device)
+        query, known = self.llama.project(i, x, self.llama.turns(everywhere, x.dtype))
         if position is not None:
             x = at(x, position)
-            query, _ = self.llama.project(i, x, position[:, None])
+            query, _ = self.llama.project(i, x, self.llama.turns(position[:, None], x.dtype))
         return self.llama.mix(i, x, self.llama.attend(i, query, known, bias))
 
     def head(self, x: Tensor) -> Tensor:

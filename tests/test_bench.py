@@ -279,7 +279,8 @@ def test_numbers_have_a_minimum(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_demo(tmp_path: Path) -> None:
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)  # the other baselines take minutes: they compile
     words = "--rows 4 --popsize 2 --repeats 1 --test-rows 8 --threads 1 --engines torch,dummy,trt --precisions fp32"
     words += f" --backbone demo --task demo -o {tmp_path / 'out'} --json"
     result = CliRunner().invoke(app, ["bench", *words.split()], catch_exceptions=False)

@@ -130,7 +130,7 @@ def test_help_loads_nothing_heavy() -> None:
         (["serve", "b", "--port", "70000"], "Invalid value for '--port'"),
         (["optimise"], "No such command 'optimise'"),
         (["doctor", "--jsn"], "No such option"),
-        (["optimize", "b", "-o", "c", "--fp16", "--int8"], "choose one of --fp16, --bf16 and --int8"),
+        (["optimize", "b", "-o", "c", "--fp16", "--int8"], "choose one of --fp16, --bf16, --int8 and --int4"),
         (["export", "demo", "-o", "b", "--n-prompt-tokens", "0"], "Invalid value for '--n-prompt-tokens'"),
         (["bench", "--task", "demo", "-o", "r"], "Missing option '--backbone'"),
         (
@@ -210,7 +210,8 @@ def test_triton(
 
 
 @pytest.mark.parametrize(
-    ("flags", "precision"), [([], "fp32"), (["--fp16"], "fp16"), (["--bf16"], "bf16"), (["--int8"], "int8")]
+    ("flags", "precision"),
+    [([], "fp32"), (["--fp16"], "fp16"), (["--bf16"], "bf16"), (["--int8"], "int8"), (["--int4"], "int4")],
 )
 def test_optimize(
     program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], precision: str
@@ -280,7 +281,7 @@ def test_options_are_arguments_of_the_function_and_have_its_defaults(
     if arguments.pop("options", None):  # **options: Unpack[EngineOptions], none of which has a default
         arguments |= dict.fromkeys(EngineOptions.__annotations__)
     for name, field in (pair for model in models for pair in model.model_fields.items()):
-        if name in ("fp16", "bf16", "int8"):  # together the argument `precision`
+        if name in ("fp16", "bf16", "int8", "int4"):  # together the argument `precision`
             continue
         assert name in arguments
         if field.default not in (PydanticUndefined, None, []):
