@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,12 +25,23 @@ Load = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(shared: Path) -> Iterator[Export]:
     """`exported(checkpoint, method, mode, n)`: a bundle, made at the first call. Not to be changed by a test.
 
     The validation against eager PyTorch that ends every export runs in this process here, which saves half of the time.
     """
     torch = pytest.importorskip("torch")
+    from filelock import FileLock
+
     from bbt_accel.exporters import export, validate
 
     torch.set_num_threads(THREADS)
@@ -40,15 +52,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
     ) -> Bundle:
         key = (checkpoint, method, mode, n, without)
         if key not in made:
-            output = tmp_path_factory.mktemp("exported") / f"{checkpoint.name}-{method}-{mode}"
-            made[key] = export.export_bundle(
-                checkpoint,
-                output,
-                method=method,
-                prompt_mode=mode,
-                n_prompt_tokens=n,
-                without=without,  # type: ignore[arg-type]
-            )
+            output = shared / sha256(repr(key).encode()).hexdigest()[:12] / f"{checkpoint.name}-{method}-{mode}"
+            options = {"method": method, "prompt_mode": mode, "n_prompt_tokens": n, "without": without}
+            with FileLock(f"{output.parent}.lock"):
+                if not output.exists():
+                    export.export_bundle(checkpoint, output, **options)  # type: ignore[arg-type]
+            made[key] = Bundle.read(output, verify=False)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -57,16 +66,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
 
 
 @pytest.fixture(scope="session")
-def tiny(exported: Export, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def tiny(exported: Export, shared: Path) -> Export:
     """`tiny(name, method, mode, without)`: the bundle of a tiny backbone, with few prompt tokens."""
+    from filelock import FileLock
     from tiny_backbones import N_PROMPT, save_recorded_backbone
 
-    root = tmp_path_factory.mktemp("checkpoints")
-
     def call(name: str, method: str = "bbt", mode: str = "add", without: tuple[str, ...] = ()) -> Bundle:
-        checkpoint = root / name
-        if not checkpoint.exists():
-            save_recorded_backbone(name, checkpoint)
+        checkpoint = shared / name
+        with FileLock(f"{checkpoint}.lock"):
+            if not checkpoint.exists():
+                save_recorded_backbone(name, checkpoint)
         return exported(checkpoint, method, mode, N_PROMPT, without)
 
     return call

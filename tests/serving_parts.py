@@ -44,6 +44,15 @@ def rows(seed: int = 0, count: int = 8, readout: int = 1) -> Batch:
     return replace(batch(rows=count, seed=seed), readout=np.full(count, readout))
 
 
+def rows_for(bundle: Bundle) -> Batch:
+    """Rows with a context where the backbone is a decoder."""
+    found = rows()
+    if not bundle.info.causal:
+        return found
+    last = np.full(len(found), found.input_ids.shape[1] - 1)
+    return replace(found, readout=last, context_ids=np.array([5, 6, 7]))
+
+
 def row_tensors(found: Batch) -> dict[str, Any]:
     return dict(found.inputs())
 

