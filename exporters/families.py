@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
 from functools import cache
 from importlib.metadata import entry_points
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +100,10 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):  # newer releases keep the weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model, report = kind.from_pretrained(
-            where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
-        )
+        with redirect_stderr(StringIO()):  # transformers draws a progress bar for GGUF files, terminal or not
+            model, report = kind.from_pretrained(
+                where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error).rstrip('.')})") from None
     missing = sorted(report["missing_keys"])
