@@ -286,17 +286,18 @@ class SwitchableStage:
 def select_fp32(stages: list[CalibratedStage], limit: float, folder: Path) -> set[Matmul]:
     """Matmuls to keep in fp32 so that the relative logit RMSE on the calibration rows is at most `limit`.
 
-    Each matmul's error is measured with that matmul alone in int8; squared errors add up. Those with the largest error
-    for their cost are kept first.
+    Each matmul's error is measured with that matmul alone in int8, on the rows of one call; squared errors add up.
+    Those with the largest error for their cost are kept first, until the limit holds on all rows.
     """
     switchable = make_switchable(stages, folder)
     sizes = {(stage.name, name): size for stage in switchable for name, size in stage.sizes.items()}
     reference = run_from(switchable, 0, sizes)
-    error = {
-        (stage.name, name): relative_rmse(run_from(switchable, i, sizes.keys() - {(stage.name, name)}), reference) ** 2
-        for i, stage in enumerate(switchable)
-        for name in stage.sizes
-    }
+    few = run_from(switchable, 0, sizes, calls=1)
+    error: dict[Matmul, float] = {}
+    for i, stage in enumerate(switchable):
+        for matmul in ((stage.name, name) for name in stage.sizes):
+            found = run_from(switchable, i, sizes.keys() - {matmul}, calls=1)
+            error[matmul] = relative_rmse(found, few) ** 2
     kept: set[Matmul] = set()
     for matmul in sorted(error, key=lambda m: error[m] / sizes[m], reverse=True):
         expected = sum(error[m] for m in error if m not in kept)
@@ -317,10 +318,13 @@ def make_switchable(stages: list[CalibratedStage], folder: Path) -> list[Switcha
     return found
 
 
-def run_from(stages: list[SwitchableStage], first: int, fp32: Collection[Matmul]) -> Float32:
-    """Label logits (P, N, C) from stage `first` on, with these matmuls in fp32 and the others in int8."""
+def run_from(stages: list[SwitchableStage], first: int, fp32: Collection[Matmul], calls: int | None = None) -> Float32:
+    """Label logits (P, N, C) from stage `first` on, with these matmuls in fp32 and the others in int8.
+
+    calls: run on the rows of the first calls alone.
+    """
     parts: list[Float32] = []
-    for number in range(len(stages[first].feeds)):
+    for number in range(len(stages[first].feeds[:calls])):
         state: Feeds = {}
         for stage in stages[first:]:
             switches = {switch(name): np.array([(stage.name, name) in fp32]) for name in stage.sizes}
