@@ -19,6 +19,8 @@ from bbt_accel.errors import ExportError
 
 Feeds = dict[str, Any]
 """Inputs or outputs of a stage by name, numpy."""
+ROWS_PER_CALL = 8
+"""More would take more memory, and no less time."""
 RunStage = Callable[[Feeds], Feeds]
 
 
@@ -78,11 +80,14 @@ def openvino_stage(file: Path, precision: str) -> RunStage:
 
 
 def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
-    """Label logits (P, N, C) of the bundle's graphs. prompts: float32 (P, n, H) or (P, L, n, H)."""
-    feeds: Feeds = dict(batch.with_decoder_input(bundle.info).graph_inputs(bundle.info))
+    """Label logits (P, N, C) of the graphs, some rows at a time. prompts: float32 (P, n, H) or (P, L, n, H)."""
+    batch = batch.with_decoder_input(bundle.info)
+    parts = (batch.rows(slice(i, i + ROWS_PER_CALL)) for i in range(0, len(batch), ROWS_PER_CALL))
+    feeds: list[Feeds] = [dict(part.graph_inputs(bundle.info)) for part in parts]
     for stage in bundle.info.stages:
-        feeds |= open_stage(bundle, stage)(feeds | prompt_feeds(bundle.info, stage, prompts))
-    return np.asarray(feeds["label_logits"])
+        run, own = open_stage(bundle, stage), prompt_feeds(bundle.info, stage, prompts)
+        feeds = [feed | run(feed | own) for feed in feeds]
+    return np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
 
 
 def prompt_feeds(info: BundleInfo, stage: str, prompts: Float32) -> Feeds:
