@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 
 from bbt_accel.batch import Batch, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row
+from bbt_accel.data import Row, choose_demonstrations
 from bbt_accel.errors import BundleError, DataError, TaskError, first_line
+from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task, parse_template
 
 FIRST_PROMPT_ID = 1000  # in the vocabulary, as in the original
@@ -35,7 +36,7 @@ class Encoder:
     """
 
     def __init__(self, bundle: Bundle, task: Task, demonstrations: Sequence[Row] = ()) -> None:
-        self.bundle, self.task = bundle, task
+        self.bundle, self.task, self.demonstrations = bundle, task, list(demonstrations)
         self.label_words = task.words(bundle.info.template_group)
         self._tokenizer = _tokenizer(bundle)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -223,6 +224,18 @@ class Encoder:
         if spaced and behind[: len(alone)] == alone:
             return behind[len(alone) :]
         return self._encode(word)
+
+
+def encoder_with_demonstrations(
+    bundle: Bundle, task: Task, train: Sequence[Row], settings: Settings
+) -> tuple[Encoder, list[Row]]:
+    """The encoder of a search, whose demonstrations are some of the train rows of a decoder; and the other train rows.
+
+    Raises what `Encoder` and `choose_demonstrations` raise.
+    """
+    count = settings.demonstrations if bundle.info.causal else 0
+    shown, others = choose_demonstrations(train, task.n_classes, count, settings.seed)
+    return Encoder(bundle, task, shown), others
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer:

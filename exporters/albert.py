@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bbt_accel.exporters.bert import BertBackbone
-from bbt_accel.exporters.family import FamilySpec
+from bbt_accel.exporters.family import FamilySpec, sizes
 
 
 def albert_blocks(model: Any) -> list[nn.Module]:
@@ -56,17 +56,6 @@ class AlbertBackbone(BertBackbone):
         return decoder.weight, decoder.bias
 
 
-def _shape(layers: int, hidden: int, heads: int, vocabulary: int, inner: int, **more: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": inner,
-        **more,
-    }
-
-
 ALBERT = FamilySpec(
     model_type="albert",
     model_class="AlbertForMaskedLM",
@@ -77,6 +66,6 @@ ALBERT = FamilySpec(
     embedding=lambda model: model.albert.encoder.embedding_hidden_mapping_in,
     head=lambda model: model.predictions,
     arguments=whole_mask,
-    tiny=_shape(3, 64, 4, 1000, 256, embedding_size=32, max_position_embeddings=128),
-    shapes={"albert-base": _shape(12, 768, 12, 30000, 3072)},
+    tiny=sizes(3, 64, 4, 256, 1000, embedding_size=32, max_position_embeddings=128),
+    shapes={"albert-base": sizes(12, 768, 12, 3072, 30000)},
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bbt_accel.exporters.backbone import Backbone, at, attend
-from bbt_accel.exporters.family import FamilySpec
+from bbt_accel.exporters.family import FamilySpec, sizes
 
 
 class BertBackbone(Backbone):
@@ -98,16 +98,9 @@ class ElectraBackbone(BertBackbone):
         return decoder.weight, decoder.bias
 
 
-def _shape(layers: int, hidden: int, heads: int, vocabulary: int, positions: int, **more: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "max_position_embeddings": positions,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-        **more,
-    }
+def bert_shape(layers: int, hidden: int, heads: int, vocabulary: int, positions: int, **more: Any) -> dict[str, Any]:
+    """BERT's proportions: the feed-forward is four times as wide as the hidden states."""
+    return sizes(layers, hidden, heads, 4 * hidden, vocabulary, max_position_embeddings=positions, **more)
 
 
 BERT = FamilySpec(
@@ -119,11 +112,11 @@ BERT = FamilySpec(
     blocks=lambda model: model.bert.encoder.layer,
     embedding=lambda model: model.bert.embeddings,
     head=lambda model: model.cls,
-    tiny=_shape(3, 64, 4, 1000, 128),
+    tiny=bert_shape(3, 64, 4, 1000, 128),
     shapes={
-        "bert-small": _shape(4, 512, 8, 30522, 512),
-        "bert-base": _shape(12, 768, 12, 30522, 512),
-        "bert-large": _shape(24, 1024, 16, 30522, 512),
+        "bert-small": bert_shape(4, 512, 8, 30522, 512),
+        "bert-base": bert_shape(12, 768, 12, 30522, 512),
+        "bert-large": bert_shape(24, 1024, 16, 30522, 512),
     },
 )
 ROBERTA = FamilySpec(
@@ -137,17 +130,17 @@ ROBERTA = FamilySpec(
     head=lambda model: model.lm_head,
     # Positions count from the id of the padding token.
     positions=lambda config: int(config.max_position_embeddings - config.pad_token_id - 1),
-    tiny=_shape(3, 64, 4, 1000, 130, type_vocab_size=1),
+    tiny=bert_shape(3, 64, 4, 1000, 130, type_vocab_size=1),
     shapes={
-        "roberta-base": _shape(12, 768, 12, 50265, 514, type_vocab_size=1, layer_norm_eps=1e-5),
-        "roberta-large": _shape(24, 1024, 16, 50265, 514, type_vocab_size=1, layer_norm_eps=1e-5),
+        "roberta-base": bert_shape(12, 768, 12, 50265, 514, type_vocab_size=1, layer_norm_eps=1e-5),
+        "roberta-large": bert_shape(24, 1024, 16, 50265, 514, type_vocab_size=1, layer_norm_eps=1e-5),
     },
 )
 XLM_ROBERTA = replace(
     ROBERTA,
     model_type="xlm-roberta",
     model_class="XLMRobertaForMaskedLM",
-    shapes={"xlm-roberta-base": _shape(12, 768, 12, 250002, 514, type_vocab_size=1, layer_norm_eps=1e-5)},
+    shapes={"xlm-roberta-base": bert_shape(12, 768, 12, 250002, 514, type_vocab_size=1, layer_norm_eps=1e-5)},
 )
 CAMEMBERT = replace(ROBERTA, model_type="camembert", model_class="CamembertForMaskedLM", shapes={})
 ELECTRA = FamilySpec(
@@ -159,5 +152,5 @@ ELECTRA = FamilySpec(
     blocks=lambda model: model.electra.encoder.layer,
     embedding=lambda model: getattr(model.electra, "embeddings_project", model.electra.embeddings),
     head=lambda model: model.generator_predictions,
-    tiny=_shape(3, 64, 4, 1000, 128, embedding_size=32),
+    tiny=bert_shape(3, 64, 4, 1000, 128, embedding_size=32),
 )

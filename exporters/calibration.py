@@ -14,16 +14,18 @@ from onnx import helper, numpy_helper
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row, choose_demonstrations, load_few_shot, load_rows
-from bbt_accel.encoding import Encoder
+from bbt_accel.data import load_few_shot, load_rows
+from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.errors import DataError
-from bbt_accel.exporters.sessions import Feeds, open_session, open_stage, prompt_feeds, temporary_graph
+from bbt_accel.exporters.sessions import Feeds, initial_feeds, open_session, open_stage, prompt_feeds, temporary_graph
 from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import load_task
 
 ROWS = 32
 """Rows that a bundle is calibrated and measured on, at most."""
+ROWS_PER_CALL = 4
+"""Of calibration."""
 TEST_ROWS = 4096
 """Test rows whose lengths are looked at, at most."""
 SCALES = (0.0, 1.0, 3.0, 6.0)
@@ -45,11 +47,7 @@ class TaskRows:
         self.task = load_task(task)
         self.settings = resolve(self.task.preset(bundle.info.method))
         train, self.dev = load_few_shot(self.task, data, self.settings)
-        shown: list[Row] = []
-        if bundle.info.causal:
-            count, seed = self.settings.demonstrations, self.settings.seed
-            shown, train = choose_demonstrations(train, self.task.n_classes, count, seed)
-        self.encoder = Encoder(bundle, self.task, shown)
+        self.encoder, train = encoder_with_demonstrations(bundle, self.task, train, self.settings)
         self.train = self.encoder.encode(train)
 
     def calibration(self) -> Batch:
@@ -78,16 +76,9 @@ def random_prompts(bundle: Bundle, seed: int = 0) -> Float32:
     return np.array([scale * std * rng.standard_normal(bundle.info.prompt_shape) for scale in SCALES], np.float32)
 
 
-def initial_feeds(bundle: Bundle, batch: Batch, rows: int) -> list[Feeds]:
-    """What the first stage gets, besides prompts, `rows` rows at a time."""
-    batch = batch.with_decoder_input(bundle.info)
-    parts = (batch.rows(slice(i, i + rows)) for i in range(0, len(batch), rows))
-    return [dict(part.graph_inputs(bundle.info)) for part in parts]
-
-
-def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32, rows: int) -> Iterator[tuple[str, list[Feeds]]]:
-    """Every stage with its inputs, `rows` rows at a time, as the stages before it computed them."""
-    feeds = initial_feeds(bundle, batch, rows)
+def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32) -> Iterator[tuple[str, list[Feeds]]]:
+    """Every stage with its inputs, some rows at a time, as the stages before it computed them."""
+    feeds = initial_feeds(bundle, batch, ROWS_PER_CALL)
     for stage in bundle.info.stages:
         for feed in feeds:
             feed |= prompt_feeds(bundle.info, stage, prompts)

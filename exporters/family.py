@@ -60,3 +60,15 @@ class FamilySpec:
     def compose(self, model: nn.Module, info: BundleInfo) -> Backbone:
         """The backbone of a loaded model for one method, mode and prompt length."""
         return self.backbone(model, info).eval()
+
+
+def sizes(layers: int, hidden: int, heads: int, inner: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    """A configuration by the names that most families of transformers share, for `tiny` and `shapes`."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        **more,
+    }

@@ -27,12 +27,12 @@ ACCURACY_LEVEL = 4
 """Of MatMulNBits: matmuls of 8-bit activations, the fastest on a CPU."""
 
 
-def to_int4(file: Path, target: str) -> tuple[onnx.ModelProto, list[str]]:
-    """The graph of a file with its weights beside it, and the names of its matmuls whose weights now have 4 bits.
+def to_int4(model: onnx.ModelProto, target: str, folder: Path) -> list[str]:
+    """Quantize, in place, the constant weights of matmuls; returns the names of those matmuls.
 
+    folder: of the file with the weights that are not inside the graph.
     A Gemm becomes a MatMul and, with a bias, an Add: that is what runtimes fuse.
     """
-    model = onnx.load(str(file), load_external_data=False)
     graph = model.graph
     name_nodes(graph)
     weights = {t.name: t for t in graph.initializer}
@@ -46,7 +46,7 @@ def to_int4(file: Path, target: str) -> tuple[onnx.ModelProto, list[str]]:
             continue
         name = f"{node.input[1]}_int4"
         if name not in done:
-            exact = numpy_helper.to_array(weights[node.input[1]], str(file.parent))
+            exact = numpy_helper.to_array(weights[node.input[1]], str(folder))
             exact = exact.T if is_transposed(node) else exact
             done[name] = exact.shape
             add_weight(graph, exact, name, target)
@@ -59,7 +59,7 @@ def to_int4(file: Path, target: str) -> tuple[onnx.ModelProto, list[str]]:
     for opset in model.opset_import:
         if target != "ort" and opset.domain in ("", "ai.onnx"):
             opset.version = max(opset.version, OPSET)
-    return model, sorted(chosen)
+    return sorted(chosen)
 
 
 def add_weight(graph: onnx.GraphProto, exact: NDArray[np.float32], name: str, target: str) -> None:

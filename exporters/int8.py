@@ -25,18 +25,16 @@ from onnx import helper, numpy_helper
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
-from bbt_accel.exporters.calibration import Channels, channels, initial_feeds
+from bbt_accel.exporters.calibration import ROWS_PER_CALL, Channels, channels
 from bbt_accel.exporters.convert import graph_on_disk
 from bbt_accel.exporters.graph import name_nodes, replace_nodes
-from bbt_accel.exporters.sessions import Feeds, RunStage, onnx_stage, prompt_feeds, temporary_graph
+from bbt_accel.exporters.sessions import Feeds, RunStage, initial_feeds, onnx_stage, prompt_feeds, temporary_graph
 from bbt_accel.exporters.validate import relative_rmse
 from bbt_accel.progress import Tell
 
 FEW_TOKENS = 0.25
 """Weights that meet at most this share of the tokens stay in fp32: matmuls once per row or candidate (calibration has
 four of each in a call), at the readout position, or in a short decoder. They are little of the work."""
-ROWS_PER_CALL = 4
-"""Calibration rows in a call."""
 SPLIT_SHARE = 1 / 16
 """Extra columns for outlier channels, at most, relative to the channels: their relative cost is of that order."""
 

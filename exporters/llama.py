@@ -11,7 +11,7 @@ from torch import Tensor
 from bbt_accel.errors import ExportError
 from bbt_accel.exporters.backbone import Backbone, at
 from bbt_accel.exporters.causal import CausalBackbone
-from bbt_accel.exporters.family import FamilySpec
+from bbt_accel.exporters.family import FamilySpec, sizes
 from bbt_accel.exporters.rotary import angles, rotate
 
 
@@ -162,21 +162,7 @@ def longest_row(config: Any) -> int:
     return min(limits)
 
 
-def _shape(
-    layers: int, hidden: int, heads: tuple[int, int], inner: int, vocabulary: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "intermediate_size": inner,
-        **more,
-    }
-
-
-_TINY = _shape(3, 64, (4, 2), 96, 1000, max_position_embeddings=128, pad_token_id=0)
+_TINY = sizes(3, 64, 4, 96, 1000, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)
 LLAMA = FamilySpec(
     model_type="llama",
     model_class="LlamaForCausalLM",
@@ -193,10 +179,14 @@ LLAMA = FamilySpec(
     prompt_takes_positions=True,
     tiny=_TINY,
     shapes={
-        "smollm2-135m": _shape(30, 576, (9, 3), 1536, 49152, max_position_embeddings=8192, rope_theta=100000.0,
-                               tie_word_embeddings=True),
-        "llama-3.2-1b": _shape(16, 2048, (32, 8), 8192, 128256, max_position_embeddings=131072, head_dim=64,
-                               tie_word_embeddings=True),
+        "smollm2-135m": sizes(
+            30, 576, 9, 1536, 49152, num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000.0,
+            tie_word_embeddings=True,
+        ),
+        "llama-3.2-1b": sizes(
+            16, 2048, 32, 8192, 128256, num_key_value_heads=8, max_position_embeddings=131072, head_dim=64,
+            tie_word_embeddings=True,
+        ),
     },
 )  # fmt: skip
 
@@ -209,11 +199,13 @@ def _kin(model_type: str, model_class: str, backbone: type[Backbone], tiny: dict
 MISTRAL = _kin("mistral", "MistralForCausalLM", LlamaBackbone, {"head_dim": 16})
 QWEN2 = replace(
     _kin("qwen2", "Qwen2ForCausalLM", LlamaBackbone, {}),
-    shapes={"qwen2.5-0.5b": _shape(24, 896, (14, 2), 4864, 151936, tie_word_embeddings=True)},
+    shapes={"qwen2.5-0.5b": sizes(24, 896, 14, 4864, 151936, num_key_value_heads=2, tie_word_embeddings=True)},
 )
 QWEN3 = replace(
     _kin("qwen3", "Qwen3ForCausalLM", Qwen3Backbone, {"head_dim": 24}),
-    shapes={"qwen3-0.6b": _shape(28, 1024, (16, 8), 3072, 151936, head_dim=128, tie_word_embeddings=True)},
+    shapes={
+        "qwen3-0.6b": sizes(28, 1024, 16, 3072, 151936, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+    },
 )
 SMOLLM3 = _kin("smollm3", "SmolLM3ForCausalLM", SmolLM3Backbone, {"no_rope_layer_interval": 2, "bos_token_id": 2})
 OLMO2 = _kin("olmo2", "Olmo2ForCausalLM", Olmo2Backbone, {})
@@ -229,5 +221,5 @@ EUROBERT = replace(
     begin="bos_token",
     end="eos_token",
     mask="mask_token",
-    shapes={"eurobert-210m": _shape(12, 768, (12, 12), 3072, 128256)},
+    shapes={"eurobert-210m": sizes(12, 768, 12, 3072, 128256, num_key_value_heads=12)},
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bbt_accel.exporters.backbone import MASKED, Backbone, at, attend, padding_bias
-from bbt_accel.exporters.family import FamilySpec
+from bbt_accel.exporters.family import FamilySpec, sizes
 from bbt_accel.exporters.rotary import angles, rotate
 
 LOCAL = "sliding_attention"
@@ -53,16 +53,6 @@ def all_positions(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | {"position_ids": torch.arange(mask.shape[1], device=mask.device)[None]}
 
 
-def _shape(layers: int, hidden: int, heads: int, inner: int, vocabulary: int = 50368) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": inner,
-    }
-
-
 MODERNBERT = FamilySpec(
     model_type="modernbert",
     model_class="ModernBertForMaskedLM",
@@ -74,6 +64,9 @@ MODERNBERT = FamilySpec(
     head=lambda model: model.head,
     arguments=all_positions,
     prompt_takes_positions=True,
-    tiny=_shape(3, 64, 4, 96, 1000) | {"max_position_embeddings": 128, "local_attention": 16, "pad_token_id": 0},
-    shapes={"modernbert-base": _shape(22, 768, 12, 1152), "modernbert-large": _shape(28, 1024, 16, 2624)},
+    tiny=sizes(3, 64, 4, 96, 1000, max_position_embeddings=128, local_attention=16, pad_token_id=0),
+    shapes={
+        "modernbert-base": sizes(22, 768, 12, 1152, 50368),
+        "modernbert-large": sizes(28, 1024, 16, 2624, 50368),
+    },
 )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bbt_accel.exporters.backbone import padding_bias
-from bbt_accel.exporters.bert import RobertaBackbone
+from bbt_accel.exporters.bert import RobertaBackbone, bert_shape
 from bbt_accel.exporters.family import FamilySpec
 
 
@@ -32,17 +32,6 @@ class MPNetBackbone(RobertaBackbone):
         return layer.output(layer.intermediate(y), y)
 
 
-def _shape(layers: int, hidden: int, heads: int, vocabulary: int, positions: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "max_position_embeddings": positions,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-    }
-
-
 MPNET = FamilySpec(
     model_type="mpnet",
     model_class="MPNetForMaskedLM",
@@ -53,6 +42,6 @@ MPNET = FamilySpec(
     embedding=lambda model: model.mpnet.embeddings,
     head=lambda model: model.lm_head,
     positions=lambda config: int(config.max_position_embeddings - 2),  # they count from the padding token's id, 1
-    tiny=_shape(3, 64, 4, 1000, 130),
-    shapes={"mpnet-base": _shape(12, 768, 12, 30527, 514)},
+    tiny=bert_shape(3, 64, 4, 1000, 130),
+    shapes={"mpnet-base": bert_shape(12, 768, 12, 30527, 514)},
 )

@@ -140,24 +140,27 @@ def to_graphs(job: Job, folder: Path) -> Report:
     others = graph.NewWeights(folder / "weights.data")
     hinted = (target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
     precision = "fp32" if hinted else job.precision
-    if precision in INTEGERS:
-        return INTEGERS[precision](job, folder)
+    if precision == "int8":
+        return to_int8_graphs(job, folder)
     rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
-    calibrated = stage_feeds(bundle, rows, job.prompts, rows=4) if precision != "fp32" else None
+    calibrated = stage_feeds(bundle, rows, job.prompts) if precision in TYPES else None
     operators: Counter[str] = Counter()
-    kept: list[str] = []
+    kept, quantized = list[str](), 0
     for done, (stage, feeds) in enumerate(calibrated or ((stage, []) for stage in bundle.info.stages)):
         job.tell(f"converting {stage}", done, len(bundle.info.stages))
         with graph_on_disk(bundle.path / f"{stage}.onnx", target, folder) as (file, fused):
             model = onnx.load(str(file), load_external_data=precision in TYPES)
             if precision in TYPES:
                 kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[precision])]
+            elif precision == "int4":
+                quantized += len(to_int4(model, target, folder))
             operators.update(fused)
             if target == "trt":
                 operators.update(node.op_type for node in model.graph.node if node.op_type in OPERATORS)
             operators.update(write_stage(job, model, folder, stage, others, checkpoint))
     report: Report = {"fused" if target == "ort" else "operators": dict(operators)}
-    report |= {"kept_fp32": kept} if precision != "fp32" else {}
+    report |= {"kept_fp32": kept} if precision in TYPES else {}
+    report |= {"quantized": quantized} if precision == "int4" else {}
     return report | ({"bf16": openvino_bf16()} if hinted else {})
 
 
@@ -173,23 +176,6 @@ def to_int8_graphs(job: Job, folder: Path) -> Report:
             if fallback := select_fp32(stages, job.max_rmse, folder):
                 report = write_int8(job, stages, fallback, folder)
     return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}
-
-
-def to_int4_graphs(job: Job, folder: Path) -> Report:
-    """Every stage with its matmuls' weights in 4 bits."""
-    operators: Counter[str] = Counter()
-    others, stages, quantized = graph.NewWeights(folder / "weights.data"), job.bundle.info.stages, 0
-    for done, stage in enumerate(stages):
-        job.tell(f"converting {stage}", done, len(stages))
-        with graph_on_disk(job.bundle.path / f"{stage}.onnx", job.target, folder) as (file, fused):
-            model, made = to_int4(file, job.target)
-            quantized += len(made)
-            operators.update(fused)
-            operators.update(write_stage(job, model, folder, stage, others))
-    return {"fused" if job.target == "ort" else "operators": dict(operators), "quantized": quantized}
-
-
-INTEGERS = {"int8": to_int8_graphs, "int4": to_int4_graphs}
 
 
 def write_stage(

@@ -81,13 +81,18 @@ def openvino_stage(file: Path, precision: str) -> RunStage:
 
 def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
     """Label logits (P, N, C) of the graphs, some rows at a time. prompts: float32 (P, n, H) or (P, L, n, H)."""
-    batch = batch.with_decoder_input(bundle.info)
-    parts = (batch.rows(slice(i, i + ROWS_PER_CALL)) for i in range(0, len(batch), ROWS_PER_CALL))
-    feeds: list[Feeds] = [dict(part.graph_inputs(bundle.info)) for part in parts]
+    feeds = initial_feeds(bundle, batch, ROWS_PER_CALL)
     for stage in bundle.info.stages:
         run, own = open_stage(bundle, stage), prompt_feeds(bundle.info, stage, prompts)
         feeds = [feed | run(feed | own) for feed in feeds]
     return np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
+
+
+def initial_feeds(bundle: Bundle, batch: Batch, rows: int) -> list[Feeds]:
+    """What the first stage gets, besides prompts, `rows` rows at a time."""
+    batch = batch.with_decoder_input(bundle.info)
+    parts = (batch.rows(slice(i, i + rows)) for i in range(0, len(batch), rows))
+    return [dict(part.graph_inputs(bundle.info)) for part in parts]
 
 
 def prompt_feeds(info: BundleInfo, stage: str, prompts: Float32) -> Feeds:

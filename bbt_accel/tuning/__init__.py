@@ -11,8 +11,8 @@ from pathlib import Path
 
 import bbt_accel
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row, choose_demonstrations, load_few_shot, rows_digest
-from bbt_accel.encoding import Encoder
+from bbt_accel.data import load_few_shot, rows_digest
+from bbt_accel.encoding import encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import RunError, UsageError
 from bbt_accel.history import Generation
@@ -118,17 +118,15 @@ def _prepare(
     """Load and encode the rows, and describe the run."""
     folder = None if data is None else Path(data).absolute()
     train, dev = load_few_shot(task, folder, settings)
-    digest, shown = rows_digest([*train, *dev]), list[Row]()
-    if bundle.info.causal:
-        shown, train = choose_demonstrations(train, task.n_classes, settings.demonstrations, settings.seed)
-    encoder = Encoder(bundle, task, shown)
+    digest = rows_digest([*train, *dev])
+    encoder, train = encoder_with_demonstrations(bundle, task, train, settings)
     packages = {name: version(name) for name in ("cma", "numpy")}
     info = RunInfo(
         task=task,
         label_words=encoder.label_words,
         settings=settings,
         data=DataRecord(path=str(folder) if folder else None, digest=digest, train_rows=len(train), dev_rows=len(dev)),
-        demonstrations=shown,
+        demonstrations=encoder.demonstrations,
         bundle=BundleRecord.of(bundle, workspace.final),
         engine=engine,
         versions={"bbt-accel": bbt_accel.__version__, **packages, "python": platform.python_version()},
