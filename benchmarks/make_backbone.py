@@ -18,7 +18,8 @@ from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import DataError, check_known
 from bbt_accel.files import new_folder
 
-DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "n_layer")  # names of the block count
+DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "n_layer", "n_layers")
+"""Names of the number of blocks."""
 
 
 def make_backbone(

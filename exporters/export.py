@@ -67,15 +67,15 @@ def export_bundle(
     with new_folder(output) as folder:
         try:
             model.save_pretrained(folder, max_shard_size="1000GB")  # type: ignore[operator]
+            if ids and prompt_mode == "cat":
+                embedded = family_of(model.config).compose(model, info).tokens(torch.tensor([ids]))[0]
+                save_file({"prompt": embedded.contiguous()}, folder / INITIAL_PROMPT)
         except SafetensorError as refusal:  # no OSError, even where the disk is full
             raise ExportError(
                 f"cannot write {output} ({first_line(refusal)}); free some space or choose another -o"
             ) from refusal
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        if ids and prompt_mode == "cat":
-            embedded = family_of(model.config).compose(model, info).tokens(torch.tensor([ids]))[0]
-            save_file({"prompt": embedded.contiguous()}, folder / INITIAL_PROMPT)
         info = info.model_copy(update={"stages": trace(model, info, folder, progress)})
         write_device_graphs(folder, info)
         write_info(folder, info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import redirect_stderr
 from functools import cache
 from importlib.metadata import entry_points
@@ -78,7 +79,7 @@ def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
     where, options = place(checkpoint, revision)
     try:
         config = AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, struct.error) as error:
         raise ExportError(
             f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder, a hub id or a GGUF file"
         ) from None
@@ -104,7 +105,7 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
             model, report = kind.from_pretrained(
                 where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, struct.error) as error:
         raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error).rstrip('.')})") from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -121,7 +122,7 @@ def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
     where, options = place(checkpoint, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, struct.error) as error:
         raise ExportError(f"cannot load the tokenizer of {checkpoint} ({first_line(error).rstrip('.')})") from None
     if not tokenizer.is_fast:
         raise ExportError(f"{checkpoint} has no fast tokenizer (tokenizer.json), which bundles need")

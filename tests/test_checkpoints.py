@@ -106,6 +106,16 @@ def test_a_gguf_file_is_exported_with_its_tokenizer(tmp_path: Path) -> None:
     np.testing.assert_array_equal(weight.numpy(), tensors["token_embd"])
 
 
+@pytest.mark.parametrize("size", [0, 10, 200, 5000, 100_000])
+def test_a_truncated_gguf_file_is_refused_in_one_line(tmp_path: Path, size: int) -> None:
+    write_gguf(tmp_path / "whole.gguf")
+    (tmp_path / "part.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:size])
+    with pytest.raises(ExportError, match=r"cannot load .*part\.gguf \(") as caught:
+        export_bundle(tmp_path / "part.gguf", tmp_path / "bundle")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_missing_gguf_file_or_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("gguf"):
         with pytest.raises(ExportError, match=r"there is no file .*none\.gguf"):

@@ -91,15 +91,27 @@ def test_an_export_is_measured_against_eager_pytorch(whole: tuple[Path, Bundle])
     assert 0 < error < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("owner", "function", "options"),
+    [
+        (transformers.PreTrainedModel, "save_pretrained", {}),
+        (export, "save_file", {"prompt_mode": "cat", "prompt_init": "a"}),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_written_is_one_line(
-    whole: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, Bundle],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    function: str,
+    options: dict[str, Any],
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(owner, function, full)
     with pytest.raises(ExportError, match=r"cannot write .*No space left.*; free some space") as caught:
-        export_bundle(whole[0], tmp_path / "bundle")
+        export_bundle(whole[0], tmp_path / "bundle", **options)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
