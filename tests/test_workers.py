@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from search_parts import SETTINGS, batch, search_bundle, task_file
+from search_parts import job as make_job
 
 from bbt_accel import tune
 from bbt_accel.batch import Batch
@@ -18,8 +19,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.cluster import connect
 from bbt_accel.errors import BundleError, EngineError, NonFiniteLoss, UsageError
 from bbt_accel.history import Generation, History
-from bbt_accel.objective import Objective
-from bbt_accel.run import EngineRecord, Run
+from bbt_accel.run import Run
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.methods import PromptSpace
@@ -28,7 +28,7 @@ from bbt_accel.tuning.workers import WorkersEvaluator
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-SMALL = Settings(intrinsic_dim=6, popsize=5, budget=60, eval_every=10, seed=3)
+SMALL = Settings(readout="verbalizer", intrinsic_dim=6, popsize=5, budget=60, eval_every=10, seed=3)
 TRAIN, DEV = batch(8, seed=0), batch(8, seed=1)
 
 
@@ -38,8 +38,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
 
 
 def job(bundle: Bundle, engine: str = "dummy", settings: Settings = SMALL, train: Batch = TRAIN) -> Job:
-    record = EngineRecord(name=engine, device="cpu", threads=1, without=[])
-    return Job(bundle, record, settings, Objective(settings.loss, "accuracy"), train, DEV)
+    return make_job(bundle, settings, train, DEV, engine)
 
 
 Observe = Callable[[Generation], None]
