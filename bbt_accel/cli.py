@@ -14,7 +14,7 @@ import typer
 
 from bbt_accel import __version__, printing
 from bbt_accel import cli_options as shared
-from bbt_accel.benchmarks.options import BenchOptions, bench_options
+from bbt_accel.benchmarks.options import BenchOptions, CompareOptions, bench_options
 from bbt_accel.command import INTERRUPTED, exit_on_error
 from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Precision
@@ -208,6 +208,24 @@ def bench(
 
     run_bench(bench_options(**options), output, progress=not as_json)
     printing.print_bench(output, as_json)
+
+
+@command(MEASURE, "compare agnews sst2 --data data -o comparison")
+def compare(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Built-in tasks, or paths of .toml files.")],
+    options: Annotated[Options, Fields(CompareOptions)],
+    output: shared.Output,
+    ray: shared.Ray = None,
+    resume: Annotated[bool, typer.Option(help="Continue a comparison; finished trials are kept.")] = False,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Compare accuracy per forward pass: readouts, searches, and training by gradients."""
+    from bbt_accel.benchmarks.compare import run_compare
+
+    report = run_compare(tasks, output, CompareOptions(**options), ray=ray, resume=resume, progress=not as_json)
+    printing.print_bench(output, as_json)
+    if report.failures:
+        raise BbtError(f"{len(report.failures)} trials failed; retry them with --resume")
 
 
 @command(MEASURE, "doctor --json")

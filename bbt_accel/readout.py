@@ -20,7 +20,6 @@ from bbt_accel.errors import RunError, first_line
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.settings import ReadoutName
 
-FILE = "readout.safetensors"
 BIAS_PENALTY = 0.05
 """λ of a fitted class bias."""
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)

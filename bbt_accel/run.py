@@ -16,12 +16,12 @@ from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, RunError
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
-from bbt_accel.readout import FILE as READOUT
 from bbt_accel.readout import Readout
 from bbt_accel.settings import ReadoutName, Settings
 from bbt_accel.tasks import Task
 
-INFO, PROMPT, HISTORY, CURVE, EVENTS = "run.json", "prompt.safetensors", "history.jsonl", "curve.png", "tensorboard"
+INFO, PROMPT, READOUT, HISTORY = "run.json", "prompt.safetensors", "readout.safetensors", "history.jsonl"
+CURVE, EVENTS = "curve.png", "tensorboard"
 
 
 class BundleRecord(BaseModel, extra="forbid"):

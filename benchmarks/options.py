@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Method, PromptMode
-from bbt_accel.engine_specs import Device
+from bbt_accel.engine_specs import Device, Precision
 from bbt_accel.errors import UsageError
+from bbt_accel.reporting import Schema
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -60,3 +62,34 @@ def bench_options(**given: Any) -> BenchOptions:
         first = error.errors()[0]
         option = f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}"
         raise UsageError(f"{option}: {first['msg']}; got {first['input']!r}") from None
+
+
+Contender = Literal["readouts", "auto", "bbt", "bbtv2", "gradient-prompt", "lora", "fine-tuning", "embeddings"]
+CONTENDERS: tuple[Contender, ...] = get_args(Contender)
+
+
+class CompareOptions(Schema):
+    """The options of `run_compare`."""
+
+    backbone: str = Field(default="demo", description="Hub id, local folder, or demo (shipped).")
+    data: Path | None = None
+    """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
+    contenders: list[str] = Field(default=list(CONTENDERS), description=f"Any of {', '.join(CONTENDERS)}.")
+    budgets: list[int] = Field(default=[64, 300, 1000], description="API calls of the searches.")
+    seeds: list[int] = Field(default=[42, 43, 44], description="Of the rows, and of everything drawn at random.")
+    k_shot: int = Field(default=16, ge=1, description="Examples per class to train on, and as many to choose by.")
+    n_prompt_tokens: int = Field(default=20, ge=1, description="Soft prompt vectors.")
+    test_rows: int = Field(default=800, ge=1, description="Maximum of test rows.")
+    engine: str = Field(default="ort", description="Engine of the readouts and the searches.")
+    precision: Precision = Field(default="fp32", description="Its precision.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads per trial (default: its share).")
+    jobs: int | None = Field(default=None, ge=1, description="Trials at a time (default: 1).")
+
+    def command_line(self, tasks: Sequence[str], output: Path) -> str:
+        """The command that repeats the comparison; options at their default are omitted."""
+        words = ["bbt-accel", "compare", *tasks]
+        for name, field in type(self).model_fields.items():
+            if (value := getattr(self, name)) != field.default:
+                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                words += [f"--{name.replace('_', '-')}", text]
+        return shlex.join([*words, "-o", str(output)])

