@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bbt_accel.command import print_facts, print_json, print_markdown, print_table
-from bbt_accel.reporting import JSON, TABLE
+from bbt_accel.reporting import JSON, METRICS, TABLE, percent
 
 if TYPE_CHECKING:
     from bbt_accel.bundle import Bundle
@@ -59,6 +59,11 @@ def print_run(run: Run, as_json: bool) -> None:
     if info.best:
         facts |= {f"dev {info.task.metric}": info.best.dev_score, "dev loss": info.best.dev_loss}
         facts |= {"best prompt after": f"{info.best.calls} calls"}
+    facts["readout"] = info.readout.name + (f"; {info.readout.reason}" if info.readout.reason else "")
+    if tried := info.readout.tried:
+        rows = [(t.name, f"{t.log_loss:.3f}", percent(t.score, 1), f"{t.seconds:.1f}") for t in tried]
+        header = ["readout", "held-out log loss", f"held-out {METRICS[info.task.metric]}", "seconds"]
+        print_table("Readouts without a search (1 call)", rows, header)
     print_facts(relative(run.path), facts)
 
 

@@ -29,7 +29,7 @@ from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
 from bbt_accel.sweeps.runner import run_sweep
 from bbt_accel.tasks import load_task
 
-FAST = {"k_shot": 3, "eval_every": 10, "budget": 24}
+FAST = {"readout": "verbalizer", "k_shot": 3, "eval_every": 10, "budget": 24}
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_options_override_the_toml_file(toy: dict[str, Any], tmp_path: Path) -> 
         ({"engines": ["remote"]}, "a sweep has no --url"),
         ({"settings": {"budgett": 3}}, "did you mean budget"),
         ({"settings": {"seed": 3}}, "a sweep takes no setting 'seed'"),
-        ({"settings": {"budget": 3}}, "budget 3 is too small"),
+        ({"settings": {"readout": "verbalizer", "budget": 3}}, "budget 3 is too small"),
         ({"tasks": ["sst"]}, "did you mean sst2"),
         ({"bundles": ["nowhere"]}, "nowhere is not a bundle"),
     ],
@@ -281,7 +281,15 @@ def made_up(task: str, seed: int) -> Trial:
 
 def made_up_result(trial: Trial, score: float) -> TrialResult:
     return TrialResult(
-        trial=trial, score=score, without_prompt=0.5, dev_score=0.75, test_rows=100, calls=8000, seconds=60, versions={}
+        trial=trial,
+        score=score,
+        without_prompt=0.5,
+        calibrated=0.6,
+        dev_score=0.75,
+        test_rows=100,
+        calls=8000,
+        seconds=60,
+        versions={},
     )
 
 
@@ -297,6 +305,7 @@ def test_the_table_is_in_the_form_of_the_papers() -> None:
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
         "| BBT | large | ort | 89.56 (0.34) | 61.56, 1 failed | failed | – |",
         "| no prompt | large | ort | 50.00 | 50.00 | – | – |",
+        "| calibrated | large | ort | 60.00 | 60.00 | – | – |",
     ]
     assert "9 trials: 4 done, 4 failed, 1 not run." in markdown(report, plot=False)
     results |= {t.name: made_up_result(t, 0.6) for t in trials[4:]}

@@ -27,7 +27,8 @@ def summary(report: SweepReport) -> str:
     hint = " Interrupted; resume with --resume." if report.interrupted else ""
     seeds = len(report.sweep.seeds)
     mean = f"mean over {seeds} seeds and (standard deviation, n − 1)" if seeds > 1 else "one seed"
-    legend = f"Percent on the test rows, {mean}. `no prompt` is the same bundle with a zero prompt."
+    legend = f"Percent on the test rows, {mean}. `no prompt` is the same bundle with a zero prompt, "
+    legend += "`calibrated` the same with the label bias removed."
     parts = [f"{len(report.trials)} trials: {', '.join(counts)}.{hint}", scores(report), legend]
     failures = {trial.name: trial.reason for trial in report.trials if trial.reason}
     if report.cross_evaluation is not None:
@@ -37,17 +38,17 @@ def summary(report: SweepReport) -> str:
 
 
 def scores(report: SweepReport) -> str:
-    """Mean and standard deviation, one column per task; below each bundle its scores without a prompt."""
+    """Mean and standard deviation, one column per task; below each bundle its scores without a search."""
     cells = report.rows[0].cells
     several = len(cells) > 1
     header = ["method", "bundle", "engine", *(_title(cell, " ") for cell in cells), *(["mean"] if several else [])]
     lines = []
     for row in report.rows:
-        tuned, without = [_cell(cell) for cell in row.cells], [percent(cell.without_prompt) for cell in row.cells]
-        if several:
-            tuned, without = [*tuned, percent(row.mean)], [*without, percent(row.without_prompt)]
+        tuned = [*map(_cell, row.cells), *([percent(row.mean)] if several else [])]
         lines.append([METHODS[row.method], row.bundle, row.engine, *tuned])
-        lines.append(["no prompt", row.bundle, row.engine, *without])
+        for name, column in (("no prompt", "without_prompt"), ("calibrated", "calibrated")):
+            values = [getattr(cell, column) for cell in (*row.cells, *([row] if several else []))]
+            lines.append([name, row.bundle, row.engine, *map(percent, values)])
     return markdown_table(header, lines, text_columns=3)
 
 
@@ -117,10 +118,22 @@ def _cross_evaluation(found: CrossEvaluation) -> list[str]:
 
 
 def _trials(report: SweepReport) -> str:
-    header = ["task", "bundle", "engine", "seed", "status", "test", "no prompt", "dev", "calls", "search s"]
+    header = [
+        "task",
+        "bundle",
+        "engine",
+        "seed",
+        "status",
+        "test",
+        "no prompt",
+        "calibrated",
+        "dev",
+        "calls",
+        "search s",
+    ]
     lines = []
     for t in report.trials:
-        measured = [percent(t.score), percent(t.without_prompt), percent(t.dev_score)]
+        measured = [percent(value) for value in (t.score, t.without_prompt, t.calibrated, t.dev_score)]
         spent = ["–", "–"] if t.calls is None or t.seconds is None else [f"{t.calls:,}", f"{t.seconds:,.0f}"]
         lines.append([t.task, t.bundle, t.engine, str(t.seed), t.status, *measured, *spent])
     return markdown_table(header, lines, text_columns=5)

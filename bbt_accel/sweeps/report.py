@@ -22,6 +22,7 @@ class TrialResult(Schema):
     trial: Trial
     score: float = Field(description="Test score of the tuned prompt, by the task's metric.")
     without_prompt: float = Field(description="Test score of a zero prompt.")
+    calibrated: float = Field(description="The same with the label bias removed, without labels.")
     dev_score: float = Field(description="Dev score of the tuned prompt, by which it was chosen.")
     test_rows: int = Field(description="Test rows behind score and without_prompt.")
     calls: int = Field(description="Candidates evaluated.")
@@ -41,6 +42,7 @@ class TrialRow(Schema):
     reason: str | None = Field(default=None, description="Why it failed, in one line.")
     score: float | None = Field(default=None, description="Test score of the tuned prompt.")
     without_prompt: float | None = Field(default=None, description="Test score of a zero prompt.")
+    calibrated: float | None = Field(default=None, description="The same with the label bias removed, without labels.")
     dev_score: float | None = Field(default=None, description="Dev score of the tuned prompt, by which it was chosen.")
     test_rows: int | None = Field(default=None, description="Test rows behind score and without_prompt.")
     calls: int | None = Field(default=None, description="Candidates evaluated.")
@@ -58,6 +60,7 @@ class ScoreCell(Schema):
     mean: float | None = Field(description="Mean of the scores; None without any.")
     std: float | None = Field(description="Standard deviation of the scores (n − 1); None for fewer than two.")
     without_prompt: float | None = Field(description="Mean test score of a zero prompt.")
+    calibrated: float | None = Field(description="The same with the label bias removed, without labels.")
     failed: int = Field(description="Trials that failed.")
 
 
@@ -70,6 +73,7 @@ class SweepRow(Schema):
     cells: list[ScoreCell] = Field(description="One per task.")
     mean: float | None = Field(description="Mean of the cells' means; None unless every task has one.")
     without_prompt: float | None = Field(description="The same for a zero prompt.")
+    calibrated: float | None = Field(description="The same for a zero prompt with the label bias removed.")
 
 
 class CrossScore(Schema):
@@ -104,7 +108,7 @@ class CrossEvaluation(Schema):
 class SweepReport(Schema):
     """report.json."""
 
-    version: int = Field(default=2, description="Version of this schema.")
+    version: int = Field(default=3, description="Version of this schema.")
     created: str = Field(default_factory=now, description="When it was written, UTC, ISO 8601.")
     interrupted: bool = Field(description="Whether the sweep was interrupted.")
     sweep: Sweep = Field(description="The sweep as requested.")
@@ -129,9 +133,9 @@ def make_report(
     rows = []
     for (method, bundle, engine), group in groupby(trials, lambda t: (t.method, t.bundle_name, t.engine)):
         cells = [_cell(list(some), results, failures) for _, some in groupby(group, lambda t: t.task_name)]
-        mean, without = (_mean_if_complete([getattr(c, name) for c in cells]) for name in ("mean", "without_prompt"))
-        row = SweepRow(method=method, bundle=bundle, engine=engine, cells=cells, mean=mean, without_prompt=without)
-        rows.append(row)
+        names = ("mean", "without_prompt", "calibrated")
+        means = {name: _mean_if_complete([getattr(cell, name) for cell in cells]) for name in names}
+        rows.append(SweepRow(method=method, bundle=bundle, engine=engine, cells=cells, **means))
     versions = installed_versions()
     return SweepReport(
         interrupted=interrupted,
@@ -154,6 +158,7 @@ def _cell(trials: Sequence[Trial], results: Mapping[str, TrialResult], failures:
         mean=statistics.fmean(scores) if scores else None,
         std=statistics.stdev(scores) if len(scores) > 1 else None,
         without_prompt=statistics.fmean(result.without_prompt for result in done) if done else None,
+        calibrated=statistics.fmean(result.calibrated for result in done) if done else None,
         failed=sum(t.name in failures for t in trials),
     )
 
