@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode
 from bbt_accel.data import Row
-from bbt_accel.errors import BundleError, RunError
+from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.settings import Settings
@@ -133,7 +133,11 @@ class Run:
             raise RunError(f"{path} has no {PROMPT}; tune again")
         if sha256(file) != info.prompt_sha256:
             raise RunError(f"{file} is not the prompt that {INFO} describes (sha256); tune again")
-        return cls(path, info, load_file(file)["prompt"])
+        with translated(RunError, f"{file} cannot be read; tune again"):
+            prompt = load_file(file)["prompt"]
+        if list(prompt.shape) != info.prompt_shape:
+            raise RunError(f"{file} has the shape {list(prompt.shape)}, not {info.prompt_shape}; tune again")
+        return cls(path, info, prompt)
 
     @property
     def task(self) -> Task:
