@@ -2,11 +2,10 @@
 
 python tests/kills.py COMMAND [EVERY]
 
-COMMAND: tune, tune-v2, overwrite, export, optimize or sweep. The process is killed, as by SIGKILL, before and after each
-call that makes, renames, replaces, removes or syncs a file or folder, or at every n-th of them, in a fork of a process that
-has loaded everything. Then
-nothing half-written may have its final name, and the same command (with --resume) must end with the result that it has
-when nobody kills it, and leave nothing else.
+COMMAND: tune, tune-v2, overwrite, export, optimize or sweep. A fork of a process that has loaded everything is killed
+before and after each call that makes, renames, replaces, removes or syncs a file or folder, or at every n-th of these
+points. Then nothing half-written may have its final name, and the same command (with --resume) must end with the result
+that it has when nobody kills it, and leave nothing else.
 """
 
 from __future__ import annotations

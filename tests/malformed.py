@@ -2,9 +2,9 @@
 
 python tests/malformed.py [EVERY]
 
-Every kind of file that a command reads is damaged in the same ways: each of its values replaced by each of some others,
-its bytes cut, flipped, repeated or replaced. An input is handled when it is accepted, or refused in one line by an error
-of our own, within `LIMIT` seconds; what has a checksum must be refused. EVERY: try only every n-th input.
+Every kind of file that a command reads is damaged in the same ways: each value is replaced by each of some others, bytes
+are cut, flipped, repeated or replaced. An input is handled when it is accepted, or refused in one line by an error of our
+own, within `LIMIT` seconds; what has a checksum must be refused. EVERY: try only every n-th input.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from bbt_accel.sweeps.grid import read_sweep
 
 LIMIT = 10  # seconds
 VALUES: tuple[Any, ...] = (
-    None, True, 0, -1, 1.5, 2**31, 10**9, 2**63, 10**400, float("nan"), float("inf"), "", "x", "\0", "../..", "é" * 5000,
-    [], [[]], {}, {"x": 1}, [None] * 3,
+    None, True, 0, -1, 1.5, 2**31, 10**9, 2**63, 10**400, float("nan"), float("inf"), "", "x", "\0", "../..",
+    "é" * 5000, [], [[]], {}, {"x": 1}, [None] * 3,
 )  # fmt: skip
 """In place of each value of a JSON file."""
 TOML_VALUES = (
@@ -264,7 +264,7 @@ def attack(case: Case) -> str | None:
         return None if line and len(line) <= 2 * LONGEST_LINE else f"says {len(line)} characters"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {str(error):.100} ({Path(where.filename).name}:{where.lineno})"
+        return f"{type(error).__name__}: {error!s:.100} ({Path(where.filename).name}:{where.lineno})"
     finally:
         for file, content in former.items():
             if content is None:
