@@ -2,9 +2,9 @@
 
 python tests/malformed.py [EVERY]
 
-Every kind of file that a command reads is damaged in the same ways: each value is replaced by each of some others, bytes
-are cut, flipped, repeated or replaced. An input is handled when it is accepted, or refused in one line by an error of our
-own, within `LIMIT` seconds; what has a checksum must be refused. EVERY: try only every n-th input.
+Every kind of file that a command reads is damaged in the same ways: each value is replaced by each of some others, and
+bytes are cut, flipped, repeated or replaced. An input is handled when it is accepted, or refused in one line by an error
+of our own, within `LIMIT` seconds; what has a checksum must be refused. EVERY: try only every n-th input.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, compl
 
 
 def test_a_date_that_python_does_not_have_is_one_line(tmp_path: Path) -> None:
-    times = pa.array([2**62, 0], pa.timestamp("s"))
+    times = pa.array([2**62, 0], pa.timestamp("ms"))
     parquet.write_table(pa.table({"sentence": times, "label": [0, 1]}), tmp_path / "train.parquet")
     with pytest.raises(DataError, match=r"cannot read .*train\.parquet"):
         load_rows(SST2, "train", tmp_path)

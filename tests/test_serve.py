@@ -260,8 +260,9 @@ def one(**changes: Any) -> bytes:
         (json.dumps({"inputs": [], "outputs": [{"name": "x" * 20_000}]}).encode(), "there is no output 'xxx"),
         (json.dumps({"inputs": [{}] * 1_000_000}).encode()[: 2**20], "malformed"),
         (b'{"inputs": [' + b"{}, " * 200_000 + b"{}]}", "malformed"),
-        (b'{"inputs": [{"name": "readout", "datatype": "INT64", "shape": [1], "data": [NaN]}]}', "malformed"),
-        (b'{"id": "\\ud800"}', "malformed"),
+        (b'{"inputs": [{"name": "readout", "datatype": "INT64", "shape": [1], "data": [NaN]}]}', "INT64 numbers"),
+        (one(name="\ud800"), "there is no input"),
+        (one(datatype="\ud800"), "must be INT64, not ?"),
         (one(data=[1, "x" * 100_000]), "INT64 numbers"),
         (one(data=[[[[1]]], 2]), "ragged or too deeply nested"),
         (one(data=[1, 2.5]), "INT64 numbers"),
@@ -785,24 +786,26 @@ def test_ctrl_c_shuts_the_server_down(plain: Bundle) -> None:
 
 COMPUTING = """
 import sys, time
+from bbt_accel.cli import main
 from bbt_accel.engines.dummy import DummyBoundBatch
-DummyBoundBatch._label_logits = lambda *_: (print("computing", flush=True), time.sleep(300))
 from bbt_accel.serving import app
+DummyBoundBatch._label_logits = lambda *_: (print("computing", flush=True), time.sleep(300))
 app.LAST_CALL = 0.5
+main(["serve", sys.argv[1], "--engine", "dummy", "--port", "0", "--json"])
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 def test_sigterm_ends_a_server_that_computes_within_seconds(plain: Bundle) -> None:
     environment = {**os.environ, "BBT_ACCEL_TOKEN": ""}
-    command = [sys.executable, "-c", COMPUTING + SERVE, str(plain.path)]
+    command = [sys.executable, "-c", COMPUTING, str(plain.path)]
     body = json.dumps(in_json(whole(plain))).encode()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
             assert process.stdout is not None
-            url = process.stdout.readline().strip()
+            url = json.loads(process.stdout.readline())["url"]
             answers: list[Any] = []
             clients = [threading.Thread(target=lambda: answers.append(ask(url, "POST", INFER, body))) for _ in range(2)]
             for client in clients:

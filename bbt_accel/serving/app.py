@@ -225,7 +225,8 @@ async def refuse(request: Request, error: Exception) -> Response:
         status = 400
     if status == 500:
         log.error("%s: %s", request.url.path, error)
-    return JSONResponse({"error": clipped(str(error), LONGEST_ERROR) or "the client disconnected"}, status)
+    text = clipped(str(error), LONGEST_ERROR).encode("utf-8", "replace").decode("utf-8")  # for lone surrogates
+    return JSONResponse({"error": text or "the client disconnected"}, status)
 
 
 async def fail(request: Request, error: Exception) -> Response:
