@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -54,15 +54,18 @@ class Manifest(BaseModel, extra="forbid"):
         return found
 
 
+TokenId = Annotated[int, Field(ge=0, lt=2**26)]
+
+
 class SpecialTokens(BaseModel, extra="forbid"):
     """Vocabulary ids that the encoding uses; None where rows of this family have no such token."""
 
-    begin: int | None
-    end: int | None
-    pad: int
-    mask: int | None
+    begin: TokenId | None
+    end: TokenId | None
+    pad: TokenId
+    mask: TokenId | None
     mask_text: str | None = Field(description="The mask token's, e.g. `<mask>`; the sentinel's for the group `span`.")
-    decoder_start: int | None
+    decoder_start: TokenId | None
 
 
 class BundleInfo(Manifest):
@@ -88,7 +91,7 @@ class BundleInfo(Manifest):
     word_embedding_std: float
     special: SpecialTokens
     prompt_init: str | None = Field(default=None, description="The text that the prompt starts from.")
-    prompt_ids: list[int] | None = Field(default=None, description="Its token ids.")
+    prompt_ids: list[TokenId] | None = Field(default=None, description="Its token ids.")
     precision: Precision
     target: str = Field(description="`onnx` as exported, else the engine that it was optimized for.")
     without: list[str] = Field(default=[], description="Names of `OPTIMIZATIONS` that the graphs leave out.")

@@ -185,6 +185,8 @@ class Encoder:
         if wanted.stop <= size and self._special.isdisjoint(wanted):
             return tuple(wanted)
         ordinary = [i for i in range(size) if i not in self._special]
+        if not ordinary:
+            raise BundleError(f"{self.bundle.path} has a vocabulary of special tokens alone; export it again")
         return tuple(ordinary[i % len(ordinary)] for i in wanted)
 
     def _ids(self, fields: Sequence[Fields]) -> list[list[int]]:

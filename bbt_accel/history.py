@@ -31,7 +31,7 @@ class Generation(BaseModel, extra="forbid", frozen=True):
     step_size: FiniteFloat
     dev_score: FiniteFloat | None = Field(default=None, description="Metric of its prompt on the dev rows.")
     dev_loss: FiniteFloat | None = Field(default=None, description="Its loss there; None if it was not scored.")
-    seconds: FiniteFloat = Field(description="Duration of the generation, dev score included.")
+    seconds: FiniteFloat = Field(ge=0, lt=1e9, description="Duration of the generation, dev score included.")
     evaluations_per_second: FiniteFloat = Field(description="Candidates per second, without CMA-ES and the dev score.")
 
 

@@ -3,8 +3,9 @@
 python tests/malformed.py [EVERY]
 
 Every kind of file that a command reads is damaged in the same ways: each value is replaced by each of some others, and
-bytes are cut, flipped, repeated or replaced. An input is handled when it is accepted, or refused in one line by an error
-of our own, within `LIMIT` seconds; what has a checksum must be refused. EVERY: try only every n-th input.
+bytes are cut, flipped, repeated or replaced. An input is handled when it is accepted, or refused in a line that says
+what is wrong, within `LIMIT` seconds; what has a checksum must be refused, and no library may print lines of its own.
+EVERY: try only every n-th input.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import os
 import random
 import shutil
 import signal
@@ -22,16 +25,19 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from search_parts import SETTINGS, TASK, search_bundle, task_file
 
-from bbt_accel import Bundle, Encoder, load_task, tune
+from bbt_accel import Bundle, Encoder, load_engine, load_task, tune
 from bbt_accel.bundle import facts_digest
-from bbt_accel.command import LONGEST_LINE
+from bbt_accel.command import explain
 from bbt_accel.data import load_rows
-from bbt_accel.errors import BbtError
+from bbt_accel.errors import ExportError
 from bbt_accel.inference import predict
 from bbt_accel.run import Run
 from bbt_accel.sweeps.grid import read_sweep
@@ -122,6 +128,9 @@ class Corpus:
         yield from self.runs()
         yield from self.histories()
         yield from self.sweeps()
+        if find_spec("torch") is not None:
+            yield from self.checkpoints()
+            yield from self.graphs()
 
     def tasks(self) -> Iterator[Case]:
         def read() -> object:
@@ -247,6 +256,86 @@ class Corpus:
         for what, content in damaged_bytes(file.read_bytes(), 8, 10):
             yield Case(f"sweep: {what}", file, content, read)
 
+    def checkpoints(self) -> Iterator[Case]:
+        """What export reads, up to the graphs."""
+        from tiny_backbones import save_recorded_backbone
+
+        from bbt_accel.exporters import export
+
+        folder = self.folder / "checkpoint"
+        save_recorded_backbone("roberta", folder)
+
+        def trace(*_: object) -> list[str]:
+            raise ExportError("would be traced")
+
+        def read() -> object:
+            former, export.trace = export.trace, trace
+            try:
+                return export.export_bundle(folder, self.folder / "exported", n_prompt_tokens=3)
+            finally:
+                export.trace = former
+
+        config = folder / "config.json"
+        sound = json.loads(config.read_text())
+        for path in places(sound):
+            for value in VALUES[:12]:
+                yield Case(
+                    f"config.json: {path} → {value!r:.20}", config, json.dumps(put(sound, path, value)).encode(), read
+                )
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+            for what, content in damaged_bytes((folder / name).read_bytes(), 9, 6):
+                yield Case(f"checkpoint, {name}: {what}", folder / name, content, read)
+
+    def graphs(self) -> Iterator[Case]:
+        """Graphs whose checksums are those of the damaged files, in every program that reads them."""
+        import onnx
+
+        from bbt_accel.exporters import export, validate
+        from bbt_accel.exporters.optimize import optimize_bundle
+        from bbt_accel.exporters.triton import write_repository
+
+        folder, made = self.folder / "exported", self.folder / "made"
+        export.validated = validate.validate
+        export.export_bundle(self.folder / "checkpoint", folder, n_prompt_tokens=3)
+
+        def reader(read: Callable[[], object]) -> Callable[[], None]:
+            def call() -> None:
+                read()
+                shutil.rmtree(made, ignore_errors=True)
+
+            return call
+
+        readers = {name: partial(load_engine, folder, name, threads=1) for name in ("ort", "torch", "openvino")}
+        readers |= {f"optimize --{p}": partial(optimize_bundle, folder, made, precision=p) for p in ("fp32", "int8")}
+        readers |= {"triton": lambda: write_repository(Bundle.read(folder), made)}
+        manifest = folder / "bundle.json"
+        sound = json.loads(manifest.read_text())
+
+        def cases(what: str, file: Path, content: bytes) -> Iterator[Case]:
+            hashed = sound | {"sha256": sound["sha256"] | {file.name: hashlib.sha256(content).hexdigest()}}
+            hashed["facts"] = facts_digest(json.dumps(hashed).encode())
+            beside = ((manifest, json.dumps(hashed).encode()),)
+            for name, read in readers.items():
+                if name != "openvino" or find_spec("openvino") is not None:
+                    yield Case(f"graph, {name}: {what}", file, content, reader(read), beside=beside)
+
+        file = folder / "model.onnx"
+        for key, values in {
+            "location": ("", "nothing", "../run/run.json", "/etc/passwd", "a\0b", "x" * 5000),
+            "offset": ("-1", "3", str(2**62), "x", ""),
+            "length": ("0", "-1", "7", str(2**62), "x"),
+        }.items():
+            for value in values:
+                model = onnx.load(str(file), load_external_data=False)
+                tensor = next(t for t in model.graph.initializer if t.external_data)
+                for entry in tensor.external_data:
+                    if entry.key == key:
+                        entry.value = value
+                yield from cases(f"{key} → {value:.20}", file, model.SerializeToString())
+        for name in ("model.onnx", "model.safetensors"):
+            for what, content in damaged_bytes((folder / name).read_bytes(), 10, 3):
+                yield from cases(f"{name} {what}", folder / name, content)
+
 
 def attack(case: Case) -> str | None:
     """What is wrong with the answer to a case; None if it is handled."""
@@ -256,13 +345,15 @@ def attack(case: Case) -> str | None:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
     try:
-        with time_limit(), warnings.catch_warnings(action="ignore"):
+        with time_limit(), silent_libraries():
             case.read()
         return "accepted" if case.strict else None
-    except BbtError as error:
-        line = " ".join(str(error).split())
-        return None if line and len(line) <= 2 * LONGEST_LINE else f"says {len(line)} characters"
+    except Printed as error:
+        return f"prints {error}"
     except Exception as error:
+        line = explain(error)[1]
+        if line.strip() and not line.startswith("internal error"):
+            return None
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {error!s:.100} ({Path(where.filename).name}:{where.lineno})"
     finally:
@@ -272,6 +363,27 @@ def attack(case: Case) -> str | None:
             else:
                 file.parent.mkdir(exist_ok=True)
                 file.write_bytes(content)
+
+
+class Printed(Exception):
+    """What a library has written to standard error."""
+
+
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """As the command line has it. Raises Printed, after the block, when its standard error is not empty."""
+    logging.disable(logging.WARNING)
+    former = os.dup(2)
+    with TemporaryFile() as file, warnings.catch_warnings(action="ignore"):
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(former, 2)
+            os.close(former)
+            file.seek(0)
+            if text := file.read().decode(errors="replace").strip():
+                raise Printed(" ".join(text.split())[:200])
 
 
 @contextlib.contextmanager
@@ -300,8 +412,6 @@ def attack_all(folder: Path, every: int = 1) -> tuple[int, list[str]]:
 
 
 if __name__ == "__main__":
-    from tempfile import TemporaryDirectory
-
     begun = time.monotonic()
     with TemporaryDirectory() as place:
         count, found = attack_all(Path(place), int(sys.argv[1]) if len(sys.argv) > 1 else 1)

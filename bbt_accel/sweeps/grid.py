@@ -147,9 +147,11 @@ def read_sweep(file: Path | None, given: Mapping[str, Any]) -> Sweep:
     given = {name: value for name, value in given.items() if value}
     if "bundles" in given:
         found.pop("needs", None)
-    settings = {**found.get("settings", {}), **given.get("settings", {})}
+    if isinstance(own := found.get("settings", {}), dict):
+        found["settings"] = {**own, **given.get("settings", {})}
+        given.pop("settings", None)
     try:
-        return Sweep.model_validate({**found, **given, "settings": settings})
+        return Sweep.model_validate({**found, **given})
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "missing":
