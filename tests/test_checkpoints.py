@@ -99,14 +99,14 @@ def test_an_index_that_is_none_is_refused(checkpoint: Path, content: str) -> Non
     [
         ("num_hidden_layers", 10**7), ("num_hidden_layers", "2"), ("num_hidden_layers", 0), ("hidden_size", 2**40),
         ("vocab_size", -5), ("vocab_size", 1.5), ("num_attention_heads", True), ("max_position_embeddings", [9]),
-        ("rope_theta", "x"), ("hidden_act", "no such function"), ("model_type", 7), ("rms_norm_eps", {}),
+        ("rope_parameters", "x"), ("hidden_act", "no such function"), ("model_type", 7), ("rms_norm_eps", {}),
         ("num_key_value_heads", 3), ("head_dim", -1),
     ],
 )  # fmt: skip
 def test_a_configuration_of_nonsense_is_one_line(checkpoint: Path, name: str, value: object) -> None:
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-    refused(checkpoint, "")
+    refused(checkpoint, ".")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_file_of_nonsense_is_one_line(checkpoint: Path, file: str, content: by
     elif file.startswith("model"):
         file = min(checkpoint.glob("*.safetensors")).name
     (checkpoint / file).write_bytes(content)
-    refused(checkpoint, "")
+    refused(checkpoint, ".")
 
 
 # GGUF --------------------------------------------------------------------------------------------------------

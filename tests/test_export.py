@@ -70,7 +70,7 @@ def test_a_bundle_says_what_it_holds(whole: tuple[Path, Bundle]) -> None:
     source, bundle = whole
     info = Bundle.read(bundle.path).info
     model = transformers.BertForMaskedLM.from_pretrained(source)
-    assert (info.format, info.family, info.method, info.prompt_mode) == (3, "bert", "bbtv2", "add")
+    assert (info.format, info.family, info.method, info.prompt_mode) == (4, "bert", "bbtv2", "add")
     assert (info.backbone, info.revision) == (str(source), None)
     assert (info.n_prompt_tokens, info.hidden_size, info.n_layers) == (4, 96, 2)
     assert (info.vocab_size, info.max_length) == (4000, POSITIONS)
