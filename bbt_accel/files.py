@@ -42,6 +42,13 @@ def write_atomically(file: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes have left that were killed in `write_atomically`; the folder must be this process's own."""
+    for file in folder.glob(".*.*"):
+        if file.suffix[1:].isdecimal() and file.is_file():
+            file.unlink()
+
+
 @contextmanager
 def reserved(path: Path) -> Iterator[None]:
     """Keep every other process of bbt-accel from making or replacing the folder `path` while the block runs.

@@ -23,6 +23,7 @@ from bbt_accel.errors import RequestError, clipped
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON object that binary data follows
 DTYPES: dict[str, Any] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "BYTES": np.dtype(object)}
 """The protocol's data types that the models use; BYTES are texts, transferred as UTF-8."""
+KINDS: dict[str, set[type]] = {"FP32": {int, float}, "INT64": {int}, "BYTES": {str}}  # of JSON values
 NAMES = {"FP32": "FP32 numbers", "INT64": "INT64 numbers", "BYTES": "texts"}
 MOST_ELEMENTS = 2**40
 """Of a tensor, more than any request can hold."""
@@ -137,11 +138,10 @@ def _check_input(tensor: _Input, known: Mapping[str, TensorSpec], binary: bool) 
 def _from_json(tensor: _Input) -> Tensor:
     """`data` flattened or nested, in row-major order; numbers must be of the data type."""
     values = _flattened(tensor)
-    kinds = {"FP32": {int, float}, "INT64": {int}, "BYTES": {str}}[tensor.datatype]
     found = set(map(type, values))  # before an array is made, whose elements would all have the longest one's size
     if list in found:
         raise RequestError(f"input {tensor.name} has ragged or too deeply nested data")
-    if not found <= kinds:
+    if not found <= KINDS[tensor.datatype]:
         raise RequestError(f"input {tensor.name} must consist of {NAMES[tensor.datatype]}")
     if len(values) != math.prod(tensor.shape):
         raise RequestError(f"input {tensor.name} has {len(values)} elements, not those of {tensor.shape}")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import BbtError, RunError, UsageError, check_known
-from bbt_accel.files import reserved, reserved_folder, write_atomically
+from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
 from bbt_accel.progress import progress_bar
 from bbt_accel.reporting import write_report
@@ -63,6 +63,8 @@ def _write(folder: Path, sweep: Sweep) -> None:
     """Make the folder with sweep.json in one step, so that whatever is left of a sweep can be resumed."""
     content = sweep.model_dump_json(indent=1).encode() + b"\n"
     if folder.exists():
+        for place in (folder, *(folder / TRIALS).glob("*")):
+            remove_leftovers(place)
         write_atomically(folder / SWEEP, content)
         return
     with reserved_folder(folder) as new:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from bbt_accel.errors import RunError
-from bbt_accel.files import rename_new, reserved
+from bbt_accel.files import remove_leftovers, rename_new, reserved
 from bbt_accel.history import History, read_history
 from bbt_accel.run import CURVE, HISTORY, INFO, BestRecord, Run, RunInfo, read_info, write_info, write_prompt
 from bbt_accel.tuning.monitoring import draw_curve
@@ -69,8 +69,7 @@ class Workspace:
                 self._create(info, self.final if resume and self.final.exists() else None)
             with History(self.folder / HISTORY) as history:
                 try:
-                    for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote a file
-                        leftover.unlink()
+                    remove_leftovers(self.folder)
                     write_info(self.folder, info)
                     yield history
                 finally:
