@@ -224,7 +224,7 @@ def measure(job: Job, made: Bundle) -> Report:
 
     Raises ExportError for logits that are not finite, and when padding changes them by more than `LEAK`.
     """
-    with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path) as folder:
         if (job.target, job.precision) == ("trt", "bf16"):
             made = emulate_bf16(made, Path(folder))
         label_logits = reference_logits if job.target == "torch" else run_stages

@@ -1,6 +1,6 @@
 """Attacks, each with bounded time: kills at file operations, and malformed inputs.
 
-By default some of them are tried; BBT_ATTACKS=all tries every one, in some minutes.
+By default some of the short ones are tried; BBT_ATTACKS=all tries every one, in about half an hour.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]
-EVERY = 1 if os.environ.get("BBT_ATTACKS") == "all" else None
+ALL = os.environ.get("BBT_ATTACKS") == "all"
 TESTS = Path(__file__).parent
 
 
@@ -29,19 +29,20 @@ def attacked(*words: str) -> str:
 
 @pytest.mark.parametrize(("command", "every"), [("tune", 7), ("tune-v2", 11), ("overwrite", 7)])
 def test_a_command_killed_anywhere_leaves_nothing_broken(command: str, every: int) -> None:
-    found = attacked("kills.py", command, str(EVERY or every))
+    found = attacked("kills.py", command, "1" if ALL else str(every))
     assert found.endswith(" 0 went wrong"), found
 
 
-@pytest.mark.parametrize(("command", "every"), [("export", 23), ("optimize", 31), ("sweep", 29)])
-def test_a_command_that_takes_long_killed_anywhere(command: str, every: int) -> None:
+@pytest.mark.skipif(not ALL, reason="takes minutes: set BBT_ATTACKS=all")
+@pytest.mark.parametrize("command", ["export", "optimize", "sweep"])
+def test_a_command_that_takes_long_killed_anywhere(command: str) -> None:
     if command != "sweep":
         pytest.importorskip("torch")
         pytest.importorskip("onnxruntime")
-    found = attacked("kills.py", command, str(EVERY or every))
+    found = attacked("kills.py", command)
     assert found.endswith(" 0 went wrong"), found
 
 
 def test_malformed_inputs_are_refused_in_one_line() -> None:
-    found = attacked("malformed.py", str(EVERY or 5))
+    found = attacked("malformed.py", "1" if ALL else "17")
     assert "mishandled 0" in found, found
