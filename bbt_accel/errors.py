@@ -86,7 +86,8 @@ def missing_module(error: ImportError) -> str:
     """What is wrong with a module: it is missing, or there and cannot be loaded, e.g. for lack of memory."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error.name} is not installed"
-    return f"{error.name or 'a library'} cannot be loaded ({first_line(error):.200})"
+    cause = first_line(error.__cause__ or error)  # numpy's own message is advice of many lines
+    return f"{error.name or 'a library'} cannot be loaded ({cause:.200})"
 
 
 def clipped(text: str, limit: int = 200) -> str:
