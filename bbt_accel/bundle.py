@@ -21,6 +21,8 @@ PLANS = "plans"
 """Folder of TensorRT plans: a cache that machines add to, so it is not part of a bundle's sha256."""
 PROJECT, STATISTICS = "project", "statistics"
 """Graphs from z to prompts and from label logits to batch statistics, for engines on a GPU; not backbone stages."""
+STATES = ("readout_state", "mean_state")
+"""What the last stage returns besides `label_logits`: see `BoundBatch.outputs`."""
 INITIAL_PROMPT = "initial_prompt.safetensors"
 """Holds `prompt`, the embeddings of the text that a cat-mode prompt starts from."""
 Method = Literal["bbt", "bbtv2"]
@@ -183,6 +185,13 @@ class Bundle:
             return None
         with translated(BundleError, f"{file} cannot be read; export the bundle again"):
             return load_file(file)["prompt"]
+
+    def start_prompt(self) -> NDArray[float32]:
+        """The prompt of z = 0: float32 (n, H) or (L, n, H)."""
+        import numpy as np
+
+        p0 = self.initial_prompt()
+        return np.zeros(self.info.prompt_shape, np.float32) if p0 is None else p0
 
     @property
     def digest(self) -> str:

@@ -13,7 +13,7 @@ from bbt_accel.engine_specs import ENGINES, Device, engine_names, engine_spec, t
 from bbt_accel.model_options import Fields
 from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import Settings
+from bbt_accel.settings import Preset, Settings
 from bbt_accel.sweeps.grid import preset_names
 from bbt_accel.tasks import task_names
 
@@ -86,6 +86,8 @@ class TuneOptions(Schema):
     data: Data = None
     output: Annotated[Path | None, typer.Option("-o", "--output")] = None
     """Run folder to create (default: runs/TASK-METHOD-ENGINE-SEED)."""
+    preset: Preset | None = None
+    """paper: the original program's search, with the verbalizer as readout."""
     resume: bool = Field(default=False, description="Continue an interrupted run.")
     overwrite: bool = Field(default=False, description="Replace an existing run.")
     tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")

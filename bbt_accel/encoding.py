@@ -15,6 +15,7 @@ from bbt_accel.errors import BundleError, DataError, TaskError, first_line
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task, parse_template
 
+FEATURE_WORDS = 512  # whose logits are features of the readout `words`
 FIRST_PROMPT_ID = 1000  # in the vocabulary, as in the original
 UNKNOWN = ("<unk>", "[UNK]")
 CHARACTERS, MOST_CHARACTERS = 16, 1024  # of a text for each token that a row may have, see `Encoder._beginning`
@@ -39,7 +40,10 @@ class Encoder:
 
     def __init__(self, bundle: Bundle, task: Task, demonstrations: Sequence[Row] = ()) -> None:
         self.bundle, self.task, self.demonstrations = bundle, task, list(demonstrations)
+        words = task.all_words(bundle.info.template_group)
         self.label_words = task.words(bundle.info.template_group)
+        self.classes: Int64 = np.repeat(np.arange(len(words)), [len(of_class) for of_class in words])
+        """The class of each of `label_token_ids`."""
         self._tokenizer = _tokenizer(bundle)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
@@ -72,6 +76,14 @@ class Encoder:
         targets = np.array([row.label or 0 for row in rows], dtype=np.int64)
         mask, context = attention_mask.astype(np.int64), self.context_ids
         return Batch(padded, mask, readout, targets, self.label_token_ids, context_ids=context)
+
+    def feature_token_ids(self, seed: int) -> Int64:
+        """Vocabulary words whose logits serve as features, drawn by `seed` from all that are not special: int64 (F,).
+
+        Drawn, because words that are chosen by the rows would fit those rows.
+        """
+        ordinary = np.setdiff1d(np.arange(self.bundle.info.vocab_size), [*self._special])
+        return np.random.default_rng(seed).choice(ordinary, min(FEATURE_WORDS, len(ordinary)), replace=False)
 
     def _readout(self, ids: list[int]) -> int:
         group = self.bundle.info.template_group
@@ -219,7 +231,7 @@ class Encoder:
     def _label_token_ids(self) -> Int64:
         """The first token of each label word, as it is tokenized at its position in the template."""
         of_task, path, owner = f"of task {self.task.name}", self.bundle.path, dict[int, str]()
-        for word in self.label_words:
+        for word in (word for of_class in self.task.all_words(self.bundle.info.template_group) for word in of_class):
             ids = self._word_ids(word)
             token = self._tokenizer.id_to_token(ids[0]) if ids else None
             if token is None or token in UNKNOWN:

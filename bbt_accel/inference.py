@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -15,6 +16,7 @@ from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError
 from bbt_accel.objective import Objective
+from bbt_accel.readout import Readout, log_softmax
 from bbt_accel.run import Run
 
 BATCH_SIZE = 64  # rows that an engine gets at a time
@@ -39,8 +41,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the prompt of a run on the task's test rows, or on the dev rows of its search.
 
-    data: that of the run unless given. Returns split, metric, score, rows, engine, device, bundle (its path) and
-    without_prompt, the score of the same bundle with a zero prompt.
+    data: that of the run unless given. Returns split, metric, score, rows, engine, device, bundle (its path), readout;
+    and of the same bundle before the search, without_prompt: the label words' logits as they are, and calibrated: the
+    same without each class's mean log-probability over these rows, which takes no labels (Zhou et al., ICLR 2024).
     Raises RunError, BundleError, DataError, EngineError, NonFiniteLoss.
     """
     run = Run.read(run_path)
@@ -52,13 +55,18 @@ def evaluate(
         rows = load_few_shot(run.task, folder, run.info.settings)[1]
     with _load(run, options) as loaded:
         encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
-        logits = label_logits(loaded, encoder, rows, [run.prompt, np.zeros_like(run.prompt)])
-        _, (score, without) = Objective("ce", run.task.metric).score(logits, np.array([row.label for row in rows]))
+        found, start = class_scores(loaded, encoder, rows, run), loaded.bundle.start_prompt()
+        plain = Readout("verbalizer", encoder.classes).scores(outputs(loaded, encoder, rows, start))
+        logits = np.stack([found, plain, plain - log_softmax(plain).mean(0)])
+        targets = np.array([row.label for row in rows])
+        _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, targets)
         return {
             "split": split,
             "metric": run.task.metric,
             "score": float(score),
             "without_prompt": float(without),
+            "calibrated": float(calibrated),
+            "readout": run.readout.name,
             "rows": len(rows),
             "engine": loaded.name,
             "device": loaded.device,
@@ -72,7 +80,7 @@ def predict(
     """Classify texts with the prompt of a run.
 
     texts: one mapping per row, from the task's text columns to texts. Returns, in order, label (the class), word (its
-    label word) and probabilities (a softmax over the label words, by word). Raises RunError, BundleError, EngineError,
+    first label word) and probabilities (of the classes, by word). Raises RunError, BundleError, EngineError,
     NonFiniteLoss, and DataError for a row without one of the columns.
     """
     run = Run.read(run_path)
@@ -94,30 +102,44 @@ class Classifier:
     """A loaded engine with the prompt of a run: from texts to probabilities of the label words."""
 
     def __init__(self, engine: Engine, run: Run) -> None:
-        self.engine, self.task, self.prompt = engine, run.task, run.prompt
+        self.engine, self.task, self.run = engine, run.task, run
         self.encoder = Encoder(engine.bundle, run.task, run.info.demonstrations)
         self.words = self.encoder.label_words
 
     def probabilities(self, texts: Sequence[Mapping[str, str]]) -> Float64:
-        """float64 (N, C), a softmax over the label words, for N mappings from the task's text columns to texts.
+        """float64 (N, C), the probability of each class, for N mappings from the task's text columns to texts.
 
         Raises EngineError, and NonFiniteLoss if a logit is NaN or infinite.
         """
         rows = [Row({column: text[column] for column in self.task.text}) for text in texts]
-        logits = label_logits(self.engine, self.encoder, rows, [self.prompt])
-        Objective().score(logits, np.zeros(len(rows), np.int64))  # raises NonFiniteLoss
-        exact = logits[0].astype(np.float64)
-        weights: Float64 = np.exp(exact - exact.max(axis=1, keepdims=True))
-        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+        scores = class_scores(self.engine, self.encoder, rows, self.run)
+        Objective().score(scores[None], np.zeros(len(rows), np.int64))  # raises NonFiniteLoss
+        return np.asarray(np.exp(log_softmax(scores)))
 
 
-def label_logits(engine: Engine, encoder: Encoder, rows: Sequence[Row], prompts: Sequence[Float32]) -> Float32:
-    """Label logits of N rows for P prompts, float32 (P, N, C), `BATCH_SIZE` rows at a time."""
-    population, parts = np.stack(prompts), []
+def class_scores(engine: Engine, encoder: Encoder, rows: Sequence[Row], run: Run) -> Float64:
+    """Class scores (N, C) of N rows by the prompt and the readout of a run."""
+    return run.readout.scores(outputs(engine, encoder, rows, run.prompt, run.readout))
+
+
+def outputs(
+    engine: Engine, encoder: Encoder, rows: Sequence[Row], prompt: Float32, readout: Readout | None = None
+) -> dict[str, Float32]:
+    """What a readout, or else the verbalizer, reads of N rows with a prompt, by name, (N, …).
+
+    `BATCH_SIZE` rows at a time.
+    """
+    parts = []
     for start in range(0, len(rows), BATCH_SIZE):
-        with engine.bind(encoder.encode(rows[start : start + BATCH_SIZE])) as bound:
-            parts.append(bound.label_logits(population))
-    return np.concatenate(parts, axis=1)
+        batch = encoder.encode(rows[start : start + BATCH_SIZE])
+        if readout is not None:
+            batch = replace(batch, label_token_ids=np.concatenate([batch.label_token_ids, readout.token_ids]))
+        with engine.bind(batch) as bound:
+            if readout is not None and readout.reads_states:
+                parts.append(bound.outputs(prompt[None]))
+            else:
+                parts.append({"label_logits": bound.label_logits(prompt[None])})
+    return {name: np.concatenate([part[name][0] for part in parts]) for name in parts[0]}
 
 
 def _load(run: Run, options: EngineOptions) -> Engine:

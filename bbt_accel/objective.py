@@ -17,7 +17,7 @@ STATISTICS = ("ce", "hinge", "correct", "true_positives", "positives")
 of those of class 1, and of all predictions of class 1."""
 
 
-def batch_statistics(logits: Float32, targets: Int64) -> Float64:
+def batch_statistics(logits: Float32 | Float64, targets: Int64) -> Float64:
     """The sums from which every loss and metric follows, for each candidate: float64 (P, 5), columns `STATISTICS`.
 
     logits: float32 (P, N, C); targets: int64 (N,). The losses of a candidate with a NaN or infinite logit are NaN.
@@ -67,10 +67,10 @@ class Objective:
         check_known("loss", self.loss, get_args(Loss))
         check_known("metric", self.metric, get_args(Metric))
 
-    def score(self, logits: Float32, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
+    def score(self, logits: Float32 | Float64, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
         """Losses and metrics of a population.
 
-        logits: float32 (P, N, C); targets: int64 (N,). Returns float64 (P,) and float64 (P,).
+        logits: (P, N, C); targets: int64 (N,). Returns float64 (P,) and float64 (P,).
         first: number of the first candidate, where these are a slice of a population.
         Raises NonFiniteLoss when a candidate's logits are NaN or infinite.
         """

@@ -16,7 +16,9 @@ from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
-from bbt_accel.settings import Settings
+from bbt_accel.readout import FILE as READOUT
+from bbt_accel.readout import Readout
+from bbt_accel.settings import ReadoutName, Settings
 from bbt_accel.tasks import Task
 
 INFO, PROMPT, HISTORY, CURVE, EVENTS = "run.json", "prompt.safetensors", "history.jsonl", "curve.png", "tensorboard"
@@ -68,18 +70,37 @@ class DataRecord(BaseModel, extra="forbid"):
 
 
 class BestRecord(BaseModel, extra="forbid"):
-    """The generation that the saved prompt comes from."""
+    """The generation that the saved prompt comes from; None for the prompt without a search."""
 
-    generation: int
+    generation: int | None
     calls: int
     dev_score: float
     dev_loss: float
 
 
+class TriedReadout(BaseModel, extra="forbid"):
+    """A readout that `auto` fitted at the prompt without a search, as it scores rows that it was not fitted on."""
+
+    name: ReadoutName
+    log_loss: float = Field(description="Cross-validated, on train and dev rows.")
+    score: float = Field(description="The task's metric, likewise.")
+    seconds: float = Field(description="To fit it in every fold.")
+
+
+class ReadoutRecord(BaseModel, extra="forbid"):
+    """The readout of a run, in readout.safetensors, and why it is this one."""
+
+    name: ReadoutName = "verbalizer"
+    tried: list[TriedReadout] = []
+    searched: bool = Field(default=True, description="Whether the prompt comes from a search.")
+    reason: str | None = None
+    sha256: str = Field(default="", description="Of readout.safetensors.")
+
+
 class RunInfo(Manifest):
     """run.json."""
 
-    format: int = 1
+    format: int = 2
     status: Literal["running", "interrupted", "done"] = "running"
     task: Task
     label_words: list[str]
@@ -91,6 +112,7 @@ class RunInfo(Manifest):
     versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")
     calls: int = 0
     best: BestRecord | None = None
+    readout: ReadoutRecord = ReadoutRecord()
     seconds: float = 0.0
     prompt_shape: list[int] = Field(default=[], description="Of the prompt in prompt.safetensors.")
     prompt_sha256: str = Field(default="", description="Of that file.")
@@ -117,8 +139,8 @@ class RunInfo(Manifest):
 class Run:
     """A complete run folder, read and checked."""
 
-    def __init__(self, path: Path, info: RunInfo, prompt: Float32) -> None:
-        self.path, self.info = path, info
+    def __init__(self, path: Path, info: RunInfo, prompt: Float32, readout: Readout) -> None:
+        self.path, self.info, self.readout = path, info, readout
         self.prompt = prompt  # float32 (n, H) for bbt, (L, n, H) for bbtv2: the final vectors, as engines take them
 
     @classmethod
@@ -133,11 +155,13 @@ class Run:
             raise RunError(f"{path} has no {PROMPT}; tune again")
         if sha256(file) != info.prompt_sha256:
             raise RunError(f"{file} is not the prompt that {INFO} describes (sha256); tune again")
+        if not (path / READOUT).is_file() or sha256(path / READOUT) != info.readout.sha256:
+            raise RunError(f"{path / READOUT} is not the readout that {INFO} describes (sha256); tune again")
         with translated(RunError, f"{file} cannot be read; tune again"):
             prompt = load_file(file)["prompt"]
         if list(prompt.shape) != info.prompt_shape:
             raise RunError(f"{file} has the shape {list(prompt.shape)}, not {info.prompt_shape}; tune again")
-        return cls(path, info, prompt)
+        return cls(path, info, prompt, Readout.load(path / READOUT))
 
     @property
     def task(self) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
@@ -11,6 +11,12 @@ from bbt_accel.bundle import Method, first_problem
 from bbt_accel.errors import UsageError, check_known
 
 Loss = Literal["ce", "hinge", "perf"]
+ReadoutName = Literal["verbalizer", "calibrated", "prototype", "words", "state", "mean", "states"]
+READOUTS: tuple[ReadoutName, ...] = get_args(ReadoutName)
+ReadoutChoice = Literal["auto", ReadoutName]
+Preset = Literal["paper"]
+PRESETS: dict[Preset, dict[str, object]] = {"paper": {"readout": "verbalizer"}}
+"""Settings besides the tasks' own. `paper`: the search of the original program, bit for bit."""
 Metric = Literal["accuracy", "f1"]
 
 
@@ -29,15 +35,26 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     eval_every: int = Field(default=100, gt=0, description="API calls between two evaluations on the dev set.")
     seed: int = Field(default=42, ge=0, lt=2**32, description="Of the few-shot rows, the projection and the search.")
     demonstrations: int = Field(default=0, ge=0, description="Labelled train rows in front of each row (decoders).")
+    readout: ReadoutChoice = Field(default="auto", description=f"How classes are read: auto, {', '.join(READOUTS)}.")
     random_proj: Literal["normal", "uniform"] = Field(default="normal", description="The projection's distribution.")
 
     def generations(self, method: Method, n_layers: int) -> int:
-        """Generations within the budget (bbtv2: of whole sweeps over the layers). Raises UsageError if it has none."""
+        """Generations within the budget (bbtv2: of whole sweeps over the layers).
+
+        A fitted readout takes the first call, and needs no search. Without one, raises UsageError if there are none.
+        """
         turn = self.popsize if method == "bbt" else self.popsize * n_layers
+        if self.fitted:
+            return (self.budget - 1) // turn * (turn // self.popsize)
         if self.budget < turn:
             need = f"popsize {self.popsize}" + ("" if method == "bbt" else f" times {n_layers} layers")
             raise UsageError(f"budget {self.budget} is too small: {method} needs at least {turn} calls ({need})")
         return self.budget // turn * (turn // self.popsize)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the readout is fitted on labelled rows."""
+        return self.readout != "verbalizer"
 
 
 def resolve(*layers: Mapping[str, object]) -> Settings:

@@ -26,7 +26,7 @@ from bbt_accel.errors import BbtError, EngineError, check_known
 from bbt_accel.machine import describe_machine, physical_cores
 from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
 from bbt_accel.progress import StepProgress
-from bbt_accel.settings import resolve
+from bbt_accel.settings import PRESETS, resolve
 from bbt_accel.tasks import load_task
 
 BASELINES = ("eager", "eager-readout", "compiled")  # PyTorch as one would use it without bbt-accel, the plainest first
@@ -165,7 +165,9 @@ class Benchmark:
         row.tuned = TuningScores(seeds=seeds, scores=scores, mean=mean, std=std, **cost)
 
     def settings(self, seed: int) -> dict[str, object]:
-        return {"seed": seed, **self.options.model_dump(include={"popsize", "k_shot", "budget"}, exclude_none=True)}
+        """The original program's search: engines are compared by what it finds."""
+        given = self.options.model_dump(include={"popsize", "k_shot", "budget"}, exclude_none=True)
+        return {**PRESETS["paper"], "seed": seed, **given}
 
     def compare(self, row: Measurement) -> None:
         logits = self.logits(row, self.work / "prompt.npy")

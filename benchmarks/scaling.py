@@ -49,7 +49,14 @@ def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -
     turn = info.n_layers if info.method == "bbtv2" else 1
     calls = given.popsize * turn * ceil((given.repeats + 1) / turn)
     asked = {"popsize": given.popsize, "k_shot": given.k_shot, "budget": calls, "eval_every": calls, "seed": SEED}
-    shared = {"data": given.data, "settings": asked, "overwrite": True, "output": work / "run", "progress": False}
+    shared = {
+        "data": given.data,
+        "settings": asked,
+        "preset": "paper",
+        "overwrite": True,
+        "output": work / "run",
+        "progress": False,
+    }
     places = [(None, 1), *((workers, 1) for workers in range(1, most + 1)), (None, most)]
     first: dict[str, tuple[float, list[list[float]]]] = {}
 

@@ -51,6 +51,16 @@ class BoundBatch(Closing, ABC):
         """
         return self._statistics(self._population(prompts))
 
+    def outputs(self, prompts: LayerPrompts | Population) -> dict[str, Float32]:
+        """The label logits as `label_logits`, and from the same pass two hidden states of every row.
+
+        `readout_state`, float32 (P, N, H): what the LM head's last matmul takes at the readout position.
+        `mean_state`, float32 (P, N, H): what enters the last block (encoder-decoders: what the encoder returns), the
+        mean over the row's tokens; of a decoder over those behind the prompt.
+        Raises what `label_logits` raises, and UsageError from an engine that returns label logits alone.
+        """
+        return self._outputs(self._population(prompts))
+
     def layer_stds(self) -> Float32:
         """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
 
@@ -61,6 +71,10 @@ class BoundBatch(Closing, ABC):
 
     @abstractmethod
     def _label_logits(self, population: Population) -> Float32: ...
+
+    def _outputs(self, population: Population) -> dict[str, Float32]:
+        problem = f"{type(self).__name__.removesuffix('BoundBatch')} returns label logits alone"
+        raise UsageError(f"{problem}; use another engine, or a readout of logits: --readout calibrated")
 
     def _statistics(self, population: Population) -> Float64:
         return batch_statistics(self._label_logits(population), self.batch.targets)

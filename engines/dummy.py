@@ -18,6 +18,12 @@ class DummyBoundBatch(BoundBatch):
         logits = np.tanh(flat @ weight)[:, None, :] + row[None, :, None] * np.arange(classes, dtype=np.float32)
         return np.asarray(logits, np.float32)
 
+    def _outputs(self, population: Population) -> dict[str, Float32]:
+        logits = self._label_logits(population)
+        hidden = np.random.default_rng(1).standard_normal((logits.shape[2], self.bundle.info.hidden_size))
+        state = np.asarray(logits @ hidden, np.float32)
+        return {"label_logits": logits, "readout_state": state, "mean_state": np.tanh(state)}
+
     def layer_stds(self) -> Float32:
         return np.ones(self.bundle.info.n_layers, dtype=np.float32)
 

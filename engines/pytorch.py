@@ -131,10 +131,13 @@ class EagerBoundBatch(BoundBatch):
         self.rows = {name: torch.from_numpy(value).to(engine.device) for name, value in batch.inputs().items()}
 
     def _label_logits(self, population: Population) -> Float32:
+        return self._outputs(population)["label_logits"]
+
+    def _outputs(self, population: Population) -> dict[str, Float32]:
         prompts = torch.from_numpy(population.prompts()).to(self.engine.device)
         with failing("PyTorch", "in the naive forward", RuntimeError):
-            logits = [self.engine.reference.label_logits(prompt, **self.rows) for prompt in prompts]
-        return torch.stack(logits).cpu().numpy()
+            found = [self.engine.reference.run(prompt, **self.rows) for prompt in prompts]
+        return {name: torch.stack([one[name] for one in found]).cpu().numpy() for name in found[0]}
 
     def layer_stds(self) -> Float32:
         rows, reference = self.rows, self.engine.reference

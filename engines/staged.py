@@ -6,7 +6,7 @@ A subclass of `StagedEngine` defines how to run one stage, and how arrays reach 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32, Float64, Int64
-from bbt_accel.bundle import PROJECT, STATISTICS
+from bbt_accel.bundle import PROJECT, STATES, STATISTICS
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.errors import EngineError, UsageError
@@ -157,26 +157,37 @@ class StagedBoundBatch(BoundBatch):
         return buckets
 
     def _label_logits(self, population: Population) -> Float32:
-        logits = np.empty((len(population), len(self.batch), len(self.batch.label_token_ids)), np.float32)
+        return self.gather(population, ["label_logits"])["label_logits"]
+
+    def _outputs(self, population: Population) -> dict[str, Float32]:
+        return self.gather(population, [*STATES, "label_logits"])
+
+    def gather(self, population: Population, names: Collection[str]) -> dict[str, Float32]:
+        """Outputs of all calls by name, on the host: (P, N, …)."""
+        whole: dict[str, Float32] = {}
         for bucket, some, found in self.calls(population):
-            logits[some, bucket.rows] = self.engine.to_host(found)
-        return logits
+            for name in names:
+                part = self.engine.to_host(found[name])
+                if name not in whole:
+                    whole[name] = np.empty((len(population), len(self.batch), part.shape[-1]), np.float32)
+                whole[name][some, bucket.rows] = part
+        return whole
 
     def _statistics(self, population: Population) -> Float64:
         if not self.engine.on_device:
             return super()._statistics(population)
         check_targets(self.batch.targets, len(self.batch.label_token_ids))
         parts = [
-            (some, self.engine.run(STATISTICS, {**bucket.inputs, "label_logits": logits})["statistics"])
-            for bucket, some, logits in self.calls(population)
+            (some, self.engine.run(STATISTICS, bucket.inputs | outputs)["statistics"])
+            for bucket, some, outputs in self.calls(population)
         ]
         found = np.zeros((len(population), len(COLUMNS)))
         for some, part in parts:  # the host waits once, after everything has been enqueued
             found[some] += self.engine.to_host(part)
         return found
 
-    def calls(self, population: Population) -> Iterator[tuple[Bucket, slice, Array]]:
-        """Run the population on every bucket, a few candidates at a time; yields their label logits on the device."""
+    def calls(self, population: Population) -> Iterator[tuple[Bucket, slice, Arrays]]:
+        """Run the population on every bucket, a few candidates at a time; yields their outputs on the device."""
         if not self.buckets:
             raise EngineError("these rows are closed; bind them again")
         if "layer-cache" in self.engine.without:
@@ -191,10 +202,10 @@ class StagedBoundBatch(BoundBatch):
                 if self.engine.on_device:  # one upload serves all buckets; on a host a copy would only take memory
                     uploaded[key] = prompts
                 if self.info.method == "bbt":
-                    logits = self.engine.run("model", {**bucket.inputs, "prompts": prompts[0]})["label_logits"]
+                    outputs = self.engine.run("model", {**bucket.inputs, "prompts": prompts[0]})
                 else:
-                    logits = self.run_from(population.layer or 0, bucket, state, prompts)
-                yield bucket, some, logits
+                    outputs = self.run_from(population.layer or 0, bucket, state, prompts)
+                yield bucket, some, outputs
 
     def add_context(self, bucket: Bucket) -> None:
         """Add to a decoder's inputs what the stage `context` makes of the tokens that its rows begin with."""
@@ -235,11 +246,11 @@ class StagedBoundBatch(BoundBatch):
         out = self.engine.run(f"block_{layer:02d}", {**bucket.inputs, **state, "prompts": prompts})
         return {name.removesuffix("_out"): value for name, value in out.items()}
 
-    def run_from(self, layer: int, bucket: Bucket, state: Arrays, prompts: list[Array]) -> Array:
-        """From what enters block `layer` to the label logits; one array of prompts for each block from there."""
+    def run_from(self, layer: int, bucket: Bucket, state: Arrays, prompts: list[Array]) -> Arrays:
+        """From what enters block `layer` to the last outputs; one array of prompts for each block from there."""
         for i, own in enumerate(prompts[:-1]):
             state = self.run_block(layer + i, bucket, state, own)
-        return self.engine.run("last", {**bucket.inputs, **state, "prompts": prompts[-1]})["label_logits"]
+        return self.engine.run("last", {**bucket.inputs, **state, "prompts": prompts[-1]})
 
     def layer_stds(self) -> Float32:
         buckets = self.upload_buckets(frozenset({"buckets"}), 1)  # the original measures the padded batch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bbt_accel.bundle import BundleInfo
+from bbt_accel.bundle import STATES, BundleInfo
 
 MASKED = -10000.0
 """Added to the attention score of a padded key: exp() of it is 0 in fp32, and twice of it is finite in fp16."""
@@ -24,6 +24,8 @@ Inputs = dict[str, Tensor]
 ROWS = ("input_ids", "attention_mask")
 READOUT = ("readout", "label_token_ids")
 """The inputs that describe the rows, and where their logits are read."""
+FOUND = ("label_logits", *STATES)
+"""What the last stage returns, float32: (P, N, C), and twice (P, N, H)."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, scale: float | None = None) -> Tensor:
@@ -59,6 +61,17 @@ def each(population: int | torch.SymInt, x: Tensor) -> Tensor:
 def at(x: Tensor, position: Tensor | None) -> Tensor:
     """(B, S, H) at one position per row, (B,) → (B, 1, H); unchanged where position is None."""
     return x if position is None else x.gather(1, position[:, None, None].expand(-1, 1, x.shape[-1]))
+
+
+def mean_state(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, T, H) over the tokens of a mask (B, T) of 0 and 1 → (B, H); 0 where it has none."""
+    weight = mask.to(x.dtype) / mask.sum(1, keepdim=True).clamp(min=1).to(x.dtype)
+    return (weight[:, None] @ x)[:, 0]
+
+
+def population_first(p: int | torch.SymInt, found: Inputs) -> Inputs:
+    """(P·N, …) → (P, N, …)."""
+    return {name: value.unflatten(0, (p, -1)) for name, value in found.items()}
 
 
 def rows_at(bias: Tensor, position: Tensor | None) -> Tensor:
@@ -152,19 +165,19 @@ class Backbone(nn.Module):
     def outputs(self, stage: str) -> tuple[str, ...]:
         """Names of a stage's outputs. A block's are those of its state with `_out`."""
         if stage in ("model", "last"):
-            return ("label_logits",)
+            return FOUND
         return self.state if stage == "embed" else tuple(f"{name}_out" for name in self.state)
 
     def run(self, stage: str, inputs: Inputs) -> Inputs:
         """One stage by its name, from inputs by name to outputs by name."""
         if stage == "model":
-            return {"label_logits": self.label_logits(**inputs)}
+            return self.whole(**inputs)
         if stage == "embed":
             return self.embed(**inputs)
         state: Inputs = {name: inputs[name] for name in self.state}
         rest: Inputs = {name: value for name, value in inputs.items() if name not in state}
         if stage == "last":
-            return {"label_logits": self.last(state=state, **rest)}
+            return self.last(state=state, **rest)
         moved = self.step(int(stage.removeprefix("block_")), state=state, **rest)
         return {f"{name}_out": value for name, value in moved.items()}
 
@@ -190,11 +203,11 @@ class Backbone(nn.Module):
             x = (tokens[None] + self.spread(prompts, tokens.shape[1])).flatten(0, 1)
         return self.enter(x)
 
-    def label_logits(
+    def whole(
         self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         decoder_input_ids: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """bbt, the whole backbone: float32 (P, n, H) and int64 rows → float32 (P, N, C)."""
+    ) -> Inputs:  # fmt: skip
+        """bbt, all blocks: float32 (P, n, H) and int64 rows → `FOUND`."""
         p = prompts.shape[0]
         mask = self.extend(attention_mask)
         tokens = self.tokens(input_ids)
@@ -204,31 +217,38 @@ class Backbone(nn.Module):
         x = self.join(prompts, tokens) if first is None else first
         for i in range(0 if first is None else 1, self.layers - 1):
             x = self.block(i, x, bias)
-        logits = self.finish(p, x, bias, mask, readout, label_token_ids, decoder_input_ids)
-        return logits.unflatten(0, (p, -1))
+        return population_first(p, self.finish(p, x, bias, mask, readout, label_token_ids, decoder_input_ids))
 
     def finish(
         self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         decoder_input_ids: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """The last block and the head, at the readout position alone: (P·N, T, H) → (P·N, C)."""
+    ) -> Inputs:  # fmt: skip
+        """The last block and the head, at the readout position alone: (P·N, T, H) → `FOUND`, of P·N rows.
+
+        mean_state is that of the block's input, because of its output one position alone is computed.
+        """
+        mean = {"mean_state": mean_state(x, each(p, mask))}
         position = each(p, readout + self.n if self.cat else readout)
         if "last-block" in self.without:
-            return self.read(self.block(self.layers - 1, x, bias), position, label_token_ids)
+            return self.read(self.block(self.layers - 1, x, bias), position, label_token_ids) | mean
         x = self.block(self.layers - 1, x, rows_at(bias, position), position)
-        return self.read(x, None, label_token_ids)
+        return self.read(x, None, label_token_ids) | mean
 
-    def read(self, x: Tensor, position: Tensor | None, label_token_ids: Tensor) -> Tensor:
-        """The LM head at one position per row, (B, T, H) and (B,) → (B, C); position None: x is that position alone."""
+    def read(self, x: Tensor, position: Tensor | None, label_token_ids: Tensor) -> Inputs:
+        """The LM head at one position per row, (B, T, H) and (B,) → label logits (B, C) and the head's state (B, H).
+
+        position None: x is that position alone.
+        """
         weight, bias = self.vocabulary()
         if "label-head" in self.without:
-            logits = at(F.linear(self.head(x), weight, bias), position)
-            return self.cap(logits[:, 0].index_select(-1, label_token_ids))
-        x = at(x, position)
+            head = self.head(x)
+            logits = at(F.linear(head, weight, bias), position)[:, 0].index_select(-1, label_token_ids)
+            return {"label_logits": self.cap(logits), "readout_state": at(head, position)[:, 0]}
+        head = self.head(at(x, position))[:, 0]
         # index_select becomes Gather. Indexing becomes GatherND, which breaks CUDA graphs before ONNX Runtime 1.31.
         weight = weight.index_select(0, label_token_ids)
         bias = None if bias is None else bias.index_select(0, label_token_ids)
-        return self.cap(F.linear(self.head(x)[:, 0], weight, bias))
+        return {"label_logits": self.cap(F.linear(head, weight, bias)), "readout_state": head}
 
     def cap(self, logits: Tensor) -> Tensor:
         """What follows the LM head's last matmul, element by element."""
@@ -253,10 +273,9 @@ class Backbone(nn.Module):
     def last(
         self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         decoder_input_ids: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The last block with its prompt, and the readout → (P, N, C)."""
+    ) -> Inputs:  # fmt: skip
+        """The last block with its prompt, and the readout → `FOUND`."""
         p = prompts.shape[0]
         bias = each(p, self.attention_bias(attention_mask))
         x = self.prompted(prompts, state)
-        logits = self.finish(p, x, bias, attention_mask, readout, label_token_ids, decoder_input_ids)
-        return logits.unflatten(0, (p, -1))
+        return population_first(p, self.finish(p, x, bias, attention_mask, readout, label_token_ids, decoder_input_ids))

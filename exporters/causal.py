@@ -25,7 +25,9 @@ from bbt_accel.exporters.backbone import (
     broadcast_add,
     causal_bias,
     each,
+    mean_state,
     padding_bias,
+    population_first,
     rows_at,
 )
 
@@ -36,11 +38,12 @@ CONTEXT = ("context", "context_mask")
 class Segment:
     """Consecutive tokens of a row.
 
-    position: (T,). turns: `CausalBackbone.turns` of the positions. bias: (1 or B, 1, T, K), what is added to their
-    attention scores over this segment and all before.
+    position: (T,). mask: (1 or N, T), 1 for a token. turns: `CausalBackbone.turns` of the positions.
+    bias: (1 or B, 1, T, K), what is added to their attention scores over this segment and all before.
     """
 
     position: Tensor
+    mask: Tensor
     turns: Any
     bias: Tensor
 
@@ -125,10 +128,10 @@ class CausalBackbone(Backbone):
                 x = self.mix(i, x, self.attend(i, query, own, bias))
         return {"context": torch.cat(known), "context_hidden": torch.cat(entering)}
 
-    def label_logits(  # type: ignore[override]
+    def whole(  # type: ignore[override]
         self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         context: Tensor, context_mask: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Inputs:  # fmt: skip
         p = prompts.shape[0]
         tokens = self.tokens(input_ids)
         prefix, text = self.segments(attention_mask, context_mask, tokens.dtype)
@@ -147,15 +150,21 @@ class CausalBackbone(Backbone):
     def finish_row(
         self, p: int | torch.SymInt, front: Tensor | None, x: Tensor, prefix: Segment, text: Segment, context: Tensor,
         readout: Tensor, label_token_ids: Tensor, first: tuple[Tensor, Tensor] | None = None, begin: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """All blocks from `begin` on, and the head: front (P, n, H) or None, x (P·N, T, H) → (P, N, C)."""
+    ) -> Inputs:  # fmt: skip
+        """All blocks from `begin` on, and the head: front (P, n, H) or None, x (P·N, T, H) → `FOUND`.
+
+        mean_state is that of the text behind the prompt, as it enters the last block.
+        """
         text = replace(text, bias=each(p, text.bias))
         for i in range(begin, self.layers - 1):
             front, x = self.both(i, front, x, prefix, text, context, first if i == 0 else None)
         position = each(p, readout if self.cat == self.cached else readout + self.n * (1 if self.cat else -1))
         only = None if "last-block" in self.without else position
+        behind = 0 if self.cached else self.n
+        mean = mean_state(x[:, behind:], each(p, text.mask[:, behind:]))
         _, x = self.both(self.layers - 1, front, x, prefix, text, context, first if self.layers == 1 else None, only)
-        return self.read(x, position if only is None else None, label_token_ids).unflatten(0, (p, -1))
+        found = self.read(x, position if only is None else None, label_token_ids)
+        return population_first(p, found | {"mean_state": mean})
 
     def embed(self, input_ids: Tensor, context_mask: Tensor) -> Inputs:  # type: ignore[override]
         begin, tokens = (context_mask >= 0).sum(), self.tokens(input_ids)
@@ -183,7 +192,7 @@ class CausalBackbone(Backbone):
     def last(  # type: ignore[override]
         self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         context: Tensor, context_mask: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Inputs:  # fmt: skip
         front, x = self.enter_layer(prompts, state)
         prefix, text = self.segments(attention_mask, context_mask, x.dtype)
         begin = self.layers - 1
@@ -205,12 +214,13 @@ class CausalBackbone(Backbone):
         seen = torch.cat([known.expand(rows, -1), text], dim=1)
         begin, n = (context_mask >= 0).sum(), front.shape[1]
 
-        def segment(start: Tensor, length: int, mask: Tensor) -> Segment:
-            bias = padding_bias(mask) + causal_bias(length, mask.shape[1], mask.device)
+        def segment(start: Tensor, mask: Tensor, attended: Tensor) -> Segment:
+            length = mask.shape[1]
+            bias = padding_bias(attended) + causal_bias(length, attended.shape[1], mask.device)
             position = start + torch.arange(length, device=mask.device)
-            return Segment(position, self.turns(position, dtype), bias)
+            return Segment(position, mask, self.turns(position, dtype), bias)
 
-        return segment(begin, n, known), segment(begin + n, text.shape[1], seen)
+        return segment(begin, front, known), segment(begin + n, text, seen)
 
     def both(
         self, i: int, front: Tensor | None, x: Tensor, prefix: Segment, text: Segment, context: Tensor,

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from bbt_accel.exporters.backbone import Backbone, at, causal_bias, each, rows_at
+from bbt_accel.exporters.backbone import Backbone, Inputs, at, causal_bias, each, mean_state, rows_at
 
 
 class EncoderDecoderBackbone(Backbone):
@@ -21,11 +21,13 @@ class EncoderDecoderBackbone(Backbone):
     def finish(
         self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         decoder_input_ids: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Inputs:  # fmt: skip
+        """mean_state is that of the encoder's output."""
         x = self.encoded(self.block(self.layers - 1, x, bias))
         assert decoder_input_ids is not None
         y = self.decode(p, x, each(p, self.cross_bias(mask)), decoder_input_ids, readout)
-        return self.read(y, each(p, readout) if "last-block" in self.without else None, label_token_ids)
+        found = self.read(y, each(p, readout) if "last-block" in self.without else None, label_token_ids)
+        return found | {"mean_state": mean_state(x, each(p, mask))}
 
     def decode(
         self, p: int | torch.SymInt, encoded: Tensor, cross: Tensor, decoder_input_ids: Tensor, readout: Tensor

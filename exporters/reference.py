@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bbt_accel.bundle import BundleInfo
-from bbt_accel.exporters.backbone import at
+from bbt_accel.exporters.backbone import Inputs, at
 from bbt_accel.exporters.families import family_of
 
 
@@ -33,12 +33,14 @@ class Reference:
         """What the hooks put in place, (n, H) or (L, n, H), and where."""
         self.layer = 0
         self.readout = torch.zeros(1, dtype=torch.int64)
+        self.entering = self.read = torch.zeros(0)
+        """What entered the last block, (N, T, H), and the LM head's last matmul."""
         self.embeds = info.causal and info.method == "bbt"
         """Whether the model gets embeddings: a decoder takes its positions from the length of its input."""
         self.add_hooks()
 
     def add_hooks(self) -> None:
-        """The prompt at the embedding for bbt, before each block for bbtv2; and the head's input at the readout."""
+        """The prompt at the embedding for bbt, before each block for bbtv2; and states on their way."""
         if self.info.method == "bbtv2":
             for block in dict.fromkeys(self.family.blocks(self.model)):
                 block.register_forward_pre_hook(self.before_block)
@@ -48,6 +50,11 @@ class Reference:
         if self.head_at_readout:
             head = self.family.head(self.model)
             head.register_forward_pre_hook(lambda _, args: (at(args[0], self.readout), *args[1:]))
+        last, vocabulary = list(self.family.blocks(self.model))[-1], self.model.get_output_embeddings()
+        self.watched = [
+            last.register_forward_pre_hook(lambda _, args: setattr(self, "entering", args[0])),
+            vocabulary.register_forward_pre_hook(lambda _, args: setattr(self, "read", args[0])),
+        ]
 
     def before_block(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Layers are counted, because some families compute several with one block."""
@@ -55,15 +62,18 @@ class Reference:
         return self.with_prompt(self.prompt[self.layer - 1], args[0]), *args[1:]
 
     def compile(self) -> None:
-        """Run the model under torch.compile."""
+        """Run the model under torch.compile; `run` then returns label logits alone."""
+        for handle in self.watched:
+            handle.remove()
+        self.watched = []
         self.forward = torch.compile(self.model, dynamic=False)
 
     @torch.inference_mode()
-    def label_logits(
+    def run(
         self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
         decoder_input_ids: Tensor | None = None, context_ids: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """float32 (n, H) or (L, n, H), int64 rows → float32 (N, C)."""
+    ) -> Inputs:  # fmt: skip
+        """float32 (n, H) or (L, n, H), int64 rows → `FOUND` of one candidate, float32."""
         info, cat, self.start = self.info, self.info.prompt_mode == "cat", self.info.prompt_start
         if context_ids is not None:
             context = context_ids.expand(len(input_ids), -1)
@@ -83,10 +93,21 @@ class Reference:
             tokens = self.family.embedding(self.model)(arguments.pop("input_ids"))
             arguments["inputs_embeds"] = self.with_prompt(prompt, tokens)
         self.prompt, self.readout, self.layer = prompt, readout, 0
-        logits = self.forward(**self.family.arguments(arguments)).logits
+        output = self.forward(**self.family.arguments(arguments))
         rows = torch.arange(len(readout), device=readout.device)
         position = torch.zeros_like(readout) if self.head_at_readout else readout
-        return logits[rows, position][:, label_token_ids].float()
+        found = {"label_logits": output.logits[rows, position][:, label_token_ids].float()}
+        if not self.watched:
+            return found
+        behind = self.start + info.n_prompt_tokens if info.causal else 0
+        states = output.encoder_last_hidden_state if info.decodes else self.entering
+        real = mask[:, behind:, None].float()
+        mean = (states[:, behind:].float() * real).sum(1) / real.sum(1).clamp(min=1)
+        return found | {"readout_state": self.read[rows, position].float(), "mean_state": mean}
+
+    def label_logits(self, prompt: Tensor, **rows: Tensor) -> Tensor:
+        """Those of `run`: float32 (N, C)."""
+        return self.run(prompt, **rows)["label_logits"]
 
     def decoder_input(self, input_ids: Tensor) -> Tensor:
         """(N, S) → (N, D): the input shifted right, or the start token and the sentinel."""
@@ -104,7 +125,7 @@ class Reference:
         zero = torch.zeros(self.info.prompt_shape, device=input_ids.device)
         try:
             readout = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
-            self.label_logits(zero, input_ids, attention_mask, readout, readout[:1], context_ids=context_ids)
+            self.run(zero, input_ids, attention_mask, readout, readout[:1], context_ids=context_ids)
         finally:
             for handle in handles:
                 handle.remove()

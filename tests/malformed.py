@@ -203,11 +203,13 @@ class Corpus:
                 )
         for what, content in damaged_bytes(file.read_bytes(), 5, 20):
             yield Case(f"run.json: {what}", file, content, read)
-        prompt = self.run.path / "prompt.safetensors"
-        for what, content in damaged_bytes(prompt.read_bytes(), 6, 20):
-            yield Case(f"prompt: {what}", prompt, content, read, strict=True)
-            hashed = sound | {"prompt_sha256": hashlib.sha256(content).hexdigest()}
-            yield Case(f"prompt, hashed: {what}", prompt, content, read, beside=((file, json.dumps(hashed).encode()),))
+        for name, path in (("prompt", ("prompt_sha256",)), ("readout", ("readout", "sha256"))):
+            tensors = self.run.path / f"{name}.safetensors"
+            for what, content in damaged_bytes(tensors.read_bytes(), 6, 20):
+                yield Case(f"{name}: {what}", tensors, content, read, strict=True)
+                hashed = put(sound, path, hashlib.sha256(content).hexdigest())
+                beside = ((file, json.dumps(hashed).encode()),)
+                yield Case(f"{name}, hashed: {what}", tensors, content, read, beside=beside)
 
     def histories(self) -> Iterator[Case]:
         """A search that was killed before its end."""

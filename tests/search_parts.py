@@ -10,6 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import Bundle, BundleInfo, SpecialTokens, write_info
+from bbt_accel.objective import Objective
+from bbt_accel.run import EngineRecord
+from bbt_accel.settings import Settings
+from bbt_accel.tuning.evaluator import Job
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "bad", "great", "it", "was", ".", *(f"w{i}" for i in range(90))]
 TASK = """
@@ -32,7 +36,7 @@ intrinsic_dim = 6
 popsize = 4
 budget = 80
 """
-SETTINGS: dict[str, object] = {"k_shot": 3, "eval_every": 10, "seed": 7}
+SETTINGS: dict[str, object] = {"readout": "verbalizer", "k_shot": 3, "eval_every": 10, "seed": 7}
 
 
 def search_bundle(folder: Path, method: str = "bbt", precision: str = "fp32") -> Bundle:
@@ -76,6 +80,15 @@ def task_file(folder: Path) -> Path:
     file = folder / "task.toml"
     file.write_text(TASK)
     return file
+
+
+def job(bundle: Bundle, settings: Settings, train: Batch, dev: Batch, engine: str = "dummy") -> Job:
+    """What a search of these rows needs; the words whose logits are features are tokens 20 to 39."""
+    record = EngineRecord(name=engine, device="cpu", threads=1, without=[])
+    whole = {name: np.concatenate([value, getattr(dev, name)]) for name, value in train.arrays().items()}
+    rows = Batch(**{**whole, "label_token_ids": np.concatenate([train.label_token_ids, np.arange(20, 40)])})
+    classes = np.arange(len(train.label_token_ids))
+    return Job(bundle, record, settings, Objective(settings.loss, "accuracy"), train, dev, rows, classes)
 
 
 def batch(rows: int = 8, classes: int = 2, seed: int = 0) -> Batch:

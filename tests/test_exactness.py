@@ -124,7 +124,9 @@ def test_a_prompt_changes_the_logits(tiny: Export, loaded: Load, name: str, meth
 
 
 @every_family
-def test_logits_are_those_of_the_naive_forward(tiny: Export, loaded: Load, name: str, method: str, mode: str) -> None:
+def test_logits_and_states_are_those_of_the_naive_forward(
+    tiny: Export, loaded: Load, name: str, method: str, mode: str
+) -> None:
     bundle = tiny(name, method, mode)
 
     @settings(few, max_examples=12 if (name, method, mode) in VARIANTS + LLAMA else 5)
@@ -132,10 +134,13 @@ def test_logits_are_those_of_the_naive_forward(tiny: Export, loaded: Load, name:
     def check(shape: dict[str, Any], count: int, seed: int) -> None:
         rows, prompts = batch_of(bundle, shape), random_prompts(bundle, count, seed)
         with loaded(bundle, "eager").bind(rows) as bound:
-            wanted = bound.label_logits(prompts)
+            wanted = bound.outputs(prompts)
         for engine in ENGINES:
             with loaded(bundle, engine).bind(rows) as bound:
-                assert_same(bound.label_logits(prompts), wanted, engine)
+                found = bound.outputs(prompts)
+                np.testing.assert_array_equal(found["label_logits"], bound.label_logits(prompts))
+            for name, value in wanted.items():
+                assert_same(found[name], value, (engine, name))
 
     check()
 

@@ -14,6 +14,7 @@ from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.objective import Objective
+from bbt_accel.readout import log_softmax
 from bbt_accel.run import Run
 
 TEXTS = [{"text": f"w{i} w{i + 1}"} for i in range(80)]
@@ -34,8 +35,9 @@ def test_evaluate_scores_every_test_row_with_and_without_the_prompt(run: Run, tm
     engine = DummyEngine(run.open_bundle())
     batch = Encoder(engine.bundle, run.task).encode(rows)  # 70 rows at once, which evaluate splits in two
     logits = engine.bind(batch).label_logits(np.stack([run.prompt, np.zeros_like(run.prompt)]))
-    _, (score, without) = Objective().score(logits, batch.targets)
-    assert (report["score"], report["without_prompt"]) == (score, without)
+    plain = log_softmax(logits[1])
+    _, (score, without, calibrated) = Objective().score(np.stack([*logits, plain - plain.mean(0)]), batch.targets)
+    assert (report["score"], report["without_prompt"], report["calibrated"]) == (score, without, calibrated)
     assert (report["split"], report["metric"], report["rows"], report["engine"]) == ("test", "accuracy", 70, "dummy")
     dev = evaluate(run.path, split="dev")
     assert run.info.best is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from search_parts import batch, search_bundle
+from search_parts import batch, job, search_bundle
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
@@ -21,7 +21,7 @@ from bbt_accel.tuning.evaluator import LocalEvaluator
 from bbt_accel.tuning.methods import Cma
 from bbt_accel.tuning.search import Outcome, search
 
-SMALL = Settings(intrinsic_dim=6, popsize=4, budget=96, eval_every=10, seed=3)
+SMALL = Settings(readout="verbalizer", intrinsic_dim=6, popsize=4, budget=96, eval_every=10, seed=3)
 TRAIN, DEV = batch(8, seed=0), batch(8, seed=1)
 
 
@@ -34,7 +34,7 @@ def run(
     bundle: Bundle, file: Path, settings: Settings = SMALL, engine: DummyEngine | None = None
 ) -> tuple[Outcome, list[Generation]]:
     with History(file) as history:
-        evaluator = LocalEvaluator(engine or DummyEngine(bundle), TRAIN, DEV, Objective(settings.loss, "accuracy"))
+        evaluator = LocalEvaluator(engine or DummyEngine(bundle), job(bundle, settings, TRAIN, DEV))
         outcome = search(evaluator, bundle, settings, history)
         return outcome, history.generations
 

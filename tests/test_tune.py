@@ -29,7 +29,7 @@ from bbt_accel.population import Population
 from bbt_accel.run import Run
 
 Tune = Callable[..., Run]
-FILES = ["curve.png", "history.jsonl", "prompt.safetensors", "run.json"]
+FILES = ["curve.png", "history.jsonl", "prompt.safetensors", "readout.safetensors", "run.json"]
 
 
 @pytest.fixture(params=["bbt", "bbtv2"])
@@ -238,7 +238,7 @@ def test_a_damaged_run_is_refused(start: Tune, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be read"):
         Run.read(damaged("run.json", b"{"))
     with pytest.raises(RunError, match="run format 99"):
-        Run.read(damaged("run.json", (run.path / "run.json").read_bytes().replace(b'"format": 1', b'"format": 99')))
+        Run.read(damaged("run.json", (run.path / "run.json").read_bytes().replace(b'"format": 2', b'"format": 99')))
     with pytest.raises(RunError, match=r"has no prompt\.safetensors"):
         Run.read(damaged("prompt.safetensors", None))
     save_file({"prompt": run.prompt + 1}, tmp_path / "other")
@@ -448,7 +448,7 @@ def test_sigterm_ends_the_command_as_ctrl_c_does(
     task = task_file(tmp_path / "data")
     words = ["tune", "--bundle", str(bundle.path), "--task", str(task), "--data", str(tmp_path / "data")]
     with pytest.raises(SystemExit) as caught:
-        main([*words, "--engine", "dummy", "--k-shot", "3", "-o", str(tmp_path / "run")])
+        main([*words, "--engine", "dummy", "--readout", "verbalizer", "--k-shot", "3", "-o", str(tmp_path / "run")])
     assert caught.value.code == 130
     assert "interrupted" in capsys.readouterr().err
     info = Run.read(tmp_path / "run").info

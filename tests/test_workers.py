@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from search_parts import SETTINGS, batch, search_bundle, task_file
+from search_parts import job as make_job
 
 from bbt_accel import tune
 from bbt_accel.batch import Batch
@@ -20,8 +21,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.cluster import connect
 from bbt_accel.errors import BundleError, EngineError, NonFiniteLoss, UsageError
 from bbt_accel.history import Generation, History
-from bbt_accel.objective import Objective
-from bbt_accel.run import EngineRecord, Run
+from bbt_accel.run import Run
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.methods import PromptSpace
@@ -30,7 +30,7 @@ from bbt_accel.tuning.workers import WorkersEvaluator
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-SMALL = Settings(intrinsic_dim=6, popsize=5, budget=60, eval_every=10, seed=3)
+SMALL = Settings(readout="verbalizer", intrinsic_dim=6, popsize=5, budget=60, eval_every=10, seed=3)
 TRAIN, DEV = batch(8, seed=0), batch(8, seed=1)
 
 
@@ -40,8 +40,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
 
 
 def job(bundle: Bundle, engine: str = "dummy", settings: Settings = SMALL, train: Batch = TRAIN) -> Job:
-    record = EngineRecord(name=engine, device="cpu", threads=1, without=[])
-    return Job(bundle, record, settings, Objective(settings.loss, "accuracy"), train, DEV)
+    return make_job(bundle, settings, train, DEV, engine)
 
 
 Observe = Callable[[Generation], None]
@@ -225,7 +224,7 @@ def test_sigterm_keeps_the_best_prompt_and_the_working_directory_holds_no_module
         (place / name).mkdir(parents=True)
         (place / name / "__init__.py").write_text('raise RuntimeError("imported from the working directory")')
     words = ["tune", "--bundle", str(bundle.path), "--task", str(task), "--data", str(task.parent), "--engine", "dummy"]
-    words += ["--k-shot", "3", "--workers", "2", "-o", "run"]
+    words += ["--readout", "verbalizer", "--k-shot", "3", "--workers", "2", "-o", "run"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     command = [sys.executable, "-P", "-c", TERMINATED, *words]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)

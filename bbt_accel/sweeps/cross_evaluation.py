@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from itertools import combinations, groupby
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.data import load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.inference import label_logits
+from bbt_accel.inference import class_scores
 from bbt_accel.objective import Objective
 from bbt_accel.run import Run
 from bbt_accel.sweeps.grid import RUN, Trial
@@ -52,11 +52,8 @@ def score_prompts(
     task = found[0].task
     rows = load_rows(task, "test", None if data is None else Path(data))
     with load_engine(bundle, engine, device=device, threads=threads) as loaded:
-        parts = []
-        for shown, same in groupby(found, key=lambda run: run.info.demonstrations):  # each seed may have its own
-            encoder = Encoder(loaded.bundle, task, shown)
-            parts.append(label_logits(loaded, encoder, rows, [run.prompt for run in same]))
-        logits = np.concatenate(parts)
+        encoders = (Encoder(loaded.bundle, task, run.info.demonstrations) for run in found)
+        logits = np.stack([class_scores(loaded, e, rows, run) for e, run in zip(encoders, found, strict=True)])
     _, scores = Objective("ce", task.metric).score(logits, np.array([row.label for row in rows]))
     return {"scores": scores.tolist(), "predictions": logits.argmax(2).tolist()}
 

@@ -84,7 +84,7 @@ class Task(BaseModel, extra="forbid", frozen=True):
     separator: str = " . "  # between the initial prompt tokens and the template, where the template has no {prompt}
     hub: HubData | None = None
     templates: ByGroup[str] = Field(description="How a row is written.")
-    label_words: ByGroup[list[str]] = Field(description="The word of each class, in class order.")
+    label_words: ByGroup[list[str | list[str]]] = Field(description="The word or words of each class, in class order.")
     context: Context = Context()
     prompt: PromptStart | None = None
     presets: Presets = Presets()
@@ -129,10 +129,11 @@ class Task(BaseModel, extra="forbid", frozen=True):
         if not any(column in used for column in self.text):
             raise ValueError(f"{key}: has no text column; write {{{self.text[0]}}}")
 
-    def _check_words(self, key: str, words: list[str]) -> None:
+    def _check_words(self, key: str, words: list[str | list[str]]) -> None:
         if len(words) != self.n_classes:
             raise ValueError(f"{key}: {len(words)} words for {self.n_classes} classes")
-        if len(set(words)) != len(words) or not all(word.strip() for word in words):
+        every = [word for of_class in word_lists(words) for word in of_class]
+        if not all(word_lists(words)) or len(set(every)) != len(every) or not all(word.strip() for word in every):
             raise ValueError(f"{key}: each class needs a word of its own")
 
     def template(self, group: TemplateGroup) -> str:
@@ -140,8 +141,12 @@ class Task(BaseModel, extra="forbid", frozen=True):
         return self._required("templates", self.templates, group)
 
     def words(self, group: TemplateGroup) -> list[str]:
-        """The label words of a group, in class order. Raises TaskError when the task has none."""
-        return self._required("label_words", self.label_words, group)
+        """A label word for each class of a group, the first, in class order. TaskError when the task has none."""
+        return [words[0] for words in self.all_words(group)]
+
+    def all_words(self, group: TemplateGroup) -> list[list[str]]:
+        """All label words of each class of a group, in class order. Raises TaskError when the task has none."""
+        return word_lists(self._required("label_words", self.label_words, group))
 
     def _required(self, key: str, values: dict[str, T | None], group: TemplateGroup) -> T:
         if (value := values[group]) is None:
@@ -162,6 +167,11 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
             raise ValueError(f"a placeholder is a name alone, not {{{name}{spec or ''}...}}")
         parts.append((literal, name))
     return parts
+
+
+def word_lists(words: list[str | list[str]]) -> list[list[str]]:
+    """Several words or one for each class, as lists."""
+    return [[own] if isinstance(own, str) else own for own in words]
 
 
 def _parsed(key: str, template: str) -> list[tuple[str, str | None]]:

@@ -6,8 +6,11 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
 
 import bbt_accel
 from bbt_accel.bundle import Bundle
@@ -18,11 +21,13 @@ from bbt_accel.errors import RunError, UsageError
 from bbt_accel.history import Generation
 from bbt_accel.objective import Objective
 from bbt_accel.progress import SearchProgress, progress_bar
-from bbt_accel.run import EVENTS, BundleRecord, DataRecord, EngineRecord, Run, RunInfo
-from bbt_accel.settings import Settings, resolve
+from bbt_accel.readout import Readout
+from bbt_accel.run import EVENTS, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
+from bbt_accel.settings import PRESETS, Preset, Settings, resolve
 from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.monitoring import Events
+from bbt_accel.tuning.readouts import ReadoutSearch
 from bbt_accel.tuning.search import search
 from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
 from bbt_accel.tuning.workspace import Workspace
@@ -44,6 +49,7 @@ def tune(
     resume: bool = False,
     overwrite: bool = False,
     tensorboard: bool = False,
+    preset: Preset | None = None,
     settings: Mapping[str, object] | None = None,
     progress: bool = True,
 ) -> Run:
@@ -51,7 +57,8 @@ def tune(
 
     data: a folder with train.jsonl (or csv, parquet); the task's own data set unless given.
     engine, device, threads, without, url: as in `load_engine`.
-    settings: any of `Settings`; what is not given comes from the task's preset, in a resumed run from that run.
+    settings: any of `Settings`; what is not given comes from `preset`, then from the task's preset, in a resumed run
+        from that run. preset: `paper` for the original program's search, whose readout is the verbalizer.
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is complete.
     resume: continue an interrupted or killed run to the same prompt, bit for bit; start one if there is none, and
         return a complete run as it is. overwrite: replace an existing run once the new one is complete.
@@ -75,8 +82,9 @@ def tune(
     task = task if isinstance(task, Task) else load_task(task)
     place = engine_spec(engine).device(device)
     record = EngineRecord(name=engine, device=place, threads=threads, workers=workers, without=sorted(without), url=url)
+    given = (PRESETS[preset] if preset else {}) | {k: v for k, v in (settings or {}).items() if v is not None}
     with ExitStack() as held:
-        workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, settings or {})
+        workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
         job, info = _prepare(bundle, task, data, record, chosen, workspace)
         if former is not None and (differences := former.differences(info)):
             raise RunError(f"{workspace.final} cannot be resumed with another {', '.join(differences)}")
@@ -113,6 +121,8 @@ def _resolve(
         settings = resolve(former.settings.model_dump(), given)
     elif not resume:
         workspace.require_free(overwrite)
+    if settings.fitted and given.get("loss") not in (None, "ce"):
+        raise UsageError(f"--loss {given['loss']} is for --readout verbalizer; others minimize the cross entropy")
     settings.generations(method, bundle.info.n_layers)  # raises before anything is loaded
     if engine.workers is not None:
         check_workers(engine.workers, settings.popsize)
@@ -138,8 +148,11 @@ def _prepare(
         engine=engine,
         versions={"bbt-accel": bbt_accel.__version__, **packages, "python": platform.python_version()},
     )
-    objective = Objective(settings.loss, task.metric)
-    return Job(bundle, engine, settings, objective, encoder.encode(train), encoder.encode(dev)), info
+    objective = Objective("ce" if settings.fitted else settings.loss, task.metric)
+    rows = encoder.encode([*train, *dev])
+    wide = np.concatenate([encoder.label_token_ids, encoder.feature_token_ids(settings.seed)])
+    batches = encoder.encode(train), encoder.encode(dev), replace(rows, label_token_ids=wide)
+    return Job(bundle, engine, settings, objective, *batches, encoder.classes), info
 
 
 def _run(
@@ -160,8 +173,14 @@ def _run(
             if events is not None:
                 events(generation)
 
-        outcome = search(evaluator, bundle, settings, history, observe)
-    run = workspace.finish(info, outcome, lambda line: _say(line, progress))
+        if settings.fitted:
+            around = ReadoutSearch(evaluator, job, bundle.start_prompt())
+            outcome = search(evaluator, bundle, settings, history, observe, around.dev, around.start())
+            found = around.finish(outcome, searched=bool(len(history)))
+        else:
+            outcome = search(evaluator, bundle, settings, history, observe)
+            found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
+    run = workspace.finish(info, *found, lambda line: _say(line, progress))
     if outcome.interrupted:
         _say(f"interrupted; {run.path} holds the best prompt so far, --resume continues the search", progress)
     return run

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
-from bbt_accel.batch import Batch, Float32, Float64
+from bbt_accel.batch import Batch, Float32, Float64, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.engines.base import Closing, Engine
+from bbt_accel.engines.base import BoundBatch, Closing, Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.objective import Objective
+from bbt_accel.readout import class_logits, fit_bias, one_word_each
 from bbt_accel.run import EngineRecord
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.methods import PromptSpace
@@ -31,15 +33,19 @@ class Evaluator(Closing, ABC):
 
     @abstractmethod
     def dev(self, prompt: Float32) -> tuple[float, float]:
-        """Loss and metric of one prompt, (n, H) or (L, n, H), on the dev rows."""
+        """Loss and metric of one prompt, (n, H) or (L, n, H), on the dev rows, with the verbalizer."""
+
+    @abstractmethod
+    def outputs(self, prompt: Float32) -> dict[str, Float32]:
+        """`BoundBatch.outputs` of one prompt, without the population axis, for `Job.rows`."""
 
 
 class LocalEvaluator(Evaluator):
     """An engine in this process, closed with the evaluator."""
 
-    def __init__(self, engine: Engine, train: Batch, dev: Batch, objective: Objective) -> None:
-        self.engine, self.objective = engine, objective
-        self.train_rows, self.dev_rows = engine.bind(train), engine.bind(dev)
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self.engine, self.job = engine, job
+        self.train_rows, self.dev_rows = engine.bind(job.train), engine.bind(job.dev)
 
     def versions(self) -> dict[str, str]:
         return self.engine.versions()
@@ -50,24 +56,53 @@ class LocalEvaluator(Evaluator):
     def train(
         self, space: PromptSpace, layer: int, candidates: Float64 | Float32, part: slice = slice(None)
     ) -> tuple[Float64, Float64]:
-        """part: evaluate these candidates only."""
-        found = self.train_rows.statistics(space.population(layer, candidates)[part])
-        return self.objective.from_statistics(found, self.train_rows.batch.targets, first=part.start or 0)
+        """part: evaluate these candidates only.
+
+        A fitted readout's loss needs the label logits on the host, where a bias is fitted to those of each candidate;
+        sums alone would not do.
+        """
+        job, population, first = self.job, space.population(layer, candidates)[part], part.start or 0
+        targets = job.train.targets
+        if not job.settings.fitted and one_word_each(job.classes):
+            return job.objective.from_statistics(self.train_rows.statistics(population), targets, first)
+        logits = class_logits(self.train_rows.label_logits(population), job.classes)
+        found = job.objective.score(logits, targets, first)  # raises NonFiniteLoss
+        if not job.settings.fitted:
+            return found
+        bias, losses = fit_bias(logits, targets)
+        return losses, job.objective.score(logits + bias[:, None], targets)[1]
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
-        found = self.dev_rows.statistics(prompt[None])
-        losses, metrics = self.objective.from_statistics(found, self.dev_rows.batch.targets)
+        objective, targets = self.job.objective, self.job.dev.targets
+        if one_word_each(self.job.classes):
+            losses, metrics = objective.from_statistics(self.dev_rows.statistics(prompt[None]), targets)
+        else:
+            logits = self.dev_rows.label_logits(prompt[None])
+            losses, metrics = objective.score(class_logits(logits, self.job.classes), targets)
         return float(losses[0]), float(metrics[0])
+
+    def outputs(self, prompt: Float32) -> dict[str, Float32]:
+        return {name: value[0] for name, value in self.all_rows.outputs(prompt[None]).items()}
+
+    @cached_property
+    def all_rows(self) -> BoundBatch:
+        return self.engine.bind(self.job.rows)
 
     def close(self) -> None:
         self.train_rows.close()
         self.dev_rows.close()
+        if "all_rows" in vars(self):
+            self.all_rows.close()
         self.engine.close()
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything needed to evaluate candidates, here or in another process."""
+    """Everything needed to evaluate candidates, here or in another process.
+
+    rows: all train rows, then all dev rows. Their label_token_ids are those of the label words, then of the words whose
+        logits are features. classes: int64 (M,), the class of each label word.
+    """
 
     bundle: Bundle
     engine: EngineRecord
@@ -75,9 +110,11 @@ class Job:
     objective: Objective
     train: Batch
     dev: Batch
+    rows: Batch
+    classes: Int64
 
     def evaluator(self) -> LocalEvaluator:
         """Load the engine and bind the rows. Raises what `load_engine` raises."""
         e = self.engine
         engine = load_engine(self.bundle, e.name, device=e.device, threads=e.threads, without=e.without, url=e.url)
-        return LocalEvaluator(engine, self.train, self.dev, self.objective)
+        return LocalEvaluator(engine, self)

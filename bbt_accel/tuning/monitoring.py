@@ -42,10 +42,10 @@ class Events(Closing):
 
 
 def draw_curve(
-    file: Path, generations: Sequence[Generation], best: int, best_score: float, metric: str, title: str
+    file: Path, generations: Sequence[Generation], calls: int, best_score: float, metric: str, title: str
 ) -> None:
-    """Write a PNG: train loss of each generation's best candidate, dev scores, and the prompt of generation `best`."""
-    name, calls = METRICS.get(metric, metric), generations[best].calls
+    """Write a PNG: train loss of each generation's best candidate, dev scores, and the best prompt, after `calls`."""
+    name = METRICS.get(metric, metric)
     scored = [(g.calls, g.dev_score) for g in generations if g.dev_score is not None]
     with figure(file, 8, 5.5, nrows=2, sharex=True) as (drawn, (losses, scores)):
         drawn.suptitle(title, fontsize=12)

@@ -19,59 +19,98 @@ from bbt_accel.tuning.methods import Bbt, BbtV2, PromptSpace, SearchMethod
 Observe = Callable[[Generation], None]
 
 
+Dev = Callable[[Float32], tuple[float, float]]
+"""From a prompt to its loss and metric on the dev rows."""
+PATIENCE = 5
+"""Dev scores in a row without a lower loss, after which a search with the readout `auto` stops."""
+
+
 @dataclass(frozen=True)
 class BestPrompt:
-    """The prompt with the best dev score so far; ties go to the lower dev loss, then to the earlier generation."""
+    """The prompt with the best dev score so far; ties go to the lower dev loss, then to the earlier generation.
+
+    generation: None for the prompt that the search starts from.
+    by_loss: compare the dev loss first, which of few rows says more than their accuracy.
+    """
 
     prompt: Float32
-    generation: int
+    generation: int | None
     dev_score: float
     dev_loss: float
+    by_loss: bool = False
 
     def or_better(self, other: BestPrompt | None) -> BestPrompt:
         """The better of the two; this one if they are equal."""
-        return max(self, other or self, key=lambda found: (found.dev_score, -found.dev_loss))
+
+        def key(found: BestPrompt) -> tuple[float, float]:
+            score, loss = found.dev_score, -found.dev_loss
+            return (loss, score) if self.by_loss else (score, loss)
+
+        return max(self, other or self, key=key)
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """stopped: before the budget, on a plateau."""
+
     best: BestPrompt
-    interrupted: bool
+    interrupted: bool = False
+    stopped: bool = False
 
 
 def search(
-    evaluator: Evaluator, bundle: Bundle, settings: Settings, history: History, observe: Observe = lambda _: None
+    evaluator: Evaluator,
+    bundle: Bundle,
+    settings: Settings,
+    history: History,
+    observe: Observe = lambda _: None,
+    dev: Dev | None = None,
+    start: BestPrompt | None = None,
 ) -> Outcome:
     """Search for a soft prompt for a bundle, by the method that it was exported for.
 
     history: empty, or the first generations of the same search, which then continues from there. Every new generation
         is appended. observe: called with every generation, those already in the history included.
+    dev: scores a prompt, with the verbalizer unless given. start: the prompt that the search has to surpass, if any.
     Ctrl-C ends the search with the best prompt so far; before the first generation of the history it is raised.
     Raises NonFiniteLoss, EngineError, UsageError for a budget below one generation, RunError for the history of
     another search.
     """
     total, deep = settings.generations(bundle.info.method, bundle.info.n_layers), bundle.info.method == "bbtv2"
-    check_history(history.generations, settings.popsize, bundle.info.n_layers if deep else 1, total)
+    if not total and start is not None:
+        return Outcome(start)
+    dev = dev or evaluator.dev
+    turns = bundle.info.n_layers if deep else 1
+    check_history(history.generations, settings.popsize, turns, total, int(settings.fitted))
     space = PromptSpace(bundle, settings, evaluator.layer_stds() if deep else None)
     method = BbtV2(space, settings) if deep else Bbt(space, settings)
-    best = _replay(method, history, observe)
+    best = _replay(method, history, observe, start)
     try:
         for number in range(len(history), total):
-            generation, scored = _generation(evaluator, method, settings, number, last=number == total - 1)
+            if settings.readout == "auto" and start is not None and on_plateau(history, start.dev_loss):
+                return Outcome(best or start, stopped=True)
+            generation, scored = _generation(evaluator, method, settings, number, dev, last=number == total - 1)
             history.append(generation)
             best = best.or_better(scored) if best else scored
             observe(generation)
     except KeyboardInterrupt:
         if not len(history):
             raise
-        return Outcome(best or _score(evaluator, method, len(history) - 1), interrupted=True)
+        return Outcome(best or _score(dev, method, len(history) - 1), interrupted=True)
     assert best is not None  # the last generation is always scored
-    return Outcome(best, interrupted=False)
+    return Outcome(best)
 
 
-def _replay(method: SearchMethod, history: History, observe: Observe) -> BestPrompt | None:
-    """Repeat the asks and tells of the history, without the engine."""
-    best: BestPrompt | None = None
+def on_plateau(history: History, loss: float) -> bool:
+    """Whether the last `PATIENCE` dev losses are all no lower than the best before them. loss: that of the start."""
+    losses = [loss, *(g.dev_loss for g in history.generations if g.dev_loss is not None)]
+    return len(losses) > PATIENCE and min(losses[-PATIENCE:]) >= min(losses[:-PATIENCE])
+
+
+def _replay(
+    method: SearchMethod, history: History, observe: Observe, best: BestPrompt | None = None
+) -> BestPrompt | None:
+    """Repeat the asks and tells of the history, without the engine. best: the prompt to surpass."""
     for known in history.generations:
         candidates = method.ask()
         if fingerprint(candidates) != known.candidates:
@@ -81,14 +120,15 @@ def _replay(method: SearchMethod, history: History, observe: Observe) -> BestPro
             )
         method.tell(candidates, np.array(known.losses))
         if known.dev_score is not None and known.dev_loss is not None:
-            scored = BestPrompt(method.prompt(), known.generation, known.dev_score, known.dev_loss)
+            by_loss = best is not None and best.by_loss
+            scored = BestPrompt(method.prompt(), known.generation, known.dev_score, known.dev_loss, by_loss)
             best = best.or_better(scored) if best else scored
         observe(known)
     return best
 
 
 def _generation(
-    evaluator: Evaluator, method: SearchMethod, settings: Settings, number: int, last: bool
+    evaluator: Evaluator, method: SearchMethod, settings: Settings, number: int, dev: Dev, last: bool
 ) -> tuple[Generation, BestPrompt | None]:
     """One generation, and the dev score of its prompt where the calls pass a multiple of eval_every."""
     started = perf_counter()
@@ -98,11 +138,11 @@ def _generation(
     method.tell(candidates, losses)
     calls = (number + 1) * settings.popsize
     due = calls // settings.eval_every > (calls - settings.popsize) // settings.eval_every
-    scored = _score(evaluator, method, number) if due or last else None
+    scored = _score(dev, method, number, settings.fitted) if due or last else None
     best = int(np.argmin(losses))
     generation = Generation(
         generation=number,
-        calls=calls,
+        calls=calls + settings.fitted,
         layer=layer,
         candidates=fingerprint(candidates),
         losses=losses.tolist(),
@@ -118,7 +158,7 @@ def _generation(
     return generation, scored
 
 
-def _score(evaluator: Evaluator, method: SearchMethod, generation: int) -> BestPrompt:
+def _score(dev: Dev, method: SearchMethod, generation: int, by_loss: bool = False) -> BestPrompt:
     prompt = method.prompt()
-    loss, score = evaluator.dev(prompt)
-    return BestPrompt(prompt, generation, score, loss)
+    loss, score = dev(prompt)
+    return BestPrompt(prompt, generation, score, loss, by_loss)

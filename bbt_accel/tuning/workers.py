@@ -107,6 +107,9 @@ class WorkersEvaluator(Evaluator):
         loss, score = self._first("dev", prompt)
         return loss, score
 
+    def outputs(self, prompt: Float32) -> dict[str, Float32]:
+        return dict(self._first("outputs", prompt))
+
     def close(self) -> None:
         for actor in self.actors:
             self._ray.kill(actor)

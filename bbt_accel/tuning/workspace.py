@@ -12,7 +12,20 @@ from typing import Self
 from bbt_accel.errors import RunError
 from bbt_accel.files import remove_leftovers, rename_new, reserved
 from bbt_accel.history import History, read_history
-from bbt_accel.run import CURVE, HISTORY, INFO, BestRecord, Run, RunInfo, read_info, write_info, write_prompt
+from bbt_accel.readout import Readout
+from bbt_accel.run import (
+    CURVE,
+    HISTORY,
+    INFO,
+    READOUT,
+    BestRecord,
+    ReadoutRecord,
+    Run,
+    RunInfo,
+    read_info,
+    write_info,
+    write_prompt,
+)
 from bbt_accel.tuning.monitoring import draw_curve
 from bbt_accel.tuning.search import Outcome
 
@@ -60,7 +73,7 @@ class Workspace:
     def open(self, info: RunInfo, resume: bool) -> Iterator[History]:
         """The history in the hidden folder: that of the run to resume, else an empty one.
 
-        The folder is removed if the block ends without any generation. An OSError in the block becomes a RunError.
+        The folder is removed if the block fails before the first generation. An OSError in it becomes a RunError.
         """
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -68,22 +81,31 @@ class Workspace:
             if not self.folder.exists():
                 self._create(info, self.final if resume and self.final.exists() else None)
             with History(self.folder / HISTORY) as history:
+                complete = False
                 try:
                     remove_leftovers(self.folder)
                     write_info(self.folder, info)
                     yield history
+                    complete = True
                 finally:
-                    if not len(history):
+                    if not len(history) and not complete:
                         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def finish(self, info: RunInfo, outcome: Outcome, report: Callable[[str], object] = lambda _: None) -> Run:
-        """Add the prompt, the curve and the final run.json, and give the folder its name, in place of a former run.
+    def finish(
+        self,
+        info: RunInfo,
+        outcome: Outcome,
+        readout: Readout,
+        record: ReadoutRecord,
+        report: Callable[[str], object] = lambda _: None,
+    ) -> Run:
+        """Add prompt, readout, curve and the final run.json, and give the folder its name, in place of a former run.
 
         report: called with a line if the curve cannot be written. Raises RunError for whatever else cannot; the search
         can then be resumed.
         """
         with self._resumable():
-            self._complete(info, outcome, report)
+            self._complete(info, outcome, readout, record, report)
             if self._replaced:
                 os.rename(self.final, self._old)
             try:
@@ -94,17 +116,30 @@ class Workspace:
         shutil.rmtree(self._old, ignore_errors=True)
         return Run.read(self.final)
 
-    def _complete(self, info: RunInfo, outcome: Outcome, report: Callable[[str], object]) -> None:
+    def _complete(
+        self,
+        info: RunInfo,
+        outcome: Outcome,
+        readout: Readout,
+        record: ReadoutRecord,
+        report: Callable[[str], object],
+    ) -> None:
         generations, best = read_history(self.folder / HISTORY), outcome.best
-        at, calls = best.generation, generations[best.generation].calls
+        first = int(info.settings.fitted)  # the call that fits the readout without a search
+        calls = first if best.generation is None else generations[best.generation].calls
         info = info.model_copy()
         info.status = "interrupted" if outcome.interrupted else "done"
-        info.calls, info.seconds = generations[-1].calls, sum(g.seconds for g in generations)
-        info.best = BestRecord(generation=at, calls=calls, dev_score=best.dev_score, dev_loss=best.dev_loss)
+        info.calls = generations[-1].calls if generations else first
+        info.seconds = sum(g.seconds for g in generations)
+        info.best = BestRecord(
+            generation=best.generation, calls=calls, dev_score=best.dev_score, dev_loss=best.dev_loss
+        )
         info.prompt_shape, info.prompt_sha256 = list(best.prompt.shape), write_prompt(self.folder, best.prompt)
+        info.readout = record.model_copy(update={"sha256": readout.save(self.folder / READOUT)})
         title = f"{info.task.name} · {info.bundle.backbone} · {info.bundle.method} · {info.engine.name}"
         try:
-            draw_curve(self.folder / CURVE, generations, at, best.dev_score, info.task.metric, title)
+            if generations:
+                draw_curve(self.folder / CURVE, generations, calls, best.dev_score, info.task.metric, title)
         except OSError as error:  # a full disk: the run is worth more than its plot
             (self.folder / CURVE).unlink(missing_ok=True)
             report(f"{self.final} has no {CURVE}, which could not be written ({error.strerror or error})")

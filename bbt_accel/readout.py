@@ -1,0 +1,307 @@
+"""Readouts: from what a forward pass returns to class scores, fitted on the labelled rows of a prompt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from bbt_accel.batch import Float32, Float64, Int64
+from bbt_accel.bundle import STATES
+from bbt_accel.errors import RunError, first_line
+from bbt_accel.files import sha256, write_atomically
+from bbt_accel.settings import ReadoutName
+
+FILE = "readout.safetensors"
+BIAS_PENALTY = 0.05
+"""λ of a fitted class bias."""
+PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+"""Of a linear readout's squared weights, for standardized features; cross-validation chooses."""
+FOLDS = 8
+PROTOTYPE_SIZE = 128  # DecT: dimensions of the space of prototypes
+Outputs = Mapping[str, Float32]
+"""What `BoundBatch.outputs` returns, of one prompt: label_logits (N, M), readout_state and mean_state (N, H)."""
+
+
+def log_softmax(scores: npt.ArrayLike) -> Float64:
+    """Log-probabilities, float64, over the last axis."""
+    x = np.asarray(scores, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Class scores of rows as a function of what a forward pass returns for them.
+
+    name: one of `READOUTS`. classes: int64 (M,), the class of each label word, in the order of their logits; a class
+        with several words has the mean of theirs. token_ids: int64 (F,), further words whose logits are features.
+    arrays: float64, what was fitted.
+    """
+
+    name: ReadoutName
+    classes: Int64
+    token_ids: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    arrays: dict[str, Float64] = field(default_factory=dict)
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether it needs hidden states besides label logits."""
+        return self.name not in ("verbalizer", "calibrated", "words")
+
+    def class_logits(self, outputs: Outputs) -> Float64:
+        """The verbalizer: float64 (…, N, C)."""
+        return class_logits(outputs["label_logits"], self.classes)
+
+    def scores(self, outputs: Outputs) -> Float64:
+        """Class scores, float64 (…, N, C), whose softmax are the probabilities."""
+        if self.name == "verbalizer":
+            return self.class_logits(outputs)
+        if self.name == "calibrated":
+            return self.class_logits(outputs) + self.arrays["bias"]
+        if self.name == "prototype":
+            return prototype_scores(self.arrays, outputs["readout_state"], self.class_logits(outputs))
+        x = np.concatenate(features(self.name, outputs, len(self.classes)), axis=-1)
+        return x @ self.arrays["weight"] + self.arrays["bias"]
+
+    def save(self, file: Path) -> str:
+        """Write it as safetensors; returns the file's sha256."""
+        tensors = {**self.arrays, "classes": self.classes, "token_ids": self.token_ids}
+        tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        write_atomically(file, save(tensors, {"name": self.name}))
+        return sha256(file)
+
+    @classmethod
+    def load(cls, file: Path) -> Readout:
+        """Raises RunError for a file that is not a readout."""
+        try:
+            with safe_open(file, "numpy") as tensors:
+                arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+                return cls(tensors.metadata()["name"], arrays.pop("classes"), arrays.pop("token_ids"), arrays)
+        except Exception as error:  # safetensors raises its own, besides OSError and KeyError
+            raise RunError(f"cannot read {file} ({first_line(error)}); tune again") from None
+
+
+def class_logits(label_logits: npt.ArrayLike, classes: Int64) -> Float64:
+    """(…, N, M or more) → (…, N, C): the mean over the words of each class."""
+    words = np.asarray(label_logits, np.float64)[..., : len(classes)]
+    if one_word_each(classes):
+        return words
+    shares = np.equal.outer(classes, np.arange(classes.max() + 1)).astype(np.float64)
+    return np.asarray(words @ (shares / shares.sum(0)))
+
+
+def one_word_each(classes: Int64) -> bool:
+    """Whether every class has one label word, so that label logits are class logits."""
+    return np.array_equal(classes, np.arange(len(classes)))
+
+
+def features(name: str, outputs: Outputs, label_words: int) -> list[Float64]:
+    """The blocks of features that a linear readout takes, each float64 (…, N, F)."""
+    if name == "words":
+        return [np.asarray(outputs["label_logits"][..., label_words:], np.float64)]
+    names = {"state": STATES[:1], "mean": STATES[1:], "states": STATES}[name]
+    return [np.asarray(outputs[state], np.float64) for state in names]
+
+
+# Fitting -----------------------------------------------------------------------------------------------------
+
+
+class Fitted(NamedTuple):
+    """A readout, and what it gives rows that it was not fitted on.
+
+    held_out: float64 (N, C), the scores of each row by a readout that was fitted on the other folds. A linear readout's
+        penalty was chosen by them.
+    """
+
+    readout: Readout
+    held_out: Float64
+
+
+def fit(
+    name: ReadoutName, outputs: Outputs, targets: Int64, classes: Int64, token_ids: Int64 | None = None, seed: int = 0
+) -> Fitted:
+    """Fit a readout on the outputs of labelled rows (N), in float64; the same on every call.
+
+    classes, token_ids: as in `Readout`. seed: of the folds, and of DecT's prototypes.
+    """
+    words = np.zeros(0, np.int64) if token_ids is None or name != "words" else token_ids
+    if name in ("words", "state", "mean", "states"):
+        arrays, held_out = fit_linear(features(name, outputs, len(classes)), targets, seed)
+        return Fitted(Readout(name, classes, words, arrays), held_out)
+
+    def fitted(rows: Int64) -> Readout:
+        logits = class_logits(outputs["label_logits"][rows], classes)
+        if name == "verbalizer":
+            return Readout(name, classes)
+        if name == "calibrated":
+            return Readout(name, classes, arrays={"bias": fit_bias(logits, targets[rows])[0]})
+        state = np.asarray(outputs["readout_state"][rows], np.float64)
+        return Readout(name, classes, arrays=fit_prototypes(state, logits, targets[rows], seed))
+
+    def scores(rows: Int64, held_out: Int64) -> Float64:
+        return fitted(rows).scores({key: value[held_out] for key, value in outputs.items()})
+
+    return Fitted(fitted(np.arange(len(targets))), held_out_scores(scores, targets, seed))
+
+
+def fit_bias(logits: Float64, targets: Int64) -> tuple[Float64, Float64]:
+    """A bias b for each class, and the loss with it, which is mean CE(L + b, y) + λ‖b - b0‖².
+
+    b0 is that of batch calibration (Zhou et al., ICLR 2024), which needs no labels: minus the mean log-probability of
+    the class, over the rows. The problem is convex; it is solved by Newton's method.
+    logits: (…, N, C); targets: (N,). Returns float64 (…, C) and (…,): each of a population has a bias of its own.
+    """
+    *population, N, C = logits.shape
+    shares = np.bincount(targets, minlength=C) / N
+    start = -log_softmax(logits).mean(-2)
+    logits, bias = logits + start[..., None, :], np.zeros((*population, C))
+
+    def objective(bias: Float64) -> Float64:
+        found = log_softmax(logits + bias[..., None, :])
+        return np.asarray(BIAS_PENALTY * (bias**2).sum(-1) - found[..., np.arange(N), targets].mean(-1))
+
+    value = objective(bias)
+    for _ in range(50):
+        p = np.exp(log_softmax(logits + bias[..., None, :]))
+        gradient = p.mean(-2) - shares + 2 * BIAS_PENALTY * bias
+        hessian = 2 * BIAS_PENALTY * np.eye(C) - np.swapaxes(p, -1, -2) @ p / N
+        hessian[..., np.arange(C), np.arange(C)] += p.mean(-2)
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        lower = objective(bias - step)
+        while (worse := lower > value + 1e-12).any():  # some fraction of a Newton step lowers a convex function
+            step = np.where(worse[..., None], step / 2, step)
+            lower = objective(bias - step)
+        bias, value = bias - step, lower
+        if np.abs(step).max() < 1e-10:
+            break
+    return start + bias, value
+
+
+def fit_linear(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[dict[str, Float64], Float64]:
+    """The mean of one logistic regression on each block of features (N, F): weight (ΣF, C) and bias (C,).
+
+    And the held-out scores (N, C), by which the penalty of each block is chosen.
+    """
+    heads, held_out = [], []
+    for x in blocks:
+        tried = {
+            penalty: held_out_scores(partial(linear_scores, x, targets, penalty), targets, seed)
+            for penalty in PENALTIES
+        }
+        best = min(tried, key=lambda penalty: log_loss(tried[penalty], targets))
+        heads.append(logistic_regression(x, targets, best))
+        held_out.append(tried[best])
+    weight = np.concatenate([weight for weight, _ in heads]) / len(heads)
+    return {"weight": weight, "bias": np.mean([bias for _, bias in heads], axis=0)}, np.mean(held_out, axis=0)
+
+
+def linear_scores(x: Float64, targets: Int64, penalty: float, rows: Int64, held_out: Int64) -> Float64:
+    weight, bias = logistic_regression(x[rows], targets[rows], penalty)
+    return np.asarray(x[held_out] @ weight + bias)
+
+
+def logistic_regression(x: Float64, targets: Int64, penalty: float) -> tuple[Float64, Float64]:
+    """Multinomial, on standardized features: weight (F, C) and bias (C,) for x (N, F) itself."""
+    from sklearn.linear_model import LogisticRegression
+
+    mean, std = x.mean(0), x.std(0)
+    std = np.where(std > 1e-6 * max(1e-30, np.abs(x).max()), std, 1.0)
+    z = (x - mean) / std
+    # N rows span at most N directions, in which the solution lies; there it is found sooner.
+    _, _, basis = np.linalg.svd(z, full_matrices=False)
+    with warnings.catch_warnings(action="ignore"):  # of a limit that separable rows reach
+        model = LogisticRegression(C=1 / penalty, max_iter=1000, tol=1e-6).fit(z @ basis.T, targets)
+    weight, bias = basis.T @ model.coef_.T, model.intercept_
+    if weight.shape[1] == 1:  # two classes: one column, the log-odds of the second
+        weight, bias = weight * [-0.5, 0.5], bias * np.array([-0.5, 0.5])
+    weight = weight / std[:, None]
+    return weight, bias - mean @ weight
+
+
+def held_out_scores(scores: Callable[[Int64, Int64], Float64], targets: Int64, seed: int) -> Float64:
+    """Scores (N, C) of every row by a readout that was fitted without it: `FOLDS` folds, stratified by class.
+
+    scores: from the indices of the rows to fit on, and of those to score, to the scores of the latter.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    folds = min(FOLDS, int(np.bincount(targets).min()))
+    found = np.zeros((len(targets), targets.max() + 1))
+    if folds < 2:  # one example of a class: nothing to hold out
+        return scores(np.arange(len(targets)), np.arange(len(targets)))
+    for rows, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(targets, targets):
+        found[held_out] = scores(rows, held_out)
+    return found
+
+
+def log_loss(scores: Float64, targets: Int64) -> float:
+    """Mean cross entropy of scores (N, C)."""
+    return float(row_losses(scores, targets).mean())
+
+
+def row_losses(scores: Float64, targets: Int64) -> Float64:
+    """Cross entropy of each row: (N, C) and (N,) to (N,)."""
+    return -log_softmax(scores)[np.arange(len(targets)), targets]
+
+
+# DecT (Cui et al., ACL 2023) ---------------------------------------------------------------------------------
+
+
+def prototype_scores(arrays: Mapping[str, Float64], state: npt.ArrayLike, logits: Float64) -> Float64:
+    """−‖norm(W h) − z_k‖ + r_k + λ L_k for states (…, N, H) and calibrated logits (…, N, C)."""
+    h = np.asarray(state, np.float64) @ arrays["weight"]
+    h = h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), 1e-12)
+    distance = np.linalg.norm(h[..., None, :] - arrays["prototypes"], axis=-1)
+    return np.asarray(arrays["radius"] - distance + arrays["share"] * (logits + arrays["bias"]))
+
+
+def fit_prototypes(state: Float64, logits: Float64, targets: Int64, seed: int) -> dict[str, Float64]:
+    """W and r, trained on the cross entropy with Adam (0.01, 30 epochs); the prototypes z_k are random and fixed.
+
+    The paper divides the label words' probabilities by those of an empty input. Here their mean log-probability over
+    the rows is subtracted (batch calibration: Zhou et al., ICLR 2024), which takes no further call.
+    """
+    rng, (N, H), C = np.random.default_rng(seed), state.shape, logits.shape[1]
+    bound = np.sqrt(6 / (C + PROTOTYPE_SIZE))  # Xavier
+    arrays: dict[str, Float64] = {
+        "prototypes": rng.uniform(-bound, bound, (C, PROTOTYPE_SIZE)),
+        "weight": rng.uniform(-1, 1, (H, PROTOTYPE_SIZE)) / np.sqrt(H),
+        "radius": np.zeros(C),
+        "share": np.array(C / N),  # λ = 1 / k
+        "bias": -log_softmax(logits).mean(0),
+    }
+    own = np.equal.outer(targets, np.arange(C)).astype(np.float64)
+    start = prototype_scores(arrays, state, logits) - arrays["share"] * (logits + arrays["bias"])
+    arrays["radius"] = -(start * own).sum(0) / own.sum(0)  # the class's mean distance
+    trained = ("weight", "radius")
+    first, second = ({name: np.zeros_like(arrays[name]) for name in trained} for _ in range(2))
+    for step in range(1, 31):
+        for name, gradient in zip(trained, prototype_gradients(arrays, state, logits, own), strict=True):
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
+            arrays[name] = arrays[name] - 0.01 * mean / (np.sqrt(square) + 1e-8)
+    return arrays
+
+
+def prototype_gradients(
+    arrays: Mapping[str, Float64], state: Float64, logits: Float64, own: Float64
+) -> tuple[Float64, Float64]:
+    """Of the mean cross entropy with respect to W (H, 128) and r (C,)."""
+    found = (np.exp(log_softmax(prototype_scores(arrays, state, logits))) - own) / len(own)
+    h = state @ arrays["weight"]
+    length = np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
+    h = h / length
+    difference = h[:, None] - arrays["prototypes"]
+    towards = difference / np.maximum(np.linalg.norm(difference, axis=2, keepdims=True), 1e-12)
+    of_h = -(found[:, :, None] * towards).sum(1)
+    return state.T @ ((of_h - h * (of_h * h).sum(1, keepdims=True)) / length), found.sum(0)

@@ -1,0 +1,207 @@
+"""Readouts: what is fitted on a few labelled rows, and how a search uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from search_parts import SETTINGS, search_bundle, task_file
+
+from bbt_accel import tune
+from bbt_accel.encoding import Encoder
+from bbt_accel.errors import RunError, UsageError
+from bbt_accel.inference import evaluate, predict
+from bbt_accel.readout import BIAS_PENALTY, Readout, class_logits, fit, fit_bias, log_loss, log_softmax
+from bbt_accel.run import Run
+from bbt_accel.settings import READOUTS, ReadoutName
+from bbt_accel.tasks import load_task
+
+FITTED = [name for name in READOUTS if name != "verbalizer"]
+seeds = st.integers(0, 2**32 - 1)
+
+
+def rows(seed: int, count: int = 48, classes: int = 3, hidden: int = 12, signal: float = 2.0) -> tuple[Any, Any]:
+    """Outputs whose states say something of the class, label logits less, with a bias towards the first label word."""
+    rng, targets = np.random.default_rng(seed), np.arange(count) % classes
+    centres = rng.standard_normal((classes, hidden))
+    state = rng.standard_normal((count, hidden)) + signal * centres[targets]
+    logits = rng.standard_normal((count, classes)) + 1.5 * np.eye(classes)[targets] + [4.0, *[0.0] * (classes - 1)]
+    words = state @ rng.standard_normal((hidden, 20))
+    outputs = {"label_logits": np.hstack([logits, words]), "readout_state": state, "mean_state": 3 + state[:, ::-1] * 5}
+    return {name: np.asarray(value, np.float32) for name, value in outputs.items()}, targets
+
+
+def fitted(name: ReadoutName, seed: int = 0) -> tuple[Any, Any]:
+    outputs, targets = rows(seed)
+    return fit(name, outputs, targets, np.arange(3), np.arange(100, 120))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, population=st.integers(1, 4), classes=st.integers(2, 5), scale=st.floats(0.1, 30))
+def test_the_class_bias_minimizes_the_penalized_cross_entropy(
+    seed: int, population: int, classes: int, scale: float
+) -> None:
+    rng, targets = np.random.default_rng(seed), np.arange(4 * classes) % classes
+    logits = scale * rng.standard_normal((population, len(targets), classes))
+    biases, losses = fit_bias(logits, targets)
+    for own, bias, loss in zip(logits, biases, losses, strict=True):
+        start = -log_softmax(own).mean(0)
+
+        def objective(b: np.ndarray, own: np.ndarray = own, start: np.ndarray = start) -> float:
+            return log_loss(own + b, targets) + BIAS_PENALTY * float(((b - start) ** 2).sum())
+
+        assert loss == pytest.approx(objective(bias))
+        assert loss <= minimize(objective, start, tol=1e-12).fun + 1e-7
+
+
+def test_the_bias_of_a_candidate_does_not_depend_on_the_others() -> None:
+    logits, targets = np.random.default_rng(0).standard_normal((5, 12, 3)) * 4, np.arange(12) % 3
+    whole, _ = fit_bias(logits, targets)
+    for some in (slice(0, 1), slice(1, 5)):
+        np.testing.assert_allclose(fit_bias(logits[some], targets)[0], whole[some], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fitted_readout_generalizes_better_than_label_words_with_a_bias(name: ReadoutName) -> None:
+    plain, held_out = fitted("verbalizer")[1], fitted(name)[1]
+    targets = rows(0)[1]
+    assert log_loss(held_out, targets) < log_loss(plain, targets)
+    assert (held_out.argmax(1) == targets).mean() > (plain.argmax(1) == targets).mean()
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_fitting_again_gives_the_same_numbers(name: ReadoutName) -> None:
+    first, second = fitted(name), fitted(name)
+    np.testing.assert_array_equal(first.held_out, second.held_out)
+    outputs, _ = rows(1)
+    np.testing.assert_array_equal(first.readout.scores(outputs), second.readout.scores(outputs))
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_a_readout_is_stored_and_read_back(name: ReadoutName, tmp_path: Path) -> None:
+    readout, _ = fitted(name)
+    readout.save(tmp_path / "readout.safetensors")
+    again, (outputs, _) = Readout.load(tmp_path / "readout.safetensors"), rows(1)
+    np.testing.assert_array_equal(again.scores(outputs), readout.scores(outputs))
+    assert again.name == name
+
+
+def test_held_out_scores_do_not_know_the_label_of_their_row() -> None:
+    """With labels drawn at random, the rows that a readout was fitted on look better than chance, others do not."""
+    outputs, _ = rows(3, count=60, classes=2, hidden=200, signal=0.0)
+    targets = np.random.default_rng(0).permutation(np.arange(60) % 2)
+    readout, held_out = fit("state", outputs, targets, np.arange(2), np.arange(20))
+    assert (readout.scores(outputs).argmax(1) == targets).mean() > 0.9
+    assert (held_out.argmax(1) == targets).mean() < 0.7
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_weights_are_for_the_features_as_they_are(classes: int) -> None:
+    """Scale and offset of a feature change nothing: standardization is part of the weights."""
+    outputs, targets = rows(0, classes=classes)
+    moved = outputs | {"mean_state": outputs["mean_state"] * np.float32(1000) + np.float32(7)}
+    same, other = (fit("mean", o, targets, np.arange(classes)).readout.scores(o) for o in (outputs, moved))
+    np.testing.assert_allclose(log_softmax(same), log_softmax(other), atol=1e-2)
+
+
+def test_a_class_with_several_words_has_the_mean_of_their_logits() -> None:
+    logits = np.array([[1.0, 3.0, 5.0, 9.0]])
+    np.testing.assert_array_equal(class_logits(logits, np.array([0, 0, 1])), [[2.0, 5.0]])
+
+
+# In a run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Any:
+    bundle, task = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data")
+
+    def call(output: str = "run", **given: Any) -> Run:
+        return tune(
+            bundle, task, data=tmp_path / "data", engine="dummy", output=tmp_path / output,
+            settings={**SETTINGS, **given}, progress=False,
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["auto", *FITTED])
+def test_a_run_keeps_its_readout_for_everything_after(start: Any, name: str, tmp_path: Path) -> None:
+    run = start(readout=name)
+    assert run.readout.name == run.info.readout.name == Run.read(run.path).readout.name
+    assert run.info.readout.name == name or name == "auto"
+    assert evaluate(run.path)["readout"] == run.readout.name
+    answers = predict(run.path, [{"text": "w1 w2"}, {"text": "w3"}])
+    assert [sum(a["probabilities"].values()) for a in answers] == pytest.approx([1, 1])
+
+
+def test_auto_tries_every_readout_and_takes_the_lowest_held_out_loss(start: Any) -> None:
+    record = start(readout="auto").info.readout
+    assert [tried.name for tried in record.tried] == list(READOUTS)
+    assert record.name == min(record.tried, key=lambda tried: tried.log_loss).name
+    assert record.reason
+
+
+def test_one_call_is_enough_for_a_fitted_readout(start: Any) -> None:
+    run = start(readout="calibrated", budget=1)
+    assert (run.info.calls, run.history, run.info.best.generation) == (1, [], None)
+    assert (run.prompt == 0).all()
+    assert not run.info.readout.searched
+
+
+def test_a_search_counts_the_call_that_fits_the_readout(start: Any) -> None:
+    run = start(readout="calibrated", budget=20, popsize=4)
+    assert [g.calls for g in run.history] == [5, 9, 13, 17]
+    assert run.info.calls == 17
+
+
+def test_a_search_with_a_fitted_readout_minimizes_the_loss_with_a_fitted_bias(start: Any) -> None:
+    run = start(readout="calibrated", budget=101)
+    losses = [g.best_loss for g in run.history]
+    assert min(losses[-3:]) < losses[0]
+    assert run.info.settings.loss == "ce"
+
+
+def test_auto_stops_on_a_plateau_and_says_so(start: Any) -> None:
+    run = start(readout="auto", budget=4001)
+    assert run.info.calls < 4001
+    assert "plateau" in run.info.readout.reason
+
+
+def test_other_losses_are_for_the_verbalizer(start: Any) -> None:
+    with pytest.raises(UsageError, match="--loss hinge is for --readout verbalizer"):
+        start(readout="states", loss="hinge")
+
+
+def test_the_paper_preset_is_the_search_without_a_fitted_readout(start: Any, tmp_path: Path) -> None:
+    own = {name: value for name, value in SETTINGS.items() if name != "readout"}
+    arguments: dict[str, Any] = {"data": tmp_path / "data", "engine": "dummy", "progress": False}
+    paper = tune(
+        tmp_path / "bundle", tmp_path / "data" / "task.toml", output=tmp_path / "p", preset="paper", settings=own,
+        **arguments,
+    )  # fmt: skip
+    assert paper.info.settings.readout == "verbalizer"
+    assert [g.losses for g in paper.history] == [g.losses for g in start("other").history]
+
+
+def test_a_damaged_readout_is_refused(start: Any) -> None:
+    run = start(readout="state")
+    (run.path / "readout.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=r"readout\.safetensors is not the readout"):
+        Run.read(run.path)
+
+
+def test_a_task_may_have_several_label_words_for_a_class(tmp_path: Path) -> None:
+    bundle, file = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data")
+    file.write_text(file.read_text().replace('masked = ["bad", "great"]', 'masked = [["bad", "w1"], ["great", "w2"]]'))
+    encoder = Encoder(bundle, load_task(file))
+    assert (encoder.label_words, encoder.classes.tolist()) == (["bad", "great"], [0, 0, 1, 1])
+    arguments: dict[str, Any] = {"data": tmp_path / "data", "engine": "dummy", "progress": False}
+    for name in ("verbalizer", "calibrated"):
+        run = tune(bundle, file, output=tmp_path / name, settings={**SETTINGS, "readout": name}, **arguments)
+        assert evaluate(run.path)["rows"] == 70
