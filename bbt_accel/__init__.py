@@ -5,6 +5,8 @@ Everything public is importable from here and loaded on first use: `import bbt_a
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from bbt_accel.tuning import tune as tune
 
 __version__ = "0.1.0"
+
+# Libraries that report their use to their makers. They read this when they are imported, in every process.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime also writes a device id and a database
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO takes it as not installed
 
 _HOME = {
     "Batch": "batch",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError
 
 from bbt_accel.engine_specs import Precision
-from bbt_accel.errors import BbtError, BundleError
+from bbt_accel.errors import BbtError, BundleError, translated
 from bbt_accel.files import sha256
 
 if TYPE_CHECKING:
@@ -54,15 +56,18 @@ class Manifest(BaseModel, extra="forbid"):
         return found
 
 
+TokenId = Annotated[int, Field(ge=0, lt=2**26)]
+
+
 class SpecialTokens(BaseModel, extra="forbid"):
     """Vocabulary ids that the encoding uses; None where rows of this family have no such token."""
 
-    begin: int | None
-    end: int | None
-    pad: int
-    mask: int | None
+    begin: TokenId | None
+    end: TokenId | None
+    pad: TokenId
+    mask: TokenId | None
     mask_text: str | None = Field(description="The mask token's, e.g. `<mask>`; the sentinel's for the group `span`.")
-    decoder_start: int | None
+    decoder_start: TokenId | None
 
 
 class BundleInfo(Manifest):
@@ -76,15 +81,19 @@ class BundleInfo(Manifest):
     template_group: TemplateGroup
     method: Method
     prompt_mode: PromptMode
-    n_prompt_tokens: int
-    hidden_size: int
-    n_layers: int = Field(description="Blocks that take a prompt: those of the encoder where there is one.")
-    vocab_size: int
-    max_length: int = Field(description="Tokens of the longest row, with special and (in add mode) prompt tokens.")
+    n_prompt_tokens: int = Field(ge=1, le=2**16)
+    hidden_size: int = Field(ge=1, le=2**20)
+    n_layers: int = Field(
+        ge=1, le=2**14, description="Blocks that take a prompt: those of the encoder where there is one."
+    )
+    vocab_size: int = Field(ge=1, le=2**26)
+    max_length: int = Field(
+        ge=1, le=2**26, description="Tokens of the longest row, with special and (in add mode) prompt tokens."
+    )
     word_embedding_std: float
     special: SpecialTokens
     prompt_init: str | None = Field(default=None, description="The text that the prompt starts from.")
-    prompt_ids: list[int] | None = Field(default=None, description="Its token ids.")
+    prompt_ids: list[TokenId] | None = Field(default=None, description="Its token ids.")
     precision: Precision
     target: str = Field(description="`onnx` as exported, else the engine that it was optimized for.")
     without: list[str] = Field(default=[], description="Names of `OPTIMIZATIONS` that the graphs leave out.")
@@ -94,7 +103,8 @@ class BundleInfo(Manifest):
     max_error: float | None = Field(default=None, description="Largest difference of label logits from eager PyTorch.")
     source: str | None = Field(default=None, description="sha256 of the bundle.json that this one was optimized from.")
     optimization: dict[str, object] | None = Field(default=None, description="What `optimize` did and measured.")
-    sha256: dict[str, str] = {}
+    sha256: dict[str, str] = Field(default={}, description="Of every file but this one and plans.")
+    facts: str = Field(default="", description="sha256 of the other fields of this file.")
 
     @property
     def prompt_shape(self) -> tuple[int, ...]:
@@ -146,6 +156,8 @@ class Bundle:
         """
         file, make = Path(path) / "bundle.json", "create one with bbt-accel export"
         bundle = cls(Path(path), BundleInfo.read(file, "bundle", BundleError, make, "export it again"))
+        if facts_digest(file.read_bytes()) != bundle.info.facts:
+            raise BundleError(f"{file} has been changed by hand (sha256); export the bundle again")
         if verify:
             bundle.verify()
         return bundle
@@ -169,7 +181,10 @@ class Bundle:
         from safetensors.numpy import load_file  # numpy is not needed to read bundle.json
 
         file = self.path / INITIAL_PROMPT
-        return load_file(file)["prompt"] if file.is_file() else None
+        if not file.is_file():
+            return None
+        with translated(BundleError, f"{file} cannot be read; export the bundle again"):
+            return load_file(file)["prompt"]
 
     def start_prompt(self) -> NDArray[float32]:
         """The prompt of z = 0: float32 (n, H) or (L, n, H)."""
@@ -194,8 +209,15 @@ def write_info(folder: Path, info: BundleInfo) -> BundleInfo:
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     hashes = {name: sha256(p) for name, p in files.items() if p.name != "bundle.json" and Path(name).parts[0] != PLANS}
     info = info.model_copy(update={"sha256": hashes})
+    info.facts = facts_digest(info.model_dump_json().encode())
     (folder / "bundle.json").write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return info
+
+
+def facts_digest(content: bytes) -> str:
+    """sha256 of the content of a bundle.json, however it is formatted, without the field `facts`."""
+    facts = {name: value for name, value in json.loads(content).items() if name != "facts"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def first_problem(error: Exception) -> str:

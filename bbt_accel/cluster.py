@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -27,7 +28,6 @@ def connect(address: str = "local", cpus: int | None = None) -> Iterator[ModuleT
         that offers `cpus` CPUs (its cores unless given). An existing connection of this process is used as it is.
     Raises MissingDependency without ray, EngineError when there is no cluster at the address.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # it would print them; they are raised anyway
     try:
         import ray
@@ -38,8 +38,13 @@ def connect(address: str = "local", cpus: int | None = None) -> Iterator[ModuleT
         return
     folder = tempfile.mkdtemp(prefix="bbt-ray-")  # sockets and logs
     with _silent():
+        former = signal.getsignal(signal.SIGTERM)
         try:
-            _init(ray, address, cpus, folder)
+            # Ray puts the working directory, where a folder may be named onnx, on the workers' path.
+            with chdir(folder):
+                _init(ray, address, cpus, folder)
+            if former is signal.default_int_handler:  # Ray has replaced it by its own, which ends the process
+                signal.signal(signal.SIGTERM, former)
             yield ray
         finally:
             ray.shutdown()

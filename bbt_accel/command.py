@@ -13,18 +13,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bbt_accel.errors import BbtError
+from bbt_accel.errors import BbtError, clipped, missing_module
 from bbt_accel.machine import extra_of
+from bbt_accel.processes import interrupted_by_sigterm
 from bbt_accel.reporting import plain
 
 INTERRUPTED = 130
+LONGEST_LINE = 1000  # characters of an error's line: names in it may come from damaged files
 
 
 @contextmanager
 def exit_on_error(debug: bool = False) -> Iterator[None]:
-    """An error in the block, or Ctrl-C, ends the process with one line on standard error and an exit code."""
+    """An error in the block, Ctrl-C or SIGTERM ends the process with one line on standard error and an exit code."""
     try:
-        yield
+        with interrupted_by_sigterm():
+            yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -32,7 +35,7 @@ def exit_on_error(debug: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         code, message = explain(error)
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        print("error:", clipped(" ".join(message.split()), LONGEST_LINE), file=sys.stderr)
         sys.exit(code)
 
 
@@ -47,6 +50,12 @@ def explain(error: Exception) -> tuple[int, str]:
         return getattr(error, "exit_code", 2), f"{message}; see {command} --help"
     if isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name or "")):
         return 1, f'{(error.name or "").partition(".")[0]} is not installed: pip install "bbt-accel[{extra}]"'
+    if isinstance(error, ImportError):
+        return 1, f"{missing_module(error)}; see bbt-accel doctor"
+    if isinstance(error, ValueError) and "embedded null" in str(error):  # of the operating system's calls
+        return 1, "a path holds a NUL character; correct it"
+    if isinstance(error, RecursionError):
+        return 1, "a file is nested too deeply to be read; correct it"
     if isinstance(error, MemoryError):
         return 1, "out of memory; use a smaller backbone, --popsize or --k-shot"
     if isinstance(error, OSError) and error.errno is not None:

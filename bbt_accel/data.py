@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -97,26 +98,30 @@ def rows_digest(rows: Iterable[Row]) -> str:
 def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) -> list[dict[str, str]]:
     """Texts by column, for each of `texts` or for each line of `file` (`-` is standard input).
 
-    Without either, lines are read from standard input unless that is a terminal. For a task with one text column a
-    line is a text; for one with more it is a JSON object or tab-separated columns. Raises UsageError and DataError.
+    Without either, lines are read from standard input unless that is a terminal. A line of a .jsonl file is a JSON
+    object. Another line is a text for a task with one text column; for one with more it is a JSON object or
+    tab-separated columns. Raises UsageError and DataError.
     """
     if texts and file is not None:
         raise UsageError("give texts or --file, not both")
     if texts:
         return [_parse_text(text, columns, f"text {number}") for number, text in enumerate(texts, 1)]
-    if file is None and sys.stdin.isatty():
+    standard = file is None or str(file) == "-"
+    if standard and (sys.stdin is None or sys.stdin.closed or (file is None and sys.stdin.isatty())):
         raise UsageError("give a text, --file FILE, or lines on standard input")
-    name = "standard input" if file is None or str(file) == "-" else str(file)
+    name = "standard input" if file is None or standard else str(file)
     try:
-        content = file.read_text("utf-8-sig") if file is not None and str(file) != "-" else sys.stdin.read()
+        content = sys.stdin.read() if file is None or standard else file.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{name} is not UTF-8 text") from None
     except OSError as error:
         raise DataError(f"cannot read {name} ({error.strerror})") from None
     if not content:
         raise DataError(f"{name} is empty")
-    lines = content.removesuffix("\n").split("\n")
-    return [_parse_text(line, columns, f"{name} line {number}") for number, line in enumerate(lines, 1)]
+    lines = enumerate(content.removesuffix("\n").split("\n"), 1)
+    if file is not None and file.suffix == ".jsonl":
+        return [_parse_object(line, columns, f"{name} line {number}") for number, line in lines if line.strip()]
+    return [_parse_text(line, columns, f"{name} line {number}") for number, line in lines]
 
 
 def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
@@ -131,8 +136,10 @@ def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
     for file in files:
         try:
             records = list(READERS[file.suffix](file))
-        except (OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:  # pyarrow raises them too
-            raise DataError(f"cannot read {file} ({first_line(error)})") from None
+        except DataError:
+            raise
+        except Exception as error:  # pyarrow raises errors of many kinds
+            raise DataError(f"cannot read {file} ({first_line(error):.200})") from None
         if file == files[-1] or any(str(record.get(task.label, UNLABELLED)) != str(UNLABELLED) for record in records):
             break
     return _rows(task, records, file)
@@ -151,13 +158,17 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file} line {number} is not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise DataError(f'{file} line {number} is not an object like {{"text": "...", "label": 0}}')
-            yield record
+            yield _object(line, f"{file} line {number}")
+
+
+def _object(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({first_line(error):.200})") from None
+    if not isinstance(record, dict):
+        raise DataError(f'{where} is not an object like {{"text": "...", "label": 0}}')
+    return record
 
 
 def _read_csv(file: Path) -> Iterator[Record]:
@@ -203,7 +214,8 @@ def _rows(task: Task, records: Sequence[Record], source: Path | str) -> list[Row
     columns = dict.fromkeys(name for record in records for name in record)
     for name in (*task.text, task.label):
         if name not in columns:
-            raise DataError(f"{source} has no column {name!r}; it has {', '.join(map(repr, columns))}")
+            found = ", ".join(f"{column!r:.40}" for column in islice(columns, 8)) + (", …" if len(columns) > 8 else "")
+            raise DataError(f"{source} has no column {name!r}; it has {found}")
     rows = []
     for number, record in enumerate(records, 1):
         where = f"{source} row {number}"
@@ -218,7 +230,7 @@ def _label(value: object, task: Task, where: str) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value):
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"{where}: {task.label} is {value!r}, not an integer from 0 to {task.n_classes - 1}")
+        raise DataError(f"{where}: {task.label} is {value!r:.50}, not an integer from 0 to {task.n_classes - 1}")
     if value == UNLABELLED:
         return None
     if not 0 <= value < task.n_classes:
@@ -239,16 +251,17 @@ def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]
         return {columns[0]: text}
     needed = f"the task needs {', '.join(columns)}"
     if text.lstrip().startswith("{"):
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON ({error})") from None
-        for column in columns:
-            if not isinstance(record.get(column), str):
-                raise DataError(f"{where} has no text {column!r}; {needed}")
-        return {column: record[column] for column in columns}
+        return _parse_object(text, columns, where)
     values = text.split("\t")
     if len(values) != len(columns):
         problem = f"{where} has {len(values)} column(s), {needed}"
         raise DataError(f"{problem}: separate them with tabs, or write a JSON object")
     return dict(zip(columns, values, strict=True))
+
+
+def _parse_object(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
+    record = _object(text, where)
+    for column in columns:
+        if not isinstance(record.get(column), str):
+            raise DataError(f"{where} has no text {column!r}; the task needs {', '.join(columns)}")
+    return {column: str(record[column]) for column in columns}

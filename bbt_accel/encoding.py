@@ -18,6 +18,8 @@ from bbt_accel.tasks import Task, parse_template
 FEATURE_WORDS = 512  # whose logits are features of the readout `words`
 FIRST_PROMPT_ID = 1000  # in the vocabulary, as in the original
 UNKNOWN = ("<unk>", "[UNK]")
+CHARACTERS, MOST_CHARACTERS = 16, 1024  # of a text for each token that a row may have, see `Encoder._beginning`
+EDGE = 256  # characters before the end of a text whose tokens may depend on what would follow
 Fields = Mapping[str, str]
 Text = list[tuple[str, str | None]]  # literal texts, each with the field that follows it
 Fixed = tuple[int, ...]  # token ids that are the same in every row
@@ -58,7 +60,8 @@ class Encoder:
     def encode(self, rows: Sequence[Row]) -> Batch:
         """All rows, in order, padded on the right to the longest; the target of a row without a label is 0.
 
-        Rows that are too long are truncated at the end of their text columns, the longest column first.
+        Rows that are too long are truncated at the end of their text columns, the longest column first; what cannot be
+        part of a row is cut off before it is tokenized.
         Raises DataError for no rows, and for a row without one of the columns.
         """
         pad, limit = self.bundle.info.special.pad, self._limit
@@ -103,8 +106,24 @@ class Encoder:
             if self.task.clean == "newlines":
                 text = text.replace("\\n", " ")
             # A lone surrogate, which JSON can carry, has no UTF-8 form.
-            fields[column] = text.encode("utf-8", "replace").decode("utf-8").strip()
+            fields[column] = self._beginning(text.encode("utf-8", "replace").decode("utf-8").strip())
         return fields
+
+    def _beginning(self, text: str) -> str:
+        """A text, or so much of its beginning that more tokens than a row can have are certain: time and memory.
+
+        Tokens are counted without those at the end, which what follows could still change (a word piece tokenizer knows
+        words of up to 100 characters). Text beyond `MOST_CHARACTERS` for each token of a row is not read at all.
+        """
+        most = self.bundle.info.max_length
+        size = CHARACTERS * most + EDGE
+        while size < min(len(text), MOST_CHARACTERS * most):
+            found = self._tokenizer.encode(text[:size], add_special_tokens=False)
+            kept = (end for i, (_, end) in zip(found.ids, found.offsets, strict=True) if i not in self._special)
+            if sum(end <= size - EDGE for end in kept) > most:
+                break
+            size *= 4
+        return text[: min(size, MOST_CHARACTERS * most)]
 
     def _lay_out(self) -> list[Text | Fixed]:
         info = self.bundle.info
@@ -178,6 +197,8 @@ class Encoder:
         if wanted.stop <= size and self._special.isdisjoint(wanted):
             return tuple(wanted)
         ordinary = [i for i in range(size) if i not in self._special]
+        if not ordinary:
+            raise BundleError(f"{self.bundle.path} has a vocabulary of special tokens alone; export it again")
         return tuple(ordinary[i % len(ordinary)] for i in wanted)
 
     def _ids(self, fields: Sequence[Fields]) -> list[list[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -62,9 +63,36 @@ class RequestError(BbtError):
         self.status = status
 
 
+@contextmanager
+def translated(kind: type[BbtError], what: str) -> Iterator[None]:
+    """Whatever a library raises over damaged input becomes one line: `what`, and the reason.
+
+    Errors of our own and those of the machine pass.
+    """
+    try:
+        yield
+    except (BbtError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise kind(f"{what} ({type(error).__name__}: {first_line(error):.200})") from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error message; the name of its class where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def missing_module(error: ImportError) -> str:
+    """What is wrong with a module: it is missing, or there and cannot be loaded, e.g. for lack of memory."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed"
+    cause = first_line(error.__cause__ or error)  # numpy's own message is advice of many lines
+    return f"{error.name or 'a library'} cannot be loaded ({cause:.200})"
+
+
+def clipped(text: str, limit: int = 200) -> str:
+    """The text, or its beginning: what others have sent is repeated only in part."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, FiniteFloat
 
 from bbt_accel.batch import Float64
 from bbt_accel.errors import RunError
@@ -22,36 +24,26 @@ class Generation(BaseModel, extra="forbid", frozen=True):
     calls: int = Field(description="API calls up to and including this generation.")
     layer: int = Field(description="The layer that was searched; 0 in BBT.")
     candidates: str = Field(description="`fingerprint` of the candidates, which a resumed search must ask for again.")
-    losses: list[float] = Field(description="Train loss of every candidate, in full precision.")
-    best_loss: float
-    mean_loss: float
-    metric: float = Field(description="Train metric of the best candidate.")
-    step_size: float
-    dev_score: float | None = Field(default=None, description="Metric of the generation's prompt on the dev rows.")
-    dev_loss: float | None = Field(default=None, description="Its loss there; None if it was not scored.")
-    seconds: float = Field(description="Duration of the generation, dev score included.")
-    evaluations_per_second: float = Field(description="Candidates per second, without CMA-ES and the dev score.")
+    losses: list[FiniteFloat] = Field(description="Train loss of every candidate, in full precision.")
+    best_loss: FiniteFloat
+    mean_loss: FiniteFloat
+    metric: FiniteFloat = Field(description="Train metric of the best candidate.")
+    step_size: FiniteFloat
+    dev_score: FiniteFloat | None = Field(default=None, description="Metric of its prompt on the dev rows.")
+    dev_loss: FiniteFloat | None = Field(default=None, description="Its loss there; None if it was not scored.")
+    seconds: FiniteFloat = Field(ge=0, lt=1e9, description="Duration of the generation, dev score included.")
+    evaluations_per_second: FiniteFloat = Field(description="Candidates per second, without CMA-ES and the dev score.")
 
 
 class History:
     """Generations, in memory and in a file to which each is appended as soon as it ends. A context manager.
 
     A search follows from its seed and its losses, so these lines are all that a resumed run needs. A line that a crash
-    left incomplete is dropped, and its generation repeated. Raises RunError if another process has the file open.
+    left incomplete is dropped, and its generation repeated. One process at a time may have the file open.
     """
 
     def __init__(self, file: Path) -> None:
         self._stream: IO[bytes] = file.open("ab")
-        try:
-            import fcntl
-
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no flock
-        except BlockingIOError:
-            self._stream.close()
-            problem = f"{file.parent} is in use by another bbt-accel tune"
-            raise RunError(f"{problem}; wait for it or choose another -o") from None
         self.generations = read_history(file)
         self._stream.truncate(file.read_bytes().rfind(b"\n") + 1)
 
@@ -68,7 +60,8 @@ class History:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stream.close()
+        with suppress(OSError):  # on a full disk, which `append` has reported, this writes the rest of a line again
+            self._stream.close()
 
 
 def fingerprint(candidates: Float64) -> str:
@@ -86,9 +79,32 @@ def read_history(file: Path) -> list[Generation]:
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines()):
         try:
             generation = Generation.model_validate(json.loads(line))
-        except ValueError:  # pydantic's error is one
+        except (ValueError, RecursionError):  # pydantic's error is one of the first
             raise RunError(f"{file} is damaged in line {number + 1}; tune again with --overwrite") from None
         if generation.generation != number:
             raise RunError(f"{file} is damaged: line {number + 1} is generation {generation.generation}; tune again")
         generations.append(generation)
     return generations
+
+
+def check_history(
+    generations: Sequence[Generation], popsize: int, layers: int, most: int, calls_before: int = 0
+) -> None:
+    """Raises RunError for generations that no search makes with this population, number of layers and budget.
+
+    most: generations within the budget. calls_before: API calls before the first generation.
+    """
+    if len(generations) > most:
+        raise RunError(f"the run cannot be resumed: it has {len(generations)} generations, its budget {most}")
+    for g in generations:
+        unscored = g.generation == most - 1 and g.dev_score is None
+        for name, wanted, found in (
+            ("losses", popsize, len(g.losses)),
+            ("calls", popsize * (g.generation + 1) + calls_before, g.calls),
+            ("layer", g.generation % layers, g.layer),
+            ("dev_loss", g.dev_score is None, g.dev_loss is None),
+            ("dev_score", False, unscored),
+        ):
+            if found != wanted:
+                problem = f"generation {g.generation} is damaged ({name})"
+                raise RunError(f"the run cannot be resumed: {problem}; tune again with --overwrite")

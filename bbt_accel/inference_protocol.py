@@ -18,6 +18,7 @@ ROWS_EXTENSION = "bbt_accel_rows"  # listed in the server's extensions: it cache
 UNKNOWN_ROWS = 409  # status of a request that refers to rows which the server does not have (any more)
 DIGEST = "bundle"  # the parameter of a model's configuration that holds the sha256 of its bundle.json
 TOKEN = "BBT_ACCEL_TOKEN"  # the environment variable with the bearer token, on both sides
+PATIENCE = "BBT_ACCEL_PATIENCE"  # that with the seconds for which a client tries again to reach a server; default 60
 
 
 def backbone_name(backbone: str) -> str:

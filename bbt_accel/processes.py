@@ -1,27 +1,33 @@
 """A function call in a process of its own, so that its memory is its own and a crash is a result.
 
-The child runs `python -m bbt_accel.processes MODULE:FUNCTION REQUEST REPLY`: keyword arguments come as a JSON file, the
-result or the error goes back as another.
+The child runs `python -m bbt_accel.processes PARENT MODULE:FUNCTION REQUEST REPLY`: keyword arguments come as a JSON
+file, the result or the error goes back as another. It ends with its parent, whose process id is PARENT.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from bbt_accel import errors
-from bbt_accel.errors import BbtError, EngineError, MissingDependency, first_line
+from bbt_accel.errors import BbtError, EngineError, MissingDependency, first_line, missing_module
 from bbt_accel.files import write_atomically
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
+SAFE = {"PYTHONSAFEPATH": "1"}  # a folder named triton or onnx where the user works is no module
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 Reply = dict[str, Any]  # {"value": ...}, or {"error": class name, "message": ...}
 
 
@@ -33,7 +39,7 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
     """
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as folder:
         command = prepare(function, arguments, Path(folder))
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=os.environ | QUIET)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment())
         reply = read_reply(Path(folder), done.returncode, done.stderr)
     if "error" in reply:
         raise getattr(errors, reply["error"], EngineError)(reply["message"])
@@ -42,9 +48,20 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
 
 def prepare(function: Callable[..., Any], arguments: dict[str, Any], folder: Path) -> list[str]:
     """The command of a process that calls the function; request and reply are files in `folder`."""
-    (folder / "request.json").write_text(json.dumps(arguments, default=str), encoding="utf-8")
-    name = f"{function.__module__}:{function.__name__}"
-    return [sys.executable, "-m", __name__, name, str(folder / "request.json"), str(folder / "reply.json")]
+    return prepare_named(f"{function.__module__}:{function.__name__}", arguments, folder)
+
+
+def prepare_named(name: str, arguments: dict[str, Any], folder: Path) -> list[str]:
+    """The same for a function by its name, MODULE:FUNCTION, whose module is not imported here."""
+    request, reply = folder / "request.json", folder / "reply.json"
+    request.write_text(json.dumps(arguments, default=str), encoding="utf-8")
+    # -P, for the same reason as in `SAFE`
+    return [sys.executable, "-P", "-m", __name__, str(os.getpid()), name, str(request), str(reply)]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child, and of its own children."""
+    return os.environ | QUIET | SAFE
 
 
 def read_reply(folder: Path, exit_code: int, stderr: str) -> Reply:
@@ -63,7 +80,7 @@ def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> Reply:
     except BbtError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except ImportError as error:
-        return {"error": MissingDependency.__name__, "message": f"{error.name} is not installed; see bbt-accel doctor"}
+        return {"error": MissingDependency.__name__, "message": f"{missing_module(error)}; see bbt-accel doctor"}
     except MemoryError:
         return {"error": EngineError.__name__, "message": "out of memory"}
     except Exception as error:  # whatever an engine raises is a row of the table
@@ -78,10 +95,41 @@ def _cause_of_death(exit_code: int, stderr: str) -> str:
     return f"the process ended with exit code {exit_code} ({last:.200})"
 
 
-def main(name: str, request: str, reply: str) -> None:
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which batch systems send, raises KeyboardInterrupt in the block, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def end_with(parent: int) -> None:
+    """End this process as soon as its parent has ended, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if sys.platform == "linux" and os.getppid() == parent:
+        return  # it lives, so the signal will come
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def main(parent: str, name: str, request: str, reply: str) -> None:
+    end_with(int(parent))
     module, _, function = name.partition(":")
     arguments = json.loads(Path(request).read_text(encoding="utf-8"))
-    answer = attempt(lambda **given: getattr(import_module(module), function)(**given), arguments)
+    with interrupted_by_sigterm():
+        answer = attempt(lambda **given: getattr(import_module(module), function)(**given), arguments)
     write_atomically(Path(reply), json.dumps(answer).encode())
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode
 from bbt_accel.data import Row
-from bbt_accel.errors import BundleError, RunError
+from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.readout import Readout
@@ -157,7 +157,11 @@ class Run:
             raise RunError(f"{file} is not the prompt that {INFO} describes (sha256); tune again")
         if not (path / READOUT).is_file() or sha256(path / READOUT) != info.readout.sha256:
             raise RunError(f"{path / READOUT} is not the readout that {INFO} describes (sha256); tune again")
-        return cls(path, info, load_file(file)["prompt"], Readout.load(path / READOUT))
+        with translated(RunError, f"{file} cannot be read; tune again"):
+            prompt = load_file(file)["prompt"]
+        if list(prompt.shape) != info.prompt_shape:
+            raise RunError(f"{file} has the shape {list(prompt.shape)}, not {info.prompt_shape}; tune again")
+        return cls(path, info, prompt, Readout.load(path / READOUT))
 
     @property
     def task(self) -> Task:

@@ -12,13 +12,13 @@ import http.client
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ import tritonclient.http as triton
 from pydantic import Field
 from tritonclient.utils import np_to_triton_dtype
 
+from bbt_accel import processes
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.benchmarks.script import Report, Timed, run_script
 from bbt_accel.benchmarks.steps import SEED, random_prompts, timed_rows
@@ -194,10 +195,13 @@ def summary(request: str, durations: list[float], clients: int = 1, errors: int 
 @contextmanager
 def served(path: Path, engine: str, threads: int | None) -> Iterator[str]:
     """`bbt-accel serve` in a process of its own, on a free port; yields its address. Its errors are printed."""
-    command = [sys.executable, "-m", "bbt_accel.cli", "serve", str(path), "--engine", engine, "--port", "0", "--json"]
-    command += ["--threads", str(threads)] if threads is not None else []
-    open_access = {name: value for name, value in os.environ.items() if name != TOKEN}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=open_access) as process:
+    words = ["serve", str(path), "--engine", engine, "--port", "0", "--json"]
+    words += ["--threads", str(threads)] if threads is not None else []
+    open_access = {name: value for name, value in (os.environ | processes.SAFE).items() if name != TOKEN}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="bbt-load-")))
+        command = processes.prepare_named("bbt_accel.cli:main", {"arguments": words}, folder)
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=open_access))
         limit = threading.Timer(TIMEOUT, process.kill)
         limit.start()
         try:

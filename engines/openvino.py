@@ -8,6 +8,9 @@ import openvino
 
 from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import Arrays, StagedEngine
+from bbt_accel.errors import EngineError
+
+ONNX = b"\x08"  # the first byte of an ONNX file: the tag of its version
 
 
 class OpenVinoEngine(StagedEngine):
@@ -23,6 +26,9 @@ class OpenVinoEngine(StagedEngine):
     def open(self, core: Any, stage: str) -> Any:
         """Compile one stage. Without the precision hint OpenVINO would compute fp32 graphs in bf16 where it can."""
         file = self.bundle.path / f"{stage}.{'xml' if self.bundle.info.target == 'openvino' else 'onnx'}"
+        with file.open("rb") as stream:  # OpenVINO would try other formats, whose readers print errors of their own
+            if file.suffix == ".onnx" and stream.read(1) != ONNX:
+                raise EngineError(f"{file} is no ONNX graph; export the bundle again")
         hint = "bf16" if self.bundle.info.precision == "bf16" else "f32"
         threads = {"INFERENCE_NUM_THREADS": str(self.threads)} if self.threads else {}
         config = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", **threads}

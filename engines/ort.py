@@ -26,6 +26,7 @@ from bbt_accel.population import Latent, LayerPrompts
 log = logging.getLogger(__name__)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MAX_GRAPHS = 64  # CUDA graphs at most: ONNX Runtime frees them only with the session
+FATAL = 4  # severity from which ONNX Runtime logs: errors are raised anyway
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 """The library of NVIDIA's driver, which no Python package installs."""
 
@@ -63,7 +64,7 @@ class OrtEngine(StagedEngine):
 
     def open(self, stage: str) -> Any:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = FATAL
         options.intra_op_num_threads = self.threads or 0
         options.enable_mem_pattern = self.device == "cuda"  # on a CPU it would keep memory for each input shape
         share_memory()

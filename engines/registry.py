@@ -9,8 +9,11 @@ from pkgutil import resolve_name
 from bbt_accel.bundle import Bundle
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines.base import Engine
-from bbt_accel.errors import EngineError, MissingDependency, UsageError
+from bbt_accel.errors import EngineError, MissingDependency, UsageError, missing_module
 from bbt_accel.optimizations import check_optimizations
+
+MAX_THREADS = 1024
+"""More than that, and runtimes fail while they start them."""
 
 
 def load_engine(
@@ -30,8 +33,8 @@ def load_engine(
     when the device is not available or the bundle was optimized for another engine.
     """
     spec, remote = engine_spec(name), name == "remote"
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads must be at least 1, not {threads}")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"--threads must lie in 1..{MAX_THREADS}, not {threads}")
     if url is not None and not remote:
         raise UsageError(f"--url is for --engine remote, not {name}")
     if remote and url is None:
@@ -47,8 +50,10 @@ def load_engine(
         raise EngineError(f"{opened.path} was made for {target}, engine {name} reads {reads}; use --engine {target}")
     try:
         make: Callable[..., Engine] = resolve_name(backend.loader)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         hint = f'pip install "bbt-accel[{backend.extra}]"' if backend.extra else "install it"
         raise MissingDependency(f"engine {name} needs {error.name}: {hint}") from None
+    except ImportError as error:  # it is there, e.g. without the memory that it needs
+        raise EngineError(f"engine {name}: {missing_module(error)}; see bbt-accel doctor") from None
     options = {"url": url} if remote else {"device": spec.device(device), "threads": threads}
     return make(opened, without=check_optimizations(without), **options)

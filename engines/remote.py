@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain, repeat
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,11 +24,15 @@ from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine
-from bbt_accel.errors import BundleError, EngineError, UsageError
+from bbt_accel.errors import BundleError, EngineError, UsageError, clipped
 from bbt_accel.population import Population
 
 TIMEOUT = 600.0  # seconds to wait for a response
-WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each retry after a connection error
+PATIENCE = 60.0  # seconds for which a request is tried again, unless the environment says otherwise
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; the last one again and again
+UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
+NOT_READY = re.compile("not ready|no available versions|loading|unavailable")
+"""What servers say with the status 400 or 404 of a model that is there and being loaded."""
 HEAD = 65536  # bytes of a request that are reserved for its JSON header
 
 
@@ -51,7 +58,7 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             raise UsageError(f"--url must be http://HOST:PORT or https://HOST:PORT, not {url!r}")
         base, _, name = parts.path.rstrip("/").partition("/v2/models/")
-        self.url, self.model = url, name or None
+        self.url, self.model, self.patience = url, name or None, patience()
         gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)  # gevent would print Ctrl-C instead of raising it
         secure, host = parts.scheme == "https", parts.netloc + base.removesuffix("/v2")
         context = gevent.ssl.create_default_context if secure else None
@@ -63,24 +70,37 @@ class Server:
         self.facts = self.ask(self.client.get_server_metadata)
 
     def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What a client call returns; only connection errors are retried. Raises EngineError or ServerRefused."""
-        token = os.environ.get(protocol.TOKEN)
+        """What a client call returns; it is tried again while the server cannot be reached or is not ready.
+
+        Raises EngineError or ServerRefused.
+        """
+        token, waits, until = os.environ.get(protocol.TOKEN), chain(WAITS, repeat(WAITS[-1])), None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        for wait in (*WAITS, None):
+        while True:
             try:
                 return call(*arguments, headers=headers, **options)
-            except (ConnectionError, HTTPConnectionClosed) as error:
-                if wait is None:
-                    tries = f"after {len(WAITS)} retries"
-                    raise EngineError(f"cannot reach {self.url} ({error}), {tries}; is the server running?") from None
-                time.sleep(wait)
-            except InferenceServerException as error:
-                raise ServerRefused(self.url, error) from None
-            except TimeoutError:
-                raise EngineError(f"{self.url} did not respond within {TIMEOUT:g} seconds") from None
-            except (OSError, ValueError) as error:
-                raise EngineError(f"cannot query {self.url} ({error}); check --url") from None
-        raise AssertionError
+            except Exception as error:
+                problem = self.problem(error)
+                if not passes(error):
+                    raise problem from None
+                until, wait = until or time.monotonic() + self.patience, next(waits)
+                if time.monotonic() + wait > until:
+                    tried = f"tried for {self.patience:g} seconds; --resume continues a search"
+                    problem.args = (f"{problem} ({tried})",)
+                    raise problem from None
+            time.sleep(wait)
+
+    def problem(self, error: Exception) -> EngineError:
+        """What a client's error means. Other errors than the client's are raised."""
+        if isinstance(error, InferenceServerException):
+            return ServerRefused.of(self.url, error)
+        if passes(error):
+            return EngineError(f"cannot reach {self.url} ({error}); is the server running?")
+        if isinstance(error, TimeoutError):
+            return EngineError(f"{self.url} did not respond within {TIMEOUT:g} seconds")
+        if isinstance(error, (OSError, ValueError)):
+            return EngineError(f"cannot query {self.url} ({error}); check --url")
+        raise error
 
     def infer(self, model: str, arrays: Mapping[str, Any], rows: str | None = None) -> Any:
         """The result of one request with these arrays, and a hash that refers to rows."""
@@ -115,11 +135,44 @@ class Server:
 class ServerRefused(EngineError):
     """The server responded with an error; `status` is its HTTP status."""
 
-    def __init__(self, url: str, error: InferenceServerException) -> None:
-        status = str(error.status() or "")
-        self.status = int(status) if status.isdecimal() else None
-        hint = f"; set {protocol.TOKEN} to the server's token" if self.status in (401, 403) else ""
-        super().__init__(f"{url} refused: {str(error.message()).splitlines()[0]} (status {status or 'unknown'}){hint}")
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @classmethod
+    def of(cls, url: str, error: InferenceServerException) -> ServerRefused:
+        status = status_of(error)
+        hint = f"; set {protocol.TOKEN} to the server's token" if status in (401, 403) else ""
+        reason = clipped((str(error.message()).strip() or "without a reason").splitlines()[0])
+        return cls(f"{url} refused: {reason} (status {status or 'unknown'}){hint}", status)
+
+
+def status_of(error: InferenceServerException) -> int | None:
+    status = str(error.status() or "")
+    return int(status) if status.isdecimal() else None
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error may pass by itself: the server is not reached (502: by its proxy), or its model not ready."""
+    if isinstance(error, InferenceServerException):
+        status = status_of(error)
+        loading = status in (400, 404) and NOT_READY.search(str(error.message()).lower())
+        return status in (502, 503) or bool(loading)
+    if isinstance(error, (ConnectionError, HTTPConnectionClosed)):
+        return True
+    return isinstance(error, OSError) and error.errno in UNREACHABLE
+
+
+def patience() -> float:
+    """Seconds for which requests are tried again. Raises UsageError for an environment variable that is no number."""
+    given = os.environ.get(protocol.PATIENCE) or PATIENCE
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UsageError(f"{protocol.PATIENCE} must be a number of seconds, not {given!r:.50}")
+    return seconds
 
 
 class RemoteEngine(Engine):

@@ -16,7 +16,7 @@ from torch import nn
 from bbt_accel import processes
 from bbt_accel.bundle import INITIAL_PROMPT, Bundle, BundleInfo, Method, PromptMode, SpecialTokens, write_info
 from bbt_accel.demo import BACKBONE
-from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, first_line
+from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, first_line, translated
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
@@ -62,7 +62,8 @@ def export_bundle(
     progress("loading the checkpoint", 0, 1)
     model, tokenizer = load_model(checkpoint, revision), load_tokenizer(checkpoint, revision)
     text, ids = initial_text(prompt_init, tokenizer)
-    info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, len(ids) or n_prompt_tokens)
+    with translated(ExportError, f"cannot export {backbone}, whose files do not fit each other"):
+        info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, len(ids) or n_prompt_tokens)
     info = info.model_copy(update={"without": off, "prompt_init": text, "prompt_ids": ids or None})
     with new_folder(output) as folder:
         try:
@@ -76,7 +77,8 @@ def export_bundle(
             ) from refusal
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        info = info.model_copy(update={"stages": trace(model, info, folder, progress)})
+        with translated(ExportError, f"cannot trace {backbone}"):
+            info = info.model_copy(update={"stages": trace(model, info, folder, progress)})
         write_device_graphs(folder, info)
         write_info(folder, info)
         progress("validating against eager PyTorch", 0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from contextlib import redirect_stderr
 from functools import cache
 from importlib.metadata import entry_points
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
@@ -20,6 +18,7 @@ from bbt_accel.errors import ExportError, MissingDependency, first_line
 from bbt_accel.exporters.albert import ALBERT
 from bbt_accel.exporters.bart import BART
 from bbt_accel.exporters.bert import BERT, CAMEMBERT, ELECTRA, ROBERTA, XLM_ROBERTA
+from bbt_accel.exporters.checkpoint import check_config, check_shards
 from bbt_accel.exporters.distilbert import DISTILBERT
 from bbt_accel.exporters.family import FamilySpec
 from bbt_accel.exporters.gpt2 import GPT2
@@ -77,13 +76,15 @@ def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
     """
     families()  # installed packages register their configurations with transformers
     where, options = place(checkpoint, revision)
+    check_shards(Path(where))
     try:
         config = AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except Exception as error:  # of a damaged file, any
         raise ExportError(
             f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder, a hub id or a GGUF file"
         ) from None
     family_of(config)
+    check_config(checkpoint, config)
     return config
 
 
@@ -105,7 +106,9 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
             model, report = kind.from_pretrained(
                 where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, struct.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error).rstrip('.')})") from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -122,7 +125,7 @@ def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
     where, options = place(checkpoint, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
-    except (OSError, ValueError, ImportError, struct.error) as error:
+    except Exception as error:
         raise ExportError(f"cannot load the tokenizer of {checkpoint} ({first_line(error).rstrip('.')})") from None
     if not tokenizer.is_fast:
         raise ExportError(f"{checkpoint} has no fast tokenizer (tokenizer.json), which bundles need")

@@ -15,7 +15,7 @@ import onnx
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
 from bbt_accel.engine_specs import Precision, targets
-from bbt_accel.errors import BundleError, ExportError, UsageError, check_known
+from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, translated
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, random_prompts, stage_feeds
 from bbt_accel.exporters.convert import convert_checkpoint, graph_on_disk, openvino_bf16, save_openvino
@@ -76,13 +76,15 @@ def optimize_bundle(
     """
     source, output = Path(source), Path(output)
     check(source, output, precision, target, max_rmse)
+    if data is not None and calibrate is None:
+        raise UsageError("--data is the folder of the rows of --calibrate TASK; give both")
     capabilities = check_capabilities(compute_capability, target)
     bundle = Bundle.read(source)
     if bundle.info.target != "onnx":
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
     rows = TaskRows(bundle, calibrate, data)
     job = Job(bundle, target, precision, rows.calibration(), random_prompts(bundle), max_rmse, progress)
-    with new_folder(output) as folder:
+    with new_folder(output) as folder, translated(BundleError, f"{source} cannot be optimized"):
         if (bundle.path / INITIAL_PROMPT).exists():
             shutil.copyfile(bundle.path / INITIAL_PROMPT, folder / INITIAL_PROMPT)
         report = CONVERTERS[target](job, folder)
@@ -222,7 +224,7 @@ def measure(job: Job, made: Bundle) -> Report:
 
     Raises ExportError for logits that are not finite, and when padding changes them by more than `LEAK`.
     """
-    with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path) as folder:
         if (job.target, job.precision) == ("trt", "bf16"):
             made = emulate_bf16(made, Path(folder))
         label_logits = reference_logits if job.target == "torch" else run_stages

@@ -49,7 +49,7 @@ def open_session(file: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised anyway
     return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
 
 

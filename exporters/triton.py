@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 
 from bbt_accel.bundle import PLANS, Bundle
-from bbt_accel.errors import BbtError, BundleError, UsageError
+from bbt_accel.errors import BbtError, BundleError, UsageError, translated
 from bbt_accel.files import new_folder
 from bbt_accel.inference_protocol import DIGEST, backbone_name, stage_model
 
@@ -44,7 +44,8 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
         if there.exists():
             raise BbtError(f"{there} exists already; remove it, or rename the bundle's folder")
     for stage, model in models.items():
-        with new_folder(folder / model) as target:
+        damaged = translated(BundleError, f"{bundle.path} cannot be written for Triton")
+        with new_folder(folder / model) as target, damaged:
             write_model(bundle, stage, model, target)
     return list(models.values())
 

@@ -26,7 +26,7 @@ from bbt_accel.run import Run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
 from bbt_accel.serving.models import make_models
-from bbt_accel.serving.server import address, listen
+from bbt_accel.serving.server import address, configuration, listen
 
 LIMITS = Limits(request_bytes=2**20, batch=200, timeout=30.0, cached_batches=3)
 HEADER = "Inference-Header-Content-Length"
@@ -111,10 +111,12 @@ def from_binary(answer: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(application: Any) -> Iterator[str]:
+def running(application: Any, limits: Limits = LIMITS) -> Iterator[str]:
     """The address of a server that runs in a thread, on a free port."""
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(application, log_config=None, ws="none", timeout_graceful_shutdown=1))
+        settings = configuration(application, limits)
+        settings.timeout_graceful_shutdown = 1
+        server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,6 +54,77 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     bundle = export_bundle(tmp_path / "llama", tmp_path / "bundle", n_prompt_tokens=3)
     weights = bundle.path / "weights.data"
     assert not weights.exists() or weights.stat().st_size < 320 * 16 * 4
+
+
+# Damage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "llama"
+    tiny_model("llama").save_pretrained(folder, max_shard_size="8KB")
+    save_tokenizer("llama", folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(sound: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sound, tmp_path / "checkpoint")
+
+
+def refused(checkpoint: Path, complaint: str) -> None:
+    with pytest.raises(ExportError, match=complaint) as caught:
+        export_bundle(checkpoint, checkpoint.with_name("bundle"), n_prompt_tokens=3)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", 3, None])
+def test_an_index_that_names_files_elsewhere_is_refused(checkpoint: Path, shard: object) -> None:
+    index = checkpoint / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][min(content["weight_map"])] = shard
+    index.write_text(json.dumps(content))
+    refused(checkpoint, "which is not a file of its folder")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"weight_map": []}', "[" * 100_000])
+def test_an_index_that_is_none_is_refused(checkpoint: Path, content: str) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    refused(checkpoint, "is not an index of weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 10**7), ("num_hidden_layers", "2"), ("num_hidden_layers", 0), ("hidden_size", 2**40),
+        ("vocab_size", -5), ("vocab_size", 1.5), ("num_attention_heads", True), ("max_position_embeddings", [9]),
+        ("rope_parameters", "x"), ("hidden_act", "no such function"), ("model_type", 7), ("rms_norm_eps", {}),
+        ("num_key_value_heads", 3), ("head_dim", -1),
+    ],
+)  # fmt: skip
+def test_a_configuration_of_nonsense_is_one_line(checkpoint: Path, name: str, value: object) -> None:
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    refused(checkpoint, ".")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b""), ("config.json", b"[]"), ("config.json", b"[" * 100_000), ("config.json", b"\xff"),
+        ("tokenizer.json", b"{}"), ("tokenizer.json", b"\0" * 9), ("tokenizer_config.json", b"[1]"),
+        ("model-00001-of-00009.safetensors", b"\xff" * 64), ("pytorch_model.bin", b"cos\nsystem\n(S'ls'\ntR."),
+    ],
+)  # fmt: skip
+def test_a_file_of_nonsense_is_one_line(checkpoint: Path, file: str, content: bytes) -> None:
+    if file == "pytorch_model.bin":
+        for weights in checkpoint.glob("model*"):
+            weights.unlink()
+    elif file.startswith("model"):
+        file = min(checkpoint.glob("*.safetensors")).name
+    (checkpoint / file).write_bytes(content)
+    refused(checkpoint, ".")
 
 
 # GGUF --------------------------------------------------------------------------------------------------------

@@ -89,6 +89,9 @@ def test_bad_rows_are_named(tmp_path: Path, row: object, complaint: str) -> None
         ("train.jsonl", b'{"sentence": "a", ', "line 1 is not JSON"),
         ("train.jsonl", b'{"sentence": "\xff", "label": 1}', "cannot read"),
         ("train.jsonl", b'{"sentence": "a", "label": -1}', "no labelled rows"),
+        ("train.jsonl", b'{"sentence": ' + b"[" * 100_000, "line 1 is not JSON"),
+        ("train.jsonl", b'{"sentence": "a", "label": ' + b"1" * 5000 + b"}", "line 1 is not JSON"),
+        ("train.jsonl", json.dumps(dict.fromkeys(map(str, range(200_000)), 1)).encode(), "has no column"),
         ("train.parquet", b"not parquet at all", "cannot read"),
         ("other.jsonl", b"", r"has no train\.{jsonl,csv,parquet}; it holds other\.jsonl"),
     ],
@@ -98,6 +101,14 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, compl
     with pytest.raises(DataError, match=complaint) as caught:
         load_rows(SST2, "train", tmp_path)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_date_that_python_does_not_have_is_one_line(tmp_path: Path) -> None:
+    times = pa.array([2**62, 0], pa.timestamp("ms"))
+    parquet.write_table(pa.table({"sentence": times, "label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"cannot read .*train\.parquet"):
+        load_rows(SST2, "train", tmp_path)
 
 
 def test_missing_folder_and_two_files(tmp_path: Path) -> None:

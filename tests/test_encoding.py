@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_bundles import bundle_info, tiny_bundle
 
+from bbt_accel import encoding
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import Row
 from bbt_accel.encoding import Encoder
@@ -210,3 +211,48 @@ def test_rows_of_the_original_program(trace: str, tmp_path: Path) -> None:
                 assert ours[tuple(row)] == golden[f"{split}_mask_pos"][number]
     if family == "t5":
         assert enc.label_token_ids.tolist() == golden["label_ids"].tolist()
+
+
+LONG = st.sampled_from(["word ", "a", " ", "\n", "filler1 ", "😀", "</s>", "x " + "y" * 150 + " ", "of the "])
+
+
+@pytest.mark.parametrize("mode", ["add", "cat"])
+@pytest.mark.parametrize("family", [*FAMILIES, "llama"])
+@settings(max_examples=20, deadline=None)
+@given(pieces=st.lists(st.tuples(LONG, st.integers(1, 3000)), min_size=1, max_size=4))
+def test_what_is_cut_off_before_tokenizing_never_changes_a_row(
+    family: str, mode: str, pieces: list[tuple[str, int]]
+) -> None:
+    """Not even a row that fits although its text is long, e.g. because the tokenizer drops most of it."""
+    enc, row = encoder(family, mode), Row({"sentence": "".join(text * count for text, count in pieces)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "MOST_CHARACTERS", 2**40)
+        cut = enc.encode([row])
+        patch.setattr(Encoder, "_beginning", lambda self, text: text)
+        whole = enc.encode([row])
+    assert cut.input_ids.tolist() == whole.input_ids.tolist()
+    assert cut.readout.tolist() == whole.readout.tolist()
+
+
+@pytest.mark.parametrize("text", ["word " * 2_000_000, " word" + " " * 10_000_000 + "end", "a" * 10_000_000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_work_on_a_text_is_bounded_whatever_its_length(family: str, text: str) -> None:
+    enc, tokenized = encoder(family, "add"), []
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer, name)
+
+        def encode(self, text: str, **options: object) -> object:
+            tokenized.append(len(text))
+            return tokenizer.encode(text, **options)
+
+        def encode_batch(self, texts: list[str], **options: object) -> object:
+            tokenized.extend(map(len, texts))
+            return tokenizer.encode_batch(texts, **options)
+
+    tokenizer = enc._tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(enc, "_tokenizer", Counting())
+        enc.encode([Row({"sentence": text})])
+    assert sum(tokenized) <= 4 * encoding.MOST_CHARACTERS * enc.bundle.info.max_length

@@ -355,7 +355,30 @@ def test_a_bundle_of_another_format_is_refused(copy: Path) -> None:
         Bundle.read(edited(copy, format=99))
 
 
-@pytest.mark.parametrize("changes", [{"architecture": "rnn"}, {"n_layers": "many"}, {"surprise": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"family": "bert"}, {"prompt_mode": "cat"}, {"n_layers": 1}, {"word_embedding_std": 2.0}, {"max_length": 9},
+        {"max_error": None}, {"sha256": {}}, {"facts": ""}, {"method": "bbtv2"},
+    ],
+)  # fmt: skip
+def test_a_bundle_json_that_was_changed_by_hand_is_refused(copy: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match=r"bundle\.json has been changed by hand .*export the bundle again"):
+        Bundle.read(edited(copy, **changes))
+
+
+def test_a_bundle_json_may_be_formatted_otherwise(copy: Path) -> None:
+    info = Bundle.read(copy).info
+    assert Bundle.read(edited(copy)).info == info
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "rnn"}, {"n_layers": "many"}, {"surprise": 1}, {"n_prompt_tokens": 10**9},
+        {"hidden_size": -1}, {"vocab_size": 0}, {"n_layers": 10**7}, {"max_length": 2**62},
+    ],
+)  # fmt: skip
 def test_a_bundle_json_that_makes_no_sense_is_refused_with_the_field(copy: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match=next(iter(changes))):
         Bundle.read(edited(copy, **changes))

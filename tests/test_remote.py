@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ from bbt_accel.serving.protocol import HEADER_LENGTH, TensorSpec
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "WAITS", (0.0,))
+    monkeypatch.setenv("BBT_ACCEL_PATIENCE", "0.2")
     monkeypatch.delenv("BBT_ACCEL_TOKEN", raising=False)
 
 
@@ -229,23 +231,55 @@ def failing(*errors: Exception) -> tuple[Callable[[dict[str, str]], str], list[i
     return call, attempts
 
 
-@pytest.mark.parametrize(
-    "error", [ConnectionRefusedError(), ConnectionResetError(), BrokenPipeError(), remote.HTTPConnectionClosed()]
-)
-def test_connection_errors_are_tried_again(server: Server, error: Exception) -> None:
-    call, attempts = failing(error, error, error)
-    assert server.ask(call) == "answer"
-    assert len(attempts) == 4
-    call, attempts = failing(*[error] * 4)
-    with pytest.raises(EngineError, match="is the server running"):
-        server.ask(call)
-    assert len(attempts) == 4
+def refusal(status: str, message: str = "no") -> Exception:
+    return remote.InferenceServerException(message, status=status)
 
 
 @pytest.mark.parametrize(
     "error",
-    [TimeoutError(), ValueError("x"), OSError(5, "x"), remote.InferenceServerException("no", status="500")],
+    [
+        ConnectionRefusedError(), ConnectionResetError(), BrokenPipeError(), remote.HTTPConnectionClosed(),
+        OSError(113, "No route to host"), refusal("503"), refusal("502"),
+        refusal("404", "Request for unknown model: 'bundle' has no available versions"),
+        refusal("400", "model 'bundle' is not ready"),
+    ],
+)  # fmt: skip
+def test_what_passes_is_tried_again(server: Server, error: Exception) -> None:
+    call, attempts = failing(*[error] * 9)
+    assert server.ask(call) == "answer"
+    assert len(attempts) == 10
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(ConnectionRefusedError(), "cannot reach .*is the server running"), (refusal("503"), "refused")]
 )
+def test_patience_ends(server: Server, error: Exception, kind: str, clock: list[float]) -> None:
+    server.patience = 60.0
+    call, _ = failing(*[error] * 1000)
+    with pytest.raises(EngineError, match=rf"{kind}.*\(tried for 60 seconds; --resume continues a search\)$") as caught:
+        server.ask(call)
+    assert sum(clock) == 55.5  # the next wait would be longer than what is left of the minute
+    assert clock[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    if isinstance(error, remote.InferenceServerException):
+        assert getattr(caught.value, "status", None) == 503
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits; time passes only in them."""
+    waited: list[float] = []
+    monkeypatch.setattr(remote, "WAITS", (0.5, 1.0, 2.0, 4.0, 8.0))
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waited.append, monotonic=lambda: sum(waited)))
+    return waited
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(), ValueError("x"), OSError(5, "x"), refusal("500"), refusal("404", "there is no model 'x'"),
+        refusal("400", "the request is malformed"), refusal("401"),
+    ],
+)  # fmt: skip
 def test_nothing_else_is_tried_again(server: Server, error: Exception) -> None:
     call, attempts = failing(error)
     with pytest.raises(EngineError):
@@ -253,12 +287,11 @@ def test_nothing_else_is_tried_again(server: Server, error: Exception) -> None:
     assert len(attempts) == 1
 
 
-def test_waits_grow(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(remote, "WAITS", (0.5, 1.0, 2.0))
-    monkeypatch.setattr("time.sleep", waited.append)
-    server.ask(failing(*[ConnectionResetError()] * 3)[0])
-    assert waited == [0.5, 1.0, 2.0]
+@pytest.mark.parametrize("value", ["a minute", "-1", "inf", "nan"])
+def test_a_patience_that_is_no_time_is_wrong_usage(plain: Bundle, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BBT_ACCEL_PATIENCE", value)
+    with pytest.raises(UsageError, match="BBT_ACCEL_PATIENCE must be a number of seconds"):
+        load_engine(plain, "remote", url="http://127.0.0.1:1")
 
 
 def test_a_server_that_came_back_goes_on_with_the_same_search(plain: Bundle) -> None:

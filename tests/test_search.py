@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +102,52 @@ def test_a_damaged_history_names_its_line(bundle: Bundle, tmp_path: Path) -> Non
         History(tmp_path / "h")
 
 
-def test_a_history_in_use_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
-    with History(tmp_path / "h"), pytest.raises(RunError, match="in use"):
+def test_a_full_disk_is_reported_once(bundle: Bundle, tmp_path: Path) -> None:
+    run(bundle, tmp_path / "h")
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with History(tmp_path / "h") as history:
+        history._stream.close()
+        history._stream = Path("/dev/full").open("wb")  # noqa: SIM115 - closed with the history
+        with pytest.raises(OSError, match="No space left"):
+            history.append(history.generations[0])
+
+
+DAMAGE: dict[str, dict[str, object]] = {
+    "losses": {"losses": [1.0]},
+    "calls": {"calls": 7},
+    "layer": {"layer": 2},
+    "dev_loss": {"dev_score": 0.5, "dev_loss": None},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_history_that_no_search_makes_is_refused(bundle: Bundle, tmp_path: Path, name: str) -> None:
+    run(bundle, tmp_path / "h")
+    lines = [json.loads(line) for line in (tmp_path / "h").read_text().splitlines()]
+    lines[3] |= DAMAGE[name]
+    (tmp_path / "h").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=rf"cannot be resumed: generation 3 is damaged \({name}\)"):
+        run(bundle, tmp_path / "h")
+
+
+def test_a_history_beyond_its_budget_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    run(bundle, tmp_path / "h")
+    lines = (tmp_path / "h").read_text().splitlines()
+    more = json.loads(lines[-1])
+    more["generation"], more["calls"] = len(lines), more["calls"] + more["calls"] // len(lines)
+    (tmp_path / "h").write_text("\n".join([*lines, json.dumps(more)]) + "\n")
+    with pytest.raises(RunError, match=f"has {len(lines) + 1} generations, its budget {len(lines)}"):
+        run(bundle, tmp_path / "h")
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1" * 5000, "[" * 100_000])
+def test_a_history_with_nonsense_for_a_score_names_its_line(bundle: Bundle, tmp_path: Path, value: str) -> None:
+    run(bundle, tmp_path / "h")
+    first, *others = (tmp_path / "h").read_text().splitlines()
+    nonsense = re.sub(r'"dev_score": [^,]*', f'"dev_score": {value}', first)
+    (tmp_path / "h").write_text("\n".join([nonsense, *others]) + "\n")
+    with pytest.raises(RunError, match="damaged in line 1"):
         History(tmp_path / "h")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import os
@@ -10,7 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +184,7 @@ def refused(answer: Any, status: int, text: str) -> None:
     assert (answer.status_code, list(answer.json())) == (status, ["error"])
     assert text in answer.json()["error"]
     assert "\n" not in answer.json()["error"]
+    assert len(answer.json()["error"]) < 450
 
 
 LONG = np.ones((8, 41), np.int64)
@@ -240,8 +247,24 @@ def one(**changes: Any) -> bytes:
         (one(name="nothing"), "there is no input 'nothing'"),
         (one(datatype="FP64"), "must be INT64, not FP64"),
         (one(shape=[1, 2]), "shape [-1]"),
-        (one(shape=[3]), "data of shape [2]"),
-        (one(shape=[2**70]), "data of shape [2]"),
+        (one(shape=[3]), "2 elements, not those of [3]"),
+        (one(shape=[2**70]), "a shape that is too large"),
+        (one(shape=[2**62]), "a shape that is too large"),
+        (one(shape=[0], data=[1]), "1 elements, not those of [0]"),
+        (one(shape=[1] * 1000), "malformed"),
+        (one(name="prompts", datatype="FP32", shape=[0, 2**62, 3], data=[]), "shape [-1, 4, 3]"),
+        (one(name="input_ids", shape=[0, 2**62], data=[]), "a shape that is too large"),
+        (one(name="input_ids", shape=[2**62, 0], data=[]), "a shape that is too large"),
+        (one(name="x" * 20_000), "there is no input 'xxx"),
+        (one(datatype="x" * 20_000), "must be INT64, not xxx"),
+        (json.dumps({"inputs": [], "outputs": [{"name": "x" * 20_000}]}).encode(), "there is no output 'xxx"),
+        (json.dumps({"inputs": [{}] * 1_000_000}).encode()[: 2**20], "malformed"),
+        (b'{"inputs": [' + b"{}, " * 200_000 + b"{}]}", "malformed"),
+        (b'{"inputs": [{"name": "readout", "datatype": "INT64", "shape": [1], "data": [NaN]}]}', "INT64 numbers"),
+        (one(name="\ud800"), "there is no input"),
+        (one(datatype="\ud800"), "must be INT64, not ?"),
+        (one(data=[1, "x" * 100_000]), "INT64 numbers"),
+        (one(data=[[[[1]]], 2]), "ragged or too deeply nested"),
         (one(data=[1, 2.5]), "INT64 numbers"),
         (one(data=["1", "2"]), "INT64 numbers"),
         (one(data=[1, None]), "INT64 numbers"),
@@ -371,7 +394,48 @@ def test_unknown_paths_methods_and_encodings_are_refused(client: TestClient) -> 
     refused(client.get("/v2/models/backbone/versions/2"), 404, "version 2")
     refused(client.get("/v3"), 404, "Not Found")
     refused(client.get(INFER), 405, "Method Not Allowed")
-    refused(client.post(INFER, content=b"{}", headers={"Content-Encoding": "gzip"}), 415, "gzip")
+    refused(client.post(INFER, content=b"{}", headers={"Content-Encoding": "br"}), 415, "content encoding br")
+    refused(client.get(f"/v2/models/{'x' * 20_000}"), 404, "there is no model 'xxx")
+
+
+def test_a_long_text_among_numbers_is_refused_at_once(client: TestClient) -> None:
+    """An array of both would have as many places of the text's length as there are numbers."""
+    body = one(shape=[100_001], data=[1] * 100_000 + ["x" * 300_000])
+    tracemalloc.start()
+    refused(client.post(INFER, content=body), 400, "INT64 numbers")
+    assert tracemalloc.get_traced_memory()[1] < 40 * len(body)
+    tracemalloc.stop()
+
+
+def compressed(encoding: str, body: bytes) -> bytes:
+    return gzip.compress(body) if encoding == "gzip" else zlib.compress(body)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "GZIP"])
+def test_compressed_bodies(client: TestClient, plain: Bundle, encoding: str) -> None:
+    body, headers = in_binary(whole(plain))
+    answer = client.post(
+        INFER, content=compressed(encoding.lower(), body), headers=headers | {"Content-Encoding": encoding}
+    )
+    np.testing.assert_array_equal(from_binary(answer)["label_logits"], wanted(plain))
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("damage", ["none", "cut", "empty", "more", "other"])
+def test_damaged_compression_is_refused(client: TestClient, encoding: str, damage: str) -> None:
+    good = compressed(encoding, b"{}")
+    body = {"none": b"{}", "cut": good[:-2], "empty": b"", "more": good + b"x", "other": b"\x1f\x8b" * 9}[damage]
+    refused(client.post(INFER, content=body, headers={"Content-Encoding": encoding}), 400, f"is not {encoding} data")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_body_is_bounded_after_decompression(client: TestClient, encoding: str) -> None:
+    bomb = compressed(encoding, b" " * 300 * 2**20)
+    assert len(bomb) < LIMITS.request_bytes
+    tracemalloc.start()
+    refused(client.post(INFER, content=bomb, headers={"Content-Encoding": encoding}), 413, "larger")
+    assert tracemalloc.get_traced_memory()[1] < 8 * LIMITS.request_bytes
+    tracemalloc.stop()
 
 
 # Limits ------------------------------------------------------------------------------------------------------
@@ -471,6 +535,77 @@ def test_a_client_that_sends_less_than_announced_is_408(plain: Bundle) -> None:
         assert ask(url, "GET", "/v2/health/ready")[0] == 200
 
 
+def connections(url: str, count: int, sent: bytes = b"") -> list[socket.socket]:
+    host, port = url.removeprefix("http://").split(":")
+    found = [socket.create_connection((host, int(port)), timeout=30) for _ in range(count)]
+    for connection in found:
+        connection.sendall(sent)
+    return found
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether the other side has closed a connection, waiting for it."""
+    with suppress(ConnectionError):
+        while connection.recv(2**16):
+            pass
+    return True
+
+
+HEADERS = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v2/hea", HEADERS, HEADERS + b"{"])
+def test_silent_connections_block_nobody_and_are_closed_after_a_while(plain: Bundle, sent: bytes) -> None:
+    limits = replace(LIMITS, idle=1.0)
+    with running(app(plain, limits), limits) as url:
+        silent = connections(url, 70, sent)
+        assert ask(url, "GET", "/v2/health/live") == (200, {"live": True})
+        begun = time.monotonic()
+        assert all(map(closed, silent))
+        assert time.monotonic() - begun < 10
+
+
+def test_a_header_in_drops_does_not_keep_a_connection(plain: Bundle) -> None:
+    limits = replace(LIMITS, idle=1.0)
+    with running(app(plain, limits), limits) as url:
+        [slow] = connections(url, 1, b"GET /v2 HTTP/1.1\r\n")
+        slow.settimeout(0.2)
+        for _ in range(50):
+            try:
+                slow.sendall(b"X: y\r\n")
+                if slow.recv(100) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the connection is still open after 10 seconds")
+
+
+def test_beyond_the_limit_the_connection_that_waits_longest_is_closed(
+    plain: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bbt_accel.serving.connection.MAX_CONNECTIONS", 5)
+    with running(app(plain)) as url:
+        silent = connections(url, 5)
+        assert ask(url, "GET", "/v2/health/live")[0] == 200
+        assert closed(silent[0])
+
+
+def test_further_requests_than_the_limit_are_refused_and_health_is_not(plain: Bundle) -> None:
+    limits = replace(LIMITS, requests=3, idle=30.0)
+    with running(app(plain, limits), limits) as url:
+        slow = connections(url, 3, HEADERS)
+        status, answer = ask(url, "POST", INFER, b"{}")
+        assert (status, answer["error"]) == (503, "3 requests are under way; try again later")
+        assert ask(url, "GET", "/v2/health/ready")[0] == 200
+        for connection in slow:
+            connection.close()
+        while ask(url, "POST", INFER, b"{}")[0] == 503:  # until the server has noticed
+            pass
+
+
 # Failures of the engine --------------------------------------------------------------------------------------
 
 
@@ -562,6 +697,24 @@ def test_invalid_texts_are_refused(run: Run, tensors: dict[str, Any], status: in
         refused(client.post("/v2/models/classifier/infer", json=in_json(tensors)), status, text)
 
 
+def test_a_column_of_texts_is_the_same_as_a_list(run: Run) -> None:
+    """Other clients of the protocol send [N, 1]."""
+    texts = np.array([f"w{i} w{i + 1}" for i in range(5)], object)
+    with TestClient(app(run.open_bundle(), run=run)) as client:
+        path = "/v2/models/classifier/infer"
+        answers = [client.post(path, json=in_json({"text": given})).json() for given in (texts, texts[:, None])]
+        flat = in_json({"text": texts[:, None]})
+        flat["inputs"][0]["data"] = texts.tolist()
+        answers.append(client.post(path, json=flat).json())
+        body, headers = in_binary({"text": texts[:, None]})
+        head, blob = body[: int(headers[HEADER])], body[int(headers[HEADER]) :]
+        head = head.replace(b'"binary_data_output": true', b'"binary_data_output": false')
+        answers.append(client.post(path, content=head + blob, headers={HEADER: str(len(head))}).json())
+        assert answers[0]["outputs"][0]["shape"] == [5]
+        assert all(answer == answers[0] for answer in answers)
+        refused(client.post(path, json=in_json({"text": texts.reshape(1, 5)})), 400, "must have the shape [-1]")
+
+
 @pytest.mark.parametrize("blob", [b"\x01", b"\x05\0\0\0abc", b"\x01\0\0\0\xff", b"\x01\0\0\0a\x01\0\0\0b"])
 def test_malformed_binary_texts_are_refused(run: Run, blob: bytes) -> None:
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(blob)}}
@@ -629,3 +782,43 @@ def test_ctrl_c_shuts_the_server_down(plain: Bundle) -> None:
         finally:
             process.kill()
     assert (process.returncode, out, err) == (0, "closed\n", "")
+
+
+COMPUTING = """
+import sys, time
+from bbt_accel.cli import main
+from bbt_accel.engines.dummy import DummyBoundBatch
+from bbt_accel.serving import app
+DummyBoundBatch._label_logits = lambda *_: (print("computing", flush=True), time.sleep(300))
+app.LAST_CALL = 0.5
+main(["serve", sys.argv[1], "--engine", "dummy", "--port", "0", "--json"])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+def test_sigterm_ends_a_server_that_computes_within_seconds(plain: Bundle) -> None:
+    environment = {**os.environ, "BBT_ACCEL_TOKEN": ""}
+    command = [sys.executable, "-c", COMPUTING, str(plain.path)]
+    body = json.dumps(in_json(whole(plain))).encode()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            answers: list[Any] = []
+            clients = [threading.Thread(target=lambda: answers.append(ask(url, "POST", INFER, body))) for _ in range(2)]
+            for client in clients:
+                client.start()
+            assert process.stdout.readline() == "computing\n"
+            begun = time.monotonic()
+            process.terminate()
+            _, err = process.communicate(timeout=30)
+            for client in clients:
+                client.join(30)
+        finally:
+            process.kill()
+    assert time.monotonic() - begun < 15
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    assert answers == [(503, {"error": "the server is stopping"})] * 2

@@ -104,6 +104,12 @@ def test_unknown_name_lists_the_tasks() -> None:
         (("[templates]", "[presets.bbtv2]\npopsize = 2\n[templates]"), r"presets\.bbtv2: popsize: .*equal to 4; got 2"),
         (("[templates]", "[presets.bbt]\nsteps = 1\n[templates]"), r"presets\.bbt: unknown setting 'steps'"),
         (("[templates]", "[templates"), "not valid TOML"),
+        (("n_classes = 2", "n_classes = 2\nseparator = ' {mask} '"), "separator: takes no placeholder"),
+        (("n_classes = 2", "n_classes = 2\nseparator = ' { '"), "separator: .*for braces"),
+        (("n_classes = 2", "n_classes = 2\nseparator = ' {{ '"), None),
+        (("n_classes = 2", f"n_classes = {'1' * 5000}"), "not valid TOML"),
+        (("n_classes = 2", "n_classes = 1000000000"), "n_classes: "),
+        (("n_classes = 2", f"n_classes = {'[' * 5000}2{']' * 5000}"), "not valid TOML"),
     ],
 )
 def test_malformed_file_is_one_line_with_file_and_key(

@@ -50,6 +50,40 @@ def test_bad_lines(tmp_path: Path, line: str, complaint: str) -> None:
         read_texts([], tmp_path / "f", PAIR)
 
 
+def test_a_jsonl_file_holds_objects_also_for_a_task_with_one_column(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "one", "label": 1}\n\n{"label": 0, "text": "two"}\n')
+    assert read_texts([], file, ["text"]) == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("one", "line 2 is not JSON"),
+        ('["one"]', "line 2 is not an object"),
+        ('{"sentence": "one"}', "line 2 has no text 'text'; the task needs text"),
+        ('{"text": 1}', "line 2 has no text 'text'"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ('{"text": ' + "1" * 5000 + "}", "line 2 is not JSON"),
+    ],
+)
+def test_bad_lines_of_a_jsonl_file(tmp_path: Path, line: str, complaint: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=complaint) as caught:
+        read_texts([], tmp_path / "rows.jsonl", ["text"])
+    assert len(str(caught.value)) < 500
+
+
+def test_standard_input_that_is_closed_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    for closed in (None, io.StringIO()):
+        if closed is not None:
+            closed.close()
+        monkeypatch.setattr("sys.stdin", closed)
+        for file in (None, Path("-")):
+            with pytest.raises(UsageError, match="give a text"):
+                read_texts([], file, ["text"])
+
+
 def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(b"\xff")
     with pytest.raises(DataError, match="not UTF-8"):

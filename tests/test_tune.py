@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -20,9 +21,10 @@ from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.bundle import Bundle
+from bbt_accel.cli import main
 from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, RunError, UsageError
-from bbt_accel.history import History
+from bbt_accel.files import reserved
 from bbt_accel.population import Population
 from bbt_accel.run import Run
 
@@ -129,7 +131,7 @@ def test_ctrl_c_before_the_first_generation_leaves_nothing(
     interrupt(1)
     with pytest.raises(KeyboardInterrupt):
         start("runs/run")
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
 
 
 def test_resume_starts_a_run_and_returns_a_complete_one(start: Tune) -> None:
@@ -327,15 +329,130 @@ def test_a_run_killed_between_two_generations_resumes_to_the_same_prompt(start: 
         shutil.rmtree(run.path)
 
 
-def test_a_run_in_use_is_refused_and_left_alone(start: Tune, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("place", ["run", ".run.partial"])
+def test_a_run_in_use_is_refused_and_left_alone(
+    start: Tune, tmp_path: Path, options: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("fcntl")
+    monkeypatch.setattr("bbt_accel.files.PATIENCE", 0.0)
     run = start()
-    partial = tmp_path / ".run.partial"
-    shutil.move(run.path, partial)
-    (partial / ".run.json.123").write_text("half")
-    with History(partial / "history.jsonl"), pytest.raises(RunError, match="in use"):
+    if place != "run":
+        shutil.move(run.path, tmp_path / place)
+    (tmp_path / place / ".run.json.123").write_text("half")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with reserved(run.path):
+        with pytest.raises(BbtError, match="in use by another bbt-accel; wait for it or choose another -o"):
+            start(**options)
+        assert {p: p.read_bytes() for p in before} == before
+
+
+def test_two_searches_at_once_end_as_one_run_and_one_line(start: Tune, bundle: Bundle, tmp_path: Path) -> None:
+    """One is started while the other computes, in a thread of this process."""
+    pytest.importorskip("fcntl")
+    refusals: list[str] = []
+    whole = DummyBoundBatch._label_logits
+
+    def second(self: DummyBoundBatch, population: Population) -> np.ndarray:
+        if not refusals:
+            for options in ({}, {"overwrite": True}, {"resume": True}):
+                refusals.append("")  # so that this one does not start a third
+                try:
+                    start(**options)
+                except BbtError as error:
+                    refusals[-1] = str(error)
+        return whole(self, population)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bbt_accel.files.PATIENCE", 0.0)
+        patch.setattr(DummyBoundBatch, "_label_logits", second)
+        run = start()
+    assert all("is in use" in refusal for refusal in refusals)
+    assert len(refusals) == 3
+    assert prompt_bytes(run) == prompt_bytes(start("other"))
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("content", ["", "dear"])
+def test_a_folder_that_appears_during_the_search_is_left_alone(
+    start: Tune, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = DummyBoundBatch._label_logits
+
+    def appear(self: DummyBoundBatch, population: Population) -> np.ndarray:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        if content:
+            (tmp_path / "run" / "letter.txt").write_text(content)
+        return whole(self, population)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DummyBoundBatch, "_label_logits", appear)
+        with pytest.raises(RunError, match=r"appeared during the search.*then --resume"):
+            start()
+    with pytest.raises(RunError, match="appeared"):
         start(resume=True)
-    assert (partial / ".run.json.123").exists()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == (["letter.txt"] if content else [])
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    assert prompt_bytes(start(resume=True)) == prompt_bytes(start("other"))
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("at", ["fsync", "replace", "rename"])
+def test_a_full_disk_is_one_line_and_the_search_continues_later(
+    start: Tune, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    whole, count = start("whole"), 0
+    ours = getattr(os, at)
+
+    def filling(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return full() if count > {"fsync": 4, "replace": 2, "rename": 1}[at] else ours(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, at, filling)
+        if at == "rename":
+            patch.setattr("bbt_accel.tuning.workspace.rename_new", full)
+        with pytest.raises(RunError, match=r"cannot write .*\.run\.partial .*No space left.*; free some .*--resume"):
+            start()
+    assert prompt_bytes(start(resume=True)) == prompt_bytes(whole)
+
+
+def test_a_full_disk_at_the_plot_costs_the_plot_alone(
+    start: Tune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bbt_accel.tuning.workspace.draw_curve", full)
+    run = start(progress=True)
+    assert run.info.status == "done"
+    assert sorted(p.name for p in run.path.iterdir()) == FILES[1:]
+    assert "has no curve.png, which could not be written (No space left on device)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+def test_sigterm_ends_the_command_as_ctrl_c_does(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, count = DummyBoundBatch._label_logits, 0
+
+    def logits(self: DummyBoundBatch, population: Population) -> np.ndarray:
+        nonlocal count
+        count += len(population) > 1
+        if count == 6 and len(population) > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, population)
+
+    monkeypatch.setattr(DummyBoundBatch, "_label_logits", logits)
+    task = task_file(tmp_path / "data")
+    words = ["tune", "--bundle", str(bundle.path), "--task", str(task), "--data", str(tmp_path / "data")]
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--engine", "dummy", "--readout", "verbalizer", "--k-shot", "3", "-o", str(tmp_path / "run")])
+    assert caught.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    info = Run.read(tmp_path / "run").info
+    assert (info.status, info.calls) == ("interrupted", 20)
 
 
 def test_a_killed_replacement_is_undone(start: Tune) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -196,3 +198,36 @@ def test_an_address_without_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch
         address = f"127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(EngineError, match=f"no Ray cluster at {address}"), connect(address):
             pass
+
+
+TERMINATED = """
+import os, signal, sys
+from bbt_accel.cli import main
+from bbt_accel.tuning.workers import WorkersEvaluator
+train, calls = WorkersEvaluator.train, []
+def counted(self, *arguments):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train(self, *arguments)
+WorkersEvaluator.train = counted
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+def test_sigterm_keeps_the_best_prompt_and_the_working_directory_holds_no_modules(tmp_path: Path) -> None:
+    """Ray has a handler of its own for the one, and puts the other on the workers' path."""
+    bundle, task, place = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data"), tmp_path / "here"
+    for name in ("bbt_accel", "numpy", "onnx", "triton"):
+        (place / name).mkdir(parents=True)
+        (place / name / "__init__.py").write_text('raise RuntimeError("imported from the working directory")')
+    words = ["tune", "--bundle", str(bundle.path), "--task", str(task), "--data", str(task.parent), "--engine", "dummy"]
+    words += ["--readout", "verbalizer", "--k-shot", "3", "--workers", "2", "-o", "run"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, "-P", "-c", TERMINATED, *words]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    info = Run.read(place / "run").info
+    assert (info.status, info.calls) == ("interrupted", 12)

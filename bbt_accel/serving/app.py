@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Sequence
+import threading
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -19,22 +21,26 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import bbt_accel
-from bbt_accel.errors import BbtError, DataError, RequestError, UsageError
+from bbt_accel.errors import BbtError, DataError, RequestError, UsageError, clipped
 from bbt_accel.inference_protocol import ROWS_EXTENSION
 from bbt_accel.serving import Limits
 from bbt_accel.serving.models import Model
 from bbt_accel.serving.protocol import HEADER_LENGTH, read_request, write_response
 
 EXTENSIONS = ["binary_tensor_data", "parameters", "model_configuration", ROWS_EXTENSION]
+LAST_CALL = 3.0  # seconds for which the shutdown waits for a running call of the engine
+LONGEST_ERROR = 400  # characters; what a request holds is repeated in part
 log = logging.getLogger(__name__)
 
 
 class Service:
-    """The endpoints. Models run in one separate thread, so that health and metadata respond meanwhile."""
+    """The endpoints. Requests are parsed and models run in separate threads; health and metadata respond meanwhile."""
 
     def __init__(self, models: Sequence[Model], limits: Limits) -> None:
         self.models, self.limits = {model.name: model for model in models}, limits
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # no engine is thread-safe
+        self.parsers = ThreadPoolExecutor(2, thread_name_prefix="parser")  # few, because of the memory that each takes
+        self.running = 0  # inference requests
 
     def routes(self) -> list[Route]:
         routes = [Route(f"/v2/health/{what}", self.healthy) for what in ("live", "ready")]
@@ -48,6 +54,14 @@ class Service:
                 Route(f"{path}/infer", self.infer, methods=["POST"]),
             ]
         return routes
+
+    async def stop(self) -> bool:
+        """Drop the requests that wait, and wait a while for the one that is computed; whether it has ended."""
+        self.parsers.shutdown(wait=False, cancel_futures=True)
+        ending = threading.Thread(target=partial(self.engine_thread.shutdown, cancel_futures=True), daemon=True)
+        ending.start()
+        await asyncio.to_thread(ending.join, LAST_CALL)
+        return not ending.is_alive()
 
     async def healthy(self, request: Request) -> Response:
         return JSONResponse({"live": True} if request.url.path.endswith("live") else {"ready": True})
@@ -71,41 +85,66 @@ class Service:
 
     async def infer(self, request: Request) -> Response:
         model = self.model(request)
+        if self.running >= self.limits.requests:
+            raise RequestError(f"{self.running} requests are under way; try again later", 503)
+        self.running += 1
+        try:
+            return await self.infer_with(model, request)
+        except asyncio.CancelledError:
+            raise RequestError("the server is stopping", 503) from None
+        finally:
+            self.running -= 1
+
+    async def infer_with(self, model: Model, request: Request) -> Response:
         async with self.timeout("the request took more than {} seconds to arrive", 408):
             body = await self.body(request)
         length = request.headers.get(HEADER_LENGTH)
-        read = await run_in_threadpool(read_request, body, length, model.inputs, model.outputs)
-        del body
-        async with self.timeout("the engine is busy: no result within {} seconds", 503):
-            loop = asyncio.get_running_loop()
-            computed = loop.run_in_executor(self.engine_thread, model.infer, read.tensors, read.parameters)
-            outputs, parameters = await computed  # at the timeout a running call continues, a waiting one is dropped
-        content, headers = await run_in_threadpool(write_response, model.name, read, outputs, model.outputs, parameters)
+        async with self.timeout("the server is busy: no result within {} seconds", 503):
+            # At the timeout a running call continues, a waiting one is dropped.
+            run = asyncio.get_running_loop().run_in_executor
+            read = await run(self.parsers, read_request, body, length, model.inputs, model.outputs)
+            del body
+            outputs, parameters = await run(self.engine_thread, model.infer, read.tensors, read.parameters)
+            written = (model.name, read, outputs, model.outputs, parameters)
+            content, headers = await run(self.parsers, write_response, *written)
         return Response(content, headers=headers)
 
     def model(self, request: Request) -> Model:
         name, version = request.path_params["name"], request.path_params.get("version", "1")
         if name not in self.models or version != "1":
             listed = ", ".join(self.models)
-            raise RequestError(f"there is no model {name!r} version {version}; models are {listed}, all version 1", 404)
+            asked = f"{clipped(name, 80)!r} version {clipped(version, 20)}"
+            raise RequestError(f"there is no model {asked}; models are {listed}, all version 1", 404)
         return self.models[name]
 
     async def body(self, request: Request) -> bytes:
-        """The body, refused before or during its arrival if it exceeds the limit."""
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding != "identity":
-            raise RequestError(f"content encoding {encoding} is not supported; send the body uncompressed", 415)
+        """The body, decompressed; refused before or during its arrival if it exceeds the limit."""
         limit, parts, size = self.limits.request_bytes, [], 0
         too_large = RequestError(f"the request is larger than {limit} bytes; send fewer candidates or rows", 413)
         announced = request.headers.get("content-length", "0")
         if announced.isdigit() and int(announced) > limit:
             raise too_large
-        async for part in request.stream():
-            size += len(part)
+        decompress = decompressor(request.headers.get("content-encoding", "identity"))
+        async for part in self.stream(request):
+            parts.append(decompress(part, limit + 1 - size))
+            size += len(parts[-1])
             if size > limit:
                 raise too_large
-            parts.append(part)
+        decompress(b"", 0)
         return b"".join(parts)
+
+    async def stream(self, request: Request) -> AsyncIterator[bytes]:
+        """The parts of the body as they arrive, none of them later than the limit."""
+        stream = request.stream()
+        while True:
+            try:
+                async with asyncio.timeout(self.limits.idle):
+                    part = await anext(stream)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise RequestError(f"the request stopped for {self.limits.idle:g} seconds", 408) from None
+            yield part
 
     @asynccontextmanager
     async def timeout(self, message: str, status: int) -> AsyncIterator[None]:
@@ -131,14 +170,43 @@ class Token:
         await app(scope, receive, send)
 
 
+def decompressor(encoding: str) -> Callable[[bytes, int], bytes]:
+    """A function from the next part of a body, and the most bytes wanted, to decompressed bytes.
+
+    Called without a part at the end, it raises RequestError for a body that is not whole. Raises RequestError for an
+    encoding other than identity, gzip and deflate.
+    """
+    name = encoding.strip().lower()
+    if name == "identity":
+        return lambda part, most: part
+    if name not in ("gzip", "deflate"):
+        known = "send the body as gzip, deflate or uncompressed"
+        raise RequestError(f"content encoding {clipped(encoding, 40)} is not supported; {known}", 415)
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 16 if name == "gzip" else zlib.MAX_WBITS)
+
+    def decompress(part: bytes, most: int) -> bytes:
+        try:
+            found = stream.decompress(part, most) if part else b""
+        except zlib.error as error:
+            raise RequestError(f"the body is not {name} data ({error})") from None
+        if stream.unused_data or (not part and not stream.eof):
+            raise RequestError(f"the body is not {name} data, whole and alone")
+        return found
+
+    return decompress
+
+
 def make_app(models: Sequence[Model], limits: Limits, token: str | None = None) -> Starlette:
-    """The ASGI application. The caller closes the engine after its shutdown."""
+    """The ASGI application.
+
+    After its shutdown `state.stopped` tells whether the caller may close the engine, which may still compute.
+    """
     service = Service(models, limits)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        service.engine_thread.shutdown(wait=True, cancel_futures=True)
+        app.state.stopped = await service.stop()
 
     return Starlette(
         routes=service.routes(),
@@ -157,7 +225,8 @@ async def refuse(request: Request, error: Exception) -> Response:
         status = 400
     if status == 500:
         log.error("%s: %s", request.url.path, error)
-    return JSONResponse({"error": str(error) or "the client disconnected"}, status)
+    text = clipped(str(error), LONGEST_ERROR).encode("utf-8", "replace").decode("utf-8")  # for lone surrogates
+    return JSONResponse({"error": text or "the client disconnected"}, status)
 
 
 async def fail(request: Request, error: Exception) -> Response:

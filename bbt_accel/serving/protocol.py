@@ -14,15 +14,19 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from bbt_accel.batch import shape_fits
 from bbt_accel.bundle import first_problem
-from bbt_accel.errors import RequestError
+from bbt_accel.errors import RequestError, clipped
 
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON object that binary data follows
 DTYPES: dict[str, Any] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "BYTES": np.dtype(object)}
 """The protocol's data types that the models use; BYTES are texts, transferred as UTF-8."""
+KINDS: dict[str, set[type]] = {"FP32": {int, float}, "INT64": {int}, "BYTES": {str}}  # of JSON values
+NAMES = {"FP32": "FP32 numbers", "INT64": "INT64 numbers", "BYTES": "texts"}
+MOST_ELEMENTS = 2**40
+"""Of a tensor, more than any request can hold."""
 Tensor = npt.NDArray[Any]
 Tensors = dict[str, Tensor]
 
@@ -67,15 +71,15 @@ class _Output(_Part):
 
 class _Input(_Output):
     datatype: str
-    shape: list[Annotated[int, Field(ge=0)]]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8)]
     data: list[Any] | None = None
 
 
 class _Request(_Part):
     id: str | None = None
-    parameters: dict[str, str | int | float | bool] = {}
-    inputs: list[_Input] = []
-    outputs: list[_Output] | None = None
+    parameters: Annotated[dict[str, str | int | float | bool], Field(max_length=64)] = {}
+    inputs: Annotated[list[_Input], Field(max_length=64)] = []
+    outputs: Annotated[list[_Output], Field(max_length=64)] | None = None
 
 
 def read_request(
@@ -92,9 +96,10 @@ def read_request(
             raise RequestError("Inference-Header-Content-Length must be a number, at most the length of the body")
         head = body[: int(length)]
     try:
-        request = _Request.model_validate_json(head)
-    except ValidationError as error:
-        raise RequestError(f"the request is malformed ({first_problem(error)})") from None
+        # Not pydantic's own parser, whose values take a hundred times the memory of short ones.
+        request = _Request.model_validate(json.loads(head.decode("utf-8")))
+    except (ValueError, RecursionError) as error:  # a ValidationError is one
+        raise RequestError(f"the request is malformed ({clipped(first_problem(error))})") from None
     known = {spec.name: spec for spec in inputs}
     tensors: Tensors = {}
     end = len(head)
@@ -113,11 +118,16 @@ def _check_input(tensor: _Input, known: Mapping[str, TensorSpec], binary: bool) 
     """Name, datatype, shape, and exactly one source of data. binary: whether the body may have binary data."""
     spec = known.get(tensor.name)
     if spec is None:
-        raise RequestError(f"there is no input {tensor.name!r}; inputs are {', '.join(known)}")
+        raise RequestError(f"there is no input {clipped(tensor.name, 80)!r}; inputs are {', '.join(known)}")
     if tensor.datatype != spec.datatype:
-        raise RequestError(f"input {tensor.name} must be {spec.datatype}, not {tensor.datatype}")
+        raise RequestError(f"input {tensor.name} must be {spec.datatype}, not {clipped(tensor.datatype, 20)}")
+    if spec.datatype == "BYTES" and len(tensor.shape) == 2 and tensor.shape[1] == 1:
+        tensor.shape = tensor.shape[:1]  # other clients send a column of texts
     if not shape_fits(tensor.shape, spec.shape):
-        raise RequestError(f"input {tensor.name} must have the shape {list(spec.shape)}, not {tensor.shape}")
+        found = clipped(str(tensor.shape), 80)
+        raise RequestError(f"input {tensor.name} must have the shape {list(spec.shape)}, not {found}")
+    if math.prod(size or 1 for size in tensor.shape) > MOST_ELEMENTS:  # an array without elements has a limit too
+        raise RequestError(f"input {tensor.name} has a shape that is too large: {clipped(str(tensor.shape), 80)}")
     size = tensor.parameters.binary_data_size
     if (size is None) == (tensor.data is None):
         raise RequestError(f"input {tensor.name} needs data, or binary_data_size and binary data, but not both")
@@ -127,18 +137,29 @@ def _check_input(tensor: _Input, known: Mapping[str, TensorSpec], binary: bool) 
 
 def _from_json(tensor: _Input) -> Tensor:
     """`data` flattened or nested, in row-major order; numbers must be of the data type."""
-    texts = tensor.datatype == "BYTES"
+    values = _flattened(tensor)
+    found = set(map(type, values))  # before an array is made, whose elements would all have the longest one's size
+    if list in found:
+        raise RequestError(f"input {tensor.name} has ragged or too deeply nested data")
+    if not found <= KINDS[tensor.datatype]:
+        raise RequestError(f"input {tensor.name} must consist of {NAMES[tensor.datatype]}")
+    if len(values) != math.prod(tensor.shape):
+        raise RequestError(f"input {tensor.name} has {len(values)} elements, not those of {tensor.shape}")
     try:
-        found = np.array(tensor.data, dtype=object if texts else None)
-    except (ValueError, OverflowError):
-        raise RequestError(f"input {tensor.name} has ragged or too deeply nested data") from None
-    if list(found.shape) != tensor.shape and found.shape != (math.prod(tensor.shape),):
-        raise RequestError(f"input {tensor.name} has data of shape {list(found.shape)}, not {tensor.shape}")
-    allowed = {"FP32": "iuf", "INT64": "i", "BYTES": "O"}[tensor.datatype]
-    if found.size and (found.dtype.kind not in allowed or (texts and not all(isinstance(v, str) for v in found.flat))):
-        raise RequestError(f"input {tensor.name} must consist of {'texts' if texts else f'{tensor.datatype} numbers'}")
-    with np.errstate(over="ignore"):  # the model refuses infinite numbers
-        return found.astype(DTYPES[tensor.datatype]).reshape(tensor.shape)
+        with np.errstate(over="ignore"):  # the model refuses infinite numbers
+            return np.array(values, DTYPES[tensor.datatype]).reshape(tensor.shape)
+    except OverflowError:
+        raise RequestError(f"input {tensor.name} must consist of {NAMES[tensor.datatype]}") from None
+
+
+def _flattened(tensor: _Input) -> list[Any]:
+    """The elements of `data`, whose nesting, if any, must be that of the shape (a column of texts may have another)."""
+    values = tensor.data or []
+    for size in tensor.shape[1:] if tensor.datatype != "BYTES" else [1]:
+        if not all(isinstance(value, list) and len(value) == size for value in values):
+            break
+        values = [element for value in values for element in value]
+    return values
 
 
 def _from_binary(tensor: _Input, data: bytes) -> Tensor:
@@ -175,7 +196,7 @@ def _wanted(request: _Request, outputs: Sequence[TensorSpec]) -> dict[str, bool]
     binary = request.parameters.get("binary_data_output") is True
     wanted = {output.name: output.parameters.binary_data for output in request.outputs or ()}
     if unknown := [name for name in wanted if name not in names]:
-        raise RequestError(f"there is no output {unknown[0]!r}; outputs are {', '.join(names)}")
+        raise RequestError(f"there is no output {clipped(unknown[0], 80)!r}; outputs are {', '.join(names)}")
     return {name: binary if own is None else own for name, own in (wanted or dict.fromkeys(names)).items()}
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.registry import load_engine
@@ -18,6 +21,7 @@ from bbt_accel.inference_protocol import TOKEN
 from bbt_accel.run import INFO, Run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
+from bbt_accel.serving.connection import Connection
 from bbt_accel.serving.models import make_models
 
 
@@ -48,20 +52,27 @@ def serve(
     device = device or (own.device if own else "cpu")
     with listen(host, port) as listener, load_engine(bundle, engine, device=device, threads=threads) as loaded:
         models = make_models(loaded, limits, run)
-        config = uvicorn.Config(
-            make_app(models, limits, token),
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            ws="none",
-            limit_concurrency=64,  # further connections get 503
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=10,  # seconds for running requests to finish
-            server_header=False,
-        )
+        app = make_app(models, limits, token)
         ready(address(listener), [model.name for model in models])
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
-            uvicorn.Server(config).run(sockets=[listener])
+            uvicorn.Server(configuration(app, limits)).run(sockets=[listener])
+        if not app.state.stopped:  # a call of the engine cannot be ended, and a close would wait for it or crash
+            sys.stdout.flush()
+            os._exit(0)
+
+
+def configuration(app: Starlette, limits: Limits) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        timeout_keep_alive=math.ceil(limits.idle),
+        timeout_graceful_shutdown=5,  # seconds for running requests to finish
+        server_header=False,
+    )
 
 
 def check_host(host: str, token: str | None) -> None:

@@ -147,15 +147,17 @@ def read_sweep(file: Path | None, given: Mapping[str, Any]) -> Sweep:
     given = {name: value for name, value in given.items() if value}
     if "bundles" in given:
         found.pop("needs", None)
-    settings = {**found.get("settings", {}), **given.get("settings", {})}
+    if isinstance(own := found.get("settings", {}), dict):
+        found["settings"] = {**own, **given.get("settings", {})}
+        given.pop("settings", None)
     try:
-        return Sweep.model_validate({**found, **given, "settings": settings})
+        return Sweep.model_validate({**found, **given})
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "missing":
             name = first["loc"][0]
             raise UsageError(f"the sweep has no {name}; give --{name}, a --config or a --preset") from None
-        raise UsageError(f"{file or 'sweep'}: {first_problem(error)}; got {first['input']!r}") from None
+        raise UsageError(f"{file or 'sweep'}: {first_problem(error)}; got {first['input']!r:.50}") from None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -164,8 +166,10 @@ def _read(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the sweep {file} ({error.strerror})") from None
-    except ValueError as error:
-        raise UsageError(f"{file}: {first_line(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: {first_line(error):.200}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file}: not a table of tasks, bundles, engines and seeds")
     for name in found:
         check_known(f"entry of {file}:", name, Sweep.model_fields)
     return found

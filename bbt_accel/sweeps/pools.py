@@ -5,7 +5,6 @@ Each job has a process of its own, so that a crash fails that job alone.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
 import time
@@ -20,7 +19,7 @@ from bbt_accel import processes
 from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_cores
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.machine import physical_cores
-from bbt_accel.processes import QUIET, Reply
+from bbt_accel.processes import Reply
 from bbt_accel.progress import SweepProgress
 
 POLL = 0.05  # seconds between two looks at the processes
@@ -81,7 +80,7 @@ class ProcessPool(Pool):
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         command = processes.prepare(job.function, job.arguments, folder)
         with (folder / "stderr").open("wb") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=os.environ | QUIET)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=processes.environment())
         self._running[job.name] = process, folder
 
     def wait(self) -> tuple[str, Reply]:
@@ -95,7 +94,7 @@ class ProcessPool(Pool):
 
     def close(self) -> None:
         for process, _ in self._running.values():
-            process.terminate()  # a search keeps every finished generation
+            process.kill()  # a search keeps every finished generation
         for process, _ in self._running.values():
             process.wait()
         self._folder.cleanup()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import BbtError, RunError, UsageError, check_known
-from bbt_accel.files import write_atomically
+from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
 from bbt_accel.progress import progress_bar
 from bbt_accel.reporting import write_report
@@ -49,17 +49,27 @@ def run_sweep(
     A trial that fails is a row of the report. Ctrl-C ends the sweep early, with a report of the finished trials.
     Raises UsageError, TaskError and BundleError for an invalid sweep, BbtError when `output` exists or is not a sweep.
     """
-    folder = Path(output)
-    sweep = read_sweep(_source(folder, config, preset, resume), given or {}).absolute()
-    trials = sweep.trials()
-    on_gpu = any(engine_spec(name).device(sweep.device) == "cuda" for name in sweep.engines)
-    with closing(_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
-        try:
-            (folder / TRIALS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BbtError(f"cannot write to {folder} ({error.strerror}); choose another -o") from None
-        write_atomically(folder / SWEEP, sweep.model_dump_json(indent=1).encode() + b"\n")
-        return _run(folder.absolute(), sweep, trials, pool, progress)
+    folder = Path(output).absolute()
+    with reserved(folder):
+        sweep = read_sweep(_source(folder, config, preset, resume), given or {}).absolute()
+        trials = sweep.trials()
+        on_gpu = any(engine_spec(name).device(sweep.device) == "cuda" for name in sweep.engines)
+        with closing(_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
+            _write(folder, sweep)
+            return _run(folder, sweep, trials, pool, progress)
+
+
+def _write(folder: Path, sweep: Sweep) -> None:
+    """Make the folder with sweep.json in one step, so that whatever is left of a sweep can be resumed."""
+    content = sweep.model_dump_json(indent=1).encode() + b"\n"
+    if folder.exists():
+        for place in (folder, *(folder / TRIALS).glob("*")):
+            remove_leftovers(place)
+        write_atomically(folder / SWEEP, content)
+        return
+    with reserved_folder(folder) as new:
+        (new / TRIALS).mkdir()
+        write_atomically(new / SWEEP, content)
 
 
 def _pool(ray: str | None, jobs: int | None, threads: int | None, device: str, progress: bool) -> Pool:

@@ -79,7 +79,7 @@ class Task(BaseModel, extra="forbid", frozen=True):
     metric: Metric = "accuracy"
     text: list[str] = Field(min_length=1, description="Text columns, in the order of a row without column names.")
     label: str = "label"
-    n_classes: int = Field(ge=2)
+    n_classes: int = Field(ge=2, le=10_000)
     clean: Literal["newlines"] | None = None  # a backslash and n, in some data sets a line break, become a space
     separator: str = " . "  # between the initial prompt tokens and the template, where the template has no {prompt}
     hub: HubData | None = None
@@ -91,6 +91,8 @@ class Task(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if any(name is not None for _, name in _parsed("separator", self.separator)):
+            raise ValueError("separator: takes no placeholder; write {{ and }} for braces")
         if self.metric == "f1" and self.n_classes != 2:
             raise ValueError(f"metric: f1 is for 2 classes, n_classes is {self.n_classes}")
         for column in self.text:
@@ -113,10 +115,7 @@ class Task(BaseModel, extra="forbid", frozen=True):
 
     def _check_template(self, key: str, template: str, once: dict[str, int]) -> None:
         """once: placeholders besides the text columns and {prompt} that it needs exactly once."""
-        try:
-            used = [name for _, name in parse_template(template) if name is not None]
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}; write {{{{ and }}}} for braces") from None
+        used = [name for _, name in _parsed(key, template) if name is not None]
         known = [*self.text, "prompt", *once]
         for name in used:
             if name not in known:
@@ -175,6 +174,13 @@ def word_lists(words: list[str | list[str]]) -> list[list[str]]:
     return [[own] if isinstance(own, str) else own for own in words]
 
 
+def _parsed(key: str, template: str) -> list[tuple[str, str | None]]:
+    try:
+        return parse_template(template)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}; write {{{{ and }}}} for braces") from None
+
+
 def task_names() -> list[str]:
     """Names of the built-in tasks."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
@@ -192,5 +198,5 @@ def load_task(name_or_path: str | Path) -> Task:
         raise TaskError(f"cannot read the task file {file} ({error.strerror})") from None
     except ValidationError as error:
         raise TaskError(f"{file}: {first_problem(error)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # besides tomllib's, of integers of thousands of digits
         raise TaskError(f"{file}: not valid TOML ({first_problem(error)})") from None

@@ -67,7 +67,8 @@ def tune(
     progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
 
     Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
-    the first generation has ended nothing is saved, and KeyboardInterrupt is raised.
+    the first generation has ended nothing is saved, and KeyboardInterrupt is raised. So does SIGTERM where it raises
+    KeyboardInterrupt, as in `bbt-accel tune`.
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss; RunError when the output exists
     or cannot be resumed.
     """
@@ -82,17 +83,19 @@ def tune(
     place = engine_spec(engine).device(device)
     record = EngineRecord(name=engine, device=place, threads=threads, workers=workers, without=sorted(without), url=url)
     given = (PRESETS[preset] if preset else {}) | {k: v for k, v in (settings or {}).items() if v is not None}
-    workspace, former, chosen = _resolve(bundle, task, record, output, resume, overwrite, given)
-    job, info = _prepare(bundle, task, data, record, chosen, workspace)
-    if former is not None and (differences := former.differences(info)):
-        raise RunError(f"{workspace.final} cannot be resumed with another {', '.join(differences)}")
-    if former is None or former.status != "done" or workspace.folder.exists():  # the last: killed before the rename
-        return _run(job, info, workspace, resume, ray, tensorboard, progress)
-    _say(f"{workspace.final} is complete already; nothing to resume", progress)
-    return Run.read(workspace.final)
+    with ExitStack() as held:
+        workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
+        job, info = _prepare(bundle, task, data, record, chosen, workspace)
+        if former is not None and (differences := former.differences(info)):
+            raise RunError(f"{workspace.final} cannot be resumed with another {', '.join(differences)}")
+        if former is None or former.status != "done" or workspace.folder.exists():  # the last: killed before the rename
+            return _run(job, info, workspace, resume, ray, tensorboard, progress)
+        _say(f"{workspace.final} is complete already; nothing to resume", progress)
+        return Run.read(workspace.final)
 
 
 def _resolve(
+    held: ExitStack,
     bundle: Bundle,
     task: Task,
     engine: EngineRecord,
@@ -101,14 +104,18 @@ def _resolve(
     overwrite: bool,
     given: Mapping[str, object],
 ) -> tuple[Workspace, RunInfo | None, Settings]:
-    """Where the run is saved, run.json of the one to resume, and the settings; nothing is loaded or written yet."""
+    """Where the run is saved, run.json of the one to resume, and the settings; nothing is loaded or written yet.
+
+    held: keeps the run's name for this process.
+    """
     method = bundle.info.method
     settings = resolve(task.preset(method), given)
     if given.get("demonstrations") and not bundle.info.causal:
         raise UsageError(f"--demonstrations is for decoders; {bundle.path} is an {bundle.info.architecture}")
     if task.prompt is not None and bundle.info.prompt_init != task.prompt.init:
         raise UsageError(f"task {task.name} starts from a text; export the bundle with --prompt-init and the task file")
-    workspace = Workspace(Path(output or f"runs/{task.name}-{method}-{engine.name}-{settings.seed}"))
+    place = Path(output or f"runs/{task.name}-{method}-{engine.name}-{settings.seed}")
+    workspace = held.enter_context(Workspace(place))
     former = workspace.find() if resume else None
     if former is not None:
         settings = resolve(former.settings.model_dump(), given)
@@ -173,7 +180,7 @@ def _run(
         else:
             outcome = search(evaluator, bundle, settings, history, observe)
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
-    run = workspace.finish(info, *found)
+    run = workspace.finish(info, *found, lambda line: _say(line, progress))
     if outcome.interrupted:
         _say(f"interrupted; {run.path} holds the best prompt so far, --resume continues the search", progress)
     return run

@@ -11,7 +11,7 @@ import numpy as np
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import RunError
-from bbt_accel.history import Generation, History, fingerprint
+from bbt_accel.history import Generation, History, check_history, fingerprint
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import Evaluator
 from bbt_accel.tuning.methods import Bbt, BbtV2, PromptSpace, SearchMethod
@@ -80,6 +80,8 @@ def search(
     if not total and start is not None:
         return Outcome(start)
     dev = dev or evaluator.dev
+    turns = bundle.info.n_layers if deep else 1
+    check_history(history.generations, settings.popsize, turns, total, int(settings.fitted))
     space = PromptSpace(bundle, settings, evaluator.layer_stds() if deep else None)
     method = BbtV2(space, settings) if deep else Bbt(space, settings)
     best = _replay(method, history, observe, start)

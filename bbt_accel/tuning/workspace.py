@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from bbt_accel.errors import RunError
+from bbt_accel.files import remove_leftovers, rename_new, reserved
 from bbt_accel.history import History, read_history
 from bbt_accel.readout import Readout
 from bbt_accel.run import (
@@ -33,25 +35,36 @@ class Workspace:
 
     It holds run.json and history.jsonl during the search. A killed process leaves it behind, and an interrupted run is
     copied back into it to continue, so that NAME is always a complete run or absent.
+
+    A context manager, which keeps the name for this process from before anything is looked at or discarded until the
+    run is complete. Raises BbtError where another process has it.
     """
 
     def __init__(self, final: Path) -> None:
         self.final = final.absolute()
+        self._reserved = reserved(self.final)
+
+    def __enter__(self) -> Self:
+        self._reserved.__enter__()
         hidden = (self.final.with_name(f".{self.final.name}.{end}") for end in ("partial", "new", "old"))
         self.folder, self._new, self._old = hidden
+        self._recover()
+        self._replaced = (self.final / INFO).is_file()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reserved.__exit__(None, None, None)
 
     def find(self) -> RunInfo | None:
         """run.json of the run to resume, or of the complete one; None if there is neither. RunError if unreadable."""
-        self._recover()
         # The hidden folder first: where both exist, it continues or is to replace the other.
         return next((read_info(folder) for folder in (self.folder, self.final) if folder.exists()), None)
 
     def require_free(self, overwrite: bool) -> None:
         """Raises RunError when the run exists, complete or not; with `overwrite`, only when NAME is not a run."""
-        self._recover()
-        if overwrite and self.final.exists() and not (self.final / INFO).is_file():
+        if overwrite and os.path.lexists(self.final) and not self._replaced:
             raise RunError(f"{self.final} is not a run, so --overwrite does not replace it; choose another -o")
-        if not overwrite and self.final.exists():
+        if not overwrite and os.path.lexists(self.final):
             raise RunError(f"{self.final} exists already; use --resume, --overwrite or another -o")
         if not overwrite and self.folder.exists():
             raise RunError(f"{self.final} is an unfinished run; use --resume to continue it, or --overwrite")
@@ -62,28 +75,55 @@ class Workspace:
 
         The folder is removed if the block fails before the first generation. An OSError in it becomes a RunError.
         """
-        self._recover()
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
-        if not self.folder.exists():
-            self._create(info, self.final if resume and self.final.exists() else None)
-        with History(self.folder / HISTORY) as history:
-            complete = False
-            try:
-                for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote a file
-                    leftover.unlink()
-                write_info(self.folder, info)
-                yield history
-                complete = True
-            except OSError as error:
-                problem = f"cannot write {self.folder} ({error.strerror})"
-                raise RunError(f"{problem}; free some space, then --resume") from error
-            finally:
-                if not len(history) and not complete:
-                    shutil.rmtree(self.folder, ignore_errors=True)
+        with self._resumable():
+            if not self.folder.exists():
+                self._create(info, self.final if resume and self.final.exists() else None)
+            with History(self.folder / HISTORY) as history:
+                complete = False
+                try:
+                    remove_leftovers(self.folder)
+                    write_info(self.folder, info)
+                    yield history
+                    complete = True
+                finally:
+                    if not len(history) and not complete:
+                        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def finish(self, info: RunInfo, outcome: Outcome, readout: Readout, record: ReadoutRecord) -> Run:
-        """Add prompt, readout, curve and the final run.json, and give the folder its name, in place of a former run."""
+    def finish(
+        self,
+        info: RunInfo,
+        outcome: Outcome,
+        readout: Readout,
+        record: ReadoutRecord,
+        report: Callable[[str], object] = lambda _: None,
+    ) -> Run:
+        """Add prompt, readout, curve and the final run.json, and give the folder its name, in place of a former run.
+
+        report: called with a line if the curve cannot be written. Raises RunError for whatever else cannot; the search
+        can then be resumed.
+        """
+        with self._resumable():
+            self._complete(info, outcome, readout, record, report)
+            if self._replaced:
+                os.rename(self.final, self._old)
+            try:
+                rename_new(self.folder, self.final)
+            except FileExistsError:
+                problem = f"{self.final} appeared during the search, which is in {self.folder}"
+                raise RunError(f"{problem}; remove or rename {self.final}, then --resume") from None
+        shutil.rmtree(self._old, ignore_errors=True)
+        return Run.read(self.final)
+
+    def _complete(
+        self,
+        info: RunInfo,
+        outcome: Outcome,
+        readout: Readout,
+        record: ReadoutRecord,
+        report: Callable[[str], object],
+    ) -> None:
         generations, best = read_history(self.folder / HISTORY), outcome.best
         first = int(info.settings.fitted)  # the call that fits the readout without a search
         calls = first if best.generation is None else generations[best.generation].calls
@@ -97,21 +137,25 @@ class Workspace:
         info.prompt_shape, info.prompt_sha256 = list(best.prompt.shape), write_prompt(self.folder, best.prompt)
         info.readout = record.model_copy(update={"sha256": readout.save(self.folder / READOUT)})
         title = f"{info.task.name} · {info.bundle.backbone} · {info.bundle.method} · {info.engine.name}"
-        if generations:
-            draw_curve(self.folder / CURVE, generations, calls, best.dev_score, info.task.metric, title)
+        try:
+            if generations:
+                draw_curve(self.folder / CURVE, generations, calls, best.dev_score, info.task.metric, title)
+        except OSError as error:  # a full disk: the run is worth more than its plot
+            (self.folder / CURVE).unlink(missing_ok=True)
+            report(f"{self.final} has no {CURVE}, which could not be written ({error.strerror or error})")
         write_info(self.folder, info)
-        if self.final.exists():
-            os.rename(self.final, self._old)
-        os.rename(self.folder, self.final)
-        shutil.rmtree(self._old, ignore_errors=True)
-        return Run.read(self.final)
+
+    @contextmanager
+    def _resumable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = f"cannot write {self.folder} ({error.strerror or error})"
+            raise RunError(f"{problem}; free some space, then --resume") from error
 
     def _create(self, info: RunInfo, source: Path | None) -> None:
         """Make the folder atomically, with run.json and the history of `source`, if any."""
-        try:
-            self._new.mkdir(parents=True)
-        except OSError as error:
-            raise RunError(f"cannot write to {self.final.parent} ({error.strerror}); choose another -o") from None
+        self._new.mkdir()
         write_info(self._new, info)
         if source is not None:
             shutil.copy(source / HISTORY, self._new)

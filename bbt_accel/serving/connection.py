@@ -1,0 +1,66 @@
+"""HTTP connections that cannot be kept without being used, so that a new one always reaches the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MAX_CONNECTIONS = 512
+"""A process may usually have 1024 open files."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's, closed when its client sends no complete header, or does not read, for `timeout_keep_alive` seconds.
+
+    The time does not begin again with a part of a header. Beyond `MAX_CONNECTIONS`, the one that has waited longest for
+    a request is closed. The body's time is limited by the application, which knows what it waits for.
+    """
+
+    timer: asyncio.TimerHandle | None = None
+    since = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._within(transport.close)
+        if len(self.connections) > MAX_CONNECTIONS:
+            waiting = [one for one in self.connections if isinstance(one, Connection) and one.waits and one is not self]
+            min(waiting, key=lambda one: one.since, default=self).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.waits:
+            self._in_time()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.waits:  # and no further request had arrived already
+            self._within(self.transport.close)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._within(self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._within(self.transport.close) if self.waits else self._in_time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._in_time()
+
+    def _within(self, otherwise: Callable[[], None]) -> None:
+        self._in_time()
+        self.since = self.loop.time()
+        self.timer = self.loop.call_later(self.timeout_keep_alive, otherwise)
+
+    def _in_time(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None

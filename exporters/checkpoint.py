@@ -1,0 +1,39 @@
+"""What a checkpoint's small files may say: checked before anything large is read or made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+from bbt_accel.errors import ExportError
+
+BOUNDS = (
+    (2**11, ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")),
+    (2**12, ("num_attention_heads", "num_key_value_heads", "num_heads")),
+    (2**18, ("hidden_size", "embedding_size", "d_model")),
+    (2**20, ("intermediate_size", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")),
+    (2**24, ("vocab_size", "max_position_embeddings")),
+)
+"""Largest values of a configuration, far beyond those of any published checkpoint."""
+
+
+def check_config(checkpoint: str | Path, config: Any) -> None:
+    """Raises ExportError for sizes that are no numbers or that no checkpoint has."""
+    for most, names in BOUNDS:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and not (type(value) is int and 1 <= value <= most):
+                raise ExportError(f"{checkpoint}: config.json has {name} {value!r:.40}; it must lie in 1..{most}")
+
+
+def check_shards(folder: Path) -> None:
+    """Raises ExportError for an index of weights that names files outside the folder, which transformers would read."""
+    for index in folder.glob("*.index.json"):
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise ExportError(f"{index} is not an index of weights; download the checkpoint again") from None
+        for shard in shards:
+            if not isinstance(shard, str) or PurePath(shard).name != shard:
+                raise ExportError(f"{index} names {shard!r:.80}, which is not a file of its folder")
