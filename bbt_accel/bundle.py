@@ -19,6 +19,8 @@ PLANS = "plans"
 """Folder of TensorRT plans: a cache that machines add to, so it is not part of a bundle's sha256."""
 PROJECT, STATISTICS = "project", "statistics"
 """Graphs from z to prompts and from label logits to batch statistics, for engines on a GPU; not backbone stages."""
+OPENVINO_WEIGHTS = "weights.bin"
+"""The constants of all stages of an OpenVINO bundle, each once."""
 INITIAL_PROMPT = "initial_prompt.safetensors"
 """Holds `prompt`, the embeddings of the text that a cat-mode prompt starts from."""
 Method = Literal["bbt", "bbtv2"]

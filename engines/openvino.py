@@ -6,6 +6,7 @@ from typing import Any
 
 import openvino
 
+from bbt_accel.bundle import OPENVINO_WEIGHTS
 from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import Arrays, StagedEngine
 
@@ -22,12 +23,15 @@ class OpenVinoEngine(StagedEngine):
 
     def open(self, core: Any, stage: str) -> Any:
         """Compile one stage. Without the precision hint OpenVINO would compute fp32 graphs in bf16 where it can."""
-        file = self.bundle.path / f"{stage}.{'xml' if self.bundle.info.target == 'openvino' else 'onnx'}"
+        if self.bundle.info.target == "openvino":
+            file, weights = self.bundle.path / f"{stage}.xml", str(self.bundle.path / OPENVINO_WEIGHTS)
+        else:
+            file, weights = self.bundle.path / f"{stage}.onnx", ""
         hint = "bf16" if self.bundle.info.precision == "bf16" else "f32"
         threads = {"INFERENCE_NUM_THREADS": str(self.threads)} if self.threads else {}
         config = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", **threads}
         with failing("OpenVINO", f"to load {file.name}", RuntimeError):
-            return core.compile_model(str(file), "CPU", config).create_infer_request()
+            return core.compile_model(core.read_model(str(file), weights), "CPU", config).create_infer_request()
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         request = self.requests[stage]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
@@ -20,24 +20,31 @@ from safetensors.torch import load_file, save_file
 from bbt_accel.errors import ExportError, first_line
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.families import DTYPES
-from bbt_accel.exporters.sessions import temporary_graph
 from bbt_accel.machine import describe_machine
 
+CONSTANT_ALIGNMENT = 64
+"""Of OpenVINO's constants, which are mapped: bytes of a vector register. Pages would cost more than small constants."""
 
-@contextmanager
-def graph_on_disk(file: Path, target: str, folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
-    """A stage in fp32 in a temporary file of `folder`, its weights in another beside it; none of them is in memory.
+
+def load_graph(file: Path, target: str) -> tuple[ir.Model, dict[str, int]]:
+    """A stage in fp32 with its weights as matmuls take them, each read when it is written.
 
     And how many operators of each kind were fused: for ONNX Runtime alone, by onnxscript (attention, skip connections
     with norms, bias with GELU). Other runtimes fuse by themselves, and TensorRT has no ONNX Runtime operators.
     """
     model = ir.load(file)
     transpose_weights(model)
-    counts: dict[str, int] = {}
-    if target == "ort":
-        with graph.quick_rules():
-            model, found = optimize_for_ort(model, clear_metadata=True)
-        counts = {name: count for name, count in found.items() if count}
+    if target != "ort":
+        return model, {}
+    with graph.quick_rules():
+        model, found = optimize_for_ort(model, clear_metadata=True)
+    return model, {name: count for name, count in found.items() if count}
+
+
+@contextmanager
+def graph_on_disk(file: Path, target: str, folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """`load_graph` in a temporary file of `folder`, its weights in another beside it; none of them is in memory."""
+    model, counts = load_graph(file, target)
     place = folder / f"{file.stem}.fp32.onnx"
     try:
         ir.save(model, place, external_data=f"{place.name}.data", size_threshold_bytes=graph.SMALL)
@@ -72,17 +79,30 @@ def transposed(stored: ir.TensorProtocol) -> ir.Tensor:
     return ir.Tensor(np.ascontiguousarray(stored.numpy().T))
 
 
-def save_openvino(model: onnx.ModelProto, folder: Path, stage: str) -> Counter[str]:
-    """Write a graph in OpenVINO's format. Returns the count of each operator.
+def save_openvino(file: Path, folder: Path, stage: str, weights: graph.NewWeights) -> Counter[str]:
+    """Write an ONNX file in OpenVINO's format. Returns the count of each operator.
 
     OpenVINO's low-precision transformations turn quantized matmuls into 8-bit ones when the graph is loaded.
     """
     import openvino
 
-    with temporary_graph(model, folder) as file:
-        converted = openvino.convert_model(file)
-    openvino.save_model(converted, folder / f"{stage}.xml", compress_to_fp16=False)
-    return Counter(op.get_type_name() for op in converted.get_ops())
+    converted = openvino.convert_model(file)
+    xml = folder / f"{stage}.xml"
+    openvino.save_model(converted, xml, compress_to_fp16=False)
+    operators = Counter(op.get_type_name() for op in converted.get_ops())
+    share_constants(xml, weights)
+    return operators
+
+
+def share_constants(xml: Path, weights: graph.NewWeights) -> None:
+    """Move the constants of a saved OpenVINO model to a file that all stages share, each stored once."""
+    own, tree = xml.with_suffix(".bin"), ElementTree.parse(xml)
+    with own.open("rb") as stream:
+        for data in tree.iterfind(".//layer[@type='Const']/data"):
+            stream.seek(int(data.attrib["offset"]))
+            data.set("offset", str(weights.place(stream.read(int(data.attrib["size"])), CONSTANT_ALIGNMENT)))
+    tree.write(xml, encoding="utf-8", xml_declaration=True)
+    own.unlink()
 
 
 def openvino_bf16() -> str:

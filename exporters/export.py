@@ -79,6 +79,7 @@ def export_bundle(
         info = info.model_copy(update={"stages": trace(model, info, folder, progress)})
         write_device_graphs(folder, info)
         write_info(folder, info)
+        del model  # the process that validates loads what was written
         progress("validating against eager PyTorch", 0, 1)
         error = validated(folder)
         write_info(folder, info.model_copy(update={"max_error": error}))

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
+from bbt_accel.bundle import INITIAL_PROMPT, OPENVINO_WEIGHTS, Bundle, write_info
 from bbt_accel.engine_specs import Precision, targets
 from bbt_accel.errors import BundleError, ExportError, UsageError, check_known
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, random_prompts, stage_feeds
-from bbt_accel.exporters.convert import convert_checkpoint, graph_on_disk, openvino_bf16, save_openvino
+from bbt_accel.exporters.convert import (
+    convert_checkpoint,
+    graph_on_disk,
+    load_graph,
+    openvino_bf16,
+    save_openvino,
+)
 from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.half import TYPES, emulate_bf16, to_half
 from bbt_accel.exporters.int4 import to_int4
-from bbt_accel.exporters.int8 import CalibratedStage, Matmul, calibrate, select_fp32, to_int8
-from bbt_accel.exporters.sessions import run_stages
+from bbt_accel.exporters.int8 import (
+    CalibratedStage,
+    Matmul,
+    calibrate,
+    make_switchable,
+    select_fp32,
+    to_int8,
+)
+from bbt_accel.exporters.sessions import run_stages, temporary_graph
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
 from bbt_accel.exporters.validate import fidelity, reference_logits, relative_rmse, scaled_error
 from bbt_accel.files import new_folder
@@ -129,39 +145,69 @@ def to_checkpoint(job: Job, folder: Path) -> Report:
 
 def to_graphs(job: Job, folder: Path) -> Report:
     """Every stage in the target's format and precision. Returns what was done, summed over the stages."""
-    bundle, target = job.bundle, job.target
-    # The checkpoint's own tensors serve fused fp32 graphs alone; other graphs have their own.
-    shared = (target, job.precision) == ("ort", "fp32")
-    for name in ("config.json", "tokenizer.json", *(["model.safetensors"] if shared else [])):
-        shutil.copyfile(bundle.path / name, folder / name)
-    if target != "openvino":  # runs on the CPU
-        write_device_graphs(folder, bundle.info)
-    checkpoint = graph.SharedWeights(folder / "model.safetensors") if shared else None
-    others = graph.NewWeights(folder / "weights.data")
-    hinted = (target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
-    precision = "fp32" if hinted else job.precision
-    if precision == "int8":
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(job.bundle.path / name, folder / name)
+    if job.target != "openvino":  # runs on the CPU
+        write_device_graphs(folder, job.bundle.info)
+    if job.precision == "int8":
         return to_int8_graphs(job, folder)
+    hinted = (job.target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
+    if hinted or job.precision == "fp32":
+        return to_fp32_graphs(job, folder) | ({"bf16": openvino_bf16()} if hinted else {})
+    return to_low_precision_graphs(job, folder)
+
+
+def to_fp32_graphs(job: Job, folder: Path) -> Report:
+    """Every stage in fp32, fused for ONNX Runtime, which reads the checkpoint's own tensors."""
+    checkpoint, others = None, new_weights(job, folder)
+    if job.target == "ort":  # a copy: runtimes refuse external data with several hard links
+        shutil.copyfile(job.bundle.path / "model.safetensors", folder / "model.safetensors")
+        checkpoint = graph.SharedWeights(folder / "model.safetensors")
+    operators: Counter[str] = Counter()
+    for done, stage in enumerate(job.bundle.info.stages):
+        job.tell(f"converting {stage}", done, len(job.bundle.info.stages))
+        file = job.bundle.path / f"{stage}.onnx"
+        if job.target == "openvino":
+            operators.update(save_openvino(file, folder, stage, others))
+            continue
+        model, fused = load_graph(file, job.target)
+        graph.save_stage(model, folder, stage, checkpoint, others, for_onnxruntime=job.target == "ort")
+        operators.update(fused)
+        operators.update(tensorrt_operators(job, model.graph))
+    return {"fused" if job.target == "ort" else "operators": dict(operators)}
+
+
+def to_low_precision_graphs(job: Job, folder: Path) -> Report:
+    """Every stage in fp16, bf16 or int4."""
+    bundle, others = job.bundle, new_weights(job, folder)
+    half = job.precision in TYPES
     rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
-    calibrated = stage_feeds(bundle, rows, job.prompts) if precision in TYPES else None
+    stages = stage_feeds(bundle, rows, job.prompts) if half else ((stage, []) for stage in bundle.info.stages)
     operators: Counter[str] = Counter()
     kept, quantized = list[str](), 0
-    for done, (stage, feeds) in enumerate(calibrated or ((stage, []) for stage in bundle.info.stages)):
+    for done, (stage, feeds) in enumerate(stages):
         job.tell(f"converting {stage}", done, len(bundle.info.stages))
-        with graph_on_disk(bundle.path / f"{stage}.onnx", target, folder) as (file, fused):
-            model = onnx.load(str(file), load_external_data=precision in TYPES)
-            if precision in TYPES:
-                kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[precision])]
-            elif precision == "int4":
-                quantized += len(to_int4(model, target, folder))
+        with graph_on_disk(bundle.path / f"{stage}.onnx", job.target, folder) as (file, fused):
+            model = onnx.load(str(file), load_external_data=False)
+            if half:
+                kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[job.precision])]
+            else:
+                quantized += len(to_int4(model, job.target, folder))
             operators.update(fused)
-            if target == "trt":
-                operators.update(node.op_type for node in model.graph.node if node.op_type in OPERATORS)
-            operators.update(write_stage(job, model, folder, stage, others, checkpoint))
-    report: Report = {"fused" if target == "ort" else "operators": dict(operators)}
-    report |= {"kept_fp32": kept} if precision in TYPES else {}
-    report |= {"quantized": quantized} if precision == "int4" else {}
-    return report | ({"bf16": openvino_bf16()} if hinted else {})
+            operators.update(tensorrt_operators(job, model.graph.node))
+            operators.update(write_stage(job, model, folder, stage, others))
+    report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)}
+    return report | ({"kept_fp32": kept} if half else {"quantized": quantized})
+
+
+def new_weights(job: Job, folder: Path) -> graph.NewWeights:
+    """The file of the weights that the checkpoint does not hold as the graphs take them."""
+    return graph.NewWeights(folder / (OPENVINO_WEIGHTS if job.target == "openvino" else "weights.data"))
+
+
+def tensorrt_operators(job: Job, nodes: Iterable[Any]) -> Counter[str]:
+    """The count of the operators that matter for TensorRT, which does not say what it fused."""
+    return Counter(node.op_type for node in nodes if job.target == "trt" and node.op_type in OPERATORS)
 
 
 def to_int8_graphs(job: Job, folder: Path) -> Report:
@@ -173,42 +219,38 @@ def to_int8_graphs(job: Job, folder: Path) -> Report:
         report = write_int8(job, stages, fallback, folder)
         if relative_rmse(run_stages(Bundle(folder, info), rows, job.prompts), reference) > job.max_rmse:
             job.tell("measuring the sensitivity of matmuls", 0, 1)
-            if fallback := select_fp32(stages, job.max_rmse, folder):
+            if fallback := select_fp32(make_switchable(stages, folder), job.max_rmse):
                 report = write_int8(job, stages, fallback, folder)
     return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}
 
 
-def write_stage(
-    job: Job,
-    model: onnx.ModelProto,
-    folder: Path,
-    stage: str,
-    others: graph.NewWeights,
-    checkpoint: graph.SharedWeights | None = None,
-) -> dict[str, int]:
+def write_stage(job: Job, model: onnx.ModelProto, folder: Path, stage: str, others: graph.NewWeights) -> dict[str, int]:
     """Write a graph in the target's format; returns the count of each operator, where that is of interest."""
     if job.target == "openvino":
-        return save_openvino(model, folder, stage)
-    graph.save_stage(graph.from_proto(model, folder), folder, stage, checkpoint, others)
+        with temporary_graph(model, folder) as file:
+            return save_openvino(file, folder, stage, others)
+    graph.save_stage(graph.from_proto(model, folder), folder, stage, None, others)
     return {}
 
 
 def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
     """Write every stage in int8 but for some matmuls. Returns what was done, summed over the stages."""
-    weights = folder / "weights.data"
-    weights.unlink(missing_ok=True)
-    others = graph.NewWeights(weights)
+    others = new_weights(job, folder)
+    others.file.unlink(missing_ok=True)
     operators: Counter[str] = Counter()
     quantized, kept = 0, list[str]()
+    in_fp32 = in_all = 0
     for done, stage in enumerate(stages):
         job.tell(f"converting {stage.name}", done, len(stages))
         keep = {name for where, name in fallback if where == stage.name}
         model, made, exact = to_int8(stage.file, stage.seen, keep)
         quantized, kept = quantized + len(made), kept + [f"{stage.name}: {name}" for name in exact]
+        in_fp32 += sum(math.prod(stage.work[name]) for name in exact)
+        in_all += sum(map(math.prod, stage.work.values()))
         operators.update(stage.fused)
         operators.update(write_stage(job, model, folder, stage.name, others))
     report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)}
-    return report | {"kept_fp32": kept, "quantized": quantized}
+    return report | {"kept_fp32": kept, "quantized": quantized, "fp32_share": in_fp32 / max(1, in_all)}
 
 
 CONVERTERS = {"torch": to_checkpoint, "ort": to_graphs, "openvino": to_graphs, "trt": to_graphs}

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import Bundle, BundleInfo
+from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle, BundleInfo
 from bbt_accel.errors import ExportError
 
 Feeds = dict[str, Any]
@@ -27,7 +27,7 @@ RunStage = Callable[[Feeds], Feeds]
 def open_stage(bundle: Bundle, stage: str) -> RunStage:
     """One stage of a bundle. Its outputs have the names of the next stage's inputs."""
     if bundle.info.target == "openvino":
-        return openvino_stage(bundle.path / f"{stage}.xml", bundle.info.precision)
+        return openvino_stage(bundle, stage)
     return onnx_stage(bundle.path / f"{stage}.onnx")
 
 
@@ -50,7 +50,9 @@ def open_session(file: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+    # Folding constants would transpose all weights in memory; without it, matmuls take them as they are.
+    folding = ["ConstantFolding"]
+    return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"], disabled_optimizers=folding)
 
 
 @contextmanager
@@ -65,12 +67,14 @@ def temporary_graph(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
         file.with_suffix(".onnx.data").unlink(missing_ok=True)
 
 
-def openvino_stage(file: Path, precision: str) -> RunStage:
+def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
     """An OpenVINO model. Without the hint, OpenVINO would compute fp32 graphs in bf16 on processors that have it."""
     import openvino
 
-    hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-    model = openvino.Core().compile_model(str(file), "CPU", hint)
+    core = openvino.Core()
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if bundle.info.precision == "bf16" else "f32"}
+    read = core.read_model(str(bundle.path / f"{stage}.xml"), str(bundle.path / OPENVINO_WEIGHTS))
+    model = core.compile_model(read, "CPU", hint)
 
     def run(feeds: Feeds) -> Feeds:
         found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})

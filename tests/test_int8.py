@@ -19,9 +19,23 @@ from onnx import TensorProto, helper, numpy_helper
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
 from bbt_accel.exporters.calibration import Channels, TaskRows, channels, random_prompts
-from bbt_accel.exporters.int8 import SPLIT_SHARE, SplitRange, calibrate, fit_range, select_fp32, split_weight, to_int8
+from bbt_accel.exporters.int8 import (
+    MEASUREMENTS,
+    SPLIT_SHARE,
+    Matmul,
+    SplitRange,
+    SwitchableStage,
+    calibrate,
+    fit_range,
+    make_switchable,
+    run_from,
+    select_fp32,
+    split_weight,
+    switch,
+    to_int8,
+)
 from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.sessions import open_session, run_stages
+from bbt_accel.exporters.sessions import Feeds, open_session, run_stages
 from bbt_accel.exporters.validate import relative_rmse
 from bbt_accel.progress import silent
 
@@ -147,16 +161,57 @@ def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
     assert report(none)[2] < 1e-5
 
 
-def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_lower_limit_keeps_more_matmuls_in_fp32(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny("bert", "bbt", "cat")
     batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
     with ExitStack() as files:
         stages, _ = calibrate(files, source, "ort", batch, prompts, tmp_path, silent)
-        kept = [select_fp32(stages, limit, tmp_path) for limit in (1, 3e-3, 1e-3, 0)]
+        switchable = make_switchable(stages, tmp_path)
+        kept = [select_fp32(switchable, limit) for limit in (1, 3e-3, 1e-3, 0)]
     assert kept[0] == set()
     assert kept[0] < kept[3]
     assert kept[1] <= kept[2] <= kept[3]
     assert not list(tmp_path.iterdir())
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[list[SwitchableStage], dict[Matmul, float], list[int]]:
+    """Stages whose matmuls add noise to the logits while they are in int8; the noise of each; and a list of runs."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shapes = [(int(t), 8, 8) for t in rng.choice([4, 40, 400], draw(st.integers(1, 3)), replace=False)]
+    depth, runs = draw(st.integers(1, 3)), list[int]()
+    noise = {(f"s{i}", f"m{j}"): float(rng.lognormal(-5, 1.5)) for i in range(depth) for j in range(12)}
+    directions = {matmul: rng.standard_normal((2, 30, 4)) for matmul in noise}
+    logits = rng.standard_normal((2, 30, 4))
+
+    def stage(i: int) -> SwitchableStage:
+        own = [matmul for matmul in noise if matmul[0] == f"s{i}"]
+
+        def run(feeds: Feeds) -> Feeds:
+            runs.append(i)
+            rounded = [matmul for matmul in own if not feeds[switch(matmul[1])]]
+            before = feeds.get("label_logits", logits)
+            return {"label_logits": before + sum(noise[matmul] * directions[matmul] for matmul in rounded)}
+
+        work = {name: shapes[j % len(shapes)] for j, (_, name) in enumerate(own)}
+        return SwitchableStage(f"s{i}", run, work, [{}])
+
+    return [stage(i) for i in range(depth)], noise, runs
+
+
+@few
+@given(network=networks(), limit=st.sampled_from([0, 0.01, 0.05, 10]))
+def test_few_measurements_find_what_to_keep_in_fp32(
+    network: tuple[list[SwitchableStage], dict[Matmul, float], list[int]], limit: float
+) -> None:
+    stages, noise, runs = network
+    kept = select_fp32(stages, limit)
+    assert runs.count(len(stages) - 1) <= MEASUREMENTS + 12
+    assert relative_rmse(run_from(stages, 0, kept), run_from(stages, 0, noise)) <= limit
+    if limit == 10:
+        assert kept == set()
+    if limit == 0:
+        assert kept == noise.keys()
 
 
 def test_relative_rmse_ignores_an_offset_that_all_classes_share() -> None:
