@@ -31,6 +31,8 @@ SMALL = 1024
 """Elements or bytes up to which a tensor is folded, and stays inside the graph: mostly shape constants."""
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
+CHECKPOINT = "model.safetensors"
+"""The file of a bundle that holds its weights, for PyTorch as well."""
 CHUNK = 2**24
 """Bytes of a weight in memory while it is hashed."""
 PAGE = 4096
@@ -200,18 +202,11 @@ class SharedWeights(WeightFile):
                 self.offsets[content.digest()] = 8 + size + begin
 
 
-def save_stage(
-    model: ir.Model,
-    folder: Path,
-    name: str,
-    checkpoint: SharedWeights | None,
-    others: NewWeights,
-    for_onnxruntime: bool = False,
-) -> None:
+def save_stage(model: ir.Model, folder: Path, name: str, checkpoint: SharedWeights | None, others: NewWeights) -> None:
     """Write a graph whose weights are in the checkpoint's file, or in that of the others; one at a time is copied.
 
     The tracer transposes the weights of linear layers. They are read as the checkpoint has them, and transposed by a
-    node, which runtimes do once, at load, in memory for all of them; for ONNX Runtime by its own matmul.
+    node; runtimes do that once, at load. Tensors that are in a file of the checkpoint's name already stay as they are.
     """
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
@@ -219,28 +214,29 @@ def save_stage(
         if tensor.nbytes <= SMALL:
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
             continue
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == CHECKPOINT:
+            continue
         found = None if checkpoint is None else checkpoint.find(tensor)
         if found is None and checkpoint is not None and len(tensor.shape) == 2:
             rows = ir.Tensor(np.ascontiguousarray(tensor.numpy().T), name=f"{value.name}_rows")
             if (stored := checkpoint.find(rows)) is not None:
-                transpose(model.graph, value, stored, for_onnxruntime)
+                transpose(model.graph, value, add_weight(model.graph, stored))
                 continue
         value.const_value = found or others.find(tensor)
     (folder / f"{name}.onnx").write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def transpose(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor, for_onnxruntime: bool) -> None:
-    """Replace an initializer by the transposition of another."""
-    rows = ir.Value(name=stored.name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+def add_weight(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """The graph's initializer of this tensor, new where it has none of its name."""
+    if str(tensor.name) not in graph.initializers:
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+        graph.initializers.add(ir.Value(name=tensor.name, shape=shape, type=kind, const_value=tensor))
+    return graph.initializers[str(tensor.name)]
+
+
+def transpose(graph: ir.Graph, value: ir.Value, rows: ir.Value) -> None:
+    """Replace an initializer, where it is still used, by the transposition of another."""
     graph.initializers.pop(str(value.name))
-    graph.initializers.add(rows)
-    if for_onnxruntime:
-        graph.opset_imports[MICROSOFT] = 1
-        for node, index in [(use.node, use.idx) for use in value.uses()]:
-            if node.op_type == "MatMul" and index == 1:
-                node.op_type, node.domain = "FusedMatMul", MICROSOFT
-                node.attributes["transB"] = ir.AttrInt64("transB", 1)
-                node.replace_input_with(1, rows)
     if not value.uses():
         return
     node = ir.node("Transpose", [rows], attributes={"perm": [1, 0]})

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import INITIAL_PROMPT, OPENVINO_WEIGHTS, Bundle, write_info
@@ -23,10 +24,10 @@ from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, random_prompts, stage_feeds
 from bbt_accel.exporters.convert import (
     convert_checkpoint,
+    fuse,
     graph_on_disk,
-    load_graph,
-    openvino_bf16,
-    save_openvino,
+    transpose_in_matmuls,
+    transpose_weights,
 )
 from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.half import TYPES, emulate_bf16, to_half
@@ -39,6 +40,7 @@ from bbt_accel.exporters.int8 import (
     select_fp32,
     to_int8,
 )
+from bbt_accel.exporters.openvino_ir import openvino_bf16, save_openvino
 from bbt_accel.exporters.sessions import run_stages, temporary_graph
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
 from bbt_accel.exporters.validate import fidelity, reference_logits, relative_rmse, scaled_error
@@ -159,10 +161,9 @@ def to_graphs(job: Job, folder: Path) -> Report:
 
 def to_fp32_graphs(job: Job, folder: Path) -> Report:
     """Every stage in fp32, fused for ONNX Runtime, which reads the checkpoint's own tensors."""
-    checkpoint, others = None, new_weights(job, folder)
+    others = new_weights(job, folder)
     if job.target == "ort":  # a copy: runtimes refuse external data with several hard links
-        shutil.copyfile(job.bundle.path / "model.safetensors", folder / "model.safetensors")
-        checkpoint = graph.SharedWeights(folder / "model.safetensors")
+        shutil.copyfile(job.bundle.path / graph.CHECKPOINT, folder / graph.CHECKPOINT)
     operators: Counter[str] = Counter()
     for done, stage in enumerate(job.bundle.info.stages):
         job.tell(f"converting {stage}", done, len(job.bundle.info.stages))
@@ -170,8 +171,12 @@ def to_fp32_graphs(job: Job, folder: Path) -> Report:
         if job.target == "openvino":
             operators.update(save_openvino(file, folder, stage, others))
             continue
-        model, fused = load_graph(file, job.target)
-        graph.save_stage(model, folder, stage, checkpoint, others, for_onnxruntime=job.target == "ort")
+        model = ir.load(file)
+        originals = transpose_weights(model)
+        model, fused = fuse(model, job.target)
+        if job.target == "ort":
+            transpose_in_matmuls(model, originals)
+        graph.save_stage(model, folder, stage, None, others)
         operators.update(fused)
         operators.update(tensorrt_operators(job, model.graph))
     return {"fused" if job.target == "ort" else "operators": dict(operators)}

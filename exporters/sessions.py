@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle, BundleInfo
+from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.errors import ExportError
+from bbt_accel.exporters.openvino_ir import StageReader, precision_hint
 
 Feeds = dict[str, Any]
 """Inputs or outputs of a stage by name, numpy."""
@@ -68,15 +69,11 @@ def temporary_graph(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
 
 
 def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
-    """An OpenVINO model. Without the hint, OpenVINO would compute fp32 graphs in bf16 on processors that have it."""
-    import openvino
+    """An OpenVINO model."""
+    reader = StageReader(bundle.path)
+    model = reader.compile(stage, precision_hint(bundle.info))
 
-    core = openvino.Core()
-    hint = {"INFERENCE_PRECISION_HINT": "bf16" if bundle.info.precision == "bf16" else "f32"}
-    read = core.read_model(str(bundle.path / f"{stage}.xml"), str(bundle.path / OPENVINO_WEIGHTS))
-    model = core.compile_model(read, "CPU", hint)
-
-    def run(feeds: Feeds) -> Feeds:
+    def run(feeds: Feeds, reader: StageReader = reader) -> Feeds:  # the reader lives as long as the model
         found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})
         return {o.get_any_name().removesuffix("_out"): np.array(found[o]) for o in model.outputs}
 
@@ -89,6 +86,7 @@ def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
     for stage in bundle.info.stages:
         run, own = open_stage(bundle, stage), prompt_feeds(bundle.info, stage, prompts)
         feeds = [feed | run(feed | own) for feed in feeds]
+        del run  # before the next stage is loaded
     return np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
 
 

@@ -27,7 +27,7 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import Backend, EngineSpec
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BundleError, ExportError, UsageError
-from bbt_accel.exporters import convert, graph, optimize
+from bbt_accel.exporters import graph, openvino_ir, optimize
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.convert import convert_checkpoint
 from bbt_accel.exporters.half import to_half
@@ -230,9 +230,9 @@ def test_the_report_says_when_a_processor_has_no_bf16(
     monkeypatch: pytest.MonkeyPatch, features: list[str], capabilities: list[str], expected: str
 ) -> None:
     core = SimpleNamespace(get_property=lambda device, name: ["FP32", *capabilities])
-    monkeypatch.setattr(convert, "describe_machine", lambda: {"features": features})
+    monkeypatch.setattr(openvino_ir, "describe_machine", lambda: {"features": features})
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))  # type: ignore[arg-type]
-    assert convert.openvino_bf16().startswith(expected)
+    assert openvino_ir.openvino_bf16().startswith(expected)
 
 
 def test_calibration_rows_are_those_of_the_tasks_preset(exported: Callable[..., Bundle], tmp_path: Path) -> None:
