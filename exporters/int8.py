@@ -80,8 +80,8 @@ class CalibratedStage:
 
 def calibrate(
     files: ExitStack, bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path, tell: Tell
-) -> tuple[list[CalibratedStage], Float32]:
-    """Every stage of a bundle as calibrated on these rows and prompts, and their label logits (P, N, C) in fp32.
+) -> list[CalibratedStage]:
+    """Every stage of a bundle as calibrated on these rows and prompts.
 
     files: closes the temporary files in `folder`.
     """
@@ -100,7 +100,7 @@ def calibrate(
         work = {node.name: (tokens.get(node.input[0], 0), *shapes[node.input[1]]) for node in matmuls}
         found.append(CalibratedStage(stage, file, fused, seen, work, feeds))
         feeds = [feed | result for feed, result in zip(feeds, results, strict=True)]
-    return found, np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
+    return found
 
 
 def is_transposed(node: onnx.NodeProto) -> bool:
@@ -274,7 +274,7 @@ def split_weight(exact: NDArray[np.float32], fitted: SplitRange) -> NDArray[np.i
 # Sensitivity fallback ----------------------------------------------------------------------------------------
 
 Matmul = tuple[str, str]  # a stage and the name of a matmul in it
-MEASUREMENTS = 40
+MEASUREMENTS = 32
 """Groups of matmuls whose error is measured, at most; each measurement is a run of the network on one call's rows."""
 
 
@@ -288,23 +288,24 @@ class SwitchableStage:
     feeds: list[Feeds]  # the stage's inputs, some rows at a time, as the stages before it compute them in fp32
 
 
-def select_fp32(stages: list[SwitchableStage], limit: float) -> set[Matmul]:
-    """Matmuls to keep in fp32 so that the relative logit RMSE on the calibration rows is at most `limit`.
-
-    Those with the largest error for their cost are kept first. Squared errors of matmuls add up, but for a factor that
-    the error of all of them in int8 determines.
-    """
+def by_sensitivity(stages: list[SwitchableStage]) -> list[tuple[Matmul, float]]:
+    """The quantized matmuls, those with the largest error for their cost first, and the squared error of each."""
     work = {(stage.name, name): product for stage in stages for name, product in stage.work.items()}
     error = measure_errors(stages, work)
     order = sorted(error, key=lambda m: error[m] / max(1, math.prod(work[m])), reverse=True)
-    reference = run_from(stages, 0, work)
-    kept, left = 0, sum(error.values())
-    while (found := relative_rmse(run_from(stages, 0, order[:kept]), reference)) > limit:
-        allowed = left * (limit / found) ** 2
+    return [(matmul, error[matmul]) for matmul in order]
+
+
+def keep_more(ranked: list[tuple[Matmul, float]], kept: int, share: float) -> int:
+    """How many matmuls to keep in fp32, more than `kept`, for at most this share of the squared error that is left.
+
+    Squared errors of matmuls add up, but for a factor that changes little.
+    """
+    allowed = share * sum(error for _, error in ranked[kept:])
+    kept += 1
+    while sum(error for _, error in ranked[kept:]) > allowed:
         kept += 1
-        while (left := sum(error[m] for m in order[kept:])) > allowed:
-            kept += 1
-    return set(order[:kept])
+    return kept
 
 
 def measure_errors(stages: list[SwitchableStage], work: dict[Matmul, tuple[int, ...]]) -> dict[Matmul, float]:

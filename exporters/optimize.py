@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from bbt_accel.exporters.int4 import to_int4
 from bbt_accel.exporters.int8 import (
     CalibratedStage,
     Matmul,
+    by_sensitivity,
     calibrate,
+    keep_more,
     make_switchable,
-    select_fp32,
     to_int8,
 )
 from bbt_accel.exporters.openvino_ir import openvino_bf16, save_openvino
@@ -68,6 +70,11 @@ class Job:
     prompts: Float32
     max_rmse: float
     tell: Tell
+
+    @cached_property
+    def reference(self) -> Float32:
+        """The source's label logits of these rows and prompts, (P, N, C)."""
+        return run_stages(self.bundle, self.batch, self.prompts)
 
 
 def optimize_bundle(
@@ -103,12 +110,12 @@ def optimize_bundle(
     with new_folder(output) as folder:
         if (bundle.path / INITIAL_PROMPT).exists():
             shutil.copyfile(bundle.path / INITIAL_PROMPT, folder / INITIAL_PROMPT)
-        report = CONVERTERS[target](job, folder)
+        report, logits = CONVERTERS[target](job, folder)
         versions = {name: version for name in TOOLS if (version := installed(name))}
         changes = {"precision": precision, "target": target, "source": bundle.digest}
         info = bundle.info.model_copy(update=changes | {"versions": bundle.info.versions | versions})
         made = Bundle(folder, write_info(folder, info))
-        report |= measure(job, made)
+        report |= measure(job, made, logits)
         if target == "trt":
             report["profile"] = shape_profile(info, rows.train, rows.longest(), rows.settings).model_dump()
             made = Bundle(folder, write_info(folder, info.model_copy(update={"optimization": report})))
@@ -135,18 +142,20 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
         raise UsageError(f"--max-rmse must be 0 or more, not {max_rmse}")
 
 
-# Convert -----------------------------------------------------------------------------------------------------
+# Convert: what was done, and the new bundle's label logits where they are known ------------------------------------
+
+Converted = tuple[Report, Float32 | None]
 
 
-def to_checkpoint(job: Job, folder: Path) -> Report:
+def to_checkpoint(job: Job, folder: Path) -> Converted:
     """PyTorch's weights in the target precision, without graphs."""
     shutil.copyfile(job.bundle.path / "tokenizer.json", folder / "tokenizer.json")
     convert_checkpoint(job.bundle.path, folder, job.precision)
-    return {}
+    return {}, None
 
 
-def to_graphs(job: Job, folder: Path) -> Report:
-    """Every stage in the target's format and precision. Returns what was done, summed over the stages."""
+def to_graphs(job: Job, folder: Path) -> Converted:
+    """Every stage in the target's format and precision; the report is summed over the stages."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(job.bundle.path / name, folder / name)
     if job.target != "openvino":  # runs on the CPU
@@ -155,8 +164,8 @@ def to_graphs(job: Job, folder: Path) -> Report:
         return to_int8_graphs(job, folder)
     hinted = (job.target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
     if hinted or job.precision == "fp32":
-        return to_fp32_graphs(job, folder) | ({"bf16": openvino_bf16()} if hinted else {})
-    return to_low_precision_graphs(job, folder)
+        return to_fp32_graphs(job, folder) | ({"bf16": openvino_bf16()} if hinted else {}), None
+    return to_low_precision_graphs(job, folder), None
 
 
 def to_fp32_graphs(job: Job, folder: Path) -> Report:
@@ -215,18 +224,27 @@ def tensorrt_operators(job: Job, nodes: Iterable[Any]) -> Counter[str]:
     return Counter(node.op_type for node in nodes if job.target == "trt" and node.op_type in OPERATORS)
 
 
-def to_int8_graphs(job: Job, folder: Path) -> Report:
+def to_int8_graphs(job: Job, folder: Path) -> tuple[Report, Float32]:
     """Every stage in int8; with the matmuls in fp32 that the limit on the logits' error asks for, if it does."""
-    rows, fallback = job.batch.rows(slice(0, CALIBRATION_ROWS)), set[Matmul]()
-    info = job.bundle.info.model_copy(update={"precision": "int8", "target": job.target})
+    made = Bundle(folder, job.bundle.info.model_copy(update={"precision": "int8", "target": job.target}))
+    ranked, kept = list[tuple[Matmul, float]](), 0
     with ExitStack() as files:
-        stages, reference = calibrate(files, job.bundle, job.target, rows, job.prompts, folder, job.tell)
-        report = write_int8(job, stages, fallback, folder)
-        if relative_rmse(run_stages(Bundle(folder, info), rows, job.prompts), reference) > job.max_rmse:
-            job.tell("measuring the sensitivity of matmuls", 0, 1)
-            if fallback := select_fp32(make_switchable(stages, folder), job.max_rmse):
-                report = write_int8(job, stages, fallback, folder)
-    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}
+        rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
+        stages = calibrate(files, job.bundle, job.target, rows, job.prompts, folder, job.tell)
+        while True:
+            fallback = {matmul for matmul, _ in ranked[:kept]}
+            report = write_int8(job, stages, fallback, folder)
+            logits = run_stages(made, job.batch, job.prompts)
+            found = relative_rmse(logits, job.reference)
+            if not found > job.max_rmse:
+                break
+            if not ranked:
+                job.tell("measuring the sensitivity of matmuls", 0, 1)
+                ranked = by_sensitivity(make_switchable(stages, folder))
+            if kept == len(ranked):
+                break
+            kept = keep_more(ranked, kept, (job.max_rmse / found) ** 2)
+    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}, logits
 
 
 def write_stage(job: Job, model: onnx.ModelProto, folder: Path, stage: str, others: graph.NewWeights) -> dict[str, int]:
@@ -264,16 +282,17 @@ CONVERTERS = {"torch": to_checkpoint, "ort": to_graphs, "openvino": to_graphs, "
 # Measure -----------------------------------------------------------------------------------------------------
 
 
-def measure(job: Job, made: Bundle) -> Report:
+def measure(job: Job, made: Bundle, logits: Float32 | None) -> Report:
     """Fidelity to the source's logits on the job's rows, and the effect of more padding.
 
+    logits: of the new bundle, where they are known already.
     Raises ExportError for logits that are not finite, and when padding changes them by more than `LEAK`.
     """
     with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path.parent) as folder:
         if (job.target, job.precision) == ("trt", "bf16"):
             made = emulate_bf16(made, Path(folder))
         label_logits = reference_logits if job.target == "torch" else run_stages
-        logits = label_logits(made, job.batch, job.prompts)
+        logits = label_logits(made, job.batch, job.prompts) if logits is None else logits
         if not np.isfinite(logits).all():
             raise ExportError(f"the {job.precision} bundle has NaN or infinite logits on real rows")
         rows = job.batch.rows(slice(0, 8))
@@ -282,4 +301,4 @@ def measure(job: Job, made: Bundle) -> Report:
     if leak > LEAK:
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
     counts = {"rows": len(job.batch), "candidates": len(job.prompts)}
-    return {**fidelity(logits, run_stages(job.bundle, job.batch, job.prompts)), "padding_error": leak, **counts}
+    return {**fidelity(logits, job.reference), "padding_error": leak, **counts}

@@ -25,11 +25,12 @@ from bbt_accel.exporters.int8 import (
     Matmul,
     SplitRange,
     SwitchableStage,
+    by_sensitivity,
     calibrate,
     fit_range,
+    keep_more,
     make_switchable,
     run_from,
-    select_fp32,
     split_weight,
     switch,
     to_int8,
@@ -161,17 +162,34 @@ def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
     assert report(none)[2] < 1e-5
 
 
-def test_a_lower_limit_keeps_more_matmuls_in_fp32(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny("bert", "bbt", "cat")
     batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
     with ExitStack() as files:
-        stages, _ = calibrate(files, source, "ort", batch, prompts, tmp_path, silent)
+        stages = calibrate(files, source, "ort", batch, prompts, tmp_path, silent)
         switchable = make_switchable(stages, tmp_path)
-        kept = [select_fp32(switchable, limit) for limit in (1, 3e-3, 1e-3, 0)]
-    assert kept[0] == set()
-    assert kept[0] < kept[3]
-    assert kept[1] <= kept[2] <= kept[3]
+        ranked = by_sensitivity(switchable)
+    exact = run_from(switchable, 0, [matmul for matmul, _ in ranked])
+    errors = [
+        relative_rmse(run_from(switchable, 0, [matmul for matmul, _ in ranked[:kept]]), exact)
+        for kept in range(len(ranked) + 1)
+    ]
+    assert errors[-1] == 0 < min(errors[:-1])
+    assert errors[len(errors) // 2] < errors[0]
     assert not list(tmp_path.iterdir())
+
+
+@few
+@given(errors=st.lists(st.floats(0, 1), min_size=1, max_size=9), share=st.sampled_from([0, 0.3, 0.99]), data=st.data())
+def test_the_next_matmuls_to_keep_leave_the_share_of_the_error_that_is_allowed(
+    errors: list[float], share: float, data: st.DataObject
+) -> None:
+    ranked = [(("model", str(i)), error) for i, error in enumerate(errors)]
+    kept = data.draw(st.integers(0, len(errors) - 1))
+    more = keep_more(ranked, kept, share)
+    assert kept < more <= len(errors)
+    assert sum(errors[more:]) <= share * sum(errors[kept:])
+    assert more == kept + 1 or sum(errors[more - 1 :]) > share * sum(errors[kept:])
 
 
 @st.composite
@@ -200,18 +218,16 @@ def networks(draw: st.DrawFn) -> tuple[list[SwitchableStage], dict[Matmul, float
 
 
 @few
-@given(network=networks(), limit=st.sampled_from([0, 0.01, 0.05, 10]))
-def test_few_measurements_find_what_to_keep_in_fp32(
-    network: tuple[list[SwitchableStage], dict[Matmul, float], list[int]], limit: float
+@given(network=networks())
+def test_few_measurements_rank_the_matmuls(
+    network: tuple[list[SwitchableStage], dict[Matmul, float], list[int]],
 ) -> None:
     stages, noise, runs = network
-    kept = select_fp32(stages, limit)
-    assert runs.count(len(stages) - 1) <= MEASUREMENTS + 12
-    assert relative_rmse(run_from(stages, 0, kept), run_from(stages, 0, noise)) <= limit
-    if limit == 10:
-        assert kept == set()
-    if limit == 0:
-        assert kept == noise.keys()
+    ranked = by_sensitivity(stages)
+    assert runs.count(len(stages) - 1) <= MEASUREMENTS + 1
+    assert {matmul for matmul, _ in ranked} == noise.keys()
+    total = relative_rmse(run_from(stages, 0, []), run_from(stages, 0, noise)) ** 2
+    assert sum(error for _, error in ranked) == pytest.approx(total, rel=0.5)
 
 
 def test_relative_rmse_ignores_an_offset_that_all_classes_share() -> None:
