@@ -23,6 +23,8 @@ PROJECT, STATISTICS = "project", "statistics"
 """Graphs from z to prompts and from label logits to batch statistics, for engines on a GPU; not backbone stages."""
 STATES = ("readout_state", "mean_state")
 """What the last stage returns besides `label_logits`: see `BoundBatch.outputs`."""
+OPENVINO_WEIGHTS = "weights.bin"
+"""The constants of all stages of an OpenVINO bundle, each once."""
 INITIAL_PROMPT = "initial_prompt.safetensors"
 """Holds `prompt`, the embeddings of the text that a cat-mode prompt starts from."""
 Method = Literal["bbt", "bbtv2"]

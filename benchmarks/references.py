@@ -52,7 +52,8 @@ class Trainer:
 
     def __init__(self, bundle: Bundle, encoder: Encoder, split: Split, seed: int) -> None:
         torch.manual_seed(seed)
-        self.model, self.split = load_model(bundle.path), split
+        self.split = split
+        self.model: Any = load_model(bundle.path)
         self.model.requires_grad_(False)
         self.prompt = nn.Parameter(torch.from_numpy(bundle.start_prompt()), requires_grad=False)
         # Without the optimization that reads the weights of a layer instead of calling it.

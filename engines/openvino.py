@@ -9,6 +9,7 @@ import openvino
 from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import EngineError
+from bbt_accel.exporters.openvino_ir import StageReader, precision_hint
 
 ONNX = b"\x08"  # the first byte of an ONNX file: the tag of its version
 
@@ -20,20 +21,21 @@ class OpenVinoEngine(StagedEngine):
 
     def load(self) -> None:
         super().load()
-        core = openvino.Core()
-        self.requests = {stage: self.open(core, stage) for stage in self.bundle.info.stages}
+        self.reader = StageReader(self.bundle.path) if self.bundle.info.target == "openvino" else None
+        self.requests = {stage: self.open(stage) for stage in self.bundle.info.stages}
 
-    def open(self, core: Any, stage: str) -> Any:
-        """Compile one stage. Without the precision hint OpenVINO would compute fp32 graphs in bf16 where it can."""
-        file = self.bundle.path / f"{stage}.{'xml' if self.bundle.info.target == 'openvino' else 'onnx'}"
-        with file.open("rb") as stream:  # OpenVINO would try other formats, whose readers print errors of their own
-            if file.suffix == ".onnx" and stream.read(1) != ONNX:
-                raise EngineError(f"{file} is no ONNX graph; export the bundle again")
-        hint = "bf16" if self.bundle.info.precision == "bf16" else "f32"
+    def open(self, stage: str) -> Any:
+        """Compile one stage."""
         threads = {"INFERENCE_NUM_THREADS": str(self.threads)} if self.threads else {}
-        config = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", **threads}
-        with failing("OpenVINO", f"to load {file.name}", RuntimeError):
-            return core.compile_model(str(file), "CPU", config).create_infer_request()
+        config = {"PERFORMANCE_HINT": "LATENCY", **precision_hint(self.bundle.info), **threads}
+        with failing("OpenVINO", f"to load {stage}", RuntimeError):
+            if self.reader is not None:
+                return self.reader.compile(stage, config).create_infer_request()
+            file = self.bundle.path / f"{stage}.onnx"
+            with file.open("rb") as stream:  # OpenVINO would try other formats, whose readers print errors of their own
+                if stream.read(1) != ONNX:
+                    raise EngineError(f"{file} is no ONNX graph; export the bundle again")
+            return openvino.Core().compile_model(str(file), "CPU", config).create_infer_request()
 
     def run(self, stage: str, inputs: Arrays) -> Arrays:
         request = self.requests[stage]
@@ -50,3 +52,4 @@ class OpenVinoEngine(StagedEngine):
     def close(self) -> None:
         super().close()
         self.requests = {}
+        self.reader = None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
@@ -20,80 +19,85 @@ from safetensors.torch import load_file, save_file
 from bbt_accel.errors import ExportError, first_line
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.families import DTYPES
-from bbt_accel.exporters.sessions import temporary_graph
-from bbt_accel.machine import describe_machine
+
+
+def fuse(model: ir.Model, target: str) -> tuple[ir.Model, dict[str, int]]:
+    """Fuse operators for ONNX Runtime, by onnxscript: attention, skip connections with norms, bias with GELU.
+
+    Returns the graph, and how many of each kind were fused. Other runtimes fuse by themselves, and TensorRT has no ONNX
+    Runtime operators.
+    """
+    if target != "ort":
+        return model, {}
+    with graph.quick_rules():
+        model, found = optimize_for_ort(model, clear_metadata=True)
+    return model, {name: count for name, count in found.items() if count}
 
 
 @contextmanager
 def graph_on_disk(file: Path, target: str, folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
-    """A stage in fp32 in a temporary file of `folder`, its weights in another beside it; none of them is in memory.
+    """A stage in fp32, fused, in a temporary file of `folder`, its weights in another beside it.
 
-    And how many operators of each kind were fused: for ONNX Runtime alone, by onnxscript (attention, skip connections
-    with norms, bias with GELU). Other runtimes fuse by themselves, and TensorRT has no ONNX Runtime operators.
+    None of them is in memory. And how many operators of each kind were fused.
     """
     model = ir.load(file)
     transpose_weights(model)
-    counts: dict[str, int] = {}
-    if target == "ort":
-        with graph.quick_rules():
-            model, found = optimize_for_ort(model, clear_metadata=True)
-        counts = {name: count for name, count in found.items() if count}
+    model, counts = fuse(model, target)
     place = folder / f"{file.stem}.fp32.onnx"
     try:
         ir.save(model, place, external_data=f"{place.name}.data", size_threshold_bytes=graph.SMALL)
         del model
+        gc.collect()  # nodes and values refer to each other, and to the source's weights in memory
         yield place, counts
     finally:
         place.unlink(missing_ok=True)
         place.with_name(f"{place.name}.data").unlink(missing_ok=True)
 
 
-def transpose_weights(model: ir.Model) -> None:
-    """Weights in the orientation in which matmuls take them; each is read when it is written."""
+def transpose_weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Weights in the orientation in which matmuls take them; each is read when it is written.
+
+    Returns each as the checkpoint has it, by the new name.
+    """
     weights = model.graph.initializers
+    originals: dict[str, ir.TensorProtocol] = {}
     for node in list(model.graph):
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or source.name not in weights:
             continue
         stored, result = source.const_value, node.outputs[0]
-        name = result.name
+        name = f"{result.name}_transposed"
         shape = ir.Shape([stored.shape[1], stored.shape[0]])
         read = partial(transposed, stored)
-        value = ir.Value(name=f"{name}_transposed", shape=shape, type=ir.TensorType(stored.dtype))
-        value.const_value = ir.LazyTensor(read, dtype=stored.dtype, shape=shape, name=value.name)
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(stored.dtype))
+        value.const_value = ir.LazyTensor(read, dtype=stored.dtype, shape=shape, name=name)
         weights.add(value)
+        originals[name] = stored
         ir.convenience.replace_all_uses_with(result, value)
         model.graph.remove(node, safe=True)
     for name in [name for name, value in weights.items() if not value.uses() and not value.is_graph_output()]:
         weights.pop(name)
+    return originals
 
 
 def transposed(stored: ir.TensorProtocol) -> ir.Tensor:
     return ir.Tensor(np.ascontiguousarray(stored.numpy().T))
 
 
-def save_openvino(model: onnx.ModelProto, folder: Path, stage: str) -> Counter[str]:
-    """Write a graph in OpenVINO's format. Returns the count of each operator.
+def transpose_in_matmuls(model: ir.Model, originals: dict[str, ir.TensorProtocol]) -> None:
+    """Weights as the checkpoint has them, which ONNX Runtime's own matmul takes.
 
-    OpenVINO's low-precision transformations turn quantized matmuls into 8-bit ones when the graph is loaded.
+    Transpose nodes would be computed at load, into a second copy of all weights in memory.
     """
-    import openvino
-
-    with temporary_graph(model, folder) as file:
-        converted = openvino.convert_model(file)
-    openvino.save_model(converted, folder / f"{stage}.xml", compress_to_fp16=False)
-    return Counter(op.get_type_name() for op in converted.get_ops())
-
-
-def openvino_bf16() -> str:
-    """How OpenVINO computes bf16 on this processor: natively, emulated (much slower than fp32), or not at all."""
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        return "not supported by this processor: computed in fp32"
-    if "bf16" in describe_machine()["features"]:
-        return "native"
-    return "emulated by this processor: slower than fp32"  # AVX-512 without bf16
+    weights = model.graph.initializers
+    for name in [name for name in originals if name in weights]:
+        value, rows = weights[name], graph.add_weight(model.graph, originals[name])
+        for matmul in [use.node for use in value.uses() if use.node.op_type == "MatMul" and use.idx == 1]:
+            matmul.op_type, matmul.domain = "FusedMatMul", graph.MICROSOFT
+            matmul.attributes["transB"] = ir.AttrInt64("transB", 1)
+            matmul.replace_input_with(1, rows)
+            model.graph.opset_imports[graph.MICROSOFT] = 1
+        graph.transpose(model.graph, value, rows)
 
 
 def convert_checkpoint(source: Path, folder: Path, precision: str) -> None:
@@ -103,12 +107,12 @@ def convert_checkpoint(source: Path, folder: Path, precision: str) -> None:
     """
     dtype = DTYPES[precision]
     limits = torch.finfo(dtype)
-    weights = load_file(source / "model.safetensors")
+    weights = load_file(source / graph.CHECKPOINT)
     for name, weight in weights.items():
         if weight.is_floating_point():
             weights[name] = weight.clamp(limits.min, limits.max).to(dtype)
     try:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / graph.CHECKPOINT, metadata={"format": "pt"})
     except SafetensorError as error:  # no OSError, even where the disk is full
         why = first_line(error)
         raise ExportError(f"cannot write the weights ({why}); free some space or choose another -o") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 from collections.abc import Collection
 from pathlib import Path
@@ -81,6 +82,8 @@ def export_bundle(
             info = info.model_copy(update={"stages": trace(model, info, folder, progress)})
         write_device_graphs(folder, info)
         write_info(folder, info)
+        del model
+        gc.collect()  # the process that validates loads what was written
         progress("validating against eager PyTorch", 0, 1)
         error = validated(folder)
         write_info(folder, info.model_copy(update={"max_error": error}))
@@ -113,7 +116,7 @@ def initial_text(prompt_init: str | None, tokenizer: Any) -> tuple[str | None, l
 def trace(model: nn.Module, info: BundleInfo, folder: Path, progress: Tell) -> list[str]:
     """Write the graphs of every stage; returns their names."""
     backbone = family_of(model.config).compose(model, info)
-    weights = graph.SharedWeights(folder / "model.safetensors")
+    weights = graph.SharedWeights(folder / graph.CHECKPOINT)
     others = graph.NewWeights(folder / "weights.data")
     of = len(backbone.stages(info.method))
     names = []

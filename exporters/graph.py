@@ -29,6 +29,12 @@ from bbt_accel.exporters.backbone import Backbone, Inputs
 OPSET = 20
 SMALL = 1024
 """Elements or bytes up to which a tensor is folded, and stays inside the graph: mostly shape constants."""
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+CHECKPOINT = "model.safetensors"
+"""The file of a bundle that holds its weights, for PyTorch as well."""
+CHUNK = 2**24
+"""Bytes of a weight in memory while it is hashed."""
 PAGE = 4096
 """Tensors are aligned to memory pages, so that they can be mapped."""
 
@@ -149,18 +155,25 @@ class WeightFile:
         self.offsets: dict[bytes, int] = {}
         """sha256 of a tensor's bytes → where they begin."""
 
-    def find(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor | None:
-        """The tensor as one in the file, if that holds its bytes or takes new ones."""
-        content = tensor.tobytes()
+    def place(self, content: bytes | memoryview, align: int = PAGE) -> int | None:
+        """Where these bytes begin in the file, if it holds them or takes new ones."""
         name = hashlib.sha256(content).digest()
         if self.appends and name not in self.offsets:
             with self.file.open("ab") as stream:
-                stream.write(b"\0" * (-stream.tell() % PAGE))
+                stream.write(b"\0" * (-stream.tell() % align))
                 self.offsets[name] = stream.tell()
                 stream.write(content)
-        if name not in self.offsets:
+        return self.offsets.get(name)
+
+    def find(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor | None:
+        """The tensor as one in the file, if that holds its bytes or takes new ones."""
+        array = tensor.numpy()
+        copied = array.dtype.isbuiltin != 1 or not array.flags.c_contiguous
+        content = tensor.tobytes() if copied else memoryview(array).cast("B")
+        offset = self.place(content)
+        if offset is None:
             return None
-        place = {"location": self.file.name, "offset": self.offsets[name], "length": len(content)}
+        place = {"location": self.file.name, "offset": offset, "length": len(content)}
         shape = ir.Shape(tensor.shape)
         return ir.ExternalTensor(
             **place, dtype=tensor.dtype, shape=shape, name=str(tensor.name), base_dir=self.file.parent
@@ -183,14 +196,17 @@ class SharedWeights(WeightFile):
             header = json.loads(stream.read(size))
             for begin, end in (entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"):
                 stream.seek(8 + size + begin)
-                self.offsets[hashlib.sha256(stream.read(end - begin)).digest()] = 8 + size + begin
+                content = hashlib.sha256()
+                for start in range(begin, end, CHUNK):
+                    content.update(stream.read(min(CHUNK, end - start)))
+                self.offsets[content.digest()] = 8 + size + begin
 
 
 def save_stage(model: ir.Model, folder: Path, name: str, checkpoint: SharedWeights | None, others: NewWeights) -> None:
     """Write a graph whose weights are in the checkpoint's file, or in that of the others; one at a time is copied.
 
     The tracer transposes the weights of linear layers. They are read as the checkpoint has them, and transposed by a
-    node; runtimes do that once, at load.
+    node; runtimes do that once, at load. Tensors that are in a file of the checkpoint's name already stay as they are.
     """
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
@@ -198,21 +214,31 @@ def save_stage(model: ir.Model, folder: Path, name: str, checkpoint: SharedWeigh
         if tensor.nbytes <= SMALL:
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
             continue
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == CHECKPOINT:
+            continue
         found = None if checkpoint is None else checkpoint.find(tensor)
         if found is None and checkpoint is not None and len(tensor.shape) == 2:
             rows = ir.Tensor(np.ascontiguousarray(tensor.numpy().T), name=f"{value.name}_rows")
             if (stored := checkpoint.find(rows)) is not None:
-                transpose(model.graph, value, stored)
+                transpose(model.graph, value, add_weight(model.graph, stored))
                 continue
         value.const_value = found or others.find(tensor)
     (folder / f"{name}.onnx").write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def transpose(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> None:
-    """Replace an initializer by the transposition of another."""
-    rows = ir.Value(name=stored.name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+def add_weight(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """The graph's initializer of this tensor, new where it has none of its name."""
+    if str(tensor.name) not in graph.initializers:
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+        graph.initializers.add(ir.Value(name=tensor.name, shape=shape, type=kind, const_value=tensor))
+    return graph.initializers[str(tensor.name)]
+
+
+def transpose(graph: ir.Graph, value: ir.Value, rows: ir.Value) -> None:
+    """Replace an initializer, where it is still used, by the transposition of another."""
     graph.initializers.pop(str(value.name))
-    graph.initializers.add(rows)
+    if not value.uses():
+        return
     node = ir.node("Transpose", [rows], attributes={"perm": [1, 0]})
     ir.convenience.replace_all_uses_with(value, node.outputs[0])
     node.outputs[0].name = value.name

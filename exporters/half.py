@@ -25,6 +25,7 @@ FP32_MAKERS = {"ConstantOfShape", "Range"}  # produce fp32 from no fp32 input, o
 def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int = TensorProto.FLOAT16) -> list[str]:
     """Convert a graph in place; its inputs and outputs stay fp32. Returns the nodes that stay fp32 lest they overflow.
 
+    folder: of the file with the weights that are not inside the graph; each is read when it is converted.
     A node stays fp32 when an input or output exceeds `LARGEST` on `feeds`; norms do too. The same nodes stay fp32 in
     BFLOAT16, whose range is that of fp32: those with masks and positions, which it would round coarsely.
     """
@@ -35,7 +36,7 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
     for values in intermediate_values(model, feeds, outputs, folder):
         floats |= values.keys()
         large |= {name for name, value in values.items() if np.abs(value).max() > LARGEST}
-    conversion = Conversion(model.graph, floats, dtype)
+    conversion = Conversion(model.graph, floats, dtype, folder)
     overflowing = [node.name for node in model.graph.node if large & {*node.input, *node.output}]
     exact = {*overflowing, *angles(model.graph, floats)}
     for node in model.graph.node:
@@ -62,8 +63,8 @@ def angles(graph: onnx.GraphProto, floats: set[str]) -> set[str]:
 class Conversion:
     """A graph while it is converted. X_half is the tensor X in half precision, either cast from the other on demand."""
 
-    def __init__(self, graph: onnx.GraphProto, floats: set[str], dtype: int) -> None:
-        self.graph, self.dtype = graph, dtype
+    def __init__(self, graph: onnx.GraphProto, floats: set[str], dtype: int, folder: Path) -> None:
+        self.graph, self.dtype, self.folder = graph, dtype, folder
         self.floats = floats  # names of all fp32 inputs and node outputs
         self.weights = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self.half: set[str] = set()  # tensors that exist in half precision so far
@@ -87,7 +88,7 @@ class Conversion:
         """The name of a tensor in half precision or fp32; adds a cast, or a converted weight, the first time."""
         other = f"{name}_half"
         if half and name in self.weights and name not in self.half:
-            self.graph.initializer.append(converted(self.weights[name], other, self.dtype))
+            self.graph.initializer.append(converted(self.weights[name], other, self.dtype, self.folder))
         elif half and name not in self.half:
             self.nodes.append(helper.make_node("Cast", [name], [other], f"cast_{other}", to=self.dtype))
         elif not half and name not in self.single:
@@ -96,9 +97,9 @@ class Conversion:
         return other if half else name
 
 
-def converted(tensor: onnx.TensorProto, name: str, dtype: int) -> onnx.TensorProto:
+def converted(tensor: onnx.TensorProto, name: str, dtype: int, folder: Path = Path()) -> onnx.TensorProto:
     """A weight in another type, rounded to nearest and clipped to the range of fp16."""
-    array = numpy_helper.to_array(tensor)
+    array = numpy_helper.to_array(tensor, str(folder))
     if dtype == TensorProto.FLOAT16:
         limit = float(np.finfo(np.float16).max)
         array = np.clip(array, -limit, limit)

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from bbt_accel.exporters.graph import name_nodes, replace_nodes
+from bbt_accel.exporters.graph import MICROSOFT, name_nodes, replace_nodes
 from bbt_accel.exporters.int8 import input_channels, is_transposed, quantizable_matmuls
 
 OPSET = 21
@@ -81,7 +81,7 @@ def add_weight(graph: onnx.GraphProto, exact: NDArray[np.float32], name: str, ta
 def matmul_nbits(node: onnx.NodeProto, name: str, product: str, channels: int, columns: int) -> list[onnx.NodeProto]:
     inputs = [node.input[0], f"{name}_values", f"{name}_scale"]
     sizes = {"K": channels, "N": columns, "bits": 4, "block_size": block_size(channels)}
-    made = helper.make_node("MatMulNBits", inputs, [product], node.name, domain="com.microsoft", **sizes)
+    made = helper.make_node("MatMulNBits", inputs, [product], node.name, domain=MICROSOFT, **sizes)
     made.attribute.append(helper.make_attribute("accuracy_level", ACCURACY_LEVEL))
     return [made]
 

@@ -12,6 +12,7 @@ Where that is not enough, some matmuls stay in fp32, chosen by the effect of eac
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -65,6 +66,7 @@ class CalibratedStage:
     """A stage in fp32 with what calibration saw.
 
     file: its graph, with the weights beside it. fused: how many operators of each kind. seen: of the matmuls' inputs.
+    work: of each matmul, the tokens in a call and its weight's shape, whose product is what it costs.
     feeds: the stage's inputs, some rows at a time, as the stages before it compute them in fp32.
     """
 
@@ -72,13 +74,14 @@ class CalibratedStage:
     file: Path
     fused: dict[str, int]
     seen: dict[str, Channels]
+    work: dict[str, tuple[int, ...]]
     feeds: list[Feeds]
 
 
 def calibrate(
     files: ExitStack, bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path, tell: Tell
-) -> tuple[list[CalibratedStage], Float32]:
-    """Every stage of a bundle as calibrated on these rows and prompts, and their label logits (P, N, C) in fp32.
+) -> list[CalibratedStage]:
+    """Every stage of a bundle as calibrated on these rows and prompts.
 
     files: closes the temporary files in `folder`.
     """
@@ -91,11 +94,13 @@ def calibrate(
         file, fused = files.enter_context(graph_on_disk(source, target, folder))
         graph = onnx.load(str(file), load_external_data=False).graph
         name_nodes(graph)
-        sizes = {node.input[0]: input_channels(graph, node) for node in quantizable_matmuls(graph)}
-        seen, results = channels(file, feeds, sizes)
-        found.append(CalibratedStage(stage, file, fused, seen, feeds))
+        matmuls, shapes = quantizable_matmuls(graph), {t.name: tuple(t.dims) for t in graph.initializer}
+        seen, results = channels(file, feeds, {node.input[0]: input_channels(graph, node) for node in matmuls})
+        tokens = {name: c.tokens for name, c in seen.items()}
+        work = {node.name: (tokens.get(node.input[0], 0), *shapes[node.input[1]]) for node in matmuls}
+        found.append(CalibratedStage(stage, file, fused, seen, work, feeds))
         feeds = [feed | result for feed, result in zip(feeds, results, strict=True)]
-    return found, np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
+    return found
 
 
 def is_transposed(node: onnx.NodeProto) -> bool:
@@ -269,6 +274,8 @@ def split_weight(exact: NDArray[np.float32], fitted: SplitRange) -> NDArray[np.i
 # Sensitivity fallback ----------------------------------------------------------------------------------------
 
 Matmul = tuple[str, str]  # a stage and the name of a matmul in it
+MEASUREMENTS = 32
+"""Groups of matmuls whose error is measured, at most; each measurement is a run of the network on one call's rows."""
 
 
 @dataclass(frozen=True)
@@ -277,42 +284,64 @@ class SwitchableStage:
 
     name: str
     run: RunStage
-    sizes: dict[str, int]  # elements of each matmul's weight, to which its cost is proportional
+    work: dict[str, tuple[int, ...]]  # as in `CalibratedStage`, of the quantized matmuls
     feeds: list[Feeds]  # the stage's inputs, some rows at a time, as the stages before it compute them in fp32
 
 
-def select_fp32(stages: list[CalibratedStage], limit: float, folder: Path) -> set[Matmul]:
-    """Matmuls to keep in fp32 so that the relative logit RMSE on the calibration rows is at most `limit`.
+def by_sensitivity(stages: list[SwitchableStage]) -> list[tuple[Matmul, float]]:
+    """The quantized matmuls, those with the largest error for their cost first, and the squared error of each."""
+    work = {(stage.name, name): product for stage in stages for name, product in stage.work.items()}
+    error = measure_errors(stages, work)
+    order = sorted(error, key=lambda m: error[m] / max(1, math.prod(work[m])), reverse=True)
+    return [(matmul, error[matmul]) for matmul in order]
 
-    Each matmul's error is measured with that matmul alone in int8, on the rows of one call; squared errors add up.
-    Those with the largest error for their cost are kept first, until the limit holds on all rows.
+
+def keep_more(ranked: list[tuple[Matmul, float]], kept: int, share: float) -> int:
+    """How many matmuls to keep in fp32, more than `kept`, for at most this share of the squared error that is left.
+
+    Squared errors of matmuls add up, but for a factor that changes little.
     """
-    switchable = make_switchable(stages, folder)
-    sizes = {(stage.name, name): size for stage in switchable for name, size in stage.sizes.items()}
-    reference = run_from(switchable, 0, sizes)
-    few = run_from(switchable, 0, sizes, calls=1)
-    error: dict[Matmul, float] = {}
-    for i, stage in enumerate(switchable):
-        for matmul in ((stage.name, name) for name in stage.sizes):
-            found = run_from(switchable, i, sizes.keys() - {matmul}, calls=1)
-            error[matmul] = relative_rmse(found, few) ** 2
-    kept: set[Matmul] = set()
-    for matmul in sorted(error, key=lambda m: error[m] / sizes[m], reverse=True):
-        expected = sum(error[m] for m in error if m not in kept)
-        if expected <= limit**2 and relative_rmse(run_from(switchable, 0, kept), reference) <= limit:
-            break
-        kept.add(matmul)
+    allowed = share * sum(error for _, error in ranked[kept:])
+    kept += 1
+    while sum(error for _, error in ranked[kept:]) > allowed:
+        kept += 1
     return kept
+
+
+def measure_errors(stages: list[SwitchableStage], work: dict[Matmul, tuple[int, ...]]) -> dict[Matmul, float]:
+    """The squared relative logit RMSE, on the rows of one call, that each matmul in int8 adds.
+
+    Matmuls with weights of one shape and as many tokens form a group, which is measured as a whole; then the group with
+    the largest error is split into its lower and its upper layers, and so on. Those of one group share its error.
+    """
+    reference = run_from(stages, 0, work, calls=1)
+    position = {stage.name: i for i, stage in enumerate(stages)}
+
+    def measured(group: list[Matmul]) -> tuple[float, list[Matmul]]:
+        found = run_from(stages, position[group[0][0]], work.keys() - set(group), calls=1)
+        return relative_rmse(found, reference) ** 2, group
+
+    alike: dict[tuple[int, ...], list[Matmul]] = defaultdict(list)
+    for matmul, product in work.items():
+        alike[product].append(matmul)
+    groups = [measured(group) for group in alike.values()]
+    for _ in range((MEASUREMENTS - len(groups)) // 2):
+        largest = max(groups, key=lambda group: group[0] if len(group[1]) > 1 else -1)
+        if len(largest[1]) == 1:
+            break
+        groups.remove(largest)
+        half = len(largest[1]) // 2
+        groups += [measured(largest[1][:half]), measured(largest[1][half:])]
+    return {matmul: error / len(group) for error, group in groups for matmul in group}
 
 
 def make_switchable(stages: list[CalibratedStage], folder: Path) -> list[SwitchableStage]:
     found = []
     for stage in stages:
         model, quantized, _ = to_int8(stage.file, stage.seen, switchable=True)
-        elements = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
-        sizes = {n.name: elements[n.input[1]] for n in quantizable_matmuls(model.graph) if n.name in quantized}
         with temporary_graph(model, folder) as file:
-            found.append(SwitchableStage(stage.name, onnx_stage(file), sizes, stage.feeds))
+            work = {name: stage.work[name] for name in quantized}
+            found.append(SwitchableStage(stage.name, onnx_stage(file), work, stage.feeds))
     return found
 
 
@@ -321,11 +350,12 @@ def run_from(stages: list[SwitchableStage], first: int, fp32: Collection[Matmul]
 
     calls: run on the rows of the first calls alone.
     """
+    exact = set(fp32)
     parts: list[Float32] = []
     for number in range(len(stages[first].feeds[:calls])):
         state: Feeds = {}
         for stage in stages[first:]:
-            switches = {switch(name): np.array([(stage.name, name) in fp32]) for name in stage.sizes}
+            switches = {switch(name): np.array([(stage.name, name) in exact]) for name in stage.work}
             state |= stage.run(stage.feeds[number] | state | switches)
         parts.append(state["label_logits"])
     return np.concatenate(parts, axis=1)

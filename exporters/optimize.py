@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
+from bbt_accel.bundle import INITIAL_PROMPT, OPENVINO_WEIGHTS, Bundle, write_info
 from bbt_accel.engine_specs import Precision, targets
 from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, translated
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, random_prompts, stage_feeds
-from bbt_accel.exporters.convert import convert_checkpoint, graph_on_disk, openvino_bf16, save_openvino
+from bbt_accel.exporters.convert import (
+    convert_checkpoint,
+    fuse,
+    graph_on_disk,
+    transpose_in_matmuls,
+    transpose_weights,
+)
 from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.half import TYPES, emulate_bf16, to_half
 from bbt_accel.exporters.int4 import to_int4
-from bbt_accel.exporters.int8 import CalibratedStage, Matmul, calibrate, select_fp32, to_int8
-from bbt_accel.exporters.sessions import run_stages
+from bbt_accel.exporters.int8 import (
+    CalibratedStage,
+    Matmul,
+    by_sensitivity,
+    calibrate,
+    keep_more,
+    make_switchable,
+    to_int8,
+)
+from bbt_accel.exporters.openvino_ir import openvino_bf16, save_openvino
+from bbt_accel.exporters.sessions import run_stages, temporary_graph
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
 from bbt_accel.exporters.validate import fidelity, reference_logits, relative_rmse, scaled_error
 from bbt_accel.files import new_folder
@@ -50,6 +70,11 @@ class Job:
     prompts: Float32
     max_rmse: float
     tell: Tell
+
+    @cached_property
+    def reference(self) -> Float32:
+        """The source's label logits of these rows and prompts, (P, N, C)."""
+        return run_stages(self.bundle, self.batch, self.prompts)
 
 
 def optimize_bundle(
@@ -87,12 +112,12 @@ def optimize_bundle(
     with new_folder(output) as folder, translated(BundleError, f"{source} cannot be optimized"):
         if (bundle.path / INITIAL_PROMPT).exists():
             shutil.copyfile(bundle.path / INITIAL_PROMPT, folder / INITIAL_PROMPT)
-        report = CONVERTERS[target](job, folder)
+        report, logits = CONVERTERS[target](job, folder)
         versions = {name: version for name in TOOLS if (version := installed(name))}
         changes = {"precision": precision, "target": target, "source": bundle.digest}
         info = bundle.info.model_copy(update=changes | {"versions": bundle.info.versions | versions})
         made = Bundle(folder, write_info(folder, info))
-        report |= measure(job, made)
+        report |= measure(job, made, logits)
         if target == "trt":
             report["profile"] = shape_profile(info, rows.train, rows.longest(), rows.settings).model_dump()
             made = Bundle(folder, write_info(folder, info.model_copy(update={"optimization": report})))
@@ -119,98 +144,138 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
         raise UsageError(f"--max-rmse must be 0 or more, not {max_rmse}")
 
 
-# Convert -----------------------------------------------------------------------------------------------------
+# Convert: what was done, and the new bundle's label logits where they are known ------------------------------------
+
+Converted = tuple[Report, Float32 | None]
 
 
-def to_checkpoint(job: Job, folder: Path) -> Report:
+def to_checkpoint(job: Job, folder: Path) -> Converted:
     """PyTorch's weights in the target precision, without graphs."""
     shutil.copyfile(job.bundle.path / "tokenizer.json", folder / "tokenizer.json")
     convert_checkpoint(job.bundle.path, folder, job.precision)
-    return {}
+    return {}, None
 
 
-def to_graphs(job: Job, folder: Path) -> Report:
-    """Every stage in the target's format and precision. Returns what was done, summed over the stages."""
-    bundle, target = job.bundle, job.target
-    # The checkpoint's own tensors serve fused fp32 graphs alone; other graphs have their own.
-    shared = (target, job.precision) == ("ort", "fp32")
-    for name in ("config.json", "tokenizer.json", *(["model.safetensors"] if shared else [])):
-        shutil.copyfile(bundle.path / name, folder / name)
-    if target != "openvino":  # runs on the CPU
-        write_device_graphs(folder, bundle.info)
-    checkpoint = graph.SharedWeights(folder / "model.safetensors") if shared else None
-    others = graph.NewWeights(folder / "weights.data")
-    hinted = (target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
-    precision = "fp32" if hinted else job.precision
-    if precision == "int8":
+def to_graphs(job: Job, folder: Path) -> Converted:
+    """Every stage in the target's format and precision; the report is summed over the stages."""
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(job.bundle.path / name, folder / name)
+    if job.target != "openvino":  # runs on the CPU
+        write_device_graphs(folder, job.bundle.info)
+    if job.precision == "int8":
         return to_int8_graphs(job, folder)
+    hinted = (job.target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
+    if hinted or job.precision == "fp32":
+        return to_fp32_graphs(job, folder) | ({"bf16": openvino_bf16()} if hinted else {}), None
+    return to_low_precision_graphs(job, folder), None
+
+
+def to_fp32_graphs(job: Job, folder: Path) -> Report:
+    """Every stage in fp32, fused for ONNX Runtime, which reads the checkpoint's own tensors."""
+    others = new_weights(job, folder)
+    if job.target == "ort":  # a copy: runtimes refuse external data with several hard links
+        shutil.copyfile(job.bundle.path / graph.CHECKPOINT, folder / graph.CHECKPOINT)
+    operators: Counter[str] = Counter()
+    for done, stage in enumerate(job.bundle.info.stages):
+        job.tell(f"converting {stage}", done, len(job.bundle.info.stages))
+        file = job.bundle.path / f"{stage}.onnx"
+        if job.target == "openvino":
+            operators.update(save_openvino(file, folder, stage, others))
+            continue
+        model = ir.load(file)
+        originals = transpose_weights(model)
+        model, fused = fuse(model, job.target)
+        if job.target == "ort":
+            transpose_in_matmuls(model, originals)
+        graph.save_stage(model, folder, stage, None, others)
+        operators.update(fused)
+        operators.update(tensorrt_operators(job, model.graph))
+    return {"fused" if job.target == "ort" else "operators": dict(operators)}
+
+
+def to_low_precision_graphs(job: Job, folder: Path) -> Report:
+    """Every stage in fp16, bf16 or int4."""
+    bundle, others = job.bundle, new_weights(job, folder)
+    half = job.precision in TYPES
     rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
-    calibrated = stage_feeds(bundle, rows, job.prompts) if precision in TYPES else None
+    stages = stage_feeds(bundle, rows, job.prompts) if half else ((stage, []) for stage in bundle.info.stages)
     operators: Counter[str] = Counter()
     kept, quantized = list[str](), 0
-    for done, (stage, feeds) in enumerate(calibrated or ((stage, []) for stage in bundle.info.stages)):
+    for done, (stage, feeds) in enumerate(stages):
         job.tell(f"converting {stage}", done, len(bundle.info.stages))
-        with graph_on_disk(bundle.path / f"{stage}.onnx", target, folder) as (file, fused):
-            model = onnx.load(str(file), load_external_data=precision in TYPES)
-            if precision in TYPES:
-                kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[precision])]
-            elif precision == "int4":
-                quantized += len(to_int4(model, target, folder))
+        with graph_on_disk(bundle.path / f"{stage}.onnx", job.target, folder) as (file, fused):
+            model = onnx.load(str(file), load_external_data=False)
+            if half:
+                kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[job.precision])]
+            else:
+                quantized += len(to_int4(model, job.target, folder))
             operators.update(fused)
-            if target == "trt":
-                operators.update(node.op_type for node in model.graph.node if node.op_type in OPERATORS)
-            operators.update(write_stage(job, model, folder, stage, others, checkpoint))
-    report: Report = {"fused" if target == "ort" else "operators": dict(operators)}
-    report |= {"kept_fp32": kept} if precision in TYPES else {}
-    report |= {"quantized": quantized} if precision == "int4" else {}
-    return report | ({"bf16": openvino_bf16()} if hinted else {})
+            operators.update(tensorrt_operators(job, model.graph.node))
+            operators.update(write_stage(job, model, folder, stage, others))
+    report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)}
+    return report | ({"kept_fp32": kept} if half else {"quantized": quantized})
 
 
-def to_int8_graphs(job: Job, folder: Path) -> Report:
+def new_weights(job: Job, folder: Path) -> graph.NewWeights:
+    """The file of the weights that the checkpoint does not hold as the graphs take them."""
+    return graph.NewWeights(folder / (OPENVINO_WEIGHTS if job.target == "openvino" else "weights.data"))
+
+
+def tensorrt_operators(job: Job, nodes: Iterable[Any]) -> Counter[str]:
+    """The count of the operators that matter for TensorRT, which does not say what it fused."""
+    return Counter(node.op_type for node in nodes if job.target == "trt" and node.op_type in OPERATORS)
+
+
+def to_int8_graphs(job: Job, folder: Path) -> tuple[Report, Float32]:
     """Every stage in int8; with the matmuls in fp32 that the limit on the logits' error asks for, if it does."""
-    rows, fallback = job.batch.rows(slice(0, CALIBRATION_ROWS)), set[Matmul]()
-    info = job.bundle.info.model_copy(update={"precision": "int8", "target": job.target})
+    made = Bundle(folder, job.bundle.info.model_copy(update={"precision": "int8", "target": job.target}))
+    ranked, kept = list[tuple[Matmul, float]](), 0
     with ExitStack() as files:
-        stages, reference = calibrate(files, job.bundle, job.target, rows, job.prompts, folder, job.tell)
-        report = write_int8(job, stages, fallback, folder)
-        if relative_rmse(run_stages(Bundle(folder, info), rows, job.prompts), reference) > job.max_rmse:
-            job.tell("measuring the sensitivity of matmuls", 0, 1)
-            if fallback := select_fp32(stages, job.max_rmse, folder):
-                report = write_int8(job, stages, fallback, folder)
-    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}
+        rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
+        stages = calibrate(files, job.bundle, job.target, rows, job.prompts, folder, job.tell)
+        while True:
+            fallback = {matmul for matmul, _ in ranked[:kept]}
+            report = write_int8(job, stages, fallback, folder)
+            logits = run_stages(made, job.batch, job.prompts)
+            found = relative_rmse(logits, job.reference)
+            if not found > job.max_rmse:
+                break
+            if not ranked:
+                job.tell("measuring the sensitivity of matmuls", 0, 1)
+                ranked = by_sensitivity(make_switchable(stages, folder))
+            if kept == len(ranked):
+                break
+            kept = keep_more(ranked, kept, (job.max_rmse / found) ** 2)
+    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}, logits
 
 
-def write_stage(
-    job: Job,
-    model: onnx.ModelProto,
-    folder: Path,
-    stage: str,
-    others: graph.NewWeights,
-    checkpoint: graph.SharedWeights | None = None,
-) -> dict[str, int]:
+def write_stage(job: Job, model: onnx.ModelProto, folder: Path, stage: str, others: graph.NewWeights) -> dict[str, int]:
     """Write a graph in the target's format; returns the count of each operator, where that is of interest."""
     if job.target == "openvino":
-        return save_openvino(model, folder, stage)
-    graph.save_stage(graph.from_proto(model, folder), folder, stage, checkpoint, others)
+        with temporary_graph(model, folder) as file:
+            return save_openvino(file, folder, stage, others)
+    graph.save_stage(graph.from_proto(model, folder), folder, stage, None, others)
     return {}
 
 
 def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
     """Write every stage in int8 but for some matmuls. Returns what was done, summed over the stages."""
-    weights = folder / "weights.data"
-    weights.unlink(missing_ok=True)
-    others = graph.NewWeights(weights)
+    others = new_weights(job, folder)
+    others.file.unlink(missing_ok=True)
     operators: Counter[str] = Counter()
     quantized, kept = 0, list[str]()
+    in_fp32 = in_all = 0
     for done, stage in enumerate(stages):
         job.tell(f"converting {stage.name}", done, len(stages))
         keep = {name for where, name in fallback if where == stage.name}
         model, made, exact = to_int8(stage.file, stage.seen, keep)
         quantized, kept = quantized + len(made), kept + [f"{stage.name}: {name}" for name in exact]
+        in_fp32 += sum(math.prod(stage.work[name]) for name in exact)
+        in_all += sum(map(math.prod, stage.work.values()))
         operators.update(stage.fused)
         operators.update(write_stage(job, model, folder, stage.name, others))
     report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)}
-    return report | {"kept_fp32": kept, "quantized": quantized}
+    return report | {"kept_fp32": kept, "quantized": quantized, "fp32_share": in_fp32 / max(1, in_all)}
 
 
 CONVERTERS = {"torch": to_checkpoint, "ort": to_graphs, "openvino": to_graphs, "trt": to_graphs}
@@ -219,16 +284,17 @@ CONVERTERS = {"torch": to_checkpoint, "ort": to_graphs, "openvino": to_graphs, "
 # Measure -----------------------------------------------------------------------------------------------------
 
 
-def measure(job: Job, made: Bundle) -> Report:
+def measure(job: Job, made: Bundle, logits: Float32 | None) -> Report:
     """Fidelity to the source's logits on the job's rows, and the effect of more padding.
 
+    logits: of the new bundle, where they are known already.
     Raises ExportError for logits that are not finite, and when padding changes them by more than `LEAK`.
     """
     with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path) as folder:
         if (job.target, job.precision) == ("trt", "bf16"):
             made = emulate_bf16(made, Path(folder))
         label_logits = reference_logits if job.target == "torch" else run_stages
-        logits = label_logits(made, job.batch, job.prompts)
+        logits = label_logits(made, job.batch, job.prompts) if logits is None else logits
         if not np.isfinite(logits).all():
             raise ExportError(f"the {job.precision} bundle has NaN or infinite logits on real rows")
         rows = job.batch.rows(slice(0, 8))
@@ -237,4 +303,4 @@ def measure(job: Job, made: Bundle) -> Report:
     if leak > LEAK:
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
     counts = {"rows": len(job.batch), "candidates": len(job.prompts)}
-    return {**fidelity(logits, run_stages(job.bundle, job.batch, job.prompts)), "padding_error": leak, **counts}
+    return {**fidelity(logits, job.reference), "padding_error": leak, **counts}

@@ -16,6 +16,7 @@ import onnx
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.errors import ExportError
+from bbt_accel.exporters.openvino_ir import StageReader, precision_hint
 
 Feeds = dict[str, Any]
 """Inputs or outputs of a stage by name, numpy."""
@@ -27,7 +28,7 @@ RunStage = Callable[[Feeds], Feeds]
 def open_stage(bundle: Bundle, stage: str) -> RunStage:
     """One stage of a bundle. Its outputs have the names of the next stage's inputs."""
     if bundle.info.target == "openvino":
-        return openvino_stage(bundle.path / f"{stage}.xml", bundle.info.precision)
+        return openvino_stage(bundle, stage)
     return onnx_stage(bundle.path / f"{stage}.onnx")
 
 
@@ -50,7 +51,9 @@ def open_session(file: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised anyway
-    return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+    # Folding constants would transpose all weights in memory; without it, matmuls take them as they are.
+    folding = ["ConstantFolding"]
+    return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"], disabled_optimizers=folding)
 
 
 @contextmanager
@@ -65,14 +68,12 @@ def temporary_graph(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
         file.with_suffix(".onnx.data").unlink(missing_ok=True)
 
 
-def openvino_stage(file: Path, precision: str) -> RunStage:
-    """An OpenVINO model. Without the hint, OpenVINO would compute fp32 graphs in bf16 on processors that have it."""
-    import openvino
+def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
+    """An OpenVINO model."""
+    reader = StageReader(bundle.path)
+    model = reader.compile(stage, precision_hint(bundle.info))
 
-    hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-    model = openvino.Core().compile_model(str(file), "CPU", hint)
-
-    def run(feeds: Feeds) -> Feeds:
+    def run(feeds: Feeds, reader: StageReader = reader) -> Feeds:  # the reader lives as long as the model
         found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})
         return {o.get_any_name().removesuffix("_out"): np.array(found[o]) for o in model.outputs}
 
@@ -85,6 +86,7 @@ def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
     for stage in bundle.info.stages:
         run, own = open_stage(bundle, stage), prompt_feeds(bundle.info, stage, prompts)
         feeds = [feed | run(feed | own) for feed in feeds]
+        del run  # before the next stage is loaded
     return np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
 
 

@@ -19,9 +19,24 @@ from onnx import TensorProto, helper, numpy_helper
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
 from bbt_accel.exporters.calibration import Channels, TaskRows, channels, random_prompts
-from bbt_accel.exporters.int8 import SPLIT_SHARE, SplitRange, calibrate, fit_range, select_fp32, split_weight, to_int8
+from bbt_accel.exporters.int8 import (
+    MEASUREMENTS,
+    SPLIT_SHARE,
+    Matmul,
+    SplitRange,
+    SwitchableStage,
+    by_sensitivity,
+    calibrate,
+    fit_range,
+    keep_more,
+    make_switchable,
+    run_from,
+    split_weight,
+    switch,
+    to_int8,
+)
 from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.sessions import open_session, run_stages
+from bbt_accel.exporters.sessions import Feeds, open_session, run_stages
 from bbt_accel.exporters.validate import relative_rmse
 from bbt_accel.progress import silent
 
@@ -151,12 +166,68 @@ def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, t
     source = tiny("bert", "bbt", "cat")
     batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
     with ExitStack() as files:
-        stages, _ = calibrate(files, source, "ort", batch, prompts, tmp_path, silent)
-        kept = [select_fp32(stages, limit, tmp_path) for limit in (1, 3e-3, 1e-3, 0)]
-    assert kept[0] == set()
-    assert kept[0] < kept[3]
-    assert kept[1] <= kept[2] <= kept[3]
+        stages = calibrate(files, source, "ort", batch, prompts, tmp_path, silent)
+        switchable = make_switchable(stages, tmp_path)
+        ranked = by_sensitivity(switchable)
+    exact = run_from(switchable, 0, [matmul for matmul, _ in ranked])
+    errors = [
+        relative_rmse(run_from(switchable, 0, [matmul for matmul, _ in ranked[:kept]]), exact)
+        for kept in range(len(ranked) + 1)
+    ]
+    assert errors[-1] == 0 < min(errors[:-1])
+    assert errors[len(errors) // 2] < errors[0]
     assert not list(tmp_path.iterdir())
+
+
+@few
+@given(errors=st.lists(st.floats(0, 1), min_size=1, max_size=9), share=st.sampled_from([0, 0.3, 0.99]), data=st.data())
+def test_the_next_matmuls_to_keep_leave_the_share_of_the_error_that_is_allowed(
+    errors: list[float], share: float, data: st.DataObject
+) -> None:
+    ranked = [(("model", str(i)), error) for i, error in enumerate(errors)]
+    kept = data.draw(st.integers(0, len(errors) - 1))
+    more = keep_more(ranked, kept, share)
+    assert kept < more <= len(errors)
+    assert sum(errors[more:]) <= share * sum(errors[kept:])
+    assert more == kept + 1 or sum(errors[more - 1 :]) > share * sum(errors[kept:])
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[list[SwitchableStage], dict[Matmul, float], list[int]]:
+    """Stages whose matmuls add noise to the logits while they are in int8; the noise of each; and a list of runs."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shapes = [(int(t), 8, 8) for t in rng.choice([4, 40, 400], draw(st.integers(1, 3)), replace=False)]
+    depth, runs = draw(st.integers(1, 3)), list[int]()
+    noise = {(f"s{i}", f"m{j}"): float(rng.lognormal(-5, 1.5)) for i in range(depth) for j in range(12)}
+    directions = {matmul: rng.standard_normal((2, 30, 4)) for matmul in noise}
+    logits = rng.standard_normal((2, 30, 4))
+
+    def stage(i: int) -> SwitchableStage:
+        own = [matmul for matmul in noise if matmul[0] == f"s{i}"]
+
+        def run(feeds: Feeds) -> Feeds:
+            runs.append(i)
+            rounded = [matmul for matmul in own if not feeds[switch(matmul[1])]]
+            before = feeds.get("label_logits", logits)
+            return {"label_logits": before + sum(noise[matmul] * directions[matmul] for matmul in rounded)}
+
+        work = {name: shapes[j % len(shapes)] for j, (_, name) in enumerate(own)}
+        return SwitchableStage(f"s{i}", run, work, [{}])
+
+    return [stage(i) for i in range(depth)], noise, runs
+
+
+@few
+@given(network=networks())
+def test_few_measurements_rank_the_matmuls(
+    network: tuple[list[SwitchableStage], dict[Matmul, float], list[int]],
+) -> None:
+    stages, noise, runs = network
+    ranked = by_sensitivity(stages)
+    assert runs.count(len(stages) - 1) <= MEASUREMENTS + 1
+    assert {matmul for matmul, _ in ranked} == noise.keys()
+    total = relative_rmse(run_from(stages, 0, []), run_from(stages, 0, noise)) ** 2
+    assert sum(error for _, error in ranked) == pytest.approx(total, rel=0.5)
 
 
 def test_relative_rmse_ignores_an_offset_that_all_classes_share() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,19 +13,21 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from bbt_accel import engine_specs
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle
 from bbt_accel.data import load_few_shot
 from bbt_accel.demo import BACKBONE, DATA
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import Backend, EngineSpec
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BundleError, ExportError, UsageError
-from bbt_accel.exporters import convert, optimize
+from bbt_accel.exporters import graph, openvino_ir, optimize
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.convert import convert_checkpoint
 from bbt_accel.exporters.half import to_half
@@ -81,6 +84,7 @@ def test_the_report_says_what_was_done(tiny: Tiny, tmp_path: Path) -> None:
     # All but the first block's projections, which are shared, and what the last block does at the readout alone.
     assert report["quantized"] == 6 * made.info.n_layers - 3 - 4
     assert report["fp32_fallback"] == []
+    assert 0 < float(str(report["fp32_share"])) < 0.3
     assert 0 <= float(str(report["agreement"])) <= 1
     assert {"logit_error", "logit_rmse", "padding_error", "bytes", "bytes_before", "kept_fp32"} <= set(report)
 
@@ -126,6 +130,48 @@ def test_an_optimized_bundle_has_its_weights_once(tiny: Tiny, tmp_path: Path) ->
     assert sum(int(dict(p)["length"]) for p in places) <= (made.path / "weights.data").stat().st_size
 
 
+@pytest.mark.parametrize("variant", [("roberta", "bbt", "add"), ("llama", "bbt", "cat")], ids="-".join)
+def test_no_weight_is_transposed_at_load(tiny: Tiny, tmp_path: Path, variant: tuple[str, str, str]) -> None:
+    """A node that transposes a weight would hold a second copy of all of them in memory."""
+    made = optimize_bundle(tiny(*variant).path, tmp_path / "made")
+    assert not (made.path / "weights.data").exists() or (made.path / "weights.data").stat().st_size < 20_000
+    for stage in made.info.stages:
+        read = onnx.load(made.path / f"{stage}.onnx", load_external_data=False).graph
+        weights = {t.name for t in read.initializer if len(t.dims) == 2}
+        assert not [node.name for node in read.node if node.op_type == "Transpose" and node.input[0] in weights]
+        assert [node.name for node in read.node if node.op_type == "FusedMatMul" and node.input[1] in weights]
+
+
+@pytest.mark.parametrize("variant", [("llama", "bbt", "cat"), ("gpt2", "bbtv2", "add")], ids="-".join)
+def test_an_openvino_bundle_has_its_weights_once(tiny: Tiny, tmp_path: Path, variant: tuple[str, str, str]) -> None:
+    """A decoder's context has the same blocks as its rows, and an input embedding may be the output's."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    source = tiny(*variant)
+    made = optimize_bundle(source.path, tmp_path / "made", target="openvino")
+    assert {file.name for file in made.path.glob("*.bin")} == {OPENVINO_WEIGHTS}
+    assert OPENVINO_WEIGHTS in made.info.sha256
+    parameters = (source.path / "model.safetensors").stat().st_size
+    assert (made.path / OPENVINO_WEIGHTS).stat().st_size < 1.1 * parameters
+    moved = tmp_path / "moved"
+    shutil.copytree(made.path, moved)
+    prompts = prompts_for(source)
+    np.testing.assert_allclose(logits(Bundle.read(moved), prompts), logits(source, prompts), atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(contents=st.lists(st.binary(max_size=9), max_size=12), align=st.sampled_from([1, 8, 64]))
+def test_a_weight_file_holds_each_content_once(contents: list[bytes], align: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        weights = graph.NewWeights(Path(folder) / "weights")
+        places = [weights.place(content, align) for content in contents]
+        stored = weights.file.read_bytes() if contents else b""
+    for content, place in zip(contents, places, strict=True):
+        assert place is not None
+        assert place % align == 0
+        assert stored[place : place + len(content)] == content
+    assert len(stored) <= sum(len(content) + align - 1 for content in set(contents))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("variant", FAMILIES, ids="-".join)
 def test_a_bundle_for_pytorch_holds_the_checkpoint_in_its_precision(
@@ -165,8 +211,8 @@ def test_openvino_computes_a_bf16_bundle_in_bf16(tiny: Tiny, tmp_path: Path, var
     made = optimize_bundle(source.path, tmp_path / "made", precision="bf16", target="openvino")
     whole = optimize_bundle(source.path, tmp_path / "whole", target="openvino")
     assert (made.info.precision, whole.info.precision) == ("bf16", "fp32")
-    for stage in made.info.stages:  # bf16 is how the graphs are compiled, not what they hold
-        assert (made.path / f"{stage}.bin").read_bytes() == (whole.path / f"{stage}.bin").read_bytes()
+    # bf16 is how the graphs are compiled, not what they hold.
+    assert (made.path / OPENVINO_WEIGHTS).read_bytes() == (whole.path / OPENVINO_WEIGHTS).read_bytes()
     report, exact = made.info.optimization or {}, whole.info.optimization or {}
     assert exact["logit_rmse"] < 1e-4 < report["logit_rmse"] < 0.1  # type: ignore[operator]
     assert report["agreement"] >= 0.9  # type: ignore[operator]
@@ -184,9 +230,9 @@ def test_the_report_says_when_a_processor_has_no_bf16(
     monkeypatch: pytest.MonkeyPatch, features: list[str], capabilities: list[str], expected: str
 ) -> None:
     core = SimpleNamespace(get_property=lambda device, name: ["FP32", *capabilities])
-    monkeypatch.setattr(convert, "describe_machine", lambda: {"features": features})
+    monkeypatch.setattr(openvino_ir, "describe_machine", lambda: {"features": features})
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))  # type: ignore[arg-type]
-    assert convert.openvino_bf16().startswith(expected)
+    assert openvino_ir.openvino_bf16().startswith(expected)
 
 
 def test_calibration_rows_are_those_of_the_tasks_preset(exported: Callable[..., Bundle], tmp_path: Path) -> None:

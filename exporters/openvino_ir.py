@@ -1,0 +1,86 @@
+"""OpenVINO's own format: every stage's graph as XML, and one file that holds the constants of all of them.
+
+OpenVINO itself writes a file of constants for each graph, so that a decoder's blocks would be stored twice.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from bbt_accel.bundle import OPENVINO_WEIGHTS, BundleInfo
+from bbt_accel.machine import describe_machine
+
+if TYPE_CHECKING:
+    from bbt_accel.exporters.graph import NewWeights
+
+ALIGNMENT = 64
+"""Of constants, which are mapped: bytes of a vector register. Memory pages would cost more than small constants."""
+
+
+def save_openvino(file: Path, folder: Path, stage: str, weights: NewWeights) -> Counter[str]:
+    """Write an ONNX file in OpenVINO's format. Returns the count of each operator.
+
+    OpenVINO's low-precision transformations turn quantized matmuls into 8-bit ones when the graph is loaded.
+    """
+    import openvino
+
+    converted = openvino.convert_model(file)
+    xml = folder / f"{stage}.xml"
+    openvino.save_model(converted, xml, compress_to_fp16=False)
+    operators = Counter(op.get_type_name() for op in converted.get_ops())
+    share_constants(xml, weights)
+    return operators
+
+
+def share_constants(xml: Path, weights: NewWeights) -> None:
+    """Move the constants of a saved model to the file that all stages share, each stored once."""
+    own, tree = xml.with_suffix(".bin"), ElementTree.parse(xml)
+    with own.open("rb") as stream:
+        for data in tree.iterfind(".//layer[@type='Const']/data"):
+            stream.seek(int(data.attrib["offset"]))
+            data.set("offset", str(weights.place(stream.read(int(data.attrib["size"])), ALIGNMENT)))
+    tree.write(xml, encoding="utf-8", xml_declaration=True)
+    own.unlink()
+
+
+class StageReader:
+    """Reads the stages of a bundle, whose constants it maps into memory once. It must outlive what is compiled."""
+
+    def __init__(self, folder: Path) -> None:
+        import openvino
+
+        self.folder, self.core = folder, openvino.Core()
+        with (folder / OPENVINO_WEIGHTS).open("rb") as stream:
+            # OpenVINO refuses arrays that cannot be written to, but does not write.
+            self.pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.weights = openvino.Tensor(np.frombuffer(self.pages, np.uint8), shared_memory=True)
+
+    def compile(self, stage: str, config: dict[str, str]) -> Any:
+        """A stage compiled for the CPU, which has most of its weights in a format of its own."""
+        model = self.core.read_model((self.folder / f"{stage}.xml").read_text(encoding="utf-8"), self.weights)
+        compiled = self.core.compile_model(model, "CPU", config)
+        if hasattr(mmap, "MADV_DONTNEED"):  # what was read to compile is read again only where it is used in place
+            self.pages.madvise(mmap.MADV_DONTNEED)
+        return compiled
+
+
+def precision_hint(info: BundleInfo) -> dict[str, str]:
+    """Without a hint, OpenVINO would compute fp32 graphs in bf16 on processors that have it."""
+    return {"INFERENCE_PRECISION_HINT": "bf16" if info.precision == "bf16" else "f32"}
+
+
+def openvino_bf16() -> str:
+    """How OpenVINO computes bf16 on this processor: natively, emulated (much slower than fp32), or not at all."""
+    import openvino
+
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return "not supported by this processor: computed in fp32"
+    if "bf16" in describe_machine()["features"]:
+        return "native"
+    return "emulated by this processor: slower than fp32"  # AVX-512 without bf16
