@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 # The models.
 BACKBONE = "backbone"  # from prompts to label logits
+OUTPUTS = "backbone_outputs"  # from prompts to label logits and hidden states
 LAYER = "backbone_layer"  # bbtv2: from candidates of one layer to label logits; the server caches the layers below it
 STDS = "backbone_stds"  # bbtv2: the standard deviation of the hidden states that enter each block
 CLASSIFIER = "classifier"  # from texts to labels and probabilities, with a tuned prompt

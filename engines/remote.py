@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from bbt_accel import inference_protocol as protocol
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import STATES, Bundle
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError, clipped
@@ -206,7 +206,7 @@ class RemoteBoundBatch(BoundBatch):
         self.engine, self.rows = engine, batch.inputs()
         self.hash: str | None = None  # as the server returned it; None until it has the rows
 
-    def infer(self, model: str, own: dict[str, Any], output: str) -> Float32:
+    def infer(self, model: str, own: dict[str, Any], outputs: Sequence[str]) -> dict[str, Float32]:
         server, result = self.engine.server, None
         if self.hash is not None:
             try:
@@ -217,24 +217,34 @@ class RemoteBoundBatch(BoundBatch):
         if result is None:
             result = server.infer(model, {**own, **self.rows})
             self.hash = str(result.get_response().get("parameters", {}).get(protocol.ROWS))
-        found = result.as_numpy(output)
-        if found is None:
-            raise EngineError(f"{server.url} responded without {output}")
-        return np.array(found, np.float32)
+        found = {name: result.as_numpy(name) for name in outputs}
+        for name, value in found.items():
+            if value is None:
+                raise EngineError(f"{server.url} responded without {name}")
+        return {name: np.array(value, np.float32) for name, value in found.items()}
 
     def _label_logits(self, population: Population) -> Float32:
-        candidates = np.asarray(population.candidates)  # this engine does not project
-        model, name, other = protocol.BACKBONE, "prompts", dict[str, Any]()
-        if population.layer is not None:
-            model, name = protocol.LAYER, "candidates"
-            other = {"stack": population.fixed, "layer": np.array([population.layer], np.int64)}
+        if population.layer is None:
+            return self.request(protocol.BACKBONE, "prompts", population, ["label_logits"])["label_logits"]
+        other = {"stack": population.fixed, "layer": np.array([population.layer], np.int64)}
+        return self.request(protocol.LAYER, "candidates", population, ["label_logits"], other)["label_logits"]
+
+    def _outputs(self, population: Population) -> dict[str, Float32]:
+        return self.request(protocol.OUTPUTS, "prompts", population.whole(), ["label_logits", *STATES])
+
+    def request(
+        self, model: str, name: str, population: Population, outputs: Sequence[str], other: dict[str, Any] | None = None
+    ) -> dict[str, Float32]:
+        """Outputs of all candidates, as many per request as the server takes."""
+        candidates, other = np.asarray(population.candidates), other or {}  # this engine does not project
         room = self.engine.max_bytes - HEAD - sum(array.nbytes for array in (*other.values(), *self.rows.values()))
         step = max(1, min(self.engine.max_batch // len(self.batch), room // candidates[:1].nbytes))
         parts = [candidates[i : i + step] for i in range(0, len(candidates), step)]
-        return np.concatenate([self.infer(model, {name: part, **other}, "label_logits") for part in parts])
+        found = [self.infer(model, {name: part, **other}, outputs) for part in parts]
+        return {output: np.concatenate([each[output] for each in found]) for output in outputs}
 
     def layer_stds(self) -> Float32:
-        return self.infer(protocol.STDS, {}, "layer_stds")
+        return self.infer(protocol.STDS, {}, ["layer_stds"])["layer_stds"]
 
 
 class TritonEngine(StagedEngine):

@@ -122,6 +122,9 @@ def test_a_real_backbone_gives_the_same_numbers(tiny: Export, name: str, method:
         with load_engine(bundle, "remote", url=url) as far, local.bind(found) as near, far.bind(found) as there:
             population = prompts(bundle)
             np.testing.assert_array_equal(there.label_logits(population), near.label_logits(population))
+            outputs = near.outputs(population)
+            for output, value in there.outputs(population).items():
+                np.testing.assert_array_equal(value, outputs[output])
             if method == "bbtv2":
                 np.testing.assert_array_equal(there.layer_stds(), near.layer_stds())
                 for layer in range(bundle.info.n_layers):

@@ -95,7 +95,7 @@ def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").status_code == 200
     server = client.get("/v2").json()
-    assert (server["name"], server["models"]) == ("bbt-accel", ["backbone"])
+    assert (server["name"], server["models"]) == ("bbt-accel", ["backbone", "backbone_outputs"])
     assert {"binary_tensor_data", "bbt_accel_rows"} <= set(server["extensions"])
     for path in ("/v2/models/backbone", "/v2/models/backbone/versions/1"):
         model = client.get(path).json()
@@ -103,7 +103,7 @@ def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
         assert model["outputs"] == [{"name": "label_logits", "datatype": "FP32", "shape": [-1, -1, -1]}]
         assert client.get(f"{path}/ready").json() == {"name": "backbone", "ready": True}
         assert client.get(f"{path}/config").json()["parameters"]["bundle"]["string_value"] == plain.digest
-    assert client.post("/v2/repository/index").json() == [{"name": "backbone", "version": "1", "state": "READY"}]
+    assert client.post("/v2/repository/index").json()[0] == {"name": "backbone", "version": "1", "state": "READY"}
 
 
 def test_json_and_binary_return_the_engines_numbers_bit_for_bit(bundle: Bundle) -> None:

@@ -13,10 +13,21 @@ import numpy as np
 
 import bbt_accel
 from bbt_accel.batch import Batch
+from bbt_accel.bundle import STATES
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.errors import RequestError
 from bbt_accel.inference import Classifier
-from bbt_accel.inference_protocol import BACKBONE, CLASSIFIER, DIGEST, LAYER, ROWS, STDS, UNKNOWN_ROWS, backbone_name
+from bbt_accel.inference_protocol import (
+    BACKBONE,
+    CLASSIFIER,
+    DIGEST,
+    LAYER,
+    OUTPUTS,
+    ROWS,
+    STDS,
+    UNKNOWN_ROWS,
+    backbone_name,
+)
 from bbt_accel.population import Population
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
@@ -27,7 +38,7 @@ OPTIONAL = {"decoder_input_ids": "encoder-decoder", "context_ids": "decoder"}
 _DIMENSIONS = {"input_ids": 2, "attention_mask": 2, "readout": 1, "label_token_ids": 1}
 _DIMENSIONS |= {"decoder_input_ids": 2, "context_ids": 1}
 ROW_INPUTS = {name: TensorSpec(name, "INT64", (-1,) * rank) for name, rank in _DIMENSIONS.items()}
-Compute = Callable[[BoundBatch, Tensors], Tensor]  # from bound rows and the inputs by name to the output
+Compute = Callable[[BoundBatch, Tensors], Tensors]  # from bound rows and the inputs to the outputs, by name
 
 
 class Model(ABC):
@@ -134,16 +145,16 @@ def rows_hash(tensors: Tensors) -> str:
 
 
 class RowModel(Model):
-    """A model that computes one output from cached rows and from its `own` inputs, the first of them the candidates."""
+    """A model of cached rows and its `own` inputs, the first of them the candidates."""
 
     def __init__(
-        self, name: str, cache: RowCache, own: tuple[TensorSpec, ...], output: TensorSpec, compute: Compute
+        self, name: str, cache: RowCache, own: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], compute: Compute
     ) -> None:
         super().__init__(name, cache.engine, cache.limits)
         self.cache, self.own, self.compute = cache, own, compute
         here = self.engine.bundle.info.architecture
         self.inputs = (*own, *(spec for name, spec in ROW_INPUTS.items() if OPTIONAL.get(name, here) == here))
-        self.outputs = (output,)
+        self.outputs = outputs
 
     def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
         for spec in self.own:
@@ -154,7 +165,7 @@ class RowModel(Model):
         if candidates * count > self.limits.batch:
             problem = f"{candidates} candidates times {count} rows exceed {self.limits.batch}"
             raise RequestError(f"{problem}; send fewer", 413)
-        return {self.outputs[0].name: self.compute(rows, tensors)}, {ROWS: digest}
+        return self.compute(rows, tensors), {ROWS: digest}
 
 
 class PromptedClassifier(Model):
@@ -191,15 +202,25 @@ class PromptedClassifier(Model):
 def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[Model]:
     """The models of a bundle, and of a run on it.
 
-    For both methods label logits (P, N, C) of prompts (P, n, H) or (P, L, n, H); for bbtv2 also those of candidates
+    For both methods label logits (P, N, C) of prompts (P, n, H) or (P, L, n, H), and in another model hidden states
+    (P, N, H) besides, as `BoundBatch.outputs`; for bbtv2 also label logits of candidates
     (P, n, H) for one layer of a stack (L, n, H) whose other layers are fixed, and the standard deviations (L,) of the
     hidden states that enter each block when all prompts are zero.
     """
     cache, info = RowCache(engine, limits), engine.bundle.info
     logits = TensorSpec("label_logits", "FP32", (-1, -1, -1))
     prompts = TensorSpec("prompts", "FP32", (-1, *info.prompt_shape))
+    states = tuple(TensorSpec(name, "FP32", (-1, -1, info.hidden_size)) for name in STATES)
+
+    def label_logits(rows: BoundBatch, given: Tensors) -> Tensors:
+        return {"label_logits": rows.label_logits(given["prompts"])}
+
+    def outputs(rows: BoundBatch, given: Tensors) -> Tensors:
+        return dict(rows.outputs(given["prompts"]))
+
     models: list[Model] = [
-        RowModel(BACKBONE, cache, (prompts,), logits, lambda rows, given: rows.label_logits(given["prompts"]))
+        RowModel(BACKBONE, cache, (prompts,), (logits,), label_logits),
+        RowModel(OUTPUTS, cache, (prompts,), (logits, *states), outputs),
     ]
     if info.method == "bbtv2":
         own = (
@@ -208,10 +229,11 @@ def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[
             TensorSpec("layer", "INT64", (1,)),
         )
         stds = TensorSpec("layer_stds", "FP32", (info.n_layers,))
-        models.append(RowModel(LAYER, cache, own, logits, _layer_logits))
-        models.append(RowModel(STDS, cache, (), stds, lambda rows, given: rows.layer_stds()))
+        models.append(RowModel(LAYER, cache, own, (logits,), _layer_logits))
+        models.append(RowModel(STDS, cache, (), (stds,), lambda rows, given: {"layer_stds": rows.layer_stds()}))
     return models if run is None else [*models, PromptedClassifier(engine, limits, run)]
 
 
-def _layer_logits(rows: BoundBatch, given: Tensors) -> Tensor:
-    return rows.label_logits(Population(given["candidates"], int(given["layer"][0]), given["stack"]))
+def _layer_logits(rows: BoundBatch, given: Tensors) -> Tensors:
+    population = Population(given["candidates"], int(given["layer"][0]), given["stack"])
+    return {"label_logits": rows.label_logits(population)}
