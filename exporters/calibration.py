@@ -24,8 +24,8 @@ from bbt_accel.tasks import load_task
 
 ROWS = 32
 """Rows that a bundle is calibrated and measured on, at most."""
-ROWS_PER_CALL = 4
-"""Of calibration."""
+ROWS_PER_CALL = 2
+"""Of calibration: more take more memory, and make the runs longer that measure the sensitivity of matmuls."""
 TEST_ROWS = 4096
 """Test rows whose lengths are looked at, at most."""
 SCALES = (0.0, 1.0, 3.0, 6.0)

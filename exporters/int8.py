@@ -33,9 +33,9 @@ from bbt_accel.exporters.sessions import Feeds, RunStage, initial_feeds, onnx_st
 from bbt_accel.exporters.validate import relative_rmse
 from bbt_accel.progress import Tell
 
-FEW_TOKENS = 0.25
+FEW_TOKENS = 0.4
 """Weights that meet at most this share of the tokens stay in fp32: matmuls once per row or candidate (calibration has
-four of each in a call), at the readout position, or in a short decoder. They are little of the work."""
+two rows and four candidates in a call), at the readout position, or in a short decoder. They are little of the work."""
 SPLIT_SHARE = 1 / 16
 """Extra columns for outlier channels, at most, relative to the channels: their relative cost is of that order."""
 
