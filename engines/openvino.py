@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import openvino
@@ -38,7 +39,7 @@ class OpenVinoEngine(StagedEngine):
                     raise EngineError(f"{file} is no ONNX graph; export the bundle again")
             return openvino.Core().compile_model(str(file), "CPU", config).create_infer_request()
 
-    def run(self, stage: str, inputs: Arrays) -> Arrays:
+    def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
         request = self.requests[stage]
         names = [i.get_any_name() for i in request.model_inputs]
         with failing("OpenVINO", f"in {stage}", RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 import numpy as np
@@ -56,7 +57,7 @@ class TorchEngine(StagedEngine):
         self.on_device = self.device == "cuda"
 
     @torch.inference_mode()
-    def run(self, stage: str, inputs: Arrays) -> Arrays:
+    def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
         with failing("PyTorch", f"in {stage}", RuntimeError, IndexError):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])

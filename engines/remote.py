@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,13 +102,17 @@ class Server:
             return EngineError(f"cannot query {self.url} ({error}); check --url")
         raise error
 
-    def infer(self, model: str, arrays: Mapping[str, Any], rows: str | None = None) -> Any:
-        """The result of one request with these arrays, and a hash that refers to rows."""
+    def infer(
+        self, model: str, arrays: Mapping[str, Any], rows: str | None = None, outputs: Sequence[str] | None = None
+    ) -> Any:
+        """The result of one request with these arrays, and a hash that refers to rows. outputs: all unless given."""
         inputs = [
             triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)).set_data_from_numpy(array)
             for name, array in arrays.items()
         ]
-        return self.ask(self.client.infer, model, inputs, parameters=None if rows is None else {protocol.ROWS: rows})
+        parameters = None if rows is None else {protocol.ROWS: rows}
+        wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
+        return self.ask(self.client.infer, model, inputs, outputs=wanted, parameters=parameters)
 
     def check(self, bundle: Bundle, model: str) -> dict[str, str]:
         """The parameters of a model's configuration, if any. Raises BundleError when they name another bundle."""
@@ -260,10 +264,12 @@ class TritonEngine(StagedEngine):
         self.server = server
         name = server.model or bundle.path.resolve().name
         self.models = {stage: protocol.stage_model(name, stage) for stage in bundle.info.stages}
-        self.inputs = {stage: self.inputs_of(stage, model) for stage, model in self.models.items()}
+        self.inputs, self.outputs = dict[str, list[str]](), dict[str, list[str]]()
+        for stage, model in self.models.items():
+            self.inputs[stage], self.outputs[stage] = self.tensors_of(stage, model)
 
-    def inputs_of(self, stage: str, model: str) -> list[str]:
-        """Names of a model's inputs. Raises BundleError for another bundle, or prompts of another shape."""
+    def tensors_of(self, stage: str, model: str) -> tuple[list[str], list[str]]:
+        """Names of a model's inputs and outputs. BundleError for another bundle, or prompts of another shape."""
         self.server.check(self.bundle, model)
         metadata = self.server.ask(self.server.client.get_model_metadata, model)
         shapes = {tensor["name"]: [int(size) for size in tensor["shape"]] for tensor in metadata["inputs"]}
@@ -271,11 +277,12 @@ class TritonEngine(StagedEngine):
         if stage not in ("context", "embed") and found != wanted:
             takes = f"model {model} of {self.server.url} takes prompts {found}, not {wanted}"
             raise BundleError(f"{takes}; it belongs to another bundle")
-        return list(shapes)
+        return list(shapes), [tensor["name"] for tensor in metadata["outputs"]]
 
-    def run(self, stage: str, inputs: Arrays) -> Arrays:
+    def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
         arrays = {name: np.ascontiguousarray(inputs[name]) for name in self.inputs[stage]}
-        result = self.server.infer(self.models[stage], arrays)
+        wanted = [name for name in self.outputs[stage] if name not in skip]
+        result = self.server.infer(self.models[stage], arrays, outputs=wanted)
         return {out["name"]: result.as_numpy(out["name"]) for out in result.get_response()["outputs"]}
 
     def versions(self) -> dict[str, str]:

@@ -60,8 +60,11 @@ class StagedEngine(Engine):
                 raise UsageError(f"{name} is part of the graphs of {self.bundle.path}: export --without {name}")
 
     @abstractmethod
-    def run(self, stage: str, inputs: Arrays) -> Arrays:
-        """Run one stage; outputs by name. Inputs that the stage does not take are ignored."""
+    def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
+        """Run one stage; outputs by name. Inputs that the stage does not take are ignored.
+
+        skip: outputs that nobody reads; an engine for which they cost something leaves them out.
+        """
 
     def to_device(self, array: Float32 | Int64) -> Array:
         return np.ascontiguousarray(array)
@@ -160,12 +163,12 @@ class StagedBoundBatch(BoundBatch):
         return self.gather(population, ["label_logits"])["label_logits"]
 
     def _outputs(self, population: Population) -> dict[str, Float32]:
-        return self.gather(population, [*STATES, "label_logits"])
+        return self.gather(population, ["label_logits", *STATES])
 
     def gather(self, population: Population, names: Collection[str]) -> dict[str, Float32]:
         """Outputs of all calls by name, on the host: (P, N, …)."""
         whole: dict[str, Float32] = {}
-        for bucket, some, found in self.calls(population):
+        for bucket, some, found in self.calls(population, [name for name in STATES if name not in names]):
             for name in names:
                 part = self.engine.to_host(found[name])
                 if name not in whole:
@@ -186,7 +189,7 @@ class StagedBoundBatch(BoundBatch):
             found[some] += self.engine.to_host(part)
         return found
 
-    def calls(self, population: Population) -> Iterator[tuple[Bucket, slice, Arrays]]:
+    def calls(self, population: Population, skip: Collection[str] = STATES) -> Iterator[tuple[Bucket, slice, Arrays]]:
         """Run the population on every bucket, a few candidates at a time; yields their outputs on the device."""
         if not self.buckets:
             raise EngineError("these rows are closed; bind them again")
@@ -202,9 +205,9 @@ class StagedBoundBatch(BoundBatch):
                 if self.engine.on_device:  # one upload serves all buckets; on a host a copy would only take memory
                     uploaded[key] = prompts
                 if self.info.method == "bbt":
-                    outputs = self.engine.run("model", {**bucket.inputs, "prompts": prompts[0]})
+                    outputs = self.engine.run("model", {**bucket.inputs, "prompts": prompts[0]}, skip)
                 else:
-                    outputs = self.run_from(population.layer or 0, bucket, state, prompts)
+                    outputs = self.run_from(population.layer or 0, bucket, state, prompts, skip)
                 yield bucket, some, outputs
 
     def add_context(self, bucket: Bucket) -> None:
@@ -246,11 +249,13 @@ class StagedBoundBatch(BoundBatch):
         out = self.engine.run(f"block_{layer:02d}", {**bucket.inputs, **state, "prompts": prompts})
         return {name.removesuffix("_out"): value for name, value in out.items()}
 
-    def run_from(self, layer: int, bucket: Bucket, state: Arrays, prompts: list[Array]) -> Arrays:
+    def run_from(
+        self, layer: int, bucket: Bucket, state: Arrays, prompts: list[Array], skip: Collection[str]
+    ) -> Arrays:
         """From what enters block `layer` to the last outputs; one array of prompts for each block from there."""
         for i, own in enumerate(prompts[:-1]):
             state = self.run_block(layer + i, bucket, state, own)
-        return self.engine.run("last", {**bucket.inputs, **state, "prompts": prompts[-1]})
+        return self.engine.run("last", {**bucket.inputs, **state, "prompts": prompts[-1]}, skip)
 
     def layer_stds(self) -> Float32:
         buckets = self.upload_buckets(frozenset({"buckets"}), 1)  # the original measures the padded batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +133,7 @@ class TrtEngine(StagedEngine):
             raise EngineError(f"{why}; optimize again, with --calibrate and the task of these rows")
         return super().bind(batch)
 
-    def run(self, stage: str, inputs: Arrays) -> Arrays:
+    def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
         plan = self.plans[stage]
         given: list[DeviceArray] = [inputs[name] for name in plan.inputs]
         shapes = tuple(array.shape for array in given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class RepositoryEngine(StagedEngine):
             for stage, name in zip(bundle.info.stages, models, strict=True)
         }
 
-    def run(self, stage: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    def run(self, stage: str, inputs: dict[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
         session = self.sessions[stage]
         found = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
         return dict(zip([o.name for o in session.get_outputs()], found, strict=True))
