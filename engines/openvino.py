@@ -22,14 +22,15 @@ class OpenVinoEngine(StagedEngine):
 
     def load(self) -> None:
         super().load()
-        self.reader = StageReader(self.bundle.path) if self.bundle.info.target == "openvino" else None
+        with failing("OpenVINO", "to map the weights", ValueError):  # of an empty file
+            self.reader = StageReader(self.bundle.path) if self.bundle.info.target == "openvino" else None
         self.requests = {stage: self.open(stage) for stage in self.bundle.info.stages}
 
     def open(self, stage: str) -> Any:
         """Compile one stage."""
         threads = {"INFERENCE_NUM_THREADS": str(self.threads)} if self.threads else {}
         config = {"PERFORMANCE_HINT": "LATENCY", **precision_hint(self.bundle.info), **threads}
-        with failing("OpenVINO", f"to load {stage}", RuntimeError):
+        with failing("OpenVINO", f"to load {stage}", RuntimeError, ValueError):
             if self.reader is not None:
                 return self.reader.compile(stage, config).create_infer_request()
             file = self.bundle.path / f"{stage}.onnx"

@@ -337,6 +337,27 @@ class Corpus:
         for name in ("model.onnx", "model.safetensors"):
             for what, content in damaged_bytes((folder / name).read_bytes(), 10, 3):
                 yield from cases(f"{name} {what}", folder / name, content)
+        yield from self.optimized(folder)
+
+    def optimized(self, source: Path) -> Iterator[Case]:
+        """The files that one engine reads of a bundle that is optimized for it."""
+        from bbt_accel.exporters.optimize import optimize_bundle
+
+        for target in ("ort", "openvino"):
+            if find_spec("openvino") is None and target == "openvino":
+                continue
+            bundle = optimize_bundle(source, self.folder / f"for-{target}", target=target)
+            manifest = bundle.path / "bundle.json"
+            sound = json.loads(manifest.read_text())
+            read = partial(load_engine, bundle.path, target, threads=1)
+            for name in sound["sha256"]:
+                for what, content in damaged_bytes((bundle.path / name).read_bytes(), 11, 3):
+                    hashed = put(sound, ("sha256", name), hashlib.sha256(content).hexdigest())
+                    hashed["facts"] = facts_digest(json.dumps(hashed).encode())
+                    beside = ((manifest, json.dumps(hashed).encode()),)
+                    yield Case(
+                        f"optimized for {target}, {name}: {what}", bundle.path / name, content, read, beside=beside
+                    )
 
 
 def attack(case: Case) -> str | None:
