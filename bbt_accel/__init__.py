@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bbt_accel.batch import Batch as Batch
     from bbt_accel.bundle import Bundle as Bundle
+    from bbt_accel.classifier import PromptClassifier as PromptClassifier
     from bbt_accel.encoding import Encoder as Encoder
     from bbt_accel.engines.registry import load_engine as load_engine
     from bbt_accel.exporters.export import export_bundle as export_bundle
@@ -38,6 +39,7 @@ _HOME = {
     "Objective": "objective",
     "Population": "population",
     "Projection": "projection",
+    "PromptClassifier": "classifier",
     "Task": "tasks",
     "export_bundle": "exporters.export",
     "load_engine": "engines.registry",
