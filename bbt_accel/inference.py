@@ -12,11 +12,11 @@ import numpy as np
 from bbt_accel.batch import Float32, Float64
 from bbt_accel.data import Row, load_few_shot, load_rows
 from bbt_accel.encoding import Encoder
-from bbt_accel.engines.base import Engine
+from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError
 from bbt_accel.objective import Objective
-from bbt_accel.readout import Readout, log_softmax
+from bbt_accel.readout import Readout, batch_calibration, log_softmax, reads_states
 from bbt_accel.run import Run
 
 BATCH_SIZE = 64  # rows that an engine gets at a time
@@ -57,7 +57,7 @@ def evaluate(
         encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
         found, start = class_scores(loaded, encoder, rows, run), loaded.bundle.start_prompt()
         plain = Readout("verbalizer", encoder.classes).scores(outputs(loaded, encoder, rows, start))
-        logits = np.stack([found, plain, plain - log_softmax(plain).mean(0)])
+        logits = np.stack([found, plain, plain + batch_calibration(plain)])
         targets = np.array([row.label for row in rows])
         _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, targets)
         return {
@@ -135,11 +135,8 @@ def outputs(
         if readout is not None:
             batch = replace(batch, label_token_ids=np.concatenate([batch.label_token_ids, readout.token_ids]))
         with engine.bind(batch) as bound:
-            if readout is not None and readout.reads_states:
-                parts.append(bound.outputs(prompt[None]))
-            else:
-                parts.append({"label_logits": bound.label_logits(prompt[None])})
-    return {name: np.concatenate([part[name][0] for part in parts]) for name in parts[0]}
+            parts.append(read(bound, prompt, readout is not None and reads_states(readout.name)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _load(run: Run, options: EngineOptions) -> Engine:

@@ -51,11 +51,6 @@ class Readout:
     token_ids: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
     arrays: dict[str, Float64] = field(default_factory=dict)
 
-    @property
-    def reads_states(self) -> bool:
-        """Whether it needs hidden states besides label logits."""
-        return self.name not in ("verbalizer", "calibrated", "words")
-
     def class_logits(self, outputs: Outputs) -> Float64:
         """The verbalizer: float64 (…, N, C)."""
         return class_logits(outputs["label_logits"], self.classes)
@@ -87,6 +82,19 @@ class Readout:
                 return cls(tensors.metadata()["name"], arrays.pop("classes"), arrays.pop("token_ids"), arrays)
         except Exception as error:  # safetensors raises its own, besides OSError and KeyError
             raise RunError(f"cannot read {file} ({first_line(error)}); tune again") from None
+
+
+def reads_states(name: ReadoutName) -> bool:
+    """Whether a readout needs hidden states besides label logits."""
+    return name not in ("verbalizer", "calibrated", "words")
+
+
+def batch_calibration(logits: Float64) -> Float64:
+    """Minus the mean log-probability of each class, (…, N, C) to (…, C): a bias that needs no labels.
+
+    Zhou et al., ICLR 2024.
+    """
+    return np.asarray(-log_softmax(logits).mean(-2))
 
 
 def class_logits(label_logits: npt.ArrayLike, classes: Int64) -> Float64:
@@ -152,33 +160,28 @@ def fit(
     return Fitted(fitted(np.arange(len(targets))), held_out_scores(scores, targets, seed))
 
 
-def fit_bias(logits: Float64, targets: Int64) -> tuple[Float64, Float64]:
+def fit_bias(logits: Float64, targets: Int64) -> tuple[Float64, float]:
     """A bias b for each class, and the loss with it, which is mean CE(L + b, y) + λ‖b - b0‖².
 
-    b0 is that of batch calibration (Zhou et al., ICLR 2024), which needs no labels: minus the mean log-probability of
-    the class, over the rows. The problem is convex; it is solved by Newton's method.
-    logits: (…, N, C); targets: (N,). Returns float64 (…, C) and (…,): each of a population has a bias of its own.
+    b0 is that of batch calibration. The problem is convex; it is solved by Newton's method.
+    logits: (N, C); targets: (N,). Returns float64 (C,) and the loss.
     """
-    *population, N, C = logits.shape
+    N, C = logits.shape
     shares = np.bincount(targets, minlength=C) / N
-    start = -log_softmax(logits).mean(-2)
-    logits, bias = logits + start[..., None, :], np.zeros((*population, C))
+    start = batch_calibration(logits)
+    logits, bias = logits + start, np.zeros(C)
 
-    def objective(bias: Float64) -> Float64:
-        found = log_softmax(logits + bias[..., None, :])
-        return np.asarray(BIAS_PENALTY * (bias**2).sum(-1) - found[..., np.arange(N), targets].mean(-1))
+    def objective(bias: Float64) -> float:
+        return log_loss(logits + bias, targets) + BIAS_PENALTY * float(bias @ bias)
 
     value = objective(bias)
     for _ in range(50):
-        p = np.exp(log_softmax(logits + bias[..., None, :]))
-        gradient = p.mean(-2) - shares + 2 * BIAS_PENALTY * bias
-        hessian = 2 * BIAS_PENALTY * np.eye(C) - np.swapaxes(p, -1, -2) @ p / N
-        hessian[..., np.arange(C), np.arange(C)] += p.mean(-2)
-        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
-        lower = objective(bias - step)
-        while (worse := lower > value + 1e-12).any():  # some fraction of a Newton step lowers a convex function
-            step = np.where(worse[..., None], step / 2, step)
-            lower = objective(bias - step)
+        p = np.exp(log_softmax(logits + bias))
+        gradient = p.mean(0) - shares + 2 * BIAS_PENALTY * bias
+        hessian = np.diag(p.mean(0) + 2 * BIAS_PENALTY) - p.T @ p / N
+        step = np.linalg.solve(hessian, gradient)
+        while (lower := objective(bias - step)) > value + 1e-12:  # some fraction of a step lowers a convex function
+            step = step / 2
         bias, value = bias - step, lower
         if np.abs(step).max() < 1e-10:
             break
@@ -266,8 +269,8 @@ def prototype_scores(arrays: Mapping[str, Float64], state: npt.ArrayLike, logits
 def fit_prototypes(state: Float64, logits: Float64, targets: Int64, seed: int) -> dict[str, Float64]:
     """W and r, trained on the cross entropy with Adam (0.01, 30 epochs); the prototypes z_k are random and fixed.
 
-    The paper divides the label words' probabilities by those of an empty input. Here their mean log-probability over
-    the rows is subtracted (batch calibration: Zhou et al., ICLR 2024), which takes no further call.
+    The paper divides the label words' probabilities by those of an empty input. Here they get batch calibration, which
+    takes no further call.
     """
     rng, (N, H), C = np.random.default_rng(seed), state.shape, logits.shape[1]
     bound = np.sqrt(6 / (C + PROTOTYPE_SIZE))  # Xavier
@@ -276,7 +279,7 @@ def fit_prototypes(state: Float64, logits: Float64, targets: Int64, seed: int) -
         "weight": rng.uniform(-1, 1, (H, PROTOTYPE_SIZE)) / np.sqrt(H),
         "radius": np.zeros(C),
         "share": np.array(C / N),  # λ = 1 / k
-        "bias": -log_softmax(logits).mean(0),
+        "bias": batch_calibration(logits),
     }
     own = np.equal.outer(targets, np.arange(C)).astype(np.float64)
     start = prototype_scores(arrays, state, logits) - arrays["share"] * (logits + arrays["bias"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -19,11 +20,11 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, check_known
-from bbt_accel.files import write_atomically
+from bbt_accel.files import reserved, write_atomically
 from bbt_accel.inference import class_scores, outputs
 from bbt_accel.machine import describe_machine
 from bbt_accel.objective import Objective
-from bbt_accel.readout import Readout, log_softmax
+from bbt_accel.readout import Readout, batch_calibration
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
 from bbt_accel.settings import READOUTS, resolve
@@ -58,7 +59,7 @@ def run_compare(
     if folder.exists() and not resume:
         raise BbtError(f"{folder} exists already; use --resume or choose another -o")
     done, failures = dict[str, list[Score]](), dict[str, str]()
-    with closing(_pool(options, ray)) as pool:
+    with reserved(folder), closing(_pool(options, ray)) as pool:
         (folder / TRIALS).mkdir(parents=True, exist_ok=True)
         jobs = list(_jobs(named, options, prepare(folder / "bundles", options), pool.threads))
         done = {job.name: found for job in jobs if (found := read_trial(folder, job)) is not None}
@@ -97,9 +98,12 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     """The bundles of each method in the engine's precision, and as exported, for training in PyTorch."""
     spec, paths = engine_spec(options.engine), {}
     for method in get_args(Method):
+        if method == "bbtv2" and "bbtv2" not in options.contenders:
+            continue
         exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
-        made = steps.Bundles(work / method, options.backbone, exporting)
-        (work / method).mkdir(parents=True, exist_ok=True)
+        place = work / f"{Path(options.backbone).name}-{options.n_prompt_tokens}" / method
+        made = steps.Bundles(place, options.backbone, exporting)
+        place.mkdir(parents=True, exist_ok=True)
         paths[method] = str(made.bundle(spec, options.precision))
         paths[f"{method} exported"] = str(made.exported())
     return paths
@@ -145,7 +149,7 @@ class Trial:
         self, task: str, data: str | None, seed: int, bundles: dict[str, str], options: CompareOptions, threads: int
     ) -> None:
         self.task, self.data, self.seed, self.bundles = load_task(task), data, seed, bundles
-        self.options, self.threads, self.work = options, threads, Path(bundles["bbt"]).parents[2] / "runs"
+        self.options, self.threads, self.work = options, threads, Path(bundles["bbt"]).parents[1] / "runs"
         folder = None if data is None else Path(data)
         self.test = steps.compared_rows(self.task, folder, options.test_rows)
         settings = resolve({"k_shot": options.k_shot, "seed": seed})
@@ -158,7 +162,7 @@ class Trial:
             encoder, start = Encoder(engine.bundle, self.task), engine.bundle.start_prompt()
             plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, self.test, start))
         found = [self.measured("without a prompt", 0, plain, 0.0)]
-        found.append(self.measured("batch calibration", 0, plain - log_softmax(plain).mean(0), 0.0))
+        found.append(self.measured("batch calibration", 0, plain + batch_calibration(plain), 0.0))
         return found + [self.score(name, *self.tune("bbt", name, 1)) for name in READOUTS if name != "verbalizer"]
 
     def auto(self) -> list[Score]:
@@ -182,8 +186,11 @@ class Trial:
         else:
             torch.set_num_threads(self.threads)
             bundle = Bundle.read(self.bundles["bbt exported"])
+            started = perf_counter()
             trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed)
+            loading = perf_counter() - started
             found = references.TRAINED[contender](trainer)
+            found = replace(found, seconds=loading + found.seconds)
         return [self.measured(contender, found.calls, found.scores, found.seconds)]
 
     def tune(self, method: str, readout: str, budget: int) -> tuple[Run, float]:

@@ -33,11 +33,11 @@ class Score(Schema):
     seed: int
     budget: int | None = Field(description="API calls that it was allowed; None where it takes a fixed number.")
     calls: int
-    """Forward passes of the train rows that it took; a training step counts as three."""
+    """Forward passes of the train rows; a training step counts as three, and dev scores are not counted."""
     score: float
     """The task's metric on the test rows."""
     seconds: float
-    """Wall clock, from loading the engine to the last fit; without the test rows."""
+    """Wall clock, from loading the model to the last fit; without the test rows."""
     peak_mib: float | None
     """Largest resident memory of its process so far."""
     chosen: str | None = Field(description="What `auto` chose.")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from bbt_accel.batch import Batch, Float64, Int64
 from bbt_accel.bundle import Bundle
@@ -40,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Found:
-    """Class scores of the test rows (N, C); and what they cost, in forward passes of the train rows and seconds."""
+    """Class scores of the test rows (N, C), and what training took: forward passes of the train rows, and seconds."""
 
     scores: Float64
     calls: int
@@ -60,6 +61,9 @@ class Trainer:
         self.info = bundle.info.model_copy(update={"without": ["shared-first"]})
         self.backbone: Any = family_of(self.model.config).compose(self.model, self.info)
         self.rows = {name: encoder.encode(getattr(split, name)) for name in ("train", "dev", "test")}
+        shares = np.equal.outer(encoder.classes, np.arange(encoder.classes.max() + 1))
+        self.words = torch.from_numpy((shares / shares.sum(0)).astype(np.float32))
+        """(M, C): a class has the mean of its label words' logits."""
 
     def train(self, parameters: Sequence[nn.Parameter], rate: float) -> Found:
         """Adam on the whole train set; the step with the lowest loss on the dev rows is kept."""
@@ -98,7 +102,7 @@ class Trainer:
         known = {name: torch.from_numpy(value) for name, value in arrays.items()} | {"prompts": self.prompt[None]}
         for stage in self.backbone.stages("bbt"):
             known |= self.backbone.run(stage, {name: known[name] for name in self.backbone.inputs(stage)})
-        return known["label_logits"][0]
+        return known["label_logits"][0] @ self.words
 
 
 def gradient_prompt(trainer: Trainer) -> Found:
@@ -113,7 +117,8 @@ def lora(trainer: Trainer) -> Found:
     except ImportError:
         raise MissingDependency('peft is not installed; pip install "bbt-accel[compare]"') from None
     head = trainer.model.get_output_embeddings()
-    layers = [name for name, m in trainer.model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    kinds = (nn.Linear, Conv1D)  # GPT-2 has the latter
+    layers = [name for name, m in trainer.model.named_modules() if isinstance(m, kinds) and m is not head]
     inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=layers), trainer.model)
     return trainer.train([p for name, p in trainer.model.named_parameters() if "lora_" in name], 2e-3)
 

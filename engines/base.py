@@ -56,7 +56,7 @@ class BoundBatch(Closing, ABC):
 
         `readout_state`, float32 (P, N, H): what the LM head's last matmul takes at the readout position.
         `mean_state`, float32 (P, N, H): what enters the last block (encoder-decoders: what the encoder returns), the
-        mean over the row's tokens; of a decoder over those behind the prompt.
+        mean over the row's tokens and the prompt's; of a decoder over the tokens behind the prompt.
         Raises what `label_logits` raises, and UsageError from an engine that returns label logits alone.
         """
         return self._outputs(self._population(prompts))
@@ -105,6 +105,12 @@ class Engine(Closing, ABC):
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that compute, and the device or provider in use."""
+
+
+def read(rows: BoundBatch, prompt: Float32, states: bool) -> dict[str, Float32]:
+    """Outputs of one prompt, (n, H) or (L, n, H), by name, without the population axis; states only if asked."""
+    found = rows.outputs(prompt[None]) if states else {"label_logits": rows.label_logits(prompt[None])}
+    return {name: value[0] for name, value in found.items()}
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     from bbt_accel.settings import resolve
     from bbt_accel.tasks import load_task
 
-    bundle, task = Bundle.read(folder / "bundles" / "bbt" / "exported"), load_task("demo")
+    bundle, task = Bundle.read(folder / "bundles" / "demo-20" / "bbt" / "exported"), load_task("demo")
     train, dev = load_few_shot(task, None, resolve({"k_shot": 2}))
     split = references.Split(train, dev, compared_rows(task, None, 32))
     trainer = references.Trainer(bundle, Encoder(bundle, task), split, 0)

@@ -208,12 +208,14 @@ def make_app(models: Sequence[Model], limits: Limits, token: str | None = None) 
         yield
         app.state.stopped = await service.stop()
 
-    return Starlette(
+    app = Starlette(
         routes=service.routes(),
         lifespan=lifespan,
         middleware=[Middleware(Token, token=token)] if token else [],
         exception_handlers={BbtError: refuse, HTTPException: refuse, ClientDisconnect: refuse, Exception: fail},
     )
+    app.state.stopped = False  # and so it stays where a second Ctrl-C skips the shutdown
+    return app
 
 
 async def refuse(request: Request, error: Exception) -> Response:

@@ -41,7 +41,8 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.waits:  # and no further request had arrived already
-            self._within(self.transport.close)
+            # A close would wait until the client has read everything.
+            self._within(self.transport.abort if self.flow.write_paused else self.transport.close)
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.data import load_few_shot, rows_digest
 from bbt_accel.encoding import encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec
-from bbt_accel.errors import RunError, UsageError
+from bbt_accel.errors import DataError, RunError, UsageError
 from bbt_accel.history import Generation
 from bbt_accel.objective import Objective
 from bbt_accel.progress import SearchProgress, progress_bar
@@ -123,6 +124,8 @@ def _resolve(
         workspace.require_free(overwrite)
     if settings.fitted and given.get("loss") not in (None, "ce"):
         raise UsageError(f"--loss {given['loss']} is for --readout verbalizer; others minimize the cross entropy")
+    if settings.fitted:  # whatever the task's preset says
+        settings = settings.model_copy(update={"loss": "ce"})
     settings.generations(method, bundle.info.n_layers)  # raises before anything is loaded
     if engine.workers is not None:
         check_workers(engine.workers, settings.popsize)
@@ -148,7 +151,11 @@ def _prepare(
         engine=engine,
         versions={"bbt-accel": bbt_accel.__version__, **packages, "python": platform.python_version()},
     )
-    objective = Objective("ce" if settings.fitted else settings.loss, task.metric)
+    missing = set(range(task.n_classes)) - {row.label for row in train}
+    if settings.fitted and missing:
+        shown = len(encoder.demonstrations)
+        raise DataError(f"--demonstrations {shown} leaves class {min(missing)} without a train row; raise --k-shot")
+    objective = Objective(settings.loss, task.metric)
     rows = encoder.encode([*train, *dev])
     wide = np.concatenate([encoder.label_token_ids, encoder.feature_token_ids(settings.seed)])
     batches = encoder.encode(train), encoder.encode(dev), replace(rows, label_token_ids=wide)
@@ -160,7 +167,7 @@ def _run(
 ) -> Run:
     """Load the engine, search in the workspace, and complete the run."""
     settings, bundle = job.settings, job.bundle
-    calls = settings.generations(bundle.info.method, bundle.info.n_layers) * settings.popsize
+    calls = settings.generations(bundle.info.method, bundle.info.n_layers) * settings.popsize + settings.fitted
     with ExitStack() as stack:
         evaluator = stack.enter_context(_evaluator(job, ray, progress))
         info.engine.versions = evaluator.versions()
@@ -174,9 +181,11 @@ def _run(
                 events(generation)
 
         if settings.fitted:
-            around = ReadoutSearch(evaluator, job, bundle.start_prompt())
-            outcome = search(evaluator, bundle, settings, history, observe, around.dev, around.start())
-            found = around.finish(outcome, searched=bool(len(history)))
+            started = perf_counter()
+            readouts = ReadoutSearch(evaluator, job, bundle.start_prompt())
+            outcome = search(evaluator, bundle, settings, history, observe, readouts.dev, readouts.start())
+            found = readouts.finish(outcome, searched=bool(len(history)))
+            info.seconds = perf_counter() - started
         else:
             outcome = search(evaluator, bundle, settings, history, observe)
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()

@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from bbt_accel.batch import Batch, Float32, Float64, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.engines.base import BoundBatch, Closing, Engine
+from bbt_accel.engines.base import BoundBatch, Closing, Engine, read
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.objective import Objective
 from bbt_accel.readout import class_logits, fit_bias, one_word_each
@@ -36,8 +38,8 @@ class Evaluator(Closing, ABC):
         """Loss and metric of one prompt, (n, H) or (L, n, H), on the dev rows, with the verbalizer."""
 
     @abstractmethod
-    def outputs(self, prompt: Float32) -> dict[str, Float32]:
-        """`BoundBatch.outputs` of one prompt, without the population axis, for `Job.rows`."""
+    def outputs(self, prompt: Float32, states: bool) -> dict[str, Float32]:
+        """What a readout reads of `Job.rows` with one prompt, by name, (N, …): label logits, and states if asked."""
 
 
 class LocalEvaluator(Evaluator):
@@ -69,8 +71,8 @@ class LocalEvaluator(Evaluator):
         found = job.objective.score(logits, targets, first)  # raises NonFiniteLoss
         if not job.settings.fitted:
             return found
-        bias, losses = fit_bias(logits, targets)
-        return losses, job.objective.score(logits + bias[:, None], targets)[1]
+        biases, losses = zip(*(fit_bias(own, targets) for own in logits), strict=True)  # none depends on the others
+        return np.array(losses), job.objective.score(logits + np.array(biases)[:, None], targets)[1]
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
         objective, targets = self.job.objective, self.job.dev.targets
@@ -81,8 +83,8 @@ class LocalEvaluator(Evaluator):
             losses, metrics = objective.score(class_logits(logits, self.job.classes), targets)
         return float(losses[0]), float(metrics[0])
 
-    def outputs(self, prompt: Float32) -> dict[str, Float32]:
-        return {name: value[0] for name, value in self.all_rows.outputs(prompt[None]).items()}
+    def outputs(self, prompt: Float32, states: bool) -> dict[str, Float32]:
+        return read(self.all_rows, prompt, states)
 
     @cached_property
     def all_rows(self) -> BoundBatch:

@@ -8,12 +8,14 @@ import numpy as np
 
 from bbt_accel.batch import Float32
 from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.objective import Objective
-from bbt_accel.readout import Outputs, Readout, fit, log_loss, row_losses
+from bbt_accel.readout import Outputs, Readout, fit, log_loss, reads_states, row_losses
 from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import READOUTS, ReadoutName
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.search import BestPrompt, Outcome
+
+TRIED = tuple(name for name in READOUTS if name != "verbalizer")
+"""What `auto` tries: a class bias costs nothing."""
 
 
 class ReadoutSearch:
@@ -26,16 +28,17 @@ class ReadoutSearch:
         self.evaluator, self.job, self.prompt = evaluator, job, start
         self.targets, self.train = job.rows.targets, np.arange(len(job.train))
         self.dev_rows = np.arange(len(job.train), len(job.rows))
-        self.metric = Objective("ce", job.objective.metric)
-        self.at_start = self.outputs(start)
         named = job.settings.readout
+        self.names: tuple[ReadoutName, ...] = TRIED if named == "auto" else (named,)
+        self.at_start = self.outputs(start)
         self.tried = self.try_readouts() if named == "auto" else []
-        self.name: ReadoutName = min(self.tried, key=lambda t: t.log_loss).name if named == "auto" else named
+        self.name: ReadoutName = min(self.tried, key=lambda t: t.log_loss).name if self.tried else self.names[0]
         """The readout of the search."""
+        self.names = (self.name,)
 
     def outputs(self, prompt: Float32) -> dict[str, Float32]:
-        """Of all rows. Raises NonFiniteLoss."""
-        found = self.evaluator.outputs(prompt)
+        """Of all rows, what the readouts need. Raises NonFiniteLoss."""
+        found = self.evaluator.outputs(prompt, any(map(reads_states, self.names)))
         for value in found.values():
             if not np.isfinite(value).all():
                 raise NonFiniteLoss(
@@ -51,10 +54,10 @@ class ReadoutSearch:
     def try_readouts(self) -> list[TriedReadout]:
         """Every readout, fitted on train and dev rows without a search, by its scores of rows it was not fitted on."""
         tried = []
-        for name in READOUTS:
+        for name in self.names:
             started = perf_counter()
             _, scores = self.fit(name, self.at_start, np.arange(len(self.targets)))
-            _, metric = self.metric.score(scores[None], self.targets)
+            _, metric = self.job.objective.score(scores[None], self.targets)
             seconds = perf_counter() - started
             tried.append(
                 TriedReadout(name=name, log_loss=log_loss(scores, self.targets), score=metric[0], seconds=seconds)
@@ -69,7 +72,7 @@ class ReadoutSearch:
     def _dev(self, outputs: Outputs) -> tuple[np.ndarray, float]:
         readout, _ = self.fit(self.name, outputs, self.train)
         scores = readout.scores({key: value[self.dev_rows] for key, value in outputs.items()})
-        _, metric = self.metric.score(scores[None], self.targets[self.dev_rows])
+        _, metric = self.job.objective.score(scores[None], self.targets[self.dev_rows])
         return row_losses(scores, self.targets[self.dev_rows]), float(metric[0])
 
     def start(self) -> BestPrompt:

@@ -107,8 +107,8 @@ class WorkersEvaluator(Evaluator):
         loss, score = self._first("dev", prompt)
         return loss, score
 
-    def outputs(self, prompt: Float32) -> dict[str, Float32]:
-        return dict(self._first("outputs", prompt))
+    def outputs(self, prompt: Float32, states: bool) -> dict[str, Float32]:
+        return dict(self._first("outputs", prompt, states))
 
     def close(self) -> None:
         for actor in self.actors:

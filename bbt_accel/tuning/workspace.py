@@ -130,7 +130,7 @@ class Workspace:
         info = info.model_copy()
         info.status = "interrupted" if outcome.interrupted else "done"
         info.calls = generations[-1].calls if generations else first
-        info.seconds = sum(g.seconds for g in generations)
+        info.seconds = max(info.seconds, sum(g.seconds for g in generations))  # those before a resume too
         info.best = BestRecord(
             generation=best.generation, calls=calls, dev_score=best.dev_score, dev_loss=best.dev_loss
         )
