@@ -73,6 +73,11 @@ def prompt_bytes(run: Run) -> bytes:
     return (run.path / "prompt.safetensors").read_bytes()
 
 
+def result_bytes(run: Run) -> bytes:
+    """The prompt and its readout."""
+    return prompt_bytes(run) + (run.path / "readout.safetensors").read_bytes()
+
+
 def test_a_run_holds_what_the_next_steps_need(start: Tune, bundle: Bundle, tmp_path: Path) -> None:
     run = start()
     assert sorted(p.name for p in run.path.iterdir()) == FILES
@@ -109,19 +114,23 @@ def test_the_default_name_says_what_was_run(
     assert run.path == tmp_path / "runs" / f"toy-{bundle.info.method}-dummy-7"
 
 
-def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(start: Tune, interrupt: Callable[[int], None]) -> None:
-    whole = start("whole")
+@pytest.mark.parametrize("readout", ["verbalizer", "auto"])
+def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(
+    start: Tune, interrupt: Callable[[int], None], readout: str
+) -> None:
+    settings, first = {**SETTINGS, "readout": readout}, int(readout == "auto")
+    whole = start("whole", settings)
     interrupt(6)
-    run = start()
+    run = start(settings=settings)
     assert run.info.status == "interrupted"
-    assert Run.read(run.path).info.calls == 20
+    assert Run.read(run.path).info.calls == first + 20
     assert (run.path / "curve.png").stat().st_size > 10_000
     interrupt(4)  # and again, counted from where it continues
-    assert start(resume=True).info.calls == 32
+    assert start(settings=settings, resume=True).info.calls == first + 32
     interrupt(-1)
-    resumed = start(resume=True)
+    resumed = start(settings=settings, resume=True)
     assert resumed.info.status == "done"
-    assert prompt_bytes(resumed) == prompt_bytes(whole)
+    assert result_bytes(resumed) == result_bytes(whole)
     assert resumed.info.best == whole.info.best
 
 
@@ -310,9 +319,13 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, tmp_
         assert sorted(p.name for p in resumed.path.iterdir()) == FILES
 
 
-def test_a_run_killed_between_two_generations_resumes_to_the_same_prompt(start: Tune, tmp_path: Path) -> None:
+@pytest.mark.parametrize("readout", ["verbalizer", "auto"])
+def test_a_run_killed_between_two_generations_resumes_to_the_same_prompt(
+    start: Tune, tmp_path: Path, readout: str
+) -> None:
     """The folder as a killed process leaves it, at every generation: run.json, and some lines of history."""
-    whole = start("whole")
+    settings = {**SETTINGS, "readout": readout}
+    whole = start("whole", settings)
     lines = (whole.path / "history.jsonl").read_bytes().splitlines(keepends=True)
     running = whole.info.model_copy(update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""})
     for generations in (0, 1, len(lines) // 2, len(lines)):
@@ -322,9 +335,9 @@ def test_a_run_killed_between_two_generations_resumes_to_the_same_prompt(start: 
         (partial / "history.jsonl").write_bytes(b"".join(lines[:generations]) + b'{"generation": ')
         (partial / ".prompt.safetensors.123").write_bytes(b"half")
         with pytest.raises(RunError, match="--resume"):
-            start()
-        run = start(resume=True)
-        assert prompt_bytes(run) == prompt_bytes(whole)
+            start(settings=settings)
+        run = start(settings=settings, resume=True)
+        assert result_bytes(run) == result_bytes(whole)
         assert sorted(p.name for p in run.path.iterdir()) == FILES
         shutil.rmtree(run.path)
 
