@@ -24,6 +24,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.cli import app, main
 from bbt_accel.errors import BundleError, EngineError
 from bbt_accel.inference import EngineOptions
+from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
@@ -238,6 +239,7 @@ def finished(status: str = "done") -> SimpleNamespace:
         calls=8000,
         seconds=12.5,
         best=SimpleNamespace(dev_score=0.9375, dev_loss=0.2, calls=7900),
+        readout=ReadoutRecord(name="states", tried=[TriedReadout(name="mean", log_loss=0.5, score=0.8, seconds=1.0)]),
         model_dump=lambda mode: {"status": status},
     )
     return SimpleNamespace(path=Path("runs/x"), info=info)

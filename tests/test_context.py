@@ -192,7 +192,7 @@ def test_the_context_is_computed_once_for_all_calls(
     rows.input_ids[:, 0] = rows.input_ids[0, 0]  # one begin token
     with load_engine(bundle, "ort", threads=1, without=without) as engine:
         ran, run = [], engine.run  # type: ignore[attr-defined]
-        monkeypatch.setattr(engine, "run", lambda stage, inputs: ran.append(stage) or run(stage, inputs))
+        monkeypatch.setattr(engine, "run", lambda stage, *given: ran.append(stage) or run(stage, *given))
         for part in (slice(0, 3), slice(3, 6)):
             with engine.bind(rows.rows(part)) as bound:
                 bound.label_logits(prompts)
