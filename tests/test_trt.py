@@ -401,8 +401,10 @@ def records(bundle: Bundle) -> dict[str, Record]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS + [v for v in RELATIVES if v[2] == "cat"], ids="-".join)
-def test_every_family_method_and_mode_is_built_ahead_of_time(
+@pytest.mark.parametrize(
+    "variant", [*VARIANTS[::4], *VARIANTS[11::6], *(v for v in RELATIVES if v[2] == "cat")], ids="-".join
+)
+def test_every_family_is_built_ahead_of_time(
     tiny: Export, rtx: Api, tmp_path: Path, variant: tuple[str, str, str]
 ) -> None:
     source = tiny(*variant)
