@@ -265,7 +265,7 @@ def test_the_layers_below_the_searched_one_are_computed_once(
     with load_engine(bundle, engine, threads=THREADS) as one:
         assert isinstance(one, StagedEngine)
         ran, run = [], one.run
-        monkeypatch.setattr(one, "run", lambda stage, inputs: ran.append(stage) or run(stage, inputs))
+        monkeypatch.setattr(one, "run", lambda stage, *given: ran.append(stage) or run(stage, *given))
         with one.bind(batch_of(bundle, shape)) as bound:
             bound.label_logits(Population(fresh, last, stack))
             once = len(ran)
