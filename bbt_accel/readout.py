@@ -18,6 +18,7 @@ from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.bundle import STATES
 from bbt_accel.errors import RunError, first_line
 from bbt_accel.files import sha256, write_atomically
+from bbt_accel.projection import one_blas_thread
 from bbt_accel.settings import ReadoutName
 
 BIAS_PENALTY = 0.05
@@ -141,6 +142,11 @@ def fit(
     classes, token_ids: as in `Readout`. seed: of the folds, and of DecT's prototypes.
     """
     words = np.zeros(0, np.int64) if token_ids is None or name != "words" else token_ids
+    with one_blas_thread():  # several are slower on so few rows, and their number would decide the last bits
+        return _fit(name, outputs, targets, classes, words, seed)
+
+
+def _fit(name: ReadoutName, outputs: Outputs, targets: Int64, classes: Int64, words: Int64, seed: int) -> Fitted:
     if name in ("words", "state", "mean", "states"):
         arrays, held_out = fit_linear(features(name, outputs, len(classes)), targets, seed)
         return Fitted(Readout(name, classes, words, arrays), held_out)
