@@ -206,15 +206,16 @@ def save_stage(model: ir.Model, folder: Path, name: str, checkpoint: SharedWeigh
     """Write a graph whose weights are in the checkpoint's file, or in that of the others; one at a time is copied.
 
     The tracer transposes the weights of linear layers. They are read as the checkpoint has them, and transposed by a
-    node; runtimes do that once, at load. Tensors that are in a file of the checkpoint's name already stay as they are.
+    node; runtimes do that once, at load. Tensors of a checkpoint that is in the folder already stay as they are.
     """
+    there = (folder / CHECKPOINT).is_file()
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes <= SMALL:
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
             continue
-        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == CHECKPOINT:
+        if there and isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == CHECKPOINT:
             continue
         found = None if checkpoint is None else checkpoint.find(tensor)
         if found is None and checkpoint is not None and len(tensor.shape) == 2:

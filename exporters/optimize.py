@@ -171,9 +171,9 @@ def to_graphs(job: Job, folder: Path) -> Converted:
 
 
 def to_fp32_graphs(job: Job, folder: Path) -> Report:
-    """Every stage in fp32, fused for ONNX Runtime. ONNX graphs refer to the checkpoint's own tensors."""
+    """Every stage in fp32, fused for ONNX Runtime, whose graphs refer to the checkpoint's own tensors."""
     others = new_weights(job, folder)
-    if job.target != "openvino":  # a copy: runtimes refuse external data with several hard links
+    if job.target == "ort":  # a copy: runtimes refuse external data with several hard links
         shutil.copyfile(job.bundle.path / graph.CHECKPOINT, folder / graph.CHECKPOINT)
     operators: Counter[str] = Counter()
     for done, stage in enumerate(job.bundle.info.stages):

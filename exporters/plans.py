@@ -34,7 +34,7 @@ class ShapeProfile(BaseModel):
     candidates: Range
     rows: Range
     tokens: Range
-    labels: Range = (1, 2, 256)
+    labels: Range = (1, 2, 1024)
     decoder_tokens: Range = (1, 2, 2)
     context: Range = (1, 1, 1)
     dim: Range = Field(default=(1, 500, 1024), description="Of the search space.")

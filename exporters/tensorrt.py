@@ -73,7 +73,7 @@ def shape_profile(info: BundleInfo, batch: Batch, longest: int, settings: Settin
         candidates=(1, popsize, popsize),
         rows=(1, min(frequency, rows), rows),
         tokens=(shortest, min(longest, bucket), longest),
-        labels=(1, labels, max(256, labels)),
+        labels=(1, labels, 512 + max(512, labels)),  # of label words, and words that are features
         decoder_tokens=(1, int(np.median(batch.readout)) + 1, longest) if shifted else (1, 2, 2),
         context=(1, context, max(context, min(CONTEXT, info.max_length)) if info.causal else 1),
         dim=(1, dim, max(dim, 1024)),

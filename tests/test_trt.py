@@ -256,7 +256,7 @@ def test_a_task_sets_lengths_population_and_labels(exported: Export) -> None:
         rows = TaskRows(bundle, task)
         profiles.append(shape_profile(bundle.info, rows.train, rows.longest(), rows.settings))
     found, other = profiles
-    assert found.labels == (1, 4, 256)
+    assert found.labels == (1, 4, 1024)
     assert found.tokens[2] < other.tokens[2] == bundle.info.max_length
     assert found.rows[2] == 64
 
