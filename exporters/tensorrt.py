@@ -12,6 +12,7 @@ import numpy as np
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import PLANS, Bundle, BundleInfo
 from bbt_accel.cuda import Cuda
+from bbt_accel.encoding import FEATURE_WORDS
 from bbt_accel.errors import EngineError, UsageError
 from bbt_accel.exporters.calibration import lengths
 from bbt_accel.exporters.plans import ShapeProfile, get_plan, keys
@@ -73,7 +74,7 @@ def shape_profile(info: BundleInfo, batch: Batch, longest: int, settings: Settin
         candidates=(1, popsize, popsize),
         rows=(1, min(frequency, rows), rows),
         tokens=(shortest, min(longest, bucket), longest),
-        labels=(1, labels, 512 + max(512, labels)),  # of label words, and words that are features
+        labels=(1, labels, FEATURE_WORDS + max(512, labels)),
         decoder_tokens=(1, int(np.median(batch.readout)) + 1, longest) if shifted else (1, 2, 2),
         context=(1, context, max(context, min(CONTEXT, info.max_length)) if info.causal else 1),
         dim=(1, dim, max(dim, 1024)),
