@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ BIAS_PENALTY = 0.05
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """Of a linear readout's squared weights, for standardized features; cross-validation chooses."""
 FOLDS = 8
+LINEAR = ("words", "state", "mean", "states")  # logistic regression on features
 PROTOTYPE_SIZE = 128  # DecT: dimensions of the space of prototypes
 Outputs = Mapping[str, Float32]
 """What `BoundBatch.outputs` returns, of one prompt: label_logits (N, M), readout_state and mean_state (N, H)."""
@@ -101,10 +101,13 @@ def batch_calibration(logits: Float64) -> Float64:
 def class_logits(label_logits: npt.ArrayLike, classes: Int64) -> Float64:
     """(…, N, M or more) → (…, N, C): the mean over the words of each class."""
     words = np.asarray(label_logits, np.float64)[..., : len(classes)]
-    if one_word_each(classes):
-        return words
-    shares = np.equal.outer(classes, np.arange(classes.max() + 1)).astype(np.float64)
-    return np.asarray(words @ (shares / shares.sum(0)))
+    return words if one_word_each(classes) else np.asarray(words @ word_shares(classes))
+
+
+def word_shares(classes: Int64) -> Float64:
+    """(M, C): the share of each label word in the logit of its class."""
+    own = np.equal.outer(classes, np.arange(classes.max() + 1)).astype(np.float64)
+    return np.asarray(own / own.sum(0))
 
 
 def one_word_each(classes: Int64) -> bool:
@@ -123,47 +126,51 @@ def features(name: str, outputs: Outputs, label_words: int) -> list[Float64]:
 # Fitting -----------------------------------------------------------------------------------------------------
 
 
-class Fitted(NamedTuple):
-    """A readout, and what it gives rows that it was not fitted on.
+@dataclass(frozen=True)
+class LabelledRows:
+    """Rows to fit readouts on: what a forward pass returned for them, and their classes.
 
-    held_out: float64 (N, C), the scores of each row by a readout that was fitted on the other folds. A linear readout's
-        penalty was chosen by them.
+    outputs: of N rows. targets: (N,). classes, token_ids: as in `Readout`.
+    seed: of the folds, and of DecT's prototypes.
     """
 
-    readout: Readout
-    held_out: Float64
+    outputs: Outputs
+    targets: Int64
+    classes: Int64
+    token_ids: Int64
+    seed: int
+
+    def __getitem__(self, index: Int64) -> LabelledRows:
+        some = {name: value[index] for name, value in self.outputs.items()}
+        return replace(self, outputs=some, targets=self.targets[index])
 
 
-def fit(
-    name: ReadoutName, outputs: Outputs, targets: Int64, classes: Int64, token_ids: Int64 | None = None, seed: int = 0
-) -> Fitted:
-    """Fit a readout on the outputs of labelled rows (N), in float64; the same on every call.
-
-    classes, token_ids: as in `Readout`. seed: of the folds, and of DecT's prototypes.
-    """
-    words = np.zeros(0, np.int64) if token_ids is None or name != "words" else token_ids
+def fit(name: ReadoutName, rows: LabelledRows) -> Readout:
+    """Fit a readout, in float64; the same on every call."""
+    arrays: dict[str, Float64] = {}
     with one_blas_thread():  # several are slower on so few rows, and their number would decide the last bits
-        return _fit(name, outputs, targets, classes, words, seed)
-
-
-def _fit(name: ReadoutName, outputs: Outputs, targets: Int64, classes: Int64, words: Int64, seed: int) -> Fitted:
-    if name in ("words", "state", "mean", "states"):
-        arrays, held_out = fit_linear(features(name, outputs, len(classes)), targets, seed)
-        return Fitted(Readout(name, classes, words, arrays), held_out)
-
-    def fitted(rows: Int64) -> Readout:
-        logits = class_logits(outputs["label_logits"][rows], classes)
-        if name == "verbalizer":
-            return Readout(name, classes)
+        logits = class_logits(rows.outputs["label_logits"], rows.classes)
         if name == "calibrated":
-            return Readout(name, classes, arrays={"bias": fit_bias(logits, targets[rows])[0]})
-        state = np.asarray(outputs["readout_state"][rows], np.float64)
-        return Readout(name, classes, arrays=fit_prototypes(state, logits, targets[rows], seed))
+            arrays["bias"] = fit_bias(logits, rows.targets)[0]
+        elif name == "prototype":
+            state = np.asarray(rows.outputs["readout_state"], np.float64)
+            arrays = fit_prototypes(state, logits, rows.targets, rows.seed)
+        elif name != "verbalizer":
+            arrays = fit_linear(features(name, rows.outputs, len(rows.classes)), rows.targets, rows.seed)[0]
+    return Readout(name, rows.classes, rows.token_ids if name == "words" else rows.token_ids[:0], arrays)
 
-    def scores(rows: Int64, held_out: Int64) -> Float64:
-        return fitted(rows).scores({key: value[held_out] for key, value in outputs.items()})
 
-    return Fitted(fitted(np.arange(len(targets))), held_out_scores(scores, targets, seed))
+def held_out(name: ReadoutName, rows: LabelledRows) -> Float64:
+    """Scores (N, C) of each row by a readout that was fitted on the other folds.
+
+    A linear readout's penalty is chosen by the same scores.
+    """
+    if name in LINEAR:
+        with one_blas_thread():
+            return fit_linear(features(name, rows.outputs, len(rows.classes)), rows.targets, rows.seed)[1]
+    return held_out_scores(
+        lambda some, others: fit(name, rows[some]).scores(rows[others].outputs), rows.targets, rows.seed
+    )
 
 
 def fit_bias(logits: Float64, targets: Int64) -> tuple[Float64, float]:
@@ -199,7 +206,7 @@ def fit_linear(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[di
 
     And the held-out scores (N, C), by which the penalty of each block is chosen.
     """
-    heads, held_out = [], []
+    heads, scores = [], []
     for x in blocks:
         tried = {
             penalty: held_out_scores(partial(linear_scores, x, targets, penalty), targets, seed)
@@ -207,14 +214,14 @@ def fit_linear(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[di
         }
         best = min(tried, key=lambda penalty: log_loss(tried[penalty], targets))
         heads.append(logistic_regression(x, targets, best))
-        held_out.append(tried[best])
+        scores.append(tried[best])
     weight = np.concatenate([weight for weight, _ in heads]) / len(heads)
-    return {"weight": weight, "bias": np.mean([bias for _, bias in heads], axis=0)}, np.mean(held_out, axis=0)
+    return {"weight": weight, "bias": np.mean([bias for _, bias in heads], axis=0)}, np.mean(scores, axis=0)
 
 
-def linear_scores(x: Float64, targets: Int64, penalty: float, rows: Int64, held_out: Int64) -> Float64:
+def linear_scores(x: Float64, targets: Int64, penalty: float, rows: Int64, others: Int64) -> Float64:
     weight, bias = logistic_regression(x[rows], targets[rows], penalty)
-    return np.asarray(x[held_out] @ weight + bias)
+    return np.asarray(x[others] @ weight + bias)
 
 
 def logistic_regression(x: Float64, targets: Int64, penalty: float) -> tuple[Float64, Float64]:
@@ -246,8 +253,8 @@ def held_out_scores(scores: Callable[[Int64, Int64], Float64], targets: Int64, s
     found = np.zeros((len(targets), targets.max() + 1))
     if folds < 2:  # one example of a class: nothing to hold out
         return scores(np.arange(len(targets)), np.arange(len(targets)))
-    for rows, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(targets, targets):
-        found[held_out] = scores(rows, held_out)
+    for rows, others in StratifiedKFold(folds, shuffle=True, random_state=seed).split(targets, targets):
+        found[others] = scores(rows, others)
     return found
 
 

@@ -20,7 +20,7 @@ from bbt_accel.data import Row
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import MissingDependency
 from bbt_accel.exporters.families import family_of, load_model
-from bbt_accel.readout import fit_linear
+from bbt_accel.readout import fit_linear, word_shares
 
 STEPS, EVERY = 80, 5  # full-batch steps of Adam, and steps between two looks at the dev rows
 ROWS = 32  # per forward pass
@@ -61,14 +61,13 @@ class Trainer:
         self.info = bundle.info.model_copy(update={"without": ["shared-first"]})
         self.backbone: Any = family_of(self.model.config).compose(self.model, self.info)
         self.rows = {name: encoder.encode(getattr(split, name)) for name in ("train", "dev", "test")}
-        shares = np.equal.outer(encoder.classes, np.arange(encoder.classes.max() + 1))
-        self.words = torch.from_numpy((shares / shares.sum(0)).astype(np.float32))
+        self.words = torch.from_numpy(word_shares(encoder.classes).astype(np.float32))
         """(M, C): a class has the mean of its label words' logits."""
 
     def train(self, parameters: Sequence[nn.Parameter], rate: float) -> Found:
         """Adam on the whole train set; the step with the lowest loss on the dev rows is kept."""
         started, best, kept, taken = perf_counter(), float("inf"), [], 0
-        targets = {name: torch.from_numpy(self.split.targets(name)) for name in ("train", "dev")}
+        targets = {name: torch.from_numpy(self.rows[name].targets) for name in ("train", "dev")}
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(parameters, lr=rate)

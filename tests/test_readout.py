@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from bbt_accel.errors import RunError, UsageError
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.readout import (
     BIAS_PENALTY,
+    LabelledRows,
     Readout,
     batch_calibration,
     class_logits,
     fit,
     fit_bias,
+    held_out,
     log_loss,
     log_softmax,
 )
@@ -45,9 +48,9 @@ def rows(seed: int, count: int = 48, classes: int = 3, hidden: int = 12, signal:
     return {name: np.asarray(value, np.float32) for name, value in outputs.items()}, targets
 
 
-def fitted(name: ReadoutName, seed: int = 0) -> tuple[Any, Any]:
-    outputs, targets = rows(seed)
-    return fit(name, outputs, targets, np.arange(3), np.arange(100, 120))
+def labelled(seed: int = 0, classes: int = 3) -> LabelledRows:
+    outputs, targets = rows(seed, classes=classes)
+    return LabelledRows(outputs, targets, np.arange(classes), np.arange(100, 120), seed=0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -67,23 +70,23 @@ def test_the_class_bias_minimizes_the_penalized_cross_entropy(seed: int, classes
 
 @pytest.mark.parametrize("name", FITTED)
 def test_a_fitted_readout_generalizes_better_than_label_words_with_a_bias(name: ReadoutName) -> None:
-    plain, held_out = fitted("verbalizer")[1], fitted(name)[1]
+    plain, found = held_out("verbalizer", labelled()), held_out(name, labelled())
     targets = rows(0)[1]
-    assert log_loss(held_out, targets) < log_loss(plain, targets)
-    assert (held_out.argmax(1) == targets).mean() > (plain.argmax(1) == targets).mean()
+    assert log_loss(found, targets) < log_loss(plain, targets)
+    assert (found.argmax(1) == targets).mean() > (plain.argmax(1) == targets).mean()
 
 
 @pytest.mark.parametrize("name", READOUTS)
 def test_fitting_again_gives_the_same_numbers(name: ReadoutName) -> None:
-    first, second = fitted(name), fitted(name)
-    np.testing.assert_array_equal(first.held_out, second.held_out)
+    np.testing.assert_array_equal(held_out(name, labelled()), held_out(name, labelled()))
+    first, second = fit(name, labelled()), fit(name, labelled())
     outputs, _ = rows(1)
-    np.testing.assert_array_equal(first.readout.scores(outputs), second.readout.scores(outputs))
+    np.testing.assert_array_equal(first.scores(outputs), second.scores(outputs))
 
 
 @pytest.mark.parametrize("name", READOUTS)
 def test_a_readout_is_stored_and_read_back(name: ReadoutName, tmp_path: Path) -> None:
-    readout, _ = fitted(name)
+    readout = fit(name, labelled())
     readout.save(tmp_path / "readout.safetensors")
     again, (outputs, _) = Readout.load(tmp_path / "readout.safetensors"), rows(1)
     np.testing.assert_array_equal(again.scores(outputs), readout.scores(outputs))
@@ -94,17 +97,17 @@ def test_held_out_scores_do_not_know_the_label_of_their_row() -> None:
     """With labels drawn at random, the rows that a readout was fitted on look better than chance, others do not."""
     outputs, _ = rows(3, count=60, classes=2, hidden=200, signal=0.0)
     targets = np.random.default_rng(0).permutation(np.arange(60) % 2)
-    readout, held_out = fit("state", outputs, targets, np.arange(2), np.arange(20))
-    assert (readout.scores(outputs).argmax(1) == targets).mean() > 0.9
-    assert (held_out.argmax(1) == targets).mean() < 0.7
+    shown = LabelledRows(outputs, targets, np.arange(2), np.arange(20), seed=0)
+    assert (fit("state", shown).scores(outputs).argmax(1) == targets).mean() > 0.9
+    assert (held_out("state", shown).argmax(1) == targets).mean() < 0.7
 
 
 @pytest.mark.parametrize("classes", [2, 4])
 def test_weights_are_for_the_features_as_they_are(classes: int) -> None:
     """Scale and offset of a feature change nothing: standardization is part of the weights."""
-    outputs, targets = rows(0, classes=classes)
-    moved = outputs | {"mean_state": outputs["mean_state"] * np.float32(1000) + np.float32(7)}
-    same, other = (fit("mean", o, targets, np.arange(classes)).readout.scores(o) for o in (outputs, moved))
+    shown = labelled(classes=classes)
+    moved = {**shown.outputs, "mean_state": shown.outputs["mean_state"] * np.float32(1000) + np.float32(7)}
+    same, other = (fit("mean", replace(shown, outputs=o)).scores(o) for o in (shown.outputs, moved))
     np.testing.assert_allclose(log_softmax(same), log_softmax(other), atol=1e-2)
 
 

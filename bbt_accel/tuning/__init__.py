@@ -183,7 +183,7 @@ def _run(
         if settings.fitted:
             started = perf_counter()
             readouts = ReadoutSearch(evaluator, job, bundle.start_prompt())
-            outcome = search(evaluator, bundle, settings, history, observe, readouts.dev, readouts.start())
+            outcome = search(evaluator, bundle, settings, history, observe, readouts.dev, readouts.start)
             found = readouts.finish(outcome, searched=bool(len(history)))
             info.seconds = perf_counter() - started
         else:

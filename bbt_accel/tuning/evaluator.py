@@ -13,6 +13,8 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Closing, Engine, read
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.objective import Objective
+from bbt_accel.population import Population
+from bbt_accel.projection import one_blas_thread
 from bbt_accel.readout import class_logits, fit_bias, one_word_each
 from bbt_accel.run import EngineRecord
 from bbt_accel.settings import Settings
@@ -63,25 +65,26 @@ class LocalEvaluator(Evaluator):
         A fitted readout's loss needs the label logits on the host, where a bias is fitted to those of each candidate;
         sums alone would not do.
         """
-        job, population, first = self.job, space.population(layer, candidates)[part], part.start or 0
-        targets = job.train.targets
-        if not job.settings.fitted and one_word_each(job.classes):
-            return job.objective.from_statistics(self.train_rows.statistics(population), targets, first)
-        logits = class_logits(self.train_rows.label_logits(population), job.classes)
-        found = job.objective.score(logits, targets, first)  # raises NonFiniteLoss
-        if not job.settings.fitted:
-            return found
-        biases, losses = zip(*(fit_bias(own, targets) for own in logits), strict=True)  # none depends on the others
-        return np.array(losses), job.objective.score(logits + np.array(biases)[:, None], targets)[1]
+        population, first = space.population(layer, candidates)[part], part.start or 0
+        if not self.job.settings.fitted:
+            return self.verbalized(self.train_rows, population, first)
+        objective, targets = self.job.objective, self.job.train.targets
+        logits = class_logits(self.train_rows.label_logits(population), self.job.classes)
+        objective.score(logits, targets, first)  # raises NonFiniteLoss
+        with one_blas_thread():
+            biases, losses = zip(*(fit_bias(own, targets) for own in logits), strict=True)  # each by itself
+        return np.array(losses), objective.score(logits + np.array(biases)[:, None], targets)[1]
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
-        objective, targets = self.job.objective, self.job.dev.targets
-        if one_word_each(self.job.classes):
-            losses, metrics = objective.from_statistics(self.dev_rows.statistics(prompt[None]), targets)
-        else:
-            logits = self.dev_rows.label_logits(prompt[None])
-            losses, metrics = objective.score(class_logits(logits, self.job.classes), targets)
+        losses, metrics = self.verbalized(self.dev_rows, Population(prompt[None]))
         return float(losses[0]), float(metrics[0])
+
+    def verbalized(self, rows: BoundBatch, population: Population, first: int = 0) -> tuple[Float64, Float64]:
+        """Losses and metrics by the label words; from sums, which a device computes, where a class has one word."""
+        objective, targets = self.job.objective, rows.batch.targets
+        if one_word_each(self.job.classes):
+            return objective.from_statistics(rows.statistics(population), targets, first)
+        return objective.score(class_logits(rows.label_logits(population), self.job.classes), targets, first)
 
     def outputs(self, prompt: Float32, states: bool) -> dict[str, Float32]:
         return read(self.all_rows, prompt, states)

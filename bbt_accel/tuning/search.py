@@ -17,36 +17,33 @@ from bbt_accel.tuning.evaluator import Evaluator
 from bbt_accel.tuning.methods import Bbt, BbtV2, PromptSpace, SearchMethod
 
 Observe = Callable[[Generation], None]
-
-
 Dev = Callable[[Float32], tuple[float, float]]
 """From a prompt to its loss and metric on the dev rows."""
-PATIENCE = 5
+PLATEAU = 5
 """Dev scores in a row without a lower loss, after which a search with the readout `auto` stops."""
 
 
 @dataclass(frozen=True)
 class BestPrompt:
-    """The prompt with the best dev score so far; ties go to the lower dev loss, then to the earlier generation.
-
-    generation: None for the prompt that the search starts from.
-    by_loss: compare the dev loss first, which of few rows says more than their accuracy.
-    """
+    """A prompt, the best so far. generation: None for the one that the search starts from."""
 
     prompt: Float32
     generation: int | None
     dev_score: float
     dev_loss: float
-    by_loss: bool = False
 
-    def or_better(self, other: BestPrompt | None) -> BestPrompt:
-        """The better of the two; this one if they are equal."""
 
-        def key(found: BestPrompt) -> tuple[float, float]:
-            score, loss = found.dev_score, -found.dev_loss
-            return (loss, score) if self.by_loss else (score, loss)
+def better(best: BestPrompt | None, other: BestPrompt, by_loss: bool) -> BestPrompt:
+    """The prompt with the better dev score, of two equal ones that with the lower dev loss, then the earlier one.
 
-        return max(self, other or self, key=key)
+    by_loss: the loss comes first; of few rows it says more than their accuracy.
+    """
+
+    def key(found: BestPrompt) -> tuple[float, float]:
+        score, loss = found.dev_score, -found.dev_loss
+        return (loss, score) if by_loss else (score, loss)
+
+    return max(best or other, other, key=key)
 
 
 @dataclass(frozen=True)
@@ -84,14 +81,14 @@ def search(
     check_history(history.generations, settings.popsize, turns, total, int(settings.fitted))
     space = PromptSpace(bundle, settings, evaluator.layer_stds() if deep else None)
     method = BbtV2(space, settings) if deep else Bbt(space, settings)
-    best = _replay(method, history, observe, start)
+    best = _replay(method, history, observe, start, settings.fitted)
     try:
         for number in range(len(history), total):
-            if settings.readout == "auto" and start is not None and on_plateau(history, start.dev_loss):
-                return Outcome(best or start, stopped=True)
+            if start is not None and best is not None and settings.readout == "auto" and on_plateau(history, start):
+                return Outcome(best, stopped=True)
             generation, scored = _generation(evaluator, method, settings, number, dev, last=number == total - 1)
             history.append(generation)
-            best = best.or_better(scored) if best else scored
+            best = better(best, scored, settings.fitted) if scored else best
             observe(generation)
     except KeyboardInterrupt:
         if not len(history):
@@ -101,14 +98,14 @@ def search(
     return Outcome(best)
 
 
-def on_plateau(history: History, loss: float) -> bool:
-    """Whether the last `PATIENCE` dev losses are all no lower than the best before them. loss: that of the start."""
-    losses = [loss, *(g.dev_loss for g in history.generations if g.dev_loss is not None)]
-    return len(losses) > PATIENCE and min(losses[-PATIENCE:]) >= min(losses[:-PATIENCE])
+def on_plateau(history: History, start: BestPrompt) -> bool:
+    """Whether the last `PLATEAU` dev losses are all no lower than the best before them."""
+    losses = [start.dev_loss, *(g.dev_loss for g in history.generations if g.dev_loss is not None)]
+    return len(losses) > PLATEAU and min(losses[-PLATEAU:]) >= min(losses[:-PLATEAU])
 
 
 def _replay(
-    method: SearchMethod, history: History, observe: Observe, best: BestPrompt | None = None
+    method: SearchMethod, history: History, observe: Observe, best: BestPrompt | None, by_loss: bool
 ) -> BestPrompt | None:
     """Repeat the asks and tells of the history, without the engine. best: the prompt to surpass."""
     for known in history.generations:
@@ -120,9 +117,8 @@ def _replay(
             )
         method.tell(candidates, np.array(known.losses))
         if known.dev_score is not None and known.dev_loss is not None:
-            by_loss = best is not None and best.by_loss
-            scored = BestPrompt(method.prompt(), known.generation, known.dev_score, known.dev_loss, by_loss)
-            best = best.or_better(scored) if best else scored
+            scored = BestPrompt(method.prompt(), known.generation, known.dev_score, known.dev_loss)
+            best = better(best, scored, by_loss)
         observe(known)
     return best
 
@@ -138,7 +134,7 @@ def _generation(
     method.tell(candidates, losses)
     calls = (number + 1) * settings.popsize
     due = calls // settings.eval_every > (calls - settings.popsize) // settings.eval_every
-    scored = _score(dev, method, number, settings.fitted) if due or last else None
+    scored = _score(dev, method, number) if due or last else None
     best = int(np.argmin(losses))
     generation = Generation(
         generation=number,
@@ -158,7 +154,7 @@ def _generation(
     return generation, scored
 
 
-def _score(dev: Dev, method: SearchMethod, generation: int, by_loss: bool = False) -> BestPrompt:
+def _score(dev: Dev, method: SearchMethod, generation: int) -> BestPrompt:
     prompt = method.prompt()
     loss, score = dev(prompt)
-    return BestPrompt(prompt, generation, score, loss, by_loss)
+    return BestPrompt(prompt, generation, score, loss)
