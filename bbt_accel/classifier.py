@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 
 import bbt_accel
 from bbt_accel.batch import Float64
-from bbt_accel.bundle import Bundle, Method
+from bbt_accel.bundle import Bundle, BundleInfo, Method
 from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Precision, engine_spec
 from bbt_accel.engines.registry import load_engine
@@ -87,13 +87,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         bundle, engine = self._bundle()
         task = self._task(list(rows[0]), bundle)
         settings = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
-        with tempfile.TemporaryDirectory(prefix="bbt-accel-") as folder:
-            lines = [json.dumps({**row, "label": int(target)}) for row, target in zip(rows, targets, strict=True)]
-            (Path(folder) / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            self.run_ = tune(
-                bundle, task, data=folder, engine=engine, threads=self.threads, output=Path(folder) / "run",
-                settings={**settings, "k_shot": self.k_shot or fewest // 2}, progress=False,
-            )  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory(prefix="bbt-accel-")  # the run's, for as long as the estimator lives
+        folder = Path(self._folder.name)
+        lines = [json.dumps({**row, "label": int(target)}) for row, target in zip(rows, targets, strict=True)]
+        (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.run_ = tune(
+            bundle, task, data=folder, engine=engine, threads=self.threads, output=folder / "run",
+            settings={**settings, "k_shot": self.k_shot or fewest // 2}, progress=False,
+        )  # fmt: skip
         self._load(bundle, engine)
         return self
 
@@ -111,7 +112,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "run_")
         with new_folder(Path(path)) as folder:
             shutil.copytree(self._classifier.engine.bundle.path, folder / "bundle")
-            write_run(self.run_, folder / "run")
+            shutil.copytree(self.run_.path, folder / "run")
             engine, classes = self._classifier.engine.name, self.classes_.tolist()
             facts = {"parameters": self.get_params(), "classes": classes, "engine": engine}
             (folder / ESTIMATOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -155,9 +156,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if engine == "auto" or precision == "auto":
             best = diagnose()["recommended"]
             engine = best["engine"] if engine == "auto" else engine
-            precision = (
-                (best["precision"] if engine == best["engine"] else "fp32") if precision == "auto" else precision
-            )
+            if precision == "auto":
+                precision = best["precision"] if engine == best["engine"] else "fp32"
         exported = cache_folder(self.backbone, self.method, self.n_prompt_tokens)
         if not exported.exists():
             export_bundle(self.backbone, exported, method=self.method, n_prompt_tokens=self.n_prompt_tokens)
@@ -190,15 +190,6 @@ def cache_folder(backbone: str, method: str, n_prompt_tokens: int) -> Path:
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "bbt-accel")
     files = sorted(p for p in Path(backbone).rglob("*") if p.is_file()) if Path(backbone).is_dir() else []
     files += [Path(backbone)] if Path(backbone).is_file() else []
-    content = [backbone, method, str(n_prompt_tokens), bbt_accel.__version__, *map(sha256, files)]
+    formats = bbt_accel.__version__, str(BundleInfo.model_fields["format"].default)
+    content = [backbone, method, str(n_prompt_tokens), *formats, *map(sha256, files)]
     return root / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
-
-
-def write_run(run: Run, folder: Path) -> None:
-    """A run as `Run.read` reads it: its information, prompt and readout."""
-    from bbt_accel.run import READOUT, write_info, write_prompt
-
-    folder.mkdir()
-    write_info(folder, run.info)
-    write_prompt(folder, run.prompt)
-    run.readout.save(folder / READOUT)

@@ -14,7 +14,7 @@ import typer
 
 from bbt_accel import __version__, printing
 from bbt_accel import cli_options as shared
-from bbt_accel.benchmarks.options import BenchOptions, CompareOptions, bench_options
+from bbt_accel.benchmarks.options import BenchOptions, CompareOptions, bench_options, compare_options
 from bbt_accel.command import INTERRUPTED, exit_on_error
 from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Precision
@@ -222,7 +222,7 @@ def compare(
     """Compare accuracy per forward pass: readouts, searches, and training by gradients."""
     from bbt_accel.benchmarks.compare import run_compare
 
-    report = run_compare(tasks, output, CompareOptions(**options), ray=ray, resume=resume, progress=not as_json)
+    report = run_compare(tasks, output, compare_options(**options), ray=ray, resume=resume, progress=not as_json)
     printing.print_bench(output, as_json)
     if report.failures:
         raise BbtError(f"{len(report.failures)} trials failed; retry them with --resume")

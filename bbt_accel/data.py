@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from bbt_accel.batch import Int64
 from bbt_accel.errors import DataError, UsageError, first_line
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task
@@ -31,6 +32,11 @@ class Row:
 
     fields: dict[str, str]
     label: int | None = None
+
+
+def labels(rows: Sequence[Row]) -> Int64:
+    """The classes of labelled rows, int64 (N,)."""
+    return np.array([row.label for row in rows], np.int64)
 
 
 def load_rows(task: Task, split: Split, data: Path | None = None) -> list[Row]:

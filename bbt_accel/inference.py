@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from bbt_accel.batch import Float32, Float64
-from bbt_accel.data import Row, load_few_shot, load_rows
+from bbt_accel.data import Row, labels, load_few_shot, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
@@ -58,8 +58,7 @@ def evaluate(
         found, start = class_scores(loaded, encoder, rows, run), loaded.bundle.start_prompt()
         plain = Readout("verbalizer", encoder.classes).scores(outputs(loaded, encoder, rows, start))
         logits = np.stack([found, plain, plain + batch_calibration(plain)])
-        targets = np.array([row.label for row in rows])
-        _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, targets)
+        _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, labels(rows))
         return {
             "split": split,
             "metric": run.task.metric,

@@ -15,12 +15,12 @@ from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
 from bbt_accel.benchmarks.options import CONTENDERS, CompareOptions
 from bbt_accel.bundle import Bundle, Method
-from bbt_accel.data import load_few_shot
+from bbt_accel.data import labels, load_few_shot
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, check_known
-from bbt_accel.files import reserved, write_atomically
+from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import class_scores, outputs
 from bbt_accel.machine import describe_machine
 from bbt_accel.objective import Objective
@@ -32,7 +32,7 @@ from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool, RayPool
 from bbt_accel.tasks import load_task
 from bbt_accel.tuning import tune
 
-TRIALS = "trials"  # folder of finished trials
+TRIALS, BUNDLES, RUNS = "trials", "bundles", "runs"  # folders: of finished trials, of bundles, of runs
 DECISIVE = ("backbone", "budgets", "k_shot", "n_prompt_tokens", "test_rows", "engine", "precision")
 """Options that decide the scores of a trial."""
 
@@ -55,13 +55,12 @@ def run_compare(
     folder = Path(output).absolute()
     for name in options.contenders:
         check_known("contender", name, CONTENDERS)
+    engine_spec(options.engine)
     named = {load_task(task).name: task for task in tasks}
-    if folder.exists() and not resume:
-        raise BbtError(f"{folder} exists already; use --resume or choose another -o")
     done, failures = dict[str, list[Score]](), dict[str, str]()
     with reserved(folder), closing(_pool(options, ray)) as pool:
-        (folder / TRIALS).mkdir(parents=True, exist_ok=True)
-        jobs = list(_jobs(named, options, prepare(folder / "bundles", options), pool.threads))
+        _open(folder, options, resume)
+        jobs = list(_jobs(folder, named, options, prepare(folder / BUNDLES, options), pool.threads))
         done = {job.name: found for job in jobs if (found := read_trial(folder, job)) is not None}
         by_name = {job.name: job for job in jobs}
         for name, reply in pool.run([job for job in jobs if job.name not in done], len(done), progress):
@@ -77,6 +76,20 @@ def run_compare(
     return report
 
 
+def _open(folder: Path, options: CompareOptions, resume: bool) -> None:
+    """Make the folder with its bundles in one step, so that whatever is left of a comparison can be resumed."""
+    if not folder.exists():
+        with reserved_folder(folder) as new:
+            (new / TRIALS).mkdir()
+            prepare(new / BUNDLES, options)
+    elif not (folder / TRIALS).is_dir():
+        raise BbtError(f"{folder} exists already and is not a comparison; choose another -o")
+    elif not resume:
+        raise BbtError(f"{folder} exists already; use --resume or choose another -o")
+    for place in (folder, folder / TRIALS):
+        remove_leftovers(place)
+
+
 def _pool(options: CompareOptions, ray: str | None) -> Pool:
     if ray is None:
         return ProcessPool(options.jobs, options.threads)
@@ -84,13 +97,13 @@ def _pool(options: CompareOptions, ray: str | None) -> Pool:
 
 
 def _jobs(
-    tasks: Mapping[str, str], options: CompareOptions, bundles: dict[str, str], threads: int
+    folder: Path, tasks: Mapping[str, str], options: CompareOptions, bundles: dict[str, str], threads: int
 ) -> Iterator[PoolJob]:
     """A job for each task, contender and seed. tasks: name → what `load_task` takes."""
     shared = {"bundles": bundles, "options": options.model_dump(mode="json"), "threads": threads}
     for (name, task), contender, seed in product(tasks.items(), options.contenders, options.seeds):
         data = None if options.data is None else str((options.data / name).absolute())
-        own = {"contender": contender, "task": task, "data": data, "seed": seed}
+        own = {"contender": contender, "task": task, "data": data, "seed": seed, "work": str(folder / RUNS)}
         yield PoolJob(f"{name}-{contender}-{seed}", contend, own | shared)
 
 
@@ -127,12 +140,13 @@ def contend(
     task: str,
     data: str | None,
     seed: int,
+    work: str,
     bundles: dict[str, str],
     options: dict[str, Any],
     threads: int,
 ) -> list[dict[str, Any]]:
-    """One contender on one task and seed: its scores at every budget, as JSON."""
-    trial = Trial(task, data, seed, bundles, CompareOptions.model_validate(options), threads)
+    """One contender on one task and seed: its scores at every budget, as JSON. work: folder of its runs."""
+    trial = Trial(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
     if contender == "readouts":
         scores = trial.readouts()
     elif contender == "auto":
@@ -146,15 +160,21 @@ class Trial:
     """The rows of a task and a seed, and how each contender is scored on them."""
 
     def __init__(
-        self, task: str, data: str | None, seed: int, bundles: dict[str, str], options: CompareOptions, threads: int
+        self,
+        task: str,
+        data: str | None,
+        seed: int,
+        work: Path,
+        bundles: dict[str, str],
+        options: CompareOptions,
+        threads: int,
     ) -> None:
         self.task, self.data, self.seed, self.bundles = load_task(task), data, seed, bundles
-        self.options, self.threads, self.work = options, threads, Path(bundles["bbt"]).parents[1] / "runs"
+        self.work, self.options, self.threads = work, options, threads
         folder = None if data is None else Path(data)
         self.test = steps.compared_rows(self.task, folder, options.test_rows)
         settings = resolve({"k_shot": options.k_shot, "seed": seed})
         self.train, self.dev = load_few_shot(self.task, folder, settings)
-        self.targets = steps.targets_of(self.test)
 
     def readouts(self) -> list[Score]:
         """Every readout without a search; and what takes no labels."""
@@ -208,15 +228,14 @@ class Trial:
         with load_engine(run.open_bundle(), self.options.engine, threads=self.threads) as engine:
             encoder = Encoder(engine.bundle, self.task, run.info.demonstrations)
             scores = class_scores(engine, encoder, self.test, run)
-        chosen = (
-            f"{run.info.readout.name}{', searched' if run.info.readout.searched else ''}" if name == "auto" else None
-        )
-        return self.measured(name, run.info.calls, scores, seconds, budget, chosen)
+        readout = run.info.readout
+        chosen = readout.name + (", searched" if readout.searched else "")
+        return self.measured(name, run.info.calls, scores, seconds, budget, chosen if readout.tried else None)
 
     def measured(
         self, name: str, calls: int, scores: Any, seconds: float, budget: int | None = None, chosen: str | None = None
     ) -> Score:
-        _, metric = Objective("ce", self.task.metric).score(scores[None], self.targets)
+        _, metric = Objective("ce", self.task.metric).score(scores[None], labels(self.test))
         return Score(
             contender=name, task=self.task.name, metric=self.task.metric, seed=self.seed, budget=budget, calls=calls,
             score=float(metric[0]), seconds=seconds, peak_mib=steps.peak_mib(), chosen=chosen,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,8 +13,10 @@ from bbt_accel.bundle import Method, PromptMode
 from bbt_accel.engine_specs import Device, Precision
 from bbt_accel.errors import UsageError
 from bbt_accel.reporting import Schema
+from bbt_accel.sweeps.grid import Seeds
 
 Count = Annotated[int, Field(ge=1)]
+Options = TypeVar("Options", bound=BaseModel)
 
 
 class BenchOptions(BaseModel):
@@ -43,25 +45,13 @@ class BenchOptions(BaseModel):
     ablate: bool = Field(default=False, description="Also measure what each optimization contributes, without it.")
 
     def command_line(self, output: Path) -> str:
-        """The command that repeats the benchmark; options at their default are omitted."""
-        words = ["bbt-accel", "bench"]
-        for name, field in type(self).model_fields.items():
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value is True:
-                words.append(option)
-            elif value != field.default:
-                words += [option, ",".join(value) if isinstance(value, list) else str(value)]
-        return shlex.join([*words, "-o", str(output)])
+        """The command that repeats the benchmark."""
+        return command_line(["bench"], self, output)
 
 
 def bench_options(**given: Any) -> BenchOptions:
     """The options of a benchmark. Raises UsageError, in one line, for an unknown name or an invalid value."""
-    try:
-        return BenchOptions(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}"
-        raise UsageError(f"{option}: {first['msg']}; got {first['input']!r}") from None
+    return read_options(BenchOptions, given)
 
 
 Contender = Literal["readouts", "auto", "bbt", "bbtv2", "gradient-prompt", "lora", "fine-tuning", "embeddings"]
@@ -75,8 +65,8 @@ class CompareOptions(Schema):
     data: Path | None = None
     """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
     contenders: list[str] = Field(default=list(CONTENDERS), description=f"Any of {', '.join(CONTENDERS)}.")
-    budgets: list[int] = Field(default=[64, 300, 1000], description="API calls of the searches.")
-    seeds: list[int] = Field(default=[42, 43, 44], description="Of the rows, and of everything drawn at random.")
+    budgets: list[Count] = Field(default=[64, 300, 1000], description="API calls of the searches.")
+    seeds: Seeds = Field(default=[42, 43, 44], description="Of the rows, and of everything drawn at random.")
     k_shot: int = Field(default=16, ge=1, description="Examples per class to train on, and as many to choose by.")
     n_prompt_tokens: int = Field(default=20, ge=1, description="Soft prompt vectors.")
     test_rows: int = Field(default=800, ge=1, description="Maximum of test rows.")
@@ -86,10 +76,31 @@ class CompareOptions(Schema):
     jobs: int | None = Field(default=None, ge=1, description="Trials at a time (default: 1).")
 
     def command_line(self, tasks: Sequence[str], output: Path) -> str:
-        """The command that repeats the comparison; options at their default are omitted."""
-        words = ["bbt-accel", "compare", *tasks]
-        for name, field in type(self).model_fields.items():
-            if (value := getattr(self, name)) != field.default:
-                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-                words += [f"--{name.replace('_', '-')}", text]
-        return shlex.join([*words, "-o", str(output)])
+        """The command that repeats the comparison."""
+        return command_line(["compare", *tasks], self, output)
+
+
+def compare_options(**given: Any) -> CompareOptions:
+    """The options of a comparison. Raises UsageError, in one line, for an unknown name or an invalid value."""
+    return read_options(CompareOptions, given)
+
+
+def command_line(words: Sequence[str], options: BaseModel, output: Path) -> str:
+    """A command of bbt-accel with these options; those at their default are omitted."""
+    words = ["bbt-accel", *words]
+    for name, field in type(options).model_fields.items():
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif value != field.default:
+            words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return shlex.join([*words, "-o", str(output)])
+
+
+def read_options(model: type[Options], given: dict[str, Any]) -> Options:
+    try:
+        return model(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        raise UsageError(f"{option}: {first['msg']}; got {first['input']!r}") from None

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from bbt_accel.batch import Batch, Float64, Int64
+from bbt_accel.batch import Batch, Float64
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row
+from bbt_accel.data import Row, labels
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import MissingDependency
 from bbt_accel.exporters.families import family_of, load_model
@@ -34,9 +34,6 @@ class Split:
     train: list[Row]
     dev: list[Row]
     test: list[Row]
-
-    def targets(self, name: str) -> Int64:
-        return np.array([row.label for row in getattr(self, name)], np.int64)
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def embeddings(split: Split, columns: Sequence[str], seed: int) -> Found:
             parts.append(F.normalize((states * mask).sum(1) / mask.sum(1)).double().numpy())
         return np.concatenate(parts)
 
-    shown = np.concatenate([split.targets("train"), split.targets("dev")])
-    arrays, _ = fit_linear([embed([*split.train, *split.dev])], shown, seed)
+    shown = [*split.train, *split.dev]
+    arrays, _ = fit_linear([embed(shown)], labels(shown), seed)
     seconds = perf_counter() - started
     return Found(embed(split.test) @ arrays["weight"] + arrays["bias"], 1, seconds)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bbt_accel import processes
-from bbt_accel.batch import Batch, Float32, Int64
+from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.data import Row, few_shot, load_rows
 from bbt_accel.engine_specs import EngineSpec
@@ -122,10 +122,6 @@ def compared_rows(task: Task, data: Path | None, most: int) -> list[Row]:
     """The test rows, or a random `most` of them where there are more."""
     rows = load_rows(task, "test", data)
     return _draw(rows, min(most, len(rows)))
-
-
-def targets_of(rows: Sequence[Row]) -> Int64:
-    return np.array([row.label for row in rows], np.int64)
 
 
 def _draw(rows: list[Row], count: int) -> list[Row]:

@@ -59,6 +59,7 @@ def test_a_saved_classifier_holds_everything(
     again = PromptClassifier.load(moved)
     np.testing.assert_array_equal(again.predict_proba(rows[0][:5]), fitted.predict_proba(rows[0][:5]))
     assert again.get_params() == fitted.get_params()
+    assert again.run_.history == fitted.run_.history
     with pytest.raises(RunError, match="not a saved PromptClassifier"):
         PromptClassifier.load(tmp_path)
 

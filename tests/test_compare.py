@@ -15,6 +15,7 @@ from bbt_accel.benchmarks import references
 from bbt_accel.benchmarks.compare import run_compare
 from bbt_accel.benchmarks.compare_report import Score, difference, make_report, markdown
 from bbt_accel.benchmarks.options import CompareOptions
+from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, MissingDependency, UsageError
 
 SMALL = CompareOptions(
@@ -67,7 +68,7 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     monkeypatch.setattr(references, "STEPS", 10)
     from bbt_accel.benchmarks.steps import compared_rows
     from bbt_accel.bundle import Bundle
-    from bbt_accel.data import load_few_shot
+    from bbt_accel.data import labels, load_few_shot
     from bbt_accel.encoding import Encoder
     from bbt_accel.readout import log_loss
     from bbt_accel.settings import resolve
@@ -77,10 +78,10 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     train, dev = load_few_shot(task, None, resolve({"k_shot": 2}))
     split = references.Split(train, dev, compared_rows(task, None, 32))
     trainer = references.Trainer(bundle, Encoder(bundle, task), split, 0)
-    before = log_loss(np.concatenate([part.detach().numpy() for part in trainer.logits("test")]), split.targets("test"))
+    before = log_loss(np.concatenate([part.detach().numpy() for part in trainer.logits("test")]), labels(split.test))
     found = references.TRAINED[name](trainer)
     assert found.calls == 30
-    assert log_loss(found.scores, split.targets("test")) < before
+    assert log_loss(found.scores, labels(split.test)) < before
 
 
 def test_a_difference_pairs_tasks_and_seeds() -> None:
@@ -111,3 +112,25 @@ def test_an_unknown_contender_is_named() -> None:
 def test_without_the_sentence_encoder_the_extra_is_named() -> None:
     with pytest.raises(MissingDependency, match="compare"):
         references.embeddings(references.Split([], [], []), ["text"], 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [("--engine nosuch", "unknown engine"), ("--budgets 64,x", "--budgets"), ("--backbone /no/such", "cannot load")],
+)
+def test_a_comparison_that_cannot_start_is_one_line_and_leaves_nothing(
+    words: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "demo", *words.split(), "-o", str(tmp_path / "report")])
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_comparison_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BbtError, match="not a comparison"):
+        run_compare(["demo"], tmp_path, SMALL, resume=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import load_rows
+from bbt_accel.data import labels, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.inference import class_scores
@@ -54,7 +54,7 @@ def score_prompts(
     with load_engine(bundle, engine, device=device, threads=threads) as loaded:
         encoders = (Encoder(loaded.bundle, task, run.info.demonstrations) for run in found)
         logits = np.stack([class_scores(loaded, e, rows, run) for e, run in zip(encoders, found, strict=True)])
-    _, scores = Objective("ce", task.metric).score(logits, np.array([row.label for row in rows]))
+    _, scores = Objective("ce", task.metric).score(logits, labels(rows))
     return {"scores": scores.tolist(), "predictions": logits.argmax(2).tolist()}
 
 
