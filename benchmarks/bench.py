@@ -26,6 +26,7 @@ from bbt_accel.errors import BbtError, EngineError, check_known
 from bbt_accel.machine import describe_machine, physical_cores
 from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
 from bbt_accel.progress import StepProgress
+from bbt_accel.readout import class_logits
 from bbt_accel.settings import PRESETS, resolve
 from bbt_accel.tasks import load_task
 
@@ -107,6 +108,7 @@ class Benchmark:
             few = steps.timed_rows(task, options.data, options.k_shot)
             shown = choose_demonstrations(few, task.n_classes, count, SEED)[0]
         encoder = Encoder(exported, task, shown)
+        self.classes = encoder.classes
         self.timed, self.tested = encoder.encode(timed), encoder.encode(tested)
         steps.save_batch(self.work / "timed.npz", self.timed)
         steps.save_batch(self.work / "tested.npz", self.tested)
@@ -176,9 +178,9 @@ class Benchmark:
         row.compare(logits, self.reference, self.tested.targets, self.task.metric)
 
     def logits(self, row: Measurement, prompt: Path) -> Float32:
-        """Label logits (N, C) of the test rows for the prompt in a file."""
+        """Class logits (N, C) of the test rows for the prompt in a file, by the label words."""
         found = processes.call(steps.compare, engine=self.engine(row), batch=self.work / "tested.npz", prompt=prompt)
-        return np.array(found, np.float32)
+        return class_logits(found, self.classes).astype(np.float32)
 
     def report(self) -> BenchReport:
         return BenchReport(
