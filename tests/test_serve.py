@@ -606,6 +606,23 @@ def test_further_requests_than_the_limit_are_refused_and_health_is_not(plain: Bu
             pass
 
 
+def test_the_bodies_of_all_requests_are_bounded_together(plain: Bundle) -> None:
+    body = json.dumps(in_json(whole(plain))).encode()
+    size = len(body) + 1
+    limits = replace(LIMITS, request_bytes=size, bodies=2, idle=30.0)
+    header = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    with running(app(plain, limits), limits) as url:
+        large = connections(url, 2, header + b" " * (size - 1))
+        while (answer := ask(url, "POST", INFER, body))[0] == 200:  # until all of theirs has arrived
+            pass
+        assert answer[0] == 503
+        assert "bytes of other requests; try again later" in answer[1]["error"]
+        for connection in large:
+            connection.close()
+        while ask(url, "POST", INFER, body)[0] == 503:  # until the server has noticed
+            pass
+
+
 # Failures of the engine --------------------------------------------------------------------------------------
 
 

@@ -14,4 +14,5 @@ class Limits:
     timeout: float  # seconds for the body to arrive, and again for the response to be ready
     cached_batches: int = 16  # batches of rows in the cache; the least recently used one is dropped first
     requests: int = 64  # inference requests at a time; others get 503
+    bodies: int = 4  # of the largest size; together no more bytes than these are held, others get 503
     idle: float = 10.0  # seconds without the next part of a request, or of its response being read

@@ -40,7 +40,7 @@ class Service:
         self.models, self.limits = {model.name: model for model in models}, limits
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # no engine is thread-safe
         self.parsers = ThreadPoolExecutor(2, thread_name_prefix="parser")  # few, because of the memory that each takes
-        self.running = 0  # inference requests
+        self.running = self.held = 0  # inference requests, and bytes of their bodies
 
     def routes(self) -> list[Route]:
         routes = [Route(f"/v2/health/{what}", self.healthy) for what in ("live", "ready")]
@@ -88,12 +88,14 @@ class Service:
         if self.running >= self.limits.requests:
             raise RequestError(f"{self.running} requests are under way; try again later", 503)
         self.running += 1
+        request.state.held = 0
         try:
             return await self.infer_with(model, request)
         except asyncio.CancelledError:
             raise RequestError("the server is stopping", 503) from None
         finally:
             self.running -= 1
+            self.held -= request.state.held
 
     async def infer_with(self, model: Model, request: Request) -> Response:
         async with self.timeout("the request took more than {} seconds to arrive", 408):
@@ -128,8 +130,12 @@ class Service:
         async for part in self.stream(request):
             parts.append(decompress(part, limit + 1 - size))
             size += len(parts[-1])
+            request.state.held = size
+            self.held += len(parts[-1])
             if size > limit:
                 raise too_large
+            if self.held > self.limits.bodies * limit:
+                raise RequestError(f"the server holds {self.held - size} bytes of other requests; try again later", 503)
         decompress(b"", 0)
         return b"".join(parts)
 
