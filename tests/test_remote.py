@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,6 +322,42 @@ def on_port(application: Any, port: int) -> Iterator[str]:
         patch.setattr(serving_parts, "listen", lambda host, _: free(host, port))
         with running(application) as url:
             yield url
+
+
+DYING = """
+import os, sys
+from bbt_accel.cli import main
+from bbt_accel.engines.dummy import DummyBoundBatch
+calls, computed = int(sys.argv[3]), DummyBoundBatch._label_logits
+def label_logits(self, *given):
+    global calls
+    calls -= 1
+    return computed(self, *given) if calls else os._exit(9)
+DummyBoundBatch._label_logits = label_logits
+main(["serve", sys.argv[1], "--engine", "dummy", "--port", sys.argv[2], "--json"])
+"""
+
+
+def test_a_search_outlives_its_server(plain: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose process dies in the middle of a call, and is started again."""
+    monkeypatch.setattr(remote, "WAITS", (0.1,))
+    monkeypatch.setenv("BBT_ACCEL_PATIENCE", "60")
+
+    def start(port: int, calls: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", DYING, str(plain.path), str(port), str(calls)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    with start(0, 3) as first, ThreadPoolExecutor(1) as pool:
+        assert first.stdout is not None
+        url = json.loads(first.stdout.readline())["url"]
+        search = pool.submit(tuned, plain, tmp_path, "far", "remote", url=url)
+        assert first.wait(60) == 9
+        with start(int(url.rpartition(":")[2]), 0) as second:
+            try:
+                found = search.result(60)
+            finally:
+                second.kill()
+    assert found.prompt.tobytes() == tuned(plain, tmp_path, "local", "dummy").prompt.tobytes()
 
 
 # Any other server --------------------------------------------------------------------------------------------
