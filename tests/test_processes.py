@@ -64,12 +64,23 @@ print("started", flush=True)
         assert process.communicate(timeout=60)[0] == ""
 
 
+TERMINATED = """
+import signal
+from bbt_accel import processes
+former = signal.getsignal(signal.SIGTERM)
+try:
+    with processes.interrupted_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+except KeyboardInterrupt:
+    print("interrupted", signal.getsignal(signal.SIGTERM) is former)
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 def test_sigterm_is_an_interrupt_inside_the_block_alone() -> None:
-    former = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), processes.interrupted_by_sigterm():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is former
+    done = subprocess.run([sys.executable, "-c", TERMINATED], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("interrupted True\n", -signal.SIGTERM)
 
 
 @pytest.mark.parametrize(

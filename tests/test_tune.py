@@ -21,7 +21,6 @@ from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.bundle import Bundle
-from bbt_accel.cli import main
 from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, RunError, UsageError
 from bbt_accel.files import reserved
@@ -444,26 +443,30 @@ def test_a_full_disk_at_the_plot_costs_the_plot_alone(
     assert "has no curve.png, which could not be written (No space left on device)" in capsys.readouterr().err
 
 
+TERMINATED = """
+import os, signal, sys
+from bbt_accel.cli import main
+from bbt_accel.engines.dummy import DummyBoundBatch
+whole, count = DummyBoundBatch._label_logits, 0
+def logits(self, population):
+    global count
+    count += len(population) > 1
+    if count == 6 and len(population) > 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole(self, population)
+DummyBoundBatch._label_logits = logits
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
-def test_sigterm_ends_the_command_as_ctrl_c_does(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole, count = DummyBoundBatch._label_logits, 0
-
-    def logits(self: DummyBoundBatch, population: Population) -> np.ndarray:
-        nonlocal count
-        count += len(population) > 1
-        if count == 6 and len(population) > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, population)
-
-    monkeypatch.setattr(DummyBoundBatch, "_label_logits", logits)
+def test_sigterm_ends_the_command_as_ctrl_c_does(bundle: Bundle, tmp_path: Path) -> None:
     task = task_file(tmp_path / "data")
     words = ["tune", "--bundle", str(bundle.path), "--task", str(task), "--data", str(tmp_path / "data")]
-    with pytest.raises(SystemExit) as caught:
-        main([*words, "--engine", "dummy", "--readout", "verbalizer", "--k-shot", "3", "-o", str(tmp_path / "run")])
-    assert caught.value.code == 130
-    assert "interrupted" in capsys.readouterr().err
+    words += ["--engine", "dummy", "--readout", "verbalizer", "--k-shot", "3", "-o", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", TERMINATED, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130
+    assert "interrupted" in done.stderr
     info = Run.read(tmp_path / "run").info
     assert (info.status, info.calls) == ("interrupted", 20)
 
