@@ -1,5 +1,5 @@
 # make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
-# make test, make lint, make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv,
+# make test, make test-slow, make lint, make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv,
 # once; nothing outside this folder is touched.
 
 PYTHON ?= python3
@@ -10,10 +10,10 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types gpu-check clean
+.PHONY: help demo test test-slow lint types gpu-check clean
 
 help:
-	@echo "make demo | test | lint | gpu-check | clean"
+	@echo "make demo | test | test-slow | lint | gpu-check | clean"
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; bbt-accel needs 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -51,7 +51,11 @@ demo: .venv/.installed
 	@echo; echo "demo-run/auto holds $$(ls -m demo-run/auto)"
 
 test: .venv/.installed .venv/.extras
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# Further exports and plans of the same families, Ray, whole programs, attacks.
+test-slow: .venv/.installed .venv/.extras
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
 # cuda-python and bbt-accel: nothing is installed.

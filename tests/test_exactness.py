@@ -15,7 +15,7 @@ import cma
 from conftest import THREADS, Export, Load
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tiny_backbones import RELATIVES, VARIANTS
+from tiny_backbones import RELATIVES, VARIANTS, marks
 
 from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
 from bbt_accel.engines.staged import StagedEngine
@@ -33,7 +33,8 @@ candidates = st.integers(1, 4)
 
 
 def named(variants: list[tuple[str, str, str]]) -> Any:
-    return pytest.mark.parametrize(("name", "method", "mode"), variants, ids=["-".join(v) for v in variants])
+    parameters = [pytest.param(*variant, id="-".join(variant), marks=marks(variant)) for variant in variants]
+    return pytest.mark.parametrize(("name", "method", "mode"), parameters)
 
 
 LLAMA = [v for v in RELATIVES if v[0] == "llama"]

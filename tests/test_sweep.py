@@ -166,6 +166,7 @@ def test_an_interrupt_keeps_finished_trials(
     assert (report.interrupted, report.count("done")) == (False, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_sweep_on_ray_gives_the_same_scores(toy: dict[str, Any], tmp_path: Path) -> None:
     here = sweep(tmp_path / "here", toy)
@@ -174,6 +175,7 @@ def test_a_sweep_on_ray_gives_the_same_scores(toy: dict[str, Any], tmp_path: Pat
     assert there.count("done") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_task_that_dies_on_ray_is_a_failure(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

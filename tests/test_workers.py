@@ -28,7 +28,7 @@ from bbt_accel.tuning.methods import PromptSpace
 from bbt_accel.tuning.search import Outcome, search
 from bbt_accel.tuning.workers import WorkersEvaluator
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 SMALL = Settings(readout="verbalizer", intrinsic_dim=6, popsize=5, budget=60, eval_every=10, seed=3)
 TRAIN, DEV = batch(8, seed=0), batch(8, seed=1)
@@ -215,7 +215,6 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 def test_sigterm_keeps_the_best_prompt_and_the_working_directory_holds_no_modules(tmp_path: Path) -> None:
     """Ray has a handler of its own for the one, and puts the other on the workers' path."""

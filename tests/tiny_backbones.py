@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.numpy import load, save_file
@@ -106,6 +107,11 @@ RELATIVES = [
 ]
 """The families that share most of their computation with one in `VARIANTS`, in the same way."""
 N_PROMPT = 3
+
+
+def marks(variant: tuple[str, str, str]) -> list[Any]:
+    """Of the relatives' three variants two are slow tests: each is an export of its own."""
+    return [] if variant in VARIANTS or variant[1:] == EACH[0] else [pytest.mark.slow]
 
 
 def tiny_model(name: str, cls: str | None = None, seed: int = 0, **changes: Any) -> Any:
