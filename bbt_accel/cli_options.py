@@ -9,7 +9,7 @@ import typer
 from pydantic import Field
 
 from bbt_accel.bundle import Method, PromptMode
-from bbt_accel.engine_specs import ENGINES, Device, engine_names, engine_spec, targets
+from bbt_accel.engine_specs import ENGINES, check_device, engine_names, engine_spec, targets
 from bbt_accel.model_options import Fields
 from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
 from bbt_accel.reporting import Schema
@@ -27,10 +27,15 @@ def _check_engine(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
+def _check_device(context: typer.Context, device: str | None) -> str | None:
+    return device if device is None or context.resilient_parsing else check_device(device)
+
+
 _ENGINES = ", ".join(spec.name for spec in ENGINES if not spec.internal)
 _TARGETS = ", ".join(spec.name for spec in ENGINES if spec.optimized)
 _WITHOUT = "Optimizations to switch off, comma-separated: "
 _ENGINE = typer.Option(callback=_check_engine, autocompletion=engine_names)
+_DEVICE = typer.Option(callback=_check_device, metavar="cpu|cuda|cuda:N")
 _TARGET = typer.Option(autocompletion=lambda: list(targets()))
 _PRESET = typer.Option(autocompletion=preset_names)
 _TASK = typer.Option(metavar="TASK", autocompletion=task_names)
@@ -120,8 +125,8 @@ class Execution(Schema):
         default=None,
         description=f"Engine that runs the backbone: {_ENGINES}, or a plug-in's (default: the run's, or ort).",
     )
-    device: Device | None = None
-    """Device of the engine; trt always uses cuda (default: the run's, or cpu)."""
+    device: Annotated[str | None, _DEVICE] = None
+    """Device of the engine: cpu, cuda or cuda:N; trt always uses a GPU (default: the run's, or cpu)."""
     threads: int | None = Field(default=None, ge=1, description="CPU threads (default: all cores).")
     url: str | None = Field(default=None, description="Server for --engine remote, e.g. http://127.0.0.1:8000.")
 

@@ -7,6 +7,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -39,18 +40,21 @@ class DeviceArray:
 
 
 class Cuda:
-    """The first GPU, one stream, and a memory pool.
+    """One GPU, one stream, and a memory pool.
 
     Everything runs in stream order, so a buffer can be reused as soon as the work that reads it has been enqueued. The
     pool returns the free buffer with the lowest address: from its second generation on, a search that repeats the same
     steps gets the same addresses, which CUDA graphs need.
     """
 
-    def __init__(self) -> None:
-        self.runtime = load_runtime()
-        if not self.call("cudaGetDeviceCount"):
+    def __init__(self, index: int = 0) -> None:
+        self.runtime, self.index = load_runtime(), index
+        count = self.call("cudaGetDeviceCount")
+        if not count:
             raise EngineError("no NVIDIA GPU found; see bbt-accel doctor")
-        found = self.call("cudaGetDeviceProperties", 0)
+        if index >= count:
+            raise EngineError(f"--device cuda:{index}: this machine has {count} GPU(s), counted from 0")
+        found = self.call("cudaGetDeviceProperties", index)
         self.gpu = Gpu(decoded(found.name).strip("\0 "), f"{found.major}.{found.minor}", self.driver())
         self.stream: Any = None
         self.free: dict[int, list[int]] = defaultdict(list)  # idle buffers by their size, each list a heap
@@ -74,9 +78,14 @@ class Cuda:
             return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
     def open(self) -> None:
-        """Create the stream. Raises EngineError."""
+        """Make the GPU this thread's, for TensorRT as well, and create the stream. Raises EngineError."""
         if self.stream is None:
+            self.call("cudaSetDevice", self.index)
             self.stream = self.call("cudaStreamCreate")
+
+    def free_memory(self) -> int:
+        """Bytes of the GPU's memory that nobody has allocated."""
+        return int(self.call("cudaMemGetInfo")[0])
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new, uninitialized array. Raises EngineError when the GPU is out of memory."""
@@ -130,17 +139,34 @@ class Cuda:
         self.call("cudaStreamSynchronize", self.stream)
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
-        """An executable CUDA graph of the work that `enqueue` puts on the stream. Raises EngineError."""
+        """An executable CUDA graph of the work that `enqueue` puts on the stream.
+
+        Raises EngineError, and whatever `enqueue` raises; the stream then takes work as before.
+        """
         mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self.stream, mode)
         try:
             enqueue()
-        finally:
             graph = self.call("cudaStreamEndCapture", self.stream)
+        except BaseException:
+            self.abandon_capture()
+            raise
         try:
             return self.call("cudaGraphInstantiate", graph, 0)
         finally:
             self.call("cudaGraphDestroy", graph)
+
+    def abandon_capture(self) -> None:
+        """End a capture that has failed, free the part of a graph that there is, and clear the error.
+
+        A stream stays in capture until it is ended, and the runtime keeps an error until it is read.
+        """
+        with suppress(EngineError):
+            graph = self.call("cudaStreamEndCapture", self.stream)
+            if graph is not None:  # there is none of a capture that was invalidated
+                self.call("cudaGraphDestroy", graph)
+        with suppress(EngineError):
+            self.call("cudaGetLastError")
 
     def launch(self, graph: Any) -> None:
         self.call("cudaGraphLaunch", graph, self.stream)

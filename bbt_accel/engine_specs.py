@@ -6,14 +6,37 @@ that names an `EngineSpec`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from bbt_accel.errors import EngineError, UsageError, check_known
 
-Device = Literal["cpu", "cuda"]
+Kind = Literal["cpu", "cuda"]
+"""A kind of device, for which engines have backends."""
+
+
+def check_device(device: str) -> str:
+    """cpu, cuda (the first GPU) or cuda:N unchanged. Raises UsageError for anything else."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device must be cpu, cuda or cuda:N (the N-th GPU, counted from 0), not {device!r}")
+    return device
+
+
+def kind_of(device: str) -> Kind:
+    return "cpu" if device == "cpu" else "cuda"
+
+
+def index_of(device: str) -> int:
+    """The number of the GPU: cuda:1 → 1, cuda → 0."""
+    return int(device.partition(":")[2] or 0)
+
+
+Device = Annotated[str, AfterValidator(check_device)]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 GROUP = "bbt_accel.engines"
 
@@ -38,7 +61,7 @@ class Backend:
 class EngineSpec:
     """An engine.
 
-    backends: how it is loaded, by device.
+    backends: how it is loaded, by kind of device.
     reads: targets of the bundles that it loads (`onnx` is the bundle as exported).
     optimized: precisions that `optimize --target NAME` converts a bundle to, for this engine.
     benched: precisions that `bench` measures by default.
@@ -46,7 +69,7 @@ class EngineSpec:
     """
 
     name: str
-    backends: dict[Device, Backend]
+    backends: dict[Kind, Backend]
     reads: tuple[str, ...] = ("onnx",)
     optimized: tuple[Precision, ...] = ()
     benched: tuple[Precision, ...] = ()
@@ -58,20 +81,18 @@ class EngineSpec:
         exported: tuple[Precision, ...] = ("fp32",) if "onnx" in self.reads else ()
         return tuple(dict.fromkeys((*exported, *self.optimized)))
 
-    def device(self, wanted: str) -> Device:
+    def device(self, wanted: str) -> str:
         """Where the engine runs: an engine without a CPU backend needs no `--device cuda`.
 
         Raises UsageError for an unknown device, EngineError for one that the engine does not run on.
         """
-        if wanted not in ("cpu", "cuda"):
-            raise UsageError(f"--device must be cpu or cuda, not {wanted!r}")
-        device: Device = "cpu" if wanted == "cpu" and "cpu" in self.backends else "cuda"
-        if device not in self.backends:
+        device = "cuda" if check_device(wanted) == "cpu" and "cpu" not in self.backends else wanted
+        if kind_of(device) not in self.backends:
             raise EngineError(f"engine {self.name} runs on the {', '.join(self.backends).upper()}, not on {wanted}")
         return device
 
 
-def _pytorch(name: str) -> dict[Device, Backend]:
+def _pytorch(name: str) -> dict[Kind, Backend]:
     """The backends of a class that runs PyTorch."""
     backend = Backend(f"bbt_accel.engines.pytorch:{name}", ("torch", "transformers"), "export")
     return {"cpu": backend, "cuda": backend}
@@ -111,6 +132,7 @@ ENGINES = (
         reads=("onnx", "torch", "ort", "openvino", "trt"),
     ),
     EngineSpec("eager", _pytorch("EagerEngine"), reads=("onnx", "torch"), internal=True),
+    EngineSpec("eager-tf32", _pytorch("EagerTf32Engine"), reads=("onnx", "torch"), internal=True),
     EngineSpec("eager-readout", _pytorch("EagerReadoutEngine"), reads=("onnx", "torch"), internal=True),
     EngineSpec("compiled", _pytorch("CompiledEngine"), reads=("onnx", "torch"), internal=True),
     EngineSpec("dummy", {"cpu": Backend("bbt_accel.engines.dummy:DummyEngine")}, internal=True),

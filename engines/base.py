@@ -102,6 +102,15 @@ class Engine(Closing, ABC):
     def bind(self, batch: Batch) -> BoundBatch:
         """Hold the rows of `batch` for many candidates."""
 
+    capturing = False
+    """Whether calls that come again become CUDA graphs. May be set to False, to compare."""
+
+    def counts(self) -> dict[str, int]:
+        """`calls` of the device so far, how many of them were `captured` as CUDA graphs and how many `launched`; empty
+        for an engine without CUDA graphs.
+        """
+        return {}
+
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that compute, and the device or provider in use."""

@@ -22,12 +22,14 @@ def row_lengths(info: BundleInfo, batch: Batch, without: frozenset[str]) -> Int6
 
 
 def bucket_rows(
-    info: BundleInfo, batch: Batch, without: frozenset[str], step: int, max_tokens: int, max_rows: int
-) -> list[Int64]:
+    info: BundleInfo, batch: Batch, without: frozenset[str], step: int, max_tokens: int, max_rows: int,
+    overhead: int = 0,
+) -> list[Int64]:  # fmt: skip
     """Row indices of each bucket: rows of similar length (up to a multiple of `step`), at most so many tokens and rows.
 
-    A decoder computes the n positions of its prompt once per bucket and candidate, so it gets no more buckets than
-    pay off; the rows of a bucket have the same begin token and, in add mode, the same tokens under the prompt.
+    overhead: what a further call costs, in tokens per candidate. A decoder computes the n positions of its prompt once
+    per bucket and candidate, so it gets no more buckets than pay off; the rows of a bucket have the same begin token
+    and, in add mode, the same tokens under the prompt.
     """
     lengths = row_lengths(info, batch, without)
     prefix = info.n_prompt_tokens if info.causal and "prefix-cache" not in info.without else 0
@@ -37,7 +39,7 @@ def bucket_rows(
         rows = np.flatnonzero(group == value)
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         rounded = -(-lengths[rows] // step) * step
-        for part in np.split(rows, split_points(rounded, prefix)):
+        for part in np.split(rows, split_points(rounded, prefix + overhead)):
             size = max(1, min(max_tokens // int(lengths[part].max()), max_rows))
             buckets += [part[i : i + size] for i in range(0, len(part), size)]
     return buckets
@@ -69,7 +71,16 @@ def split_points(lengths: Int64, overhead: int) -> list[int]:
     return points[::-1]
 
 
-def trim(info: BundleInfo, batch: Batch, rows: Int64, without: frozenset[str]) -> Batch:
-    """Some rows of a batch without the columns that none of them needs; padded if too short for the graphs."""
+def trim(
+    info: BundleInfo, batch: Batch, rows: Int64, without: frozenset[str], step: int = 1, longest: int = 0
+) -> Batch:
+    """Some rows of a batch without the columns that none of them needs; padded if too short for the graphs.
+
+    step: padded to where attention sees a multiple of this (an encoder's row, and in cat mode the prompt), if the row
+        is then no longer than `longest`.
+    """
     part = batch.rows(rows)
-    return part.padded(int(row_lengths(info, part, without).max()), info.special.pad)
+    needed = int(row_lengths(info, part, without).max())
+    prompt = info.n_prompt_tokens if info.prompt_mode == "cat" else 0
+    aligned = -(-(needed + prompt) // step) * step - prompt
+    return part.padded(aligned if aligned <= longest else needed, info.special.pad)

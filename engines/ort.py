@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import heapq
 import logging
 import sys
-from collections.abc import Collection, Sequence
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -17,8 +19,9 @@ import onnxruntime
 
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS
+from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import failing
-from bbt_accel.engines.staged import Arrays, StagedEngine
+from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.machine import installed
 from bbt_accel.population import Latent, LayerPrompts
@@ -54,11 +57,11 @@ class OrtEngine(StagedEngine):
         if not hasattr(onnxruntime, "InferenceSession"):
             why = "onnxruntime is broken (onnxruntime and onnxruntime-gpu overwrite each other)"
             raise EngineError(f"{why}: uninstall both, then install one extra, [cpu] or [gpu]")
-        self.provider = PROVIDERS[self.device]
+        self.provider = PROVIDERS[kind_of(self.device)]
         if self.provider not in onnxruntime.get_available_providers():  # one that is there may still not start
             found = f"--device {self.device}: this ONNX Runtime has no {self.provider}"
             raise EngineError(f"{found}; see bbt-accel doctor for what to install")
-        if self.device == "cuda":
+        if kind_of(self.device) == "cuda":
             find_cuda()
         self.sessions = {stage: self.open(stage) for stage in self.bundle.info.stages}
 
@@ -66,7 +69,9 @@ class OrtEngine(StagedEngine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL
         options.intra_op_num_threads = self.threads or 0
-        options.enable_mem_pattern = self.device == "cuda"  # on a CPU it would keep memory for each input shape
+        options.enable_mem_pattern = (
+            kind_of(self.device) == "cuda"
+        )  # on a CPU it would keep memory for each input shape
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
         with failing("ONNX Runtime", f"to load {stage}.onnx"):
@@ -118,36 +123,64 @@ def find_cuda() -> None:
             onnxruntime.preload_dlls()
 
 
+class Places:
+    """Arrays on the device that prompts are written to, at the same addresses each time, as CUDA graphs need it."""
+
+    def __init__(self) -> None:
+        self.known: list[Any] = []
+        self.idle: dict[tuple[int, ...], list[int]] = {}  # shape → numbers of arrays that nobody reads, a heap
+
+    def take(self, shape: tuple[int, ...], make: Callable[[], Any]) -> Place:
+        """The idle array of this shape that was made first, or a new one; idle again when the result is collected."""
+        numbers = self.idle.setdefault(shape, [])
+        if not numbers:
+            self.known.append(make())
+            heapq.heappush(numbers, len(self.known) - 1)
+        number = heapq.heappop(numbers)
+        place = Place(self.known[number])
+        weakref.finalize(place, heapq.heappush, numbers, number).atexit = False
+        return place
+
+
+class Place:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 @dataclass
 class Call:
     """A call with fixed addresses of its inputs and outputs, as a CUDA graph needs it."""
 
     binding: Any
-    prompts: Any
     outputs: list[Any]
     options: Any
 
 
 class OrtCudaEngine(OrtEngine):
-    """Arrays are OrtValues on the device; prompts are copied, or projected, to where the call reads them.
+    """Arrays are OrtValues on the device; prompts are copied, or projected, once per generation for all buckets.
 
     CUDA graphs are for bbt, whose one stage has fixed shapes and addresses. In bbtv2 a layer's state may be cached
-    while the layer runs again, so its outputs cannot have a fixed address.
+    while the layer runs again, so its outputs cannot have a fixed address. Every session has a stream of its own, so
+    the host waits for each call before the next one, of another session, reads its outputs.
     """
 
     memory: ClassVar[str] = "cuda"
     # fp32 matmuls stay in fp32: TF32, the default on GPUs that have it, keeps 10 bits.
     provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     bucket_step = 8
+    call_overhead = GPU_CALL
     tokens_per_call = 2**17
     on_device = True
 
     def load(self) -> None:
-        self.graphs = self.bundle.info.method == "bbt"
-        if not self.graphs:  # there are many stages, and each session keeps the memory of its largest call
+        self.index = index_of(self.device)
+        self.capturing = self.bundle.info.method == "bbt"
+        if not self.capturing:  # there are many stages, and each session keeps the memory of its largest call
             self.tokens_per_call = 2**14
         self.calls: dict[object, Call] = {}
         self.seen: dict[object, list[tuple[int, ...]]] = {}  # a call seen once → the shapes of its outputs
+        self.places = Places()
+        self.called = self.launched = 0
         super().load()
         self.sessions |= {stage: self.open(stage) for stage in (PROJECT, STATISTICS)}
 
@@ -157,19 +190,31 @@ class OrtCudaEngine(OrtEngine):
             try:
                 return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
-                self.graphs = False
+                self.capturing = False
                 log.warning("no CUDA graphs: %s", first_line(error))
         return super().session(stage, options, self.providers({}))
 
     def captures(self, stage: str) -> bool:
-        return self.graphs and stage == "model"
+        return self.capturing and stage == "model"
 
     def providers(self, more: dict[str, str]) -> list[Any]:
-        return [(self.provider, self.provider_options | more)]
+        return [(self.provider, {"device_id": str(self.index)} | self.provider_options | more)]
 
     def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
-        call = self.replay if self.captures(stage) else self.once
-        return call(self.sessions[stage], given, names)
+        self.called += stage == "model"
+        if self.captures(stage):
+            try:
+                return self.replay(self.sessions[stage], given, names)
+            except Exception as error:
+                self.stop_capturing(stage, error)
+        return self.once(self.sessions[stage], given, names)
+
+    def stop_capturing(self, stage: str, error: Exception) -> None:
+        """Open the session again without CUDA graphs: one whose capture has failed runs nothing more."""
+        self.capturing = False
+        log.warning("no CUDA graphs from here on, because a call failed as one: %s", first_line(error))
+        self.calls, self.seen = {}, {}
+        self.sessions[stage] = self.open(stage)
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:
         """A call whose outputs are new arrays on the device, or whose only output is `place`."""
@@ -185,49 +230,49 @@ class OrtCudaEngine(OrtEngine):
             binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
             if value is None:
-                binding.bind_output(name, self.memory)
+                binding.bind_output(name, self.memory, self.index)
             else:
                 binding.bind_ortvalue_output(name, value)
         return binding
 
     def replay(self, session: Any, given: Arrays, names: list[str]) -> list[Any]:
-        """A call that is captured the second time that it comes with the same rows and shapes."""
-        rows = [value for name, value in given.items() if name != "prompts"]
-        key = (given["prompts"].shape, *names, *((value.data_ptr(), *value.shape()) for value in rows))
+        """A call that is captured the second time that it comes with the same arrays."""
+        inputs = {name: self.on_gpu(value) for name, value in given.items()}
+        key = (*names, *((value.data_ptr(), *value.shape()) for value in inputs.values()))
         if key not in self.calls:
             if key not in self.seen or len(self.calls) >= MAX_GRAPHS:
                 found = self.once(session, given, names)
                 self.seen[key] = [tuple(value.shape()) for value in found]
                 return found
-            inputs = {name: self.on_gpu(value) for name, value in given.items()}
-            new = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-            outputs = [new(shape, np.float32, self.memory) for shape in self.seen[key]]
+            outputs = [self.new_array(shape) for shape in self.seen[key]]
             binding = self.bind_arrays(session, inputs, dict(zip(names, outputs, strict=True)))
-            self.calls[key] = Call(binding, inputs["prompts"], outputs, options_for(len(self.calls) + 1))
-        call = self.calls[key]
-        if isinstance(given["prompts"], Latent):
-            self.project(given["prompts"], call.prompts)
+            self.calls[key] = Call(binding, outputs, options_for(len(self.calls) + 1))
         else:
-            call.prompts.update_inplace(given["prompts"])
+            self.launched += 1
+        call = self.calls[key]
         session.run_with_iobinding(call.binding, call.options)
         return call.outputs
 
-    def on_gpu(self, value: Any) -> Any:
-        """A numpy array or `Latent` prompts as an OrtValue on the device; an OrtValue unchanged."""
-        if isinstance(value, np.ndarray):
-            return onnxruntime.OrtValue.ortvalue_from_numpy(value, self.memory)
-        return self.project(value) if isinstance(value, Latent) else value
+    def new_array(self, shape: tuple[int, ...]) -> Any:
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.memory, self.index)
 
-    def project(self, prompts: Latent, place: Any = None) -> Any:
-        """Projected prompts on the device, in the given OrtValue or a new one."""
-        given = {"z": prompts.z, **self.upload_projection(prompts.projection)}
-        return self.once(self.sessions[PROJECT], given, ["prompts"], place)[0]
+    def on_gpu(self, value: Any) -> Any:
+        """A numpy array as an OrtValue on the device; what is there already unchanged."""
+        if isinstance(value, np.ndarray):
+            return onnxruntime.OrtValue.ortvalue_from_numpy(value, self.memory, self.index)
+        return value.value if isinstance(value, Place) else value
 
     def upload_prompts(self, prompts: LayerPrompts) -> Any:
-        """To the device; with CUDA graphs unchanged, because the call copies them to its fixed address."""
-        if self.graphs:
-            return prompts if isinstance(prompts, Latent) else np.ascontiguousarray(prompts)
-        return super().upload_prompts(prompts)
+        """Prompts on the device, for CUDA graphs at an address that they have had before."""
+        if not self.capturing:
+            return super().upload_prompts(prompts)
+        place = self.places.take(tuple(prompts.shape), lambda: self.new_array(tuple(prompts.shape)))
+        if isinstance(prompts, Latent):
+            given = {"z": prompts.z, **self.upload_projection(prompts.projection)}
+            self.once(self.sessions[PROJECT], given, ["prompts"], place.value)
+        else:
+            place.value.update_inplace(np.ascontiguousarray(prompts))
+        return place
 
     def to_device(self, array: Float32 | Int64) -> Any:
         with failing("ONNX Runtime", "to upload an array to the GPU"):
@@ -237,10 +282,16 @@ class OrtCudaEngine(OrtEngine):
         return np.array(array.numpy(), np.float32)
 
     def versions(self) -> dict[str, str]:
-        return super().versions() | {"cuda graphs": "on" if self.graphs else "off"}
+        return super().versions() | {"cuda graphs": "on" if self.capturing else "off"}
+
+    def counts(self) -> dict[str, int]:
+        """Of the stage `model`, which alone is captured."""
+        if self.bundle.info.method != "bbt":
+            return {}
+        return {"calls": self.called, "captured": len(self.calls), "launched": self.launched}
 
     def close(self) -> None:
-        self.calls, self.seen = {}, {}
+        self.calls, self.seen, self.places = {}, {}, Places()
         super().close()
 
 

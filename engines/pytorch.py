@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -12,29 +14,50 @@ from torch.nn import functional
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
+from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens, failing
-from bbt_accel.engines.staged import Arrays, StagedEngine, clipped_std
+from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError
 from bbt_accel.exporters.device import batch_statistics
 from bbt_accel.exporters.families import DTYPES, family_of, load_model
 from bbt_accel.exporters.reference import Reference
 from bbt_accel.optimizations import in_graph
-from bbt_accel.population import Population
+from bbt_accel.population import Latent, Population
+from bbt_accel.projection import Projection
 
 
-def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
-    """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise EngineError("--device cuda: PyTorch finds no CUDA device; use --device cpu or see bbt-accel doctor")
+def load(bundle: Bundle, device: str, threads: int | None, tf32: bool = False) -> torch.nn.Module:
+    """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available.
+
+    tf32: let a GPU round the inputs of fp32 matmuls to TF32; otherwise they are fp32, whatever the process had set.
+    """
+    if kind_of(device) == "cuda" and index_of(device) >= torch.cuda.device_count():
+        raise EngineError(f"--device {device}: PyTorch finds no such GPU; use --device cpu or see bbt-accel doctor")
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(device)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    with computing("to load the checkpoint"):
+        return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(device)
+
+
+@contextmanager
+def computing(where: str) -> Iterator[None]:
+    """PyTorch's errors as an EngineError of one line; one for a GPU that is out of memory says what to do."""
+    try:
+        with failing("PyTorch", where, RuntimeError, IndexError):
+            yield
+    except EngineError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            why = "the GPU is out of memory; use a smaller backbone, --popsize or --k-shot, or a bundle in fp16"
+            raise EngineError(f"PyTorch failed {where}: {why}") from error.__cause__
+        raise
 
 
 def torch_versions(device: str) -> dict[str, str]:
     import transformers
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    cpu = kind_of(device) == "cpu"
+    name = f"cpu, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(index_of(device))
     return {"torch": torch.__version__, "transformers": transformers.__version__, "device": name}
 
 
@@ -54,11 +77,13 @@ class TorchEngine(StagedEngine):
         model = load(self.bundle, self.device, self.threads)
         self.backbone = family_of(model.config).compose(model, info)
         self.dtype = DTYPES[info.precision]
-        self.on_device = self.device == "cuda"
+        self.on_device = kind_of(self.device) == "cuda"
+        if self.on_device:
+            self.bucket_step, self.call_overhead = 8, 4 * GPU_CALL  # kernels are launched one by one
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
-        with failing("PyTorch", f"in {stage}", RuntimeError, IndexError):
+        with computing(f"in {stage}"):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
                 return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}
@@ -71,7 +96,8 @@ class TorchEngine(StagedEngine):
             return self.backbone.run(stage, taken)
 
     def to_device(self, array: Float32 | Int64) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        with computing("to upload an array"):
+            return torch.from_numpy(array).to(self.device)
 
     def to_host(self, array: Tensor) -> Float32:
         return array.float().cpu().numpy()
@@ -87,25 +113,43 @@ class TorchEngine(StagedEngine):
 class EagerEngine(Engine):
     """The baseline: transformers' own class with sdpa attention, one candidate at a time on the whole padded batch.
 
-    It computes what the original program computes.
+    It computes what the original program computes. On a GPU prompts are projected there, as in the other engines.
     """
 
     name = "eager"
     head_at_readout: ClassVar[bool] = False
+    tf32: ClassVar[bool] = False
 
     def load(self) -> None:
-        model = load(self.bundle, self.device, self.threads)
+        self.projections: WeakKeyDictionary[Projection, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+        model = load(self.bundle, self.device, self.threads, self.tf32)
         self.reference = Reference(model, self.bundle.info, self.head_at_readout)
 
     def bind(self, batch: Batch) -> EagerBoundBatch:
         check_tokens(self.bundle, batch)
         return EagerBoundBatch(self, batch)
 
+    def project(self, prompts: Latent) -> Tensor:
+        """Prompts (P, n, H) on the device; the matrix is uploaded once."""
+        projection = prompts.projection
+        if projection not in self.projections:
+            matrix, p0 = (torch.from_numpy(a).to(self.device) for a in (projection.matrix, projection.p0))
+            self.projections[projection] = matrix, p0
+        z = torch.from_numpy(prompts.z).to(self.device)
+        return functional.linear(z, *self.projections[projection]).unflatten(1, projection.prompt_shape)
+
     def versions(self) -> dict[str, str]:
         return torch_versions(self.device)
 
     def close(self) -> None:
         vars(self).pop("reference", None)
+
+
+class EagerTf32Engine(EagerEngine):
+    """The same with TF32: on a GPU, fp32 matmuls round their inputs to 10 bits."""
+
+    name = "eager-tf32"
+    tf32 = True
 
 
 class EagerReadoutEngine(EagerEngine):
@@ -129,16 +173,28 @@ class EagerBoundBatch(BoundBatch):
     def __init__(self, engine: EagerEngine, batch: Batch) -> None:
         super().__init__(engine.bundle, batch)
         self.engine = engine
+        self.projects = kind_of(engine.device) == "cuda"
         self.rows = {name: torch.from_numpy(value).to(engine.device) for name, value in batch.inputs().items()}
 
     def _label_logits(self, population: Population) -> Float32:
         return self._outputs(population)["label_logits"]
 
     def _outputs(self, population: Population) -> dict[str, Float32]:
-        prompts = torch.from_numpy(population.prompts()).to(self.engine.device)
-        with failing("PyTorch", "in the naive forward", RuntimeError):
-            found = [self.engine.reference.run(prompt, **self.rows) for prompt in prompts]
+        with computing("in the naive forward"):
+            found = [self.engine.reference.run(prompt, **self.rows) for prompt in self.prompts(population)]
         return {name: torch.stack([one[name] for one in found]).cpu().numpy() for name in found[0]}
+
+    def prompts(self, population: Population) -> Tensor:
+        """Whole prompts on the device, (P, n, H) or (P, L, n, H)."""
+        candidates, fixed, device = population.candidates, population.fixed, self.engine.device
+        if not isinstance(candidates, Latent):
+            return torch.from_numpy(population.prompts()).to(device)
+        projected = self.engine.project(candidates)
+        if population.layer is None or fixed is None:
+            return projected
+        stacks = torch.from_numpy(fixed).to(device).repeat(len(projected), 1, 1, 1)
+        stacks[:, population.layer] = projected
+        return stacks
 
     def layer_stds(self) -> Float32:
         rows, reference = self.rows, self.engine.reference

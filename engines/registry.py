@@ -7,7 +7,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from bbt_accel.bundle import Bundle
-from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engine_specs import engine_spec, kind_of
 from bbt_accel.engines.base import Engine
 from bbt_accel.errors import EngineError, MissingDependency, UsageError, missing_module
 from bbt_accel.optimizations import check_optimizations
@@ -27,8 +27,8 @@ def load_engine(
 ) -> Engine:
     """Load a bundle into an engine: torch, ort, openvino, trt, or any other in `bbt_accel.engine_specs`.
 
-    device: cpu or cuda; trt runs on cuda in any case. threads: CPU threads (default: all cores). without: optimizations
-    to switch off, by the names in `bbt_accel.optimizations`. url: of the server, for the engine `remote`.
+    device: cpu, cuda or cuda:N; trt runs on a GPU in any case. threads: CPU threads (default: all cores). without:
+    optimizations to switch off, by the names in `bbt_accel.optimizations`. url: of the server, for the engine `remote`.
     Raises UsageError for an unknown name, MissingDependency when the engine's library is not installed, EngineError
     when the device is not available or the bundle was optimized for another engine.
     """
@@ -41,7 +41,8 @@ def load_engine(
         raise UsageError("--engine remote needs --url, e.g. --url http://127.0.0.1:8000")
     if remote and (device != "cpu" or threads is not None):
         raise UsageError("--device and --threads are set on the server; omit them with --engine remote")
-    backend = spec.backends[spec.device(device)]
+    place = spec.device(device)
+    backend = spec.backends[kind_of(place)]
     opened = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     if opened.info.target not in spec.reads:
         if opened.info.target == "onnx":
@@ -55,5 +56,5 @@ def load_engine(
         raise MissingDependency(f"engine {name} needs {error.name}: {hint}") from None
     except ImportError as error:  # it is there, e.g. without the memory that it needs
         raise EngineError(f"engine {name}: {missing_module(error)}; see bbt-accel doctor") from None
-    options = {"url": url} if remote else {"device": spec.device(device), "threads": threads}
+    options = {"url": url} if remote else {"device": place, "threads": threads}
     return make(opened, without=check_optimizations(without), **options)

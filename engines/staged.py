@@ -28,6 +28,9 @@ from bbt_accel.projection import Projection
 Array = Any
 """An array of the engine's own kind, on its device: numpy, torch, OrtValue, device memory."""
 Arrays = dict[str, Array]
+GPU_CALL = 1024
+"""`call_overhead` of a call that is a CUDA graph: what passes between its kernels, and the last wave of each matmul. An
+estimate for RoBERTa-large on an H100 (docs/gpu.md); `make gpu-check` measures it."""
 CONTEXTS = 4
 """Contexts whose keys and values an engine keeps: those of the train and dev rows, and of another task."""
 
@@ -41,7 +44,12 @@ class StagedEngine(Engine):
     tokens_per_call = 4096
     """Tokens (candidates × rows × length) per call: bounds the memory, and keeps activations in the caches."""
     bucket_step = 1
-    """Rows whose lengths round up to the same multiple of this share a bucket."""
+    """Rows whose lengths round up to the same multiple of this share a bucket; on a device they are padded to it, which
+    fused attention asks for: ONNX Runtime's with a bias takes multiples of 8 alone, and 8 halves are a vector."""
+    call_overhead = 0
+    """What a call costs beyond its tokens, as a number of tokens (candidates × rows × length)."""
+    candidates = 20
+    """Candidates of a typical call, that of the papers' searches."""
     rows_per_call = candidates_per_call = 2**31
     """Rows and candidates per call at most, where compiled code accepts no more."""
     on_device = False
@@ -49,6 +57,8 @@ class StagedEngine(Engine):
     once, z is sent in place of prompts, and batch statistics come back in place of label logits."""
 
     def load(self) -> None:
+        self.longest = self.bundle.info.max_length
+        """Tokens of the longest row that the engine takes."""
         self.projections: WeakKeyDictionary[Projection, Arrays] = WeakKeyDictionary()
         """Uploaded projections, for as long as they are in use."""
         self.fixed_prompts: dict[tuple[int, int], tuple[Float32, Array]] = {}
@@ -145,10 +155,11 @@ class StagedBoundBatch(BoundBatch):
         self.buckets = self.upload_buckets(engine.without, engine.bucket_step)
 
     def upload_buckets(self, without: frozenset[str], step: int) -> list[Bucket]:
-        limits = self.engine.tokens_per_call, self.engine.rows_per_call
+        engine, aligned = self.engine, step if self.engine.on_device else 1
+        limits = engine.tokens_per_call, engine.rows_per_call, engine.call_overhead // engine.candidates
         buckets = []
         for rows in bucket_rows(self.info, self.batch, without, step, *limits):
-            part = trim(self.info, self.batch, rows, without)
+            part = trim(self.info, self.batch, rows, without, aligned, engine.longest)
             part = part.with_decoder_input(self.info, "short-decoder" not in without)
             arrays: dict[str, Any] = part.graph_inputs(self.info)
             context = b"".join(arrays[name].tobytes() for name in ("context_ids", "context_mask") if name in arrays)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,18 @@ import numpy as np
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PLANS, PROJECT
 from bbt_accel.cuda import Cuda, DeviceArray
-from bbt_accel.engines.staged import Arrays, StagedBoundBatch, StagedEngine
+from bbt_accel.engine_specs import index_of
+from bbt_accel.engines.captured import CapturedCalls
+from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
-from bbt_accel.exporters.plans import get_plan, keys, profile_of
+from bbt_accel.exporters.plan_building import each_plan
+from bbt_accel.exporters.plans import keys, profile_of
 from bbt_accel.exporters.trt_api import Api, find_api, new_logger, reason, start
 from bbt_accel.files import write_atomically
+from bbt_accel.progress import progress_bar
 
 log = logging.getLogger(__name__)
 DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
-MAX_GRAPHS = 2048  # CUDA graphs at most; each has an execution context of its own
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -46,23 +50,22 @@ class TrtEngine(StagedEngine):
 
     name = "trt"
     bucket_step = 8
+    call_overhead = GPU_CALL
     on_device = True
 
     def load(self) -> None:
         super().load()
         profile = profile_of(self.bundle)
-        self.longest = profile.tokens[2]
+        self.longest, self.candidates = profile.tokens[2], profile.candidates[1]
         self.candidates_per_call, self.rows_per_call = profile.candidates[2], profile.rows[2]
         self.tokens_per_call = profile.candidates[2] * profile.rows[2] * profile.tokens[2]
         self.api: Api = find_api()
-        self.cuda = Cuda()
-        self.cuda.forget = self.drop_graphs
+        self.cuda = Cuda(index_of(self.device))
+        self.calls = CapturedCalls(self.cuda)
+        self.cuda.forget = self.calls.clear
         self.logger = new_logger(self.api)
         self.plans: dict[str, Plan] = {}
-        self.graphs: dict[object, tuple[Any, Any]] = {}
-        """Call → its CUDA graph, and the context that it was captured from, which must live as long."""
-        self.seen: set[object] = set()
-        self.capturing = True
+        self.capturing, self.warned, self.called = True, False, 0
         try:
             self.load_plans()
         except BaseException:
@@ -73,13 +76,13 @@ class TrtEngine(StagedEngine):
         gpu = self.cuda.gpu
         wanted = keys(self.bundle, self.api, gpu.name, (gpu.capability,), gpu.driver)
         self.kernels = self.bundle.path / PLANS / next(iter(wanted.values())).folder / "kernels.cache"
+        self.cuda.open()
         self.runtime = start(self.api, "Runtime", self.logger)
         self.cache: Any = None
         engines = {}
-        for stage, key in wanted.items():
-            plan = get_plan(self.bundle, stage, key, self.api, tell=lambda line: print(line, file=sys.stderr))
-            engines[stage] = self.deserialize(stage, plan)
-        self.cuda.open()
+        with progress_bar("TensorRT") as tell:
+            for stage, plan in each_plan(self.bundle, wanted, self.api, partial(print, file=sys.stderr), tell):
+                engines[stage] = self.deserialize(stage, plan)
         self.scratch = self.cuda.empty((max(int(e.device_memory_size_v2) for e in engines.values()),), np.uint8)
         self.plans = {stage: self.prepare(engine) for stage, engine in engines.items()}
 
@@ -115,6 +118,7 @@ class TrtEngine(StagedEngine):
         if context is None:
             raise EngineError(f"TensorRT cannot make an execution context ({reason(self.logger.errors)})")
         context.set_device_memory(self.scratch.address, self.scratch.nbytes)
+        context.nvtx_verbosity = trt.ProfilingVerbosity.NONE  # a plan is built with details for its inspector
         return context
 
     def kernel_cache(self, config: Any) -> Any:
@@ -134,27 +138,25 @@ class TrtEngine(StagedEngine):
         return super().bind(batch)
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
-        plan = self.plans[stage]
+        plan, self.called = self.plans[stage], self.called + 1
         given: list[DeviceArray] = [inputs[name] for name in plan.inputs]
         shapes = tuple(array.shape for array in given)
         if shapes not in plan.shapes:
             plan.shapes[shapes] = self.output_shapes(stage, plan, shapes)
         found = list(map(self.cuda.empty, plan.shapes[shapes], plan.outputs.values()))
         call = (stage, shapes, *(array.address for array in (*given, *found)))
-        if call in self.graphs:
-            self.cuda.launch(self.graphs[call][0])
-        elif call in self.seen and self.capturing and len(self.graphs) < MAX_GRAPHS:
-            self.record(call, stage, plan, given, found)
-        else:
-            self.seen.add(call)
+        if not self.capturing or not (self.calls.launch(call) or self.record(call, stage, plan, given, found)):
             self.enqueue(stage, plan, plan.context, given, found)
         return dict(zip(plan.outputs, found, strict=True))
 
-    def record(self, call: object, stage: str, plan: Plan, given: list[DeviceArray], found: list[DeviceArray]) -> None:
-        """Run a call and capture it, from a context of its own: a captured one must not be changed.
+    def record(self, call: object, stage: str, plan: Plan, given: list[DeviceArray], found: list[DeviceArray]) -> bool:
+        """Run a call and capture it if it is worth that, from a context of its own: a captured one must not be changed.
 
-        Without memory for it, or if a call cannot be captured, further calls are enqueued one by one.
+        False where that was not done; with a warning the first time that the call cannot be captured, or there is no
+        memory for the context.
         """
+        if not self.calls.worth_capturing(call):
+            return False
         context = None
         try:
             context = self.new_context(plan.engine)
@@ -163,12 +165,15 @@ class TrtEngine(StagedEngine):
             if not getattr(context, "is_stream_capturable", lambda stream: True)(int(self.cuda.stream)):
                 raise EngineError(f"{stage} cannot be captured")
             self.cuda.synchronize()
-            self.graphs[call] = self.cuda.capture(lambda: self.execute(stage, context)), context
+            self.calls.add(call, self.cuda.capture(lambda: self.execute(stage, context)), context)
         except EngineError as error:
-            self.capturing = False
-            log.warning("further calls are enqueued one by one, not as CUDA graphs: %s", error)
+            self.calls.failures[call] += 1
+            if not self.warned:
+                log.warning("not every call becomes a CUDA graph: %s", error)
+            self.warned = True
             self.cuda.synchronize()  # before the context is freed, whose kernels may still run
-            self.enqueue(stage, plan, plan.context, given, found)
+            return False
+        return True
 
     def output_shapes(self, stage: str, plan: Plan, shapes: Shapes) -> list[tuple[int, ...]]:
         for name, shape in zip(plan.inputs, shapes, strict=True):
@@ -207,13 +212,11 @@ class TrtEngine(StagedEngine):
             self.api.name: self.api.version.partition(" ")[2],
             "device": f"{gpu.name}, compute capability {gpu.capability}",
             "driver": gpu.driver,
-            "cuda graphs": "on" if self.capturing else "off",
+            "cuda graphs": "off" if self.warned and not self.calls.captured else "on",
         }
 
-    def drop_graphs(self) -> None:
-        for graph, _ in self.graphs.values():
-            self.cuda.destroy(graph)
-        self.graphs, self.seen = {}, set()
+    def counts(self) -> dict[str, int]:
+        return {"calls": self.called, "captured": self.calls.captured, "launched": self.calls.launched}
 
     def close(self) -> None:
         if self.plans and self.cache is not None:
@@ -221,7 +224,9 @@ class TrtEngine(StagedEngine):
                 self.kernels.parent.mkdir(parents=True, exist_ok=True)  # plans built ahead have another folder
                 write_atomically(self.kernels, bytes(self.cache.serialize()))
         super().close()
-        self.drop_graphs()
+        if self.plans:
+            self.cuda.synchronize()  # before contexts are dropped, whose kernels may still run
+        self.calls.clear()
         self.plans = {}
         vars(self).pop("runtime", None)
         self.cuda.close()

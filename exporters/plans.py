@@ -19,12 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bbt_accel.bundle import PLANS, PROJECT, STATISTICS, Bundle, BundleInfo
 from bbt_accel.errors import PlanError
 from bbt_accel.exporters.axes import AXES
+from bbt_accel.exporters.plan_layers import Layers, read_layers
 from bbt_accel.exporters.trt_api import Api, new_logger, reason, start
 from bbt_accel.files import write_atomically
 
 Range = tuple[int, int, int]  # (min, opt, max) of a dynamic axis: what a plan accepts, and what it is tuned for
 OPTIONS: dict[str, str] = {"strongly_typed": "yes", "tf32": "no", "profiling": "detailed"}
 """Build options. Types are those of the graph; with TF32, fp32 matmuls would round their inputs."""
+USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
+"""The builder flag of TensorRT for RTX without which a plan may allocate memory of its own while it runs. The release
+notes of 1.2 require it for stream capture, from which CUDA graphs are made."""
 
 
 class ShapeProfile(BaseModel):
@@ -104,6 +108,11 @@ class Tensor(BaseModel):
     profile: list[list[int]] | None = Field(default=None, description="Its min, opt and max shape; None for an output.")
 
 
+def build_options(api: Api) -> dict[str, str]:
+    """The build options of a plan by this TensorRT."""
+    return OPTIONS | ({"user_allocation": "required"} if api.has("BuilderFlag", USER_ALLOCATION) else {})
+
+
 class Record(BaseModel):
     """STAGE.json: the key and facts of a plan."""
 
@@ -113,6 +122,7 @@ class Record(BaseModel):
     layers: int = Field(description="Of the network, before TensorRT fuses them.")
     inputs: list[Tensor]
     outputs: list[Tensor]
+    kernels: Layers | None = Field(default=None, description="What TensorRT made of the network; None if it is silent.")
 
 
 def graph_digest(bundle: Bundle, stage: str) -> str:
@@ -135,26 +145,22 @@ def profile_of(bundle: Bundle) -> ShapeProfile:
 def keys(bundle: Bundle, api: Api, gpu: str | None, capability: tuple[str, ...], driver: str | None) -> dict[str, Key]:
     """The key of each stage, of the projection, and of the batch statistics."""
     shared: dict[str, Any] = {"runtime": api.version, "gpu": gpu, "capability": capability, "driver": driver}
+    shared["options"] = build_options(api)
     profile, stages = profile_of(bundle), (*bundle.info.stages, PROJECT, STATISTICS)
     return {stage: Key(graph=graph_digest(bundle, stage), profile=profile, **shared) for stage in stages}
 
 
-def get_plan(bundle: Bundle, stage: str, key: Key, api: Api, tell: Callable[[str], None] = print) -> bytes:
-    """The cached plan of a stage, or else a new one; `tell` gets the reason why it is built."""
-    plan, why = find_plan(bundle.path, stage, key)
-    if plan is not None:
-        return plan
-    tell(f"building the TensorRT plan of {stage} for {key.gpu or ', '.join(key.capability)}: {why}")
+def keep_plan(
+    bundle: Bundle, stage: str, key: Key, plan: bytes, record: Record, announce: Callable[[str], None]
+) -> None:
+    """Cache a plan and its record in the bundle; `announce` gets a line where that is not possible."""
     folder = bundle.path / PLANS / key.folder
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    plan, record = build(api, bundle, stage, key)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{stage}.plan", plan)
         write_atomically(folder / f"{stage}.json", (record.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
-        tell(f"cannot cache the plan of {stage} ({error.strerror}: {folder})")
-    return plan
+        announce(f"cannot cache the plan of {stage} ({error.strerror}: {folder})")
 
 
 def find_plan(bundle: Path, stage: str, key: Key) -> tuple[bytes | None, str]:
@@ -174,13 +180,18 @@ def find_plan(bundle: Path, stage: str, key: Key) -> tuple[bytes | None, str]:
     return None, min(reasons)[1] if reasons else "there is none yet"
 
 
-def build(api: Api, bundle: Bundle, stage: str, key: Key) -> tuple[bytes, Record]:
-    """Build a plan from a stage's ONNX file. Raises PlanError with the node or TensorRT's first error."""
+def build(api: Api, bundle: Bundle, stage: str, key: Key, monitor: Any = None) -> tuple[bytes, Record]:
+    """Build a plan from a stage's ONNX file. Raises PlanError with the node or TensorRT's first error.
+
+    monitor: TensorRT's progress monitor.
+    """
     trt, logger = api.module, new_logger(api)
     builder = start(api, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(api, network, bundle.path / f"{stage}.onnx", logger)
     config = configure(api, builder, key)
+    if monitor is not None:
+        config.progress_monitor = monitor
     inputs = add_profile(builder, config, network, key, bundle.info, stage)
     timing = bundle.path / PLANS / key.folder / "timing.cache"
     cache = timing_cache(config, timing)
@@ -193,11 +204,19 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key) -> tuple[bytes, Record
         raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)}){hint}")
     if cache is not None:
         with suppress(OSError):  # a bundle that cannot be written to
+            timing.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(timing, bytes(cache.serialize()))
     content = bytes(plan)
     outputs = [tensor_of(network.get_output(i)) for i in range(network.num_outputs)]
-    facts = {"layers": network.num_layers, "inputs": inputs, "outputs": outputs}
+    facts: dict[str, Any] = {"layers": network.num_layers, "inputs": inputs, "outputs": outputs}
+    facts["kernels"] = read_layers(logger.layers, operators(network)) if logger.layers else None
     return content, Record(key=key, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), **facts)
+
+
+def operators(network: Any) -> dict[str, str]:
+    """The type of each layer by its name, which is that of its ONNX node."""
+    layers = map(network.get_layer, range(network.num_layers))
+    return {layer.name: str(layer.type).rpartition(".")[2] for layer in layers}
 
 
 def parse(api: Api, network: Any, file: Path, logger: Any) -> None:
@@ -218,6 +237,8 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
     trt, config = api.module, builder.create_builder_config()
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
+    if api.has("BuilderFlag", USER_ALLOCATION):
+        config.set_flag(getattr(trt.BuilderFlag, USER_ALLOCATION))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if key.gpu is None:
         config.num_compute_capabilities = len(key.capability)

@@ -15,7 +15,8 @@ from bbt_accel.cuda import Cuda
 from bbt_accel.encoding import FEATURE_WORDS
 from bbt_accel.errors import EngineError, UsageError
 from bbt_accel.exporters.calibration import lengths
-from bbt_accel.exporters.plans import ShapeProfile, get_plan, keys
+from bbt_accel.exporters.plan_building import each_plan
+from bbt_accel.exporters.plans import Record, ShapeProfile, keys
 from bbt_accel.exporters.trt_api import find_api
 from bbt_accel.progress import Tell
 from bbt_accel.settings import Settings
@@ -89,12 +90,15 @@ def build_plans(bundle: Bundle, capabilities: tuple[str, ...], tell: Tell) -> di
     api = find_api(ahead=bool(capabilities))
     gpu, capability, driver = (None, capabilities, None) if capabilities else local_gpu()
     wanted = keys(bundle, api, gpu, capability, driver)
-    for done, (stage, key) in enumerate(wanted.items()):
-        tell(f"TensorRT plan of {stage}", done, len(wanted))
-        get_plan(bundle, stage, key, api, tell=lambda line: None)
+    for _ in each_plan(bundle, wanted, api, lambda line: None, tell):
+        pass
     plans = sorted(bundle.path.glob(f"{PLANS}/*/*.plan"))
+    records = [Record.model_validate_json(plan.with_suffix(".json").read_text(encoding="utf-8")) for plan in plans]
+    kernels = [record.kernels for record in records if record.kernels is not None]
     return {
         "plans": len(plans),
+        "attention_fused": sum(made.fused_attention for made in kernels),
+        "attention_not_fused": sum(len(made.other_attention) for made in kernels),
         "plan_bytes": sum(plan.stat().st_size for plan in plans),
         "built_for": gpu or f"compute capability {', '.join(capability)}",
         "runtime": api.version,

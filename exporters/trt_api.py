@@ -88,14 +88,19 @@ def find_api(ahead: bool = False) -> Api:
 
 
 def new_logger(api: Api) -> Any:
-    """A logger for TensorRT that collects errors in its list `errors` and prints nothing."""
+    """A logger for TensorRT that prints nothing: it collects errors in its list `errors`, and what is said of a plan's
+    layers in `layers`.
+    """
 
     class Logger(api.module.ILogger):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
             api.module.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.layers: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
+            if "LayerType: " in message:
+                self.layers.append(message)
             if severity in (api.module.ILogger.ERROR, api.module.ILogger.INTERNAL_ERROR):
                 self.errors.append(" ".join(message.split()))
 

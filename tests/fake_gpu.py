@@ -37,7 +37,11 @@ class FakeRuntime:
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self, memory: int = 2**30, devices: int = 1) -> None:
-        self.memory, self.devices = memory, devices
+        self.memory, self.total, self.devices, self.device = memory, memory, devices, 0
+        self.error = Status.cudaSuccess
+        """What the last call that failed left, until it is read."""
+        self.partial = 0
+        """Graphs of failed captures that nobody has freed."""
         self.blocks: dict[int, Any] = {}
         self.capturing: list[Callable[[], None]] | None = None
         self.launches = self.uploaded = self.downloaded = 0
@@ -51,6 +55,17 @@ class FakeRuntime:
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
         return Status.cudaSuccess, self.properties
+
+    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
+        self.device = device
+        return (Status.cudaSuccess,)
+
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:
+        return Status.cudaSuccess, self.memory, self.total
+
+    def cudaGetLastError(self) -> tuple[Any, ...]:
+        self.error, last = Status.cudaSuccess, self.error
+        return (last,)
 
     def cudaDriverGetVersion(self) -> tuple[Any, ...]:
         return Status.cudaSuccess, 13000
@@ -96,7 +111,11 @@ class FakeRuntime:
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         captured, self.capturing = self.capturing, None
-        return (Status.cudaSuccess, captured) if self.captures else (Status.cudaErrorStreamCaptureUnsupported, None)
+        if captured is None or not self.captures:
+            self.error = Status.cudaErrorStreamCaptureUnsupported
+            return self.error, None
+        self.partial += 1
+        return Status.cudaSuccess, captured
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:
         return Status.cudaSuccess, graph
@@ -109,9 +128,11 @@ class FakeRuntime:
         return (Status.cudaSuccess,)
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[Any, ...]:
+        self.partial -= 1
         return (Status.cudaSuccess,)
 
-    cudaGraphExecDestroy = cudaGraphDestroy
+    def cudaGraphExecDestroy(self, graph: Any) -> tuple[Any, ...]:
+        return (Status.cudaSuccess,)
 
 
 class Mode(Enum):
@@ -223,7 +244,7 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.memory >= self.engine.device_memory_size_v2
-        if self.engine.fails:
+        if self.engine.fails or (self.engine.fails_in_capture and self.engine.cuda.capturing is not None):
             return False
         shapes, runtime = dict(self.shapes), self.engine.cuda
         if runtime.capturing is not None:
@@ -237,7 +258,7 @@ class Context:
 
 class Engine:
     device_memory_size_v2 = 4096
-    fails = False
+    fails = fails_in_capture = False
 
     def __init__(self, plan: dict[str, Any], cuda: FakeRuntime) -> None:
         self.cuda, self.profile = cuda, plan["profile"]
@@ -335,7 +356,7 @@ def fake_tensorrt(cuda: FakeRuntime) -> Any:
         IExecutionContext=Context,
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2),
         BuilderFlag=SimpleNamespace(TF32=1),
-        ProfilingVerbosity=SimpleNamespace(DETAILED=1),
+        ProfilingVerbosity=SimpleNamespace(DETAILED=1, NONE=0),
         TensorIOMode=Mode,
         ILogger=Logger,
         Builder=Builder,

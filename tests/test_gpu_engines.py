@@ -26,10 +26,12 @@ from tiny_backbones import VARIANTS
 
 from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
 from bbt_accel.bundle import write_info
-from bbt_accel.engines import ort, trt
+from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engines import captured, ort, pytorch, trt
+from bbt_accel.engines.captured import CapturedCalls
 from bbt_accel.engines.ort import OrtCudaEngine
 from bbt_accel.engines.trt import TrtEngine
-from bbt_accel.errors import EngineError, PlanError
+from bbt_accel.errors import EngineError, PlanError, UsageError
 from bbt_accel.exporters import tensorrt
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.trt_api import Api
@@ -169,7 +171,7 @@ def test_where_nothing_can_be_captured_calls_are_enqueued(
     gpu.captures = False
     assert_alike("trt", made("roberta", "bbtv2", "add"), tiny("roberta", "bbtv2", "add"))
     assert gpu.launches == 0
-    assert "not as CUDA graphs" in caplog.text
+    assert "not every call becomes a CUDA graph" in caplog.text
 
 
 def test_where_there_is_no_memory_for_another_context_the_search_goes_on(
@@ -195,11 +197,19 @@ def test_a_search_runs_from_graphs_after_its_third_generation(
         assert isinstance(engine, TrtEngine)
         for _ in range(3):
             bound.label_logits(candidates(bundle))
-        gpu.launches, graphs = 0, len(engine.graphs)
+        gpu.launches, graphs = 0, len(engine.calls.graphs)
         assert graphs == len(bound.buckets)  # type: ignore[attr-defined]
         for _ in range(5):
             bound.label_logits(candidates(bundle))
-        assert (len(engine.graphs), gpu.launches) == (graphs, 5 * graphs)
+        assert (len(engine.calls.graphs), gpu.launches) == (graphs, 5 * graphs)
+        before = engine.counts()
+        for _ in range(2):
+            bound.statistics(latent(bundle))  # another plan reads the same arrays
+        for _ in range(2):
+            bound.label_logits(candidates(bundle))
+        after = engine.counts()
+        assert after["calls"] - before["calls"] > 2 * graphs
+        assert after["launched"] - before["launched"] >= 2 * graphs
         assert engine.versions()["device"] == "NVIDIA Fake 1000, compute capability 8.9"
 
 
@@ -248,14 +258,14 @@ def test_a_generation_of_bbtv2_sends_z_and_the_prompt_that_has_changed(
         for number in range(4 * layers):
             generation(number)
             bound.statistics(stack[None])  # as when the dev rows are scored
-        graphs, gpu.launches = len(engine.graphs), 0
+        graphs, gpu.launches = len(engine.calls.graphs), 0
         z, prompt = spaces[0].z.nbytes, 4 * int(np.prod(one))
         for number in range(4 * layers):
             # The layer before is fixed below now, once; and above the next sweep's lowest layers, once per candidate.
             sent = generation(number) - z
             assert sent in (prompt, len(spaces[0]) * prompt), (number, sent)
             bound.statistics(stack[None])
-        assert len(engine.graphs) == graphs, "arrays have moved"
+        assert len(engine.calls.graphs) == graphs, "arrays have moved"
         assert gpu.launches > 0
         sent_unchanged = [generation(number, change=False) for number in range(2 * layers)][layers:]
         assert sent_unchanged == [z] * layers
@@ -335,7 +345,7 @@ def test_a_new_driver_has_the_plans_built_again_and_says_so(
 
 def test_a_plan_that_tensorrt_refuses_is_an_error(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = made("roberta", "bbt", "add")
-    monkeypatch.setattr(trt, "get_plan", lambda *_, **__: b"of another version")
+    monkeypatch.setattr(trt, "each_plan", lambda *_, **__: [("model", b"of another version")])
     message = one_line(lambda: load_engine(bundle, "trt"), PlanError)
     assert "cannot load the plan of model (Serialization assertion magicTag failed)" in message
 
@@ -354,22 +364,122 @@ def test_no_memory_on_the_gpu_says_what_to_do(made: Callable[..., Bundle], gpu: 
 
 
 def test_graphs_are_made_again_when_memory_was_short(
-    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, prompts = made("roberta", "bbt", "add"), candidates(tiny("roberta", "bbt", "add"))
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         assert isinstance(engine, TrtEngine)
+        monkeypatch.setattr(captured, "RESERVE", 0)
         wanted = bound.label_logits(prompts)
         for _ in range(2):
             bound.label_logits(prompts)
-        assert engine.graphs
+        assert engine.calls.graphs
         gpu.memory = 20_000
         large = engine.cuda.empty((20_500,), np.uint8)
-        assert not engine.graphs
+        assert not engine.calls.graphs
         del large
         for _ in range(3):
             np.testing.assert_array_equal(bound.label_logits(prompts), wanted)
-        assert engine.graphs
+        assert engine.calls.graphs
+
+
+def test_a_capture_that_fails_within_a_call_leaves_nothing_behind_and_is_tried_again(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        wanted = bound.label_logits(candidates(bundle))
+        monkeypatch.setattr(fake_gpu.Engine, "fails_in_capture", True)
+        np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
+        assert engine.counts()["captured"] == 0
+        assert (gpu.capturing, gpu.partial, gpu.error) == (None, 0, fake_gpu.Status.cudaSuccess)
+        monkeypatch.setattr(fake_gpu.Engine, "fails_in_capture", False)
+        for _ in range(2):
+            np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
+        assert engine.counts()["launched"] == len(bound.buckets)  # type: ignore[attr-defined]
+        assert gpu.partial == 0
+
+
+class Gpu:
+    """As far as `CapturedCalls` asks: memory, of which each graph takes one byte."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def free_memory(self) -> int:
+        return self.room
+
+    def destroy(self, graph: object) -> None:
+        self.room += 1
+
+    def launch(self, graph: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def replay(calls: CapturedCalls, names: str) -> str:
+    """Calls by one letter each → L for those that were launched, C for captured, E for enqueued."""
+    done = ""
+    for name in names:
+        if calls.launch(name):
+            done += "L"
+        elif calls.worth_capturing(name):
+            calls.add(name, name, None)
+            calls.cuda.room -= 1  # type: ignore[attr-defined]
+            done += "C"
+        else:
+            done += "E"
+    return done
+
+
+def test_where_memory_is_short_repeated_calls_keep_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "RESERVE", 1)
+    calls: Any = CapturedCalls(Gpu(2))  # type: ignore[arg-type]
+    assert replay(calls, "abcabc") == "EEECCE"
+    assert replay(calls, "abcabc") == "LLELLE", "they would only take turns"
+
+
+def test_a_graph_that_is_idle_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "RESERVE", 1)
+    calls: Any = CapturedCalls(Gpu(2))  # type: ignore[arg-type]
+    assert replay(calls, "abab" + "b" + "cdcd") == "EECC" + "L" + "EECC"
+    assert list(calls.graphs) == ["c", "d"], "the least recently launched first"
+
+
+def test_a_call_that_cannot_be_captured_is_tried_twice() -> None:
+    calls: Any = CapturedCalls(Gpu(2**30))  # type: ignore[arg-type]
+    tried = []
+    for _ in range(5):
+        assert not calls.launch("a")
+        tried.append(calls.worth_capturing("a"))
+        calls.failures["a"] += tried[-1]
+    assert tried == [False, True, True, False, False]
+
+
+def test_a_device_is_chosen_by_its_number(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+    bundle = made("roberta", "bbt", "add")
+    gpu.devices = 2
+    with load_engine(bundle, "trt", device="cuda:1"):
+        assert gpu.device == 1
+    assert "cuda:2" in one_line(lambda: load_engine(bundle, "trt", device="cuda:2"), EngineError)
+    assert "cuda:N" in one_line(lambda: load_engine(bundle, "trt", device="gpu"), UsageError)
+
+
+def test_a_plan_shows_nothing_to_profilers_while_it_runs(made: Callable[..., Bundle]) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine:
+        assert isinstance(engine, TrtEngine)
+        assert engine.plans["model"].context.nvtx_verbosity == engine.api.module.ProfilingVerbosity.NONE
+
+
+@pytest.mark.parametrize("mode", ["add", "cat"])
+def test_rows_on_a_device_are_as_long_as_fused_attention_asks(made: Callable[..., Bundle], mode: str) -> None:
+    bundle = made("roberta", "bbt", mode)
+    prompt = bundle.info.n_prompt_tokens if mode == "cat" else 0
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        found = [bucket.length for bucket in bound.buckets]  # type: ignore[attr-defined]
+        assert all((length + prompt) % 8 == 0 for length in found if length + 8 <= engine.longest)  # type: ignore[attr-defined]
+        assert max(found) <= bundle.info.max_length
 
 
 def test_a_call_that_fails_names_the_stage(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +546,93 @@ def test_a_graph_that_cannot_be_captured_runs_without(
     bundle = tiny("roberta", "bbt", "add")
     assert_alike("ort", bundle, bundle)
     assert "no CUDA graphs" in caplog.text
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_call_that_fails_as_a_graph_has_its_session_opened_again(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = OrtCudaEngine.replay
+
+    def replay(self: Any, session: Any, given: Any, names: Any) -> Any:
+        if self.calls:
+            raise RuntimeError("CUDA error 906: capture was invalidated")
+        return real(self, session, given, names)
+
+    bundle = tiny("roberta", "bbt", "add")
+    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(engine, OrtCudaEngine)
+        wanted, session = bound.label_logits(candidates(bundle)), engine.sessions["model"]
+        monkeypatch.setattr(OrtCudaEngine, "replay", replay)
+        for _ in range(3):
+            np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
+        assert engine.sessions["model"] is not session
+        assert engine.versions()["cuda graphs"] == "off"
+    assert "capture was invalidated" in caplog.text
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_ort_projects_once_a_generation(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, real, stages = tiny("roberta", "bbt", "add"), OrtCudaEngine.once, list[str]()
+
+    def once(self: Any, session: Any, *rest: Any, **more: Any) -> Any:
+        stages.extend(name for name, known in self.sessions.items() if known is session)
+        return real(self, session, *rest, **more)
+
+    monkeypatch.setattr(OrtCudaEngine, "once", once)
+    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        engine.tokens_per_call = 200  # type: ignore[attr-defined] # the population in parts, which keep apart
+        whole = bound.label_logits(latent(bundle))
+        for _ in range(3):
+            stages.clear()
+            np.testing.assert_array_equal(bound.label_logits(latent(bundle)), whole)
+        parts = {(some.start, some.stop) for b in bound.buckets for some in bound.chunks(5, b)}  # type: ignore[attr-defined]
+        assert stages == ["project"] * len(parts)
+        counts = engine.counts()
+        assert counts["launched"] == 2 * counts["captured"]
+
+
+# PyTorch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
+def test_eager_on_a_device_projects_there(tiny: Export, method: str) -> None:
+    bundle = tiny("roberta", method, "add")
+    population = Population(latent(bundle))
+    if method == "bbtv2":
+        population = Population(latent(bundle), 1, candidates(bundle, 1)[0])
+    with load_engine(bundle, "eager", threads=1) as engine, engine.bind(sample_rows(bundle, 4)) as bound:
+        wanted = bound.label_logits(population)
+        bound.projects = True  # as on a GPU
+        np.testing.assert_allclose(bound.label_logits(population), wanted, rtol=0, atol=1e-5)
+
+
+def test_fp32_is_fp32_whatever_the_process_had_set(tiny: Export) -> None:
+    bundle, seen = tiny("roberta", "bbt", "add"), {}
+    try:
+        for name in ("eager-tf32", "torch", "eager-tf32", "eager"):
+            load_engine(bundle, name, threads=1).close()
+            seen[name] = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"eager-tf32": "high", "torch": "highest", "eager": "highest"}
+
+
+def test_a_gpu_out_of_memory_is_one_line_that_says_what_to_do() -> None:
+    def fail() -> None:
+        with pytorch.computing("in model"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    assert "--popsize" in one_line(fail, EngineError)
+
+
+def test_an_engine_takes_a_gpu_by_its_number_and_needs_none_without_a_cpu() -> None:
+    assert engine_spec("trt").device("cpu") == "cuda"
+    assert engine_spec("torch").device("cuda:3") == "cuda:3"
+    assert "not on cuda:1" in one_line(lambda: engine_spec("openvino").device("cuda:1"), EngineError)
+
+
+# ONNX Runtime's options --------------------------------------------------------------------------------------
 
 
 def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:

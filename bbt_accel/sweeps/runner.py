@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engine_specs import engine_spec, kind_of
 from bbt_accel.errors import BbtError, RunError, UsageError, check_known
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
@@ -53,7 +53,7 @@ def run_sweep(
     with reserved(folder):
         sweep = read_sweep(_source(folder, config, preset, resume), given or {}).absolute()
         trials = sweep.trials()
-        on_gpu = any(engine_spec(name).device(sweep.device) == "cuda" for name in sweep.engines)
+        on_gpu = any(kind_of(engine_spec(name).device(sweep.device)) == "cuda" for name in sweep.engines)
         with closing(_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
             _write(folder, sweep)
             return _run(folder, sweep, trials, pool, progress)

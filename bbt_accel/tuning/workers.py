@@ -17,6 +17,7 @@ import numpy as np
 from bbt_accel.batch import Float32, Float64
 from bbt_accel.bundle import Bundle
 from bbt_accel.cluster import connect, first_cause, require, share_of_cores
+from bbt_accel.engine_specs import kind_of
 from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError, first_line
 from bbt_accel.machine import physical_cores
 from bbt_accel.tuning.evaluator import Evaluator, Job
@@ -79,10 +80,11 @@ class WorkersEvaluator(Evaluator):
         cores = max(physical_cores(), workers * (job.engine.threads or 1))
         ray = self._ray = self._stack.enter_context(connect(address, cores))
         cpus = job.engine.threads or share_of_cores(ray, workers)
-        gpus = 1 if job.engine.device == "cuda" else 0
+        kind = kind_of(job.engine.device)  # a worker sees its own GPU alone, so that has no number
+        gpus = 1 if kind == "cuda" else 0
         require(ray, workers, cpus, gpus, f"--workers {workers}")
         bundle = Bundle(job.bundle.path.absolute(), job.bundle.info)
-        job = replace(job, bundle=bundle, engine=job.engine.model_copy(update={"threads": cpus}))
+        job = replace(job, bundle=bundle, engine=job.engine.model_copy(update={"threads": cpus, "device": kind}))
         self._job, self._digest = ray.put(job), bundle.digest
         self._make = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Worker).remote
         self._dead = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
