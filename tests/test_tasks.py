@@ -83,7 +83,7 @@ def test_unknown_name_lists_the_tasks() -> None:
         (("name =", "name ="), None),
         (("n_classes = 2", "n_classes = 3"), r"label_words\.masked: 2 words for 3 classes"),
         (('name = "mine"', ""), "name: Field required"),
-        (("n_classes", "classes"), "n_classes: Field required|classes: Extra"),
+        (("n_classes", "klasses"), "n_classes: Field required|klasses: Extra"),
         (("name =", "colour = 1\nname ="), "colour: Extra inputs"),
         (("{review}", "{text}"), r"templates\.masked: unknown placeholder {text}; known here: {review}"),
         (("{review} .", ""), r"templates\.masked: has no text column"),
