@@ -128,14 +128,16 @@ def rows_digest(rows: Iterable[Row]) -> str:
 def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) -> list[dict[str, str]]:
     """Texts by column, for each of `texts` or for each line of `file` (`-` is standard input).
 
-    Without either, lines are read from standard input unless that is a terminal. A line of a .jsonl file is a JSON
-    object. Another line is a text for a task with one text column; for one with more it is a JSON object or
-    tab-separated columns. Raises UsageError and DataError.
+    Without either, lines are read from standard input unless that is a terminal. A file with columns (`tables.READERS`)
+    is read by column; a line of a .jsonl file is a JSON object. Another line is a text for a task with one text column;
+    for one with more it is a JSON object or tab-separated columns. Raises UsageError and DataError.
     """
     if texts and file is not None:
         raise UsageError("give texts or --file, not both")
     if texts:
         return [_parse_text(text, columns, f"text {number}") for number, text in enumerate(texts, 1)]
+    if file is not None and file.suffix.lower() in READERS.keys() - {".jsonl"}:
+        return _columns(read_table(file), columns, file)
     standard = file is None or str(file) == "-"
     if standard and (sys.stdin is None or sys.stdin.closed or (file is None and sys.stdin.isatty())):
         raise UsageError("give a text, --file FILE, or lines on standard input")
@@ -244,6 +246,14 @@ def _text(value: object, column: str, where: str) -> str:
         kind = "missing" if value is None else f"{value!r:.50}, not text"
         raise DataError(f"{where}: {column} is {kind}")
     return value
+
+
+def _columns(table: Table, columns: Sequence[str], file: Path) -> list[dict[str, str]]:
+    for column in columns:
+        if column not in table.columns:
+            raise no_column(column, table.columns, file)
+    numbered = enumerate(table.records, 1)
+    return [{name: _text(row.get(name), name, f"{file} row {number}") for name in columns} for number, row in numbered]
 
 
 def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]:

@@ -145,9 +145,7 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
         empty = [number for number, record in enumerate(table.records, 1) if not plain(record.get(column))]
         if empty:
             what = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
-            raise DataError(
-                f"{file}: {column} is empty in {what}, the first is row {empty[0]}; complete or remove them"
-            )
+            raise DataError(f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or remove them")
     counts = Counter(plain(record[label]) for record in table.records)
     if len(counts) < 2:
         raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")

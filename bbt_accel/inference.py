@@ -94,7 +94,8 @@ def predict(
     """Classify texts with the prompt of a run.
 
     texts: one mapping per row, from the task's text columns to texts. Returns, in order, label (the class), word (its
-    first label word) and probabilities (of the classes, by word). Raises RunError, BundleError, EngineError,
+    first label word), class (its name) and probabilities (of the classes, by name; classes without a name have their
+    label word). Raises RunError, BundleError, EngineError,
     NonFiniteLoss, and DataError for a row without one of the columns.
     """
     run = Run.read(run_path)
@@ -106,8 +107,9 @@ def predict(
     with _load(run, options) as loaded:
         classifier = Classifier(loaded, run)
         words, probabilities = classifier.words, classifier.probabilities(texts)
+    names = run.task.classes or words
     return [
-        {"label": label, "word": words[label], "probabilities": dict(zip(words, p, strict=True))}
+        {"label": label, "word": words[label], "class": names[label], "probabilities": dict(zip(names, p, strict=True))}
         for label, p in zip(probabilities.argmax(axis=1).tolist(), probabilities.tolist(), strict=True)
     ]
 

@@ -104,10 +104,10 @@ def relative(path: str | Path) -> str:
 
 
 def print_predictions(rows: Sequence[Mapping[str, str]], found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """One line of JSON per text; or a table of text, label word and its probability."""
+    """One line of JSON per text; or a table of text, class and its probability."""
     pairs = list(zip(rows, found, strict=True))
     if not as_json:
-        lines = [(" | ".join(row.values()), p["word"], f"{p['probabilities'][p['word']]:.3f}") for row, p in pairs]
+        lines = [(" | ".join(row.values()), p["class"], f"{p['probabilities'][p['class']]:.3f}") for row, p in pairs]
         print_table("", lines, ["text", "label", "probability"])
         return
     for row, prediction in pairs:

@@ -28,7 +28,7 @@ from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
-COMMANDS = ["export", "optimize", "triton", "tune", "sweep", "evaluate", "predict", "serve", "bench", "doctor"]
+COMMANDS = ["export", "optimize", "triton", "fit", "tune", "sweep", "evaluate", "predict", "serve", "bench", "doctor"]
 SCORE = {
     "bundle": "b",
     "split": "test",
@@ -51,6 +51,7 @@ class Program:
             "exporters.export.export_bundle",
             "exporters.optimize.optimize_bundle",
             "exporters.triton.write_repository",
+            "fit.fit_file",
             "tuning.tune",
             "inference.evaluate",
             "inference.predict",
@@ -267,6 +268,7 @@ def test_tune_passes_only_what_is_given(program: Program, capsys: pytest.Capture
     [
         ("exporters.export:export_bundle", (cli_options.ExportOptions,)),
         ("exporters.optimize:optimize_bundle", (cli_options.OptimizeOptions,)),
+        ("fit:fit_file", (cli_options.FitOptions,)),
         ("tuning:tune", (cli_options.TuneOptions, cli_options.TuneExecution)),
         ("sweeps.runner:run_sweep", (cli_options.SweepOptions, cli_options.SweepExecution)),
         ("inference:evaluate", (cli_options.EvaluateOptions, cli_options.RunExecution)),
@@ -315,7 +317,7 @@ def sst2_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_predict(program: Program, capsys: pytest.CaptureFixture[str], sst2_run: None) -> None:
-    prediction = {"label": 1, "word": "great", "probabilities": {"bad": 0.125, "great": 0.875}}
+    prediction = {"label": 1, "word": "great", "class": "great", "probabilities": {"bad": 0.125, "great": 0.875}}
     program.result = [prediction] * 2
     code, out, _ = run(capsys, "predict", "r", "fun [b]", "dull", "--json")
     assert code == 0
@@ -332,7 +334,7 @@ def test_predict(program: Program, capsys: pytest.CaptureFixture[str], sst2_run:
 def test_predict_takes_debug_for_a_text_after_two_dashes(
     program: Program, capsys: pytest.CaptureFixture[str], sst2_run: None
 ) -> None:
-    program.result = [{"label": 0, "word": "bad", "probabilities": {"bad": 1.0}}]
+    program.result = [{"label": 0, "word": "bad", "class": "bad", "probabilities": {"bad": 1.0}}]
     assert json.loads(run(capsys, "predict", "r", "--json", "--", "--debug")[1])["text"] == "--debug"
 
 

@@ -213,7 +213,7 @@ def to_toml(task: Task) -> str:
 def _toml(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
     """Lines: a table's values, then its tables. The names of fields need no quotes."""
     tables = {name: value for name, value in values.items() if isinstance(value, dict)}
-    for name in (name for name in values if name not in tables):
+    for name in (name for name, value in values.items() if value is not None and name not in tables):
         # A JSON string is one of TOML, except for a character that TOML wants escaped.
         yield f"{name} = {json.dumps(values[name], ensure_ascii=False)}".replace("\x7f", "\\u007f")
     for name, table in tables.items():

@@ -40,8 +40,9 @@ def draw_scores(axes: Axes, generations: Sequence[Generation], info: RunInfo) ->
     calls, found = zip(*((g.calls, g.dev_score) for g in generations if g.dev_score is not None), strict=True)
     if info.task.metric == "accuracy":
         low, high = wilson(np.array(found), info.data.dev_rows)
-        label = f"95 % interval of {info.data.dev_rows} dev rows"
+        label = f"95 % interval, {info.data.dev_rows} rows"
         axes.fill_between(calls, low, high, color=RED, alpha=0.15, linewidth=0, label=label)
+        axes.vlines(calls, low, high, color=RED, alpha=0.3, linewidth=1.5)
     axes.plot(calls, found, ".-", color=RED, linewidth=1.1, markersize=4, label=f"dev {name}")
     for key, color in BASELINES.items() if info.baselines is not None else ():
         value = getattr(info.baselines, key)
@@ -52,7 +53,7 @@ def draw_scores(axes: Axes, generations: Sequence[Generation], info: RunInfo) ->
         axes.set_title(f"Dev {name}   (★ best prompt: {score:.3f} at {after:,} calls)", fontsize=10, loc="left")
     axes.set(xlabel="API calls", ylabel=f"dev {name}", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(fontsize=8, loc="lower right", ncols=2, framealpha=0.9)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=5, frameon=False, columnspacing=1)
 
 
 def wilson(shares: Float64, rows: int, z: float = 1.96) -> tuple[Float64, Float64]:
