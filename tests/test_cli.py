@@ -24,7 +24,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.cli import app, main
 from bbt_accel.errors import BundleError, EngineError
 from bbt_accel.inference import EngineOptions
-from bbt_accel.run import ReadoutRecord, TriedReadout
+from bbt_accel.run import Baselines, ReadoutRecord, TriedReadout
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
@@ -240,6 +240,8 @@ def finished(status: str = "done") -> SimpleNamespace:
         calls=8000,
         seconds=12.5,
         best=SimpleNamespace(dev_score=0.9375, dev_loss=0.2, calls=7900),
+        baselines=Baselines(chance=0.5, majority=0.5, without_prompt=0.79, calibrated=0.85),
+        verdict=lambda: "no better than",
         readout=ReadoutRecord(name="states", tried=[TriedReadout(name="mean", log_loss=0.5, score=0.8, seconds=1.0)]),
         model_dump=lambda mode: {"status": status},
     )
@@ -251,7 +253,7 @@ def test_tune_passes_only_what_is_given(program: Program, capsys: pytest.Capture
     words = ["tune", "--bundle", "b", "--task", "sst2", "--sigma", "0.5", "--loss", "hinge", "--without", "kv, cache"]
     code, out, _ = run(capsys, *words, "-o", "r", "--resume", "--random-proj", "uniform")
     assert code == 0
-    assert "0.9375" in out
+    assert all(value in out for value in ("0.9375", "without prompt", "0.79", "note: no better than"))
     assert program.options == {
         "bundle": Path("b"),
         "task": "sst2",

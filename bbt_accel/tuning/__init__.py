@@ -70,8 +70,8 @@ def tune(
         return a complete run as it is. overwrite: replace an existing run once the new one is complete.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
-    track: experiment trackers that get every generation, by the names in `callbacks.TRACKERS`; tensorboard: that one.
-    callbacks: what else is told about the search, as in `callbacks.Callback`.
+    track: trackers that get every generation, by the names in `callbacks.TRACKERS`; tensorboard: that one.
+    callbacks: what else is told about the search.
     progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
 
     Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
@@ -80,12 +80,7 @@ def tune(
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss; RunError when the output exists
     or cannot be resumed.
     """
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other; choose one")
-    if ray is not None and workers is None:
-        raise UsageError("--ray is for --workers; give their number with --workers N")
-    if workers is not None and engine == "remote":
-        raise UsageError("--workers starts engines of its own; omit it with --engine remote")
+    _check(resume, overwrite, engine, workers, ray)
     told = [*map(tracker, dict.fromkeys((*track, *(["tensorboard"] if tensorboard else [])))), *callbacks]
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     task = task if isinstance(task, Task) else load_task(task)
@@ -98,11 +93,20 @@ def tune(
         if former is not None and (differences := former.differences(info)):
             raise RunError(f"{workspace.final} cannot be resumed with another {', '.join(differences)}")
         if former is None or former.status != "done" or workspace.folder.exists():  # the last: killed before the rename
-            for note in notes:
-                _say(note, progress)
+            _say("\n".join(notes), progress and bool(notes))
             return _run(job, info, workspace, resume, ray, told, progress)
         _say(f"{workspace.final} is complete already; nothing to resume", progress)
         return Run.read(workspace.final)
+
+
+def _check(resume: bool, overwrite: bool, engine: str, workers: int | None, ray: str | None) -> None:
+    """Raises UsageError for arguments that exclude each other."""
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other; choose one")
+    if ray is not None and workers is None:
+        raise UsageError("--ray is for --workers; give their number with --workers N")
+    if workers is not None and engine == "remote":
+        raise UsageError("--workers starts engines of its own; omit it with --engine remote")
 
 
 def _resolve(
