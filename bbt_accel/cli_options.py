@@ -81,6 +81,7 @@ class OptimizeOptions(Schema):
     """int8: relative RMSE of the label logits above which matmuls fall back to fp32."""
     compute_capability: Annotated[str | None, typer.Option(metavar="8.9,...")] = None
     """Build TensorRT plans ahead of time for these GPUs, comma-separated (default: this machine's GPU)."""
+    threads: int | None = Field(default=None, ge=1, description="CPU threads (default: all cores).")
 
 
 class FitOptions(Schema):

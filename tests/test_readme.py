@@ -151,6 +151,7 @@ def test_files_named_exist(text: str) -> None:
         assert "NAME" in name or (ROOT / name).exists(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda f: f.name)
 def test_python_blocks_run_as_printed(
     file: Path, tiny: Export, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
