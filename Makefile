@@ -35,20 +35,8 @@ help:
 
 # The rows, the backbone and the label words are shipped: nothing is downloaded once .venv is there.
 demo: .venv/.installed
-	rm -rf demo-run && mkdir demo-run
-	$(CLI) export demo -o demo-run/bundle --n-prompt-tokens 20
-	$(CLI) optimize demo-run/bundle -o demo-run/bundle-ort
-	@echo; echo "The paper's search, twice: in PyTorch on the exported bundle, in ONNX Runtime on the optimized one."
-	$(CLI) tune --bundle demo-run/bundle --task demo --preset paper --engine torch --budget 300 -o demo-run/torch
-	$(CLI) tune --bundle demo-run/bundle-ort --task demo --preset paper --engine ort --budget 300 -o demo-run/ort
-	@echo; echo "The default: a readout that is fitted on the same rows, and a search for what it cannot give."
-	$(CLI) tune --bundle demo-run/bundle-ort --task demo --budget 300 -o demo-run/auto
-	$(CLI) evaluate demo-run/torch
-	$(CLI) evaluate demo-run/ort
-	$(CLI) evaluate demo-run/auto
-	$(CLI) predict demo-run/auto "The striker scored twice in the final" "Shares fell after the bank cut its forecast" \
-	  "The new phone has a faster chip" "Doctors recommend a flu shot this winter"
-	@echo; echo "demo-run/auto holds $$(ls -m demo-run/auto)"
+	rm -rf demo-run
+	$(BIN)/python scripts/demo.py -o demo-run
 
 test: .venv/.installed .venv/.extras
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

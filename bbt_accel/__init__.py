@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from bbt_accel.batch import Batch as Batch
     from bbt_accel.bundle import Bundle as Bundle
     from bbt_accel.classifier import PromptClassifier as PromptClassifier
+    from bbt_accel.data import few_shot as few_shot
+    from bbt_accel.data import load_rows as load_rows
     from bbt_accel.encoding import Encoder as Encoder
     from bbt_accel.engines.registry import load_engine as load_engine
     from bbt_accel.exporters.export import export_bundle as export_bundle
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from bbt_accel.tasks import Task as Task
     from bbt_accel.tasks import load_task as load_task
     from bbt_accel.tuning import tune as tune
+    from bbt_accel.tuning.callbacks import Callback as Callback
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # 
 _HOME = {
     "Batch": "batch",
     "Bundle": "bundle",
+    "Callback": "tuning.callbacks",
     "Encoder": "encoding",
     "Objective": "objective",
     "Population": "population",
@@ -42,7 +46,9 @@ _HOME = {
     "PromptClassifier": "classifier",
     "Task": "tasks",
     "export_bundle": "exporters.export",
+    "few_shot": "data",
     "load_engine": "engines.registry",
+    "load_rows": "data",
     "load_task": "tasks",
     "tune": "tuning",
 }

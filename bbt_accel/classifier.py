@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
-import bbt_accel
 from bbt_accel.batch import Float64
-from bbt_accel.bundle import Bundle, BundleInfo, Method
-from bbt_accel.doctor import diagnose
-from bbt_accel.engine_specs import Precision, engine_spec
+from bbt_accel.bundle import Bundle, Method
+from bbt_accel.bundle_cache import PrecisionChoice, choose, prepared_bundle
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, DataError, RunError
-from bbt_accel.files import new_folder, sha256
+from bbt_accel.files import new_folder
+from bbt_accel.fit import make_task
 from bbt_accel.inference import Classifier
 from bbt_accel.run import Run
 from bbt_accel.settings import ReadoutChoice
-from bbt_accel.tasks import Task
 from bbt_accel.tuning import tune
 
-CACHE = "BBT_ACCEL_CACHE"  # the environment variable with the folder of bundles; ~/.cache/bbt-accel unless given
 ESTIMATOR = "classifier.json"
-TEMPLATES = {"masked": "{text} This is about {{mask}} .", "span": "text: {{prompt}} {text} This is about {{mask}}"}
-TEMPLATES |= {"causal": "{text} This is about"}
 
 
 class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -56,7 +49,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         backbone: str = "demo",
         *,
         engine: str = "auto",
-        precision: Literal["auto", Precision] = "auto",
+        precision: PrecisionChoice = "auto",
         readout: ReadoutChoice = "auto",
         budget: int = 300,
         template: str | None = None,
@@ -84,18 +77,20 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len(self.classes_) < 2 or fewest < 2:
             found = f"{len(self.classes_)} classes, the rarest with {fewest} rows"
             raise DataError(f"y has {found}; at least two classes of two rows are needed")
-        bundle, engine = self._bundle()
-        task = self._task(list(rows[0]), bundle)
+        choice = choose(self.engine, self.precision)
+        bundle = prepared_bundle(self.backbone, choice, self.method, self.n_prompt_tokens)
+        names = [str(label).strip() for label in self.classes_]
+        task = make_task("classifier", list(rows[0]), "label", names, bundle, self.template, self.label_words or ())
         settings = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
         self._folder = tempfile.TemporaryDirectory(prefix="bbt-accel-")  # the run's, for as long as the estimator lives
         folder = Path(self._folder.name)
-        lines = [json.dumps({**row, "label": int(target)}) for row, target in zip(rows, targets, strict=True)]
+        lines = [json.dumps({**row, "label": names[target]}) for row, target in zip(rows, targets, strict=True)]
         (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.run_ = tune(
-            bundle, task, data=folder, engine=engine, threads=self.threads, output=folder / "run",
-            settings={**settings, "k_shot": self.k_shot or fewest // 2}, progress=False,
+            bundle, task, data=folder, engine=choice.engine, device=choice.device, threads=self.threads,
+            output=folder / "run", settings={**settings, "k_shot": self.k_shot or fewest // 2}, progress=False,
         )  # fmt: skip
-        self._load(bundle, engine)
+        self._load(bundle)
         return self
 
     def predict_proba(self, X: Sequence[Any]) -> Float64:
@@ -113,8 +108,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         with new_folder(Path(path)) as folder:
             shutil.copytree(self._classifier.engine.bundle.path, folder / "bundle")
             shutil.copytree(self.run_.path, folder / "run")
-            engine, classes = self._classifier.engine.name, self.classes_.tolist()
-            facts = {"parameters": self.get_params(), "classes": classes, "engine": engine}
+            facts = {"parameters": self.get_params(), "classes": self.classes_.tolist()}
             (folder / ESTIMATOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -128,45 +122,18 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a saved PromptClassifier ({type(error).__name__})") from None
         found.run_ = Run.read(Path(path) / "run")
-        found._load(Bundle.read(Path(path) / "bundle"), facts["engine"])
+        found._load(Bundle.read(Path(path) / "bundle"))
         return found
 
-    def _load(self, bundle: Bundle, engine: str) -> None:
-        self._classifier = Classifier(load_engine(bundle, engine, threads=self.threads), self.run_)
+    def _load(self, bundle: Bundle) -> None:
+        where = self.run_.info.engine
+        engine = load_engine(bundle, where.name, device=where.device, threads=self.threads)
+        self._classifier = Classifier(engine, self.run_)
 
     def __getstate__(self) -> dict[str, Any]:
         if hasattr(self, "run_"):
             raise BbtError("a fitted PromptClassifier holds an engine, so it cannot be pickled; use save and load")
         return dict(super().__getstate__())
-
-    def _task(self, columns: list[str], bundle: Bundle) -> Task:
-        group, words = bundle.info.template_group, self.label_words or [str(label) for label in self.classes_]
-        text = " ".join(f"{{{column}}}" for column in columns)
-        return Task(
-            name="classifier", text=columns, n_classes=len(self.classes_),
-            templates={group: self.template or TEMPLATES[group].format(text=text)}, label_words={group: list(words)},
-        )  # fmt: skip
-
-    def _bundle(self) -> tuple[Bundle, str]:
-        """The bundle in the engine's precision, from the cache or made now; and the engine's name."""
-        from bbt_accel.exporters.export import export_bundle
-        from bbt_accel.exporters.optimize import optimize_bundle
-
-        engine, precision = self.engine, self.precision
-        if engine == "auto" or precision == "auto":
-            best = diagnose()["recommended"]
-            engine = best["engine"] if engine == "auto" else engine
-            if precision == "auto":
-                precision = best["precision"] if engine == best["engine"] else "fp32"
-        exported = cache_folder(self.backbone, self.method, self.n_prompt_tokens)
-        if not exported.exists():
-            export_bundle(self.backbone, exported, method=self.method, n_prompt_tokens=self.n_prompt_tokens)
-        if precision == "fp32" and "fp32" not in engine_spec(engine).optimized:
-            return Bundle.read(exported), engine
-        made = exported.with_name(f"{exported.name}-{engine}-{precision}")
-        if not made.exists():
-            optimize_bundle(exported, made, target=engine, precision=precision)
-        return Bundle.read(made), engine
 
 
 def as_rows(X: Sequence[Any]) -> list[dict[str, str]]:
@@ -183,13 +150,3 @@ def as_rows(X: Sequence[Any]) -> list[dict[str, str]]:
             raise DataError(f"row {number + 1} is {value!r:.50}; give texts, tuples of texts or mappings of texts")
         rows.append(row)
     return rows
-
-
-def cache_folder(backbone: str, method: str, n_prompt_tokens: int) -> Path:
-    """Where the exported bundle of a backbone is kept: by name, and for a local checkpoint by its content."""
-    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "bbt-accel")
-    files = sorted(p for p in Path(backbone).rglob("*") if p.is_file()) if Path(backbone).is_dir() else []
-    files += [Path(backbone)] if Path(backbone).is_file() else []
-    formats = bbt_accel.__version__, str(BundleInfo.model_fields["format"].default)
-    content = [backbone, method, str(n_prompt_tokens), *formats, *map(sha256, files)]
-    return root / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]

@@ -108,6 +108,23 @@ def triton(
     printing.print_triton(repository, models, as_json)
 
 
+@command(SEARCH, "fit reviews.csv --text review --label sentiment -o run")
+def fit(
+    file: Annotated[Path, typer.Argument(help="CSV, TSV, JSON, JSON lines, Parquet or Excel file of labelled texts.")],
+    options: Annotated[Options, Fields(shared.FitOptions)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder to create.")],
+    as_json: shared.AsJson = False,
+) -> None:
+    """From one file of labelled texts to a classifier and its score on the rows that the search does not use."""
+    from bbt_accel.fit import fit_file
+
+    announce = {} if as_json else {"announce": printing.print_plan}
+    found = fit_file(file, output, **options, **announce, progress=not as_json)
+    printing.print_fitted(found, as_json)
+    if found.run.info.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
 @command(SEARCH, "tune --bundle bundles/roberta-large --task sst2 --data data/sst2 -o runs/sst2")
 def tune(
     options: Annotated[Options, Fields(shared.TuneOptions)],

@@ -9,11 +9,12 @@ import typer
 from pydantic import Field
 
 from bbt_accel.bundle import Method, PromptMode
+from bbt_accel.bundle_cache import PrecisionChoice
 from bbt_accel.engine_specs import ENGINES, check_device, engine_names, engine_spec, targets
 from bbt_accel.model_options import Fields
 from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import Preset, Settings
+from bbt_accel.settings import Preset, ReadoutChoice, Settings
 from bbt_accel.sweeps.grid import preset_names
 from bbt_accel.tasks import task_names
 
@@ -22,7 +23,7 @@ TASK_PRESETS = ("budget", "sigma", "alpha", "loss")
 
 
 def _check_engine(context: typer.Context, name: str | None) -> str | None:
-    if name is not None and not context.resilient_parsing:
+    if name not in (None, "auto") and not context.resilient_parsing:
         engine_spec(name)
     return name
 
@@ -49,7 +50,10 @@ SweepSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, exclude=("see
 
 Data = Annotated[
     Path | None,
-    Field(description="Folder with {train,validation,test}.{jsonl,csv,parquet} (default: the task's dataset)."),
+    Field(
+        description="File of rows, or folder with {train,validation,test}.{jsonl,csv,parquet,...} "
+        "(default: the task's dataset)."
+    ),
 ]
 Ray = Annotated[
     str | None,
@@ -82,6 +86,30 @@ class OptimizeOptions(Schema):
     """int8: relative RMSE of the label logits above which matmuls fall back to fp32."""
     compute_capability: Annotated[str | None, typer.Option(metavar="8.9,...")] = None
     """Build TensorRT plans ahead of time for these GPUs, comma-separated (default: this machine's GPU)."""
+    threads: int | None = Field(default=None, ge=1, description="CPU threads (default: all cores).")
+
+
+class FitOptions(Schema):
+    text: list[str] = Field(description="Column of texts, or several, comma-separated.")
+    label: str = Field(description="Column of labels, of any kind.")
+    backbone: str = Field(default="demo", description="Hub id, checkpoint folder or .gguf file; demo is shipped.")
+    template: str | None = None
+    """How a row is written for the backbone, e.g. "{review} It was {mask} ."."""
+    label_words: list[str] = Field(default=[], description="A word for each label, sorted (default: from the labels).")
+    engine: Annotated[str, _ENGINE] = "auto"
+    """Engine that runs the backbone; auto for what doctor recommends."""
+    precision: PrecisionChoice = "auto"
+    """Precision of the backbone; auto for what doctor recommends."""
+    method: Method = "bbt"
+    """bbt: a prompt at the input; bbtv2: a prompt in every layer."""
+    n_prompt_tokens: int = Field(default=20, ge=1, description="Soft prompt vectors.")
+    readout: ReadoutChoice = Field(default="auto", description="How classes are read, as in tune.")
+    budget: int = Field(default=300, gt=0, description="API calls of the search.")
+    k_shot: int | None = Field(default=None, gt=0)
+    """Examples per class to search with, and as many to choose by (default: 16, or a third of the rarest class)."""
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Of the split, the projection and the search.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the search (default: all cores).")
+    overwrite: bool = Field(default=False, description="Replace an existing run.")
 
 
 class TuneOptions(Schema):
@@ -95,7 +123,8 @@ class TuneOptions(Schema):
     """paper: the original program's search, with the verbalizer as readout."""
     resume: bool = Field(default=False, description="Continue an interrupted run.")
     overwrite: bool = Field(default=False, description="Replace an existing run.")
-    tensorboard: bool = Field(default=False, description="Also write TensorBoard events.")
+    track: list[str] = Field(default=[], description="Experiment trackers: tensorboard, mlflow, wandb, trackio.")
+    tensorboard: bool = Field(default=False, description="The same as --track tensorboard.")
 
 
 class SweepOptions(Schema):

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from bbt_accel.batch import Int64
-from bbt_accel.errors import DataError, UsageError, first_line
+from bbt_accel.errors import DataError, UsageError, did_you_mean, first_line
 from bbt_accel.settings import Settings
+from bbt_accel.tables import READERS, Record, Table, no_column, parse_object, plain, read_table
 from bbt_accel.tasks import Task
 
 Split = Literal["train", "test"]
-Record = dict[str, object]
+SPLIT_FILES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
+FORMS = ", ".join(suffix.removeprefix(".") for suffix in READERS if suffix != ".jsonl")
+_INTEGER = re.compile(r"\s*-?\d{1,9}\s*")
 UNLABELLED = -1  # the label of hub data sets for rows whose label is withheld or disputed
 
 
@@ -39,12 +40,12 @@ def labels(rows: Sequence[Row]) -> Int64:
     return np.array([row.label for row in rows], np.int64)
 
 
-def load_rows(task: Task, split: Split, data: Path | None = None) -> list[Row]:
+def load_rows(task: Task, split: Split, data: str | Path | None = None) -> list[Row]:
     """The labelled rows of a split, in file order.
 
-    data: a folder with {train,validation,test}.{jsonl,csv,parquet}. Without it, the shipped rows of the demo task or
-    the task's data set on the hub. `test` is the test file, or the validation file if test has no labels. Rows with
-    the label -1 are skipped. Raises DataError.
+    data: a file, or a folder with {train,validation,test} in one of the formats of `tables.READERS`. Without it, the
+    shipped rows of the demo task or the task's data set on the hub. `test` is the test file, or the validation file if
+    test has no labels. Rows with the label -1 are skipped. Raises DataError.
     """
     if data is None and task.name == "demo" and task.hub is None:
         data = Path(__file__).parent / "demo" / "data"
@@ -53,24 +54,47 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> list[Row]:
 
 def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Train and dev rows, k per class in each, after a shuffle by `seed`. DataError for a class with fewer than 2 k."""
+    train, dev, _ = split_rows(rows, n_classes, k, seed)
+    return train, dev
+
+
+def split_rows(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """The train and dev rows of `few_shot`, and all other rows in their order."""
     train: list[Row] = []
     dev: list[Row] = []
+    rest = set(range(len(rows)))
     seen = Counter[int | None]()
-    for index in np.random.default_rng(seed).permutation(len(rows)):
+    for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
         row = rows[index]
         seen[row.label] += 1
         if row.label is not None and seen[row.label] <= 2 * k:
             (train if seen[row.label] <= k else dev).append(row)
+            rest.remove(index)
     for label in range(n_classes):
         if seen[label] < 2 * k:
             needed = f"--k-shot {k} needs {2 * k} (train and dev)"
             raise DataError(f"class {label} has {seen[label]} rows, {needed}; add rows or lower --k-shot")
-    return train, dev
+    return train, dev, [rows[index] for index in sorted(rest)]
 
 
 def load_few_shot(task: Task, data: Path | None, settings: Settings) -> tuple[list[Row], list[Row]]:
     """The train and dev rows that a search with these settings uses. Raises DataError."""
     return few_shot(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)
+
+
+def load_held_out(task: Task, data: Path | None, settings: Settings) -> list[Row]:
+    """The rows of the train file that a search with these settings does not use. Raises DataError if there are none."""
+    rest = split_rows(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)[2]
+    if not rest:
+        raise DataError(f"--k-shot {settings.k_shot} leaves no row to hold out; lower it")
+    return rest
+
+
+def has_test_rows(task: Task, data: Path | None, settings: Settings) -> bool:
+    """Whether a run with these settings can be scored on test rows."""
+    if settings.hold_out or data is None:
+        return True
+    return data.is_dir() and bool(split_files("test", data))
 
 
 def choose_demonstrations(train: Sequence[Row], n_classes: int, count: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -104,14 +128,16 @@ def rows_digest(rows: Iterable[Row]) -> str:
 def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) -> list[dict[str, str]]:
     """Texts by column, for each of `texts` or for each line of `file` (`-` is standard input).
 
-    Without either, lines are read from standard input unless that is a terminal. A line of a .jsonl file is a JSON
-    object. Another line is a text for a task with one text column; for one with more it is a JSON object or
-    tab-separated columns. Raises UsageError and DataError.
+    Without either, lines are read from standard input unless that is a terminal. A file with columns (`tables.READERS`)
+    is read by column; a line of a .jsonl file is a JSON object. Another line is a text for a task with one text column;
+    for one with more it is a JSON object or tab-separated columns. Raises UsageError and DataError.
     """
     if texts and file is not None:
         raise UsageError("give texts or --file, not both")
     if texts:
         return [_parse_text(text, columns, f"text {number}") for number, text in enumerate(texts, 1)]
+    if file is not None and file.suffix.lower() in READERS.keys() - {".jsonl"}:
+        return _columns(read_table(file), columns, file)
     standard = file is None or str(file) == "-"
     if standard and (sys.stdin is None or sys.stdin.closed or (file is None and sys.stdin.isatty())):
         raise UsageError("give a text, --file FILE, or lines on standard input")
@@ -131,24 +157,26 @@ def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) 
 
 
 def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
+    if folder.is_file():
+        return _rows(task, read_table(folder).records, folder)
     if not folder.is_dir():
-        raise DataError(f"--data {folder} is not a folder; it should hold train.jsonl and test.jsonl (or csv, parquet)")
-    names = ("train",) if split == "train" else ("test", "validation")
-    files = [file for name in names for file in _find(folder, name)]
+        wanted = f"a folder should hold train.jsonl and test.jsonl (or {FORMS})"
+        raise DataError(f"--data {folder} is not a folder, or a file of rows; {wanted}")
+    files = split_files(split, folder)
     if not files:
-        wanted = " or ".join(f"{name}.{{jsonl,csv,parquet}}" for name in names)
+        wanted = " or ".join(f"{name}.{{jsonl,csv,parquet}}" for name in SPLIT_FILES[split])
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"{folder} has no {wanted}; it holds {found}")
     for file in files:
-        try:
-            records = list(READERS[file.suffix](file))
-        except DataError:
-            raise
-        except Exception as error:  # pyarrow raises errors of many kinds
-            raise DataError(f"cannot read {file} ({first_line(error):.200})") from None
+        records = read_table(file).records
         if file == files[-1] or any(str(record.get(task.label, UNLABELLED)) != str(UNLABELLED) for record in records):
             break
     return _rows(task, records, file)
+
+
+def split_files(split: Split, folder: Path) -> list[Path]:
+    """The files of a split, those to prefer first. Raises DataError for one in several formats."""
+    return [file for name in SPLIT_FILES[split] for file in _find(folder, name)]
 
 
 def _find(folder: Path, name: str) -> list[Path]:
@@ -156,45 +184,6 @@ def _find(folder: Path, name: str) -> list[Path]:
     if len(files) > 1:
         raise DataError(f"{folder} has {' and '.join(f.name for f in files)}; keep one of them")
     return files
-
-
-def _read_jsonl(file: Path) -> Iterator[Record]:
-    # Not pyarrow: it converts texts that look like dates, and refuses long lines.
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            yield _object(line, f"{file} line {number}")
-
-
-def _object(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({first_line(error):.200})") from None
-    if not isinstance(record, dict):
-        raise DataError(f'{where} is not an object like {{"text": "...", "label": 0}}')
-    return record
-
-
-def _read_csv(file: Path) -> Iterator[Record]:
-    # Not pyarrow: every column is text, so that "1984" and "NA" remain texts.
-    csv.field_size_limit(2**31 - 1)  # a long text is no error
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        for record in reader:
-            if None in record or None in record.values():
-                raise DataError(f"cannot read {file} (line {reader.line_num} has more or fewer columns than the first)")
-            yield record
-
-
-def _read_parquet(file: Path) -> Iterator[Record]:
-    from pyarrow import parquet
-
-    yield from parquet.read_table(file).to_pylist()
-
-
-READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def _from_hub(task: Task, split: Split) -> list[Row]:
@@ -217,11 +206,10 @@ def _from_hub(task: Task, split: Split) -> list[Row]:
 def _rows(task: Task, records: Sequence[Record], source: Path | str) -> list[Row]:
     if not records:
         raise DataError(f"{source} has no rows")
-    columns = dict.fromkeys(name for record in records for name in record)
+    columns = Table(list(records)).columns
     for name in (*task.text, task.label):
         if name not in columns:
-            found = ", ".join(f"{column!r:.40}" for column in islice(columns, 8)) + (", …" if len(columns) > 8 else "")
-            raise DataError(f"{source} has no column {name!r}; it has {found}")
+            raise no_column(name, columns, source)
     rows = []
     for number, record in enumerate(records, 1):
         where = f"{source} row {number}"
@@ -233,10 +221,19 @@ def _rows(task: Task, records: Sequence[Record], source: Path | str) -> list[Row
 
 
 def _label(value: object, task: Task, where: str) -> int | None:
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value):
+    """The class of a label: by its name where the task has names, else an integer. None for an unlabelled row."""
+    if task.classes is not None:
+        name = plain(value)
+        if name in task.classes:
+            return task.classes.index(name)
+        if any(re.fullmatch(r"-?\d+", known) for known in task.classes) or not _INTEGER.fullmatch(name):
+            hint = did_you_mean(name, task.classes)
+            raise DataError(f"{where}: {task.label} is {value!r:.50}, no class of task {task.name}; {hint}")
+    if isinstance(value, str) and _INTEGER.fullmatch(value):
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"{where}: {task.label} is {value!r:.50}, not an integer from 0 to {task.n_classes - 1}")
+        problem = f"{where}: {task.label} is {value!r:.50}, not an integer from 0 to {task.n_classes - 1}"
+        raise DataError(f"{problem}; name classes of another kind in the task file: classes = [...]")
     if value == UNLABELLED:
         return None
     if not 0 <= value < task.n_classes:
@@ -249,6 +246,14 @@ def _text(value: object, column: str, where: str) -> str:
         kind = "missing" if value is None else f"{value!r:.50}, not text"
         raise DataError(f"{where}: {column} is {kind}")
     return value
+
+
+def _columns(table: Table, columns: Sequence[str], file: Path) -> list[dict[str, str]]:
+    for column in columns:
+        if column not in table.columns:
+            raise no_column(column, table.columns, file)
+    numbered = enumerate(table.records, 1)
+    return [{name: _text(row.get(name), name, f"{file} row {number}") for name in columns} for number, row in numbered]
 
 
 def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
@@ -266,7 +271,7 @@ def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]
 
 
 def _parse_object(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
-    record = _object(text, where)
+    record = parse_object(text, where)
     for column in columns:
         if not isinstance(record.get(column), str):
             raise DataError(f"{where} has no text {column!r}; the task needs {', '.join(columns)}")

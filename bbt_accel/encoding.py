@@ -44,10 +44,11 @@ class Encoder:
         self.label_words = task.words(bundle.info.template_group)
         self.classes: Int64 = np.repeat(np.arange(len(words)), [len(of_class) for of_class in words])
         """The class of each of `label_token_ids`."""
-        self._tokenizer = _tokenizer(bundle)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
+        self._pieces = Pieces(bundle)
+        self._tokenizer, self._special = self._pieces.tokenizer, self._pieces.special
         self._layout = self._lay_out()
+        self.partial_words: dict[str, str] = {}
+        """Label words of several tokens, of which only the first is read; and that token."""
         self.label_token_ids: Int64 = self._label_token_ids()
         self.context_ids = self._context_ids(demonstrations) if bundle.info.causal else None
         self._limit = bundle.info.max_length - (0 if self.context_ids is None else len(self.context_ids))
@@ -140,7 +141,7 @@ class Encoder:
         parts: list[Text | Fixed] = []
         text: Text = []
         for literal, name in parse_template(template):
-            for piece in self._split_special(literal):
+            for piece in self._pieces.split_special(literal):
                 if isinstance(piece, tuple):
                     parts, text = [*parts, text, piece], []
                 else:
@@ -151,15 +152,6 @@ class Encoder:
                 parts += [text, (self._mask(),) if name == "mask" else self._prompt_ids()]
                 text = []
         return [*parts, text]
-
-    def _split_special(self, literal: str) -> list[str | Fixed]:
-        """A literal text of a decoder's template, with its special tokens as ids."""
-        special = self._special if self.bundle.info.causal else ()
-        names = {str(self._tokenizer.id_to_token(i)): i for i in special}
-        if not names:
-            return [literal]
-        pieces = re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", literal)
-        return [(names[piece],) if piece in names else piece for piece in pieces]
 
     def _context_ids(self, demonstrations: Sequence[Row]) -> Int64 | None:
         """Tokens of the instruction and the demonstrations; None if there are neither."""
@@ -172,18 +164,14 @@ class Encoder:
             literal = text.replace("{", "{{").replace("}", "}}") if text is context.instruction else text
             for part in self._parts(literal):
                 parts.append(part if isinstance(part, tuple) else _write(part, fields, strip=""))
-            parts += self._split_special(context.separator)
-        ids = [i for part in _joined(parts) for i in (part if isinstance(part, tuple) else self._encode(part))]
+            parts += self._pieces.split_special(context.separator)
+        ids = [i for part in _joined(parts) for i in (part if isinstance(part, tuple) else self._pieces.encode(part))]
         return np.array(ids, np.int64) if ids else None
 
     def _demonstration_template(self) -> str:
         """The causal template with the label word behind it."""
         template = self.task.template("causal")
         return f"{template}{'' if template[-1:].isspace() else ' '}{{label}}"
-
-    def _encode(self, text: str) -> list[int]:
-        """Token ids of a text. A unigram vocabulary has its special tokens as pieces too; none is let through."""
-        return [i for i in self._tokenizer.encode(text, add_special_tokens=False).ids if i not in self._special]
 
     def _prompt_ids(self) -> Fixed:
         """The ids of the text that the prompt starts from; else 1000 .. 1000+n-1.
@@ -231,32 +219,81 @@ class Encoder:
     def _label_token_ids(self) -> Int64:
         """The first token of each label word, as it is tokenized at its position in the template."""
         of_task, path, owner = f"of task {self.task.name}", self.bundle.path, dict[int, str]()
+        template = self.task.template(self.bundle.info.template_group)
         for word in (word for of_class in self.task.all_words(self.bundle.info.template_group) for word in of_class):
-            ids = self._word_ids(word)
-            token = self._tokenizer.id_to_token(ids[0]) if ids else None
-            if token is None or token in UNKNOWN:
+            first, *others = self._pieces.of_word(word, template) or [-1]
+            piece = self._pieces.name(first)
+            if piece is None:
                 raise TaskError(f"label word {word!r} {of_task} is not in the vocabulary of {path}")
-            if ids[0] in owner:
+            if first in owner:
                 raise TaskError(
-                    f"label words {owner[ids[0]]!r} and {word!r} {of_task} begin with the same token ({token!r}) in "
+                    f"label words {owner[first]!r} and {word!r} {of_task} begin with the same token ({piece!r}) in "
                     f"{path}; choose other words"
                 )
-            owner[ids[0]] = word
+            owner[first] = word
+            if others:
+                self.partial_words[word] = piece
         return np.array(list(owner), dtype=np.int64)
 
-    def _word_ids(self, word: str) -> list[int]:
+
+class Pieces:
+    """The tokenizer of a bundle, and the tokens of texts and label words. Raises BundleError where it is damaged."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.tokenizer, self._info = _tokenizer(bundle), bundle.info
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. A unigram vocabulary has its special tokens as pieces too; none is let through."""
+        return [i for i in self.tokenizer.encode(text, add_special_tokens=False).ids if i not in self.special]
+
+    def split_special(self, literal: str) -> list[str | Fixed]:
+        """A literal text of a decoder's template, with its special tokens as ids."""
+        special = self.special if self._info.causal else ()
+        names = {str(self.tokenizer.id_to_token(i)): i for i in special}
+        if not names:
+            return [literal]
+        pieces = re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", literal)
+        return [(names[piece],) if piece in names else piece for piece in pieces]
+
+    def of_word(self, word: str, template: str) -> list[int]:
         """Tokens of a label word behind the text before it: with the space, where the vocabulary has it in the word."""
-        group = self.bundle.info.template_group
-        before = self.task.template(group).partition("{mask}")[0]
-        if group == "causal":  # no space behind a line break, or behind a special token
-            *_, last = (" ", *filter(None, self._split_special(before)))
+        before = template.partition("{mask}")[0]
+        if self._info.template_group == "causal":  # no space behind a line break, or behind a special token
+            *_, last = (" ", *filter(None, self.split_special(before)))
             spaced = isinstance(last, str) and not last.endswith("\n")
         else:
             spaced = not before[-1:].strip(" ")
-        behind, alone = self._encode(f"a {word}"), self._encode("a")
+        behind, alone = self.encode(f"a {word}"), self.encode("a")
         if spaced and behind[: len(alone)] == alone:
             return behind[len(alone) :]
-        return self._encode(word)
+        return self.encode(word)
+
+    def name(self, token: int) -> str | None:
+        """A token as it is in the vocabulary; None for one that stands for what is not in it."""
+        found = self.tokenizer.id_to_token(token) if token >= 0 else None
+        return None if found is None or found in UNKNOWN else str(found)
+
+
+def distinct_words(bundle: Bundle, template: str, labels: Sequence[str]) -> list[str]:
+    """A label word for each label: the label itself, or one of its words, so that no two begin with the same token.
+
+    Raises TaskError where there is no such word, e.g. for labels in a script that the vocabulary does not have.
+    """
+    pieces, owner = Pieces(bundle), dict[int, str]()
+    found = []
+    for label in labels:
+        for word in (label, *re.findall(r"[^\W_]+", label)):
+            first, *_ = pieces.of_word(word, template) or [-1]
+            if pieces.name(first) is not None and first not in owner:
+                owner[first] = label
+                found.append(word)
+                break
+        else:
+            problem = f"no word of label {label!r} begins with a token of its own in {bundle.path}"
+            raise TaskError(f"{problem}; give a label word for each of {', '.join(labels):.200}")
+    return found
 
 
 def encoder_with_demonstrations(

@@ -10,12 +10,12 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from bbt_accel.batch import Float32, Float64
-from bbt_accel.data import Row, labels, load_few_shot, load_rows
+from bbt_accel.data import Row, has_test_rows, labels, load_few_shot, load_held_out, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError
-from bbt_accel.objective import Objective
+from bbt_accel.objective import Objective, uninformed
 from bbt_accel.readout import Readout, batch_calibration, log_softmax, reads_states
 from bbt_accel.run import Run
 
@@ -41,28 +41,27 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the prompt of a run on the task's test rows, or on the dev rows of its search.
 
-    data: that of the run unless given. Returns split, metric, score, rows, engine, device, bundle (its path), readout;
+    data: that of the run unless given; a folder, or a file of test rows. Returns split, metric, score, rows, engine,
+    device, bundle (its path), readout; chance and majority, the scores of a random class and of the most frequent one;
     and of the same bundle before the search, without_prompt: the label words' logits as they are, and calibrated: the
     same without each class's mean log-probability over these rows, which takes no labels (Zhou et al., ICLR 2024).
     Raises RunError, BundleError, DataError, EngineError, NonFiniteLoss.
     """
     run = Run.read(run_path)
-    source = data or run.info.data.path
-    folder = Path(source) if source is not None else None
-    if split == "test":
-        rows = load_rows(run.task, "test", folder)
-    else:
-        rows = load_few_shot(run.task, folder, run.info.settings)[1]
+    rows = scored_rows(run, data, split)
     with _load(run, options) as loaded:
         encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
         found, start = class_scores(loaded, encoder, rows, run), loaded.bundle.start_prompt()
         plain = Readout("verbalizer", encoder.classes).scores(outputs(loaded, encoder, rows, start))
         logits = np.stack([found, plain, plain + batch_calibration(plain)])
         _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, labels(rows))
+        chance, majority = uninformed(labels(rows), run.task.n_classes, run.task.metric)
         return {
             "split": split,
             "metric": run.task.metric,
             "score": float(score),
+            "chance": chance,
+            "majority": majority,
             "without_prompt": float(without),
             "calibrated": float(calibrated),
             "readout": run.readout.name,
@@ -73,13 +72,30 @@ def evaluate(
         }
 
 
+def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]) -> list[Row]:
+    """The dev rows of a run, or its test rows: of `data`, of its own data, or those that its search left over.
+
+    Raises DataError where a run has no test rows.
+    """
+    own, settings = run.info.data.path, run.info.settings
+    source = None if data is None and own is None else Path(data or own or "").absolute()
+    if split == "dev":
+        return load_few_shot(run.task, source, settings)[1]
+    if settings.hold_out and (source is None or str(source) == own):
+        return load_held_out(run.task, source, settings)
+    if str(source) == own and not has_test_rows(run.task, source, settings):
+        raise DataError(f"{own} has no test rows; give some with --data, or tune with --hold-out")
+    return load_rows(run.task, "test", source)
+
+
 def predict(
     run_path: str | Path, texts: Sequence[Mapping[str, str]], **options: Unpack[EngineOptions]
 ) -> list[dict[str, Any]]:
     """Classify texts with the prompt of a run.
 
     texts: one mapping per row, from the task's text columns to texts. Returns, in order, label (the class), word (its
-    first label word) and probabilities (of the classes, by word). Raises RunError, BundleError, EngineError,
+    first label word), class (its name) and probabilities (of the classes, by name; classes without a name have their
+    label word). Raises RunError, BundleError, EngineError,
     NonFiniteLoss, and DataError for a row without one of the columns.
     """
     run = Run.read(run_path)
@@ -91,8 +107,9 @@ def predict(
     with _load(run, options) as loaded:
         classifier = Classifier(loaded, run)
         words, probabilities = classifier.words, classifier.probabilities(texts)
+    names = run.task.classes or words
     return [
-        {"label": label, "word": words[label], "probabilities": dict(zip(words, p, strict=True))}
+        {"label": label, "word": words[label], "class": names[label], "probabilities": dict(zip(names, p, strict=True))}
         for label, p in zip(probabilities.argmax(axis=1).tolist(), probabilities.tolist(), strict=True)
     ]
 

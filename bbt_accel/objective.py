@@ -49,6 +49,19 @@ def check_targets(targets: Int64, classes: int) -> None:
         raise UsageError(f"targets must lie in 0..{classes - 1}; got {targets.min()}..{targets.max()}")
 
 
+def uninformed(targets: Int64, classes: int, metric: Metric) -> tuple[float, float]:
+    """The metric of drawing a class at random, and of always predicting the most frequent one.
+
+    accuracy: 1 / C, and that class's share. f1 of class 1 with the share p: p / (p + ½) from the expected counts, and
+    2 p / (p + 1) where class 1 is the most frequent, else 0.
+    """
+    shares = np.bincount(targets, minlength=classes) / len(targets)
+    if metric == "accuracy":
+        return 1 / classes, float(shares.max())
+    p = float(shares[1])
+    return p / (p + 0.5), 2 * p / (p + 1) if p > shares[0] else 0.0
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss to minimize and a metric to report.

@@ -13,6 +13,7 @@ from bbt_accel.reporting import JSON, METRICS, TABLE, percent
 
 if TYPE_CHECKING:
     from bbt_accel.bundle import Bundle
+    from bbt_accel.fit import Fitted, Plan
     from bbt_accel.run import Run
     from bbt_accel.sweeps.report import SweepReport
 
@@ -59,12 +60,33 @@ def print_run(run: Run, as_json: bool) -> None:
     if info.best:
         facts |= {f"dev {info.task.metric}": info.best.dev_score, "dev loss": info.best.dev_loss}
         facts |= {"best prompt after": f"{info.best.calls} calls"}
+    if info.baselines is not None:
+        facts |= {f"dev, {name.replace('_', ' ')}": value for name, value in info.baselines.model_dump().items()}
     facts["readout"] = info.readout.name + (f"; {info.readout.reason}" if info.readout.reason else "")
     if tried := info.readout.tried:
         rows = [(t.name, f"{t.log_loss:.3f}", percent(t.score, 1), f"{t.seconds:.1f}") for t in tried]
         header = ["readout", "held-out log loss", f"held-out {METRICS[info.task.metric]}", "seconds"]
         print_table("Readouts without a search (1 call)", rows, header)
     print_facts(relative(run.path), facts)
+    if verdict := info.verdict():
+        print(f"note: {verdict}")
+
+
+def print_plan(plan: Plan) -> None:
+    """What fit has chosen, and the commands that do the same, before the search."""
+    print_facts("Chosen", plan.facts())
+    print("The same in steps:", *plan.script(), "", sep="\n", flush=True)
+
+
+def print_fitted(found: Fitted, as_json: bool) -> None:
+    if as_json:
+        run, plan = found.run, found.plan
+        chosen = {"commands": plan.script(), "classes": plan.counts}
+        print_json({"path": run.path, **chosen, "score": found.score, **run.info.model_dump(mode="json")})
+        return
+    print_run(found.run, as_json)
+    if found.score is not None:
+        print_score(found.score, as_json)
 
 
 def print_score(score: Mapping[str, object], as_json: bool) -> None:
@@ -82,10 +104,10 @@ def relative(path: str | Path) -> str:
 
 
 def print_predictions(rows: Sequence[Mapping[str, str]], found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """One line of JSON per text; or a table of text, label word and its probability."""
+    """One line of JSON per text; or a table of text, class and its probability."""
     pairs = list(zip(rows, found, strict=True))
     if not as_json:
-        lines = [(" | ".join(row.values()), p["word"], f"{p['probabilities'][p['word']]:.3f}") for row, p in pairs]
+        lines = [(" | ".join(row.values()), p["class"], f"{p['probabilities'][p['class']]:.3f}") for row, p in pairs]
         print_table("", lines, ["text", "label", "probability"])
         return
     for row, prediction in pairs:

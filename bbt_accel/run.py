@@ -21,7 +21,7 @@ from bbt_accel.settings import ReadoutName, Settings
 from bbt_accel.tasks import Task
 
 INFO, PROMPT, READOUT, HISTORY = "run.json", "prompt.safetensors", "readout.safetensors", "history.jsonl"
-CURVE, EVENTS = "curve.png", "tensorboard"
+CURVE, EVENTS, TASK = "curve.png", "tensorboard", "task.toml"
 
 
 class BundleRecord(BaseModel, extra="forbid"):
@@ -78,6 +78,15 @@ class BestRecord(BaseModel, extra="forbid"):
     dev_loss: float
 
 
+class Baselines(BaseModel, extra="forbid"):
+    """Scores on the dev rows that take no search."""
+
+    chance: float = Field(description="Of a class drawn at random.")
+    majority: float = Field(description="Of always predicting the most frequent class.")
+    without_prompt: float = Field(description="Of the label words, without a prompt.")
+    calibrated: float = Field(description="Of the same with each class's mean log-probability removed.")
+
+
 class TriedReadout(BaseModel, extra="forbid"):
     """A readout that `auto` fitted at the prompt without a search, as it scores rows that it was not fitted on."""
 
@@ -112,6 +121,7 @@ class RunInfo(Manifest):
     versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")
     calls: int = 0
     best: BestRecord | None = None
+    baselines: Baselines | None = None
     readout: ReadoutRecord = ReadoutRecord()
     seconds: float = 0.0
     prompt_shape: list[int] = Field(default=[], description="Of the prompt in prompt.safetensors.")
@@ -134,6 +144,20 @@ class RunInfo(Manifest):
         if self.task.name == other.task.name and self.task != other.task:
             found.append("task definition")
         return found
+
+    def verdict(self) -> str | None:
+        """In words, which of the baselines the result does not surpass on the dev rows; None if it surpasses all."""
+        if self.best is None or self.baselines is None:
+            return None
+        score, b, hint = self.best.dev_score, self.baselines, "more --k-shot or another backbone may help"
+        if score <= max(b.chance, b.majority):
+            return f"at or below chance on the dev rows: this classifier has learned nothing; {hint}"
+        if score <= b.without_prompt:
+            return f"no better on the dev rows than the label words without a prompt; {hint}"
+        if score <= b.calibrated:
+            rest = "" if self.settings.fitted else "; --readout auto begins there"
+            return f"no better on the dev rows than the label words calibrated without a search{rest}"
+        return None
 
 
 class Run:

@@ -36,6 +36,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     seed: int = Field(default=42, ge=0, lt=2**32, description="Of the few-shot rows, the projection and the search.")
     demonstrations: int = Field(default=0, ge=0, description="Labelled train rows in front of each row (decoders).")
     readout: ReadoutChoice = Field(default="auto", description=f"How classes are read: auto, {', '.join(READOUTS)}.")
+    hold_out: bool = Field(default=False, description="Test rows are the train rows that the search does not use.")
     random_proj: Literal["normal", "uniform"] = Field(default="normal", description="The projection's distribution.")
 
     def generations(self, method: Method, n_layers: int) -> int:

@@ -43,7 +43,7 @@ from bbt_accel.exporters.int8 import (
     to_int8,
 )
 from bbt_accel.exporters.openvino_ir import openvino_bf16, save_openvino
-from bbt_accel.exporters.sessions import run_stages, temporary_graph
+from bbt_accel.exporters.sessions import limited_threads, run_stages, temporary_graph
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
 from bbt_accel.exporters.validate import fidelity, reference_logits, relative_rmse, scaled_error
 from bbt_accel.files import new_folder
@@ -87,6 +87,7 @@ def optimize_bundle(
     data: Path | None = None,
     max_rmse: float = MAX_RMSE,
     compute_capability: str | None = None,
+    threads: int | None = None,
     progress: Tell = silent,
 ) -> Bundle:
     """Write a new bundle for one engine, with a report of what was converted, its size and its fidelity.
@@ -94,7 +95,7 @@ def optimize_bundle(
     calibrate: the task whose few-shot train rows set int8 ranges and serve to measure fidelity, and whose rows and
     preset set TensorRT's shape profile; without it the shipped texts. max_rmse: int8 keeps matmuls in fp32 until the
     relative logit RMSE is at most this. compute_capability: build TensorRT plans ahead of time for these (8.9, or
-    8.6,8.9) instead of this machine's GPU.
+    8.6,8.9) instead of this machine's GPU. threads: of the CPU; all cores unless given.
     Raises UsageError for a combination that does not exist or an output that is the source, BundleError for a source
     that is optimized already, ExportError for NaN logits or a lost attention mask, PlanError when TensorRT rejects the
     graph, EngineError when it needs a GPU that is missing.
@@ -109,7 +110,8 @@ def optimize_bundle(
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
     rows = TaskRows(bundle, calibrate, data)
     job = Job(bundle, target, precision, rows.calibration(), random_prompts(bundle), max_rmse, progress)
-    with new_folder(output) as folder, translated(BundleError, f"{source} cannot be optimized"):
+    refused = translated(BundleError, f"{source} cannot be optimized")
+    with new_folder(output) as folder, limited_threads(threads), refused:
         if (bundle.path / INITIAL_PROMPT).exists():
             shutil.copyfile(bundle.path / INITIAL_PROMPT, folder / INITIAL_PROMPT)
         report, logits = CONVERTERS[target](job, folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,28 @@ Feeds = dict[str, Any]
 ROWS_PER_CALL = 8
 """More would take more memory, and no less time."""
 RunStage = Callable[[Feeds], Feeds]
+
+
+_THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+@contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """At most so many CPU threads in the block, of ONNX Runtime, OpenVINO, PyTorch and BLAS; None for no limit."""
+    if threads is None:
+        yield
+        return
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    before, token = torch.get_num_threads(), _THREADS.set(threads)
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads):
+            yield
+    finally:
+        torch.set_num_threads(before)
+        _THREADS.reset(token)
 
 
 def open_stage(bundle: Bundle, stage: str) -> RunStage:
@@ -51,6 +74,7 @@ def open_session(file: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised anyway
+    options.intra_op_num_threads = _THREADS.get() or 0  # 0: all cores
     # Folding constants would transpose all weights in memory; without it, matmuls take them as they are.
     folding = ["ConstantFolding"]
     return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"], disabled_optimizers=folding)
@@ -71,7 +95,9 @@ def temporary_graph(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
 def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
     """An OpenVINO model."""
     reader = StageReader(bundle.path)
-    model = reader.compile(stage, precision_hint(bundle.info))
+    threads = _THREADS.get()
+    config = {} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)}
+    model = reader.compile(stage, precision_hint(bundle.info) | config)
 
     def run(feeds: Feeds, reader: StageReader = reader) -> Feeds:  # the reader lives as long as the model
         found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})

@@ -8,14 +8,16 @@ import pytest
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
-from bbt_accel.data import load_rows
+from bbt_accel.data import load_held_out, load_rows, split_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError
-from bbt_accel.inference import evaluate, predict
+from bbt_accel.inference import evaluate, predict, scored_rows
 from bbt_accel.objective import Objective
 from bbt_accel.readout import log_softmax
 from bbt_accel.run import Run
+from bbt_accel.settings import Settings
+from bbt_accel.tasks import load_task
 
 TEXTS = [{"text": f"w{i} w{i + 1}"} for i in range(80)]
 
@@ -85,3 +87,59 @@ def test_a_bundle_of_the_other_method_is_refused(run: Run, tmp_path: Path) -> No
     other = search_bundle(tmp_path / "other", "bbtv2" if run.info.bundle.method == "bbt" else "bbt")
     with pytest.raises(BundleError, match="method"):
         predict(run.path, TEXTS[:1], bundle=other.path)
+
+
+def test_a_run_with_held_out_rows_is_scored_on_them(tmp_path: Path) -> None:
+    task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
+    (tmp_path / "data" / "test.jsonl").unlink()
+    rows = load_rows(load_task(task), "train", tmp_path / "data")
+    for number, data in enumerate((tmp_path / "data", tmp_path / "data" / "train.jsonl")):
+        settings = {**SETTINGS, "hold_out": True}
+        place = {"engine": "dummy", "output": tmp_path / f"run{number}", "progress": False}
+        run = tune(bundle, task, data=data, settings=settings, **place)  # type: ignore[arg-type]
+        train, dev, rest = split_rows(rows, 2, 3, 7)
+        assert sorted(map(id, (*train, *dev, *rest))) == sorted(map(id, rows))
+        assert scored_rows(run, None, "test") == rest
+        assert scored_rows(run, data, "test") == rest
+        assert scored_rows(run, None, "dev") == dev
+        assert evaluate(run.path)["rows"] == 30 - 12
+        assert evaluate(run.path, data=task_file(tmp_path / "other").parent)["rows"] == 70
+        assert evaluate(run.path, data=tmp_path / "other" / "test.jsonl")["rows"] == 70
+
+
+def test_a_run_without_test_rows_says_so_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
+    for data in (tmp_path / "data", tmp_path / "data" / "train.jsonl"):
+        (tmp_path / "data" / "test.jsonl").unlink(missing_ok=True)
+        run = tune(bundle, task, data=data, engine="dummy", output=tmp_path / data.name / "run", settings=SETTINGS)
+        assert "no test rows, so there will be no test score; --hold-out" in capsys.readouterr().err
+        with pytest.raises(DataError, match="has no test rows; give some with --data, or tune with --hold-out"):
+            evaluate(run.path)
+        assert evaluate(run.path, split="dev")["rows"] == 6
+    with pytest.raises(DataError, match="--k-shot 5 leaves no row to hold out"):
+        load_held_out(load_task(task), few_rows(tmp_path / "few.jsonl", 20), Settings(k_shot=5))
+
+
+def few_rows(file: Path, count: int) -> Path:
+    file.write_text("".join(f'{{"text": "w{i}", "label": {i % 2}}}\n' for i in range(count)))
+    return file
+
+
+def test_classes_are_predicted_by_name(tmp_path: Path) -> None:
+    file, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
+    file.write_text(file.read_text().replace("n_classes = 2", 'classes = ["neg", "pos"]'))
+    for split in ("train", "test"):
+        data = tmp_path / "data" / f"{split}.jsonl"
+        data.write_text(data.read_text().replace(": 0}", ': "neg"}').replace(": 1}", ': "pos"}'))
+    run = tune(
+        bundle, file, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS, progress=False
+    )
+    assert evaluate(run.path)["rows"] == 70
+    for answer in predict(run.path, TEXTS[:5]):
+        assert answer["probabilities"].keys() == {"neg", "pos"}
+        assert (answer["class"], answer["word"]) in (("neg", "bad"), ("pos", "great"))
+    data.write_text('{"text": "w1", "label": "poss"}\n')
+    with pytest.raises(DataError, match="row 1: label is 'poss', no class of task toy; did you mean pos"):
+        evaluate(run.path)
+    data.write_text('{"text": "w1", "label": 1}\n{"text": "w1", "label": "0"}\n')
+    assert [row.label for row in scored_rows(run, None, "test")] == [1, 0]  # integers still name classes

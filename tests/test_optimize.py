@@ -89,6 +89,25 @@ def test_the_report_says_what_was_done(tiny: Tiny, tmp_path: Path) -> None:
     assert {"logit_error", "logit_rmse", "padding_error", "bytes", "bytes_before", "kept_fp32"} <= set(report)
 
 
+def test_threads_bound_every_session(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+    import torch
+
+    opened, whole = [], onnxruntime.InferenceSession
+
+    def session(file: str, options: onnxruntime.SessionOptions, *more: object, **named: object) -> object:
+        opened.append((options.intra_op_num_threads, torch.get_num_threads()))
+        return whole(file, options, *more, **named)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "o", threads=1)
+    assert set(opened) == {(1, 1)}
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 def test_fidelity_compares_logits_with_a_reference() -> None:
     reference = np.array([[[1.0, 3.0], [-2.0, -4.0]]], np.float32)
     assert fidelity(reference, reference) == {"logit_error": 0, "logit_rmse": 0, "agreement": 1}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from conftest import Export
 
 from bbt_accel.cli import app
 from bbt_accel.engine_specs import ENGINES, engine_names
@@ -148,3 +149,24 @@ def test_files_named_exist(text: str) -> None:
     assert named
     for name in named:
         assert "NAME" in name or (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda f: f.name)
+def test_python_blocks_run_as_printed(
+    file: Path, tiny: Export, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, as a reader would; but with a tiny backbone in place of the demo's, and few calls."""
+    pytest.importorskip("onnxruntime")
+    from bbt_accel import bundle_cache
+    from bbt_accel.exporters import export
+
+    tiny("roberta")
+    best = {"engine": "ort", "device": "cpu", "precision": "fp32", "reason": ""}
+    monkeypatch.setattr(bundle_cache, "diagnose", lambda: {"recommended": best})
+    monkeypatch.setattr(export, "BACKBONE", shared / "roberta")
+    monkeypatch.setenv("BBT_ACCEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", file.read_text(encoding="utf-8"), re.M | re.S):
+        exec(compile(re.sub(r"(budget\W+)\d+", r"\g<1>21", block), file.name, "exec"), names)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bbt_accel.errors import TaskError
-from bbt_accel.tasks import GROUPS, load_task, task_names
+from bbt_accel.tasks import GROUPS, Context, load_task, task_names, to_toml
 
 GOOD = """
 name = "mine"
@@ -83,7 +83,7 @@ def test_unknown_name_lists_the_tasks() -> None:
         (("name =", "name ="), None),
         (("n_classes = 2", "n_classes = 3"), r"label_words\.masked: 2 words for 3 classes"),
         (('name = "mine"', ""), "name: Field required"),
-        (("n_classes", "classes"), "n_classes: Field required|classes: Extra"),
+        (("n_classes", "klasses"), "n_classes: Field required|klasses: Extra"),
         (("name =", "colour = 1\nname ="), "colour: Extra inputs"),
         (("{review}", "{text}"), r"templates\.masked: unknown placeholder {text}; known here: {review}"),
         (("{review} .", ""), r"templates\.masked: has no text column"),
@@ -134,3 +134,28 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TaskError, match="not valid TOML"):
         load_task(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_written_task_file_is_the_same_task(name: str, tmp_path: Path) -> None:
+    odd = '"quoted" \\ back\x7f\n{{ü}} '
+    context = Context(instruction=odd, demonstrations=2)
+    task = load_task(name).model_copy(update={"context": context, "separator": odd})
+    (tmp_path / "written.toml").write_text(to_toml(task), encoding="utf-8")
+    assert load_task(tmp_path / "written.toml") == task
+
+
+def test_classes_have_names_and_a_single_text_column_needs_no_list(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    words = '[templates]\nmasked = "{review} {mask}"\n[label_words]\nmasked = ["bad", "good"]'
+    file.write_text(f'name = "mine"\ntext = "review"\nclasses = ["neg", "pos"]\n{words}')
+    assert (load_task(file).n_classes, load_task(file).text) == (2, ["review"])
+    for wrong, complaint in (
+        ('["neg"]', "classes: 1 names|2 words for 1|n_classes"),
+        ('["neg", "neg"]', "classes: each class needs a name of its own"),
+        ('["neg", " pos"]', "classes: each class needs a name of its own"),
+        ('["neg", "pos"]\nn_classes = 3', "classes: 2 names, n_classes is 3"),
+    ):
+        file.write_text(f'name = "mine"\ntext = "review"\nclasses = {wrong}\n{words}')
+        with pytest.raises(TaskError, match=complaint):
+            load_task(file)

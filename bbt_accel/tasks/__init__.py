@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal, Self, TypeVar, get_args
@@ -68,7 +70,12 @@ def _every_group(given: object) -> object:
     return dict.fromkeys(GROUPS) | given
 
 
+def _one_or_more(given: object) -> object:
+    return [given] if isinstance(given, str) else given
+
+
 T = TypeVar("T")
+Columns = Annotated[list[str], BeforeValidator(_one_or_more)]
 ByGroup = Annotated[dict[str, T | None], BeforeValidator(_every_group)]  # a value, or None, for every template group
 
 
@@ -77,9 +84,11 @@ class Task(BaseModel, extra="forbid", frozen=True):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     metric: Metric = "accuracy"
-    text: list[str] = Field(min_length=1, description="Text columns, in the order of a row without column names.")
+    text: Columns = Field(min_length=1, description="Text columns, in the order of a row without column names.")
     label: str = "label"
-    n_classes: int = Field(ge=2, le=10_000)
+    classes: list[str] | None = None
+    """The labels in the data, in class order, where they are not integers from 0."""
+    n_classes: int = Field(ge=2, le=10_000, description="As many as there are `classes`, where those are given.")
     clean: Literal["newlines"] | None = None  # a backslash and n, in some data sets a line break, become a space
     separator: str = " . "  # between the initial prompt tokens and the template, where the template has no {prompt}
     hub: HubData | None = None
@@ -89,8 +98,17 @@ class Task(BaseModel, extra="forbid", frozen=True):
     prompt: PromptStart | None = None
     presets: Presets = Presets()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, given: object) -> object:
+        if isinstance(given, dict) and isinstance(given.get("classes"), list):
+            return {"n_classes": len(given["classes"])} | given
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.classes is not None:
+            self._check_classes(self.classes)
         if any(name is not None for _, name in _parsed("separator", self.separator)):
             raise ValueError("separator: takes no placeholder; write {{ and }} for braces")
         if self.metric == "f1" and self.n_classes != 2:
@@ -112,6 +130,12 @@ class Task(BaseModel, extra="forbid", frozen=True):
         if self.context.template is not None:
             self._check_template("context.template", self.context.template, {"label": 1})
         return self
+
+    def _check_classes(self, names: list[str]) -> None:
+        if len(names) != self.n_classes:
+            raise ValueError(f"classes: {len(names)} names, n_classes is {self.n_classes}")
+        if len(set(names)) != len(names) or any(not name or name != name.strip() for name in names):
+            raise ValueError("classes: each class needs a name of its own, without spaces around it")
 
     def _check_template(self, key: str, template: str, once: dict[str, int]) -> None:
         """once: placeholders besides the text columns and {prompt} that it needs exactly once."""
@@ -179,6 +203,22 @@ def _parsed(key: str, template: str) -> list[tuple[str, str | None]]:
         return parse_template(template)
     except ValueError as error:
         raise ValueError(f"{key}: {error}; write {{{{ and }}}} for braces") from None
+
+
+def to_toml(task: Task) -> str:
+    """The content of a task file, from which `load_task` reads the same task."""
+    return "\n".join(_toml(task.model_dump(exclude_defaults=True, exclude_none=True))) + "\n"
+
+
+def _toml(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    """Lines: a table's values, then its tables. The names of fields need no quotes."""
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    for name in (name for name, value in values.items() if value is not None and name not in tables):
+        # A JSON string is one of TOML, except for a character that TOML wants escaped.
+        yield f"{name} = {json.dumps(values[name], ensure_ascii=False)}".replace("\x7f", "\\u007f")
+    for name, table in tables.items():
+        yield f"\n[{prefix}{name}]"
+        yield from _toml(table, f"{prefix}{name}.")
 
 
 def task_names() -> list[str]:

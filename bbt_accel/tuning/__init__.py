@@ -14,24 +14,27 @@ from time import perf_counter
 import numpy as np
 
 import bbt_accel
+from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import load_few_shot, rows_digest
+from bbt_accel.data import has_test_rows, load_few_shot, rows_digest
 from bbt_accel.encoding import encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import DataError, RunError, UsageError
 from bbt_accel.history import Generation
-from bbt_accel.objective import Objective
+from bbt_accel.objective import Objective, uninformed
 from bbt_accel.progress import SearchProgress, progress_bar
-from bbt_accel.readout import Readout
-from bbt_accel.run import EVENTS, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
+from bbt_accel.readout import Readout, batch_calibration, class_logits
+from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
 from bbt_accel.settings import PRESETS, Preset, Settings, resolve
 from bbt_accel.tasks import Task, load_task
+from bbt_accel.tuning.callbacks import Callback, Callbacks, tracker
 from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.monitoring import Events
 from bbt_accel.tuning.readouts import ReadoutSearch
 from bbt_accel.tuning.search import search
 from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
 from bbt_accel.tuning.workspace import Workspace
+
+NO_TEST_ROWS = "{} has no test rows, so there will be no test score; --hold-out keeps the rows that are left over"
 
 
 def tune(
@@ -50,13 +53,15 @@ def tune(
     resume: bool = False,
     overwrite: bool = False,
     tensorboard: bool = False,
+    track: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
     preset: Preset | None = None,
     settings: Mapping[str, object] | None = None,
     progress: bool = True,
 ) -> Run:
     """Search for a soft prompt for `task` by the method that `bundle` was exported for; returns the run.
 
-    data: a folder with train.jsonl (or csv, parquet); the task's own data set unless given.
+    data: a file of rows, or a folder with train.jsonl (or csv, parquet, …); the task's own data set unless given.
     engine, device, threads, without, url: as in `load_engine`.
     settings: any of `Settings`; what is not given comes from `preset`, then from the task's preset, in a resumed run
         from that run. preset: `paper` for the original program's search, whose readout is the verbalizer.
@@ -65,6 +70,8 @@ def tune(
         return a complete run as it is. overwrite: replace an existing run once the new one is complete.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
+    track: trackers that get every generation, by the names in `callbacks.TRACKERS`; tensorboard: that one.
+    callbacks: what else is told about the search.
     progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
 
     Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
@@ -73,12 +80,8 @@ def tune(
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss; RunError when the output exists
     or cannot be resumed.
     """
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other; choose one")
-    if ray is not None and workers is None:
-        raise UsageError("--ray is for --workers; give their number with --workers N")
-    if workers is not None and engine == "remote":
-        raise UsageError("--workers starts engines of its own; omit it with --engine remote")
+    _check(resume, overwrite, engine, workers, ray)
+    told = [*map(tracker, dict.fromkeys((*track, *(["tensorboard"] if tensorboard else [])))), *callbacks]
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     task = task if isinstance(task, Task) else load_task(task)
     place = engine_spec(engine).device(device)
@@ -86,13 +89,24 @@ def tune(
     given = (PRESETS[preset] if preset else {}) | {k: v for k, v in (settings or {}).items() if v is not None}
     with ExitStack() as held:
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
-        job, info = _prepare(bundle, task, data, record, chosen, workspace)
+        job, info, notes = _prepare(bundle, task, data, record, chosen, workspace)
         if former is not None and (differences := former.differences(info)):
             raise RunError(f"{workspace.final} cannot be resumed with another {', '.join(differences)}")
         if former is None or former.status != "done" or workspace.folder.exists():  # the last: killed before the rename
-            return _run(job, info, workspace, resume, ray, tensorboard, progress)
+            _say("\n".join(notes), progress and bool(notes))
+            return _run(job, info, workspace, resume, ray, told, progress)
         _say(f"{workspace.final} is complete already; nothing to resume", progress)
         return Run.read(workspace.final)
+
+
+def _check(resume: bool, overwrite: bool, engine: str, workers: int | None, ray: str | None) -> None:
+    """Raises UsageError for arguments that exclude each other."""
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other; choose one")
+    if ray is not None and workers is None:
+        raise UsageError("--ray is for --workers; give their number with --workers N")
+    if workers is not None and engine == "remote":
+        raise UsageError("--workers starts engines of its own; omit it with --engine remote")
 
 
 def _resolve(
@@ -134,8 +148,8 @@ def _resolve(
 
 def _prepare(
     bundle: Bundle, task: Task, data: str | Path | None, engine: EngineRecord, settings: Settings, workspace: Workspace
-) -> tuple[Job, RunInfo]:
-    """Load and encode the rows, and describe the run."""
+) -> tuple[Job, RunInfo, list[str]]:
+    """Load and encode the rows, and describe the run; and what its user should know before it begins."""
     folder = None if data is None else Path(data).absolute()
     train, dev = load_few_shot(task, folder, settings)
     digest = rows_digest([*train, *dev])
@@ -159,11 +173,22 @@ def _prepare(
     rows = encoder.encode([*train, *dev])
     wide = np.concatenate([encoder.label_token_ids, encoder.feature_token_ids(settings.seed)])
     batches = encoder.encode(train), encoder.encode(dev), replace(rows, label_token_ids=wide)
-    return Job(bundle, engine, settings, objective, *batches, encoder.classes), info
+    notes = [] if has_test_rows(task, folder, settings) else [NO_TEST_ROWS.format(folder)]
+    notes += [
+        f"label word {word!r} has several tokens, of which the first, {piece!r}, is read; a word of one says more"
+        for word, piece in encoder.partial_words.items()
+    ]
+    return Job(bundle, engine, settings, objective, *batches, encoder.classes), info, notes
 
 
 def _run(
-    job: Job, info: RunInfo, workspace: Workspace, resume: bool, ray: str | None, tensorboard: bool, progress: bool
+    job: Job,
+    info: RunInfo,
+    workspace: Workspace,
+    resume: bool,
+    ray: str | None,
+    told: Sequence[Callback],
+    progress: bool,
 ) -> Run:
     """Load the engine, search in the workspace, and complete the run."""
     settings, bundle = job.settings, job.bundle
@@ -173,26 +198,40 @@ def _run(
         info.engine.versions = evaluator.versions()
         history = stack.enter_context(workspace.open(info, resume))
         bar = stack.enter_context(SearchProgress(calls, progress))
-        events = stack.enter_context(Events(workspace.folder / EVENTS)) if tensorboard else None
+        callbacks = stack.enter_context(Callbacks(told))
+        callbacks.start(info, workspace.folder)
 
         def observe(generation: Generation) -> None:
             bar(generation)
-            if events is not None:
-                events(generation)
+            callbacks(generation)
 
+        start = bundle.start_prompt()
         if settings.fitted:
             started = perf_counter()
-            readouts = ReadoutSearch(evaluator, job, bundle.start_prompt())
+            readouts = ReadoutSearch(evaluator, job, start)
+            info.baselines = baselines(job, readouts.at_start.outputs["label_logits"])
             outcome = search(evaluator, bundle, settings, history, observe, readouts.dev, readouts.start)
             found = readouts.finish(outcome, searched=bool(len(history)))
             info.seconds = perf_counter() - started
         else:
+            info.baselines = baselines(job, evaluator.outputs(start, states=False)["label_logits"])
             outcome = search(evaluator, bundle, settings, history, observe)
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
     run = workspace.finish(info, *found, lambda line: _say(line, progress))
+    callbacks.end(run)
     if outcome.interrupted:
         _say(f"interrupted; {run.path} holds the best prompt so far, --resume continues the search", progress)
     return run
+
+
+def baselines(job: Job, label_logits: Float32) -> Baselines:
+    """What the dev rows score without a search, from the logits (N, …) of all rows without a prompt."""
+    targets = job.dev.targets
+    logits = class_logits(label_logits, job.classes)[len(job.train) :]
+    both = np.stack([logits, logits + batch_calibration(logits)])
+    _, (without_prompt, calibrated) = job.objective.score(both, targets)
+    chance, majority = uninformed(targets, logits.shape[1], job.objective.metric)
+    return Baselines(chance=chance, majority=majority, without_prompt=without_prompt, calibrated=calibrated)
 
 
 def _evaluator(job: Job, ray: str | None, progress: bool) -> Evaluator:

@@ -1,62 +1,63 @@
-"""What a search shows: TensorBoard events, and the learning curve of the run, curve.png."""
+"""The learning curve of a run, curve.png."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bbt_accel.engines.base import Closing
-from bbt_accel.errors import MissingDependency
+import numpy as np
+
+from bbt_accel.batch import Float64
 from bbt_accel.history import Generation
-from bbt_accel.reporting import BLUE, GREY, METRICS, RED, figure, tidy
+from bbt_accel.reporting import BLUE, GREEN, GREY, METRICS, ORANGE, RED, figure, tidy
+from bbt_accel.run import RunInfo
 
-FIELDS = ("best_loss", "mean_loss", "metric", "step_size", "dev_score", "dev_loss", "evaluations_per_second")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-
-class Events(Closing):
-    """Writes scalars of each generation, over API calls. Raises MissingDependency without tensorboard."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError:
-            raise MissingDependency(
-                'tensorboard is not installed; pip install "bbt-accel[tensorboard]", or omit --tensorboard'
-            ) from None
-        for old in folder.glob("events.out.tfevents.*"):  # a resumed search writes all of its events again
-            old.unlink()
-        self._event, self._writer = Event, EventFileWriter(str(folder))
-
-    def __call__(self, generation: Generation) -> None:
-        event = self._event(wall_time=time.time(), step=generation.calls)
-        for name in FIELDS:
-            if (value := getattr(generation, name)) is not None:
-                event.summary.value.add(tag=name, simple_value=value)
-        self._writer.add_event(event)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
+BASELINES = {"chance": GREY, "without_prompt": ORANGE, "calibrated": GREEN}
 
 
-def draw_curve(
-    file: Path, generations: Sequence[Generation], calls: int, best_score: float, metric: str, title: str
-) -> None:
-    """Write a PNG: train loss of each generation's best candidate, dev scores, and the best prompt, after `calls`."""
-    name = METRICS.get(metric, metric)
-    scored = [(g.calls, g.dev_score) for g in generations if g.dev_score is not None]
-    with figure(file, 8, 5.5, nrows=2, sharex=True) as (drawn, (losses, scores)):
+def draw_curve(file: Path, generations: Sequence[Generation], info: RunInfo) -> None:
+    """Write a PNG: the train loss of each generation's best candidate, and the dev scores beside the baselines."""
+    title = f"{info.task.name} · {info.bundle.backbone} · {info.bundle.method} · {info.engine.name}"
+    with figure(file, 8, 6, nrows=2, sharex=True) as (drawn, (losses, scores)):
         drawn.suptitle(title, fontsize=12)
         losses.plot([g.calls for g in generations], [g.best_loss for g in generations], color=BLUE, linewidth=1.3)
         losses.set_ylabel("train loss")
         losses.set_title("Train loss of each generation's best candidate", fontsize=10, loc="left")
-        scores.plot([c for c, _ in scored], [s for _, s in scored], ".-", color=RED, linewidth=1.1, markersize=4)
-        scores.plot([calls], [best_score], "*", color=RED, markersize=15, markeredgecolor="black", zorder=5)
-        scores.set(xlabel="API calls", ylabel=f"dev {name}")
-        scores.xaxis.set_major_formatter("{x:,.0f}")
-        scores.set_title(f"Dev {name}   (★ best prompt: {best_score:.3f} at {calls:,} calls)", fontsize=10, loc="left")
+        draw_scores(scores, generations, info)
         for axes in (losses, scores):
             tidy(axes)
-            axes.axvline(calls, color=GREY, linewidth=0.8, linestyle=":")
+            if info.best is not None:
+                axes.axvline(info.best.calls, color=GREY, linewidth=0.8, linestyle=":")
+
+
+def draw_scores(axes: Axes, generations: Sequence[Generation], info: RunInfo) -> None:
+    """Dev scores from 0 to 1, where accuracy with its 95 % interval, the best prompt, and what takes no search."""
+    name = METRICS[info.task.metric]
+    calls, found = zip(*((g.calls, g.dev_score) for g in generations if g.dev_score is not None), strict=True)
+    if info.task.metric == "accuracy":
+        low, high = wilson(np.array(found), info.data.dev_rows)
+        label = f"95 % interval, {info.data.dev_rows} rows"
+        axes.fill_between(calls, low, high, color=RED, alpha=0.15, linewidth=0, label=label)
+        axes.vlines(calls, low, high, color=RED, alpha=0.3, linewidth=1.5)
+    axes.plot(calls, found, ".-", color=RED, linewidth=1.1, markersize=4, label=f"dev {name}")
+    for key, color in BASELINES.items() if info.baselines is not None else ():
+        value = getattr(info.baselines, key)
+        axes.axhline(value, color=color, linewidth=1.1, linestyle="--", label=f"{key.replace('_', ' ')} {value:.3f}")
+    if info.best is not None:
+        score, after = info.best.dev_score, info.best.calls
+        axes.plot([after], [score], "*", color=RED, markersize=15, markeredgecolor="black", zorder=5)
+        axes.set_title(f"Dev {name}   (★ best prompt: {score:.3f} at {after:,} calls)", fontsize=10, loc="left")
+    axes.set(xlabel="API calls", ylabel=f"dev {name}", ylim=(0, 1.02))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=5, frameon=False, columnspacing=1)
+
+
+def wilson(shares: Float64, rows: int, z: float = 1.96) -> tuple[Float64, Float64]:
+    """Wilson's interval of each share of so many rows, by default of 95 %."""
+    centre = (shares + z**2 / (2 * rows)) / (1 + z**2 / rows)
+    half = z * np.sqrt(shares * (1 - shares) / rows + z**2 / (4 * rows**2)) / (1 + z**2 / rows)
+    return centre - half, centre + half

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from bbt_accel.errors import RunError
-from bbt_accel.files import remove_leftovers, rename_new, reserved
+from bbt_accel.files import remove_leftovers, rename_new, reserved, write_atomically
 from bbt_accel.history import History, read_history
 from bbt_accel.readout import Readout
 from bbt_accel.run import (
@@ -18,6 +18,7 @@ from bbt_accel.run import (
     HISTORY,
     INFO,
     READOUT,
+    TASK,
     BestRecord,
     ReadoutRecord,
     Run,
@@ -26,6 +27,7 @@ from bbt_accel.run import (
     write_info,
     write_prompt,
 )
+from bbt_accel.tasks import to_toml
 from bbt_accel.tuning.monitoring import draw_curve
 from bbt_accel.tuning.search import Outcome
 
@@ -136,10 +138,10 @@ class Workspace:
         )
         info.prompt_shape, info.prompt_sha256 = list(best.prompt.shape), write_prompt(self.folder, best.prompt)
         info.readout = record.model_copy(update={"sha256": readout.save(self.folder / READOUT)})
-        title = f"{info.task.name} · {info.bundle.backbone} · {info.bundle.method} · {info.engine.name}"
+        write_atomically(self.folder / TASK, to_toml(info.task).encode())
         try:
-            if generations:
-                draw_curve(self.folder / CURVE, generations, calls, best.dev_score, info.task.metric, title)
+            if any(g.dev_score is not None for g in generations):
+                draw_curve(self.folder / CURVE, generations, info)
         except OSError as error:  # a full disk: the run is worth more than its plot
             (self.folder / CURVE).unlink(missing_ok=True)
             report(f"{self.final} has no {CURVE}, which could not be written ({error.strerror or error})")

@@ -1,0 +1,80 @@
+"""Bundles for this machine: exported and optimized once, then kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from filelock import FileLock
+
+import bbt_accel
+from bbt_accel.bundle import Bundle, BundleInfo, Method
+from bbt_accel.doctor import diagnose
+from bbt_accel.engine_specs import Device, Precision, engine_spec
+from bbt_accel.files import sha256
+from bbt_accel.progress import Tell, silent
+
+CACHE = "BBT_ACCEL_CACHE"  # the environment variable with the folder of bundles; ~/.cache/bbt-accel unless given
+PrecisionChoice = Literal["auto", Precision]
+
+
+class Choice(NamedTuple):
+    """Where a backbone runs, and why there."""
+
+    engine: str
+    device: Device
+    precision: Precision
+    reason: str
+
+    @property
+    def optimized(self) -> bool:
+        """Whether the engine takes a bundle of its own for this precision, rather than the exported one."""
+        return self.precision != "fp32" or "fp32" in engine_spec(self.engine).optimized
+
+
+def choose(engine: str = "auto", precision: PrecisionChoice = "auto") -> Choice:
+    """What is given, and for `auto` what doctor recommends: fp32 for a named engine that it does not recommend."""
+    if engine != "auto" and precision != "auto":
+        return Choice(engine, engine_spec(engine).device("cpu"), precision, "as given")
+    best = diagnose()["recommended"]
+    if engine not in ("auto", best["engine"]):
+        return Choice(engine, engine_spec(engine).device("cpu"), "fp32", "exact; name --precision for another")
+    found = Choice(best["engine"], best["device"], best["precision"], best["reason"].split(";")[0])
+    return found if precision == "auto" else found._replace(precision=precision, reason="as given")
+
+
+def prepared_bundle(
+    backbone: str, choice: Choice, method: Method, n_prompt_tokens: int, progress: Tell = silent
+) -> Bundle:
+    """The bundle of a backbone for an engine and a precision, from the cache or made now.
+
+    A process that makes one keeps others that want the same waiting. Raises what `export_bundle` and `optimize_bundle`
+    raise.
+    """
+    exported = cache_folder(backbone, method, n_prompt_tokens)
+    made = exported.with_name(f"{exported.name}-{choice.engine}-{choice.precision}")
+    wanted = made if choice.optimized else exported
+    if wanted.exists():
+        return Bundle.read(wanted)
+    from bbt_accel.exporters.export import export_bundle
+    from bbt_accel.exporters.optimize import optimize_bundle
+
+    exported.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(exported.with_suffix(".lock")):
+        if not exported.exists():
+            export_bundle(backbone, exported, method=method, n_prompt_tokens=n_prompt_tokens, progress=progress)
+        if not wanted.exists():
+            optimize_bundle(exported, made, target=choice.engine, precision=choice.precision, progress=progress)
+    return Bundle.read(wanted)
+
+
+def cache_folder(backbone: str, method: str, n_prompt_tokens: int) -> Path:
+    """Where the exported bundle of a backbone is kept: by name, and for a local checkpoint by its content."""
+    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "bbt-accel")
+    files = sorted(p for p in Path(backbone).rglob("*") if p.is_file()) if Path(backbone).is_dir() else []
+    files += [Path(backbone)] if Path(backbone).is_file() else []
+    formats = bbt_accel.__version__, str(BundleInfo.model_fields["format"].default)
+    content = [backbone, method, str(n_prompt_tokens), *formats, *map(sha256, files)]
+    return root / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]

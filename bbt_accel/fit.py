@@ -1,0 +1,217 @@
+"""From one file of labelled texts to a classifier and its test score: what `bbt-accel fit` does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from bbt_accel.bundle import Bundle, Method, first_problem
+from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
+from bbt_accel.encoding import distinct_words
+from bbt_accel.errors import DataError, RunError, TaskError, UsageError
+from bbt_accel.inference import evaluate
+from bbt_accel.progress import progress_bar
+from bbt_accel.run import TASK, Run
+from bbt_accel.settings import ReadoutChoice, Settings
+from bbt_accel.tables import Table, no_column, plain, read_table
+from bbt_accel.tasks import Task
+from bbt_accel.tuning import tune
+
+TEMPLATES = {"masked": "{text} This is about {{mask}} .", "span": "text: {{prompt}} {text} This is about {{mask}}"}
+TEMPLATES |= {"causal": "{text} This is about"}
+K_SHOT = Settings.model_fields["k_shot"].default
+"""Of the search, where the rarest class has three times as many rows; else a third of them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `fit_file` has chosen, and the commands that do the same in steps."""
+
+    table: Table
+    counts: dict[str, int]  # rows of each class
+    choice: Choice
+    bundle: Bundle
+    task: Task
+    settings: dict[str, Any]
+    commands: list[list[str]]
+
+    def facts(self) -> dict[str, object]:
+        """For a reader."""
+        form = "" if self.table.encoding is None else f", {self.table.encoding}"
+        form += "" if self.table.separator is None else f", separated by {self.table.separator!r}"
+        group, k = self.bundle.info.template_group, self.settings["k_shot"]
+        rest = sum(self.counts.values()) - 2 * k * len(self.counts)
+        return {
+            "rows": f"{sum(self.counts.values()):,}{form}",
+            "text": self.task.text,
+            "label": f"{self.task.label}: {', '.join(f'{name} {count:,}' for name, count in self.counts.items()):.300}",
+            "backbone": self.bundle.info.backbone,
+            "engine": f"{self.choice.engine} on {self.choice.device}, {self.choice.precision} ({self.choice.reason})",
+            "template": self.task.template(group),
+            "label words": ", ".join(self.task.words(group))[:300],
+            "split": f"{k} rows per class to search with, {k} to choose by, {rest:,} left to test on",
+            "budget": f"{self.settings['budget']:,} calls, readout {self.settings['readout']}",
+        }
+
+    def script(self) -> list[str]:
+        """The commands as one would type them."""
+        return [shlex.join(["bbt-accel", *words]) for words in self.commands]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """score: as from `evaluate`; None without test rows, or after an interruption."""
+
+    plan: Plan
+    run: Run
+    score: dict[str, Any] | None
+
+
+def fit_file(
+    file: str | Path,
+    output: str | Path,
+    *,
+    text: str | Sequence[str],
+    label: str,
+    backbone: str = "demo",
+    template: str | None = None,
+    label_words: Sequence[str] = (),
+    engine: str = "auto",
+    precision: PrecisionChoice = "auto",
+    readout: ReadoutChoice = "auto",
+    budget: int = 300,
+    k_shot: int | None = None,
+    seed: int = 42,
+    method: Method = "bbt",
+    n_prompt_tokens: int = 20,
+    threads: int | None = None,
+    overwrite: bool = False,
+    announce: Callable[[Plan], object] = lambda _: None,
+    progress: bool = True,
+) -> Fitted:
+    """Tune a classifier on a file of labelled texts, and score it on the rows that the search does not use.
+
+    file: CSV, TSV, JSON, JSON lines, Parquet or Excel. text: its column of texts, or several. label: its column of
+    labels, of any kind. template: how a row is written for the backbone, e.g. "{review} It was {mask} ."; label_words:
+    one for each label, in their sorted order; taken from the labels unless given. engine, precision: `auto` for what
+    `doctor` finds. k_shot: as in `Settings`; unless given its default, or a third of the rarest class.
+    announce: called with the plan before the search.
+    Raises DataError for a file that cannot be read, lacks a column, or has missing texts or labels, a single class or a
+    class with one row; what `export_bundle`, `optimize_bundle`, `tune` and `evaluate` raise.
+    """
+    output = Path(output)
+    if os.path.lexists(output) and not overwrite:
+        raise RunError(f"{output} exists already; use --overwrite or another -o")
+    file, columns = Path(file), [text] if isinstance(text, str) else list(text)
+    table = read_table(file)
+    counts = check_table(table, file, columns, label)
+    k = k_shot or max(1, min(K_SHOT, min(counts.values()) // 3))
+    chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
+    if min(counts.values()) < 2 * k:
+        raise DataError(f"class {min(counts, key=lambda c: counts[c])!r} has fewer than {2 * k} rows; lower --k-shot")
+    choice = choose(engine, precision)
+    with progress_bar(f"preparing {backbone}", progress) as tell:
+        bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell)
+    task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words)
+    words = commands(file, output, backbone, bundle, choice, chosen, threads)
+    plan = Plan(table, counts, choice, bundle, task, chosen, words)
+    announce(plan)
+    run = tune(
+        bundle, task, data=file, engine=choice.engine, device=choice.device, threads=threads, output=output,
+        overwrite=overwrite, settings=chosen, progress=progress,
+    )  # fmt: skip
+    tested = run.info.status == "done" and sum(counts.values()) > 2 * k * len(counts)
+    return Fitted(plan, run, evaluate(run.path, threads=threads) if tested else None)
+
+
+def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> dict[str, int]:
+    """Rows of each class, in the order of their names: numbers by value. Raises DataError, in one line."""
+    if not table.records:
+        raise DataError(f"{file} has no rows")
+    for column in (*text, label):
+        if column not in table.columns:
+            raise no_column(column, table.columns, file)
+    if not text or label in text or len(set(text)) < len(text):
+        raise UsageError(f"--text {','.join(text)} and --label {label} must name different columns")
+    for column in (*text, label):
+        empty = [number for number, record in enumerate(table.records, 1) if not plain(record.get(column))]
+        if empty:
+            what = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
+            raise DataError(f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or remove them")
+    counts = Counter(plain(record[label]) for record in table.records)
+    if len(counts) < 2:
+        raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")
+    rarest, fewest = min(counts.items(), key=lambda item: item[1])
+    if fewest < 2:
+        problem = f"{file}: {label} has {len(counts)} classes, and {rarest!r:.50} has {fewest} row"
+        raise DataError(f"{problem}; each needs two, one to search with and one to choose by")
+    return {name: counts[name] for name in sorted(counts, key=by_value)}
+
+
+def by_value(name: str) -> tuple[float, str]:
+    try:
+        return float(name), name
+    except ValueError:
+        return float("inf"), name
+
+
+def task_name(file: Path) -> str:
+    return re.sub(r"[^\w.-]+", "-", file.stem) or "task"
+
+
+def make_task(
+    name: str,
+    text: Sequence[str],
+    label: str,
+    classes: Sequence[str],
+    bundle: Bundle,
+    template: str | None = None,
+    label_words: Sequence[str] = (),
+) -> Task:
+    """The task of a table, for the template group of a bundle. Raises TaskError.
+
+    Unless given, the template is one of `TEMPLATES`, and the label words come from the names of the classes.
+    """
+    group = bundle.info.template_group
+    template = template or TEMPLATES[group].format(text=" ".join(f"{{{column}}}" for column in text))
+    try:
+        words = list(label_words) or distinct_words(bundle, template, classes)
+        return Task(
+            name=name, text=list(text), label=label, classes=list(classes), n_classes=len(classes),
+            templates={group: template}, label_words={group: words},
+        )  # fmt: skip
+    except ValidationError as error:
+        raise TaskError(f"task {name}: {first_problem(error)}") from None
+
+
+def commands(
+    file: Path,
+    output: Path,
+    backbone: str,
+    bundle: Bundle,
+    choice: Choice,
+    settings: dict[str, Any],
+    threads: int | None,
+) -> list[list[str]]:
+    """The same as `fit_file` by the other commands. Their run has another name, and the task file is in the first."""
+    info, exported, made = bundle.info, f"{output}-exported", f"{output}-{choice.engine}-{choice.precision}"
+    method = [] if info.method == "bbt" else ["--method", info.method]
+    cpu = [] if threads is None else ["--threads", str(threads)]
+    steps = [["export", backbone, "-o", exported, *method, "--n-prompt-tokens", str(info.n_prompt_tokens)]]
+    if choice.optimized:
+        flag = [] if choice.precision == "fp32" else [f"--{choice.precision}"]
+        steps.append(["optimize", exported, "-o", made, "--target", choice.engine, *flag])
+    place = ["--engine", choice.engine, *([] if choice.device == "cpu" else ["--device", choice.device]), *cpu]
+    chosen = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "hold_out"]
+    data = ["--task", f"{output / TASK}", "--data", str(file), "--hold-out"]
+    again = f"{output}-again"
+    steps.append(["tune", "--bundle", made if choice.optimized else exported, *data, *place, *chosen, "-o", again])
+    return [*steps, ["evaluate", again, *cpu]]

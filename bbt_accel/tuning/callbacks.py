@@ -1,0 +1,212 @@
+"""What is told about a search while it runs: the interface, and experiment trackers behind it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from bbt_accel.errors import MissingDependency, UsageError, check_known
+from bbt_accel.history import Generation
+from bbt_accel.run import EVENTS, Run, RunInfo
+
+FIELDS = ("best_loss", "mean_loss", "metric", "step_size", "dev_score", "dev_loss", "evaluations_per_second")
+
+
+class Callback:
+    """Methods that a search calls; each does nothing unless a subclass defines it.
+
+    An exception in one of them ends the search, which can then be resumed. A resumed search begins with the generations
+    before it.
+    """
+
+    def on_start(self, info: RunInfo, folder: Path) -> None:
+        """Before the first generation. folder: that of the run, which has another name until it is complete."""
+
+    def on_generation(self, generation: Generation) -> None:
+        """After each generation."""
+
+    def on_score(self, generation: Generation) -> None:
+        """After a generation with `dev_score` and `dev_loss`."""
+
+    def on_end(self, run: Run) -> None:
+        """With the complete run, also after Ctrl-C; not after an error."""
+
+    def close(self) -> None:
+        """When the search has ended, before the run is complete; also after an error."""
+
+
+class Callbacks:
+    """Several callbacks as one observer of a search. A context manager, which closes them."""
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self._all, self._stack = list(callbacks), ExitStack()
+
+    def __enter__(self) -> Callbacks:
+        for callback in self._all:
+            self._stack.callback(callback.close)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def start(self, info: RunInfo, folder: Path) -> None:
+        for callback in self._all:
+            callback.on_start(info, folder)
+
+    def __call__(self, generation: Generation) -> None:
+        for callback in self._all:
+            callback.on_generation(generation)
+            if generation.dev_score is not None:
+                callback.on_score(generation)
+
+    def end(self, run: Run) -> None:
+        for callback in self._all:
+            callback.on_end(run)
+
+
+def run_name(folder: Path) -> str:
+    """The name that a run's folder will have when it is complete."""
+    return folder.name.removeprefix(".").removesuffix(".partial")
+
+
+def scalars(generation: Generation) -> dict[str, float]:
+    """The numbers of a generation, by name, without those that it lacks."""
+    return {name: value for name in FIELDS if (value := getattr(generation, name)) is not None}
+
+
+def parameters(info: RunInfo) -> dict[str, Any]:
+    """What identifies a run in a tracker: task, backbone, engine and every setting."""
+    return {
+        "task": info.task.name,
+        "backbone": info.bundle.backbone,
+        "method": info.bundle.method,
+        "precision": info.bundle.precision,
+        "engine": info.engine.name,
+        "device": info.engine.device,
+        **info.settings.model_dump(),
+    }
+
+
+def results(run: Run) -> dict[str, float]:
+    """The scores that a run ends with."""
+    info = run.info
+    found = {} if info.best is None else {"best_dev_score": info.best.dev_score, "best_dev_loss": info.best.dev_loss}
+    baselines = {} if info.baselines is None else info.baselines.model_dump()
+    return {**found, **baselines, "calls": float(info.calls), "seconds": info.seconds}
+
+
+class TensorBoard(Callback):
+    """Scalars of each generation, over API calls, in the run's folder `tensorboard`."""
+
+    def __init__(self) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._open, self._writer = Event, EventFileWriter, None
+
+    def on_start(self, info: RunInfo, folder: Path) -> None:
+        for old in (folder / EVENTS).glob("events.out.tfevents.*"):  # a resumed search writes all of its events again
+            old.unlink()
+        self._writer = self._open(str(folder / EVENTS))
+
+    def on_generation(self, generation: Generation) -> None:
+        event = self._event(wall_time=time.time(), step=generation.calls)
+        for name, value in scalars(generation).items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self._writer.add_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class MLflow(Callback):
+    """A run in MLflow's store (MLFLOW_TRACKING_URI), in the experiment MLFLOW_EXPERIMENT_NAME or of the task's name.
+
+    Settings are its parameters, scalars of each generation its metrics, and the run's files its artifacts.
+    """
+
+    def __init__(self) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        self._client, self._metric, self._run = MlflowClient(), Metric, ""
+        self._experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+
+    def on_start(self, info: RunInfo, folder: Path) -> None:
+        name = self._experiment or f"bbt-accel {info.task.name}"
+        known = self._client.get_experiment_by_name(name)
+        experiment = self._client.create_experiment(name) if known is None else known.experiment_id
+        self._run = self._client.create_run(experiment, run_name=run_name(folder)).info.run_id
+        for key, value in parameters(info).items():
+            self._client.log_param(self._run, key, value)
+
+    def on_generation(self, generation: Generation) -> None:
+        self._log(scalars(generation), generation.calls)
+
+    def on_end(self, run: Run) -> None:
+        self._log(results(run), run.info.calls)
+        self._client.log_artifacts(self._run, str(run.path))
+        self._client.set_terminated(self._run, "FINISHED" if run.info.status == "done" else "KILLED")
+
+    def close(self) -> None:
+        if self._run:
+            self._client.set_terminated(self._run, "FAILED")  # unless `on_end` follows
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._run, [self._metric(key, value, now, step) for key, value in values.items()])
+
+
+class RunLogger(Callback):
+    """Weights & Biases, or a library with its interface: `init`, `log` and `finish`.
+
+    WANDB_MODE=offline keeps Weights & Biases from the network.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def on_start(self, info: RunInfo, folder: Path) -> None:
+        self._library.init(project=f"bbt-accel-{info.task.name}", name=run_name(folder), config=parameters(info))
+
+    def on_generation(self, generation: Generation) -> None:
+        self._library.log(scalars(generation), step=generation.calls)
+
+    def on_end(self, run: Run) -> None:
+        self._library.log(results(run), step=run.info.calls)
+        self._library.finish()
+
+
+def _wandb() -> Callback:
+    import wandb
+
+    return RunLogger(wandb)
+
+
+def _trackio() -> Callback:
+    import trackio
+
+    return RunLogger(trackio)
+
+
+TRACKERS: dict[str, Callable[[], Callback]] = {
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}
+
+
+def tracker(name: str) -> Callback:
+    """A tracker by name. Raises UsageError for an unknown one, MissingDependency where it is not installed."""
+    check_known("tracker", name, TRACKERS, UsageError)
+    try:
+        return TRACKERS[name]()
+    except ImportError:
+        raise MissingDependency(f'{name} is not installed; pip install "bbt-accel[{name}]"') from None

@@ -1,0 +1,161 @@
+"""bbt-accel fit: one file in, a run and its test score out, and the commands that give the same run in steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+
+from conftest import Export
+
+from bbt_accel.cli import main
+from bbt_accel.errors import BbtError
+from bbt_accel.fit import Fitted, Plan, check_table, fit_file
+from bbt_accel.inference import evaluate, predict
+from bbt_accel.run import Run
+from bbt_accel.tables import Table
+from bbt_accel.tasks import load_task
+
+Fit = Callable[..., Fitted]
+OPTIONS: dict[str, Any] = {"text": "review", "label": "mood", "engine": "ort", "precision": "fp32", "threads": 1}
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """40 rows, separated by semicolons: 24 of one class, 16 of the other."""
+    file = tmp_path / "my reviews.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, delimiter=";")
+        writer.writerow(["review", "mood"])
+        for i in range(40):
+            writer.writerow([f"text {i}; number {i * 7}", ["up", "down"][i % 5 in (1, 3)]])
+    return file
+
+
+@pytest.fixture
+def fit(reviews: Path, tiny: Export, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """`fit_file` of the reviews with a tiny backbone, in tmp_path; bundles are kept for all tests."""
+    tiny("roberta")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BBT_ACCEL_CACHE", str(shared / "cache"))
+
+    def call(output: str = "run", **options: Any) -> Fitted:
+        given = {**OPTIONS, "backbone": str(shared / "roberta"), "budget": 41, "n_prompt_tokens": 5, **options}
+        return fit_file(reviews.name, output, progress=False, **given)
+
+    return call
+
+
+def test_a_file_becomes_a_run_that_is_scored_on_the_rows_left_over(fit: Fit) -> None:
+    found = fit()
+    assert found.plan.counts == {"down": 16, "up": 24}
+    assert (found.run.task.classes, found.run.task.text, found.run.task.label) == (["down", "up"], ["review"], "mood")
+    assert (found.run.info.data.train_rows, found.run.info.data.dev_rows) == (10, 10)  # a third of 16 of each class
+    assert found.score is not None
+    assert (found.score["rows"], found.score["chance"], found.score["majority"]) == (20, 0.5, 14 / 20)
+    assert evaluate(found.run.path)["score"] == found.score["score"]
+    assert load_task(found.run.path / "task.toml") == found.run.task
+    prediction = predict(found.run.path, [{"review": "text"}])[0]
+    assert prediction["class"] in prediction["probabilities"].keys() == {"down", "up"}
+
+
+def test_the_commands_that_it_prints_give_the_same_run(fit: Fit) -> None:
+    plans: list[Plan] = []
+    run = fit(announce=plans.append, seed=7, k_shot=4).run
+    for line in plans[0].script():
+        with pytest.raises(SystemExit) as caught:
+            main(shlex.split(line)[1:])
+        assert caught.value.code == 0, line
+    again = Run.read("run-again")
+    for name in ("prompt.safetensors", "readout.safetensors", "task.toml"):
+        assert (again.path / name).read_bytes() == (run.path / name).read_bytes()
+    assert (again.info.settings, again.info.data) == (run.info.settings, run.info.data)
+    assert again.info.bundle.digest == run.info.bundle.digest
+
+
+def test_what_is_given_is_taken(fit: Fit) -> None:
+    given = {"template": "{review} mood: {mask}", "label_words": ["x", "y"], "k_shot": 8, "readout": "verbalizer"}
+    found = fit(**given)
+    assert found.run.task.template("masked") == given["template"]
+    assert found.run.info.label_words == ["x", "y"]
+    assert (found.run.info.settings.k_shot, found.run.info.readout.name) == (8, "verbalizer")
+    assert "8 rows per class to search with, 8 to choose by, 8 left" in str(found.plan.facts()["split"])
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit) -> None:
+    first = fit(budget=1).run
+    with pytest.raises(BbtError, match="run exists already; use --overwrite"):
+        fit(budget=1)
+    assert fit(budget=1, seed=1, overwrite=True).run.info.settings.seed != first.info.settings.seed
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"text": "reviews"}, "has no column 'reviews'; it has 'review', 'mood'; did you mean review"),
+        ({"label": "stars"}, "has no column 'stars'"),
+        ({"text": "mood"}, "must name different columns"),
+        ({"k_shot": 9}, "'down' has fewer than 18 rows"),
+        ({"label_words": ["x"]}, "1 words for 2 classes"),
+        ({"template": "{text} {mask}"}, "unknown placeholder {text}"),
+        ({"engine": "tf"}, "unknown engine 'tf'"),
+    ],
+)
+def test_wrong_options_are_one_line_and_leave_nothing(
+    fit: Fit, tmp_path: Path, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(BbtError, match=complaint) as caught:
+        fit(**options)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["my reviews.csv"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([], "has no rows"),
+        ([("a", "x"), ("b", "x")], "label is 'x' in every row; at least two classes"),
+        ([("a", "x"), ("b", "x"), ("c", "y")], "label has 2 classes, and 'y' has 1 row; each needs two"),
+        ([("a", "x"), ("", "y")], "text is empty in 1 row, first in row 2"),
+        ([("a", "x"), (" ", "y"), (None, "y")], "text is empty in 2 rows, first in row 2"),
+        ([("a", "x"), ("b", float("nan"))], "label is empty in 1 row, first in row 2"),
+        ([("a", "x"), ("b", None)], "label is empty in 1 row"),
+    ],
+)
+def test_rows_that_cannot_be_fitted_are_one_line(rows: list[tuple[object, object]], complaint: str) -> None:
+    table = Table([dict(zip(("text", "label"), row, strict=True)) for row in rows])
+    with pytest.raises(BbtError, match=complaint) as caught:
+        check_table(table, Path("f.csv"), ["text"], "label")
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_are_sorted_and_numbers_by_value() -> None:
+    rows: list[dict[str, object]] = [{"t": "a", "y": y} for y in (10, 2, 2.0, "10", "x", "x")]
+    assert list(check_table(Table(rows), Path("f"), ["t"], "y")) == ["2", "10", "x"]
+
+
+def test_the_command_prints_what_was_chosen_and_the_score(
+    fit: Fit, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "my reviews.csv", "--text", "review", "--label", "mood", "--backbone", str(shared / "roberta")]
+    words += ["--engine", "ort", "--precision", "fp32", "--n-prompt-tokens", "5", "--budget", "1", "--threads", "1"]
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "-o", "run"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "separated by ';'" in out
+    assert "--data 'my reviews.csv' --hold-out" in out
+    assert out.index("The same in steps") < out.index("Score")
+    with pytest.raises(SystemExit):
+        main([*words, "-o", "other", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["score"]["rows"] == 20
+    assert report["classes"] == {"down": 16, "up": 24}
