@@ -1,0 +1,220 @@
+"""README.md, docs/ and CONTRIBUTING.md say what the program has: tables, commands, options, files, links, examples."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from bbt_accel.cli import app
+from bbt_accel.engine_specs import ENGINES, engine_names
+from bbt_accel.tasks import load_task, task_names
+
+ROOT = Path(__file__).parents[1]
+START = ROOT / "README.md"
+PAGES = {file: file.read_text(encoding="utf-8") for file in [START, *sorted((ROOT / "docs").rglob("*.md"))]}
+CONTRIBUTING = {file: file.read_text(encoding="utf-8") for file in [ROOT / "CONTRIBUTING.md"]}
+PYTHON_PAGE = ROOT / "docs" / "how-to" / "python.md"
+OTHER_PROGRAMS = re.compile(r"^(python3?|pip|npm|docker|curl) .*", re.M)
+cli: Any = typer.main.get_command(app)
+COMMANDS = cli.commands
+
+
+def table(first: str) -> list[dict[str, str]]:
+    """The rows of the one table whose first column has this header, by column."""
+    (found,) = [part for page in PAGES.values() for part in page.split(f"\n| {first} |")[1:]]
+    lines = f"| {first} |{found}".split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def blocks(text: str, language: str = r"\w*") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def section(title: str) -> str:
+    """The one section of this title, of all pages."""
+    parts = [part for page in PAGES.values() for part in re.split("^#+ ", page, flags=re.M)]
+    (found,) = [part for part in parts if part.startswith(title)]
+    return found
+
+
+def commands(text: str) -> list[str]:
+    """Every `bbt-accel ...` of a document, in code blocks and in lines of text."""
+    lines = [line for block in blocks(text) for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(bbt-accel [^`]+)`", text)
+    return [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?bbt-accel ", line)]
+
+
+def options(command: str) -> set[str]:
+    return {name for parameter in COMMANDS[command].params for name in parameter.opts} | {"--help", "--debug"}
+
+
+@pytest.mark.parametrize("line", sorted({line for page in (PAGES | CONTRIBUTING).values() for line in commands(page)}))
+def test_commands_and_their_options_exist(line: str) -> None:
+    words = shlex.split(line)[1:]
+    if words[0].startswith("-"):
+        assert words[0] in {name for parameter in cli.params for name in parameter.opts} | {"--help"}
+        return
+    assert words[0] in COMMANDS
+    assert {word for word in words[1:] if re.match("--?[a-z]", word)} <= options(words[0])
+
+
+def test_every_command_has_a_section_with_an_example() -> None:
+    for name in COMMANDS:
+        assert any(line.startswith(f"bbt-accel {name}") for line in commands(section(f"{name}: ")))
+
+
+def test_options_named_alone_exist() -> None:
+    known = set().union(*map(options, COMMANDS), *(parameter.opts for parameter in cli.params))
+    for file, text in PAGES.items():
+        if file.name != "from-black-box-tuning.md":  # which names those of the original
+            assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", OTHER_PROGRAMS.sub("", text))) <= known, file
+
+
+def test_options_that_replace_those_of_the_original_exist() -> None:
+    for row in table("original"):
+        for command, names in re.findall(r"`(\w+)((?: --?[\w-]+)+)", row["here"]):
+            assert {name for name in names.split() if name.startswith("-")} <= options(command), row["here"]
+    same = next(row["original"] for row in table("original") if "same names" in row["here"])
+    assert {name.replace("_", "-") for name in re.findall(r"--\w+", same)} <= options("tune")
+
+
+def test_table_of_families() -> None:
+    pytest.importorskip("torch")
+    from tiny_backbones import BACKBONES, RELATIVES, VARIANTS
+
+    from bbt_accel.exporters.families import FAMILIES
+
+    rows = table("`model_type`")
+    assert {row["`model_type`"]: row["class"] for row in rows} == {s.model_type: s.class_name for s in FAMILIES}
+    of_class = {spec.class_name: spec.model_type for spec in FAMILIES}
+    tested = {(of_class[BACKBONES[name][1]], method, mode) for name, method, mode in VARIANTS + RELATIVES}
+    for row in rows:
+        for method, mode in (("bbt", "add"), ("bbt", "cat"), ("bbtv2", "add")):
+            wanted = "yes" if (row["`model_type`"], method, mode) in tested else "untested"
+            assert row[f"{method}, {mode}"] == wanted, row
+        assert {name for name in engine_names() if row.get(name) == "yes"} == set(engine_names()) - {"remote"}, row
+
+
+def test_table_of_engines() -> None:
+    rows = {row["`--engine`"]: row for row in table("`--engine`")}
+    assert set(rows) == set(engine_names())
+    for spec in ENGINES:
+        if spec.internal or spec.name == "remote":  # which runs whatever its server runs
+            continue
+        row = rows[spec.name]
+        assert row["optimized for it"] == ", ".join(spec.optimized)
+        assert row["bundles as exported"] == ("yes" if "onnx" in spec.reads else "no")
+        assert row["devices"] == ", ".join(spec.backends)
+        assert row["extra"] == next(iter(spec.backends.values())).extra
+
+
+def test_table_of_extras() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    rows = {row["extra"].strip("`"): row["brings"] for row in table("extra")}
+    assert set(rows) == set(extras) - {"docs", "test", "dev"}
+    for name, brings in rows.items():
+        assert set(brings.split(", ")) == {re.split("[>=;]", need)[0] for need in extras[name]}, name
+
+
+def test_optimizations_and_tasks_are_named() -> None:
+    from bbt_accel.optimizations import OPTIMIZATIONS
+
+    assert {row["optimization"].strip("`") for row in table("optimization")} == set(OPTIMIZATIONS)
+    (listed,) = [found for page in PAGES.values() for found in re.findall(r"Built-in tasks: ([\w, ]+) \(", page)]
+    assert {*listed.split(", "), "demo"} == set(task_names())
+
+
+def test_the_start_page_names_every_backbone_and_engine() -> None:
+    pytest.importorskip("torch")
+    from bbt_accel.exporters.families import FAMILIES
+
+    lines = re.findall(r"^\| ([\w -]+) \| ([\w, -]+) \|$", PAGES[START], re.M)
+    found = {title: set(names.split(", ")) for title, names in lines}
+    for architecture in ("encoder", "encoder-decoder", "decoder"):
+        assert found[f"{architecture}s"] == {s.model_type for s in FAMILIES if s.architecture == architecture}
+    for title, device in (("engines on a CPU", "cpu"), ("engines on an NVIDIA GPU", "cuda")):
+        local = [spec for spec in ENGINES if not spec.internal and spec.name != "remote"]
+        assert found[title] == {spec.name for spec in local if device in spec.backends}
+
+
+def test_the_start_page_is_short() -> None:
+    assert len(PAGES[START].splitlines()) <= 250
+
+
+def test_task_example_loads(tmp_path: Path) -> None:
+    (tickets,) = [text for page in PAGES.values() for text in blocks(page, "toml") if 'name = "tickets"' in text]
+    (tmp_path / "tickets.toml").write_text(tickets, encoding="utf-8")
+    task = load_task(tmp_path / "tickets.toml")
+    assert (task.n_classes, task.text) == (3, ["subject", "body"])
+    for group in ("masked", "span", "causal"):
+        assert len(task.words(group)) == 3  # type: ignore[arg-type]
+
+
+def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
+    from bbt_accel.sweeps.grid import read_sweep
+
+    text = section("sweep: ")
+    (tmp_path / "sweep.toml").write_text(blocks(text, "toml")[0], encoding="utf-8")
+    found, words = read_sweep(tmp_path / "sweep.toml", {}), shlex.split(commands(text)[0])
+    for option, values in (("--bundles", found.bundles), ("--tasks", found.tasks), ("--seeds", found.seeds)):
+        assert words[words.index(option) + 1] == ",".join(map(str, values))
+    assert found.settings == {"budget": int(words[words.index("--budget") + 1])}
+
+
+def test_files_named_exist() -> None:
+    for file, text in (PAGES | CONTRIBUTING).items():
+        for name in re.findall(r"`((?:exporters|engines|bbt_accel|tests|benchmarks)/[\w/.]+\.py)`", text):
+            assert "NAME" in name or (ROOT / name).exists(), (file, name)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site name them."""
+    titles = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere() -> None:
+    found = 0
+    for file, text in (PAGES | CONTRIBUTING).items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            name, _, anchor = target.partition("#")
+            if re.match("[a-z]+:", target):
+                continue
+            there = (file.parent / name).resolve() if name else file
+            assert there.exists(), (file, target)
+            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), (file, target)
+            found += 1
+    assert found > 50
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for file in [*PAGES, *(ROOT / "docs").rglob("*.ipynb")]:
+        if file != START:
+            assert f"{file.relative_to(ROOT / 'docs').with_suffix('.md').as_posix()}\n" in navigation, file
+
+
+@pytest.mark.slow
+def test_python_of_the_start_page_and_of_its_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block after block in one program, with a smaller budget."""
+    pytest.importorskip("torch")
+    from bbt_accel.data import load_rows
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BBT_ACCEL_CACHE", str(tmp_path / "cache"))
+    rows, words = load_rows(load_task("demo"), "train"), load_task("demo").words("masked")
+    program: dict[str, Any] = {
+        "texts": [row["text"] for row in rows],
+        "labels": [words[int(row["label"])] for row in rows],
+    }
+    for block in blocks(PAGES[START], "python") + blocks(PAGES[PYTHON_PAGE], "python"):
+        exec(re.sub(r"(budget\"?[=:] ?)\d+", r"\g<1>21", block), program)
+    assert program["logits"].shape == (5, 8, 4)
