@@ -1,6 +1,6 @@
 # make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
-# make test, make test-slow, make lint, make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv,
-# once; nothing outside this folder is touched.
+# make test, make test-slow, make lint, make docs, make gpu-check (on a machine with an NVIDIA GPU), make clean.
+# Everything is installed in .venv, once; nothing outside this folder is touched.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,10 +10,10 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types gpu-check clean
+.PHONY: help demo test test-slow lint types docs gpu-check clean
 
 help:
-	@echo "make demo | test | test-slow | lint | gpu-check | clean"
+	@echo "make demo | test | test-slow | lint | docs | gpu-check | clean"
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; bbt-accel needs 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -31,6 +31,10 @@ help:
 
 .venv/.lint: .venv/.installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	@touch $@
 
 # The rows, the backbone and the label words are shipped: nothing is downloaded once .venv is there.
@@ -61,6 +65,14 @@ types: .venv/.lint
 	@$(BIN)/pip install --quiet --no-deps --target build/types .
 	cd build/types && MYPY_CACHE_DIR=../../.mypy_cache ../../$(BIN)/mypy --config-file ../../pyproject.toml -p bbt_accel
 	cd build/types && ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
+
+# The site, in build/site. The API comes from an installed copy, as for mypy. Running the tutorial and the notebooks is
+# part of it, and nothing but pip uses the network.
+docs: .venv/.docs
+	@rm -rf build
+	@$(BIN)/pip install --quiet --no-deps --target build/docs .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf .venv build demo-run *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bbt_accel.command import print_facts, print_json, print_markdown, print_table
-from bbt_accel.reporting import JSON, METRICS, TABLE, percent
+from bbt_accel.reporting import JSON, METRICS, PAGE, TABLE, percent
 
 if TYPE_CHECKING:
     from bbt_accel.bundle import Bundle
@@ -126,7 +126,7 @@ def print_bench(output: Path, as_json: bool) -> None:
         print_json(json.loads((output / JSON).read_text(encoding="utf-8")))
         return
     print_markdown((output / TABLE).read_text(encoding="utf-8"))
-    print(f"written to {output}")
+    print(f"written to {output}; open {output / PAGE} in a browser")
 
 
 def print_sweep(report: SweepReport, output: Path, as_json: bool) -> None:
@@ -137,7 +137,7 @@ def print_sweep(report: SweepReport, output: Path, as_json: bool) -> None:
     from bbt_accel.sweeps.rendering import summary
 
     print_markdown(summary(report))
-    print(f"written to {output}; {output / TABLE} lists every trial")
+    print(f"written to {output}; {output / PAGE} lists every trial")
 
 
 def print_diagnosis(diagnosis: Mapping[str, Any], as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Reports: their schema, numbers and tables in Markdown, plots, and the folder that holds all three."""
+"""Reports: their schema, numbers and tables in Markdown, plots, and the folder that holds them all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from bbt_accel.files import write_atomically
+from bbt_accel.web_page import web_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-JSON, TABLE, PLOT = "report.json", "report.md", "report.png"
+JSON, TABLE, PLOT, PAGE = "report.json", "report.md", "report.png", "report.html"
 METRICS = {"accuracy": "accuracy", "f1": "F1"}  # as they are written
 GREY, BLUE, ORANGE, RED, GREEN = "#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73"
 PALETTE = (BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000")  # Okabe and Ito: distinct to the colour-blind
@@ -29,12 +30,21 @@ class Schema(BaseModel):
 
 
 def write_report(folder: Path, report: Schema, markdown: str, draw: Callable[[Path], None] | None = None) -> None:
-    """Write report.json, report.md and, with `draw`, report.png, each in one step."""
+    """Write report.json, report.md, report.html and, with `draw`, report.png, each in one step.
+
+    draw: writes the plot in the format of the file's suffix, .png or .svg.
+    """
+    plot = None
     if draw is not None:
         draw(folder / f".{PLOT}")
         (folder / f".{PLOT}").replace(folder / PLOT)
+        inline = folder / ".report.svg"
+        draw(inline)
+        plot = inline.read_text(encoding="utf-8")
+        inline.unlink()
     write_atomically(folder / JSON, report.model_dump_json(indent=1).encode() + b"\n")
     write_atomically(folder / TABLE, markdown.encode())
+    write_atomically(folder / PAGE, web_page(markdown, plot, PLOT).encode())
 
 
 def now() -> str:
@@ -78,15 +88,19 @@ def markdown_list(facts: Mapping[str, object]) -> str:
 
 @contextmanager
 def figure(file: Path, width: float, height: float, **layout: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its axes (`layout` goes to `Figure.subplots`), written to a PNG when the block ends."""
+    """A figure and its axes (`layout` goes to `Figure.subplots`), written to a .png or .svg when the block ends."""
     # Not pyplot: it would pick a window system, and keep the figure.
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(drawn)
     yield drawn, drawn.subplots(**layout)
-    drawn.savefig(file, format="png", metadata={"Software": None})
+    kind = file.suffix[1:]
+    nothing = {"png": ["Software"], "svg": ["Creator", "Date"]}[kind]  # so that equal figures are equal files
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "bbt-accel"}):
+        drawn.savefig(file, format=kind, metadata=dict.fromkeys(nothing))
 
 
 def tidy(axes: Axes, grid: str = "both") -> None:

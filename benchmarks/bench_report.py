@@ -16,6 +16,7 @@ from bbt_accel.exporters.validate import scaled_error
 from bbt_accel.objective import Objective
 from bbt_accel.reporting import BLUE, GREY, METRICS, ORANGE, Schema, digits, figure, markdown_list, markdown_table, tidy
 from bbt_accel.settings import Metric
+from bbt_accel.web_page import hover
 
 LARGEST_ERROR = 1e-4  # logit error (`exporters.validate.scaled_error`) up to which an fp32 row passes
 LEAST_AGREEMENT = 0.97  # a row of lower precision passes if it predicts eager's class for this share of the test rows
@@ -245,7 +246,10 @@ class BenchReport(Report):
         for place, row in enumerate(self.rows):
             found, passed = row.speedup_over_fastest or 0.0, row.status == "passed"
             colour = GREY if row.baseline else BLUE if passed else ORANGE
-            axes.barh(place, found, color=colour, height=0.66, hatch=None if passed else "///", edgecolor="white")
+            (bar,) = axes.barh(
+                place, found, color=colour, height=0.66, hatch=None if passed else "///", edgecolor="white"
+            )
+            hover(bar, [f"{row.label}: {digits(row.ms_median)} ms per candidate, {ratio(found)} × fastest baseline"])
             note = f"{found:.2f}×  ({digits(row.ms_median)} ms)  " * bool(found) + row.status * (not passed)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # keeps lines from running through the text
             axes.text(found + 0.015 * most, place, note, va="center", fontsize=9, bbox=box)
@@ -258,10 +262,12 @@ class BenchReport(Report):
         name, tuned = METRICS[self.metric], {"color": "black", "markerfacecolor": "none", "markersize": 8, "capsize": 3}
         for place, row in enumerate(self.rows):
             if row.score is not None:
-                axes.plot(row.score, place, "o", color=BLUE, markersize=8, label=self.prompt)
+                (point,) = axes.plot(row.score, place, "o", color=BLUE, markersize=8, label=self.prompt)
+                hover(point, [f"{row.label}, {self.prompt}: {name} {row.score:.3f}"])
             if row.tuned is not None:
                 label = f"tuned on the row's engine, {len(row.tuned.seeds)} seeds (mean ± std)"
-                axes.errorbar(row.tuned.mean, place, xerr=row.tuned.std or 0.0, fmt="D", label=label, **tuned)
+                drawn = axes.errorbar(row.tuned.mean, place, xerr=row.tuned.std or 0.0, fmt="D", label=label, **tuned)
+                hover(drawn[0], [f"{row.label}, {label}: {name} {row.tuned}"])
         handles, labels = axes.get_legend_handles_labels()
         shown = dict(zip(labels, handles, strict=True))
         axes.figure.legend(shown.values(), shown.keys(), fontsize=9, loc="outside lower right", ncols=2, frameon=False)

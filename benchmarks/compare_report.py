@@ -22,6 +22,7 @@ from bbt_accel.reporting import (
     tidy,
 )
 from bbt_accel.settings import Metric
+from bbt_accel.web_page import hover
 
 
 class Score(Schema):
@@ -150,16 +151,18 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def draw(file: Path, report: CompareReport) -> None:
-    """A PNG: mean score over all tasks against forward passes, on a logarithmic axis."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for own in by_label(report.scores).values():
-        point = max(1.0, fmean(s.calls for s in own)), 100 * fmean(s.score for s in own)
-        lines.setdefault(own[0].contender, []).append(point)
+    """Mean score over all tasks against forward passes, on a logarithmic axis."""
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for label, own in by_label(report.scores).items():
+        calls, score = fmean(s.calls for s in own), fmean(s.score for s in own)
+        value = f"{label}: {percent(score, 1)} %, calls {digits(calls)}"
+        lines.setdefault(own[0].contender, []).append((max(1.0, calls), 100 * score, value))
     with figure(file, 9, 5.2) as (drawn, axes):
         for number, (name, points) in enumerate(lines.items()):
             style = {"color": PALETTE[number % len(PALETTE)], "marker": "osD^vPX*"[number // len(PALETTE) % 8]}
-            x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, label=name, linewidth=1.4 if len(x) > 1 else 0, markersize=6, **style)
+            x, y, values = zip(*sorted(points), strict=True)
+            (line,) = axes.plot(x, y, label=name, linewidth=1.4 if len(x) > 1 else 0, markersize=6, **style)
+            hover(line, values)
         axes.set_xscale("log")
         axes.set(xlabel="forward passes of the train rows", ylabel="mean test score, percent")
         axes.set_title("Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left")

@@ -164,7 +164,7 @@ def test_a_baseline_that_fails_is_a_row(inside: Inside, tmp_path: Path) -> None:
 def test_files(inside: Inside, tmp_path: Path) -> None:
     output = tmp_path / "out"
     report = bench(output, engines=["ort"])
-    assert sorted(file.name for file in output.iterdir()) == ["report.json", "report.md", "report.png"]
+    assert sorted(file.name for file in output.iterdir()) == ["report.html", "report.json", "report.md", "report.png"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert BenchReport.model_validate_json((output / "report.json").read_text()) == report
     text = (output / "report.md").read_text()

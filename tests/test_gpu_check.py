@@ -143,7 +143,7 @@ def test_the_script_runs_with_the_cpu_as_its_device(
     output = tmp_path / "report"
     assert gpu_check.main([*words.split(), "-o", str(output)]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"FAILED; the report is in {output}"
-    assert {file.name for file in output.iterdir()} == {"report.json", "report.md"}
+    assert {file.name for file in output.iterdir()} == {"report.html", "report.json", "report.md"}
     found = GpuReport.model_validate_json((output / "report.json").read_text())
     passed = {check.engine for check in found.rows if check.passed}
     assert {"torch fp32", "torch fp16", "ort fp32", "ort fp16"} <= passed

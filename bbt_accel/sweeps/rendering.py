@@ -9,6 +9,7 @@ from typing import Any
 
 from bbt_accel.reporting import GREY, METRICS, PALETTE, PLOT, figure, markdown_list, markdown_table, percent, tidy
 from bbt_accel.sweeps.report import CrossEvaluation, ScoreCell, SweepReport, SweepRow
+from bbt_accel.web_page import hover
 
 METHODS = {"bbt": "BBT", "bbtv2": "BBTv2"}
 MARKERS = "oDs^vPX"
@@ -53,7 +54,7 @@ def scores(report: SweepReport) -> str:
 
 
 def draw(file: Path, report: SweepReport) -> None:
-    """A PNG of the scores of every seed, their mean and standard deviation, grouped by task."""
+    """The scores of every seed, their mean and standard deviation, grouped by task."""
     cells = report.rows[0].cells
     with figure(file, 2.5 + max(3.5, 1.3 * len(cells)), 4.6) as (drawn, axes):
         step = 0.7 / len(report.rows)
@@ -73,15 +74,21 @@ def draw(file: Path, report: SweepReport) -> None:
 
 
 def _draw_row(axes: Any, row: SweepRow, offset: float, step: float, colour: str, marker: str) -> None:
-    label = f"{METHODS[row.method]}, {row.bundle}, {row.engine}"
+    label = name = f"{METHODS[row.method]}, {row.bundle}, {row.engine}"
     style = {"fmt": marker, "color": colour, "markersize": 7, "capsize": 3}
     for task, cell in enumerate(row.cells):
         x = task + offset
         if cell.without_prompt is not None:
-            axes.plot([x - 0.4 * step, x + 0.4 * step], [100 * cell.without_prompt] * 2, color=GREY, linewidth=2)
-        axes.plot([x + 0.2 * step] * len(cell.scores), [100 * s for s in cell.scores], ".", color=colour, alpha=0.5)
+            at = [x - 0.4 * step, x + 0.4 * step]
+            (line,) = axes.plot(at, [100 * cell.without_prompt] * 2, color=GREY, linewidth=2)
+            hover(line, [f"{name}, {cell.task}: {percent(cell.without_prompt)} without a prompt"])
+        scores = [100 * s for s in cell.scores]
+        (dots,) = axes.plot([x + 0.2 * step] * len(scores), scores, ".", color=colour, alpha=0.5)
+        hover(dots, [f"{name}, {cell.task}, seed {n}: {s:.2f}" for n, s in zip(cell.seeds, scores, strict=True)])
         if cell.mean is not None:
-            axes.errorbar(x, 100 * cell.mean, yerr=None if cell.std is None else 100 * cell.std, label=label, **style)
+            spread = None if cell.std is None else 100 * cell.std
+            drawn = axes.errorbar(x, 100 * cell.mean, yerr=spread, label=label, **style)
+            hover(drawn[0], [f"{name}, {cell.task}: mean {_mean_and_std(cell.scores)}"])
             label = "_"  # one entry per row in the legend
 
 
