@@ -46,16 +46,16 @@ class Encoder:
         """The class of each of `label_token_ids`."""
         self._tokenizer = _tokenizer(bundle)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
+        self.special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
         self._layout = self._lay_out()
         self.label_token_ids: Int64 = self._label_token_ids()
         self.context_ids = self._context_ids(demonstrations) if bundle.info.causal else None
-        self._limit = bundle.info.max_length - (0 if self.context_ids is None else len(self.context_ids))
-        length = len(self._ids([dict.fromkeys(task.text, "")])[0])
-        if length > self._limit:
+        self.limit = bundle.info.max_length - (0 if self.context_ids is None else len(self.context_ids))
+        length = len(self.ids([dict.fromkeys(task.text, "")])[0])
+        if length > self.limit:
             what = "template" if self.context_ids is None else "template and context"
             problem = f"the {what} of task {task.name} alone exceeds the {bundle.info.max_length} tokens"
-            raise TaskError(f"{problem} of {bundle.path} by {length - self._limit}; shorten it")
+            raise TaskError(f"{problem} of {bundle.path} by {length - self.limit}; shorten it")
 
     def encode(self, rows: Sequence[Row]) -> Batch:
         """All rows, in order, padded on the right to the longest; the target of a row without a label is 0.
@@ -64,9 +64,9 @@ class Encoder:
         part of a row is cut off before it is tokenized.
         Raises DataError for no rows, and for a row without one of the columns.
         """
-        pad, limit = self.bundle.info.special.pad, self._limit
-        fields = [self._fields(row) for row in rows]
-        found = zip(self._ids(fields), fields, strict=True)
+        pad, limit = self.bundle.info.special.pad, self.limit
+        fields = [self.fields(row) for row in rows]
+        found = zip(self.ids(fields), fields, strict=True)
         ids = [row if len(row) <= limit else self._shortened(texts, len(row)) for row, texts in found]
         lengths = np.array([len(row) for row in ids])
         attention_mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
@@ -82,7 +82,7 @@ class Encoder:
 
         Drawn, because words that are chosen by the rows would fit those rows.
         """
-        ordinary = np.setdiff1d(np.arange(self.bundle.info.vocab_size), [*self._special])
+        ordinary = np.setdiff1d(np.arange(self.bundle.info.vocab_size), [*self.special])
         return np.random.default_rng(seed).choice(ordinary, min(FEATURE_WORDS, len(ordinary)), replace=False)
 
     def _readout(self, ids: list[int]) -> int:
@@ -97,7 +97,8 @@ class Encoder:
             raise BundleError(f"{self.bundle.path} has no mask token; export it again")
         return mask
 
-    def _fields(self, row: Row) -> dict[str, str]:
+    def fields(self, row: Row) -> dict[str, str]:
+        """The texts of a row by column, as the template takes them. Raises DataError for a missing column."""
         fields = {}
         for column in self.task.text:
             if column not in row.fields:
@@ -119,7 +120,7 @@ class Encoder:
         size = CHARACTERS * most + EDGE
         while size < min(len(text), MOST_CHARACTERS * most):
             found = self._tokenizer.encode(text[:size], add_special_tokens=False)
-            kept = (end for i, (_, end) in zip(found.ids, found.offsets, strict=True) if i not in self._special)
+            kept = (end for i, (_, end) in zip(found.ids, found.offsets, strict=True) if i not in self.special)
             if sum(end <= size - EDGE for end in kept) > most:
                 break
             size *= 4
@@ -154,7 +155,7 @@ class Encoder:
 
     def _split_special(self, literal: str) -> list[str | Fixed]:
         """A literal text of a decoder's template, with its special tokens as ids."""
-        special = self._special if self.bundle.info.causal else ()
+        special = self.special if self.bundle.info.causal else ()
         names = {str(self._tokenizer.id_to_token(i)): i for i in special}
         if not names:
             return [literal]
@@ -166,7 +167,7 @@ class Encoder:
         context = self.task.context
         template = _without_prompt(context.template or self._demonstration_template())
         texts: list[tuple[str, Fields]] = [(context.instruction, {})] if context.instruction else []
-        texts += [(template, self._fields(row) | {"label": self.label_words[row.label or 0]}) for row in demonstrations]
+        texts += [(template, self.fields(row) | {"label": self.label_words[row.label or 0]}) for row in demonstrations]
         parts: list[str | Fixed] = []
         for text, fields in texts:
             literal = text.replace("{", "{{").replace("}", "}}") if text is context.instruction else text
@@ -183,7 +184,16 @@ class Encoder:
 
     def _encode(self, text: str) -> list[int]:
         """Token ids of a text. A unigram vocabulary has its special tokens as pieces too; none is let through."""
-        return [i for i in self._tokenizer.encode(text, add_special_tokens=False).ids if i not in self._special]
+        return [i for i in self._tokenizer.encode(text, add_special_tokens=False).ids if i not in self.special]
+
+    @property
+    def columns(self) -> list[str]:
+        """The text columns in the order in which a row has them, each as often as it has it."""
+        return [name for part in self._layout if isinstance(part, list) for _, name in part if name]
+
+    def token_text(self, number: int) -> str | None:
+        """How the vocabulary writes a token."""
+        return self._tokenizer.id_to_token(number)
 
     def _prompt_ids(self) -> Fixed:
         """The ids of the text that the prompt starts from; else 1000 .. 1000+n-1.
@@ -194,14 +204,14 @@ class Encoder:
             return tuple(self.bundle.info.prompt_ids)
         n, size = self.bundle.info.n_prompt_tokens, self.bundle.info.vocab_size
         wanted = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + n)
-        if wanted.stop <= size and self._special.isdisjoint(wanted):
+        if wanted.stop <= size and self.special.isdisjoint(wanted):
             return tuple(wanted)
-        ordinary = [i for i in range(size) if i not in self._special]
+        ordinary = [i for i in range(size) if i not in self.special]
         if not ordinary:
             raise BundleError(f"{self.bundle.path} has a vocabulary of special tokens alone; export it again")
         return tuple(ordinary[i % len(ordinary)] for i in wanted)
 
-    def _ids(self, fields: Sequence[Fields]) -> list[list[int]]:
+    def ids(self, fields: Sequence[Fields]) -> list[list[int]]:
         """Token ids of each row, before truncation."""
         strip = " " if self.bundle.info.causal else None
         texts = [_write(part, row, strip) for row in fields for part in self._layout if isinstance(part, list)]
@@ -210,12 +220,12 @@ class Encoder:
         for ids in rows:
             for part in self._layout:
                 # A unigram vocabulary has its special tokens as pieces too, so a user's text can still produce one.
-                ids += part if isinstance(part, tuple) else [i for i in next(encodings).ids if i not in self._special]
+                ids += part if isinstance(part, tuple) else [i for i in next(encodings).ids if i not in self.special]
         return rows
 
     def _shortened(self, fields: dict[str, str], length: int) -> list[int]:
         """Token ids of a row of `length` tokens, too many, with its text columns truncated until it fits."""
-        limit = self._limit
+        limit = self.limit
         pieces = {name: self._tokenizer.encode(text, add_special_tokens=False) for name, text in fields.items()}
         keep = {name: len(piece) for name, piece in pieces.items()}
         while True:
@@ -223,7 +233,7 @@ class Encoder:
             for _ in range(min(length - limit, sum(keep.values()))):
                 keep[max(keep, key=lambda name: keep[name])] -= 1
             ends = {name: pieces[name].offsets[kept - 1][1] if kept else 0 for name, kept in keep.items()}
-            ids = self._ids([{name: text[: ends[name]] for name, text in fields.items()}])[0]
+            ids = self.ids([{name: text[: ends[name]] for name, text in fields.items()}])[0]
             length = len(ids)
             if length <= limit:
                 return ids
