@@ -78,8 +78,7 @@ def check_beginning(made: Classifier) -> None:
 
     Raises PackageError for a template with a text under the prompt.
     """
-    info = made.info
-    if info.causal:
-        common = min(len(pieces[0]) for pieces in made.layout.pieces.values())
-        if common < info.prefix_columns or len({p[0][: info.prefix_columns] for p in made.layout.pieces.values()}) > 1:
-            raise PackageError(f"task {made.encoder.task.name} has a text under the prompt; put {{prompt}} in front of it")
+    columns = made.info.prefix_columns
+    beginnings = {made.layout.beginning(empty) for empty in made.layout.pieces}
+    if min(map(len, beginnings)) < columns or len({ids[:columns] for ids in beginnings}) > 1:
+        raise PackageError(f"task {made.encoder.task.name} has a text under the prompt; put {{prompt}} in front of it")

@@ -37,6 +37,11 @@ class Layout:
     def texts(self) -> int:
         return len(next(iter(self.pieces)))
 
+    def beginning(self, empty: tuple[bool, ...]) -> tuple[int, ...]:
+        """The ids in front of the first text that is not empty."""
+        count = next((j for j, i in enumerate(self.order) if not empty[i]), len(self.order))
+        return tuple(i for piece in self.pieces[empty][: count + 1] for i in piece)
+
     @property
     def longest(self) -> int:
         """Most tokens of a row as the graphs read it."""

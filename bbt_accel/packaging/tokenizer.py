@@ -46,10 +46,11 @@ def foreign(original: Spec, clean: str | None, lead: str) -> Spec:
     mark = max(taken) + 1
     spec["added_tokens"] += [added_token(mark, MARK), added_token(mark + 1, PAD)]
     steps = [replacing({"String": "\\n"}, " ")] if clean == "newlines" else []
-    # Behind one of its characters a run of white space is not searched again.
-    steps.append(replacing({"Regex": f"{BEGIN}[{WHITESPACE}]+|(?<![{WHITESPACE}])[{WHITESPACE}]+{END}"}, ""))
     if lead:
-        steps.append(replacing({"Regex": rf"{BEGIN}(?=[\s\S])"}, lead))
+        steps.append({"type": "Prepend", "prepend": lead})
+    steps.append(replacing({"Regex": f"{BEGIN}[{WHITESPACE}]+"}, lead))
+    # Behind one of its characters a run of white space is not searched again.
+    steps.append(replacing({"Regex": f"(?<![{WHITESPACE}])[{WHITESPACE}]+{END}"}, ""))
     own = spec["normalizer"]
     steps += own["normalizers"] if own and own["type"] == "Sequence" else [own] if own else []
     spec |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "truncation": None, "padding": None}
