@@ -71,7 +71,7 @@ def temporary_graph(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
 def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
     """An OpenVINO model."""
     reader = StageReader(bundle.path)
-    model = reader.compile(stage, precision_hint(bundle.info))
+    model = reader.compile(stage, precision_hint(bundle.info.precision))
 
     def run(feeds: Feeds, reader: StageReader = reader) -> Feeds:  # the reader lives as long as the model
         found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})

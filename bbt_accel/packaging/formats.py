@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bbt_accel.engine_specs import Precision
 from bbt_accel.packaging.classifier import Classifier
 from bbt_accel.packaging.compare import LoadedModel
 from bbt_accel.packaging.configuration import DTYPES, classifier_config, write_json
 from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
+from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
 from bbt_accel.packaging.tokenizer import configuration
 
 
@@ -17,14 +19,14 @@ from bbt_accel.packaging.tokenizer import configuration
 class Format:
     """engine: whose bundles it takes (their targets), and that `predict` runs for the comparison.
 
-    write: the files of a package; returns the name of the model's. open: that file, with so many threads.
+    write: the files of a package; returns the name of the model's. open: that file, in a precision, with so many threads.
     usage: how a loader takes the folder, for the card.
     """
 
     engine: str
     targets: tuple[str, ...]
     write: Callable[[Classifier, list[str], Path], str]
-    open: Callable[[Path, int | None], LoadedModel]
+    open: Callable[[Path, Precision, int | None], LoadedModel]
     usage: str
 
 
@@ -41,6 +43,12 @@ def write_onnx_package(made: Classifier, labels: list[str], folder: Path) -> str
     write_texts(made, labels, folder, dtype)
     write_onnx(made, folder / name)
     return name
+
+
+def write_openvino_package(made: Classifier, labels: list[str], folder: Path) -> str:
+    write_texts(made, labels, folder)
+    write_openvino(made, folder / "openvino_model.xml")
+    return "openvino_model.xml"
 
 
 ONNX_USAGE = """With optimum-onnx (`{file}`; texts longer than the model reads are cut off):
@@ -62,6 +70,19 @@ With ONNX Runtime alone: inputs `input_ids` and `attention_mask`, int64 (N, S), 
 (N, C), whose softmax are the probabilities. The template is in the graph, and the texts of users hold no special
 token."""
 
+OPENVINO_USAGE = """With optimum-intel; the hint keeps OpenVINO from computing in a lower precision than was compared:
+```python
+from optimum.intel import OVModelForSequenceClassification
+from transformers import AutoTokenizer, pipeline
+
+model = OVModelForSequenceClassification.from_pretrained(".", ov_config={{"INFERENCE_PRECISION_HINT": "{hint}"}})
+classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained("."))
+classify({example})
+```
+Inputs are `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; the output is `logits` (N, C), whose
+softmax are the probabilities."""
+
 FORMATS = {
     "onnx": Format("ort", ("onnx", "ort"), write_onnx_package, open_onnx, ONNX_USAGE),
+    "openvino": Format("openvino", ("onnx", "openvino"), write_openvino_package, open_openvino, OPENVINO_USAGE),
 }

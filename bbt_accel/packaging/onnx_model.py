@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from bbt_accel.batch import Int64
+from bbt_accel.engine_specs import Precision
 from bbt_accel.engines.base import failing
 from bbt_accel.packaging.classifier import CHECKED, Classifier
 from bbt_accel.packaging.compare import LoadedModel
@@ -21,7 +22,7 @@ def write_onnx(made: Classifier, file: Path) -> None:
     save(made.graph(), file)
 
 
-def open_onnx(file: Path, threads: int | None) -> LoadedModel:
+def open_onnx(file: Path, precision: Precision, threads: int | None) -> LoadedModel:
     """The graph in ONNX Runtime on the CPU, as loaders run it, with what the comparison reads as further outputs."""
     import onnxruntime
 

@@ -79,6 +79,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
         )  # fmt: skip
         usage = form.usage.format(
             file=model, name=Path(model).name, dtype="q8" if info.precision == "int8" else "fp32",
+            hint="bf16" if info.precision == "bf16" else "f32",
             example='{"text": "one", "text_pair": "another"}' if len(info.columns) > 1 else '"a text"',
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(info, run.info, usage), encoding="utf-8")
@@ -147,7 +148,7 @@ def compared(
     """The package against `predict` on all available rows; and its score on the test rows, if there are any."""
     train, test = available_rows(run, options.max_rows)
     rows = [*edge_rows(made.encoder), *train, *test]
-    model = form.open(file, options.threads)
+    model = form.open(file, made.info.precision, options.threads)
     found = run_package(model, folder, made, rows)
     with load_engine(made.bundle, form.engine, threads=options.threads) as engine:
         wanted = class_scores(engine, made.encoder, rows, run)
