@@ -185,7 +185,7 @@ def package(
     path: Annotated[Path, typer.Argument(metavar="RUN|PACKAGE", help="Run folder; with --check a package.")],
     options: Annotated[Options, Fields(shared.PackageOptions)],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to create.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Verify a package, and compare it with its run again.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Verify a package, and compare it again.")] = False,
     as_json: shared.AsJson = False,
 ) -> None:
     """Package a run as a self-contained model that other tools load, compared with predict."""

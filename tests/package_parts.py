@@ -15,7 +15,11 @@ from bbt_accel.run import Run
 
 COLUMNS = {False: ["text"], True: ["first", "second"]}
 TEMPLATES = {
-    False: {"masked": "{text} It was {mask} .", "span": "text: {prompt} {text} It was {mask}", "causal": "{text} It was"},
+    False: {
+        "masked": "{text} It was {mask} .",
+        "span": "text: {prompt} {text} It was {mask}",
+        "causal": "{text} It was",
+    },
     True: {
         "masked": "{first} ? {mask} , {second}",
         "span": "text: {prompt} {first} and {second} ? {mask}",

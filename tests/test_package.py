@@ -11,13 +11,12 @@ from conftest import Export
 
 pytest.importorskip("torch")
 
-from package_parts import COLUMNS, TEXTS, Foreign, tuned
-from tiny_backbones import BACKBONES, EACH, VARIANTS
+from package_parts import TEXTS, Foreign, tuned
+from tiny_backbones import VARIANTS
 
 from bbt_accel.inference import predict
 from bbt_accel.packaging.package import Options, package_run
 from bbt_accel.run import Run
-from bbt_accel.settings import READOUTS
 
 HARD = ["", "  ", "[MASK] </s> <mask> it", "👩‍🚀 é 東京", "was " * 120]
 

@@ -22,7 +22,9 @@ class Builder:
 
     def constant(self, value: npt.ArrayLike, dtype: str = "int64") -> str:
         name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value, dtype).reshape(np.shape(value)), name))
+        self.constants.append(
+            numpy_helper.from_array(np.ascontiguousarray(value, dtype).reshape(np.shape(value)), name)
+        )
         return name
 
     def op(self, kind: str, *inputs: str | int, name: str | None = None, **attributes: Any) -> str:

@@ -50,7 +50,7 @@ def licence_of(backbone: str, revision: str | None) -> str | None:
 
 
 def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
-    """The card of a package, in Markdown."""
+    """The card of a package, in Markdown. usage: a text with the names of `usage_facts` in braces."""
     licence, name = licence_of(run.bundle.backbone, run.bundle.revision), backbone_name(run.bundle.backbone)
     front = [f"license: {licence}"] if licence else []
     front += ["pipeline_tag: text-classification", "tags: [bbt-accel, prompt-tuning]"]
@@ -58,23 +58,38 @@ def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
         front.append(f"base_model: {name}")
     facts = card_facts(info, run) | {"licence of the backbone": licence or UNKNOWN}
     return TEMPLATE.format(
-        front="\n".join(front), task=run.task.name, backbone=name, version=info.versions["bbt-accel"], usage=usage,
+        front="\n".join(front), task=run.task.name, backbone=name, version=info.versions["bbt-accel"],
+        usage=usage.format(**usage_facts(info, run)),
         facts="\n".join(f"| {key} | {escaped(str(value))} |" for key, value in facts.items()),
         comparison=compared(info),
     )  # fmt: skip
 
 
+def usage_facts(info: PackageInfo, run: RunInfo) -> dict[str, str]:
+    """What the examples of a format's usage name."""
+    pair = len(info.columns) > 1
+    return {
+        "file": info.model,
+        "name": Path(info.model).name,
+        "task": run.task.name,
+        "backbone": run.bundle.backbone,
+        "auto": "AutoModelForSeq2SeqLM" if info.architecture == "encoder-decoder" else "AutoModelForCausalLM",
+        "dtype": "q8" if info.precision == "int8" else "fp32",
+        "hint": "bf16" if info.precision == "bf16" else "f32",
+        "example": '{"text": "one", "text_pair": "another"}' if pair else '"a text"',
+    }
+
+
 def card_facts(info: PackageInfo, run: RunInfo) -> dict[str, object]:
     """What a reader has to know to trust the result, and to make it again."""
-    words = run.task.label_words
     b, data = run.bundle, run.data
     facts: dict[str, object] = {
         "backbone": backbone_name(b.backbone) + (f", revision {b.revision}" if b.revision else ""),
         "method": f"{b.method}, {b.prompt_mode}, {run.prompt_shape[-2]} prompt tokens",
         "precision": f"{info.precision}{' (quantized for this package)' if info.quantized else ''}",
         "task": f"{run.task.name}; text: {', '.join(info.columns)}",
-        "templates": "; ".join(f"{group}: {text!r}" for group, text in run.task.templates.items() if text),
-        "label words": "; ".join(f"{group}: {own}" for group, own in words.items() if own),
+        "template": repr(run.task.template(info.template_group)),
+        "label words": "; ".join(", ".join(own) for own in run.task.all_words(info.template_group)),
         "labels": ", ".join(f"{i} = {label}" for i, label in enumerate(info.labels)),
         "readout": info.readout,
         "longest text": f"{info.max_tokens} tokens; more is cut off",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,7 +15,7 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.errors import PackageError
 from bbt_accel.exporters.sessions import open_stage, prompt_feeds
 from bbt_accel.packaging.compose import Constants, Part, composed
-from bbt_accel.packaging.layout import Layout
+from bbt_accel.packaging.layout import Layout, find_layout
 from bbt_accel.packaging.rows import rows_graph
 from bbt_accel.packaging.scores import scores_graph
 from bbt_accel.readout import Readout
@@ -22,16 +24,26 @@ ROWS = {"row_ids": "input_ids", "row_mask": "attention_mask"}
 """Outputs of the first part, and what the stages call them."""
 CHECKED = {name: f"rows.{own}" for own, name in ROWS.items()}
 """What is compared with the encoding, and the names of these values inside the graph."""
-OUTPUTS = {"logits": ("float32", ("batch_size", "classes"))}
 
 
 class Classifier:
-    """What a package is made of: a bundle, a prompt, a template with its layout, and a readout."""
+    """What a package is made of: a bundle, a template, a prompt and a readout."""
 
-    def __init__(self, bundle: Bundle, encoder: Encoder, layout: Layout, prompt: Float32, readout: Readout) -> None:
+    def __init__(self, bundle: Bundle, encoder: Encoder, prompt: Float32, readout: Readout) -> None:
         self.bundle, self.info = bundle, bundle.info
-        self.encoder, self.layout, self.prompt, self.readout = encoder, layout, prompt, readout
-        check_beginning(self)
+        self.encoder, self.prompt, self.readout = encoder, prompt, readout
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Raises PackageError for a template that has none."""
+        layout = find_layout(self.encoder)
+        check_beginning(self.info.prefix_columns, layout, self.encoder.task.name)
+        return layout
+
+    @property
+    def room(self) -> int:
+        """Most tokens of all texts of a row together."""
+        return self.encoder.limit - len(self.encoder.ids([dict.fromkeys(self.encoder.task.text, "")])[0])
 
     @property
     def label_token_ids(self) -> Int64:
@@ -70,15 +82,15 @@ class Classifier:
             states = {o.name: o.name.removesuffix("_out") for o in model.graph.output}
             parts.append(Part(name, model, used, states))
         parts.append(Part("scores", self.back()))
-        return composed(parts, OUTPUTS, self.bundle.path)
+        classes = int(self.readout.classes.max()) + 1
+        return composed(parts, {"logits": ("float32", ("batch_size", classes))}, self.bundle.path)
 
 
-def check_beginning(made: Classifier) -> None:
-    """A decoder's prompt is computed once for all rows of a call, whose beginning must be the same.
+def check_beginning(columns: int, layout: Layout, task: str) -> None:
+    """A decoder's prompt is computed once for all rows of a call, whose first columns must be the same.
 
     Raises PackageError for a template with a text under the prompt.
     """
-    columns = made.info.prefix_columns
-    beginnings = {made.layout.beginning(empty) for empty in made.layout.pieces}
+    beginnings = {layout.beginning(empty) for empty in layout.pieces}
     if min(map(len, beginnings)) < columns or len({ids[:columns] for ids in beginnings}) > 1:
-        raise PackageError(f"task {made.encoder.task.name} has a text under the prompt; put {{prompt}} in front of it")
+        raise PackageError(f"task {task} has a text under the prompt; put {{prompt}} in front of it")

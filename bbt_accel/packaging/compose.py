@@ -65,9 +65,7 @@ def composed(parts: Sequence[Part], outputs: Values, folder: Path) -> ir.Model:
     return folded(nodes, weights.values(), outputs, opsets, max(part.model.ir_version for part in parts), folder)
 
 
-def shared(
-    weights: dict[object, onnx.TensorProto], tensors: Iterable[onnx.TensorProto]
-) -> Iterator[tuple[str, str]]:
+def shared(weights: dict[object, onnx.TensorProto], tensors: Iterable[onnx.TensorProto]) -> Iterator[tuple[str, str]]:
     """Add tensors to those of the whole graph; yields the name of each, and of the one with the same content."""
     for tensor in tensors:
         if tensor.external_data:

@@ -69,10 +69,14 @@ def find_layout(encoder: Encoder) -> Layout:
     """
     task, path = encoder.task, encoder.bundle.path
     if len(task.text) > 2:
-        raise PackageError(f"task {task.name} has {len(task.text)} text columns; loaders take a text or a pair of texts")
+        raise PackageError(
+            f"task {task.name} has {len(task.text)} text columns; loaders take a text or a pair of texts"
+        )
     if set(encoder.columns) != set(task.text):
         unused = next(name for name in task.text if name not in encoder.columns)
-        raise PackageError(f"the template of task {task.name} does not use the column {unused!r}; remove it from the task")
+        raise PackageError(
+            f"the template of task {task.name} does not use the column {unused!r}; remove it from the task"
+        )
     order = tuple(task.text.index(name) for name in encoder.columns)
     original = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
     patterns = list(product((False, True), repeat=len(task.text)))

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from bbt_accel.bundle import Manifest
+from bbt_accel.bundle import Architecture, Manifest, TemplateGroup
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import PackageError
 from bbt_accel.files import sha256
@@ -62,6 +62,8 @@ class PackageInfo(Manifest):
     quantized: bool = Field(description="Whether int8 was made for the package, from the bundle in fp32.")
     run: Source
     bundle: Source
+    architecture: Architecture
+    template_group: TemplateGroup
     labels: list[str]
     columns: list[str] = Field(description="Text columns; of two, the second is the pair's.")
     readout: str

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -28,9 +27,8 @@ from bbt_accel.objective import Objective
 from bbt_accel.packaging import manifest
 from bbt_accel.packaging.card import model_card
 from bbt_accel.packaging.classifier import Classifier
-from bbt_accel.packaging.compare import available_rows, compare, edge_rows, run_package
+from bbt_accel.packaging.compare import available_rows, compare, edge_rows
 from bbt_accel.packaging.formats import FORMATS, Format
-from bbt_accel.packaging.layout import find_layout
 from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, Score, Source
 from bbt_accel.progress import Tell, silent
 from bbt_accel.readout import Readout, batch_calibration
@@ -69,20 +67,16 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
         names = unique_labels(run)
         model = form.write(made, names, folder)
         progress("comparing with predict", 1, 2)
-        comparison, score = compared(run, made, form, folder, folder / model, options)
+        comparison, score = compared(run, made, form, folder, model, options)
         info = PackageInfo(
             kind=options.kind, model=model, precision=bundle.info.precision, quantized=bundle is not source,
             run=Source.of(run.path, output, sha256(run.path / RUN_INFO)),
-            bundle=Source.of(source.path, output, source.digest), labels=names, columns=run.task.text,
-            readout=run.readout.name, max_tokens=made.layout.room, max_rows=options.max_rows, score=score,
+            bundle=Source.of(source.path, output, source.digest), architecture=bundle.info.architecture,
+            template_group=bundle.info.template_group, labels=names, columns=run.task.text,
+            readout=run.readout.name, max_tokens=made.room, max_rows=options.max_rows, score=score,
             comparison=comparison, versions=versions(), command=command(run_path, output, options),
         )  # fmt: skip
-        usage = form.usage.format(
-            file=model, name=Path(model).name, dtype="q8" if info.precision == "int8" else "fp32",
-            hint="bf16" if info.precision == "bf16" else "f32",
-            example='{"text": "one", "text_pair": "another"}' if len(info.columns) > 1 else '"a text"',
-        )  # fmt: skip
-        (folder / "README.md").write_text(model_card(info, run.info, usage), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(info, run.info, form.usage), encoding="utf-8")
         return manifest.write_info(folder, info)
 
 
@@ -103,13 +97,12 @@ def check_package(path: str | Path, threads: int | None = None, progress: Tell =
         if source.digest != info.bundle.digest:
             raise PackageError(f"{source.path} is not the bundle that {folder} was made from; package the run again")
         progress("comparing with predict", 0, 1)
-        comparison, _ = compared(run, classifier_of(run, bundle), form, folder, folder / info.model, options)
+        comparison, _ = compared(run, classifier_of(run, bundle), form, folder, info.model, options)
     return info.model_copy(update={"comparison": comparison})
 
 
 def classifier_of(run: Run, bundle: Bundle) -> Classifier:
-    encoder = Encoder(bundle, run.task, run.info.demonstrations)
-    return Classifier(bundle, encoder, find_layout(encoder), run.prompt, run.readout)
+    return Classifier(bundle, Encoder(bundle, run.task, run.info.demonstrations), run.prompt, run.readout)
 
 
 def unique_labels(run: Run) -> list[str]:
@@ -143,13 +136,12 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
 
 
 def compared(
-    run: Run, made: Classifier, form: Format, folder: Path, file: Path, options: Options
+    run: Run, made: Classifier, form: Format, folder: Path, model: str, options: Options
 ) -> tuple[Comparison, Score | None]:
     """The package against `predict` on all available rows; and its score on the test rows, if there are any."""
     train, test = available_rows(run, options.max_rows)
     rows = [*edge_rows(made.encoder), *train, *test]
-    model = form.open(file, made.info.precision, options.threads)
-    found = run_package(model, folder, made, rows)
+    found = form.run(made, folder, model, rows, options.threads)
     with load_engine(made.bundle, form.engine, threads=options.threads) as engine:
         wanted = class_scores(engine, made.encoder, rows, run)
         comparison = compare(made, found, rows, wanted)

@@ -14,7 +14,7 @@ from bbt_accel.packaging.builder import Builder
 from bbt_accel.packaging.layout import Layout
 from bbt_accel.packaging.tokenizer import ids_of, vocabulary
 
-INPUTS = {name: ("int64", ("batch_size", "sequence_length")) for name in ("input_ids", "attention_mask")}
+INPUTS = dict.fromkeys(("input_ids", "attention_mask"), ("int64", ("batch_size", "sequence_length")))
 """Of every package; names and axes are those that foreign loaders know."""
 ROW = ("batch_size", "row_length")
 
@@ -30,7 +30,9 @@ def rows_graph(layout: Layout, info: BundleInfo, special: set[int]) -> onnx.Mode
     empty = g.total([g.op("Mul", g.cast(g.op("Equal", n, 0), "int64"), 2**i) for i, n in enumerate(lengths)])
     lengths = truncated(g, lengths, layout.room)
     places, ids, length = placed(g, layout, kept, ranks, lengths, empty)
-    width = g.op("Min", g.op("Max", g.op("ReduceMax", length, keepdims=0), info.shortest_row + layout.ahead), layout.limit)
+    width = g.op(
+        "Min", g.op("Max", g.op("ReduceMax", length, keepdims=0), info.shortest_row + layout.ahead), layout.limit
+    )
     rows = g.op("Shape", "input_ids", start=0, end=1)
     shape = g.op("Concat", rows, g.op("Unsqueeze", g.op("Add", width, 1), g.constant([0])), axis=0)
     trash = [g.op("Where", g.op("Less", place, 0), width, place) for place in places]

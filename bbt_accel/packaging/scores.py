@@ -20,7 +20,7 @@ def scores_graph(readout: Readout, hidden_size: int, opset: int) -> onnx.ModelPr
     words = len(readout.token_ids) + len(readout.classes)
     inputs = {"label_logits": ("float32", (1, "batch_size", words))}
     if reads_states(readout.name):
-        inputs |= {name: ("float32", (1, "batch_size", hidden_size)) for name in STATES}
+        inputs |= dict.fromkeys(STATES, ("float32", (1, "batch_size", hidden_size)))
     given = {name: g.cast(g.op("Squeeze", name, g.constant([0])), EXACT) for name in inputs}
     if readout.name in LINEAR:
         found = linear(g, readout, given)
