@@ -1,4 +1,4 @@
-"""Runs of tiny backbones to package, and a package as a foreign loader reads it: with tokenizers and a runtime alone."""
+"""Runs of tiny backbones to package, and packages as a loader reads them: with tokenizers and a runtime alone."""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ def compared(info: PackageInfo) -> str:
     """What the comparison with `predict` has shown."""
     c = info.comparison
     found = (
-        f"{c.rows} texts (sha256 {c.digest}) went through this package and through bbt-accel's `predict`: the token ids "
-        f"are the same, the scores differ by at most {c.largest_error:.1e}."
+        f"{c.rows} texts (sha256 {c.digest}) went through this package and through bbt-accel's `predict`: the token "
+        f"ids are the same, the scores differ by at most {c.largest_error:.1e}."
     )
     if c.labels_differ:
         found += f" {c.labels_differ} texts have another label, of two with almost the same score."

@@ -109,8 +109,8 @@ def encoded(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
 def compare(made: Classifier, found: Found, rows: Sequence[Row], wanted: Float64) -> Comparison:
     """Raises PackageError at the first row with other token ids, scores or another label than `predict` has.
 
-    wanted: its scores (N, C). Of rows that are truncated the last tokens may differ: the encoding tokenizes what is left
-    of a text again, a tokenizer keeps the tokens.
+    wanted: its scores (N, C). Of rows that are truncated the last tokens may differ: the encoding tokenizes what is
+    left of a text again, a tokenizer keeps the tokens.
     """
     encoder, tolerance = made.encoder, TOLERANCE[made.info.precision]
     long = [len(ids) > encoder.limit for ids in encoder.ids([encoder.fields(row) for row in rows])]

@@ -54,7 +54,7 @@ def write_texts(made: Classifier, labels: list[str], folder: Path, dtype: str = 
     write_json(folder / "tokenizer_config.json", configuration(made.layout.tokenizer, made.layout.max_length))
 
 
-def write_onnx_package(made: Classifier, labels: list[str], folder: Path) -> str:
+def write_graph(made: Classifier, labels: list[str], folder: Path) -> str:
     dtype = DTYPES.get(made.info.precision, "fp32")
     name = {"q8": "onnx/model_quantized.onnx", "fp16": "onnx/model_fp16.onnx"}.get(dtype, "onnx/model.onnx")
     write_texts(made, labels, folder, dtype)
@@ -62,7 +62,7 @@ def write_onnx_package(made: Classifier, labels: list[str], folder: Path) -> str
     return name
 
 
-def write_openvino_package(made: Classifier, labels: list[str], folder: Path) -> str:
+def write_ir(made: Classifier, labels: list[str], folder: Path) -> str:
     write_texts(made, labels, folder)
     write_openvino(made, folder / "openvino_model.xml")
     return "openvino_model.xml"
@@ -138,10 +138,8 @@ The model `{task}` runs in the onnxruntime backend: inputs `input_ids` and `atte
 `tokenizer.json`; output `logits` (N, C), whose softmax are the probabilities. Clients tokenize."""
 
 FORMATS = {
-    "onnx": Format("ort", ("onnx", "ort"), write_onnx_package, run_with(open_onnx), ONNX_USAGE),
-    "openvino": Format(
-        "openvino", ("onnx", "openvino"), write_openvino_package, run_with(open_openvino), OPENVINO_USAGE
-    ),
+    "onnx": Format("ort", ("onnx", "ort"), write_graph, run_with(open_onnx), ONNX_USAGE),
+    "openvino": Format("openvino", ("onnx", "openvino"), write_ir, run_with(open_openvino), OPENVINO_USAGE),
     "peft": Format("ort", ("onnx", "ort"), write_peft, run_peft, PEFT_USAGE),
     "triton": Format("ort", ("onnx", "ort"), write_triton, run_with(open_onnx), TRITON_USAGE),
 }

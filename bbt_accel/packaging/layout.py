@@ -56,7 +56,8 @@ class Layout:
     def max_length(self) -> int:
         """Ids, marks included, beyond which a loader may truncate a text or a pair.
 
-        A loader's rule for pairs differs from the encoding's in one token, so it gets room for two: the graph truncates.
+        A loader's rule for pairs differs from the encoding's in one token, so it gets room for two: the graph
+        truncates.
         """
         return self.texts * (self.room + 1)
 
@@ -64,8 +65,8 @@ class Layout:
 def find_layout(encoder: Encoder) -> Layout:
     """The layout of a task's rows for a bundle.
 
-    Raises PackageError for more than two text columns, which no loader takes, and for a template in which a text has other
-    tokens than alone.
+    Raises PackageError for more than two text columns, which no loader takes, and for a template in which a text has
+    other tokens than alone.
     """
     task, path = encoder.task, encoder.bundle.path
     if len(task.text) > 2:
