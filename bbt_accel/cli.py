@@ -197,6 +197,28 @@ def predict(
     printing.print_predictions(rows, predict_run(run, rows, **execution), as_json)
 
 
+@command(USE, "package runs/sst2 -o packages/sst2")
+def package(
+    path: Annotated[Path, typer.Argument(metavar="RUN|PACKAGE", help="Run folder; with --check a package.")],
+    options: Annotated[Options, Fields(shared.PackageOptions)],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to create.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Verify a package, and compare it again.")] = False,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Package a run as a self-contained model that other tools load, compared with predict."""
+    from bbt_accel.packaging.package import Options as PackageOptions
+    from bbt_accel.packaging.package import check_package, package_run
+
+    if check == (output is not None):
+        raise UsageError("give -o DIR to package a run, or --check to verify a package")
+    with progress_bar(f"{'checking' if check else 'packaging'} {path}") as tell:
+        if output is None:
+            info = check_package(path, options.get("threads"), tell)
+        else:
+            info = package_run(path, output, PackageOptions(**options), tell)
+    printing.print_package(output or path, info.model_dump(mode="json"), as_json)
+
+
 @command(USE, "serve runs/sst2 --port 8000")
 def serve(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE|RUN", help="Bundle, or run folder written by tune.")],

@@ -13,6 +13,7 @@ from bbt_accel.bundle_cache import PrecisionChoice
 from bbt_accel.engine_specs import ENGINES, check_device, engine_names, engine_spec, targets
 from bbt_accel.model_options import Fields
 from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
+from bbt_accel.packaging.manifest import Kind
 from bbt_accel.reporting import Schema
 from bbt_accel.settings import Preset, ReadoutChoice, Settings
 from bbt_accel.sweeps.grid import preset_names
@@ -136,6 +137,15 @@ class SweepOptions(Schema):
 class EvaluateOptions(Schema):
     data: Data = None
     split: Literal["test", "dev"] = Field(default="test", description="Rows to score.")
+
+
+class PackageOptions(Schema):
+    kind: Annotated[Kind, typer.Option("--format"), Field(description="What the package is for.")] = "onnx"
+    int8: bool = Field(default=False, description="8-bit integers, also where the run's bundle is in fp32.")
+    bundle: Path | None = None
+    """Another bundle of the same backbone, e.g. as exported or for another target (default: the run's)."""
+    max_rows: int | None = Field(default=None, ge=1, description="Rows of each split to compare (default: all).")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the comparison (default: all cores).")
 
 
 class ServeOptions(Schema):

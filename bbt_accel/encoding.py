@@ -45,18 +45,18 @@ class Encoder:
         self.classes: Int64 = np.repeat(np.arange(len(words)), [len(of_class) for of_class in words])
         """The class of each of `label_token_ids`."""
         self._pieces = Pieces(bundle)
-        self._tokenizer, self._special = self._pieces.tokenizer, self._pieces.special
+        self._tokenizer, self.special = self._pieces.tokenizer, self._pieces.special
         self._layout = self._lay_out()
         self.partial_words: dict[str, str] = {}
         """Label words of several tokens, of which only the first is read; and that token."""
         self.label_token_ids: Int64 = self._label_token_ids()
         self.context_ids = self._context_ids(demonstrations) if bundle.info.causal else None
-        self._limit = bundle.info.max_length - (0 if self.context_ids is None else len(self.context_ids))
-        length = len(self._ids([dict.fromkeys(task.text, "")])[0])
-        if length > self._limit:
+        self.limit = bundle.info.max_length - (0 if self.context_ids is None else len(self.context_ids))
+        length = len(self.ids([dict.fromkeys(task.text, "")])[0])
+        if length > self.limit:
             what = "template" if self.context_ids is None else "template and context"
             problem = f"the {what} of task {task.name} alone exceeds the {bundle.info.max_length} tokens"
-            raise TaskError(f"{problem} of {bundle.path} by {length - self._limit}; shorten it")
+            raise TaskError(f"{problem} of {bundle.path} by {length - self.limit}; shorten it")
 
     def encode(self, rows: Sequence[Row]) -> Batch:
         """All rows, in order, padded on the right to the longest; the target of a row without a label is 0.
@@ -65,9 +65,9 @@ class Encoder:
         part of a row is cut off before it is tokenized.
         Raises DataError for no rows, and for a row without one of the columns.
         """
-        pad, limit = self.bundle.info.special.pad, self._limit
-        fields = [self._fields(row) for row in rows]
-        found = zip(self._ids(fields), fields, strict=True)
+        pad, limit = self.bundle.info.special.pad, self.limit
+        fields = [self.fields(row) for row in rows]
+        found = zip(self.ids(fields), fields, strict=True)
         ids = [row if len(row) <= limit else self._shortened(texts, len(row)) for row, texts in found]
         lengths = np.array([len(row) for row in ids])
         attention_mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
@@ -83,7 +83,7 @@ class Encoder:
 
         Drawn, because words that are chosen by the rows would fit those rows.
         """
-        ordinary = np.setdiff1d(np.arange(self.bundle.info.vocab_size), [*self._special])
+        ordinary = np.setdiff1d(np.arange(self.bundle.info.vocab_size), [*self.special])
         return np.random.default_rng(seed).choice(ordinary, min(FEATURE_WORDS, len(ordinary)), replace=False)
 
     def _readout(self, ids: list[int]) -> int:
@@ -98,7 +98,8 @@ class Encoder:
             raise BundleError(f"{self.bundle.path} has no mask token; export it again")
         return mask
 
-    def _fields(self, row: Row) -> dict[str, str]:
+    def fields(self, row: Row) -> dict[str, str]:
+        """The texts of a row by column, as the template takes them. Raises DataError for a missing column."""
         fields = {}
         for column in self.task.text:
             if column not in row.fields:
@@ -120,7 +121,7 @@ class Encoder:
         size = CHARACTERS * most + EDGE
         while size < min(len(text), MOST_CHARACTERS * most):
             found = self._tokenizer.encode(text[:size], add_special_tokens=False)
-            kept = (end for i, (_, end) in zip(found.ids, found.offsets, strict=True) if i not in self._special)
+            kept = (end for i, (_, end) in zip(found.ids, found.offsets, strict=True) if i not in self.special)
             if sum(end <= size - EDGE for end in kept) > most:
                 break
             size *= 4
@@ -158,7 +159,7 @@ class Encoder:
         context = self.task.context
         template = _without_prompt(context.template or self._demonstration_template())
         texts: list[tuple[str, Fields]] = [(context.instruction, {})] if context.instruction else []
-        texts += [(template, self._fields(row) | {"label": self.label_words[row.label or 0]}) for row in demonstrations]
+        texts += [(template, self.fields(row) | {"label": self.label_words[row.label or 0]}) for row in demonstrations]
         parts: list[str | Fixed] = []
         for text, fields in texts:
             literal = text.replace("{", "{{").replace("}", "}}") if text is context.instruction else text
@@ -173,6 +174,15 @@ class Encoder:
         template = self.task.template("causal")
         return f"{template}{'' if template[-1:].isspace() else ' '}{{label}}"
 
+    @property
+    def columns(self) -> list[str]:
+        """The text columns in the order in which a row has them, each as often as it has it."""
+        return [name for part in self._layout if isinstance(part, list) for _, name in part if name]
+
+    def token_text(self, number: int) -> str | None:
+        """How the vocabulary writes a token."""
+        return self._tokenizer.id_to_token(number)
+
     def _prompt_ids(self) -> Fixed:
         """The ids of the text that the prompt starts from; else 1000 .. 1000+n-1.
 
@@ -182,14 +192,14 @@ class Encoder:
             return tuple(self.bundle.info.prompt_ids)
         n, size = self.bundle.info.n_prompt_tokens, self.bundle.info.vocab_size
         wanted = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + n)
-        if wanted.stop <= size and self._special.isdisjoint(wanted):
+        if wanted.stop <= size and self.special.isdisjoint(wanted):
             return tuple(wanted)
-        ordinary = [i for i in range(size) if i not in self._special]
+        ordinary = [i for i in range(size) if i not in self.special]
         if not ordinary:
             raise BundleError(f"{self.bundle.path} has a vocabulary of special tokens alone; export it again")
         return tuple(ordinary[i % len(ordinary)] for i in wanted)
 
-    def _ids(self, fields: Sequence[Fields]) -> list[list[int]]:
+    def ids(self, fields: Sequence[Fields]) -> list[list[int]]:
         """Token ids of each row, before truncation."""
         strip = " " if self.bundle.info.causal else None
         texts = [_write(part, row, strip) for row in fields for part in self._layout if isinstance(part, list)]
@@ -198,12 +208,12 @@ class Encoder:
         for ids in rows:
             for part in self._layout:
                 # A unigram vocabulary has its special tokens as pieces too, so a user's text can still produce one.
-                ids += part if isinstance(part, tuple) else [i for i in next(encodings).ids if i not in self._special]
+                ids += part if isinstance(part, tuple) else [i for i in next(encodings).ids if i not in self.special]
         return rows
 
     def _shortened(self, fields: dict[str, str], length: int) -> list[int]:
         """Token ids of a row of `length` tokens, too many, with its text columns truncated until it fits."""
-        limit = self._limit
+        limit = self.limit
         pieces = {name: self._tokenizer.encode(text, add_special_tokens=False) for name, text in fields.items()}
         keep = {name: len(piece) for name, piece in pieces.items()}
         while True:
@@ -211,7 +221,7 @@ class Encoder:
             for _ in range(min(length - limit, sum(keep.values()))):
                 keep[max(keep, key=lambda name: keep[name])] -= 1
             ends = {name: pieces[name].offsets[kept - 1][1] if kept else 0 for name, kept in keep.items()}
-            ids = self._ids([{name: text[: ends[name]] for name, text in fields.items()}])[0]
+            ids = self.ids([{name: text[: ends[name]] for name, text in fields.items()}])[0]
             length = len(ids)
             if length <= limit:
                 return ids

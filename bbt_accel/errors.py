@@ -51,6 +51,10 @@ class RunError(BbtError):
     """A run folder that is missing, damaged, or belongs to other settings."""
 
 
+class PackageError(BbtError):
+    """A run that cannot be packaged, or a package that is damaged or differs from its run."""
+
+
 class NonFiniteLoss(BbtError):
     """A candidate whose loss is NaN or infinite."""
 

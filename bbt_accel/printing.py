@@ -114,6 +114,25 @@ def print_predictions(rows: Sequence[Mapping[str, str]], found: Sequence[Mapping
         print_json({"text": dict(row) if len(row) > 1 else next(iter(row.values())), **prediction})
 
 
+def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json({"path": path, **info})
+        return
+    found, score = info["comparison"], info["score"]
+    facts: dict[str, object] = {
+        "format": f"{info['kind']}, {info['precision']}",
+        "model": info["model"],
+        "labels": ", ".join(info["labels"]),
+        "readout": info["readout"],
+        "compared with predict": f"{found['rows']} texts, largest error of scores {found['largest_error']:.1e}",
+        "cut differently": found["cut_differently"] or None,
+        "other labels within rounding": found["labels_differ"] or None,
+    }
+    if score is not None:
+        facts |= {f"test {score['metric']}": score["score"], "without prompt": score["without_prompt"]}
+    print_facts(relative(path), facts)
+
+
 def print_serving(url: str, models: Sequence[str], as_json: bool) -> None:
     if as_json:
         print_json({"url": url, "models": models})

@@ -26,6 +26,8 @@ PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """Of a linear readout's squared weights, for standardized features; cross-validation chooses."""
 FOLDS = 8
 LINEAR = ("words", "state", "mean", "states")  # logistic regression on features
+STATES_OF = {"state": STATES[:1], "mean": STATES[1:], "states": STATES}
+"""The hidden states that are the features of a linear readout."""
 PROTOTYPE_SIZE = 128  # DecT: dimensions of the space of prototypes
 Outputs = Mapping[str, Float32]
 """What `BoundBatch.outputs` returns, of one prompt: label_logits (N, M), readout_state and mean_state (N, H)."""
@@ -119,8 +121,7 @@ def features(name: str, outputs: Outputs, label_words: int) -> list[Float64]:
     """The blocks of features that a linear readout takes, each float64 (…, N, F)."""
     if name == "words":
         return [np.asarray(outputs["label_logits"][..., label_words:], np.float64)]
-    names = {"state": STATES[:1], "mean": STATES[1:], "states": STATES}[name]
-    return [np.asarray(outputs[state], np.float64) for state in names]
+    return [np.asarray(outputs[state], np.float64) for state in STATES_OF[name]]
 
 
 # Fitting -----------------------------------------------------------------------------------------------------

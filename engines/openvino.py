@@ -29,7 +29,7 @@ class OpenVinoEngine(StagedEngine):
     def open(self, stage: str) -> Any:
         """Compile one stage."""
         threads = {"INFERENCE_NUM_THREADS": str(self.threads)} if self.threads else {}
-        config = {"PERFORMANCE_HINT": "LATENCY", **precision_hint(self.bundle.info), **threads}
+        config = {"PERFORMANCE_HINT": "LATENCY", **precision_hint(self.bundle.info.precision), **threads}
         with failing("OpenVINO", f"to load {stage}", RuntimeError, ValueError):
             if self.reader is not None:
                 return self.reader.compile(stage, config).create_infer_request()

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from bbt_accel.bundle import OPENVINO_WEIGHTS, BundleInfo
+from bbt_accel.bundle import OPENVINO_WEIGHTS
 from bbt_accel.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -61,18 +61,21 @@ class StageReader:
             self.pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         self.weights = openvino.Tensor(np.frombuffer(self.pages, np.uint8), shared_memory=True)
 
+    def read(self, stage: str) -> Any:
+        """A stage as OpenVINO's model."""
+        return self.core.read_model((self.folder / f"{stage}.xml").read_text(encoding="utf-8"), self.weights)
+
     def compile(self, stage: str, config: dict[str, str]) -> Any:
         """A stage compiled for the CPU, which has most of its weights in a format of its own."""
-        model = self.core.read_model((self.folder / f"{stage}.xml").read_text(encoding="utf-8"), self.weights)
-        compiled = self.core.compile_model(model, "CPU", config)
+        compiled = self.core.compile_model(self.read(stage), "CPU", config)
         if hasattr(mmap, "MADV_DONTNEED"):  # what was read to compile is read again only where it is used in place
             self.pages.madvise(mmap.MADV_DONTNEED)
         return compiled
 
 
-def precision_hint(info: BundleInfo) -> dict[str, str]:
+def precision_hint(precision: str) -> dict[str, str]:
     """Without a hint, OpenVINO would compute fp32 graphs in bf16 on processors that have it."""
-    return {"INFERENCE_PRECISION_HINT": "bf16" if info.precision == "bf16" else "f32"}
+    return {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
 
 
 def openvino_bf16() -> str:

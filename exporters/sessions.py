@@ -97,7 +97,7 @@ def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
     reader = StageReader(bundle.path)
     threads = _THREADS.get()
     config = {} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)}
-    model = reader.compile(stage, precision_hint(bundle.info) | config)
+    model = reader.compile(stage, precision_hint(bundle.info.precision) | config)
 
     def run(feeds: Feeds, reader: StageReader = reader) -> Feeds:  # the reader lives as long as the model
         found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})

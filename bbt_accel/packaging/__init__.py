@@ -1,0 +1,1 @@
+"""Packages: tuned prompts as self-contained models that other tools load."""

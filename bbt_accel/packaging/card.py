@@ -1,0 +1,124 @@
+"""README.md of a package: the model card. Its front matter is what the hub reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bbt_accel.demo import BACKBONE
+from bbt_accel.inference_protocol import backbone_name
+from bbt_accel.packaging.manifest import PackageInfo
+from bbt_accel.run import RunInfo
+
+TEMPLATE = """---
+{front}
+---
+# {task} with {backbone}
+
+A classifier that bbt-accel {version} made of a frozen language model: its input gets a soft prompt, which was searched
+for with forward passes alone, and a template; a readout turns what the model returns into the logits of the classes.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+{usage}
+
+## What was compared
+{comparison}
+"""
+UNKNOWN = "not stated in the checkpoint's files; see where it is from"
+
+
+def licence_of(backbone: str, revision: str | None) -> str | None:
+    """The licence that a checkpoint's own README.md states, where that is at hand."""
+    file = (BACKBONE if backbone == "demo" else Path(backbone)) / "README.md"
+    if not file.is_file():
+        try:
+            from huggingface_hub import try_to_load_from_cache
+
+            cached = try_to_load_from_cache(backbone, "README.md", revision=revision)
+        except Exception:  # a path is no name on the hub
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    front = re.match(r"---\n(.*?)\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*['\"]?([\w.+-]+)", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
+
+
+def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
+    """The card of a package, in Markdown. usage: a text with the names of `usage_facts` in braces."""
+    licence, name = licence_of(run.bundle.backbone, run.bundle.revision), backbone_name(run.bundle.backbone)
+    front = [f"license: {licence}"] if licence else []
+    front += ["pipeline_tag: text-classification", "tags: [bbt-accel, prompt-tuning]"]
+    if name == run.bundle.backbone and "/" in name:
+        front.append(f"base_model: {name}")
+    facts = card_facts(info, run) | {"licence of the backbone": licence or UNKNOWN}
+    return TEMPLATE.format(
+        front="\n".join(front), task=run.task.name, backbone=name, version=info.versions["bbt-accel"],
+        usage=usage.format(**usage_facts(info, run)),
+        facts="\n".join(f"| {key} | {escaped(str(value))} |" for key, value in facts.items()),
+        comparison=compared(info),
+    )  # fmt: skip
+
+
+def usage_facts(info: PackageInfo, run: RunInfo) -> dict[str, str]:
+    """What the examples of a format's usage name."""
+    pair = len(info.columns) > 1
+    return {
+        "file": info.model,
+        "name": Path(info.model).name,
+        "task": run.task.name,
+        "backbone": run.bundle.backbone,
+        "auto": "AutoModelForSeq2SeqLM" if info.architecture == "encoder-decoder" else "AutoModelForCausalLM",
+        "dtype": "q8" if info.precision == "int8" else "fp32",
+        "hint": "bf16" if info.precision == "bf16" else "f32",
+        "example": '{"text": "one", "text_pair": "another"}' if pair else '"a text"',
+    }
+
+
+def card_facts(info: PackageInfo, run: RunInfo) -> dict[str, object]:
+    """What a reader has to know to trust the result, and to make it again."""
+    b, data = run.bundle, run.data
+    facts: dict[str, object] = {
+        "backbone": backbone_name(b.backbone) + (f", revision {b.revision}" if b.revision else ""),
+        "method": f"{b.method}, {b.prompt_mode}, {run.prompt_shape[-2]} prompt tokens",
+        "precision": f"{info.precision}{' (quantized for this package)' if info.quantized else ''}",
+        "task": f"{run.task.name}; text: {', '.join(info.columns)}",
+        "template": repr(run.task.template(info.template_group)),
+        "label words": "; ".join(", ".join(own) for own in run.task.all_words(info.template_group)),
+        "labels": ", ".join(f"{i} = {label}" for i, label in enumerate(info.labels)),
+        "readout": info.readout,
+        "longest text": f"{info.max_tokens} tokens; more is cut off",
+        "rows": f"{data.train_rows} train, {data.dev_rows} dev; sha256 {data.digest}",
+        "forward passes of the search": f"{run.calls} calls, {run.seconds:.1f} s on {run.engine.name}",
+    }
+    if info.score is not None:
+        s = info.score
+        facts[f"{s.metric} on {s.rows} test rows"] = f"{s.score:.4f}"
+        facts["the same without the prompt"] = f"{s.without_prompt:.4f} (with balanced classes {s.calibrated:.4f})"
+    versions = {"search": run.versions, "package": info.versions}
+    facts |= {f"versions, {what}": ", ".join(f"{n} {v}" for n, v in of.items()) for what, of in versions.items()}
+    facts["sha256 of run.json, bundle.json"] = f"{info.run.digest}, {info.bundle.digest}"
+    return facts | {"command": f"`{info.command}`"}
+
+
+def compared(info: PackageInfo) -> str:
+    """What the comparison with `predict` has shown."""
+    c = info.comparison
+    found = (
+        f"{c.rows} texts (sha256 {c.digest}) went through this package and through bbt-accel's `predict`: the token "
+        f"ids are the same, the scores differ by at most {c.largest_error:.1e}."
+    )
+    if c.labels_differ:
+        found += f" {c.labels_differ} texts have another label, of two with almost the same score."
+    if c.cut_differently:
+        found += f" {c.cut_differently} texts, longer than the model reads, end in other tokens."
+    return f"{found} `bbt-accel package --check` repeats it, and verifies the sha256 of every file in `bbt_accel.json`."
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "\\n")

@@ -1,0 +1,137 @@
+"""A package against `predict`, as a loader runs it: token ids, scores and labels of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from bbt_accel.batch import Float64, Int64
+from bbt_accel.data import Row, load_rows, rows_digest
+from bbt_accel.encoding import Encoder
+from bbt_accel.errors import DataError, PackageError
+from bbt_accel.packaging.classifier import CHECKED, Classifier
+from bbt_accel.packaging.manifest import Comparison
+from bbt_accel.packaging.tokenizer import PAD
+from bbt_accel.run import Run
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 5e-2, "int4": 1e-3}
+"""Largest error of scores, relative to the largest where that exceeds 1. Rounding to 8 and 16 bits amplifies what
+differs in fp32 between two batches."""
+BATCH_SIZE = 64
+LoadedModel = Callable[[dict[str, Int64]], dict[str, np.ndarray]]
+"""A package's model: from its inputs to `logits`, and the values of `CHECKED` by name."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a package makes of rows. ids: of each row, as the backbone reads it. scores: float64 (N, C)."""
+
+    ids: list[list[int]]
+    scores: Float64
+
+
+def available_rows(run: Run, most: int | None) -> tuple[list[Row], list[Row]]:
+    """The run's train rows, and its test rows, at most so many of each, evenly drawn; none where there are no data."""
+    data, found = run.info.data.path, []
+    for split in ("train", "test"):
+        try:
+            rows = load_rows(run.task, split, None if data is None else Path(data))  # type: ignore[arg-type]
+        except DataError:
+            rows = []
+        found.append(rows if most is None or len(rows) <= most else [rows[i * len(rows) // most] for i in range(most)])
+    return found[0], found[1]
+
+
+def edge_rows(encoder: Encoder) -> list[Row]:
+    """Rows at the edges of what a text can be: empty, white space, special tokens, emoji, and longer than a row."""
+    special = " ".join(sorted(filter(None, map(encoder.token_text, encoder.special)))[:16])
+    texts = ["", " \t\n", f"{special} it was", "it was [MASK] </s> <mask> \\n great", "an emoji 👩‍🚀🎉 é, 東京"]
+    long = "it was great, and a little too long. " * (encoder.limit // 4)
+    columns = encoder.task.text
+    rows = [Row(dict.fromkeys(columns, text)) for text in (*texts, long)]
+    if len(columns) > 1:
+        pairs = [("", texts[3]), (texts[4], ""), (long, "short"), ("short", long), (long, ""), ("", long)]
+        rows += [Row(dict(zip(columns, pair, strict=True))) for pair in pairs]
+    return rows
+
+
+def run_package(model: LoadedModel, folder: Path, made: Classifier, rows: Sequence[Row]) -> Found:
+    """As loaders do it: texts or pairs to the tokenizer of the folder, padded ids to the model.
+
+    Raises PackageError where a loader's truncation would change what the backbone reads.
+    """
+    columns, ids, scores = made.encoder.task.text, list[list[int]](), []
+    whole, shortened = open_tokenizer(folder), open_tokenizer(folder)
+    shortened.enable_truncation(made.layout.max_length)
+    for start in range(0, len(rows), BATCH_SIZE):
+        texts = [tuple(row.fields[name] for name in columns) for row in rows[start : start + BATCH_SIZE]]
+        read, outputs = run_texts(model, whole, texts)
+        long = [i for i, row in enumerate(read) if len(row) >= made.layout.longest]
+        if long and run_texts(model, shortened, [texts[i] for i in long])[0] != [read[i] for i in long]:
+            raise PackageError(f"{folder} reads other tokens where a loader truncates; shorten the template")
+        ids += read
+        scores.append(outputs)
+    return Found(ids, np.concatenate(scores))
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(PAD), pad_token=PAD)
+    return tokenizer
+
+
+def run_texts(
+    model: LoadedModel, tokenizer: Tokenizer, texts: Sequence[tuple[str, ...]]
+) -> tuple[list[list[int]], Float64]:
+    """What the backbone reads of each text or pair, and the scores (N, C)."""
+    found = tokenizer.encode_batch([pair if len(pair) > 1 else pair[0] for pair in texts])
+    given = {"input_ids": [e.ids for e in found], "attention_mask": [e.attention_mask for e in found]}
+    outputs = model({name: np.array(value, np.int64) for name, value in given.items()})
+    row_ids, mask = (outputs[name] for name in CHECKED)
+    ids = [row[own > 0].tolist() for row, own in zip(row_ids, mask, strict=True)]
+    return ids, np.asarray(outputs["logits"], np.float64)
+
+
+def encoded(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
+    """Ids of each row as the encoding gives them to the backbone."""
+    ids = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = encoder.encode(rows[start : start + BATCH_SIZE]).graph_inputs(encoder.bundle.info)
+        pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ids += [row[mask > 0].tolist() for row, mask in pairs]
+    return ids
+
+
+def compare(made: Classifier, found: Found, rows: Sequence[Row], wanted: Float64) -> Comparison:
+    """Raises PackageError at the first row with other token ids, scores or another label than `predict` has.
+
+    wanted: its scores (N, C). Of rows that are truncated the last tokens may differ: the encoding tokenizes what is
+    left of a text again, a tokenizer keeps the tokens.
+    """
+    encoder, tolerance = made.encoder, TOLERANCE[made.info.precision]
+    long = [len(ids) > encoder.limit for ids in encoder.ids([encoder.fields(row) for row in rows])]
+    pairs = zip(found.ids, encoded(encoder, rows), strict=True)
+    differ = np.array([own != theirs for own, theirs in pairs], bool)
+    for number, (other, truncated) in enumerate(zip(differ, long, strict=True), 1):
+        if other and not truncated:
+            raise refusal(rows[number - 1], number, "other token ids", "separate the texts in its template by spaces")
+    same = np.flatnonzero(~differ)
+    errors = np.abs(found.scores - wanted)[same] / max(1.0, float(np.abs(wanted).max()))
+    if not (errors <= tolerance).all():  # also for NaN
+        number = int(same[np.argmax(np.nan_to_num(errors.max(1), nan=np.inf))])
+        problem = f"scores that differ by {errors.max():.1e}, more than {tolerance:.0e}"
+        raise refusal(rows[number], number + 1, problem, "export the bundle again")
+    labels = (found.scores.argmax(1) != wanted.argmax(1))[same]
+    return Comparison(
+        rows=len(rows), digest=rows_digest(rows), largest_error=float(errors.max(initial=0.0)),
+        labels_differ=int(labels.sum()), cut_differently=int(differ.sum()),
+    )  # fmt: skip
+
+
+def refusal(row: Row, number: int, problem: str, hint: str) -> PackageError:
+    text = " | ".join(row.fields.values())
+    return PackageError(f"row {number} ({text!r:.80}) has {problem} in the package than in predict; {hint}")

@@ -1,0 +1,145 @@
+"""The formats of packages: what each writes, and how its model is opened for the comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from bbt_accel.data import Row
+from bbt_accel.engine_specs import Precision
+from bbt_accel.exporters.triton import config as triton_config
+from bbt_accel.packaging.adapter import run_peft, write_peft
+from bbt_accel.packaging.classifier import Classifier
+from bbt_accel.packaging.compare import Found, LoadedModel, run_package
+from bbt_accel.packaging.configuration import DTYPES, classifier_config, write_json
+from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
+from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
+from bbt_accel.packaging.tokenizer import configuration
+
+
+@dataclass(frozen=True)
+class Format:
+    """engine: whose bundles it takes (their targets), and that `predict` runs for the comparison.
+
+    write: the files of a package; returns the name of the model's.
+    run: the package as its loaders run it: the model of a folder on rows, with so many threads.
+    usage: how a loader takes the folder, for the card.
+    """
+
+    engine: str
+    targets: tuple[str, ...]
+    write: Callable[[Classifier, list[str], Path], str]
+    run: Callable[[Classifier, Path, str, Sequence[Row], int | None], Found]
+    usage: str
+
+
+def run_with(open_model: Callable[[Path, Precision, int | None], LoadedModel]) -> Any:
+    """`Format.run` of a format whose model takes the ids of the folder's tokenizer."""
+
+    def run(made: Classifier, folder: Path, model: str, rows: Sequence[Row], threads: int | None) -> Found:
+        return run_package(open_model(folder / model, made.info.precision, threads), folder, made, rows)
+
+    return run
+
+
+def write_texts(made: Classifier, labels: list[str], folder: Path, dtype: str = "fp32") -> None:
+    """config.json, tokenizer.json and tokenizer_config.json."""
+    write_json(folder / "config.json", classifier_config(made, labels, dtype))
+    write_json(folder / "tokenizer.json", made.layout.tokenizer)
+    write_json(folder / "tokenizer_config.json", configuration(made.layout.tokenizer, made.layout.max_length))
+
+
+def write_graph(made: Classifier, labels: list[str], folder: Path) -> str:
+    dtype = DTYPES.get(made.info.precision, "fp32")
+    name = {"q8": "onnx/model_quantized.onnx", "fp16": "onnx/model_fp16.onnx"}.get(dtype, "onnx/model.onnx")
+    write_texts(made, labels, folder, dtype)
+    write_onnx(made, folder / name)
+    return name
+
+
+def write_ir(made: Classifier, labels: list[str], folder: Path) -> str:
+    write_texts(made, labels, folder)
+    write_openvino(made, folder / "openvino_model.xml")
+    return "openvino_model.xml"
+
+
+def write_triton(made: Classifier, labels: list[str], folder: Path) -> str:
+    """A model repository with one model of the task's name; the tokenizer, for clients, beside it."""
+    write_texts(made, labels, folder)
+    name = made.encoder.task.name
+    file = folder / name / "1" / "model.onnx"
+    write_onnx(made, file)
+    graph = onnx.load(file, load_external_data=False).graph
+    if len(list(file.parent.iterdir())) > 1:  # Triton takes a model of more than one file as a folder of that name
+        files = file.parent.rename(folder / "files")
+        file.parent.mkdir()
+        file = files.rename(file) / "model.onnx"
+    lines = triton_config(made.bundle, graph, name, "onnxruntime")
+    lines.append(f'parameters {{ key: "labels" value {{ string_value: {json.dumps(json.dumps(labels))} }} }}')
+    (folder / name / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file.relative_to(folder).as_posix()
+
+
+ONNX_USAGE = """With optimum-onnx (`{file}`; texts longer than the model reads are cut off):
+```python
+from optimum.onnxruntime import ORTModelForSequenceClassification
+from transformers import AutoTokenizer, pipeline
+
+model = ORTModelForSequenceClassification.from_pretrained(".", subfolder="onnx", file_name="{name}")
+classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained("."))
+classify({example})
+```
+With transformers.js:
+```js
+import {{ pipeline }} from "@huggingface/transformers";
+const classify = await pipeline("text-classification", ".", {{ dtype: "{dtype}" }});
+await classify("a text");
+```
+With ONNX Runtime alone: inputs `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; output `logits`
+(N, C), whose softmax are the probabilities. The template is in the graph, and the texts of users hold no special
+token."""
+
+OPENVINO_USAGE = """With optimum-intel; the hint keeps OpenVINO from computing in a lower precision than was compared:
+```python
+from optimum.intel import OVModelForSequenceClassification
+from transformers import AutoTokenizer, pipeline
+
+model = OVModelForSequenceClassification.from_pretrained(".", ov_config={{"INFERENCE_PRECISION_HINT": "{hint}"}})
+classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained("."))
+classify({example})
+```
+Inputs are `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; the output is `logits` (N, C), whose
+softmax are the probabilities."""
+
+PEFT_USAGE = """With PEFT, on the same checkpoint:
+```python
+import torch
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+model = PeftModel.from_pretrained({auto}.from_pretrained("{backbone}"), ".")
+tokenizer = AutoTokenizer.from_pretrained("{backbone}")
+```
+The input is the template with the text, tokenized without the special tokens in front of it, which the adapter's first
+vectors stand for. `readout.json` holds the template, the vocabulary ids of the label words, in the order of their
+logits, the class of each, and the bias of the classes, if they have one. Of a decoder the last token's logits are read,
+of an encoder-decoder those at the position that stands for the label word."""
+
+TRITON_USAGE = """Triton Inference Server takes this folder as its model repository:
+```
+tritonserver --model-repository .
+```
+The model `{task}` runs in the onnxruntime backend: inputs `input_ids` and `attention_mask`, int64 (N, S), of
+`tokenizer.json`; output `logits` (N, C), whose softmax are the probabilities. Clients tokenize."""
+
+FORMATS = {
+    "onnx": Format("ort", ("onnx", "ort"), write_graph, run_with(open_onnx), ONNX_USAGE),
+    "openvino": Format("openvino", ("onnx", "openvino"), write_ir, run_with(open_openvino), OPENVINO_USAGE),
+    "peft": Format("ort", ("onnx", "ort"), write_peft, run_peft, PEFT_USAGE),
+    "triton": Format("ort", ("onnx", "ort"), write_triton, run_with(open_onnx), TRITON_USAGE),
+}

@@ -1,0 +1,115 @@
+"""A task's template as constants around the ids of the texts: what the graph of a package puts around its input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from bbt_accel.encoding import Encoder
+from bbt_accel.errors import PackageError
+from bbt_accel.packaging import tokenizer as foreign
+
+PROBES = ("word", "it was great", "7 apples", "a, b")
+"""Texts whose ids are looked for in encoded rows."""
+Pieces = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row is pieces[0], a text, pieces[1], a text, … and the last of the pieces.
+
+    order: which text stands at each place, by its index in the task's columns.
+    pieces: by which texts are empty (False: has text), because white space around an empty text makes other tokens.
+        Next to an empty text's place all ids are in one piece. All have len(order) + 1.
+    limit: most tokens of a row, of which `ahead` are a decoder's begin token, which its graphs read as context.
+    tokenizer: the parsed tokenizer.json of the package.
+    """
+
+    order: tuple[int, ...]
+    pieces: dict[tuple[bool, ...], Pieces]
+    limit: int
+    ahead: int
+    tokenizer: foreign.Spec
+
+    @property
+    def texts(self) -> int:
+        return len(next(iter(self.pieces)))
+
+    def beginning(self, empty: tuple[bool, ...]) -> tuple[int, ...]:
+        """The ids in front of the first text that is not empty."""
+        count = next((j for j, i in enumerate(self.order) if not empty[i]), len(self.order))
+        return tuple(i for piece in self.pieces[empty][: count + 1] for i in piece)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row as the graphs read it."""
+        return self.limit - self.ahead
+
+    @property
+    def room(self) -> int:
+        """Most tokens of all texts of a row together."""
+        return self.limit - sum(map(len, self.pieces[(False,) * self.texts]))
+
+    @property
+    def max_length(self) -> int:
+        """Ids, marks included, beyond which a loader may truncate a text or a pair.
+
+        A loader's rule for pairs differs from the encoding's in one token, so it gets room for two: the graph
+        truncates.
+        """
+        return self.texts * (self.room + 1)
+
+
+def find_layout(encoder: Encoder) -> Layout:
+    """The layout of a task's rows for a bundle.
+
+    Raises PackageError for more than two text columns, which no loader takes, and for a template in which a text has
+    other tokens than alone.
+    """
+    task, path = encoder.task, encoder.bundle.path
+    if len(task.text) > 2:
+        raise PackageError(
+            f"task {task.name} has {len(task.text)} text columns; loaders take a text or a pair of texts"
+        )
+    if set(encoder.columns) != set(task.text):
+        unused = next(name for name in task.text if name not in encoder.columns)
+        raise PackageError(
+            f"the template of task {task.name} does not use the column {unused!r}; remove it from the task"
+        )
+    order = tuple(task.text.index(name) for name in encoder.columns)
+    original = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    patterns = list(product((False, True), repeat=len(task.text)))
+    ahead = encoder.bundle.info.prompt_start if encoder.bundle.info.causal else 0
+    for spec in foreign.variants(original, task.clean):
+        pieces = {empty: found for empty in patterns if (found := find_pieces(encoder, spec, order, empty)) is not None}
+        if len(pieces) == len(patterns):
+            return Layout(order, pieces, encoder.limit, ahead, spec)
+    problem = f"in the template of task {task.name} a text has other tokens than alone, with the tokenizer of {path}"
+    raise PackageError(f"{problem}; separate {{{task.text[0]}}} from what is around it by spaces")
+
+
+def find_pieces(encoder: Encoder, spec: foreign.Spec, order: Sequence[int], empty: tuple[bool, ...]) -> Pieces | None:
+    """The pieces that all probes have in common, of rows in which some texts are empty; None if there are none."""
+    tokenizer, common = foreign.load(spec), None
+    for shift in range(len(PROBES)):
+        texts = ["" if no else PROBES[(i + shift) % len(PROBES)] for i, no in enumerate(empty)]
+        row = encoder.ids([dict(zip(encoder.task.text, texts, strict=True))])[0]
+        own = [tokenizer.encode(texts[i], add_special_tokens=False).ids for i in order]
+        found = set(splits(tuple(row), [tuple(ids) for ids in own]))
+        common = found if common is None else common & found
+    return min(common) if common else None
+
+
+def splits(row: tuple[int, ...], texts: Sequence[tuple[int, ...]]) -> Iterator[Pieces]:
+    """Every way to find the texts in a row in this order: what is around them. An empty one is found where it is."""
+    if not texts:
+        yield (row,)
+        return
+    first, others = texts[0], texts[1:]
+    starts = range(len(row) - len(first) + 1) if first else [0]
+    for start in starts:
+        if row[start : start + len(first)] == first:
+            for behind in splits(row[start + len(first) :], others):
+                yield (row[:start], *behind)

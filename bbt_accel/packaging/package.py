@@ -1,0 +1,178 @@
+"""`package`: a run as a self-contained model that other tools load, compared with `predict` before it gets its name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bbt_accel import __version__
+from bbt_accel.batch import Float64
+from bbt_accel.bundle import Bundle
+from bbt_accel.data import Row, labels
+from bbt_accel.encoding import Encoder
+from bbt_accel.engines.base import Engine
+from bbt_accel.engines.registry import load_engine
+from bbt_accel.errors import PackageError, check_known
+from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.files import new_folder, sha256
+from bbt_accel.inference import class_scores, outputs
+from bbt_accel.objective import Objective
+from bbt_accel.packaging import manifest
+from bbt_accel.packaging.card import model_card
+from bbt_accel.packaging.classifier import Classifier
+from bbt_accel.packaging.compare import available_rows, compare, edge_rows
+from bbt_accel.packaging.formats import FORMATS, Format
+from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, Score, Source
+from bbt_accel.progress import Tell, silent
+from bbt_accel.readout import Readout, batch_calibration
+from bbt_accel.run import INFO as RUN_INFO
+from bbt_accel.run import Run
+from bbt_accel.tasks import load_task, task_names
+
+LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `package` was asked for.
+
+    int8: also where the bundle is in fp32. bundle: another than the run's. max_rows: of each split, to compare.
+    """
+
+    kind: Kind = "onnx"
+    int8: bool = False
+    bundle: Path | None = None
+    max_rows: int | None = None
+    threads: int | None = None
+
+
+def package_run(run_path: str | Path, output: str | Path, options: Options, progress: Tell = silent) -> PackageInfo:
+    """Write a new folder that holds backbone, prompt, template, readout and labels of a run, for other tools.
+
+    Raises PackageError for a run that the format cannot hold, and for one whose package differs from `predict`; what
+    `Run.read`, `Run.open_bundle` and `optimize_bundle` raise.
+    """
+    check_known("--format", options.kind, FORMATS)
+    run, output, form = Run.read(run_path), Path(output), FORMATS[options.kind]
+    with new_folder(output) as folder, packaged_bundle(run, form, options, progress) as (source, bundle):
+        made = classifier_of(run, bundle)
+        progress("composing the graph", 0, 2)
+        names = unique_labels(run)
+        model = form.write(made, names, folder)
+        progress("comparing with predict", 1, 2)
+        comparison, score = compared(run, made, form, folder, model, options)
+        info = PackageInfo(
+            kind=options.kind, model=model, precision=bundle.info.precision, quantized=bundle is not source,
+            run=Source.of(run.path, output, sha256(run.path / RUN_INFO)),
+            bundle=Source.of(source.path, output, source.digest), architecture=bundle.info.architecture,
+            template_group=bundle.info.template_group, labels=names, columns=run.task.text,
+            readout=run.readout.name, max_tokens=made.room, max_rows=options.max_rows, score=score,
+            comparison=comparison, versions=versions(), command=command(run_path, output, options),
+        )  # fmt: skip
+        (folder / "README.md").write_text(model_card(info, run.info, form.usage), encoding="utf-8")
+        return manifest.write_info(folder, info)
+
+
+def check_package(path: str | Path, threads: int | None = None, progress: Tell = silent) -> PackageInfo:
+    """Verify the sha256 of every file of a package, and compare it with `predict` again.
+
+    Returns its info with the new comparison. Raises PackageError for a changed file, a run or bundle that has changed,
+    and a difference; what `Run.read` raises where the run is gone.
+    """
+    folder = Path(path)
+    info = manifest.read_info(folder)
+    form = FORMATS[info.kind]
+    run = Run.read(folder / info.run.path)
+    if sha256(run.path / RUN_INFO) != info.run.digest:
+        raise PackageError(f"{run.path} is not the run that {folder} was made from; package it again")
+    options = Options(info.kind, info.quantized, folder / info.bundle.path, info.max_rows, threads)
+    with packaged_bundle(run, form, options, progress) as (source, bundle):
+        if source.digest != info.bundle.digest:
+            raise PackageError(f"{source.path} is not the bundle that {folder} was made from; package the run again")
+        progress("comparing with predict", 0, 1)
+        comparison, _ = compared(run, classifier_of(run, bundle), form, folder, info.model, options)
+    return info.model_copy(update={"comparison": comparison})
+
+
+def classifier_of(run: Run, bundle: Bundle) -> Classifier:
+    return Classifier(bundle, Encoder(bundle, run.task, run.info.demonstrations), run.prompt, run.readout)
+
+
+def unique_labels(run: Run) -> list[str]:
+    """The first label word of each class, which `predict` prints; loaders need them to differ, as they do."""
+    return list(run.info.label_words)
+
+
+@contextmanager
+def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) -> Iterator[tuple[Bundle, Bundle]]:
+    """The bundle that a package is made from, and that which it holds: the same, or the first in int8.
+
+    Raises PackageError for a bundle that the format does not take.
+    """
+    bundle = run.open_bundle(options.bundle)
+    convert = options.int8 and bundle.info.precision != "int8"
+    wanted = ("onnx",) if convert else form.targets
+    if bundle.info.target not in wanted:
+        why = f"{bundle.path} is optimized for {bundle.info.target} in {bundle.info.precision}"
+        takes = "one as exported" if wanted == ("onnx",) else f"one of {', '.join(wanted)}"
+        raise PackageError(f"{why}; pass {takes} of the same backbone with --bundle")
+    if not convert:
+        yield bundle, bundle
+        return
+    with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
+        known = run.task.name in task_names() and load_task(run.task.name) == run.task
+        data = run.info.data.path
+        yield bundle, optimize_bundle(
+            bundle.path, Path(place) / "int8", precision="int8", target=form.engine, progress=progress,
+            calibrate=run.task.name if known else None, data=Path(data) if known and data else None,
+        )  # fmt: skip
+
+
+def compared(
+    run: Run, made: Classifier, form: Format, folder: Path, model: str, options: Options
+) -> tuple[Comparison, Score | None]:
+    """The package against `predict` on all available rows; and its score on the test rows, if there are any."""
+    train, test = available_rows(run, options.max_rows)
+    rows = [*edge_rows(made.encoder), *train, *test]
+    found = form.run(made, folder, model, rows, options.threads)
+    with load_engine(made.bundle, form.engine, threads=options.threads) as engine:
+        wanted = class_scores(engine, made.encoder, rows, run)
+        comparison = compare(made, found, rows, wanted)
+        return comparison, score_of(run, engine, made.encoder, test, found.scores[len(rows) - len(test) :])
+
+
+def score_of(run: Run, engine: Engine, encoder: Encoder, test: list[Row], scores: Float64) -> Score | None:
+    """The task's metric on the test rows: of the package, and of the same backbone before the search."""
+    if not test:
+        return None
+    plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, test, engine.bundle.start_prompt()))
+    stack = np.stack([scores, plain, plain + batch_calibration(plain)])
+    _, found = Objective("ce", run.task.metric).score(stack, labels(test))
+    of: tuple[float, float, float] = tuple(map(float, found))  # type: ignore[assignment]
+    return Score(metric=run.task.metric, score=of[0], without_prompt=of[1], calibrated=of[2], rows=len(test))
+
+
+def versions() -> dict[str, str]:
+    found = {"bbt-accel": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command(run: str | Path, output: Path, options: Options) -> str:
+    """How to make the same package again."""
+    words = ["bbt-accel", "package", str(run), "-o", str(output)]
+    words += ["--format", options.kind] if options.kind != "onnx" else []
+    words += ["--int8"] if options.int8 else []
+    words += ["--bundle", str(options.bundle)] if options.bundle is not None else []
+    return shlex.join(words)

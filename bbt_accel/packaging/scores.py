@@ -1,0 +1,75 @@
+"""The last part of a package's graph: from what the backbone returns to class scores, by the readout of a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from bbt_accel.bundle import STATES
+from bbt_accel.packaging.builder import Builder
+from bbt_accel.readout import LINEAR, STATES_OF, Readout, one_word_each, reads_states, word_shares
+
+EXACT = "float64"
+"""Readouts are fitted and applied in float64."""
+
+
+def scores_graph(readout: Readout, hidden_size: int, opset: int) -> onnx.ModelProto:
+    """label_logits (1, N, M) and states (1, N, H) → logits (N, C), float32: `Readout.scores`, whose softmax are the
+    probabilities."""
+    g = Builder()
+    words = len(readout.token_ids) + len(readout.classes)
+    inputs = {"label_logits": ("float32", (1, "batch_size", words))}
+    if reads_states(readout.name):
+        inputs |= dict.fromkeys(STATES, ("float32", (1, "batch_size", hidden_size)))
+    given = {name: g.cast(g.op("Squeeze", name, g.constant([0])), EXACT) for name in inputs}
+    if readout.name in LINEAR:
+        found = linear(g, readout, given)
+    elif readout.name == "prototype":
+        found = prototypes(g, readout, given)
+    else:
+        found = class_logits(g, readout, given["label_logits"])
+        if readout.name == "calibrated":
+            found = g.op("Add", found, g.constant(readout.arrays["bias"], EXACT))
+    g.op("Cast", found, to=onnx.TensorProto.FLOAT, name="logits")
+    classes = int(readout.classes.max()) + 1
+    return g.model("scores", inputs, {"logits": ("float32", ("batch_size", classes))}, opset)
+
+
+def class_logits(g: Builder, readout: Readout, label_logits: str) -> str:
+    """(N, M or more) → (N, C): the mean over the words of each class."""
+    words = columns(g, label_logits, 0, len(readout.classes))
+    if one_word_each(readout.classes):
+        return words
+    return g.op("MatMul", words, g.constant(word_shares(readout.classes), EXACT))
+
+
+def columns(g: Builder, value: str, begin: int, end: int) -> str:
+    return g.op("Slice", value, g.constant([begin]), g.constant([end]), g.constant([1]))
+
+
+def linear(g: Builder, readout: Readout, given: dict[str, str]) -> str:
+    """Features times weight, plus bias."""
+    if readout.name == "words":
+        words = len(readout.classes)
+        features = columns(g, given["label_logits"], words, words + len(readout.token_ids))
+    else:
+        names = STATES_OF[readout.name]
+        features = given[names[0]] if len(names) == 1 else g.op("Concat", *(given[n] for n in names), axis=1)
+    weight, bias = (g.constant(readout.arrays[name], EXACT) for name in ("weight", "bias"))
+    return g.op("Add", g.op("MatMul", features, weight), bias)
+
+
+def prototypes(g: Builder, readout: Readout, given: dict[str, str]) -> str:
+    """−‖norm(W h) − z_k‖ + r_k + λ L_k, as `readout.prototype_scores`."""
+    a = {name: g.constant(value, EXACT) for name, value in readout.arrays.items()}
+    h = g.op("MatMul", given[STATES[0]], a["weight"])
+    length = g.op("Max", norm(g, h, -1, keepdims=1), g.constant(np.array(1e-12), EXACT))
+    h = g.op("Unsqueeze", g.op("Div", h, length), g.constant([1]))
+    distance = norm(g, g.op("Sub", h, a["prototypes"]), -1, keepdims=0)
+    logits = g.op("Add", class_logits(g, readout, given["label_logits"]), a["bias"])
+    return g.op("Add", g.op("Sub", a["radius"], distance), g.op("Mul", a["share"], logits))
+
+
+def norm(g: Builder, x: str, axis: int, keepdims: int) -> str:
+    squares = g.op("ReduceSum", g.op("Mul", x, x), g.constant([axis]), keepdims=keepdims)
+    return g.op("Sqrt", squares)
