@@ -25,7 +25,10 @@ BIAS_PENALTY = 0.05
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """Of a linear readout's squared weights, for standardized features; cross-validation chooses."""
 FOLDS = 8
-LINEAR = ("words", "state", "mean", "states")  # logistic regression on features
+REGRESSIONS = ("words", "state", "mean", "states")  # logistic regressions on features
+LINEAR = ("found", *REGRESSIONS)  # features times a weight, plus a bias
+OF_WORDS = ("found", "words")  # whose features are the logits of further words
+FOUND_WORDS = 8  # label words of a class that `found` takes
 STATES_OF = {"state": STATES[:1], "mean": STATES[1:], "states": STATES}
 """The hidden states that are the features of a linear readout."""
 PROTOTYPE_SIZE = 128  # DecT: dimensions of the space of prototypes
@@ -89,7 +92,7 @@ class Readout:
 
 def reads_states(name: ReadoutName) -> bool:
     """Whether a readout needs hidden states besides label logits."""
-    return name not in ("verbalizer", "calibrated", "words")
+    return name not in ("verbalizer", "calibrated", *OF_WORDS)
 
 
 def batch_calibration(logits: Float64) -> Float64:
@@ -119,7 +122,7 @@ def one_word_each(classes: Int64) -> bool:
 
 def features(name: str, outputs: Outputs, label_words: int) -> list[Float64]:
     """The blocks of features that a linear readout takes, each float64 (…, N, F)."""
-    if name == "words":
+    if name in OF_WORDS:
         return [np.asarray(outputs["label_logits"][..., label_words:], np.float64)]
     return [np.asarray(outputs[state], np.float64) for state in STATES_OF[name]]
 
@@ -156,9 +159,12 @@ def fit(name: ReadoutName, rows: LabelledRows) -> Readout:
         elif name == "prototype":
             state = np.asarray(rows.outputs["readout_state"], np.float64)
             arrays = fit_prototypes(state, logits, rows.targets, rows.seed)
+        elif name == "found":
+            (words,) = features(name, rows.outputs, len(rows.classes))
+            arrays = fit_found(words, rows.targets)
         elif name != "verbalizer":
             arrays = fit_linear(features(name, rows.outputs, len(rows.classes)), rows.targets, rows.seed)[0]
-    return Readout(name, rows.classes, rows.token_ids if name == "words" else rows.token_ids[:0], arrays)
+    return Readout(name, rows.classes, rows.token_ids if name in OF_WORDS else rows.token_ids[:0], arrays)
 
 
 def held_out(name: ReadoutName, rows: LabelledRows) -> Float64:
@@ -166,7 +172,7 @@ def held_out(name: ReadoutName, rows: LabelledRows) -> Float64:
 
     A linear readout's penalty is chosen by the same scores.
     """
-    if name in LINEAR:
+    if name in REGRESSIONS:
         with one_blas_thread():
             return fit_linear(features(name, rows.outputs, len(rows.classes)), rows.targets, rows.seed)[1]
     return held_out_scores(
@@ -200,6 +206,21 @@ def fit_bias(logits: Float64, targets: Int64) -> tuple[Float64, float]:
         if np.abs(step).max() < 1e-10:
             break
     return start + bias, value
+
+
+def fit_found(words: Float64, targets: Int64) -> dict[str, Float64]:
+    """Label words found on the rows: for each class the `FOUND_WORDS` with the highest mean log-probability in its
+    rows, compared with that in all rows, as in BBT-RGB (Sun et al., 2023); and a class bias.
+
+    words: logits (N, F). A class's score is the mean logit of its words: weight (F, C) and bias (C,).
+    """
+    likely = log_softmax(words)
+    gain = np.stack([likely[targets == c].mean(0) for c in range(targets.max() + 1)], axis=1) - likely.mean(0)[:, None]
+    weight = np.zeros_like(gain)
+    count = min(FOUND_WORDS, len(gain))
+    for c, best in enumerate(np.argsort(-gain, axis=0, kind="stable")[:count].T):
+        weight[best, c] = 1 / count
+    return {"weight": weight, "bias": fit_bias(words @ weight, targets)[0]}
 
 
 def fit_linear(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[dict[str, Float64], Float64]:

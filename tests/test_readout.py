@@ -111,6 +111,18 @@ def test_weights_are_for_the_features_as_they_are(classes: int) -> None:
     np.testing.assert_allclose(log_softmax(same), log_softmax(other), atol=1e-2)
 
 
+def test_the_words_that_are_found_are_those_that_tell_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bbt_accel.readout.FOUND_WORDS", 2)
+    rng, targets = np.random.default_rng(0), np.arange(60) % 2
+    words = rng.standard_normal((60, 30)) + 5 * rng.standard_normal(30)  # some are likely everywhere
+    words[:, [3, 17]] += 3 * (targets == 0)[:, None]
+    words[:, [8, 9]] += 3 * (targets == 1)[:, None]
+    outputs = {"label_logits": np.hstack([np.zeros((60, 2)), words]).astype(np.float32)}
+    found = fit("found", LabelledRows(outputs, targets, np.arange(2), np.arange(30), seed=0))
+    assert [np.flatnonzero(column).tolist() for column in found.arrays["weight"].T] == [[3, 17], [8, 9]]
+    assert (found.scores(outputs).argmax(1) == targets).mean() > 0.9
+
+
 def test_a_class_with_several_words_has_the_mean_of_their_logits() -> None:
     logits = np.array([[1.0, 3.0, 5.0, 9.0]])
     np.testing.assert_array_equal(class_logits(logits, np.array([0, 0, 1])), [[2.0, 5.0]])

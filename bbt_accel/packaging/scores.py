@@ -7,7 +7,7 @@ import onnx
 
 from bbt_accel.bundle import STATES
 from bbt_accel.packaging.builder import Builder
-from bbt_accel.readout import LINEAR, STATES_OF, Readout, one_word_each, reads_states, word_shares
+from bbt_accel.readout import LINEAR, OF_WORDS, STATES_OF, Readout, one_word_each, reads_states, word_shares
 
 EXACT = "float64"
 """Readouts are fitted and applied in float64."""
@@ -49,7 +49,7 @@ def columns(g: Builder, value: str, begin: int, end: int) -> str:
 
 def linear(g: Builder, readout: Readout, given: dict[str, str]) -> str:
     """Features times weight, plus bias."""
-    if readout.name == "words":
+    if readout.name in OF_WORDS:
         words = len(readout.classes)
         features = columns(g, given["label_logits"], words, words + len(readout.token_ids))
     else:
