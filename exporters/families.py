@@ -22,6 +22,7 @@ from bbt_accel.exporters.checkpoint import check_config, check_shards
 from bbt_accel.exporters.distilbert import DISTILBERT
 from bbt_accel.exporters.family import FamilySpec
 from bbt_accel.exporters.gpt2 import GPT2
+from bbt_accel.exporters.gpt_neox import GPT_NEOX
 from bbt_accel.exporters.llama import EUROBERT, GEMMA3, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from bbt_accel.exporters.modernbert import MODERNBERT
 from bbt_accel.exporters.mpnet import MPNET
@@ -30,7 +31,7 @@ from bbt_accel.machine import installed
 
 FAMILIES = (
     ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ALBERT, MPNET, ELECTRA, MODERNBERT, EUROBERT, BART, T5, MT5,
-    GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3, GEMMA3,
+    GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3, GEMMA3,
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A bundle's precision → the dtype of its checkpoint."""

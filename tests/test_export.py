@@ -183,6 +183,12 @@ def test_the_stages_of_a_bbtv2_bundle_fit_together(tiny: Export) -> None:
     assert outputs == {"label_logits", "readout_state", "mean_state"}
 
 
+def test_gpt_neox_with_the_feed_forward_behind_the_attention(exported: Export, tmp_path: Path) -> None:
+    """The export compares it with transformers' own forward; Pythia has both side by side."""
+    backbone = save_backbone("gpt_neox", tmp_path / "serial", use_parallel_residual=False)
+    assert exported(backbone, "bbt", "cat", 3).info.max_error < 1e-5
+
+
 def test_progress_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "validated", lambda folder: 0.0)
     told: list[str] = []

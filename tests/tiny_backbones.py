@@ -74,6 +74,11 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "eurobert": ("roberta", "EuroBertForMaskedLM", {**_LLAMA, "mask_token_id": 4}),
     "mt5": ("t5", "MT5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "gpt_neox": (
+        "gpt2", "GPTNeoXForCausalLM",
+        {**_BERT, "num_attention_heads": 2, "bos_token_id": 2, "eos_token_id": 2,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    ),
     "llama": ("llama", "LlamaForCausalLM", _LLAMA),
     "mistral": ("llama", "MistralForCausalLM", {**_LLAMA, "num_key_value_heads": 1}),
     "qwen2": ("gpt2", "Qwen2ForCausalLM", {**_LLAMA, "num_key_value_heads": 4}),
