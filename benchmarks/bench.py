@@ -21,7 +21,7 @@ from bbt_accel.benchmarks.steps import SEED, Bundles, LoadArguments
 from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.data import Row, choose_demonstrations
 from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs
+from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs, kind_of
 from bbt_accel.errors import BbtError, EngineError, check_known
 from bbt_accel.machine import describe_machine, physical_cores
 from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
@@ -30,9 +30,10 @@ from bbt_accel.readout import class_logits
 from bbt_accel.settings import PRESETS, resolve
 from bbt_accel.tasks import load_task
 
-BASELINES = ("eager", "eager-readout", "compiled")  # PyTorch as one would use it without bbt-accel, the plainest first
+BASELINES = ("eager", "eager-tf32", "eager-readout", "compiled")
+"""PyTorch as one would use it without bbt-accel, the plainest first; TF32 is for GPUs."""
 COMPILERS = ("c++", "g++", "clang++")  # one of these must be there for torch.compile
-COUNTED = ("eager", "eager-readout", "torch")  # engines whose operations PyTorch counts
+COUNTED = ("eager", "eager-tf32", "eager-readout", "torch")  # engines whose operations PyTorch counts
 
 
 def run_bench(options: BenchOptions, output: str | Path, progress: bool = True) -> BenchReport:
@@ -124,6 +125,7 @@ class Benchmark:
         measured = self.measure(row)
         row.calls_ms, row.flops = measured["ms"], measured["flops"]
         row.peak_mib, row.versions = measured["peak_mib"], measured["versions"]
+        row.graph_share, row.call_overhead = measured["graph_share"], measured["call_overhead"]
         row.bundle_mib = Bundle.read(self.engine(row)["bundle"], verify=False).size / 2**20
 
     def time_again(self) -> None:
@@ -213,7 +215,8 @@ class Benchmark:
 
 def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Measurement], list[str]]:
     """The rows of a benchmark in their order, and notes on what this machine leaves out by default."""
-    bf16 = options.device == "cuda" or "bf16" in describe_machine()["features"]
+    gpu = kind_of(options.device) == "cuda"
+    bf16 = gpu or "bf16" in describe_machine()["features"]
     compiles = any(map(shutil.which, COMPILERS))
     notes = []
     if not bf16:
@@ -221,11 +224,12 @@ def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Mea
         notes.append(f"no bf16 baselines: this processor has neither AVX512_BF16 nor AMX{wish}")
     if not compiles:
         notes.append(f"no torch.compile: there is no C++ compiler ({', '.join(COMPILERS)})")
+    lower = [*(["fp16"] if gpu else []), *(["bf16"] if bf16 else [])]
     baselines = [
         Measurement(engine=name, precision=precision, baseline=True)
         for name in BASELINES
-        for precision in ("fp32", *(["bf16"] if bf16 else []))
-        if compiles or name != "compiled"
+        for precision in ("fp32", *(lower if name != "eager-tf32" else []))
+        if (compiles or name != "compiled") and (gpu or name != "eager-tf32")
     ]
     return [*baselines, *_engine_rows(options, info, bf16)], notes
 
@@ -251,7 +255,7 @@ def _row(spec: EngineSpec, precision: str, off: list[str], options: BenchOptions
     row = Measurement(engine=spec.name, precision=precision, without=off)
     if precision not in spec.precisions:
         row.status, row.reason = "failed", f"{spec.name} runs in {', '.join(spec.precisions)}"
-    elif options.device not in spec.backends:
+    elif kind_of(options.device) not in spec.backends:
         other = " or ".join(f"--device {name}" for name in spec.backends)
         row.status, row.reason = "failed", f"{spec.name} needs {other}, for the baselines too"
     return row

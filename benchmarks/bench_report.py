@@ -55,6 +55,10 @@ class Measurement(Outcome, Timed):
     fp32_share: float | None = None
     """Operations of the original's forward × candidates/s over the fp32 rate; beyond 100 % where redundant computation
     is avoided or the precision is lower."""
+    graph_share: float | None = None
+    """Of the timed calls of the device, the share that were launched as CUDA graphs."""
+    call_overhead: float | None = None
+    """On a GPU, what a call costs beyond its tokens, as a number of tokens; from a population of half the size."""
     peak_mib: float | None = Field(default=None, description="Largest resident memory of the row's process, MiB.")
     max_error: float | None = None
     """Largest difference of a test row's label logits from eager fp32, relative to the largest logit where that is

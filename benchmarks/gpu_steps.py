@@ -1,32 +1,101 @@
-"""What the processes of the GPU check do: compare an engine with eager PyTorch on the CPU, and with recorded traces."""
+"""What the processes of the GPU check do: compare an engine with eager PyTorch on the CPU, with recorded traces, and on
+the rows that are timed with eager fp32."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from bbt_accel.batch import Batch, Float32
-from bbt_accel.benchmarks.steps import LoadArguments, random_prompts
+from bbt_accel.batch import Batch, Float32, Int64
+from bbt_accel.benchmarks.gpu_report import worst
+from bbt_accel.benchmarks.steps import LoadArguments, fixed_generation, load_batch, random_prompts
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.exporters.validate import sample_rows, scaled_error
-from bbt_accel.objective import Objective
+from bbt_accel.engines.staged import StagedBoundBatch
+from bbt_accel.exporters.validate import relative_rmse, sample_rows, scaled_error
+from bbt_accel.objective import Objective, batch_statistics
 from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection
 from bbt_accel.settings import Loss
 
 DIM = 20  # dimension of the space that prompts are projected from
 LOSSES: tuple[Loss, ...] = ("ce", "hinge")
+PASSES = 5  # after the enqueued one: a call is captured when it comes the second or third time, then launched
 SHAPES = ((8, 40, 5), (5, 12, 3), (1, 8, 1))  # rows, words of the longest row, and candidates of the compared batches
 
 
 def validation_error(reference: str, engine: LoadArguments) -> float:
-    """Largest error of an engine compared with eager PyTorch on the CPU, which runs the exported bundle `reference`."""
+    """Largest error of an engine compared with eager PyTorch on the CPU, which runs the exported bundle `reference`.
+
+    That of logits is their noise relative to the spread between labels; that of losses is relative to the largest.
+    """
     with load_engine(reference, "eager") as eager, load_engine(**engine) as loaded:
         pairs = zip(outputs(loaded, 3), outputs(eager, 1), strict=True)
-        return float(np.max([scaled_error(found, wanted) for found, wanted in pairs]))
+        return worst(error_of(found, wanted) for found, wanted in pairs)
+
+
+def error_of(found: Float32, wanted: Float32) -> float:
+    """Of label logits (P, N, C), or of losses."""
+    return relative_rmse(found, wanted) if wanted.ndim == 3 else scaled_error(found, wanted)
+
+
+def save_reference(engine: LoadArguments, batch: str, popsize: int, output: str) -> None:
+    """Write the label logits (L or 1, P, N, C) of fixed candidates, by an engine that is right."""
+    with load_engine(**engine) as loaded, loaded.bind(load_batch(batch)) as bound:
+        np.save(output, [bound.label_logits(population) for population in fixed_generation(bound, popsize)])
+
+
+def timed_errors(engine: LoadArguments, batch: str, popsize: int, reference: str) -> list[dict[str, Any]]:
+    """How far an engine is from the reference, for every bucket of the rows that are timed, however its calls ran.
+
+    Returns for each bucket its `shape`, the `noise` of its logits by how the calls ran, whether they `launch` CUDA
+    graphs, and whether launched and enqueued calls are `identical`; last the batch statistics against the logits.
+    """
+    wanted = np.load(reference)
+    with load_engine(**engine) as loaded, loaded.bind(load_batch(batch)) as bound:
+        populations = fixed_generation(bound, popsize)
+        found, launches = passes(loaded, lambda: np.stack([bound.label_logits(p) for p in populations]))
+        sums, _ = passes(loaded, lambda: np.stack([bound.statistics(p) for p in populations]))
+        whole = np.arange(len(bound.batch))
+        buckets = [(b.rows, b.length) for b in bound.buckets] if isinstance(bound, StagedBoundBatch) else []
+        errors: list[dict[str, Any]] = []
+        for rows, length in buckets or [(whole, bound.batch.input_ids.shape[1])]:
+            noise = {way: worst(map(relative_rmse, x[:, :, rows], wanted[:, :, rows])) for way, x in found.items()}
+            facts = {"launches": launches, "identical": identical(found, rows)}
+            errors.append({"shape": f"{popsize} × {len(rows)} × {length}", "noise": noise, **facts})
+        expected = [batch_statistics(logits, bound.batch.targets) for logits in found["enqueued"]]
+        noise = {way: scaled_error(x.astype(np.float32), np.stack(expected)) for way, x in sums.items()}
+    same = None if "launched" not in sums else np.array_equal(sums["launched"], sums["enqueued"])
+    return [*errors, {"shape": "batch statistics", "noise": noise, "launches": launches, "identical": same}]
+
+
+def passes(engine: Engine, compute: Callable[[], Any]) -> tuple[dict[str, Any], bool]:
+    """The results of the same calls by how they ran: enqueued, captured, launched; and whether CUDA graphs are used.
+
+    A pass counts as launched only if all of its calls were.
+    """
+    capturing, engine.capturing = engine.capturing, False
+    found = {"enqueued": compute()}
+    engine.capturing = capturing
+    for _ in range(PASSES if capturing else 0):
+        before = engine.counts()
+        result = compute()
+        done = {name: value - before[name] for name, value in engine.counts().items()}
+        if done["launched"] == done["calls"] > 0:
+            found["launched"] = result
+        elif done["captured"]:
+            found["captured"] = result
+    return found, capturing
+
+
+def identical(found: dict[str, Any], rows: Int64) -> bool | None:
+    """Whether launched CUDA graphs gave the same bits for these rows; None where none was launched."""
+    if "launched" not in found:
+        return None
+    return np.array_equal(found["launched"][:, :, rows], found["enqueued"][:, :, rows])
 
 
 def outputs(engine: Engine, calls: int) -> list[Float32]:
@@ -72,7 +141,7 @@ def trace_error(reference: str, engine: LoadArguments) -> float:
         population = Population(latent, 0, np.zeros(info.prompt_shape, np.float32)) if deep else Population(latent)
         with loaded.bind(batch) as bound:
             found, _ = Objective("ce").from_statistics(bound.statistics(population), batch.targets)
-    return float(np.abs(found - arrays["fitness"][0]).max())
+    return worst(np.abs(found - arrays["fitness"][0]))
 
 
 def traced_batch(arrays: dict[str, Any], info: BundleInfo) -> Batch:

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from bbt_accel import processes
-from bbt_accel.batch import Batch, Float32
+from bbt_accel.batch import Batch, Float32, Float64
+from bbt_accel.benchmarks.gpu_state import read_under_load
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.data import Row, few_shot, load_rows
-from bbt_accel.engine_specs import EngineSpec
+from bbt_accel.engine_specs import EngineSpec, index_of, kind_of
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.registry import load_engine
+from bbt_accel.engines.staged import StagedBoundBatch
 from bbt_accel.errors import DataError, first_line
 from bbt_accel.optimizations import in_graph
+from bbt_accel.population import Population
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import Task
 from bbt_accel.tuning.methods import PromptSpace
@@ -46,15 +50,38 @@ def optimize(data: str | None = None, **arguments: Any) -> None:
 
 def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops: bool = False) -> dict[str, Any]:
     """Time generations of candidates, after some to warm up. flops: count the operations of a candidate too."""
+    warm_up = WARM_UP[kind_of(engine["device"])]
     with load_engine(**engine) as loaded, loaded.bind(load_batch(batch)) as bound:
         evaluate = generation(bound, popsize)
-        milliseconds(evaluate, WARM_UP[engine["device"]])
+        milliseconds(evaluate, warm_up)
+        before = loaded.counts()
+        ms = milliseconds(evaluate, repeats)
+        done = {name: value - before[name] for name, value in loaded.counts().items()}
         return {
-            "ms": milliseconds(evaluate, repeats),
+            "ms": ms,
             "peak_mib": peak_mib(),
             "versions": loaded.versions(),
             "flops": count_flops(evaluate) if flops else None,
+            "graph_share": done["launched"] / done["calls"] if done and loaded.capturing else None,
+            "call_overhead": call_overhead(bound, popsize, ms, warm_up),
         }
+
+
+def call_overhead(bound: BoundBatch, popsize: int, ms: list[float], warm_up: int) -> float | None:
+    """What a call costs beyond its tokens, as a number of tokens: from a population of half the size.
+
+    t = calls · (overhead + tokens) · slope, for both. None for an engine whose calls cost nothing extra, and where the
+    smaller population takes as long.
+    """
+    if not (isinstance(bound, StagedBoundBatch) and bound.engine.call_overhead and popsize > 1):
+        return None
+    half = popsize // 2
+    evaluate = generation(bound, half)
+    milliseconds(evaluate, warm_up)
+    whole_ms, half_ms = popsize * median(ms), half * median(milliseconds(evaluate, len(ms)))
+    tokens = sum(len(bucket.rows) * bucket.length for bucket in bound.buckets)
+    slope = (whole_ms - half_ms) / (tokens * (popsize - half))
+    return (whole_ms / slope - popsize * tokens) / len(bound.buckets) if slope > 0 else None
 
 
 def compare(engine: LoadArguments, batch: str, prompt: str) -> list[list[float]]:
@@ -145,22 +172,38 @@ def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
     return np.asarray(prompts * np.float32(info.word_embedding_std), np.float32)
 
 
-def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
-    """What a search asks of an engine between two steps of CMA-ES, from z to the statistics; returns the candidates."""
+def search_space(bound: BoundBatch, popsize: int) -> tuple[PromptSpace, Float64]:
+    """The space of a search, the same in every process, and candidates for each of its layers, (L or 1, P, d)."""
     info, settings = bound.bundle.info, resolve()
     deep = info.method == "bbtv2"
-    layers = info.n_layers if deep else 1  # a generation for every layer, which then keeps its first candidate
+    layers = info.n_layers if deep else 1
     space = PromptSpace(bound.bundle, settings, np.full(layers, info.word_embedding_std, np.float32) if deep else None)
-    Z = np.random.default_rng(0).standard_normal((layers, popsize, settings.intrinsic_dim))
+    return space, np.random.default_rng(0).standard_normal((layers, popsize, settings.intrinsic_dim))
+
+
+def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
+    """What a search asks of an engine between two steps of CMA-ES, from z to the statistics; returns the candidates.
+
+    For bbtv2 a generation of every layer, which then keeps its first candidate.
+    """
+    space, Z = search_space(bound, popsize)
 
     def evaluate() -> int:
         for layer, z in enumerate(Z):
             bound.statistics(space.population(layer, z))
-            if deep:
+            if space.stack.size:
                 space.stack[layer] = space.prompt(layer, z[0])
-        return layers * popsize
+        return len(Z) * popsize
 
     return evaluate
+
+
+def fixed_generation(bound: BoundBatch, popsize: int) -> list[Population]:
+    """The populations of such a generation of every layer, none of which depends on another."""
+    space, Z = search_space(bound, popsize)
+    if space.stack.size:
+        space.stack[:] = [space.prompt(layer, z[0]) for layer, z in enumerate(Z)]
+    return [space.population(layer, z) for layer, z in enumerate(Z)]
 
 
 def milliseconds(evaluate: Callable[[], int], repeats: int) -> list[float]:
@@ -206,21 +249,40 @@ def matrix_rates(device: str, threads: int) -> dict[str, Any]:
 
     rates: 10⁹ operations/s of each product, by precision and library, and on a GPU 10⁹ bytes/s read and written by a
     copy. fp32_rate, fp32_rate_by: the best in fp32, and its library. unavailable: what is missing or failed, and why.
+    gpu, on a GPU: its state meanwhile.
     """
-    n, rates, unavailable = SIZE[device], {}, {}
-    for name, prepare in PRODUCTS[device].items():
+    kind = kind_of(device)
+    n, rates, unavailable, more = SIZE[kind], {}, {}, {}
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.set_device(index_of(device))
+    for name, prepare in PRODUCTS[kind].items():
         try:
             rates[name] = 2 * n**3 / median_seconds(prepare(n, threads), threads) / 1e9
         except Exception as error:  # whatever is missing or unsupported: no row depends on it
             unavailable[name] = f"{type(error).__name__}: {first_line(error):.100}"
-    if device == "cuda":
-        import torch
-
+    if kind == "cuda":
         block = torch.ones(2**30, dtype=torch.uint8, device="cuda")
         rates["copy, bytes"] = 2 * block.numel() / median_seconds(block.clone, threads) / 1e9
+        more["gpu"] = gpu_under_load(index_of(device))
     best = max((name for name in rates if name.startswith("fp32")), key=rates.__getitem__)
     by = best.removeprefix("fp32 ")
-    return {"fp32_rate": rates[best], "fp32_rate_by": by, "rates": rates, "unavailable": unavailable}
+    return {"fp32_rate": rates[best], "fp32_rate_by": by, "rates": rates, "unavailable": unavailable, **more}
+
+
+def gpu_under_load(index: int) -> dict[str, Any] | None:
+    """The fields of `GpuState` while fp16 matrices multiply."""
+    import torch
+
+    multiply = _torch(SIZE["cuda"], "cuda", half=True)
+
+    def call() -> None:
+        multiply()
+        torch.cuda.synchronize()  # or products would queue up
+
+    state = read_under_load(call, index)
+    return None if state is None else state.model_dump()
 
 
 def median_seconds(call: Callable[[], object], threads: int) -> float:
@@ -230,10 +292,11 @@ def median_seconds(call: Callable[[], object], threads: int) -> float:
     return Timer("call()", globals={"call": call}, num_threads=threads).blocked_autorange(min_run_time=SECONDS).median
 
 
-def _torch(n: int, device: str = "cpu", half: bool = False) -> Multiply:
-    """torch.mm: MKL in PyTorch's builds for x86, cuBLAS on a GPU."""
+def _torch(n: int, device: str = "cpu", half: bool = False, tf32: bool = False) -> Multiply:
+    """torch.mm: MKL in PyTorch's builds for x86, cuBLAS on a GPU, whose fp32 is TF32 only where that is asked for."""
     import torch
 
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     a = torch.rand(n, n, device=device, dtype=torch.float16 if half else torch.float32)
     return lambda: torch.mm(a, a)
 
@@ -289,6 +352,7 @@ PRODUCTS: dict[str, dict[str, Callable[[int, int], Multiply]]] = {
     },
     "cuda": {
         "fp32 PyTorch": lambda n, threads: _torch(n, "cuda"),
+        "TF32 PyTorch": lambda n, threads: _torch(n, "cuda", tf32=True),
         "fp16 PyTorch": lambda n, threads: _torch(n, "cuda", half=True),
     },
 }

@@ -14,9 +14,10 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from bbt_accel import processes
-from bbt_accel.benchmarks import gpu_check
+from bbt_accel.benchmarks import gpu_check, gpu_state
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores
-from bbt_accel.benchmarks.gpu_check import EngineCheck, GpuReport
+from bbt_accel.benchmarks.gpu_report import EngineCheck, GpuReport, TimedCheck, worst
+from bbt_accel.benchmarks.gpu_state import GpuState
 from bbt_accel.benchmarks.gpu_steps import validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
@@ -28,11 +29,13 @@ def tuned(seconds: float) -> TuningScores:
     return TuningScores(seeds=[42], budget=8000, scores=[0.5], mean=0.5, std=None, seconds=seconds)
 
 
-def speed(task: str = "sst2", asked: dict[str, Any] | None = None, **changes: Any) -> BenchReport:
+def speed(
+    task: str = "sst2", asked: dict[str, Any] | None = None, rates: dict[str, float] | None = None, **changes: Any
+) -> BenchReport:
     """A benchmark that meets every target; `changes` are to the row of TensorRT in fp16."""
     options = {"backbone": "work/roberta-large", "task": task, "n_prompt_tokens": 50, "popsize": 20, "budget": 8000}
     goal = {"ms_median": 3.0, "candidates_per_second": 333.0, "speedup": 20.0, "tuned": tuned(28.0)}
-    rates = {"fp16 PyTorch": 600e3}
+    measured = {"fp16 PyTorch": 600e3, "copy, bytes": 2800.0} | (rates or {})
     rows = [
         Measurement(engine="eager", precision="fp32", baseline=True, ms_median=60, speedup=1, flops=3 * 10**12),
         Measurement(engine="torch", precision="fp16", ms_median=6, speedup=10, flops=15 * 10**11),
@@ -40,7 +43,7 @@ def speed(task: str = "sst2", asked: dict[str, Any] | None = None, **changes: An
     ]
     return BenchReport(
         command="c", options=bench_options(**options | (asked or {})), task=task, metric="accuracy",
-        machine={**describe_machine(), "fp32_rate": 1, "fp32_rate_by": "x", "rates": rates, "unavailable": {}},
+        machine={**describe_machine(), "fp32_rate": 1, "fp32_rate_by": "x", "rates": measured, "unavailable": {}},
         n_rows=32, length=80, padding=0.1, n_test_rows=8, drift=None, fastest_baseline="eager fp32", rows=rows,
         notes=[],
     )  # fmt: skip
@@ -50,8 +53,20 @@ def report(**changes: Any) -> GpuReport:
     facts = {
         "command": "python -m x", "options": {"backbone": "roberta-large", "device": "cuda"},
         "rows": [EngineCheck(case="t5 bbt add", engine="trt fp16", error=1e-3)], "benchmarks": [speed()],
+        "expected": [("t5 bbt add", "trt fp16")], "gpu": GpuState(name="NVIDIA H100 80GB HBM3", others=0),
+        "timed": [timed(engine="torch fp16", launches=False), timed()],
     }  # fmt: skip
     return GpuReport(**{**facts, **changes})
+
+
+def timed(**changes: Any) -> TimedCheck:
+    """A bucket whose numbers are right, as a launched CUDA graph as well."""
+    facts = {"case": "bbt, 20 × 16 × 80", "engine": "trt fp16", "error": 2e-3, "launches": True, "identical": True}
+    return TimedCheck(**{**facts, "noise": {"enqueued": 2e-3, "captured": 2e-3, "launched": 2e-3}} | changes)
+
+
+def timed_as(**changes: Any) -> dict[str, Any]:
+    return {"timed": [timed(engine="torch fp16", launches=False), timed(**changes)]}
 
 
 def goal(**changes: Any) -> dict[str, Any]:
@@ -84,10 +99,24 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
         (goal(task="demo"), "the shipped rows"),
         ({"errors": ["bbtv2: no GPU memory"]}, "bbtv2: no GPU memory"),
         ({"interrupted": True}, "the rest has not been checked"),
-        ({"rows": []}, "no engine was validated"),
-        (failed_check(engine="trt fp16", error=0.03), "error 3.0e-02"),
-        (failed_check(error=1e-3), "error 1.0e-03"),
-        (failed_check(error=float("nan")), "error nan"),
+        ({"rows": [], "expected": []}, "no engine was validated"),
+        ({"rows": []}, "trt fp16 on t5 bbt add: not checked"),
+        ({"expected": [("t5 bbt add", "trt fp16"), ("t5 bbt add", "trt bf16")]}, "trt bf16 on t5 bbt add: not checked"),
+        (failed_check(engine="trt fp16", error=0.03), "3.0e-02, more than 1e-02"),
+        (failed_check(engine="trt bf16", error=0.09), "9.0e-02, more than 8e-02"),
+        (failed_check(error=1e-3), "1.0e-03, more than 1e-04"),
+        (failed_check(error=float("nan")), "nan, more than"),
+        (goal(graph_share=0.5), "50.0% of the timed calls were CUDA graphs"),
+        ({"timed": [timed(engine="torch fp16", launches=False)]}, "bbt, trt fp16: timed, but not compared"),
+        (timed_as(error=0.02), "more than 1e-02"),
+        (timed_as(noise={"enqueued": 1e-3, "captured": 1e-3}, identical=None), "never launched as a CUDA graph"),
+        (timed_as(identical=False), "launched and enqueued calls differ"),
+        ({"gpu": GpuState(name="NVIDIA GeForce RTX 4090")}, "on an H100; this was NVIDIA GeForce RTX 4090"),
+        ({"gpu": GpuState(name="NVIDIA GeForce RTX 9090")}, "the peak of NVIDIA GeForce RTX 9090 is not known"),
+        ({"gpu": None}, "its ceilings cannot be judged"),
+        ({"gpu": GpuState(name="NVIDIA H100 80GB HBM3", others=2)}, "2 other processes"),
+        (goal(rates={"fp16 PyTorch": 300e3}), "30% of the peak of NVIDIA H100"),
+        (goal(rates={"copy, bytes": 900.0}), "27% of the peak of NVIDIA H100"),
         (failed_check(reason="no provider"), "no provider"),
     ],
 )
@@ -96,6 +125,42 @@ def test_whatever_is_missed_is_a_line_of_the_report(changes: dict[str, Any], say
     assert any(says in line for line in found.failures())
     assert "**FAILED**" in found.markdown()
     assert says in found.markdown()
+
+
+def test_one_number_that_is_not_finite_is_the_worst_wherever_it_stands() -> None:
+    assert worst([0.1, float("nan")]) == float("inf")
+    assert worst([float("nan"), 0.1]) == float("inf")
+    assert worst([0.1, 0.2]) == 0.2
+    assert worst([]) == float("inf"), "nothing was compared"
+
+
+def test_what_was_left_out_is_said_and_is_no_failure() -> None:
+    found = report(left_out=["traces of the original program: there are none in golden"])
+    assert found.failures() == []
+    assert "- Not checked: traces of the original program" in found.markdown()
+
+
+def test_a_gpu_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("""#!/bin/sh
+case "$*" in
+*compute-apps*) echo 101; echo 102 ;;
+*"-i 3"*) echo "NVIDIA H100 80GB HBM3, 580.1, 1755, 1980, 612.50, 700.00, [N/A]" ;;
+esac
+""")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = gpu_state.read_gpu(3)
+    assert found is not None
+    assert (found.clock_mhz, found.power_limit_w, found.temperature) == (1755, 700, None)
+    assert str(found) == "NVIDIA H100 80GB HBM3, driver 580.1, 1755.0 of 1980.0 MHz, 612.5 of 700.0 W"
+    assert gpu_state.processes_on(3) == 2
+    assert gpu_state.read_gpu(0) is None
+
+
+def test_the_more_specific_name_has_its_own_peak() -> None:
+    peaks = [gpu_state.peak_of(f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H100 PCIe", "L40S", "L4", "TITAN X")]
+    assert [peak and peak.fp16 for peak in peaks] == [989e3, 756e3, 362e3, 121e3, None]
 
 
 def test_without_a_gpu_nothing_is_written(

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,14 +27,19 @@ from tiny_backbones import RELATIVES, VARIANTS
 from tiny_bundles import tiny_bundle
 
 from bbt_accel import Batch, cuda
+from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.bundle import PLANS, Bundle
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, PlanError, UsageError
-from bbt_accel.exporters import plans, trt_api
+from bbt_accel.exporters import plan_building, plans, trt_api
 from bbt_accel.exporters.calibration import TaskRows
+from bbt_accel.exporters.families import families
 from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.exporters.plan_building import each_plan
+from bbt_accel.exporters.plan_layers import Layers, read_layers
 from bbt_accel.exporters.plans import Key, Record, ShapeProfile
 from bbt_accel.exporters.tensorrt import shape_profile
 from bbt_accel.exporters.trt_api import Api, find_api
+from bbt_accel.progress import silent
 from bbt_accel.settings import Settings
 
 SURFACES = json.loads((Path(__file__).parent / "fixtures" / "trt_api.json").read_text())
@@ -176,6 +182,36 @@ def test_reasons_say_what_it_was_and_what_it_is() -> None:
 def test_folders_are_named_after_what_a_plan_is_for() -> None:
     assert KEY.model_copy(update={"gpu": "NVIDIA H100 80GB HBM3"}).folder == "nvidia-h100-80gb-hbm3"
     assert KEY.model_copy(update={"gpu": None, "capability": ("8.9", "12.0")}).folder == "sm89-sm120"
+
+
+def test_a_plan_uses_the_memory_of_its_caller_alone_where_tensorrt_can_demand_that(install: Any) -> None:
+    for name in SURFACES:
+        module = name.split()[0]
+        install(**{module: name})
+        demands = "user_allocation" in plans.build_options(find_api())
+        assert demands == (module == "tensorrt_rtx")
+
+
+# What TensorRT made of a graph -------------------------------------------------------------------------------
+
+LOG = """Layers:
+Name: node_q+node_k+node_v_myl0_4, LayerType: gemm, Inputs: [ { Name: x }], Outputs: [], TacticName: t, StreamId: 0, \
+Metadata: [ONNX Layer: node_q][ONNX Layer: node_k][ONNX Layer: node_v]
+Name: _gemm_mha_v2_myl0_11, LayerType: kgen, Inputs: [], Outputs: [], TacticName: _gemm_mha_v2_0xaa, StreamId: 0, \
+Metadata: [ONNX Layer: node_context][ONNX Layer: node_softmax][ONNX Layer: node_mask][ONNX Layer: node_scores]
+Name: __myl_AddSoft_myl0_12, LayerType: kgen, Inputs: [], Outputs: [], TacticName: , StreamId: 0, \
+Metadata: [ONNX Layer: node_softmax_2][ONNX Layer: node_mask]
+Name: node_o_myl0_13, LayerType: gemm, Inputs: [], Outputs: [], TacticName: , Metadata: [ONNX Layer: node_o]
+"""
+
+
+def test_layers_are_read_from_the_builders_log() -> None:
+    matmuls = dict.fromkeys(("node_q", "node_k", "node_v", "node_o", "node_scores", "node_context"), "MATRIX_MULTIPLY")
+    operators = {**matmuls, "node_softmax": "SOFTMAX", "node_softmax_2": "SOFTMAX", "node_mask": "ELEMENTWISE"}
+    assert read_layers(["Reading weights", LOG.replace("\\\n", "")], operators) == Layers(
+        layers=4, fused_attention=1, other_attention=["node_softmax_2"], merged_matmuls=[["node_q", "node_k", "node_v"]]
+    )
+    assert read_layers(["Reading weights"], operators) is None
 
 
 # Plans that are kept -----------------------------------------------------------------------------------------
@@ -360,11 +396,18 @@ def test_every_call_is_one_that_the_installed_cuda_python_takes(fake: Any, monke
     graph = device.capture(lambda: None)
     device.launch(graph)
     device.destroy(graph)
+    assert device.free_memory() > 0
+    with pytest.raises(EngineError, match="within"):
+        device.capture(failing)
     np.testing.assert_array_equal(device.download(array), np.arange(10.0))
     device.call("cudaDriverGetVersion")
     device.close()
     text = Path(str(cuda.__file__)).read_text(encoding="utf-8")
     assert both.called == set(re.findall(r'call\("(\w+)"', text))
+
+
+def failing() -> None:
+    raise EngineError("it failed within")
 
 
 @pytest.mark.parametrize("present", cuda.LAYOUTS)
@@ -440,6 +483,41 @@ def inspect(bundle: Bundle, stage: str, record: Record) -> None:
     assert plan.stat().st_size == record.bytes > 1000
 
 
+SEPARATE = ("olmo2",)
+"""Families whose queries and keys are normalized over all heads, right behind their matmuls, which stay apart then."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "roberta" else pytest.mark.slow) for name in families()]
+)
+def test_tensorrt_fuses_the_attention_of_every_family(exported: Export, rtx: Api, tmp_path: Path, family: str) -> None:
+    make_backbone(f"tiny-{family}", tmp_path / family)  # with heads of 16, the smallest that TensorRT fuses
+    source, output = exported(tmp_path / family, "bbt", "add", 5), tmp_path / "made"
+    made = optimize_bundle(source.path, output, precision="fp16", target="trt", compute_capability="8.9")
+    report, found = made.info.optimization or {}, records(made)
+    fused = 0
+    for stage in made.info.stages:
+        kernels, graph = found[stage].kernels, onnx.load(made.path / f"{stage}.onnx", load_external_data=False).graph
+        assert kernels is not None
+        assert kernels.other_attention == []
+        assert kernels.fused_attention == sum(node.op_type == "Softmax" for node in graph.node)
+        fused += kernels.fused_attention
+        side_by_side = [names for names in matmuls_of_one_input(graph) if len(names) >= 3]  # queries, keys and values
+        if family not in SEPARATE:
+            assert all(any(names <= set(merged) for merged in kernels.merged_matmuls) for names in side_by_side)
+    assert (report["attention_fused"], report["attention_not_fused"]) == (fused, 0)
+    assert fused >= made.info.n_layers
+
+
+def matmuls_of_one_input(graph: onnx.GraphProto) -> list[set[str]]:
+    """Names of the matmuls with weights that read the same tensor."""
+    weights, found = {t.name for t in graph.initializer}, defaultdict[str, set[str]](set)
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            found[node.input[0]].add(node.name)
+    return list(found.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", [("t5", "bbt", "add"), ("gpt2", "bbtv2", "add")], ids="-".join)
@@ -472,10 +550,15 @@ def ahead_key(bundle: Bundle, api: Api) -> Key:
     return plans.keys(bundle, api, None, ("8.9",), None)["model"]
 
 
+def get_plan(bundle: Bundle, api: Api, messages: list[str]) -> bytes:
+    [(_, plan)] = each_plan(bundle, {"model": ahead_key(bundle, api)}, api, messages.append, silent)
+    return plan
+
+
 def test_a_plan_that_fits_is_not_built_again(copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "build", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(plan_building, "build", lambda *_: pytest.fail("it was built"))
     messages: list[str] = []
-    assert plans.get_plan(copy, "model", ahead_key(copy, rtx), rtx, messages.append)
+    assert get_plan(copy, rtx, messages)
     assert messages == []
 
 
@@ -483,8 +566,9 @@ def test_a_plan_that_is_damaged_is_rebuilt_with_a_reason(copy: Bundle, rtx: Api)
     file = copy.path / PLANS / "sm89" / "model.plan"
     file.write_bytes(file.read_bytes()[:-1])
     messages: list[str] = []
-    plan = plans.get_plan(copy, "model", ahead_key(copy, rtx), rtx, messages.append)
+    plan = get_plan(copy, rtx, messages)
     assert "damaged" in messages[0]
+    assert "this takes minutes" in messages[0]
     assert file.read_bytes() == plan
     assert not [p.name for p in file.parent.iterdir() if p.name.startswith(".")], "a temporary file was left"
     Bundle.read(copy.path)  # plans are no part of its sha256
