@@ -118,8 +118,8 @@ def fit(
     """From one file of labelled texts to a classifier and its score on the rows that the search does not use."""
     from bbt_accel.fit import fit_file
 
-    announce = {} if as_json else {"announce": printing.print_plan}
-    found = fit_file(file, output, **options, **announce, progress=not as_json)
+    announce = (lambda _: None) if as_json else printing.print_plan
+    found = fit_file(file, output, **options, announce=announce, progress=not as_json)
     printing.print_fitted(found, as_json)
     if found.run.info.status == "interrupted":
         raise typer.Exit(INTERRUPTED)

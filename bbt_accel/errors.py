@@ -43,8 +43,8 @@ class TaskError(UsageError):
     """A task file that is missing, malformed or incompatible with the bundle."""
 
 
-class DataError(BbtError):
-    """Rows that are missing, unreadable, wrongly labelled or too few."""
+class DataError(BbtError, ValueError):
+    """Rows that are missing, unreadable, wrongly labelled or too few; a ValueError, as scikit-learn's users expect."""
 
 
 class RunError(BbtError):
