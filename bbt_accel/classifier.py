@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,14 +22,14 @@ from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, DataError, RunError, first_line
 from bbt_accel.files import new_folder
 from bbt_accel.fit import make_task
+from bbt_accel.hub import fetched
 from bbt_accel.inference import Classifier
 from bbt_accel.run import Run
 from bbt_accel.settings import ReadoutChoice
+from bbt_accel.sharing import ESTIMATOR
 from bbt_accel.tables import plain
 from bbt_accel.tuning import tune
 from bbt_accel.tuning.callbacks import Callback
-
-ESTIMATOR = "classifier.json"
 
 
 class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -98,9 +99,17 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.run_ = tune(
             bundle, task, data=folder, engine=choice.engine, device=choice.device, threads=self.threads,
             output=folder / "run", settings={**settings, "k_shot": self.k_shot or fewest // 2}, progress=False,
+            callbacks=self.callbacks or (), track=self.track or (),
         )  # fmt: skip
         self._load(bundle)
+        for word, piece in self._classifier.encoder.partial_words.items():
+            warnings.warn(f"of label word {word!r} only the first token is read: {piece!r}", stacklevel=2)
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array, tags.input_tags.two_d_array, tags.input_tags.string = True, False, True
+        return tags
 
     def predict_proba(self, X: Any) -> Float64:
         """float64 (N, C), in the order of `classes_`."""
@@ -127,16 +136,20 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Raises RunError for a folder that `save` has not written, BundleError for a damaged bundle."""
-        file = Path(path) / ESTIMATOR
+        """From a folder, or from hf://OWNER/NAME, which is downloaded.
+
+        Raises RunError for a folder that `save` has not written, BundleError for a damaged bundle, HubError.
+        """
+        path = fetched(path)
+        file = path / ESTIMATOR
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
             found = cls(**facts["parameters"])
             found.classes_ = np.array(facts["classes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a saved PromptClassifier ({type(error).__name__})") from None
-        found.run_ = Run.read(Path(path) / "run")
-        found._load(Bundle.read(Path(path) / "bundle"))
+        found.run_ = Run.read(path / "run")
+        found._load(Bundle.read(path / "bundle"))
         return found
 
     def _load(self, bundle: Bundle) -> None:

@@ -197,6 +197,24 @@ def predict(
     printing.print_predictions(rows, predict_run(run, rows, **execution), as_json)
 
 
+@command(USE, "push runs/sst2 OWNER/NAME")
+def push(
+    run: shared.RunPath,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub, new or existing.")],
+    options: Annotated[Options, Fields(shared.PushOptions)],
+    as_json: shared.AsJson = False,
+) -> None:
+    """Upload a run to the Hugging Face hub, with its model card and its bundle; hf://OWNER/NAME is then a run."""
+    from bbt_accel.sharing import push as push_run
+
+    yes, interactive = options.pop("yes", False), sys.stdin is not None and sys.stdin.isatty()
+    if not yes and not interactive:
+        raise UsageError(f"push uploads {run} to {repository}; confirm with --yes")
+    if not yes and not typer.confirm(f"Upload {run} to {repository}?"):
+        raise typer.Exit(1)
+    printing.print_pushed(repository, push_run(run, repository, **options), as_json)
+
+
 @command(USE, "serve runs/sst2 --port 8000")
 def serve(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE|RUN", help="Bundle, or run folder written by tune.")],

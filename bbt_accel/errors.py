@@ -51,6 +51,10 @@ class RunError(BbtError):
     """A run folder that is missing, damaged, or belongs to other settings."""
 
 
+class HubError(BbtError):
+    """A repository of the Hugging Face hub that cannot be read or written."""
+
+
 class NonFiniteLoss(BbtError):
     """A candidate whose loss is NaN or infinite."""
 

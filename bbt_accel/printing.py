@@ -114,6 +114,13 @@ def print_predictions(rows: Sequence[Mapping[str, str]], found: Sequence[Mapping
         print_json({"text": dict(row) if len(row) > 1 else next(iter(row.values())), **prediction})
 
 
+def print_pushed(repository: str, commit: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"repository": repository, "commit": commit, "run": f"hf://{repository}"})
+    else:
+        print(f"uploaded to {commit}; use it as hf://{repository}")
+
+
 def print_serving(url: str, models: Sequence[str], as_json: bool) -> None:
     if as_json:
         print_json({"url": url, "models": models})

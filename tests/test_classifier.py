@@ -90,12 +90,9 @@ def test_pipeline_grid_search_and_callbacks(rows: tuple[list[str], list[str]]) -
         Pipeline([("lower", lower), ("clf", estimator)]), {"clf__readout": ["calibrated", "state"]}, cv=2
     )
     grid.fit(np.array(rows[0]), np.array(rows[1]))
-    assert grid.best_params_["clf__readout"] in ("calibrated", "state")
+    best = grid.best_params_["clf__readout"]
+    assert told == ["calibrated", "calibrated", "state", "state", best]
     assert grid.score(*rows) > 0.6
-    assert len(grid.cv_results_["mean_test_score"]) == 2
-    assert told == []  # the callbacks of the estimators are copies
-    estimator.callbacks[0].on_end(grid.best_estimator_["clf"].run_)
-    assert told == [grid.best_params_["clf__readout"]]
 
 
 def test_columns_of_other_libraries_are_rows_too() -> None:

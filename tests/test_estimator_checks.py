@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 from conftest import Export
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import check_estimator, parametrize_with_checks
 
 from bbt_accel import PromptClassifier
 
@@ -29,6 +29,11 @@ class OnNumbers(PromptClassifier):
             return super().fit(written(X), y)
         finally:
             self.backbone = "demo"
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True  # so that scikit-learn checks more than the interface
+        return tags
 
     def predict_proba(self, X: Any) -> Any:
         return super().predict_proba(written(X))
@@ -75,3 +80,7 @@ def backbone(tiny: Export, shared: Path) -> Iterator[None]:
 )
 def test_scikit_learns_checks(estimator: Any, check: Callable[[Any], None]) -> None:
     check(estimator)
+
+
+def test_the_checks_that_scikit_learn_has_for_texts() -> None:
+    check_estimator(PromptClassifier(), on_skip=None)
