@@ -171,7 +171,7 @@ def as_rows(X: Any) -> list[dict[str, str]]:
         X = X.to_dict("records")
     elif isinstance(X, (str, Mapping)) or not isinstance(X, Iterable):
         raise DataError(f"X is {X!r:.50}; give a list of texts, of tuples of texts or of mappings of texts")
-    rows = []
+    rows: list[dict[str, str]] = []
     for number, value in enumerate(X):
         if isinstance(value, np.ndarray):
             value = value.tolist()

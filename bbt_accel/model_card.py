@@ -32,7 +32,8 @@ def model_card(info: RunInfo) -> str:
 def facts(info: RunInfo) -> dict[str, Any]:
     """What the template is filled with."""
     record, rows = info.bundle, info.data.dev_rows
-    group = next(name for name, template in info.task.templates.items() if template is not None)
+    given = [name for name, template in info.task.templates.items() if template is not None]
+    template = info.task.templates[record.template_group or given[0]]
     own = info.best.dev_score if info.best else None
     low, high = wilson(own, rows) if own is not None and info.task.metric == "accuracy" else (None, None)
     baselines = {} if info.baselines is None else info.baselines.model_dump()
@@ -40,11 +41,11 @@ def facts(info: RunInfo) -> dict[str, Any]:
     return {
         "task": info.task.name,
         "backbone": backbone_name(record.backbone),
-        "classes": info.task.classes or info.label_words,
+        "classes": list(map(cell, info.task.classes or info.label_words)),
         "version": info.versions["bbt-accel"],
-        "columns": info.task.text,
-        "template": info.task.templates[group],
-        "words": info.label_words,
+        "columns": list(map(cell, info.task.text)),
+        "template": cell(str(template)),
+        "words": list(map(cell, info.label_words)),
         "readout": info.readout.name,
         "searched": info.readout.searched,
         "method": record.method,
@@ -62,6 +63,11 @@ def facts(info: RunInfo) -> dict[str, Any]:
         "calls": info.calls,
         "seconds": f"{info.seconds:.0f}",
     }
+
+
+def cell(text: str) -> str:
+    """A text in a cell of a table."""
+    return text.replace("\n", "\\n").replace("|", "\\|")
 
 
 def hub_id(backbone: str) -> str | None:

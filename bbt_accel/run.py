@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from safetensors.numpy import load_file, save
 
 from bbt_accel.batch import Float32
-from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode
+from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
@@ -34,6 +34,7 @@ class BundleRecord(BaseModel, extra="forbid"):
     backbone: str
     revision: str | None
     license: str | None = None
+    template_group: TemplateGroup | None = None
     method: Method
     prompt_mode: PromptMode
     prompt_init: str | None = Field(default=None, description="The text that the prompt started from.")
