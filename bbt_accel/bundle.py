@@ -78,6 +78,7 @@ class BundleInfo(Manifest):
     format: int = 4
     backbone: str
     revision: str | None
+    license: str | None = Field(default=None, description="Of the checkpoint, as its model card names it.")
     family: str = Field(description="Name of the family that exported it; for readers, nothing depends on it.")
     architecture: Architecture
     template_group: TemplateGroup

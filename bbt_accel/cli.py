@@ -118,8 +118,8 @@ def fit(
     """From one file of labelled texts to a classifier and its score on the rows that the search does not use."""
     from bbt_accel.fit import fit_file
 
-    announce = {} if as_json else {"announce": printing.print_plan}
-    found = fit_file(file, output, **options, **announce, progress=not as_json)
+    announce = (lambda _: None) if as_json else printing.print_plan
+    found = fit_file(file, output, **options, announce=announce, progress=not as_json)
     printing.print_fitted(found, as_json)
     if found.run.info.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
@@ -217,6 +217,24 @@ def package(
         else:
             info = package_run(path, output, PackageOptions(**options), tell)
     printing.print_package(output or path, info.model_dump(mode="json"), as_json)
+
+
+@command(USE, "push runs/sst2 OWNER/NAME")
+def push(
+    run: shared.RunPath,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub, new or existing.")],
+    options: Annotated[Options, Fields(shared.PushOptions)],
+    as_json: shared.AsJson = False,
+) -> None:
+    """Upload a run to the Hugging Face hub, with its model card and its bundle; hf://OWNER/NAME is then a run."""
+    from bbt_accel.sharing import push as push_run
+
+    yes, interactive = options.pop("yes", False), sys.stdin is not None and sys.stdin.isatty()
+    if not yes and not interactive:
+        raise UsageError(f"push uploads {run} to {repository}; confirm with --yes")
+    if not yes and not typer.confirm(f"Upload {run} to {repository}?"):
+        raise typer.Exit(1)
+    printing.print_pushed(repository, push_run(run, repository, **options), as_json)
 
 
 @command(USE, "serve runs/sst2 --port 8000")

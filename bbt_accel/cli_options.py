@@ -45,7 +45,7 @@ _TASK = typer.Option(metavar="TASK", autocompletion=task_names)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle written by export.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by tune.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by tune, or hf://OWNER/NAME.")]
 SearchSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, task_presets=TASK_PRESETS)]
 SweepSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, exclude=("seed",), task_presets=TASK_PRESETS)]
 
@@ -146,6 +146,12 @@ class PackageOptions(Schema):
     """Another bundle of the same backbone, e.g. as exported or for another target (default: the run's)."""
     max_rows: int | None = Field(default=None, ge=1, description="Rows of each split to compare (default: all).")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the comparison (default: all cores).")
+
+
+class PushOptions(Schema):
+    private: bool = Field(default=False, description="Create the repository as a private one.")
+    with_bundle: bool = Field(default=True, description="Upload the bundle too, so that the run works by itself.")
+    yes: bool = Field(default=False, description="Do not ask.")
 
 
 class ServeOptions(Schema):

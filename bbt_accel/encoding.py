@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from string import ascii_uppercase
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -287,14 +288,15 @@ class Pieces:
 
 
 def distinct_words(bundle: Bundle, template: str, labels: Sequence[str]) -> list[str]:
-    """A label word for each label: the label itself, or one of its words, so that no two begin with the same token.
+    """A label word for each label, so that no two begin with the same token: the label, one of its words, or a letter.
 
-    Raises TaskError where there is no such word, e.g. for labels in a script that the vocabulary does not have.
+    A letter where the vocabulary does not tell the labels apart, e.g. numbers that begin with the same piece. Raises
+    TaskError where not even letters do.
     """
     pieces, owner = Pieces(bundle), dict[int, str]()
     found = []
     for label in labels:
-        for word in (label, *re.findall(r"[^\W_]+", label)):
+        for word in (label, *re.findall(r"[^\W_]+", label), *ascii_uppercase):
             first, *_ = pieces.of_word(word, template) or [-1]
             if pieces.name(first) is not None and first not in owner:
                 owner[first] = label

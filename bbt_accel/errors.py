@@ -43,8 +43,8 @@ class TaskError(UsageError):
     """A task file that is missing, malformed or incompatible with the bundle."""
 
 
-class DataError(BbtError):
-    """Rows that are missing, unreadable, wrongly labelled or too few."""
+class DataError(BbtError, ValueError):
+    """Rows that are missing, unreadable, wrongly labelled or too few; a ValueError, as scikit-learn's users expect."""
 
 
 class RunError(BbtError):
@@ -53,6 +53,10 @@ class RunError(BbtError):
 
 class PackageError(BbtError):
     """A run that cannot be packaged, or a package that is damaged or differs from its run."""
+
+
+class HubError(BbtError):
+    """A repository of the Hugging Face hub that cannot be read or written."""
 
 
 class NonFiniteLoss(BbtError):

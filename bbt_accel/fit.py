@@ -183,7 +183,7 @@ def make_task(
     group = bundle.info.template_group
     template = template or TEMPLATES[group].format(text=" ".join(f"{{{column}}}" for column in text))
     try:
-        words = list(label_words) or distinct_words(bundle, template, classes)
+        words: list[str | list[str]] = [*(label_words or distinct_words(bundle, template, classes))]
         return Task(
             name=name, text=list(text), label=label, classes=list(classes), n_classes=len(classes),
             templates={group: template}, label_words={group: words},

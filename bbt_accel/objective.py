@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -60,6 +60,13 @@ def uninformed(targets: Int64, classes: int, metric: Metric) -> tuple[float, flo
         return 1 / classes, float(shares.max())
     p = float(shares[1])
     return p / (p + 0.5), 2 * p / (p + 1) if p > shares[0] else 0.0
+
+
+def wilson(shares: Any, rows: int, z: float = 1.96) -> tuple[Any, Any]:
+    """Wilson's interval, by default of 95 %, of a share of so many rows, or of each of an array of them."""
+    centre = (shares + z**2 / (2 * rows)) / (1 + z**2 / rows)
+    half = z * np.sqrt(shares * (1 - shares) / rows + z**2 / (4 * rows**2)) / (1 + z**2 / rows)
+    return centre - half, centre + half
 
 
 @dataclass(frozen=True)

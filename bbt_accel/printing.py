@@ -133,6 +133,13 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
     print_facts(relative(path), facts)
 
 
+def print_pushed(repository: str, commit: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"repository": repository, "commit": commit, "run": f"hf://{repository}"})
+    else:
+        print(f"uploaded to {commit}; use it as hf://{repository}")
+
+
 def print_serving(url: str, models: Sequence[str], as_json: bool) -> None:
     if as_json:
         print_json({"url": url, "models": models})

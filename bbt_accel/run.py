@@ -11,17 +11,18 @@ from pydantic import BaseModel, Field
 from safetensors.numpy import load_file, save
 
 from bbt_accel.batch import Float32
-from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode
+from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
+from bbt_accel.hub import fetched
 from bbt_accel.readout import Readout
 from bbt_accel.settings import ReadoutName, Settings
 from bbt_accel.tasks import Task
 
 INFO, PROMPT, READOUT, HISTORY = "run.json", "prompt.safetensors", "readout.safetensors", "history.jsonl"
-CURVE, EVENTS, TASK = "curve.png", "tensorboard", "task.toml"
+CURVE, EVENTS, TASK, CARD = "curve.png", "tensorboard", "task.toml", "README.md"
 
 
 class BundleRecord(BaseModel, extra="forbid"):
@@ -32,6 +33,8 @@ class BundleRecord(BaseModel, extra="forbid"):
     digest: str
     backbone: str
     revision: str | None
+    license: str | None = None
+    template_group: TemplateGroup | None = None
     method: Method
     prompt_mode: PromptMode
     prompt_init: str | None = Field(default=None, description="The text that the prompt started from.")
@@ -169,8 +172,11 @@ class Run:
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
-        """Read run.json and the prompt. Raises RunError when one is missing or damaged, or they do not match."""
-        path = Path(path)
+        """Read run.json and the prompt, of a folder or of hf://OWNER/NAME, which is downloaded.
+
+        Raises RunError when one is missing or damaged, or they do not match; HubError for a download that fails.
+        """
+        path = fetched(path)
         info = read_info(path)
         file = path / PROMPT
         if info.status == "running":

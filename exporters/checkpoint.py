@@ -37,3 +37,17 @@ def check_shards(folder: Path) -> None:
         for shard in shards:
             if not isinstance(shard, str) or PurePath(shard).name != shard:
                 raise ExportError(f"{index} names {shard!r:.80}, which is not a file of its folder")
+
+
+def license_of(checkpoint: str | Path, revision: str | None = None) -> str | None:
+    """The licence that the model card of a folder or of a hub id names; None if there is none."""
+    from huggingface_hub import ModelCard, hf_hub_download
+
+    try:
+        card = Path(checkpoint) / "README.md"
+        if not Path(checkpoint).exists():
+            card = Path(hf_hub_download(str(checkpoint), "README.md", revision=revision))
+        found = ModelCard(card.read_text(encoding="utf-8")).data.license
+    except Exception:  # without a card, or with a damaged one, nothing is known
+        return None
+    return found if isinstance(found, str) else None

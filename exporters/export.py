@@ -19,6 +19,7 @@ from bbt_accel.bundle import INITIAL_PROMPT, Bundle, BundleInfo, Method, PromptM
 from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, first_line, translated
 from bbt_accel.exporters import graph
+from bbt_accel.exporters.checkpoint import license_of
 from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
 from bbt_accel.exporters.family import FamilySpec
@@ -65,7 +66,8 @@ def export_bundle(
     text, ids = initial_text(prompt_init, tokenizer)
     with translated(ExportError, f"cannot export {backbone}, whose files do not fit each other"):
         info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, len(ids) or n_prompt_tokens)
-    info = info.model_copy(update={"without": off, "prompt_init": text, "prompt_ids": ids or None})
+    found = {"license": license_of(checkpoint, revision), "prompt_init": text, "prompt_ids": ids or None}
+    info = info.model_copy(update={"without": off, **found})
     with new_folder(output) as folder:
         try:
             model.save_pretrained(folder, max_shard_size="1000GB")  # type: ignore[operator]

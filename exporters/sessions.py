@@ -36,7 +36,7 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         yield
         return
     import torch
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     before, token = torch.get_num_threads(), _THREADS.set(threads)
     torch.set_num_threads(threads)

@@ -14,11 +14,15 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 from sklearn.base import clone
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
 
-from bbt_accel import PromptClassifier
+from bbt_accel import Callback, PromptClassifier
+from bbt_accel.classifier import as_labels, as_rows
 from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, DataError, RunError
+from bbt_accel.run import Run
 
 WORDS = ["sports", "financial", "computer", "health"]
 
@@ -73,9 +77,77 @@ def test_it_follows_scikit_learn(fitted: PromptClassifier, rows: tuple[list[str]
     assert min(cross_val_score(twin, *rows, cv=2)) > 0.5
 
 
-def test_pairs_and_mappings_are_rows_too() -> None:
-    from bbt_accel.classifier import as_rows
+def test_pipeline_grid_search_and_callbacks(rows: tuple[list[str], list[str]]) -> None:
+    told: list[str] = []
 
+    class Told(Callback):
+        def on_end(self, run: Run) -> None:
+            told.append(run.info.readout.name)
+
+    estimator = PromptClassifier("demo", engine="ort", precision="fp32", budget=1, threads=1, callbacks=[Told()])
+    lower = FunctionTransformer(lambda X: [text.lower() for text in X])
+    grid = GridSearchCV(
+        Pipeline([("lower", lower), ("clf", estimator)]), {"clf__readout": ["calibrated", "state"]}, cv=2
+    )
+    grid.fit(np.array(rows[0]), np.array(rows[1]))
+    best = grid.best_params_["clf__readout"]
+    assert told == ["calibrated", "calibrated", "state", "state", best]
+    assert grid.score(*rows) > 0.6
+
+
+def test_columns_of_other_libraries_are_rows_too() -> None:
+    import datasets
+    import pandas as pd
+    import pyarrow as pa
+
+    texts, two = ["a", "b"], [{"q": "a", "r": "c"}, {"q": "b", "r": "d"}]
+    one = [{"text": "a"}, {"text": "b"}]
+    for column in (np.array(texts), pd.Series(texts, index=[7, 9]), pa.array(texts), pa.chunked_array([texts])):
+        assert as_rows(column) == one
+        assert as_labels(column).tolist() == texts
+    data = datasets.Dataset.from_list(two)
+    assert as_rows(data["q"]) == one
+    assert as_labels(data["q"]).tolist() == texts
+    for table in (pd.DataFrame(two), pa.Table.from_pylist(two), data):
+        assert as_rows(table) == two
+    assert as_rows(np.array([["a", "c"], ["b", "d"]])) == [{"text1": "a", "text2": "c"}, {"text1": "b", "text2": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("y", "complaint"),
+    [
+        (None, "requires y to be passed"),
+        ([0, None, 1], "missing labels"),
+        (["a", "", "b"], "missing labels"),
+        ([0.5, 1.25, 2.0], "not one class for each text"),
+        ([[0, 1], [1, 0]], "not one class for each text"),
+    ],
+)
+def test_labels_that_are_none_are_one_line(y: Any, complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint) as caught:
+        PromptClassifier().fit(["a", "b", "c"], y)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)  # which scikit-learn's users catch
+
+
+def test_rows_of_other_columns_are_refused(fitted: PromptClassifier) -> None:
+    with pytest.raises(DataError, match="the rows have text1, text2, those of fit had text"):
+        fitted.predict([("a", "b")])
+    with pytest.raises(DataError, match="row 2 has b, the first row a"):
+        fitted.predict([{"a": "x"}, {"b": "x"}])
+    assert fitted.predict_proba([]).shape == (0, 4)
+
+
+def test_a_label_word_of_several_tokens_is_warned_of(rows: tuple[list[str], list[str]]) -> None:
+    estimator = PromptClassifier("demo", engine="ort", precision="fp32", readout="calibrated", budget=1, threads=1)
+    estimator.set_params(label_words=["sports", "financial", "antidisestablishmentarianism", "health"])
+    with pytest.warns(
+        UserWarning, match="label word 'antidisestablishmentarianism' only the first token is read: 'anti"
+    ):
+        estimator.fit(*rows)
+
+
+def test_pairs_and_mappings_are_rows_too() -> None:
     assert as_rows(["a"]) == [{"text": "a"}]
     assert as_rows([("a", "b")]) == [{"text1": "a", "text2": "b"}]
     assert as_rows([{"question": "a", "answer": "b"}]) == [{"question": "a", "answer": "b"}]

@@ -28,7 +28,15 @@ from bbt_accel.population import Population
 from bbt_accel.run import Run
 
 Tune = Callable[..., Run]
-FILES = ["curve.png", "history.jsonl", "prompt.safetensors", "readout.safetensors", "run.json", "task.toml"]
+FILES = [
+    "README.md",
+    "curve.png",
+    "history.jsonl",
+    "prompt.safetensors",
+    "readout.safetensors",
+    "run.json",
+    "task.toml",
+]
 
 
 @pytest.fixture(params=["bbt", "bbtv2"])

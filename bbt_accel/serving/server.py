@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, UsageError
+from bbt_accel.hub import fetched
 from bbt_accel.inference_protocol import TOKEN
 from bbt_accel.run import INFO, Run
 from bbt_accel.serving import Limits
@@ -45,7 +46,8 @@ def serve(
     """
     token = os.environ.get(TOKEN) or None
     check_host(host, token)
-    run = Run.read(path) if (Path(path) / INFO).is_file() else None
+    path = fetched(path)
+    run = Run.read(path) if (path / INFO).is_file() else None
     bundle = Bundle.read(path) if run is None else run.open_bundle()
     own = run.info.engine if run is not None and run.info.engine.name != "remote" else None
     engine = engine or (own.name if own else "ort")

@@ -106,7 +106,8 @@ class TensorBoard(Callback):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._open, self._writer = Event, EventFileWriter, None
+        self._event, self._open = Event, EventFileWriter
+        self._writer: Any = None
 
     def on_start(self, info: RunInfo, folder: Path) -> None:
         for old in (folder / EVENTS).glob("events.out.tfevents.*"):  # a resumed search writes all of its events again

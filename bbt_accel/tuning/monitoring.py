@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bbt_accel.batch import Float64
 from bbt_accel.history import Generation
+from bbt_accel.objective import wilson
 from bbt_accel.reporting import BLUE, GREEN, GREY, METRICS, ORANGE, RED, figure, tidy
 from bbt_accel.run import RunInfo
 
@@ -54,10 +54,3 @@ def draw_scores(axes: Axes, generations: Sequence[Generation], info: RunInfo) ->
     axes.set(xlabel="API calls", ylabel=f"dev {name}", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=5, frameon=False, columnspacing=1)
-
-
-def wilson(shares: Float64, rows: int, z: float = 1.96) -> tuple[Float64, Float64]:
-    """Wilson's interval of each share of so many rows, by default of 95 %."""
-    centre = (shares + z**2 / (2 * rows)) / (1 + z**2 / rows)
-    half = z * np.sqrt(shares * (1 - shares) / rows + z**2 / (4 * rows**2)) / (1 + z**2 / rows)
-    return centre - half, centre + half

@@ -12,8 +12,10 @@ from typing import Self
 from bbt_accel.errors import RunError
 from bbt_accel.files import remove_leftovers, rename_new, reserved, write_atomically
 from bbt_accel.history import History, read_history
+from bbt_accel.model_card import model_card
 from bbt_accel.readout import Readout
 from bbt_accel.run import (
+    CARD,
     CURVE,
     HISTORY,
     INFO,
@@ -139,6 +141,7 @@ class Workspace:
         info.prompt_shape, info.prompt_sha256 = list(best.prompt.shape), write_prompt(self.folder, best.prompt)
         info.readout = record.model_copy(update={"sha256": readout.save(self.folder / READOUT)})
         write_atomically(self.folder / TASK, to_toml(info.task).encode())
+        write_atomically(self.folder / CARD, model_card(info).encode())
         try:
             if any(g.dev_score is not None for g in generations):
                 draw_curve(self.folder / CURVE, generations, info)

@@ -1,0 +1,143 @@
+"""The Hugging Face hub, as a server on loopback: export a hub id, read a data set, push a run and use it there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub, fake_hub
+from search_parts import SETTINGS, search_bundle, task_file
+
+from bbt_accel import tune
+from bbt_accel.errors import UsageError
+from bbt_accel.hub import fetched
+from bbt_accel.model_card import model_card
+from bbt_accel.run import Run
+from bbt_accel.sharing import portable
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    with fake_hub(tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture
+def cli(hub: FakeHub, tmp_path: Path) -> Cli:
+    """`bbt-accel` in a process of its own, which knows the fake hub alone."""
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **hub.environment(tmp_path / "cache")}
+        command = [sys.executable, "-m", "bbt_accel.cli", *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    bundle, task = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data")
+    options = {"data": tmp_path / "data", "engine": "dummy", "progress": False, "settings": SETTINGS}
+    return tune(bundle, task, output=tmp_path / "run", **options)  # type: ignore[arg-type]
+
+
+def test_a_pushed_run_works_from_the_hub(cli: Cli, hub: FakeHub, run: Run, tmp_path: Path) -> None:
+    asked = cli("push", "run", "me/toy")
+    assert (asked.returncode, hub.requests) == (2, [])  # nothing leaves the machine unless confirmed
+    assert "confirm with --yes" in asked.stderr
+    done = cli("push", "run", "me/toy", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.url}/me/toy/commit/" in done.stdout
+    assert "use it as hf://me/toy" in done.stdout
+    assert {token for _, _, token in hub.requests} == {"Bearer hf_fake"}
+    pushed = tmp_path / "hub" / "models" / "me" / "toy"
+    assert {p.name for p in run.path.iterdir()} | {"bundle"} == {p.name for p in pushed.iterdir()}
+    for file in pushed.rglob("*"):
+        assert file.is_dir() or str(tmp_path) not in file.read_text(encoding="latin-1"), file
+    shutil.rmtree(tmp_path / "bundle")
+    shutil.move(run.path, tmp_path / "gone")
+    words = ("predict", "hf://me/toy", "w1 w2", "--json")
+    found = json.loads(cli(*words).stdout)
+    assert found["class"] in ("bad", "great")
+    score = json.loads(cli("evaluate", "hf://me/toy", "--data", "data", "--json").stdout)
+    assert score["rows"] == 70
+
+
+def test_what_the_hub_refuses_is_one_line(cli: Cli, run: Run) -> None:
+    for words in (("predict", "hf://me/none", "w1"), ("evaluate", "hf://me/none")):
+        found = cli(*words)
+        assert found.returncode == 1
+        assert found.stderr.count("\n") == 1
+        assert "cannot load hf://me/none (RepositoryNotFoundError" in found.stderr
+
+
+def test_only_the_prefix_asks_the_hub(tmp_path: Path) -> None:
+    assert fetched("runs/sst2") == Path("runs/sst2")
+    for wrong in ("hf://sst2", "hf://a/b/c", "hf://a/b@"):
+        with pytest.raises(UsageError, match="is not hf://OWNER/NAME"):
+            fetched(wrong)
+
+
+def test_a_model_card_has_the_scores_and_the_licence(run: Run) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(run.path / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == (
+        "bbt-accel",
+        "text-classification",
+        None,
+    )
+    assert "not stated by its checkpoint" in card.text
+    assert run.info.best is not None
+    assert f"| this classifier | {100 * run.info.best.dev_score:.1f} |" in card.text
+    assert f"| chance | {50:.1f} |" in card.text
+    bundle = run.info.bundle.model_copy(update={"license": "mit", "backbone": "owner/name"})
+    other = ModelCard(model_card(run.info.model_copy(update={"bundle": bundle})))
+    assert (other.data.license, other.data.base_model) == ("mit", "owner/name")
+    odd = run.task.model_copy(update={"templates": {"masked": "a | b\n{text} {mask}", "span": None, "causal": None}})
+    assert r"| template | `a \| b\n{text} {mask}` |" in model_card(run.info.model_copy(update={"task": odd}))
+    local = run.info.bundle.model_copy(update={"backbone": "/home/somebody/checkpoint"})
+    assert "somebody" not in model_card(run.info.model_copy(update={"bundle": local}))
+
+
+def test_a_portable_copy_is_a_run(run: Run) -> None:
+    with portable(run.path, run.open_bundle().path) as copy:
+        again = Run.read(copy)
+        assert again.open_bundle().path == copy.absolute() / "bundle"
+        assert again.info.data.path is None
+    assert Run.read(run.path).info.data.path is not None
+
+
+def test_a_hub_id_is_exported_and_its_data_set_read(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tiny_backbones import save_recorded_backbone
+
+    checkpoint = tmp_path / "hub" / "models" / "owner" / "tiny"
+    save_recorded_backbone("roberta", checkpoint)
+    (checkpoint / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Tiny\n")
+    data = tmp_path / "hub" / "datasets" / "owner" / "rows"
+    data.mkdir(parents=True)
+    for split, count in (("train", 40), ("test", 12)):
+        rows = (json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(count))
+        (data / f"{split}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "task.toml").write_text(
+        'name = "rows"\ntext = "text"\nn_classes = 2\n[hub]\npath = "owner/rows"\n'
+        '[templates]\nmasked = "{text} {mask}"\n[label_words]\nmasked = ["a", "b"]\n'
+    )
+    exported = cli("export", "owner/tiny", "-o", "bundle", "--n-prompt-tokens", "5", "--revision", "main", "--json")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["license"] == "cc-by-4.0"
+    words = ["tune", "--bundle", "bundle", "--task", "task.toml", "--budget", "1", "--k-shot", "4", "--threads", "1"]
+    tuned = cli(*words, "-o", "tuned", "--json")
+    assert tuned.returncode == 0, tuned.stderr
+    assert "license: cc-by-4.0" in (tmp_path / "tuned" / "README.md").read_text()
+    assert "base_model: owner/tiny" in (tmp_path / "tuned" / "README.md").read_text()
+    assert json.loads(cli("evaluate", "tuned", "--json").stdout)["rows"] == 12
