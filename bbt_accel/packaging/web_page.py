@@ -92,10 +92,14 @@ def fetch(folder: Path) -> list[Path]:
     return [folder / entry["filename"] for entry in json.loads(done.stdout)]
 
 
+def integrity(archive: Path) -> str:
+    """The hash of an archive as npm's registry writes it."""
+    return f"sha512-{base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()}"
+
+
 def unpack(package: NpmPackage, archive: Path, folder: Path) -> None:
     """Raises PackageError for an archive with another hash than that of the version's release."""
-    digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
-    if f"sha512-{digest}" != package.integrity:
+    if integrity(archive) != package.integrity:
         raise PackageError(f"npm's archive of {package.specifier} has another sha512 than its release; do not use it")
     with tarfile.open(archive) as files:
         for name, target in package.files.items():
