@@ -1,5 +1,6 @@
 # make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
-# make test, make lint, make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv,
+# make test, make lint, make test-foreign (packages in the tools that load them), make gpu-check (on a machine with an
+# NVIDIA GPU), make clean. Everything is installed in .venv,
 # once; nothing outside this folder is touched.
 
 PYTHON ?= python3
@@ -10,10 +11,10 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types gpu-check clean
+.PHONY: help demo test test-foreign lint types gpu-check clean
 
 help:
-	@echo "make demo | test | lint | gpu-check | clean"
+	@echo "make demo | test | test-foreign | lint | gpu-check | clean"
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; bbt-accel needs 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -52,6 +53,12 @@ demo: .venv/.installed
 
 test: .venv/.installed .venv/.extras
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Loads packages with optimum, optimum-intel, transformers.js, Chromium and PEFT at pinned versions, each in an
+# environment of its own under build/foreign. What cannot be installed here is skipped, with the reason.
+test-foreign: .venv/.installed .venv/.extras
+	$(BIN)/pip install --quiet --editable '.[compare]'
+	OMP_NUM_THREADS=2 $(BIN)/python tests/foreign/run.py
 
 # Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
 # cuda-python and bbt-accel: nothing is installed.

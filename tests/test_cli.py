@@ -28,7 +28,8 @@ from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
-COMMANDS = ["export", "optimize", "triton", "tune", "sweep", "evaluate", "predict", "serve", "bench", "doctor"]
+COMMANDS = ["export", "optimize", "triton", "tune", "sweep", "evaluate", "predict"]
+COMMANDS += ["package", "serve", "bench", "doctor"]
 SCORE = {
     "bundle": "b",
     "split": "test",
