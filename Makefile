@@ -1,6 +1,7 @@
 # make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
-# make test, make test-slow, make lint, make docs, make gpu-check (on a machine with an NVIDIA GPU), make clean.
-# Everything is installed in .venv, once; nothing outside this folder is touched.
+# make test, make test-slow, make test-foreign (packages in the tools that load them), make lint, make docs,
+# make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv, once; nothing outside
+# this folder is touched.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,10 +11,10 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types docs gpu-check clean
+.PHONY: help demo test test-slow test-foreign lint types docs gpu-check clean
 
 help:
-	@echo "make demo | test | test-slow | lint | docs | gpu-check | clean"
+	@echo "make demo | test | test-slow | test-foreign | lint | docs | gpu-check | clean"
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; bbt-accel needs 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -48,6 +49,12 @@ test: .venv/.installed .venv/.extras
 # Further exports and plans of the same families, Ray, whole programs, attacks.
 test-slow: .venv/.installed .venv/.extras
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Loads packages with optimum, optimum-intel, transformers.js, Chromium and PEFT at pinned versions, each in an
+# environment of its own under build/foreign. What cannot be installed here is skipped, with the reason.
+test-foreign: .venv/.installed .venv/.extras
+	$(BIN)/pip install --quiet --editable '.[compare]'
+	OMP_NUM_THREADS=2 $(BIN)/python tests/foreign/run.py
 
 # Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
 # cuda-python and bbt-accel: nothing is installed.

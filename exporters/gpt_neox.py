@@ -14,7 +14,7 @@ from bbt_accel.exporters.rotary import angles, rotate
 
 
 class GPTNeoXBackbone(CausalBackbone):
-    """GPTNeoXForCausalLM: queries, keys and values of each head side by side; attention and feed-forward in parallel."""
+    """GPTNeoXForCausalLM: each head's queries, keys and values side by side; feed-forward beside the attention."""
 
     def layer(self, i: int) -> Any:
         return self.model.gpt_neox.layers[i]

@@ -2,7 +2,7 @@
 
 python tests/kills.py COMMAND [EVERY]
 
-COMMAND: tune, tune-v2, overwrite, export, optimize or sweep. A fork of a process that has loaded everything is killed
+COMMAND: tune, tune-v2, overwrite, export, optimize, package or sweep. A fork of a process that has loaded everything is killed
 before and after each call that makes, opens for writing, renames, replaces, removes or syncs a file or folder, or at
 every n-th of these points. Then nothing half-written may have its final name, and the same command (with --resume) must
 end with the result that it has when nobody kills it, and leave nothing else. (An export that was killed when it was
@@ -132,6 +132,28 @@ class Optimize(Export):
         optimize_bundle(self.folder / "source", output, precision="int8")
 
 
+class Package(Export):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from package_parts import tuned
+
+        super().run(folder / "source", False)
+        self.tuned = tuned(Bundle.read(folder / "source"), folder / "tuned")
+
+    def run(self, output: Path, again: bool) -> None:
+        from bbt_accel.packaging.package import Options, package_run
+
+        if again and output.exists():
+            return
+        package_run(self.tuned.path, output, Options(threads=1))
+
+    def result(self, output: Path) -> object:
+        from bbt_accel.packaging.manifest import read_info
+
+        found = read_info(output).sha256
+        return {name: digest for name, digest in found.items() if name != "README.md"}  # which names the output
+
+
 class Sweep(Command):
     """Its trials are processes of their own, which end with it."""
 
@@ -160,7 +182,8 @@ class Sweep(Command):
 
 
 COMMANDS: dict[str, type[Command]] = {
-    "tune": Tune, "tune-v2": TuneV2, "overwrite": Overwrite, "export": Export, "optimize": Optimize, "sweep": Sweep,
+    "tune": Tune, "tune-v2": TuneV2, "overwrite": Overwrite, "export": Export, "optimize": Optimize, "package": Package,
+    "sweep": Sweep,
 }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from bbt_accel.command import explain
 from bbt_accel.data import load_rows
 from bbt_accel.errors import ExportError
 from bbt_accel.inference import predict
+from bbt_accel.packaging.manifest import INFO, Comparison, PackageInfo, Source, read_info, write_info
 from bbt_accel.run import Run
 from bbt_accel.sweeps.grid import read_sweep
 
@@ -128,6 +129,7 @@ class Corpus:
         yield from self.runs()
         yield from self.histories()
         yield from self.sweeps()
+        yield from self.packages()
         if find_spec("torch") is not None:
             yield from self.checkpoints()
             yield from self.graphs()
@@ -240,6 +242,28 @@ class Corpus:
                 yield case(f"{path} → {value!r:.20}", content, strict and path[0] != "losses")
         for what, content in damaged_bytes("\n".join(lines).encode() + b"\n", 7, 20):
             yield case(what, content)
+
+    def packages(self) -> Iterator[Case]:
+        folder = self.folder / "package"
+        folder.mkdir()
+        (folder / "README.md").write_text("A card.")
+        source = Source(path="../run", digest="0")
+        sound = PackageInfo(
+            kind="onnx", model="onnx/model.onnx", precision="fp32", quantized=False, run=source, bundle=source,
+            task="toy", architecture="encoder", template_group="masked", labels=["bad", "great"], columns=["text"],
+            readout="verbalizer", max_tokens=9, versions={"numpy": "2"}, command="bbt-accel package run -o package",
+            comparison=Comparison(rows=1, digest="0", largest_error=0.0, labels_differ=0, cut_differently=0),
+        )  # fmt: skip
+        found, file = write_info(folder, sound).model_dump(mode="json"), folder / INFO
+        for path in places(found):
+            for value in VALUES[:15]:
+                content = json.dumps(put(found, path, value)).encode()
+                yield Case(f"{INFO}: {path} → {value!r:.20}", file, content, partial(read_info, folder))
+        for what, content in damaged_bytes(file.read_bytes(), 9, 20):
+            yield Case(f"{INFO}: {what}", file, content, partial(read_info, folder))
+        card = folder / "README.md"
+        for what, content in damaged_bytes(card.read_bytes(), 10, 5):
+            yield Case(f"package: {what}", card, content, partial(read_info, folder), strict=True)
 
     def sweeps(self) -> Iterator[Case]:
         file = self.folder / "sweep.json"

@@ -28,7 +28,8 @@ from bbt_accel.run import Baselines, ReadoutRecord, TriedReadout
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
-COMMANDS = ["export", "optimize", "triton", "fit", "tune", "sweep", "evaluate", "predict", "serve", "bench", "doctor"]
+COMMANDS = ["export", "optimize", "triton", "fit", "tune", "sweep", "evaluate", "predict"]
+COMMANDS += ["package", "push", "serve", "bench", "compare", "doctor"]
 SCORE = {
     "bundle": "b",
     "split": "test",

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +18,387 @@ from conftest import Export
 pytest.importorskip("torch")
 
 from package_parts import TEXTS, Foreign, tuned
-from tiny_backbones import VARIANTS
 
+from bbt_accel.bundle import Bundle
+from bbt_accel.cli import main
+from bbt_accel.errors import BbtError, PackageError
 from bbt_accel.inference import predict
-from bbt_accel.packaging.package import Options, package_run
+from bbt_accel.packaging import web_page
+from bbt_accel.packaging.manifest import PackageInfo
+from bbt_accel.packaging.package import Options, check_package, package_run
 from bbt_accel.run import Run
+from bbt_accel.settings import READOUTS
 
 HARD = ["", "  ", "[MASK] </s> <mask> it", "👩‍🚀 é 東京", "was " * 120]
+PAIRS = [("it was", "great"), ("", "was it bad"), ("a", ""), ("", ""), ("[SEP] it", "</s>"), ("was " * 70, "was " * 90)]
+COMPUTATIONS = [
+    ("roberta", "bbt", "add"), ("roberta", "bbt", "cat"), ("roberta", "bbtv2", "add"), ("bert", "bbt", "add"),
+    ("bart", "bbt", "cat"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"), ("t5-v1.1", "bbt", "cat"),
+    ("gpt2", "bbt", "add"), ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add"),
+]  # fmt: skip
+"""Every way to compute and to place a prompt, and every kind of tokenizer; all families share their code."""
+MakeRun = Callable[..., Run]
 
 
-def packaged(run: Run, folder: Path, **options: Any) -> Foreign:
-    info = package_run(run.path, folder, Options(**{"threads": 1, **options}))
-    return Foreign(folder, info.model)
+@pytest.fixture(scope="session")
+def made(tiny: Export, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """`made(name, method, mode, **options)`: a run of a tiny backbone, tuned at the first call."""
+    known: dict[str, Run] = {}
+
+    def call(name: str = "bert", method: str = "bbt", mode: str = "add", **options: Any) -> Run:
+        key = repr((name, method, mode, options))
+        if key not in known:
+            known[key] = tuned(tiny(name, method, mode), tmp_path_factory.mktemp("run"), **options)
+        return known[key]
+
+    return call
 
 
-def wanted(run: Run, texts: list[Any]) -> Any:
+@pytest.fixture(scope="session")
+def demo(made: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path, PackageInfo]:
+    """A package that no test changes."""
+    run, folder = made(), tmp_path_factory.mktemp("packages") / "demo"
+    return run, folder, package_run(run.path, folder, Options(threads=1))
+
+
+def package(run: Run, folder: Path, **options: Any) -> tuple[Path, PackageInfo]:
+    return folder / "package", package_run(run.path, folder / "package", Options(**{"threads": 1, **options}))
+
+
+def wanted(run: Run, texts: list[Any], bundle: Path | None = None) -> Any:
+    """Probabilities (N, C) by `predict`."""
     rows = [dict(zip(run.task.text, [text] if isinstance(text, str) else text, strict=True)) for text in texts]
-    found = predict(run.path, rows, threads=1)
+    found = predict(run.path, rows, threads=1, bundle=bundle)
     return np.array([list(answer["probabilities"].values()) for answer in found])
 
 
-@pytest.mark.parametrize(("name", "method", "mode"), VARIANTS)
-def test_a_package_computes_what_predict_computes(
-    tiny: Export, tmp_path: Path, name: str, method: str, mode: str
+def agrees(run: Run, folder: Path, info: PackageInfo, texts: list[Any]) -> None:
+    foreign, expected = Foreign(folder, info.model), wanted(run, texts)
+    assert foreign.probabilities(texts) == pytest.approx(expected, abs=1e-5)
+    assert foreign.probabilities(texts, truncate=True) == pytest.approx(expected, abs=1e-5)
+    assert foreign.probabilities(texts[:1]) == pytest.approx(expected[:1], abs=1e-5)
+
+
+# What is computed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "method", "mode"), COMPUTATIONS)
+def test_every_way_to_compute(made: MakeRun, tmp_path: Path, name: str, method: str, mode: str) -> None:
+    run = made(name, method, mode)
+    agrees(run, *package(run, tmp_path), TEXTS + HARD)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "t5", "gpt2"])
+def test_a_pair_of_texts(made: MakeRun, tmp_path: Path, name: str) -> None:
+    run = made(name, pair=True)
+    agrees(run, *package(run, tmp_path), PAIRS)
+
+
+@pytest.mark.parametrize("readout", [name for name in READOUTS if name != "verbalizer"])
+def test_every_readout(made: MakeRun, tmp_path: Path, readout: str) -> None:
+    run = made(readout=readout)
+    folder, info = package(run, tmp_path)
+    assert info.readout == readout
+    agrees(run, folder, info, TEXTS)
+
+
+def test_several_label_words_of_a_class(made: MakeRun, tmp_path: Path) -> None:
+    run = made(readout="prototype", several=True)
+    agrees(run, *package(run, tmp_path), TEXTS)
+
+
+@pytest.mark.parametrize(("method", "mode"), [("bbt", "cat"), ("bbtv2", "add")])
+def test_the_context_of_a_decoder_and_its_begin_token(made: MakeRun, tmp_path: Path, method: str, mode: str) -> None:
+    run = made("llama", method, mode, demonstrations=2)
+    assert run.info.demonstrations
+    agrees(run, *package(run, tmp_path), TEXTS[:4] + HARD[:3])
+
+
+def test_line_breaks_that_a_task_cleans(made: MakeRun, tmp_path: Path) -> None:
+    run = made(clean="newlines")
+    agrees(run, *package(run, tmp_path), ["it\\nwas\\n", "\\n", " \\nit \n was "])
+
+
+def test_white_space_as_python_strips_it(demo: tuple[Run, Path, PackageInfo]) -> None:
+    spaces = [chr(c) for c in range(0x3001) if chr(c).isspace()]
+    agrees(*demo, [f"{c}{c}it{c}was{c}" for c in spaces])
+
+
+def test_int8_of_a_run_in_fp32(made: MakeRun, tiny: Export, tmp_path: Path) -> None:
+    run = made("roberta")
+    folder, info = package(run, tmp_path, int8=True)
+    assert (info.model, info.precision, info.quantized) == ("onnx/model_quantized.onnx", "int8", True)
+    foreign = Foreign(folder, info.model)
+    assert foreign.probabilities(TEXTS) == pytest.approx(wanted(run, TEXTS), abs=0.1)
+    assert foreign.config["transformers.js_config"] == {"dtype": "q8"}
+    assert check_package(folder, threads=1).comparison.rows == info.comparison.rows
+
+
+# The folder --------------------------------------------------------------------------------------------------
+
+
+def test_what_loaders_read(demo: tuple[Run, Path, PackageInfo]) -> None:
+    _, folder, info = demo
+    foreign = Foreign(folder)
+    assert foreign.config["architectures"] == ["BertForSequenceClassification"]
+    assert foreign.config["id2label"] == {"0": "bad", "1": "great"}
+    assert foreign.config["label2id"] == {"bad": 0, "great": 1}
+    assert foreign.config["problem_type"] == "single_label_classification"
+    assert foreign.configuration["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert foreign.configuration["model_input_names"] == ["input_ids", "attention_mask"]
+    assert foreign.configuration["model_max_length"] == info.max_tokens + 1  # the mark
+    assert {i.name: i.type for i in foreign.session.get_inputs()} == {
+        "input_ids": "tensor(int64)",
+        "attention_mask": "tensor(int64)",
+    }
+    assert [o.name for o in foreign.session.get_outputs()] == ["logits"]
+    assert sorted(p.name for p in (folder / "onnx").iterdir()) == ["model.onnx"]
+
+
+def test_no_text_can_hold_a_special_token(demo: tuple[Run, Path, PackageInfo]) -> None:
+    tokenizer = Foreign(demo[1]).tokenizer
+    contents = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    assert all(0xE000 <= ord(content[0]) <= 0xF8FF for content in contents)
+    special = Bundle.read(demo[0].open_bundle().path).info.special
+    assert not {special.mask, special.begin, special.end} & set(tokenizer.encode("[MASK] [CLS] [SEP]").ids)
+
+
+def test_an_empty_text_is_not_an_empty_input(demo: tuple[Run, Path, PackageInfo]) -> None:
+    assert len(Foreign(demo[1]).tokenizer.encode("").ids) == 1
+
+
+@pytest.mark.parametrize(("name", "method"), [("roberta", "bbtv2"), ("gpt2", "bbtv2")])
+def test_weights_are_in_a_package_once(made: MakeRun, tmp_path: Path, name: str, method: str) -> None:
+    import onnx
+
+    run = made(name, method)
+    folder, info = package(run, tmp_path)
+    weights = sum(
+        int(np.prod(t.dims)) for t in onnx.load(folder / info.model).graph.initializer if np.prod(t.dims) > 300
+    )
+    from safetensors.numpy import load_file
+
+    checkpoint = load_file(run.open_bundle().path / "model.safetensors").values()
+    assert weights <= 1.05 * sum(value.size for value in checkpoint)
+
+
+def test_the_card_names_what_a_result_rests_on(demo: tuple[Run, Path, PackageInfo]) -> None:
+    run, folder, info = demo
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\npipeline_tag: text-classification\n")
+    assert info.score is not None
+    for part in (
+        "bert", "bbt, add, 3 prompt tokens", "{text} It was {mask} .", "bad", "great", run.info.data.digest,
+        f"{info.score.score:.4f}", f"{info.score.without_prompt:.4f}", f"{run.info.calls} calls", "ort", "onnxruntime",
+        "bbt-accel package", "licence", info.comparison.digest,
+    ):  # fmt: skip
+        assert part in card
+    assert str(run.path.parent.parent) not in (folder / "bbt_accel.json").read_text(encoding="utf-8").replace(
+        info.command, ""
+    )
+
+
+def test_the_licence_is_that_of_the_checkpoint(tiny: Export, tmp_path: Path) -> None:
+    from bbt_accel.packaging.card import licence_of
+
+    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n", encoding="utf-8")
+    assert licence_of(str(tmp_path), None) == "mit"
+    assert licence_of("demo", None) == "apache-2.0"
+    assert licence_of("nobody/has-this", None) is None
+
+
+# The check ---------------------------------------------------------------------------------------------------
+
+
+def test_check_repeats_the_comparison(demo: tuple[Run, Path, PackageInfo]) -> None:
+    assert check_package(demo[1], threads=1) == demo[2]
+
+
+def test_check_finds_a_changed_file(demo: tuple[Run, Path, PackageInfo], tmp_path: Path) -> None:
+    shutil.copytree(demo[1], tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(PackageError, match=r"tokenizer.json has changed .*sha256.*; package the run again"):
+        check_package(tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").unlink()
+    with pytest.raises(PackageError, match=r"lacks config\.json"):
+        check_package(tmp_path / "copy")
+
+
+def test_a_graph_that_differs_from_predict_is_refused(made: MakeRun, tmp_path: Path) -> None:
+    from bbt_accel.packaging.package import classifier_of
+
+    run = made()
+    with pytest.MonkeyPatch.context() as patch:
+        changed = classifier_of(run, run.open_bundle())
+        changed.prompt = changed.prompt + 1
+        patch.setattr("bbt_accel.packaging.package.classifier_of", lambda *_: changed)
+        with pytest.raises(PackageError, match=r"row 1 \('.*'\) has scores that differ by .* in the package"):
+            package(run, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_with_other_token_ids_are_refused(made: MakeRun, tmp_path: Path) -> None:
+    from bbt_accel.packaging.package import classifier_of
+
+    run = made()
+    with pytest.MonkeyPatch.context() as patch:
+        changed = classifier_of(run, run.open_bundle())
+        changed.layout = replace(changed.layout, pieces=dict.fromkeys(changed.layout.pieces, ((5,), (6, 4))))
+        patch.setattr("bbt_accel.packaging.package.classifier_of", lambda *_: changed)
+        with pytest.raises(PackageError, match="has other token ids in the package than in predict"):
+            package(run, tmp_path)
+
+
+# What cannot be packaged -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "reason"),
+    [
+        ("bert", {"templates": {"masked": "so{text} {mask}"}}, "a text has other tokens than alone"),
+        ("gpt2", {"templates": {"causal": "{text} {prompt} It was"}}, r"has a text under the prompt; put \{prompt\}"),
+        ("bert", {"columns": ["a", "b", "c"], "templates": {"masked": "{a} {b} {c} {mask}"}}, "3 text columns"),
+    ],
+)
+def test_a_template_that_no_graph_can_hold(
+    made: MakeRun, tmp_path: Path, name: str, task: dict[str, Any], reason: str
 ) -> None:
-    run = tuned(tiny(name, method, mode), tmp_path)
-    foreign = packaged(run, tmp_path / "package")
-    texts = TEXTS + HARD
-    assert foreign.probabilities(texts) == pytest.approx(wanted(run, texts), abs=1e-5)
+    run = made(name, **task)
+    with pytest.raises(PackageError, match=reason):
+        package(run, tmp_path)
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_bundle_for_another_runtime_names_what_to_pass(made: MakeRun, tmp_path: Path) -> None:
+    from bbt_accel.exporters.optimize import optimize_bundle
+
+    run = made()
+    bundle = optimize_bundle(run.open_bundle().path, tmp_path / "bf16", target="torch", precision="bf16")
+    with pytest.raises(PackageError, match=r"is optimized for torch in bf16; pass one of onnx, ort .* with --bundle"):
+        package(run, tmp_path, bundle=bundle.path)
+
+
+def test_nothing_is_replaced(demo: tuple[Run, Path, PackageInfo]) -> None:
+    with pytest.raises(BbtError, match="exists already"):
+        package_run(demo[0].path, demo[1], Options())
+
+
+# Other formats -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "mode", "int8"),
+    [("bert", "bbt", "add", False), ("gpt2", "bbtv2", "add", False), ("roberta", "bbt", "add", True)],
+)
+def test_openvino(made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, int8: bool) -> None:
+    openvino = pytest.importorskip("openvino")
+    run = made(name, method, mode)
+    folder, info = package(run, tmp_path, kind="openvino", int8=int8)
+    assert {"openvino_model.xml", "openvino_model.bin", "config.json", "tokenizer.json"} <= info.sha256.keys()
+    foreign = Foreign.__new__(Foreign)
+    foreign.read_texts(folder)
+    model = openvino.Core().compile_model(folder / info.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = foreign.shares(model(foreign.feeds(TEXTS + HARD))["logits"])
+    assert found == pytest.approx(wanted(run, TEXTS + HARD), abs=0.1 if int8 else 1e-5)
+
+
+def test_a_triton_repository(made: MakeRun, tmp_path: Path) -> None:
+    run = made()
+    folder, info = package(run, tmp_path, kind="triton")
+    assert info.model == "mood/1/model.onnx"
+    config = (folder / "mood" / "config.pbtxt").read_text(encoding="utf-8")
+    assert 'input { name: "input_ids" data_type: TYPE_INT64 dims: [ -1, -1 ] }' in config
+    assert 'output { name: "logits" data_type: TYPE_FP32 dims: [ -1, 2 ] }' in config
+    agrees(run, folder, info, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("gpt2", {}), ("llama", {"demonstrations": 2, "readout": "calibrated"}), ("t5-v1.1", {})]
+)
+def test_an_adapter_for_peft(made: MakeRun, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("peft")
+    run = made(name, "bbt", "cat", **options)
+    folder, info = package(run, tmp_path, kind="peft")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "PROMPT_TUNING"
+    assert config["num_virtual_tokens"] >= 3
+    assert info.comparison.largest_error < 1e-5
+    assert check_package(folder, threads=1) == info
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "mode", "readout", "reason"),
+    [
+        ("gpt2", "bbt", "add", "verbalizer", "the prompt is added to tokens.*--prompt-mode cat"),
+        ("gpt2", "bbtv2", "add", "verbalizer", "bbtv2 adds a prompt in every layer"),
+        ("roberta", "bbt", "cat", "verbalizer", "no prompt tuning for masked language models"),
+        ("gpt2", "bbt", "cat", "state", "the readout state reads more than label words' logits"),
+    ],
+)
+def test_what_peft_cannot_represent(
+    made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, readout: str, reason: str
+) -> None:
+    with pytest.raises(PackageError, match=f"this run cannot be an adapter: .*{reason}"):
+        package(made(name, method, mode, readout=readout), tmp_path, kind="peft")
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Archives like npm's, with other content, in place of those that npm fetches."""
+    folder, archives, packages = tmp_path / "npm", [], []
+    for own in web_page.PACKAGES:
+        (folder / own.name / "package").mkdir(parents=True)
+        for name in own.files:
+            file = folder / own.name / "package" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("import a " + "; import b ".join(web_page.IMPORTS), encoding="utf-8")
+        archive = folder / f"{len(archives)}.tgz"
+        with tarfile.open(archive, "w:gz") as files:
+            files.add(folder / own.name / "package", "package")
+        archives.append(archive)
+        packages.append(own.__class__(own.name, own.version, web_page.integrity(archive), own.files))
+    monkeypatch.setattr(web_page, "PACKAGES", tuple(packages))
+    monkeypatch.setattr(web_page, "fetch", lambda place: archives)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_page_needs_no_file_of_another_host(made: MakeRun, npm: Path, tmp_path: Path) -> None:
+    folder, info = package(made(), tmp_path, kind="web")
+    assert (folder / info.model).is_file()
+    page, script = ((folder / name).read_text(encoding="utf-8") for name in ("index.html", "app.js"))
+    for name in re.findall(r'(?:src|href)="([^":]+)"', page) + re.findall(r'from "\./([^"]+)"', script):
+        assert (folder / name).is_file(), name
+    assert not re.search(r"https?://(?!www\.w3\.org)", page + script)
+    library = (folder / "vendor" / "transformers.js").read_text(encoding="utf-8")
+    assert library.count('from"./ort.js"') == 2
+    assert "onnxruntime" not in library
+    assert check_package(folder, threads=1) == info
+
+
+def test_an_archive_with_another_hash_is_refused(made: MakeRun, npm: Path, tmp_path: Path) -> None:
+    (npm / "1.tgz").write_bytes(b"other")
+    with pytest.raises(PackageError, match=r"onnxruntime-web@.* has another sha512 than its release"):
+        package(made(), tmp_path, kind="web")
+    assert not (tmp_path / "package").exists()
+
+
+# The command -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_packages_and_checks(made: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = made(), tmp_path / "package"
+    for arguments in ([str(run.path), "-o", str(folder), "--max-rows", "2"], [str(folder), "--check"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["package", *arguments, "--threads", "1", "--json"])
+        assert ended.value.code == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["path"], found["kind"], found["max_rows"]) == (str(folder), "onnx", 2)
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "-o", "x", "--check"]])
+def test_the_command_takes_an_output_or_check(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["package", *arguments])
+    assert ended.value.code == 2
+    assert "give -o DIR to package a run, or --check" in capsys.readouterr().err

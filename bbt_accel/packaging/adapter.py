@@ -97,11 +97,11 @@ def load_backbone(made: Classifier) -> Any:
 
 def beginning(made: Classifier, model: Any) -> Float32:
     """Embeddings of the tokens in front of a decoder's prompt, (K, H)."""
-    ids = made.context().get("context_ids")
-    if ids is None or (made.context()["context_mask"] < 0).any():
-        return np.zeros((0, made.info.hidden_size), np.float32)
     import torch
 
+    context = made.context()
+    ids = np.asarray(context.get("context_ids", []), np.int64)
+    ids = ids[np.asarray(context.get("context_mask", []), np.int64) >= 0]  # an empty context has a column all the same
     embedded: Float32 = model.get_input_embeddings()(torch.from_numpy(ids)).detach().numpy()
     return embedded
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bbt_accel.batch import Float64, Int64
-from bbt_accel.data import Row, load_rows, rows_digest
+from bbt_accel.data import Row, Split, load_rows, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import DataError, PackageError
 from bbt_accel.packaging.classifier import CHECKED, Classifier
@@ -37,9 +37,10 @@ class Found:
 def available_rows(run: Run, most: int | None) -> tuple[list[Row], list[Row]]:
     """The run's train rows, and its test rows, at most so many of each, evenly drawn; none where there are no data."""
     data, found = run.info.data.path, []
-    for split in ("train", "test"):
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
         try:
-            rows = load_rows(run.task, split, None if data is None else Path(data))  # type: ignore[arg-type]
+            rows = load_rows(run.task, split, None if data is None else Path(data))
         except DataError:
             rows = []
         found.append(rows if most is None or len(rows) <= most else [rows[i * len(rows) // most] for i in range(most)])

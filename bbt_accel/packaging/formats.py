@@ -20,6 +20,7 @@ from bbt_accel.packaging.configuration import DTYPES, classifier_config, write_j
 from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
 from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
 from bbt_accel.packaging.tokenizer import configuration
+from bbt_accel.packaging.web_page import write_page
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Format:
     usage: str
 
 
-def run_with(open_model: Callable[[Path, Precision, int | None], LoadedModel]) -> Any:
-    """`Format.run` of a format whose model takes the ids of the folder's tokenizer."""
+def run_with(open_model: Callable[[Path, Precision, int | None], LoadedModel], texts: str = ".") -> Any:
+    """`Format.run` of a format whose model takes the ids of a tokenizer, that of the folder `texts`."""
 
     def run(made: Classifier, folder: Path, model: str, rows: Sequence[Row], threads: int | None) -> Found:
-        return run_package(open_model(folder / model, made.info.precision, threads), folder, made, rows)
+        return run_package(open_model(folder / model, made.info.precision, threads), folder / texts, made, rows)
 
     return run
 
@@ -66,6 +67,14 @@ def write_ir(made: Classifier, labels: list[str], folder: Path) -> str:
     write_texts(made, labels, folder)
     write_openvino(made, folder / "openvino_model.xml")
     return "openvino_model.xml"
+
+
+def write_web(made: Classifier, labels: list[str], folder: Path) -> str:
+    """The page, its libraries in vendor/, and the classifier in model/."""
+    (folder / "model").mkdir()
+    model = write_graph(made, labels, folder / "model")
+    write_page(folder, folder / "model" / model)
+    return f"model/{model}"
 
 
 def write_triton(made: Classifier, labels: list[str], folder: Path) -> str:
@@ -137,9 +146,17 @@ tritonserver --model-repository .
 The model `{task}` runs in the onnxruntime backend: inputs `input_ids` and `attention_mask`, int64 (N, S), of
 `tokenizer.json`; output `logits` (N, C), whose softmax are the probabilities. Clients tokenize."""
 
+WEB_USAGE = """Serve the folder with any web server and open it in a browser:
+```
+python -m http.server
+```
+The page asks nothing of any other host, and no text leaves it. `vendor/` holds transformers.js (Apache-2.0) and
+onnxruntime-web (MIT) as npm has them; `model/` is a package for transformers.js."""
+
 FORMATS = {
     "onnx": Format("ort", ("onnx", "ort"), write_graph, run_with(open_onnx), ONNX_USAGE),
     "openvino": Format("openvino", ("onnx", "openvino"), write_ir, run_with(open_openvino), OPENVINO_USAGE),
     "peft": Format("ort", ("onnx", "ort"), write_peft, run_peft, PEFT_USAGE),
     "triton": Format("ort", ("onnx", "ort"), write_triton, run_with(open_onnx), TRITON_USAGE),
+    "web": Format("ort", ("onnx", "ort"), write_web, run_with(open_onnx, "model"), WEB_USAGE),
 }

@@ -47,10 +47,9 @@ class Layout:
         """Most tokens of a row as the graphs read it."""
         return self.limit - self.ahead
 
-    @property
-    def room(self) -> int:
+    def room(self, empty: tuple[bool, ...]) -> int:
         """Most tokens of all texts of a row together."""
-        return self.limit - sum(map(len, self.pieces[(False,) * self.texts]))
+        return self.limit - sum(map(len, self.pieces[empty]))
 
     @property
     def max_length(self) -> int:
@@ -59,7 +58,7 @@ class Layout:
         A loader's rule for pairs differs from the encoding's in one token, so it gets room for two: the graph
         truncates.
         """
-        return self.texts * (self.room + 1)
+        return self.texts * (max(map(self.room, self.pieces)) + 1)
 
 
 def find_layout(encoder: Encoder) -> Layout:

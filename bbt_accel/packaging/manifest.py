@@ -62,6 +62,7 @@ class PackageInfo(Manifest):
     quantized: bool = Field(description="Whether int8 was made for the package, from the bundle in fp32.")
     run: Source
     bundle: Source
+    task: str
     architecture: Architecture
     template_group: TemplateGroup
     labels: list[str]

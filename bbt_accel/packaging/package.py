@@ -71,7 +71,8 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
         info = PackageInfo(
             kind=options.kind, model=model, precision=bundle.info.precision, quantized=bundle is not source,
             run=Source.of(run.path, output, sha256(run.path / RUN_INFO)),
-            bundle=Source.of(source.path, output, source.digest), architecture=bundle.info.architecture,
+            bundle=Source.of(source.path, output, source.digest), task=run.task.name,
+            architecture=bundle.info.architecture,
             template_group=bundle.info.template_group, labels=names, columns=run.task.text,
             readout=run.readout.name, max_tokens=made.room, max_rows=options.max_rows, score=score,
             comparison=comparison, versions=versions(), command=command(run_path, output, options),

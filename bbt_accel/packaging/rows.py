@@ -28,7 +28,7 @@ def rows_graph(layout: Layout, info: BundleInfo, special: set[int]) -> onnx.Mode
     g = Builder()
     kept, ranks, lengths = texts(g, layout, special)
     empty = g.total([g.op("Mul", g.cast(g.op("Equal", n, 0), "int64"), 2**i) for i, n in enumerate(lengths)])
-    lengths = truncated(g, lengths, layout.room)
+    lengths = truncated(g, lengths, g.op("Gather", g.constant(list(map(layout.room, patterns(layout)))), empty))
     places, ids, length = placed(g, layout, kept, ranks, lengths, empty)
     width = g.op(
         "Min", g.op("Max", g.op("ReduceMax", length, keepdims=0), info.shortest_row + layout.ahead), layout.limit
@@ -71,8 +71,13 @@ def texts(g: Builder, layout: Layout, special: set[int]) -> tuple[list[str], lis
     return kept, ranks, lengths
 
 
-def truncated(g: Builder, lengths: list[str], room: int) -> list[str]:
-    """Lengths (N, 1) as the encoding truncates: the longest text first, of equal ones the first."""
+def patterns(layout: Layout) -> list[tuple[bool, ...]]:
+    """Which texts are empty: the patterns in the order of their numbers, in which text i counts 2^i."""
+    return sorted(layout.pieces, key=lambda empty: sum(2**i for i, no in enumerate(empty) if no))
+
+
+def truncated(g: Builder, lengths: list[str], room: str) -> list[str]:
+    """Lengths (N, 1) as the encoding truncates them to a room (N, 1): the longest first, of equal ones the first."""
     excess = g.op("Max", g.op("Sub", g.total(lengths), room), 0)
     if len(lengths) == 1:
         return [g.op("Sub", lengths[0], excess)]
@@ -90,11 +95,10 @@ def placed(
     g: Builder, layout: Layout, kept: list[str], ranks: list[str], lengths: list[str], empty: str
 ) -> tuple[list[str], list[str], str]:
     """For every piece and text its places (N, …), -1 for none, and its ids, likewise; and the rows' lengths (N, 1)."""
-    patterns = sorted(layout.pieces, key=lambda empty: sum(2**i for i, no in enumerate(empty) if no))
-    places, ids, start = [], [], "start"
+    places, ids = list[str](), list[str]()
     start = g.op("Mul", empty, 0)
     for j in range(len(layout.order) + 1):
-        own = [layout.pieces[pattern][j] for pattern in patterns]
+        own = [layout.pieces[pattern][j] for pattern in patterns(layout)]
         longest = max(map(len, own))
         if longest:
             table = np.array([[*piece, *[0] * (longest - len(piece))] for piece in own])

@@ -1,0 +1,17 @@
+"""Packages in optimum-onnx: python optimum_onnx.py REQUEST.json REPLY.json"""
+
+import sys
+from importlib.metadata import version
+
+from optimum.onnxruntime import ORTModelForSequenceClassification
+from texts import classify_all
+
+
+def load(case):
+    folder, _, name = case["model"].rpartition("/")
+    return ORTModelForSequenceClassification.from_pretrained(case["folder"], subfolder=folder, file_name=name)
+
+
+if __name__ == "__main__":
+    names = ("optimum-onnx", "transformers", "onnxruntime")
+    classify_all(load, {name: version(name) for name in names}, *sys.argv[1:])
