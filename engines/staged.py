@@ -30,7 +30,7 @@ Array = Any
 Arrays = dict[str, Array]
 GPU_CALL = 1024
 """`call_overhead` of a call that is a CUDA graph: what passes between its kernels, and the last wave of each matmul. An
-estimate for RoBERTa-large on an H100 (docs/gpu.md); `make gpu-check` measures it."""
+estimate for RoBERTa-large on an H100 (docs/explanation/gpu.md); `make gpu-check` measures it."""
 CONTEXTS = 4
 """Contexts whose keys and values an engine keeps: those of the train and dev rows, and of another task."""
 
