@@ -42,7 +42,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, 
     if torch.onnx.is_in_onnx_export():
         # Written out, with the scale on the queries alone: one of the patterns that TensorRT's documentation asks for
         # ("Fused Attention"), and ONNX Runtime's fusion finds it too. The exporter would transpose keys by way of their
-        # shape, and with √scale on queries and keys TensorRT makes two more kernels of the keys' bias and transposition.
+        # shape; and with √scale on queries and keys TensorRT needs two more kernels for the keys.
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         scores = (query if factor == 1 else query * factor) @ key.transpose(2, 3)
         return (torch.softmax(scores + mask, dim=-1) @ value).transpose(1, 2).flatten(2)

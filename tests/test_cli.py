@@ -140,7 +140,7 @@ def test_help_loads_nothing_heavy() -> None:
         ),
         (
             ["bench", "--backbone", "demo", "--task", "demo", "-o", "r", "--device", "tpu"],
-            "Invalid value for '--device'",
+            "--device must be cpu, cuda or cuda:N",
         ),
     ],
 )
