@@ -192,6 +192,38 @@ def test_a_plan_uses_the_memory_of_its_caller_alone_where_tensorrt_can_demand_th
         assert demands == (module == "tensorrt_rtx")
 
 
+# Progress ----------------------------------------------------------------------------------------------------
+
+
+class Phases:
+    """`IProgressMonitor`, as far as it is extended."""
+
+
+def test_the_share_of_a_build_that_is_done_counts_nested_phases() -> None:
+    shares: list[float] = []
+    monitor = plan_building.new_monitor(Api("tensorrt", SimpleNamespace(IProgressMonitor=Phases)), shares.append)
+    monitor.phase_start("Building engine", None, 2)
+    monitor.phase_start("Timing", "Building engine", 4)
+    for step in range(4):
+        monitor.step_complete("Timing", step)
+    monitor.phase_finish("Timing")
+    monitor.step_complete("Building engine", 0)
+    monitor.step_complete("Building engine", 1)
+    assert shares == [0.125, 0.25, 0.375, 0.5, 0.5, 1.0]
+    assert plan_building.new_monitor(Api("tensorrt", SimpleNamespace()), shares.append) is None
+
+
+def test_the_time_left_follows_from_the_plans_that_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, told = [0.0], list[tuple[str, int, int]]()
+    monkeypatch.setattr(plan_building, "monotonic", lambda: clock[0])
+    progress = plan_building.PlanProgress(3, lambda *step: told.append(step))
+    api = Api("tensorrt", SimpleNamespace())
+    progress.begin("embed", 0, api)
+    clock[0], progress.built = 60.0, 1
+    progress.begin("block_00", 1, api)
+    assert told == [("plan of embed, 1 of 3", 0, 300), ("plan of block_00, 2 of 3, about 0:02:00 left", 100, 300)]
+
+
 # What TensorRT made of a graph -------------------------------------------------------------------------------
 
 LOG = """Layers:
