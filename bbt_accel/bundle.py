@@ -76,33 +76,35 @@ class BundleInfo(Manifest):
     """bundle.json."""
 
     format: int = 4
-    backbone: str
-    revision: str | None
+    backbone: str = Field(description="Hub id, demo, or the path of a local checkpoint.")
+    revision: str | None = Field(description="Of the hub: what was asked for, else the commit; None for a local one.")
     license: str | None = Field(default=None, description="Of the checkpoint, as its model card names it.")
     family: str = Field(description="Name of the family that exported it; for readers, nothing depends on it.")
-    architecture: Architecture
-    template_group: TemplateGroup
-    method: Method
-    prompt_mode: PromptMode
-    n_prompt_tokens: int = Field(ge=1, le=2**16)
-    hidden_size: int = Field(ge=1, le=2**20)
+    architecture: Architecture = Field(
+        description="Whether logits are read from an encoder or a decoder, alone or behind an encoder."
+    )
+    template_group: TemplateGroup = Field(description="Which of a task's templates and label words apply.")
+    method: Method = Field(description="bbt: a prompt at the input; bbtv2: a prompt in every layer.")
+    prompt_mode: PromptMode = Field(description="add: added to the embeddings of the first tokens; cat: prepended.")
+    n_prompt_tokens: int = Field(ge=1, le=2**16, description="n, soft prompt vectors.")
+    hidden_size: int = Field(ge=1, le=2**20, description="H.")
     n_layers: int = Field(
         ge=1, le=2**14, description="Blocks that take a prompt: those of the encoder where there is one."
     )
-    vocab_size: int = Field(ge=1, le=2**26)
+    vocab_size: int = Field(ge=1, le=2**26, description="Rows of the word embedding.")
     max_length: int = Field(
         ge=1, le=2**26, description="Tokens of the longest row, with special and (in add mode) prompt tokens."
     )
-    word_embedding_std: float
-    special: SpecialTokens
+    word_embedding_std: float = Field(description="σ_e of the word embedding: the scale of a prompt.")
+    special: SpecialTokens = Field(description="The special tokens that rows need.")
     prompt_init: str | None = Field(default=None, description="The text that the prompt starts from.")
     prompt_ids: list[TokenId] | None = Field(default=None, description="Its token ids.")
-    precision: Precision
+    precision: Precision = Field(description="Of the graphs; int8 and int4 keep some of it in fp32.")
     target: str = Field(description="`onnx` as exported, else the engine that it was optimized for.")
     without: list[str] = Field(default=[], description="Names of `OPTIMIZATIONS` that the graphs leave out.")
-    opset: int
+    opset: int = Field(description="ONNX opset of the graphs.")
     stages: list[str] = Field(description="Graph files as they run: one for bbt; embedding, blocks, readout for bbtv2.")
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(description="Of the libraries that wrote it.")
     max_error: float | None = Field(default=None, description="Largest difference of label logits from eager PyTorch.")
     source: str | None = Field(default=None, description="sha256 of the bundle.json that this one was optimized from.")
     optimization: dict[str, object] | None = Field(default=None, description="What `optimize` did and measured.")

@@ -25,10 +25,10 @@ class Generation(BaseModel, extra="forbid", frozen=True):
     layer: int = Field(description="The layer that was searched; 0 in BBT.")
     candidates: str = Field(description="`fingerprint` of the candidates, which a resumed search must ask for again.")
     losses: list[FiniteFloat] = Field(description="Train loss of every candidate, in full precision.")
-    best_loss: FiniteFloat
-    mean_loss: FiniteFloat
+    best_loss: FiniteFloat = Field(description="The lowest of them.")
+    mean_loss: FiniteFloat = Field(description="Their mean.")
     metric: FiniteFloat = Field(description="Train metric of the best candidate.")
-    step_size: FiniteFloat
+    step_size: FiniteFloat = Field(description="σ of CMA-ES, from which the candidates were drawn.")
     dev_score: FiniteFloat | None = Field(default=None, description="Metric of its prompt on the dev rows.")
     dev_loss: FiniteFloat | None = Field(default=None, description="Its loss there; None if it was not scored.")
     seconds: FiniteFloat = Field(ge=0, lt=1e9, description="Duration of the generation, dev score included.")

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,13 @@ def on_files(files: Any, config: Any) -> Any:
             name = file.relative_to(ROOT).as_posix()
             files.append(File.generated(config, _in_site(name), abs_src_path=str(file)))
             _names[_in_site(name)] = name
-    for file in sorted((ROOT / "docs").rglob("*.ipynb")):
-        place = _in_site(file.relative_to(ROOT).as_posix())
-        files.append(File.generated(config, place, content=_notebook(file)))
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    os.environ.update({"PATH": paths, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"})  # of what is run on the pages
+    notebooks = sorted((ROOT / "docs").rglob("*.ipynb"))
+    with ThreadPoolExecutor(2) as pool:
+        for file, content in zip(notebooks, pool.map(_notebook, notebooks), strict=True):
+            place = _in_site(file.relative_to(ROOT).as_posix())
+            files.append(File.generated(config, place, content=content))
     for page in (ROOT / "docs").rglob("*.md"):
         for kind, what in GENERATED.findall(page.read_text(encoding="utf-8")):
             if kind == "schema":
@@ -147,8 +152,8 @@ def _notebook(file: Path) -> str:
 
     notebook = nbformat.read(file, as_version=4)
     with tempfile.TemporaryDirectory(prefix="bbt-accel-docs-") as folder:
-        os.environ |= _environment() | {"BBT_ACCEL_CACHE": folder}
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
+        environment = os.environ | {"BBT_ACCEL_CACHE": folder}
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute(env=environment)
     parts = []
     for cell in notebook.cells:
         parts.append(cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```")
@@ -158,19 +163,13 @@ def _notebook(file: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {"PATH": paths, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
-
-
 def _executed(markdown: str) -> str:
     """The page with the output of its bash and python blocks, run one after the other in an empty folder."""
-    environment = os.environ | _environment()
     with tempfile.TemporaryDirectory(prefix="bbt-accel-docs-") as folder:
 
         def run(found: re.Match[str]) -> str:
             words = {"bash": ["bash", "-e", "-c"], "python": [sys.executable, "-c"]}[found[1]] + [found[2]]
-            made = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+            made = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600)
             if made.returncode:
                 raise PluginError(f"{EXECUTED}: this block ends with {made.returncode}\n{found[2]}\n{made.stderr}")
             return f"{found[0]}\n```text\n{made.stdout}```\n" if made.stdout else found[0]

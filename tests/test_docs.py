@@ -158,6 +158,22 @@ def test_task_example_loads(tmp_path: Path) -> None:
         assert len(task.words(group)) == 3  # type: ignore[arg-type]
 
 
+def test_the_schema_of_a_task_takes_every_example_and_refuses_a_misspelled_key() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    import tomllib
+
+    from bbt_accel.tasks import FOLDER, Task
+
+    schema = jsonschema.Draft202012Validator(Task.model_json_schema())
+    written = [file.read_text(encoding="utf-8") for file in FOLDER.glob("*.toml")]
+    written += [text for page in PAGES.values() for text in blocks(page, "toml") if 'name = "tickets"' in text]
+    for text in written:
+        task = tomllib.loads(text)
+        assert schema.is_valid(task), task["name"]
+        assert not schema.is_valid({**task, "metrik": "f1"})
+        assert not schema.is_valid({name: value for name, value in task.items() if name != "templates"})
+
+
 def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
     from bbt_accel.sweeps.grid import read_sweep
 
