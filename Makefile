@@ -1,7 +1,6 @@
 # make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
 # make test, make lint, make test-foreign (packages in the tools that load them), make gpu-check (on a machine with an
-# NVIDIA GPU), make clean. Everything is installed in .venv,
-# once; nothing outside this folder is touched.
+# NVIDIA GPU), make clean. Everything is installed in .venv, once; nothing outside this folder is touched.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -57,7 +56,7 @@ test: .venv/.installed .venv/.extras
 # Loads packages with optimum, optimum-intel, transformers.js, Chromium and PEFT at pinned versions, each in an
 # environment of its own under build/foreign. What cannot be installed here is skipped, with the reason.
 test-foreign: .venv/.installed .venv/.extras
-	$(BIN)/pip install --quiet --editable '.[compare]'
+	$(BIN)/pip install --quiet 'peft>=0.13'
 	OMP_NUM_THREADS=2 $(BIN)/python tests/foreign/run.py
 
 # Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,

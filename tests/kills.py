@@ -2,11 +2,11 @@
 
 python tests/kills.py COMMAND [EVERY]
 
-COMMAND: tune, tune-v2, overwrite, export, optimize, package or sweep. A fork of a process that has loaded everything is killed
-before and after each call that makes, opens for writing, renames, replaces, removes or syncs a file or folder, or at
-every n-th of these points. Then nothing half-written may have its final name, and the same command (with --resume) must
-end with the result that it has when nobody kills it, and leave nothing else. (An export that was killed when it was
-complete is not made again, and may leave the empty file of its lock.)
+COMMAND: tune, tune-v2, overwrite, export, optimize, package or sweep. A fork of a process that has loaded everything is
+killed before and after each call that makes, opens for writing, renames, replaces, removes or syncs a file or folder,
+or at every n-th of these points. Then nothing half-written may have its final name, and the same command (with
+--resume) must end with the result that it has when nobody kills it, and leave nothing else. (An export that was killed
+when it was complete is not made again, and may leave the empty file of its lock.)
 """
 
 from __future__ import annotations
