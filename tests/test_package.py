@@ -269,6 +269,7 @@ def test_rows_with_other_token_ids_are_refused(made: MakeRun, tmp_path: Path) ->
     ("name", "task", "reason"),
     [
         ("bert", {"templates": {"masked": "so{text} {mask}"}}, "a text has other tokens than alone"),
+        ("bert", {"templates": {"masked": "{text} {text} {mask}"}}, "has a text twice"),
         ("gpt2", {"templates": {"causal": "{text} {prompt} It was"}}, r"has a text under the prompt; put \{prompt\}"),
         ("bert", {"columns": ["a", "b", "c"], "templates": {"masked": "{a} {b} {c} {mask}"}}, "3 text columns"),
     ],
