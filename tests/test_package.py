@@ -182,6 +182,19 @@ def test_weights_are_in_a_package_once(made: MakeRun, tmp_path: Path, name: str,
     assert weights <= 1.05 * sum(value.size for value in checkpoint)
 
 
+def test_weights_that_one_file_cannot_hold_are_beside_it(
+    made: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bbt_accel.packaging.compose.LARGEST", 1000)
+    run = made()
+    folder, info = package(run, tmp_path / "onnx")
+    assert {"onnx/model.onnx", "onnx/model.onnx_data"} <= info.sha256.keys()
+    agrees(run, folder, info, TEXTS)
+    folder, info = package(run, tmp_path / "triton", kind="triton")  # which takes several files as a folder
+    assert {"mood/1/model.onnx/model.onnx", "mood/1/model.onnx/model.onnx_data"} <= info.sha256.keys()
+    agrees(run, folder, info, TEXTS)
+
+
 def test_the_card_names_what_a_result_rests_on(demo: tuple[Run, Path, PackageInfo]) -> None:
     run, folder, info = demo
     card = (folder / "README.md").read_text(encoding="utf-8")
@@ -256,6 +269,7 @@ def test_rows_with_other_token_ids_are_refused(made: MakeRun, tmp_path: Path) ->
     ("name", "task", "reason"),
     [
         ("bert", {"templates": {"masked": "so{text} {mask}"}}, "a text has other tokens than alone"),
+        ("bert", {"templates": {"masked": "{text} {text} {mask}"}}, "has a text twice"),
         ("gpt2", {"templates": {"causal": "{text} {prompt} It was"}}, r"has a text under the prompt; put \{prompt\}"),
         ("bert", {"columns": ["a", "b", "c"], "templates": {"masked": "{a} {b} {c} {mask}"}}, "3 text columns"),
     ],
@@ -313,7 +327,8 @@ def test_a_triton_repository(made: MakeRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("gpt2", {}), ("llama", {"demonstrations": 2, "readout": "calibrated"}), ("t5-v1.1", {})]
+    ("name", "options"),
+    [("gpt2", {}), ("llama", {"demonstrations": 2, "readout": "calibrated"}), ("t5-v1.1", {}), ("bart", {})],
 )
 def test_an_adapter_for_peft(made: MakeRun, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     pytest.importorskip("peft")

@@ -65,16 +65,28 @@ def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
     )  # fmt: skip
 
 
+PIPELINE = """import { pipeline } from "@huggingface/transformers";
+const classify = await pipeline("text-classification", ".");
+await classify("a text");"""
+CUSTOM = """// It lists no decoders as classifiers, nor all encoder-decoders, but runs any graph as a "custom" model.
+import { AutoModel, AutoTokenizer, PretrainedConfig, softmax } from "@huggingface/transformers";
+const config = new PretrainedConfig({ model_type: "custom", "transformers.js_config": { dtype: "DTYPE" } });
+const [tokenizer, model] = [await AutoTokenizer.from_pretrained("."), await AutoModel.from_pretrained(".", { config })];
+const { logits } = await model(tokenizer(["a text"], { padding: true, truncation: true }));
+softmax(logits.tolist()[0]);"""
+"""How transformers.js takes a package."""
+
+
 def usage_facts(info: PackageInfo, run: RunInfo) -> dict[str, str]:
     """What the examples of a format's usage name."""
-    pair = len(info.columns) > 1
+    pair, dtype = len(info.columns) > 1, "q8" if info.precision == "int8" else "fp32"
     return {
         "file": info.model,
         "name": Path(info.model).name,
         "task": run.task.name,
         "backbone": run.bundle.backbone,
         "auto": "AutoModelForSeq2SeqLM" if info.architecture == "encoder-decoder" else "AutoModelForCausalLM",
-        "dtype": "q8" if info.precision == "int8" else "fp32",
+        "javascript": PIPELINE if info.architecture == "encoder" else CUSTOM.replace("DTYPE", dtype),
         "hint": "bf16" if info.precision == "bf16" else "f32",
         "example": '{"text": "one", "text_pair": "another"}' if pair else '"a text"',
     }

@@ -105,9 +105,7 @@ classify({example})
 ```
 With transformers.js:
 ```js
-import {{ pipeline }} from "@huggingface/transformers";
-const classify = await pipeline("text-classification", ".", {{ dtype: "{dtype}" }});
-await classify("a text");
+{javascript}
 ```
 With ONNX Runtime alone: inputs `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; output `logits`
 (N, C), whose softmax are the probabilities. The template is in the graph, and the texts of users hold no special

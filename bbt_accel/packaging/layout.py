@@ -64,8 +64,8 @@ class Layout:
 def find_layout(encoder: Encoder) -> Layout:
     """The layout of a task's rows for a bundle.
 
-    Raises PackageError for more than two text columns, which no loader takes, and for a template in which a text has
-    other tokens than alone.
+    Raises PackageError for more than two text columns, which no loader takes, for a template that has one twice or not
+    at all, and for one in which a text has other tokens than alone.
     """
     task, path = encoder.task, encoder.bundle.path
     if len(task.text) > 2:
@@ -77,6 +77,8 @@ def find_layout(encoder: Encoder) -> Layout:
         raise PackageError(
             f"the template of task {task.name} does not use the column {unused!r}; remove it from the task"
         )
+    if len(encoder.columns) > len(task.text):
+        raise PackageError(f"the template of task {task.name} has a text twice, which graphs do not truncate")
     order = tuple(task.text.index(name) for name in encoder.columns)
     original = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
     patterns = list(product((False, True), repeat=len(task.text)))

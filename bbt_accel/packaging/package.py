@@ -64,7 +64,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
     with new_folder(output) as folder, packaged_bundle(run, form, options, progress) as (source, bundle):
         made = classifier_of(run, bundle)
         progress("composing the graph", 0, 2)
-        names = unique_labels(run)
+        names = list(run.info.label_words)  # the first word of each class, which `predict` prints
         model = form.write(made, names, folder)
         progress("comparing with predict", 1, 2)
         comparison, score = compared(run, made, form, folder, model, options)
@@ -104,11 +104,6 @@ def check_package(path: str | Path, threads: int | None = None, progress: Tell =
 
 def classifier_of(run: Run, bundle: Bundle) -> Classifier:
     return Classifier(bundle, Encoder(bundle, run.task, run.info.demonstrations), run.prompt, run.readout)
-
-
-def unique_labels(run: Run) -> list[str]:
-    """The first label word of each class, which `predict` prints; loaders need them to differ, as they do."""
-    return list(run.info.label_words)
 
 
 @contextmanager
