@@ -43,7 +43,7 @@ def test_wheel_holds_what_it_needs(wheel: Path) -> None:
     for folder, package in (("exporters", "exporters"), ("engines", "engines"), ("benchmarks", "benchmarks")):
         assert {f"bbt_accel/{package}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= set(names)
     assert {f"{info}licenses/LICENSE", f"{info}licenses/bbt_accel/demo/backbone/NOTICE"} <= set(names)
-    shipped = ("*.toml", "*.jsonl", "*.safetensors", "*.json", "NOTICE", "README.md", "py.typed", "*.py")
+    shipped = ("*.j2", "*.toml", "*.jsonl", "*.safetensors", "*.json", "NOTICE", "README.md", "py.typed", "*.py")
     for pattern in shipped:
         assert {str(file.relative_to(ROOT)) for file in (ROOT / "bbt_accel").rglob(pattern)} <= set(names)
     tops = {name.split("/")[0] for name in names}
