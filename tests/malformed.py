@@ -31,6 +31,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
+import pyarrow as pa
+from pyarrow import parquet
 from search_parts import SETTINGS, TASK, search_bundle, task_file
 
 from bbt_accel import Bundle, Encoder, load_engine, load_task, tune
@@ -38,10 +40,12 @@ from bbt_accel.bundle import facts_digest
 from bbt_accel.command import explain
 from bbt_accel.data import load_rows
 from bbt_accel.errors import ExportError
+from bbt_accel.fit import check_table
 from bbt_accel.inference import predict
 from bbt_accel.packaging.manifest import INFO, Comparison, PackageInfo, Source, read_info, write_info
 from bbt_accel.run import Run
 from bbt_accel.sweeps.grid import read_sweep
+from bbt_accel.tables import read_table
 
 LIMIT = 10  # seconds
 VALUES: tuple[Any, ...] = (
@@ -125,6 +129,7 @@ class Corpus:
     def cases(self) -> Iterator[Case]:
         yield from self.tasks()
         yield from self.rows()
+        yield from self.tables()
         yield from self.bundles()
         yield from self.runs()
         yield from self.histories()
@@ -159,6 +164,24 @@ class Corpus:
                 yield Case(f"rows: {path} → {value!r:.20}", file, "\n".join([changed, *others]).encode(), read)
         for what, content in damaged_bytes(file.read_bytes(), 2, 20):
             yield Case(f"rows: {what}", file, content, read)
+
+    def tables(self) -> Iterator[Case]:
+        """Files that `fit` reads, in every format that needs no further package."""
+        records = [{"text": f'w{i} "é; w{i}', "label": ["a", "b"][i % 2]} for i in range(12)]
+        lines = "\n".join(f'"{r["text"].replace(chr(34), chr(34) * 2)}";{r["label"]}' for r in records)
+        sound = {".csv": f"text;label\n{lines}\n", ".tsv": f"text;label\n{lines}\n".replace(";", "\t")}
+        parquet.write_table(pa.Table.from_pylist(records), self.data / "table.parquet")
+        contents = {suffix: text.encode("cp1252") for suffix, text in sound.items()}
+        contents |= {".json": json.dumps(records).encode(), ".parquet": (self.data / "table.parquet").read_bytes()}
+        for suffix, content in contents.items():
+            file = self.data / f"table{suffix}"
+            file.write_bytes(content)
+
+            def read(file: Path = file) -> object:
+                return check_table(read_table(file), file, ["text"], "label")
+
+            for what, damaged in damaged_bytes(content, 3, 20):
+                yield Case(f"table {suffix}: {what}", file, damaged, read)
 
     def bundles(self) -> Iterator[Case]:
         def read() -> object:

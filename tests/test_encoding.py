@@ -14,7 +14,7 @@ from tiny_bundles import bundle_info, tiny_bundle
 from bbt_accel import encoding
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import Row
-from bbt_accel.encoding import Encoder
+from bbt_accel.encoding import Encoder, distinct_words
 from bbt_accel.errors import BundleError, DataError, TaskError
 from bbt_accel.tasks import Task, load_task
 
@@ -256,3 +256,25 @@ def test_the_work_on_a_text_is_bounded_whatever_its_length(family: str, text: st
         patch.setattr(enc, "_tokenizer", Counting())
         enc.encode([Row({"sentence": text})])
     assert sum(tokenized) <= 4 * encoding.MOST_CHARACTERS * enc.bundle.info.max_length
+
+
+def test_label_words_come_from_labels_and_differ_in_their_first_token(tmp_path: Path) -> None:
+    bundle, template = tiny_bundle(tmp_path, "bert"), "{text} {mask}"  # whose words are pieces: great, bad, it, was
+    assert distinct_words(bundle, template, ["bad", "great"]) == ["bad", "great"]
+    assert distinct_words(bundle, template, ["was-bad", "was_great"]) == ["bad", "great"]
+    assert distinct_words(bundle, template, ["great", "very great"]) == ["great", "very great"]
+    assert distinct_words(bundle, template, ["x1", "x2"]) == ["x1", "A"]  # by letters alone
+    assert distinct_words(bundle, template, ["好", "bad"]) == ["A", "bad"]  # not in the vocabulary
+    with pytest.raises(TaskError, match="no word of label '226' begins with a token of its own"):
+        distinct_words(bundle, template, ["2", *(f"2{i}" for i in range(30))])
+
+
+def test_a_word_of_several_tokens_is_known(tmp_path: Path) -> None:
+    task = Task(
+        name="t",
+        text="text",
+        n_classes=2,
+        templates={"masked": "{text} {mask}"},
+        label_words={"masked": ["great", "xyz"]},
+    )
+    assert Encoder(tiny_bundle(tmp_path, "bert"), task).partial_words == {"xyz": "x"}

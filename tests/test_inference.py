@@ -125,6 +125,15 @@ def few_rows(file: Path, count: int) -> Path:
     return file
 
 
+def test_a_label_word_of_which_only_a_token_is_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
+    task.write_text(task.read_text().replace('["bad", "great"]', '["bad it", "great"]'))
+    tune(bundle, task, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS)
+    assert "label word 'bad it' has several tokens, of which the first, 'bad', is read" in capsys.readouterr().err
+
+
 def test_classes_are_predicted_by_name(tmp_path: Path) -> None:
     file, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
     file.write_text(file.read_text().replace("n_classes = 2", 'classes = ["neg", "pos"]'))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,17 @@ class RunLogger(Callback):
         self._library = library
 
     def on_start(self, info: RunInfo, folder: Path) -> None:
-        self._library.init(project=f"bbt-accel-{info.task.name}", name=run_name(folder), config=parameters(info))
+        project = f"bbt-accel-{info.task.name}"
+        with redirect_stdout(sys.stderr):  # standard output is for results
+            self._library.init(project=project, name=run_name(folder), config=parameters(info))
 
     def on_generation(self, generation: Generation) -> None:
         self._library.log(scalars(generation), step=generation.calls)
 
     def on_end(self, run: Run) -> None:
-        self._library.log(results(run), step=run.info.calls)
-        self._library.finish()
+        with redirect_stdout(sys.stderr):
+            self._library.log(results(run), step=run.info.calls)
+            self._library.finish()
 
 
 def _wandb() -> Callback:
