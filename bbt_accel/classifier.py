@@ -17,13 +17,14 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from bbt_accel.batch import Float64
 from bbt_accel.bundle import Bundle, Method
-from bbt_accel.bundle_cache import PrecisionChoice, choose, prepared_bundle
+from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, DataError, RunError, first_line
 from bbt_accel.files import new_folder
 from bbt_accel.fit import make_task
 from bbt_accel.hub import fetched
 from bbt_accel.inference import Classifier
+from bbt_accel.packaging.manifest import Kind
 from bbt_accel.run import Run
 from bbt_accel.settings import ReadoutChoice
 from bbt_accel.sharing import ESTIMATOR
@@ -133,6 +134,18 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             parameters = self.get_params() | {"callbacks": None}
             facts = {"parameters": parameters, "classes": self.classes_.tolist()}
             (folder / ESTIMATOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    def package(self, path: str | Path, format: Kind = "onnx", *, int8: bool = False) -> None:
+        """Write a folder that other tools load: as `bbt-accel package`, compared with `predict`. See `package_run`."""
+        from bbt_accel.packaging.formats import FORMATS
+        from bbt_accel.packaging.package import Options, package_run
+
+        check_is_fitted(self, "run_")
+        bundle = self._classifier.engine.bundle
+        if bundle.info.target not in FORMATS[format].targets:  # the one that it was optimized from
+            plain_one = Choice("torch", "cpu", "fp32", "as exported")
+            bundle = prepared_bundle(self.backbone, plain_one, self.method, self.n_prompt_tokens)
+        package_run(self.run_.path, path, Options(format, int8, bundle=bundle.path, threads=self.threads))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -161,3 +161,11 @@ def test_too_few_rows_or_labels_are_one_line(X: list[str], y: list[int]) -> None
     with pytest.raises(DataError) as caught:
         PromptClassifier().fit(X, y)
     assert "\n" not in str(caught.value)
+
+
+def test_it_becomes_a_package(fitted: PromptClassifier, rows: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    fitted.package(tmp_path / "package")
+    info = json.loads((tmp_path / "package" / "bbt_accel.json").read_text(encoding="utf-8"))
+    assert info["labels"] == sorted(WORDS)
+    assert (info["comparison"]["rows"] > 80, info["comparison"]["labels_differ"]) == (True, 0)
+    assert (tmp_path / "package" / "onnx" / "model.onnx").is_file()

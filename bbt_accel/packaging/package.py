@@ -43,7 +43,8 @@ LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "o
 class Options:
     """What `package` was asked for.
 
-    int8: also where the bundle is in fp32. bundle: another than the run's. max_rows: of each split, to compare.
+    int8: also where the bundle is in fp32. bundle: another than the run's, or than the one that this was optimized from
+    where the format does not take the run's. max_rows: of each split, to compare.
     """
 
     kind: Kind = "onnx"
@@ -113,6 +114,8 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
     Raises PackageError for a bundle that the format does not take.
     """
     bundle = run.open_bundle(options.bundle)
+    if options.bundle is None and bundle.info.target not in form.targets:
+        bundle = exported_beside(bundle) or bundle
     convert = options.int8 and bundle.info.precision != "int8"
     wanted = ("onnx",) if convert else form.targets
     if bundle.info.target not in wanted:
@@ -129,6 +132,14 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
             bundle.path, Path(place) / "int8", precision="int8", target=form.engine, progress=progress,
             calibrate=run.task.name if known else None, data=Path(data) if known and data else None,
         )  # fmt: skip
+
+
+def exported_beside(bundle: Bundle) -> Bundle | None:
+    """The bundle that this one was optimized from, if it lies in the same folder."""
+    for info in sorted(bundle.path.absolute().parent.glob("*/bundle.json")):
+        if bundle.info.source == sha256(info):
+            return Bundle.read(info.parent)
+    return None
 
 
 def compared(
