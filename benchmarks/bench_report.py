@@ -12,6 +12,7 @@ from pydantic import Field
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.benchmarks.script import Columns, Outcome, Report, Timed, columns_legend, page, rows_table
+from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.exporters.validate import scaled_error
 from bbt_accel.objective import Objective
 from bbt_accel.reporting import BLUE, GREY, METRICS, ORANGE, Schema, digits, figure, markdown_list, markdown_table, tidy
@@ -155,8 +156,9 @@ class BenchReport(Report):
     @property
     def processor(self) -> str:
         """What computed, by its name."""
-        host = f"{self.machine['cpu']} ({self.options.threads} threads)"
-        return "; ".join(self.machine["gpus"]) if self.options.device == "cuda" else host
+        if kind_of(self.options.device) == "cpu":
+            return f"{self.machine['cpu']} ({self.options.threads} threads)"
+        return "; ".join(self.machine["gpus"][index_of(self.options.device) :][:1])
 
     @property
     def setting(self) -> str:

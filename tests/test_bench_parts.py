@@ -100,6 +100,16 @@ def test_the_engines_declare_which_rows_there_are(engine_rows: Callable[..., lis
     assert pairs(engine_rows(features=())) == [pair for pair in every if pair[1] != "bf16"]
 
 
+def test_a_gpu_is_compared_with_eager_in_half_precision_and_with_tf32_too(tmp_path: Path) -> None:
+    def baselines(device: str) -> set[tuple[str, str]]:
+        rows, _ = plan_measurements(options(device=device), tiny_bundle(tmp_path).info)
+        return {(row.engine, row.precision) for row in rows if row.baseline}
+
+    assert baselines("cuda:1") >= {("eager", "fp32"), ("eager", "fp16"), ("eager", "bf16"), ("eager-tf32", "fp32")}
+    assert ("eager-tf32", "bf16") not in baselines("cuda")
+    assert not {engine for engine, precision in baselines("cpu") if engine == "eager-tf32" or precision == "fp16"}
+
+
 def test_pairs_that_do_not_exist_are_rows_only_if_both_were_asked_for(
     engine_rows: Callable[..., list[Measurement]],
 ) -> None:

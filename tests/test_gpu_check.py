@@ -223,3 +223,6 @@ def test_the_script_runs_with_the_cpu_as_its_device(
         assert rows[name].ms_median is not None
         assert rows[name].tuned is not None
     assert "| ort fp16 |" in found.markdown()
+    compared = {check.engine: check for check in found.timed}
+    assert {"torch fp16", "ort fp16"} <= set(compared)
+    assert all(check.passed for check in compared.values()), [check.result for check in found.timed]
