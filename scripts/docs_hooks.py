@@ -31,6 +31,7 @@ EXECUTED = "tutorial.md"
 GENERATED = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
 
 
+_tutorial: list[str] = []  # the page, after it was run
 _names: dict[str, str] = {}  # where a file outside docs/ lies in the site → its name in the repository
 
 
@@ -42,11 +43,12 @@ def on_files(files: Any, config: Any) -> Any:
             _names[_in_site(name)] = name
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.environ.update({"PATH": paths, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"})  # of what is run on the pages
-    notebooks = sorted((ROOT / "docs").rglob("*.ipynb"))
     with ThreadPoolExecutor(2) as pool:
-        for file, content in zip(notebooks, pool.map(_notebook, notebooks), strict=True):
-            place = _in_site(file.relative_to(ROOT).as_posix())
-            files.append(File.generated(config, place, content=content))
+        notebooks = {file: pool.submit(_notebook, file) for file in sorted((ROOT / "docs").rglob("*.ipynb"))}
+        _tutorial.append(_executed((ROOT / "docs" / EXECUTED).read_text(encoding="utf-8")))
+    for file, page in notebooks.items():
+        place = _in_site(file.relative_to(ROOT).as_posix())
+        files.append(File.generated(config, place, content=page.result()))
     for page in (ROOT / "docs").rglob("*.md"):
         for kind, what in GENERATED.findall(page.read_text(encoding="utf-8")):
             if kind == "schema":
@@ -60,9 +62,9 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     place = page.file.src_uri
     name = _names.get(place, f"docs/{place}")
+    markdown = _tutorial.pop() if place == EXECUTED else markdown
     markdown = re.sub(r"(?<=\]\()[^)\s]+(?=\))", lambda found: _link(found[0], name, place), markdown)
-    markdown = GENERATED.sub(_generated, markdown)
-    return _executed(markdown) if place == EXECUTED else markdown
+    return GENERATED.sub(_generated, markdown)
 
 
 def _in_site(name: str) -> str:
