@@ -12,6 +12,7 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -282,7 +283,10 @@ def exchange(command: list[str], work: Path, cases: list[Case], place: Path) -> 
 
 
 def called(command: list[str], place: Path) -> None:
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, errors="replace")
+    """Raises RuntimeError. The command gets none of this Python's settings; scripts find each other."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:2])} failed:\n{done.stderr[-3000:]}")
 
