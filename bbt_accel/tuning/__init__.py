@@ -209,12 +209,12 @@ def _run(
         if settings.fitted:
             started = perf_counter()
             readouts = ReadoutSearch(evaluator, job, start)
-            info.baselines = baselines(job, readouts.at_start.outputs["label_logits"])
+            info.baselines = baselines(job, readouts.at_start.outputs["label_logits"][len(job.train) :])
             outcome = search(evaluator, bundle, settings, history, observe, readouts.dev, readouts.start)
             found = readouts.finish(outcome, searched=bool(len(history)))
             info.seconds = perf_counter() - started
         else:
-            info.baselines = baselines(job, evaluator.outputs(start, states=False)["label_logits"])
+            info.baselines = baselines(job, evaluator.dev_logits(start))
             outcome = search(evaluator, bundle, settings, history, observe)
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
     run = workspace.finish(info, *found, lambda line: _say(line, progress))
@@ -225,9 +225,8 @@ def _run(
 
 
 def baselines(job: Job, label_logits: Float32) -> Baselines:
-    """What the dev rows score without a search, from the logits (N, …) of all rows without a prompt."""
-    targets = job.dev.targets
-    logits = class_logits(label_logits, job.classes)[len(job.train) :]
+    """What the dev rows score without a search, from their label logits (N, M or more) without a prompt."""
+    targets, logits = job.dev.targets, class_logits(label_logits, job.classes)
     both = np.stack([logits, logits + batch_calibration(logits)])
     _, (without_prompt, calibrated) = job.objective.score(both, targets)
     chance, majority = uninformed(targets, logits.shape[1], job.objective.metric)

@@ -40,6 +40,10 @@ class Evaluator(Closing, ABC):
         """Loss and metric of one prompt, (n, H) or (L, n, H), on the dev rows, with the verbalizer."""
 
     @abstractmethod
+    def dev_logits(self, prompt: Float32) -> Float32:
+        """Label logits (N, M) of the dev rows with one prompt."""
+
+    @abstractmethod
     def outputs(self, prompt: Float32, states: bool) -> dict[str, Float32]:
         """What a readout reads of `Job.rows` with one prompt, by name, (N, …): label logits, and states if asked."""
 
@@ -78,6 +82,9 @@ class LocalEvaluator(Evaluator):
     def dev(self, prompt: Float32) -> tuple[float, float]:
         losses, metrics = self.verbalized(self.dev_rows, Population(prompt[None]))
         return float(losses[0]), float(metrics[0])
+
+    def dev_logits(self, prompt: Float32) -> Float32:
+        return self.dev_rows.label_logits(prompt[None])[0]
 
     def verbalized(self, rows: BoundBatch, population: Population, first: int = 0) -> tuple[Float64, Float64]:
         """Losses and metrics by the label words; from sums, which a device computes, where a class has one word."""

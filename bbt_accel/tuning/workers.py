@@ -109,6 +109,10 @@ class WorkersEvaluator(Evaluator):
         loss, score = self._first("dev", prompt)
         return loss, score
 
+    def dev_logits(self, prompt: Float32) -> Float32:
+        logits: Float32 = self._first("dev_logits", prompt)
+        return logits
+
     def outputs(self, prompt: Float32, states: bool) -> dict[str, Float32]:
         return dict(self._first("outputs", prompt, states))
 
