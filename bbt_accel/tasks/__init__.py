@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
@@ -75,11 +75,16 @@ def _one_or_more(given: object) -> object:
 
 
 T = TypeVar("T")
-Columns = Annotated[list[str], BeforeValidator(_one_or_more)]
+Columns = Annotated[list[str], BeforeValidator(_one_or_more, json_schema_input_type=str | list[str])]
 ByGroup = Annotated[dict[str, T | None], BeforeValidator(_every_group)]  # a value, or None, for every template group
 
 
-class Task(BaseModel, extra="forbid", frozen=True):
+def _optional_count(schema: dict[str, Any]) -> None:
+    """In a file `classes` may stand for `n_classes`."""
+    schema["required"].remove("n_classes")
+
+
+class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_count):
     """A classification task, as its TOML file describes it."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
