@@ -72,7 +72,7 @@ def test_an_engine_that_does_not_exist_gets_the_list(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_device_that_does_not_exist(bundle: Bundle, name: str) -> None:
-    assert "cpu or cuda" in one_line(lambda: load_engine(bundle, name, device="tpu"), UsageError)
+    assert "cpu, cuda or cuda:N" in one_line(lambda: load_engine(bundle, name, device="tpu"), UsageError)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -63,6 +63,9 @@ def test_an_optimized_bundle_gives_nearly_the_same_logits(
     prompts = prompts_for(source)
     wanted, found = logits(source, prompts), logits(made, prompts)
     assert np.abs(found - wanted).max() <= most * max(1.0, np.abs(wanted).max())
+    for stage in made.info.stages:
+        graph = onnx.load(made.path / f"{stage}.onnx", load_external_data=False).graph
+        assert not [node.name for node in graph.node if node.op_type == "Softmax"], "attention is not fused"
 
 
 @pytest.mark.parametrize("variant", FAMILIES, ids="-".join)
