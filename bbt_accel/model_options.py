@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 from typer.models import OptionInfo
 
 from bbt_accel.command import comma_separated
@@ -43,7 +44,8 @@ class Fields:
         option = copy(next((entry for entry in field.metadata if isinstance(entry, OptionInfo)), typer.Option()))
         option.param_decls = option.param_decls or (f"--{name.replace('_', '-')}",)
         option.rich_help_panel = self.panel
-        option.help = f"{' '.join((field.description or '').split()).removesuffix('.')}{self._default(name, field)}."
+        about = f"{' '.join((field.description or '').split()).removesuffix('.')}{self._default(name, field)}."
+        option.help = escape(about)  # typer reads it as Rich's markup, which has brackets
         option.min = next((entry.ge for entry in field.metadata if hasattr(entry, "ge")), None)
         option.max = next((entry.le for entry in field.metadata if hasattr(entry, "le")), None)
         kind: Any = field.annotation

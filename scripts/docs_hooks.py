@@ -160,6 +160,8 @@ def _notebook(file: Path) -> str:
     for cell in notebook.cells:
         parts.append(cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```")
         for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":  # warnings of this machine's libraries
+                continue
             text = output.text if "text" in output else output.data["text/plain"]
             parts.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"

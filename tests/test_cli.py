@@ -104,6 +104,11 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert "--json" in plain(result.output)
 
 
+def test_help_keeps_brackets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    assert "or a task file with [prompt] init" in run(capsys, "export", "--help")[1]
+
+
 def test_help_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in run(capsys, "--help")[1] for command in COMMANDS)
     assert run(capsys)[0] == 0
