@@ -94,6 +94,13 @@ def test_a_pair_of_texts(made: MakeRun, tmp_path: Path, name: str) -> None:
     agrees(run, *package(run, tmp_path), PAIRS)
 
 
+def test_both_texts_of_a_pair_have_a_space_in_front_or_neither(made: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="write a space in front of both texts, also where one begins the template"):
+        package(made("gpt2", "bbt", "cat", pair=True), tmp_path)
+    run = made("gpt2", "bbt", "cat", pair=True, templates={"causal": " {first} and {second} ? It was"})
+    agrees(run, *package(run, tmp_path), PAIRS)
+
+
 @pytest.mark.parametrize("readout", [name for name in READOUTS if name != "verbalizer"])
 def test_every_readout(made: MakeRun, tmp_path: Path, readout: str) -> None:
     run = made(readout=readout)

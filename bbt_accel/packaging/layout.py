@@ -88,7 +88,10 @@ def find_layout(encoder: Encoder) -> Layout:
         if len(pieces) == len(patterns):
             return Layout(order, pieces, encoder.limit, ahead, spec)
     problem = f"in the template of task {task.name} a text has other tokens than alone, with the tokenizer of {path}"
-    raise PackageError(f"{problem}; separate {{{task.text[0]}}} from what is around it by spaces")
+    hint = f"separate {{{task.text[0]}}} from what is around it by spaces"
+    if len(task.text) > 1:  # a tokenizer treats both texts of a pair alike
+        hint = "write a space in front of both texts, also where one begins the template, and tune again"
+    raise PackageError(f"{problem}; {hint}")
 
 
 def find_pieces(encoder: Encoder, spec: foreign.Spec, order: Sequence[int], empty: tuple[bool, ...]) -> Pieces | None:
