@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from bbt_accel.batch import Float32, Float64
-from bbt_accel.data import Row, has_test_rows, labels, load_few_shot, load_held_out, load_rows
+from bbt_accel.data import Row, has_test_rows, labels, load_few_shot, load_held_out, load_rows, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
@@ -81,11 +81,25 @@ def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]
     source = None if data is None and own is None else Path(data or own or "").absolute()
     if split == "dev":
         return load_few_shot(run.task, source, settings)[1]
-    if settings.hold_out and (source is None or str(source) == own):
+    if settings.hold_out and (source is None or str(source) == own or searched_on(run, source)):
         return load_held_out(run.task, source, settings)
     if str(source) == own and not has_test_rows(run.task, source, settings):
         raise DataError(f"{own} has no test rows; give some with --data, or tune with --hold-out")
     return load_rows(run.task, "test", source)
+
+
+def searched_on(run: Run, data: Path) -> bool:
+    """Whether these are the rows of a run's search, at another path, and no test rows beside them.
+
+    A run from the hub does not know the path of its own.
+    """
+    if has_test_rows(run.task, data, run.info.settings.model_copy(update={"hold_out": False})):
+        return False
+    try:
+        train, dev = load_few_shot(run.task, data, run.info.settings)
+    except DataError:
+        return False
+    return rows_digest([*train, *dev]) == run.info.data.digest
 
 
 def predict(

@@ -105,6 +105,8 @@ def test_a_run_with_held_out_rows_is_scored_on_them(tmp_path: Path) -> None:
         assert evaluate(run.path)["rows"] == 30 - 12
         assert evaluate(run.path, data=task_file(tmp_path / "other").parent)["rows"] == 70
         assert evaluate(run.path, data=tmp_path / "other" / "test.jsonl")["rows"] == 70
+        copy = shutil.copy(tmp_path / "data" / "train.jsonl", tmp_path / f"copy{number}.jsonl")
+        assert scored_rows(run, copy, "test") == rest  # and not the rows of the search
 
 
 def test_a_run_without_test_rows_says_so_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
