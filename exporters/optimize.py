@@ -22,7 +22,7 @@ from bbt_accel.bundle import INITIAL_PROMPT, OPENVINO_WEIGHTS, Bundle, write_inf
 from bbt_accel.engine_specs import Precision, targets
 from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, translated
 from bbt_accel.exporters import graph
-from bbt_accel.exporters.calibration import TaskRows, random_prompts, stage_feeds
+from bbt_accel.exporters.calibration import TaskRows, lengths, random_prompts, stage_feeds
 from bbt_accel.exporters.convert import (
     convert_checkpoint,
     fuse,
@@ -299,9 +299,11 @@ def measure(job: Job, made: Bundle, logits: Float32 | None) -> Report:
         logits = label_logits(made, job.batch, job.prompts) if logits is None else logits
         if not np.isfinite(logits).all():
             raise ExportError(f"the {job.precision} bundle has NaN or infinite logits on real rows")
-        rows = job.batch.rows(slice(0, 8))
-        padded = rows.padded(rows.input_ids.shape[1] + 16, made.info.special.pad)
-        leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, :8])
+        shortest = np.argsort(lengths(job.batch), kind="stable")[:8]  # which have room for padding, if any have
+        rows = job.batch.rows(shortest)
+        width = min(int(lengths(rows).max()) + 16, made.info.max_length)
+        padded = rows.padded(width, made.info.special.pad)
+        leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, shortest])
     if leak > LEAK:
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
     counts = {"rows": len(job.batch), "candidates": len(job.prompts)}
