@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bbt_accel.tuning import tune as tune
     from bbt_accel.tuning.callbacks import Callback as Callback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Libraries that report their use to their makers. They read this when they are imported, in every process.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime also writes a device id and a database

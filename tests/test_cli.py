@@ -112,7 +112,7 @@ def test_help_keeps_brackets(capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_help_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in run(capsys, "--help")[1] for command in COMMANDS)
     assert run(capsys)[0] == 0
-    assert run(capsys, "--version")[:2] == (0, "bbt-accel 0.1.0\n")
+    assert run(capsys, "--version")[:2] == (0, "bbt-accel 0.2.0\n")
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -377,7 +377,7 @@ def test_bench(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["bbt-accel"] == "0.1.0"
+    assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["bbt-accel"] == "0.2.0"
     out = run(capsys, "doctor")[1]
     assert "can run here" in out
     assert "Recommended" in out
