@@ -1,7 +1,8 @@
 """What `make demo` shows: how far each step goes on the shipped task, and that two engines agree.
 
 Exports the shipped backbone, then scores on 240 test rows: the label words alone, calibrated, with a fitted readout,
-and with a search for a prompt on top, in PyTorch and in ONNX Runtime. Nothing is downloaded.
+and with a search for a prompt on top, in PyTorch and in ONNX Runtime; then packages the result. Nothing is downloaded
+but the libraries of the page, by npm where it is installed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from time import perf_counter
 
 from bbt_accel import export_bundle, tune
 from bbt_accel.command import exit_on_error, print_table
+from bbt_accel.errors import MissingDependency, PackageError
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.inference import evaluate, predict
+from bbt_accel.packaging.package import Options, package_run
 from bbt_accel.printing import print_predictions
 from bbt_accel.progress import progress_bar
 from bbt_accel.reporting import percent
@@ -62,6 +65,22 @@ def tell(folder: Path, budget: int) -> None:
     print_table(f"{plain['rows']} test rows, {perf_counter() - started:.0f} seconds", lines, header)
     print_predictions([{"text": text} for text in TEXTS], predict(runs[-1].path, [{"text": t} for t in TEXTS]), False)
     print(f"{runs[-1].path} holds {', '.join(sorted(file.name for file in runs[-1].path.iterdir()))}")
+
+    packaged(runs[-1].path, folder)
+
+
+def packaged(run: Path, folder: Path) -> None:
+    """A page that classifies in the browser; where npm cannot be asked for its libraries, a package in ONNX."""
+    print(f"bbt-accel package {run} -o {folder / 'page'} --format web", flush=True)
+    try:
+        with progress_bar("packaging") as step:
+            package_run(run, folder / "page", Options("web"), step)
+    except (MissingDependency, PackageError) as error:
+        print(f"no page: {error}\nbbt-accel package {run} -o {folder / 'package'}", flush=True)
+        with progress_bar("packaging") as step:
+            package_run(run, folder / "package", progress=step, options=Options())
+        return
+    print(f"to see it: python3 -m http.server -d {folder / 'page'}, then open http://localhost:8000")
 
 
 def main() -> None:
