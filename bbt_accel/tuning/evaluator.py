@@ -84,7 +84,8 @@ class LocalEvaluator(Evaluator):
         return float(losses[0]), float(metrics[0])
 
     def dev_logits(self, prompt: Float32) -> Float32:
-        return self.dev_rows.label_logits(prompt[None])[0]
+        found: Float32 = self.dev_rows.label_logits(prompt[None])[0]
+        return found
 
     def verbalized(self, rows: BoundBatch, population: Population, first: int = 0) -> tuple[Float64, Float64]:
         """Losses and metrics by the label words; from sums, which a device computes, where a class has one word."""
