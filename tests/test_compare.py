@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_contender_is_scored_on_the_same_test_rows(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["failures"] == {}
@@ -50,6 +51,7 @@ def test_every_contender_is_scored_on_the_same_test_rows(folder: Path) -> None:
     assert "bbt-accel compare demo --contenders readouts,auto,bbt --budgets 20" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_finished_trials_are_kept_unless_the_options_differ(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BbtError, match="--resume"):
         run_compare(["demo"], folder, SMALL)
@@ -61,6 +63,7 @@ def test_finished_trials_are_kept_unless_the_options_differ(folder: Path, monkey
     assert (folder / "trials" / "demo-bbt-42.json").stat().st_mtime_ns > before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradient-prompt", "lora", "fine-tuning"])
 def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "lora" and find_spec("peft") is None:

@@ -23,7 +23,7 @@ import onnxruntime
 from conftest import Export
 from google.protobuf import text_format
 from serving_parts import prompts, rows
-from tiny_backbones import EACH, RELATIVES
+from tiny_backbones import EACH, RELATIVES, marks
 from tritonclient.grpc import model_config_pb2 as model_config
 
 from bbt_accel import load_engine
@@ -35,7 +35,7 @@ from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.triton import write_repository
 
 KINDS = [("roberta", "bbt", "add"), ("bart", "bbt", "cat"), ("gpt2", "bbtv2", "add"), ("t5", "bbtv2", "add")]
-OTHERS = [variant for variant in RELATIVES if variant[1:] == EACH[0]]
+OTHERS = [pytest.param(variant, marks=marks(variant)) for variant in RELATIVES if variant[1:] == EACH[0]]
 
 
 def read_config(folder: Path) -> Any:
