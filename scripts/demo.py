@@ -64,9 +64,10 @@ def tell(folder: Path, budget: int) -> None:
     header = ["on the demo task", "accuracy", "calls", "calls/s"]
     print_table(f"{plain['rows']} test rows, {perf_counter() - started:.0f} seconds", lines, header)
     print_predictions([{"text": text} for text in TEXTS], predict(runs[-1].path, [{"text": t} for t in TEXTS]), False)
-    print(f"{runs[-1].path} holds {', '.join(sorted(file.name for file in runs[-1].path.iterdir()))}")
+    last = folder / "ort"
+    print(f"{last} holds {', '.join(sorted(file.name for file in last.iterdir()))}")
 
-    packaged(runs[-1].path, folder)
+    packaged(last, folder)
 
 
 def packaged(run: Path, folder: Path) -> None:
