@@ -183,6 +183,7 @@ def test_the_stages_of_a_bbtv2_bundle_fit_together(tiny: Export) -> None:
     assert outputs == {"label_logits", "readout_state", "mean_state"}
 
 
+@pytest.mark.slow
 def test_gpt_neox_with_the_feed_forward_behind_the_attention(exported: Export, tmp_path: Path) -> None:
     """The export compares it with transformers' own forward; Pythia has both side by side."""
     backbone = save_backbone("gpt_neox", tmp_path / "serial", use_parallel_residual=False)

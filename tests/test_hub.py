@@ -116,6 +116,7 @@ def test_a_portable_copy_is_a_run(run: Run) -> None:
     assert Run.read(run.path).info.data.path is not None
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_exported_and_its_data_set_read(cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from tiny_backbones import save_recorded_backbone

@@ -48,6 +48,7 @@ def made(root: Path, name: str, mode: str, **options: Any) -> tuple[Path, Bundle
     return checkpoint, Bundle.read(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_prompt_has_the_tokens_of_the_text(root: Path, name: str) -> None:
     checkpoint, bundle = made(root, name, "cat")
