@@ -121,7 +121,7 @@ def predict(
     with _load(run, options) as loaded:
         classifier = Classifier(loaded, run)
         words, probabilities = classifier.words, classifier.probabilities(texts)
-    names = run.task.classes or words
+    names = run.info.class_names
     return [
         {"label": label, "word": words[label], "class": names[label], "probabilities": dict(zip(names, p, strict=True))}
         for label, p in zip(probabilities.argmax(axis=1).tolist(), probabilities.tolist(), strict=True)

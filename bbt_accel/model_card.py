@@ -41,7 +41,7 @@ def facts(info: RunInfo) -> dict[str, Any]:
     return {
         "task": info.task.name,
         "backbone": backbone_name(record.backbone),
-        "classes": list(map(cell, info.task.classes or info.label_words)),
+        "classes": list(map(cell, info.class_names)),
         "version": info.versions["bbt-accel"],
         "columns": list(map(cell, info.task.text)),
         "template": cell(str(template)),

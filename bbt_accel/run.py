@@ -148,6 +148,11 @@ class RunInfo(Manifest):
             found.append("task definition")
         return found
 
+    @property
+    def class_names(self) -> list[str]:
+        """The task's own names of its classes, where it has them; else the first label word of each."""
+        return self.task.classes or self.label_words
+
     def verdict(self) -> str | None:
         """In words, which of the baselines the result does not surpass on the dev rows; None if it surpasses all."""
         if self.best is None or self.baselines is None:

@@ -57,13 +57,19 @@ def task_file(
     return folder / "task.toml"
 
 
-def tuned(bundle: Bundle, folder: Path, readout: str = "verbalizer", demonstrations: int = 0, **task: Any) -> Run:
+def tuned(
+    bundle: Bundle,
+    folder: Path,
+    readout: str = "verbalizer",
+    demonstrations: int = 0,
+    hold_out: bool = False,
+    **task: Any,
+) -> Run:
     """A run of a few calls, with a prompt that is not zero."""
     file = task_file(folder / "data", **task)
-    settings = {
-        "readout": readout, "k_shot": 4, "budget": 12, "popsize": 4, "intrinsic_dim": 6, "sigma": 3.0, "alpha": 3.0,
-        "demonstrations": demonstrations,
-    }  # fmt: skip
+    settings: dict[str, object] = {"budget": 12, "popsize": 4, "intrinsic_dim": 6, "sigma": 3.0, "alpha": 3.0}
+    settings |= {"readout": readout, "k_shot": 3 if hold_out else 4}
+    settings |= {"demonstrations": demonstrations, "hold_out": hold_out}
     return tune(
         bundle, str(file), data=folder / "data", engine="ort", threads=1, output=folder / "run", settings=settings,
         progress=False,

@@ -22,7 +22,8 @@ from package_parts import TEXTS, Foreign, tuned
 from bbt_accel.bundle import Bundle
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, PackageError
-from bbt_accel.inference import predict
+from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.inference import evaluate, predict
 from bbt_accel.packaging import web_page
 from bbt_accel.packaging.manifest import PackageInfo
 from bbt_accel.packaging.package import Options, check_package, package_run
@@ -424,3 +425,29 @@ def test_the_command_takes_an_output_or_check(arguments: list[str], capsys: pyte
         main(["package", *arguments])
     assert ended.value.code == 2
     assert "give -o DIR to package a run, or --check" in capsys.readouterr().err
+
+
+# Rows and names ----------------------------------------------------------------------------------------------
+
+
+def test_held_out_rows_alone_are_test_rows(tiny: Export, tmp_path: Path) -> None:
+    """Of a file that the search took its rows from; the card would give the score of rows that it was fitted on."""
+    run = tuned(tiny("bert"), tmp_path, hold_out=True)
+    info = package(run, tmp_path)[1]
+    assert info.score is not None
+    assert info.score.rows == 16 - 2 * 2 * 3
+    assert info.score.score == evaluate(run.path, threads=1)["score"]
+
+
+def test_labels_are_the_names_of_classes(tiny: Export, tmp_path: Path) -> None:
+    run = tuned(tiny("bert"), tmp_path, classes=["0", "1"])
+    folder, info = package(run, tmp_path)
+    assert info.labels == ["0", "1"] != run.info.label_words
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"] == {"0": "0", "1": "1"}
+
+
+def test_int8_is_made_of_the_bundle_that_the_runs_was_optimized_from(tiny: Export, tmp_path: Path) -> None:
+    place = tmp_path / "bundles"
+    shutil.copytree(tiny("bert").path, place / "exported")
+    run = tuned(optimize_bundle(place / "exported", place / "ort"), tmp_path)
+    assert package(run, tmp_path, int8=True)[1].precision == "int8"

@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.data import Row
 from bbt_accel.errors import MissingDependency, PackageError
+from bbt_accel.inference import BATCH_SIZE
 from bbt_accel.machine import installed
 from bbt_accel.packaging.classifier import Classifier
-from bbt_accel.packaging.compare import BATCH_SIZE, Found, encoded
+from bbt_accel.packaging.compare import Found, encoded
 from bbt_accel.packaging.configuration import write_json
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"

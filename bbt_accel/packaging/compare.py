@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from bbt_accel.batch import Float64, Int64
-from bbt_accel.data import Row, Split, load_rows, rows_digest
+from bbt_accel.data import Row, load_few_shot, load_rows, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import DataError, PackageError
+from bbt_accel.inference import BATCH_SIZE, scored_rows
 from bbt_accel.packaging.classifier import CHECKED, Classifier
 from bbt_accel.packaging.manifest import Comparison
 from bbt_accel.packaging.tokenizer import PAD
@@ -21,7 +23,6 @@ from bbt_accel.run import Run
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 5e-2, "int4": 1e-3}
 """Largest error of scores, relative to the largest where that exceeds 1. Rounding to 8 and 16 bits amplifies what
 differs in fp32 between two batches."""
-BATCH_SIZE = 64
 LoadedModel = Callable[[dict[str, Int64]], dict[str, np.ndarray]]
 """A package's model: from its inputs to `logits`, and the values of `CHECKED` by name."""
 
@@ -35,16 +36,27 @@ class Found:
 
 
 def available_rows(run: Run, most: int | None) -> tuple[list[Row], list[Row]]:
-    """The run's train rows, and its test rows, at most so many of each, evenly drawn; none where there are no data."""
-    data, found = run.info.data.path, []
-    splits: tuple[Split, ...] = ("train", "test")
-    for split in splits:
+    """The rows that a run could be searched on, and its test rows; none where there are no data.
+
+    most: of each, evenly drawn.
+    """
+    data = None if run.info.data.path is None else Path(run.info.data.path)
+    found = []
+    for load in (partial(searchable_rows, run, data), partial(scored_rows, run, None, "test")):
         try:
-            rows = load_rows(run.task, split, None if data is None else Path(data))
+            rows = load()
         except DataError:
             rows = []
         found.append(rows if most is None or len(rows) <= most else [rows[i * len(rows) // most] for i in range(most)])
     return found[0], found[1]
+
+
+def searchable_rows(run: Run, data: Path | None) -> list[Row]:
+    """The train file, without the rows of it that are test rows. Raises DataError."""
+    if run.info.settings.hold_out:
+        train, dev = load_few_shot(run.task, data, run.info.settings)
+        return [*train, *dev]
+    return load_rows(run.task, "train", data)
 
 
 def edge_rows(encoder: Encoder) -> list[Row]:

@@ -65,8 +65,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
     with new_folder(output) as folder, packaged_bundle(run, form, options, progress) as (source, bundle):
         made = classifier_of(run, bundle)
         progress("composing the graph", 0, 2)
-        names = list(run.info.label_words)  # the first word of each class, which `predict` prints
-        model = form.write(made, names, folder)
+        model = form.write(made, run.info.class_names, folder)
         progress("comparing with predict", 1, 2)
         comparison, score = compared(run, made, form, folder, model, options)
         info = PackageInfo(
@@ -74,7 +73,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
             run=Source.of(run.path, output, sha256(run.path / RUN_INFO)),
             bundle=Source.of(source.path, output, source.digest), task=run.task.name,
             architecture=bundle.info.architecture,
-            template_group=bundle.info.template_group, labels=names, columns=run.task.text,
+            template_group=bundle.info.template_group, labels=run.info.class_names, columns=run.task.text,
             readout=run.readout.name, max_tokens=made.room, max_rows=options.max_rows, score=score,
             comparison=comparison, versions=versions(), command=command(run_path, output, options),
         )  # fmt: skip
@@ -114,10 +113,10 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
     Raises PackageError for a bundle that the format does not take.
     """
     bundle = run.open_bundle(options.bundle)
-    if options.bundle is None and bundle.info.target not in form.targets:
-        bundle = exported_beside(bundle) or bundle
     convert = options.int8 and bundle.info.precision != "int8"
     wanted = ("onnx",) if convert else form.targets
+    if options.bundle is None and bundle.info.target not in wanted:
+        bundle = exported_beside(bundle) or bundle
     if bundle.info.target not in wanted:
         why = f"{bundle.path} is optimized for {bundle.info.target} in {bundle.info.precision}"
         takes = "one as exported" if wanted == ("onnx",) else f"one of {', '.join(wanted)}"
