@@ -140,7 +140,7 @@ class EvaluateOptions(Schema):
 
 
 class PackageOptions(Schema):
-    kind: Annotated[Kind, typer.Option("--format"), Field(description="What the package is for.")] = "onnx"
+    format: Kind = Field(default="onnx", description="What the package is for.")
     int8: bool = Field(default=False, description="8-bit integers, also where the run's bundle is in fp32.")
     bundle: Path | None = None
     """Another bundle of the same backbone, e.g. as exported or for another target (default: the run's)."""

@@ -92,8 +92,11 @@ def load_held_out(task: Task, data: Path | None, settings: Settings) -> list[Row
 
 def has_test_rows(task: Task, data: Path | None, settings: Settings) -> bool:
     """Whether a run with these settings can be scored on test rows."""
-    if settings.hold_out or data is None:
-        return True
+    return settings.hold_out or data is None or has_test_file(data)
+
+
+def has_test_file(data: Path) -> bool:
+    """Whether it is a folder with a file of test rows."""
     return data.is_dir() and bool(split_files("test", data))
 
 

@@ -32,7 +32,7 @@ K_SHOT = Settings.model_fields["k_shot"].default
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitPlan:
     """What `fit_file` has chosen, and the commands that do the same in steps."""
 
     table: Table
@@ -57,7 +57,7 @@ class Plan:
             "engine": f"{self.choice.engine} on {self.choice.device}, {self.choice.precision} ({self.choice.reason})",
             "template": self.task.template(group),
             "label words": ", ".join(self.task.words(group))[:300],
-            "split": f"{k} rows per class to search with, {k} to choose by, {rest:,} left to test on",
+            "split": f"{k} examples per class to search with, {k} to choose by, {rest:,} left to test on",
             "budget": f"{self.settings['budget']:,} calls, readout {self.settings['readout']}",
         }
 
@@ -70,7 +70,7 @@ class Plan:
 class Fitted:
     """score: as from `evaluate`; None without test rows, or after an interruption."""
 
-    plan: Plan
+    plan: FitPlan
     run: Run
     score: dict[str, Any] | None
 
@@ -94,7 +94,7 @@ def fit_file(
     n_prompt_tokens: int = 20,
     threads: int | None = None,
     overwrite: bool = False,
-    announce: Callable[[Plan], object] = lambda _: None,
+    announce: Callable[[FitPlan], object] = lambda _: None,
     progress: bool = True,
 ) -> Fitted:
     """Tune a classifier on a file of labelled texts, and score it on the rows that the search does not use.
@@ -122,7 +122,7 @@ def fit_file(
         bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell)
     task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words)
     words = commands(file, output, backbone, bundle, choice, chosen, threads)
-    plan = Plan(table, counts, choice, bundle, task, chosen, words)
+    plan = FitPlan(table, counts, choice, bundle, task, chosen, words)
     announce(plan)
     run = tune(
         bundle, task, data=file, engine=choice.engine, device=choice.device, threads=threads, output=output,

@@ -10,13 +10,22 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from bbt_accel.batch import Float32, Float64
-from bbt_accel.data import Row, has_test_rows, labels, load_few_shot, load_held_out, load_rows, rows_digest
+from bbt_accel.data import (
+    Row,
+    has_test_file,
+    has_test_rows,
+    labels,
+    load_few_shot,
+    load_held_out,
+    load_rows,
+    rows_digest,
+)
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError
 from bbt_accel.objective import Objective, uninformed
-from bbt_accel.readout import Readout, batch_calibration, log_softmax, reads_states
+from bbt_accel.readout import Readout, class_logits, log_softmax, reads_states, with_calibrated
 from bbt_accel.run import Run
 
 BATCH_SIZE = 64  # rows that an engine gets at a time
@@ -51,9 +60,7 @@ def evaluate(
     rows = scored_rows(run, data, split)
     with _load(run, options) as loaded:
         encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
-        found, start = class_scores(loaded, encoder, rows, run), loaded.bundle.start_prompt()
-        plain = Readout("verbalizer", encoder.classes).scores(outputs(loaded, encoder, rows, start))
-        logits = np.stack([found, plain, plain + batch_calibration(plain)])
+        logits = np.stack([class_scores(loaded, encoder, rows, run), *scores_before(loaded, encoder, rows)])
         _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, labels(rows))
         chance, majority = uninformed(labels(rows), run.task.n_classes, run.task.metric)
         return {
@@ -93,7 +100,7 @@ def searched_on(run: Run, data: Path) -> bool:
 
     A run from the hub does not know the path of its own.
     """
-    if has_test_rows(run.task, data, run.info.settings.model_copy(update={"hold_out": False})):
+    if has_test_file(data):
         return False
     try:
         train, dev = load_few_shot(run.task, data, run.info.settings)
@@ -150,6 +157,12 @@ class Classifier:
 def class_scores(engine: Engine, encoder: Encoder, rows: Sequence[Row], run: Run) -> Float64:
     """Class scores (N, C) of N rows by the prompt and the readout of a run."""
     return run.readout.scores(outputs(engine, encoder, rows, run.prompt, run.readout))
+
+
+def scores_before(engine: Engine, encoder: Encoder, rows: Sequence[Row]) -> Float64:
+    """Class scores (2, N, C) of N rows before a search: the label words without a prompt, and the same calibrated."""
+    found = outputs(engine, encoder, rows, engine.bundle.start_prompt())
+    return with_calibrated(class_logits(found["label_logits"], encoder.classes))
 
 
 def outputs(

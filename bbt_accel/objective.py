@@ -63,7 +63,7 @@ def uninformed(targets: Int64, classes: int, metric: Metric) -> tuple[float, flo
 
 
 def wilson(shares: Any, rows: int, z: float = 1.96) -> tuple[Any, Any]:
-    """Wilson's interval, by default of 95 %, of a share of so many rows, or of each of an array of them."""
+    """Wilson's score interval of each share of `rows` rows. z: 1.96 for 95 %."""
     centre = (shares + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z * np.sqrt(shares * (1 - shares) / rows + z**2 / (4 * rows**2)) / (1 + z**2 / rows)
     return centre - half, centre + half

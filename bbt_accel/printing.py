@@ -13,7 +13,7 @@ from bbt_accel.reporting import JSON, METRICS, PAGE, TABLE, percent
 
 if TYPE_CHECKING:
     from bbt_accel.bundle import Bundle
-    from bbt_accel.fit import Fitted, Plan
+    from bbt_accel.fit import FitPlan, Fitted
     from bbt_accel.run import Run
     from bbt_accel.sweeps.report import SweepReport
 
@@ -72,7 +72,7 @@ def print_run(run: Run, as_json: bool) -> None:
         print(f"note: {verdict}")
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: FitPlan) -> None:
     """What fit has chosen, and the commands that do the same, before the search."""
     print_facts("Chosen", plan.facts())
     print("The same in steps:", *plan.script(), "", sep="\n", flush=True)

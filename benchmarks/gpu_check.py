@@ -11,7 +11,6 @@ where there is no GPU; what it measures then says nothing about one.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from itertools import product
@@ -86,16 +85,14 @@ class GpuCheck:
 
     def run(self) -> GpuReport:
         """Everything that was asked for. Ctrl-C and SIGTERM end it with a report of what there is."""
-        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            self.validate()
-            self.replay_traces()
-            for method in self.given.methods:
-                self.measure(method)
+            with processes.interrupted_by_sigterm():
+                self.validate()
+                self.replay_traces()
+                for method in self.given.methods:
+                    self.measure(method)
         except KeyboardInterrupt:
             self.report.interrupted = True
-        finally:
-            signal.signal(signal.SIGTERM, former)
         return self.report
 
     def validate(self) -> None:

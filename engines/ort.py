@@ -69,9 +69,8 @@ class OrtEngine(StagedEngine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL
         options.intra_op_num_threads = self.threads or 0
-        options.enable_mem_pattern = (
-            kind_of(self.device) == "cuda"
-        )  # on a CPU it would keep memory for each input shape
+        # On a CPU it would keep memory for each input shape.
+        options.enable_mem_pattern = kind_of(self.device) == "cuda"
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
         with failing("ONNX Runtime", f"to load {stage}.onnx"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bbt_accel.exporters.causal import CausalBackbone
-from bbt_accel.exporters.family import FamilySpec, sizes
-from bbt_accel.exporters.llama import longest_row
+from bbt_accel.exporters.family import sizes
+from bbt_accel.exporters.llama import LLAMA
 from bbt_accel.exporters.rotary import angles, rotate
 
 
@@ -47,20 +48,13 @@ class GPTNeoXBackbone(CausalBackbone):
         return self.model.lm_head.weight, None
 
 
-GPT_NEOX = FamilySpec(
+GPT_NEOX = replace(
+    LLAMA,
     model_type="gpt_neox",
     model_class="GPTNeoXForCausalLM",
     backbone=GPTNeoXBackbone,
-    architecture="decoder",
-    template_group="causal",
     blocks=lambda model: model.gpt_neox.layers,
     embedding=lambda model: model.gpt_neox.embed_in,
-    head=lambda model: model.lm_head,
-    begin="bos_token",
-    end=None,
-    mask=None,
-    positions=longest_row,
-    prompt_takes_positions=True,
     tiny=sizes(3, 64, 4, 96, 1000, max_position_embeddings=128, bos_token_id=0, eos_token_id=0),
     shapes={
         "pythia-160m": sizes(12, 768, 12, 3072, 50304),

@@ -79,7 +79,7 @@ def packaged(run: Path, folder: Path) -> None:
     except (MissingDependency, PackageError) as error:
         print(f"no page: {error}\nbbt-accel package {run} -o {folder / 'package'}", flush=True)
         with progress_bar("packaging") as step:
-            package_run(run, folder / "package", progress=step, options=Options())
+            package_run(run, folder / "package", Options(), step)
         return
     print(f"to see it: python3 -m http.server -d {folder / 'page'}, then open http://localhost:8000")
 

@@ -18,7 +18,7 @@ from conftest import Export
 
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError
-from bbt_accel.fit import Fitted, Plan, check_table, fit_file
+from bbt_accel.fit import FitPlan, Fitted, check_table, fit_file
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
 from bbt_accel.tables import Table
@@ -68,7 +68,7 @@ def test_a_file_becomes_a_run_that_is_scored_on_the_rows_left_over(fit: Fit) -> 
 
 
 def test_the_commands_that_it_prints_give_the_same_run(fit: Fit) -> None:
-    plans: list[Plan] = []
+    plans: list[FitPlan] = []
     run = fit(announce=plans.append, seed=7, k_shot=4).run
     for line in plans[0].script():
         with pytest.raises(SystemExit) as caught:
@@ -87,7 +87,7 @@ def test_what_is_given_is_taken(fit: Fit) -> None:
     assert found.run.task.template("masked") == given["template"]
     assert found.run.info.label_words == ["x", "y"]
     assert (found.run.info.settings.k_shot, found.run.info.readout.name) == (8, "verbalizer")
-    assert "8 rows per class to search with, 8 to choose by, 8 left" in str(found.plan.facts()["split"])
+    assert "8 examples per class to search with, 8 to choose by, 8 left" in str(found.plan.facts()["split"])
 
 
 def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit) -> None:

@@ -198,7 +198,7 @@ def test_weights_that_one_file_cannot_hold_are_beside_it(
     folder, info = package(run, tmp_path / "onnx")
     assert {"onnx/model.onnx", "onnx/model.onnx_data"} <= info.sha256.keys()
     agrees(run, folder, info, TEXTS)
-    folder, info = package(run, tmp_path / "triton", kind="triton")  # which takes several files as a folder
+    folder, info = package(run, tmp_path / "triton", format="triton")  # which takes several files as a folder
     assert {"mood/1/model.onnx/model.onnx", "mood/1/model.onnx/model.onnx_data"} <= info.sha256.keys()
     agrees(run, folder, info, TEXTS)
 
@@ -220,12 +220,13 @@ def test_the_card_names_what_a_result_rests_on(demo: tuple[Run, Path, PackageInf
 
 
 def test_the_licence_is_that_of_the_checkpoint(tiny: Export, tmp_path: Path) -> None:
-    from bbt_accel.packaging.card import licence_of
+    from bbt_accel.demo import BACKBONE
+    from bbt_accel.exporters.checkpoint import license_of
 
     (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n", encoding="utf-8")
-    assert licence_of(str(tmp_path), None) == "mit"
-    assert licence_of("demo", None) == "apache-2.0"
-    assert licence_of("nobody/has-this", None) is None
+    assert license_of(tmp_path) == "mit"
+    assert license_of(BACKBONE) == "apache-2.0"
+    assert license_of("nobody/has-this") is None
 
 
 # The check ---------------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ def test_nothing_is_replaced(demo: tuple[Run, Path, PackageInfo]) -> None:
 def test_openvino(made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, int8: bool) -> None:
     openvino = pytest.importorskip("openvino")
     run = made(name, method, mode)
-    folder, info = package(run, tmp_path, kind="openvino", int8=int8)
+    folder, info = package(run, tmp_path, format="openvino", int8=int8)
     assert {"openvino_model.xml", "openvino_model.bin", "config.json", "tokenizer.json"} <= info.sha256.keys()
     foreign = Foreign.__new__(Foreign)
     foreign.read_texts(folder)
@@ -326,7 +327,7 @@ def test_openvino(made: MakeRun, tmp_path: Path, name: str, method: str, mode: s
 
 def test_a_triton_repository(made: MakeRun, tmp_path: Path) -> None:
     run = made()
-    folder, info = package(run, tmp_path, kind="triton")
+    folder, info = package(run, tmp_path, format="triton")
     assert info.model == "mood/1/model.onnx"
     config = (folder / "mood" / "config.pbtxt").read_text(encoding="utf-8")
     assert 'input { name: "input_ids" data_type: TYPE_INT64 dims: [ -1, -1 ] }' in config
@@ -341,7 +342,7 @@ def test_a_triton_repository(made: MakeRun, tmp_path: Path) -> None:
 def test_an_adapter_for_peft(made: MakeRun, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     pytest.importorskip("peft")
     run = made(name, "bbt", "cat", **options)
-    folder, info = package(run, tmp_path, kind="peft")
+    folder, info = package(run, tmp_path, format="peft")
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "PROMPT_TUNING"
     assert config["num_virtual_tokens"] >= 3
@@ -362,7 +363,7 @@ def test_what_peft_cannot_represent(
     made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, readout: str, reason: str
 ) -> None:
     with pytest.raises(PackageError, match=f"this run cannot be an adapter: .*{reason}"):
-        package(made(name, method, mode, readout=readout), tmp_path, kind="peft")
+        package(made(name, method, mode, readout=readout), tmp_path, format="peft")
 
 
 @pytest.fixture
@@ -387,7 +388,7 @@ def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_page_needs_no_file_of_another_host(made: MakeRun, npm: Path, tmp_path: Path) -> None:
-    folder, info = package(made(), tmp_path, kind="web")
+    folder, info = package(made(), tmp_path, format="web")
     assert (folder / info.model).is_file()
     page, script = ((folder / name).read_text(encoding="utf-8") for name in ("index.html", "app.js"))
     for name in re.findall(r'(?:src|href)="([^":]+)"', page) + re.findall(r'from "\./([^"]+)"', script):
@@ -402,7 +403,7 @@ def test_the_page_needs_no_file_of_another_host(made: MakeRun, npm: Path, tmp_pa
 def test_an_archive_with_another_hash_is_refused(made: MakeRun, npm: Path, tmp_path: Path) -> None:
     (npm / "1.tgz").write_bytes(b"other")
     with pytest.raises(PackageError, match=r"onnxruntime-web@.* has another sha512 than its release"):
-        package(made(), tmp_path, kind="web")
+        package(made(), tmp_path, format="web")
     assert not (tmp_path / "package").exists()
 
 

@@ -18,9 +18,9 @@ from bbt_accel.data import Row
 from bbt_accel.errors import MissingDependency, PackageError
 from bbt_accel.inference import BATCH_SIZE
 from bbt_accel.machine import installed
-from bbt_accel.packaging.classifier import Classifier
-from bbt_accel.packaging.compare import Found, encoded
+from bbt_accel.packaging.compare import PackageOutput, encoded
 from bbt_accel.packaging.configuration import write_json
+from bbt_accel.packaging.packaged_run import PackagedRun
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
@@ -29,7 +29,7 @@ READABLE = ("verbalizer", "calibrated")
 """Readouts that take no more than label logits: the adapter's user adds the bias, if there is one."""
 
 
-def check_peft(made: Classifier) -> None:
+def check_peft(made: PackagedRun) -> None:
     """Raises PackageError, with the reason, for what PEFT's prompt tuning cannot represent."""
     info, why = made.info, None
     if info.method != "bbt":
@@ -48,7 +48,7 @@ def check_peft(made: Classifier) -> None:
         raise PackageError(f"this run cannot be an adapter: {why}")
 
 
-def write_peft(made: Classifier, labels: list[str], folder: Path) -> str:
+def write_peft(made: PackagedRun, labels: list[str], folder: Path) -> str:
     """adapter_config.json and the vectors; a readout's bias as an array beside them."""
     check_peft(made)
     model, info = load_backbone(made), made.info
@@ -82,7 +82,7 @@ def write_peft(made: Classifier, labels: list[str], folder: Path) -> str:
     return ADAPTER
 
 
-def decoder_start(made: Classifier) -> list[int] | None:
+def decoder_start(made: PackagedRun) -> list[int] | None:
     """What the decoder of a span-corruption model reads."""
     special = made.info.special
     if made.info.template_group != "span" or special.decoder_start is None or special.mask is None:
@@ -90,13 +90,13 @@ def decoder_start(made: Classifier) -> list[int] | None:
     return [special.decoder_start, special.mask]
 
 
-def load_backbone(made: Classifier) -> Any:
+def load_backbone(made: PackagedRun) -> Any:
     from bbt_accel.exporters.families import load_model
 
     return load_model(made.bundle.path)
 
 
-def beginning(made: Classifier, model: Any) -> Float32:
+def beginning(made: PackagedRun, model: Any) -> Float32:
     """Embeddings of the tokens in front of a decoder's prompt, (K, H)."""
     import torch
 
@@ -107,7 +107,7 @@ def beginning(made: Classifier, model: Any) -> Float32:
     return embedded
 
 
-def run_peft(made: Classifier, folder: Path, model: str, rows: Sequence[Row], threads: int | None) -> Found:
+def run_peft(made: PackagedRun, folder: Path, model: str, rows: Sequence[Row], threads: int | None) -> PackageOutput:
     """The adapter in PEFT, on the checkpoint of the bundle: label logits of rows as the encoding writes them."""
     import torch
     from peft import PeftModel
@@ -120,10 +120,10 @@ def run_peft(made: Classifier, folder: Path, model: str, rows: Sequence[Row], th
         batch = made.encoder.encode(rows[start : start + BATCH_SIZE]).with_decoder_input(made.info)
         with torch.inference_mode():
             scores.append(made.readout.scores({"label_logits": label_logits(made, tuned, batch)}))
-    return Found(encoded(made.encoder, rows), np.concatenate([np.asarray(s, np.float64) for s in scores]))
+    return PackageOutput(encoded(made.encoder, rows), np.concatenate([np.asarray(s, np.float64) for s in scores]))
 
 
-def label_logits(made: Classifier, tuned: Any, batch: Batch) -> Float32:
+def label_logits(made: PackagedRun, tuned: Any, batch: Batch) -> Float32:
     """float32 (N, M): at the readout, in the decoder's output or behind the adapter's vectors."""
     import torch
 

@@ -11,6 +11,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 TYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}
+Values = Mapping[str, tuple[str, Sequence[str | int]]]
+"""Inputs or outputs of a graph: dtype and shape by name."""
+
+
+def value_infos(values: Values) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(name, TYPES[dtype], shape) for name, (dtype, shape) in values.items()]
 
 
 class Builder:
@@ -45,14 +51,6 @@ class Builder:
             found = self.op("Add", found, value)
         return found
 
-    def model(
-        self, name: str, inputs: Mapping[str, tuple[str, Sequence[str | int | None]]],
-        outputs: Mapping[str, tuple[str, Sequence[str | int | None]]], opset: int,
-    ) -> onnx.ModelProto:  # fmt: skip
-        """inputs, outputs: dtype and shape by name."""
-
-        def values(given: Mapping[str, tuple[str, Sequence[str | int | None]]]) -> list[onnx.ValueInfoProto]:
-            return [helper.make_tensor_value_info(n, TYPES[dtype], shape) for n, (dtype, shape) in given.items()]
-
-        graph = helper.make_graph(self.nodes, name, values(inputs), values(outputs), self.constants)
+    def model(self, name: str, inputs: Values, outputs: Values, opset: int) -> onnx.ModelProto:
+        graph = helper.make_graph(self.nodes, name, value_infos(inputs), value_infos(outputs), self.constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from bbt_accel.demo import BACKBONE
 from bbt_accel.inference_protocol import backbone_name
+from bbt_accel.model_card import cell, hub_id
 from bbt_accel.packaging.manifest import PackageInfo
 from bbt_accel.run import RunInfo
 
@@ -31,36 +30,17 @@ for with forward passes alone, and a template; a readout turns what the model re
 UNKNOWN = "not stated in the checkpoint's files; see where it is from"
 
 
-def licence_of(backbone: str, revision: str | None) -> str | None:
-    """The licence that a checkpoint's own README.md states, where that is at hand."""
-    file = (BACKBONE if backbone == "demo" else Path(backbone)) / "README.md"
-    if not file.is_file():
-        try:
-            from huggingface_hub import try_to_load_from_cache
-
-            cached = try_to_load_from_cache(backbone, "README.md", revision=revision)
-        except Exception:  # a path is no name on the hub
-            return None
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
-    front = re.match(r"---\n(.*?)\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*['\"]?([\w.+-]+)", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
-
-
 def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
     """The card of a package, in Markdown. usage: a text with the names of `usage_facts` in braces."""
-    licence, name = licence_of(run.bundle.backbone, run.bundle.revision), backbone_name(run.bundle.backbone)
+    licence, name, base = run.bundle.license, backbone_name(run.bundle.backbone), hub_id(run.bundle.backbone)
     front = [f"license: {licence}"] if licence else []
     front += ["pipeline_tag: text-classification", "tags: [bbt-accel, prompt-tuning]"]
-    if name == run.bundle.backbone and "/" in name:
-        front.append(f"base_model: {name}")
+    front += [f"base_model: {base}"] if base else []
     facts = card_facts(info, run) | {"licence of the backbone": licence or UNKNOWN}
     return TEMPLATE.format(
         front="\n".join(front), task=run.task.name, backbone=name, version=info.versions["bbt-accel"],
         usage=usage.format(**usage_facts(info, run)),
-        facts="\n".join(f"| {key} | {escaped(str(value))} |" for key, value in facts.items()),
+        facts="\n".join(f"| {key} | {cell(str(value))} |" for key, value in facts.items()),
         comparison=compared(info),
     )  # fmt: skip
 
@@ -130,7 +110,3 @@ def compared(info: PackageInfo) -> str:
     if c.cut_differently:
         found += f" {c.cut_differently} texts, longer than the model reads, end in other tokens."
     return f"{found} `bbt-accel package --check` repeats it, and verifies the sha256 of every file in `bbt_accel.json`."
-
-
-def escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "\\n")

@@ -15,8 +15,8 @@ from bbt_accel.data import Row, load_few_shot, load_rows, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import DataError, PackageError
 from bbt_accel.inference import BATCH_SIZE, scored_rows
-from bbt_accel.packaging.classifier import CHECKED, Classifier
 from bbt_accel.packaging.manifest import Comparison
+from bbt_accel.packaging.packaged_run import CHECKED, PackagedRun
 from bbt_accel.packaging.tokenizer import PAD
 from bbt_accel.run import Run
 
@@ -28,7 +28,7 @@ LoadedModel = Callable[[dict[str, Int64]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Found:
+class PackageOutput:
     """What a package makes of rows. ids: of each row, as the backbone reads it. scores: float64 (N, C)."""
 
     ids: list[list[int]]
@@ -72,7 +72,7 @@ def edge_rows(encoder: Encoder) -> list[Row]:
     return rows
 
 
-def run_package(model: LoadedModel, folder: Path, made: Classifier, rows: Sequence[Row]) -> Found:
+def run_package(model: LoadedModel, folder: Path, made: PackagedRun, rows: Sequence[Row]) -> PackageOutput:
     """As loaders do it: texts or pairs to the tokenizer of the folder, padded ids to the model.
 
     Raises PackageError where a loader's truncation would change what the backbone reads.
@@ -88,7 +88,7 @@ def run_package(model: LoadedModel, folder: Path, made: Classifier, rows: Sequen
             raise PackageError(f"{folder} reads other tokens where a loader truncates; shorten the template")
         ids += read
         scores.append(outputs)
-    return Found(ids, np.concatenate(scores))
+    return PackageOutput(ids, np.concatenate(scores))
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -119,7 +119,7 @@ def encoded(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
     return ids
 
 
-def compare(made: Classifier, found: Found, rows: Sequence[Row], wanted: Float64) -> Comparison:
+def compare(made: PackagedRun, found: PackageOutput, rows: Sequence[Row], wanted: Float64) -> Comparison:
     """Raises PackageError at the first row with other token ids, scores or another label than `predict` has.
 
     wanted: its scores (N, C). Of rows that are truncated the last tokens may differ: the encoding tokenizes what is

@@ -15,12 +15,10 @@ from onnx import compose, helper, numpy_helper
 from onnxscript.optimizer import optimize
 
 from bbt_accel.exporters.graph import from_proto, quick_rules
-from bbt_accel.packaging.builder import TYPES
+from bbt_accel.packaging.builder import Values, value_infos
 from bbt_accel.packaging.rows import INPUTS
 
 Constants = Mapping[str, npt.NDArray[np.generic]]
-Values = Mapping[str, tuple[str, Sequence[str | int]]]
-"""Inputs or outputs of a graph: dtype and shape by name."""
 LARGEST = 2**31 - 2**20
 """Bytes that a protobuf message may have, with room for what is no weight."""
 UNLIMITED = 2**62
@@ -79,10 +77,7 @@ def folded(
     nodes: Sequence[onnx.NodeProto], weights: Iterable[onnx.TensorProto], outputs: Values, opsets: Mapping[str, int],
     ir_version: int, folder: Path,
 ) -> ir.Model:  # fmt: skip
-    def values(given: Values) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(name, TYPES[dtype], shape) for name, (dtype, shape) in given.items()]
-
-    graph = helper.make_graph(nodes, "classifier", values(INPUTS), values(outputs), list(weights))
+    graph = helper.make_graph(nodes, "classifier", value_infos(INPUTS), value_infos(outputs), list(weights))
     imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     model = from_proto(helper.make_model(graph, opset_imports=imports, ir_version=ir_version), folder)
     with quick_rules():

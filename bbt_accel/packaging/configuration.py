@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bbt_accel.packaging.classifier import Classifier
+from bbt_accel.packaging.packaged_run import PackagedRun
 
 OTHER_HEADS = ("task_specific_params", "auto_map", "classifier_dropout", "_name_or_path", "quantization_config")
 DTYPES = {"int8": "q8", "fp16": "fp16"}
 """Precision → what transformers.js calls the file of this precision; model.onnx is fp32 to it, whatever is inside."""
 
 
-def classifier_config(made: Classifier, labels: list[str], dtype: str) -> dict[str, Any]:
+def classifier_config(made: PackagedRun, labels: list[str], dtype: str) -> dict[str, Any]:
     """The backbone's own fields stay, by which loaders choose their classes.
 
     dtype: transformers.js's name of the model's file.

@@ -14,11 +14,11 @@ from bbt_accel.data import Row
 from bbt_accel.engine_specs import Precision
 from bbt_accel.exporters.triton import config as triton_config
 from bbt_accel.packaging.adapter import run_peft, write_peft
-from bbt_accel.packaging.classifier import Classifier
-from bbt_accel.packaging.compare import Found, LoadedModel, run_package
+from bbt_accel.packaging.compare import LoadedModel, PackageOutput, run_package
 from bbt_accel.packaging.configuration import DTYPES, classifier_config, write_json
 from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
 from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
+from bbt_accel.packaging.packaged_run import PackagedRun
 from bbt_accel.packaging.tokenizer import configuration
 from bbt_accel.packaging.web_page import write_page
 
@@ -28,34 +28,34 @@ class Format:
     """engine: whose bundles it takes (their targets), and that `predict` runs for the comparison.
 
     write: the files of a package; returns the name of the model's.
-    run: the package as its loaders run it: the model of a folder on rows, with so many threads.
+    run: the package as its loaders run it: the model of a folder on rows, with a number of threads or all cores.
     usage: how a loader takes the folder, for the card.
     """
 
     engine: str
     targets: tuple[str, ...]
-    write: Callable[[Classifier, list[str], Path], str]
-    run: Callable[[Classifier, Path, str, Sequence[Row], int | None], Found]
+    write: Callable[[PackagedRun, list[str], Path], str]
+    run: Callable[[PackagedRun, Path, str, Sequence[Row], int | None], PackageOutput]
     usage: str
 
 
 def run_with(open_model: Callable[[Path, Precision, int | None], LoadedModel], texts: str = ".") -> Any:
     """`Format.run` of a format whose model takes the ids of a tokenizer, that of the folder `texts`."""
 
-    def run(made: Classifier, folder: Path, model: str, rows: Sequence[Row], threads: int | None) -> Found:
+    def run(made: PackagedRun, folder: Path, model: str, rows: Sequence[Row], threads: int | None) -> PackageOutput:
         return run_package(open_model(folder / model, made.info.precision, threads), folder / texts, made, rows)
 
     return run
 
 
-def write_texts(made: Classifier, labels: list[str], folder: Path, dtype: str = "fp32") -> None:
+def write_texts(made: PackagedRun, labels: list[str], folder: Path, dtype: str = "fp32") -> None:
     """config.json, tokenizer.json and tokenizer_config.json."""
     write_json(folder / "config.json", classifier_config(made, labels, dtype))
     write_json(folder / "tokenizer.json", made.layout.tokenizer)
     write_json(folder / "tokenizer_config.json", configuration(made.layout.tokenizer, made.layout.max_length))
 
 
-def write_graph(made: Classifier, labels: list[str], folder: Path) -> str:
+def write_graph(made: PackagedRun, labels: list[str], folder: Path) -> str:
     dtype = DTYPES.get(made.info.precision, "fp32")
     name = {"q8": "onnx/model_quantized.onnx", "fp16": "onnx/model_fp16.onnx"}.get(dtype, "onnx/model.onnx")
     write_texts(made, labels, folder, dtype)
@@ -63,13 +63,13 @@ def write_graph(made: Classifier, labels: list[str], folder: Path) -> str:
     return name
 
 
-def write_ir(made: Classifier, labels: list[str], folder: Path) -> str:
+def write_ir(made: PackagedRun, labels: list[str], folder: Path) -> str:
     write_texts(made, labels, folder)
     write_openvino(made, folder / "openvino_model.xml")
     return "openvino_model.xml"
 
 
-def write_web(made: Classifier, labels: list[str], folder: Path) -> str:
+def write_web(made: PackagedRun, labels: list[str], folder: Path) -> str:
     """The page, its libraries in vendor/, and the classifier in model/."""
     (folder / "model").mkdir()
     model = write_graph(made, labels, folder / "model")
@@ -77,7 +77,7 @@ def write_web(made: Classifier, labels: list[str], folder: Path) -> str:
     return f"model/{model}"
 
 
-def write_triton(made: Classifier, labels: list[str], folder: Path) -> str:
+def write_triton(made: PackagedRun, labels: list[str], folder: Path) -> str:
     """A model repository with one model of the task's name; the tokenizer, for clients, beside it."""
     write_texts(made, labels, folder)
     name = made.encoder.task.name

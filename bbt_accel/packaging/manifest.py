@@ -27,7 +27,7 @@ class Comparison(BaseModel, extra="forbid"):
     cut_differently: int = Field(description="Over-long rows whose last tokens differ; their scores are not compared.")
 
 
-class Score(BaseModel, extra="forbid"):
+class PackageScore(BaseModel, extra="forbid"):
     """On the task's test rows."""
 
     metric: str
@@ -70,7 +70,7 @@ class PackageInfo(Manifest):
     readout: str
     max_tokens: int = Field(description="Of all texts of a row together.")
     max_rows: int | None = Field(default=None, description="Rows of each split that are compared at most.")
-    score: Score | None = None
+    score: PackageScore | None = None
     comparison: Comparison
     versions: dict[str, str]
     command: str

@@ -11,14 +11,14 @@ import onnx
 from bbt_accel.batch import Int64
 from bbt_accel.engine_specs import Precision
 from bbt_accel.engines.base import failing
-from bbt_accel.packaging.classifier import CHECKED, Classifier
 from bbt_accel.packaging.compare import LoadedModel
 from bbt_accel.packaging.compose import save
+from bbt_accel.packaging.packaged_run import CHECKED, PackagedRun
 
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-def write_onnx(made: Classifier, file: Path) -> None:
+def write_onnx(made: PackagedRun, file: Path) -> None:
     save(made.graph(), file)
 
 

@@ -14,12 +14,12 @@ from bbt_accel.batch import Int64
 from bbt_accel.engine_specs import Precision
 from bbt_accel.engines.base import failing
 from bbt_accel.exporters.openvino_ir import StageReader, precision_hint
-from bbt_accel.packaging.classifier import CHECKED, ROWS, Classifier
 from bbt_accel.packaging.compare import LoadedModel
 from bbt_accel.packaging.compose import save
+from bbt_accel.packaging.packaged_run import CHECKED, ROWS, PackagedRun
 
 
-def write_openvino(made: Classifier, file: Path) -> None:
+def write_openvino(made: PackagedRun, file: Path) -> None:
     """Write FILE.xml and FILE.bin, in the precision of the bundle's stages."""
     import openvino
 
@@ -33,7 +33,7 @@ def write_openvino(made: Classifier, file: Path) -> None:
             openvino.save_model(openvino.convert_model(Path(folder) / "model.onnx"), file, compress_to_fp16=False)
 
 
-def joined(made: Classifier, reader: StageReader) -> Any:
+def joined(made: PackagedRun, reader: StageReader) -> Any:
     """One model of the rows, the stages of an OpenVINO bundle and the readout."""
     import openvino
 

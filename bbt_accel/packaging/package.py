@@ -22,16 +22,15 @@ from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import PackageError, check_known
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.files import new_folder, sha256
-from bbt_accel.inference import class_scores, outputs
+from bbt_accel.inference import class_scores, scores_before
 from bbt_accel.objective import Objective
 from bbt_accel.packaging import manifest
 from bbt_accel.packaging.card import model_card
-from bbt_accel.packaging.classifier import Classifier
 from bbt_accel.packaging.compare import available_rows, compare, edge_rows
 from bbt_accel.packaging.formats import FORMATS, Format
-from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, Score, Source
+from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, PackageScore, Source
+from bbt_accel.packaging.packaged_run import PackagedRun
 from bbt_accel.progress import Tell, silent
-from bbt_accel.readout import Readout, batch_calibration
 from bbt_accel.run import INFO as RUN_INFO
 from bbt_accel.run import Run
 from bbt_accel.tasks import load_task, task_names
@@ -47,7 +46,7 @@ class Options:
     where the format does not take the run's. max_rows: of each split, to compare.
     """
 
-    kind: Kind = "onnx"
+    format: Kind = "onnx"
     int8: bool = False
     bundle: Path | None = None
     max_rows: int | None = None
@@ -60,8 +59,8 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
     Raises PackageError for a run that the format cannot hold, and for one whose package differs from `predict`; what
     `Run.read`, `Run.open_bundle` and `optimize_bundle` raise.
     """
-    check_known("--format", options.kind, FORMATS)
-    run, output, form = Run.read(run_path), Path(output), FORMATS[options.kind]
+    check_known("--format", options.format, FORMATS)
+    run, output, form = Run.read(run_path), Path(output), FORMATS[options.format]
     with new_folder(output) as folder, packaged_bundle(run, form, options, progress) as (source, bundle):
         made = classifier_of(run, bundle)
         progress("composing the graph", 0, 2)
@@ -69,7 +68,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
         progress("comparing with predict", 1, 2)
         comparison, score = compared(run, made, form, folder, model, options)
         info = PackageInfo(
-            kind=options.kind, model=model, precision=bundle.info.precision, quantized=bundle is not source,
+            kind=options.format, model=model, precision=bundle.info.precision, quantized=bundle is not source,
             run=Source.of(run.path, output, sha256(run.path / RUN_INFO)),
             bundle=Source.of(source.path, output, source.digest), task=run.task.name,
             architecture=bundle.info.architecture,
@@ -102,8 +101,8 @@ def check_package(path: str | Path, threads: int | None = None, progress: Tell =
     return info.model_copy(update={"comparison": comparison})
 
 
-def classifier_of(run: Run, bundle: Bundle) -> Classifier:
-    return Classifier(bundle, Encoder(bundle, run.task, run.info.demonstrations), run.prompt, run.readout)
+def classifier_of(run: Run, bundle: Bundle) -> PackagedRun:
+    return PackagedRun(bundle, Encoder(bundle, run.task, run.info.demonstrations), run.prompt, run.readout)
 
 
 @contextmanager
@@ -142,8 +141,8 @@ def exported_beside(bundle: Bundle) -> Bundle | None:
 
 
 def compared(
-    run: Run, made: Classifier, form: Format, folder: Path, model: str, options: Options
-) -> tuple[Comparison, Score | None]:
+    run: Run, made: PackagedRun, form: Format, folder: Path, model: str, options: Options
+) -> tuple[Comparison, PackageScore | None]:
     """The package against `predict` on all available rows; and its score on the test rows, if there are any."""
     train, test = available_rows(run, options.max_rows)
     rows = [*edge_rows(made.encoder), *train, *test]
@@ -154,15 +153,14 @@ def compared(
         return comparison, score_of(run, engine, made.encoder, test, found.scores[len(rows) - len(test) :])
 
 
-def score_of(run: Run, engine: Engine, encoder: Encoder, test: list[Row], scores: Float64) -> Score | None:
+def score_of(run: Run, engine: Engine, encoder: Encoder, test: list[Row], scores: Float64) -> PackageScore | None:
     """The task's metric on the test rows: of the package, and of the same backbone before the search."""
     if not test:
         return None
-    plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, test, engine.bundle.start_prompt()))
-    stack = np.stack([scores, plain, plain + batch_calibration(plain)])
+    stack = np.stack([scores, *scores_before(engine, encoder, test)])
     _, found = Objective("ce", run.task.metric).score(stack, labels(test))
     of: tuple[float, float, float] = tuple(map(float, found))  # type: ignore[assignment]
-    return Score(metric=run.task.metric, score=of[0], without_prompt=of[1], calibrated=of[2], rows=len(test))
+    return PackageScore(metric=run.task.metric, score=of[0], without_prompt=of[1], calibrated=of[2], rows=len(test))
 
 
 def versions() -> dict[str, str]:
@@ -178,7 +176,7 @@ def versions() -> dict[str, str]:
 def command(run: str | Path, output: Path, options: Options) -> str:
     """How to make the same package again."""
     words = ["bbt-accel", "package", str(run), "-o", str(output)]
-    words += ["--format", options.kind] if options.kind != "onnx" else []
+    words += ["--format", options.format] if options.format != "onnx" else []
     words += ["--int8"] if options.int8 else []
     words += ["--bundle", str(options.bundle)] if options.bundle is not None else []
     return shlex.join(words)

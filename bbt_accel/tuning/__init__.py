@@ -23,7 +23,7 @@ from bbt_accel.errors import DataError, RunError, UsageError
 from bbt_accel.history import Generation
 from bbt_accel.objective import Objective, uninformed
 from bbt_accel.progress import SearchProgress, progress_bar
-from bbt_accel.readout import Readout, batch_calibration, class_logits
+from bbt_accel.readout import Readout, class_logits, with_calibrated
 from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
 from bbt_accel.settings import PRESETS, Preset, Settings, resolve
 from bbt_accel.tasks import Task, load_task
@@ -227,8 +227,7 @@ def _run(
 def baselines(job: Job, label_logits: Float32) -> Baselines:
     """What the dev rows score without a search, from their label logits (N, M or more) without a prompt."""
     targets, logits = job.dev.targets, class_logits(label_logits, job.classes)
-    both = np.stack([logits, logits + batch_calibration(logits)])
-    _, (without_prompt, calibrated) = job.objective.score(both, targets)
+    _, (without_prompt, calibrated) = job.objective.score(with_calibrated(logits), targets)
     chance, majority = uninformed(targets, logits.shape[1], job.objective.metric)
     return Baselines(chance=chance, majority=majority, without_prompt=without_prompt, calibrated=calibrated)
 

@@ -110,7 +110,7 @@ class Packages:
 
     def add(self, run: Run, kind: str, name: str, texts: list[Any], bundle: Bundle, checkpoint: str = "") -> None:
         folder = self.work / kind / name
-        info = package_run(run.path, folder, Options(kind=kind, bundle=bundle.path, threads=1))  # type: ignore[arg-type]
+        info = package_run(run.path, folder, Options(format=kind, bundle=bundle.path, threads=1))  # type: ignore[arg-type]
         rows = [dict(zip(run.task.text, [text] if isinstance(text, str) else text, strict=True)) for text in texts]
         engine = "openvino" if kind == "openvino" else "ort"
         found = predict(run.path, rows, bundle=bundle.path, engine=engine, threads=1)

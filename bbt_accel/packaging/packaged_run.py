@@ -26,7 +26,7 @@ CHECKED = {name: f"rows.{own}" for own, name in ROWS.items()}
 """What is compared with the encoding, and the names of these values inside the graph."""
 
 
-class Classifier:
+class PackagedRun:
     """What a package is made of: a bundle, a template, a prompt and a readout."""
 
     def __init__(self, bundle: Bundle, encoder: Encoder, prompt: Float32, readout: Readout) -> None:
