@@ -221,20 +221,21 @@ def package(
 
 @command(USE, "push runs/sst2 OWNER/NAME")
 def push(
-    run: shared.RunPath,
+    path: Annotated[Path, typer.Argument(metavar="RUN|PACKAGE", help="Run folder, package, or saved classifier.")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub, new or existing.")],
     options: Annotated[Options, Fields(shared.PushOptions)],
     as_json: shared.AsJson = False,
 ) -> None:
-    """Upload a run to the Hugging Face hub, with its model card and its bundle; hf://OWNER/NAME is then a run."""
-    from bbt_accel.sharing import push as push_run
+    """Upload a run with its bundle, or a package, to the Hugging Face hub, with its model card."""
+    from bbt_accel import sharing
 
     yes, interactive = options.pop("yes", False), sys.stdin is not None and sys.stdin.isatty()
     if not yes and not interactive:
-        raise UsageError(f"push uploads {run} to {repository}; confirm with --yes")
-    if not yes and not typer.confirm(f"Upload {run} to {repository}?"):
+        raise UsageError(f"push uploads {path} to {repository}; confirm with --yes")
+    if not yes and not typer.confirm(f"Upload {path} to {repository}?"):
         raise typer.Exit(1)
-    printing.print_pushed(repository, push_run(run, repository, **options), as_json)
+    commit = sharing.push(path, repository, **options)
+    printing.print_pushed(repository, commit, "package" if sharing.is_package(path) else "run", as_json)
 
 
 @command(USE, "serve runs/sst2 --port 8000")

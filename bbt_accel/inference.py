@@ -116,8 +116,8 @@ def predict(
 
     texts: one mapping per row, from the task's text columns to texts. Returns, in order, label (the class), word (its
     first label word), class (its name) and probabilities (of the classes, by name; classes without a name have their
-    label word). Raises RunError, BundleError, EngineError,
-    NonFiniteLoss, and DataError for a row without one of the columns.
+    label word). Raises RunError, BundleError, EngineError, NonFiniteLoss, and DataError for a row without one of the
+    columns.
     """
     run = Run.read(run_path)
     for number, text in enumerate(texts, 1):

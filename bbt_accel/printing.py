@@ -133,11 +133,13 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
     print_facts(relative(path), facts)
 
 
-def print_pushed(repository: str, commit: str, as_json: bool) -> None:
+def print_pushed(repository: str, commit: str, kind: str, as_json: bool) -> None:
+    """kind: run, or package, which other tools load by the repository's name."""
+    address = f"hf://{repository}" if kind == "run" else repository
     if as_json:
-        print_json({"repository": repository, "commit": commit, "run": f"hf://{repository}"})
+        print_json({"repository": repository, "commit": commit, kind: address})
     else:
-        print(f"uploaded to {commit}; use it as hf://{repository}")
+        print(f"uploaded to {commit}; {'use' if kind == 'run' else 'load'} it as {address}")
 
 
 def print_serving(url: str, models: Sequence[str], as_json: bool) -> None:

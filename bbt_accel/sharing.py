@@ -1,4 +1,4 @@
-"""What `push` uploads: a run with its bundle, or a saved classifier, without paths of this machine."""
+"""What `push` uploads: a run with its bundle, a saved classifier, or a package, without paths of this machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bbt_accel.hub import push_folder
+from bbt_accel.packaging import manifest
 from bbt_accel.run import CARD, INFO, Run
 
 ESTIMATOR = "classifier.json"
@@ -18,17 +19,25 @@ ESTIMATOR = "classifier.json"
 
 
 def push(path: str | Path, repo: str, *, private: bool = False, with_bundle: bool = True) -> str:
-    """Upload a run, or what `PromptClassifier.save` wrote, to a repository of the hub; returns the commit's address.
+    """Upload a run, a package, or what `PromptClassifier.save` wrote to a repository of the hub.
 
-    repo: OWNER/NAME, created if necessary. with_bundle: upload the bundle too, so that hf://OWNER/NAME works by itself.
-    Raises RunError, BundleError, and HubError where the hub refuses.
+    repo: OWNER/NAME, created if necessary. with_bundle: upload a run's bundle too, so that hf://OWNER/NAME works by
+    itself. Returns the commit's address. Raises RunError, BundleError, PackageError for a package whose files have
+    changed, and HubError where the hub refuses.
     """
     path = Path(path)
+    if is_package(path):
+        manifest.read_info(path)  # which verifies its files
+        return push_folder(path, repo, private)
     saved = (path / ESTIMATOR).is_file()
     run = Run.read(path / "run" if saved else path)
     bundle = run.open_bundle().path if with_bundle and not saved else None
     with portable(path, bundle) as copy:
         return push_folder(copy, repo, private)
+
+
+def is_package(path: Path) -> bool:
+    return (path / manifest.INFO).is_file()
 
 
 @contextmanager

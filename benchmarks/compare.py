@@ -13,13 +13,13 @@ from typing import Any, get_args
 
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
-from bbt_accel.benchmarks.options import CONTENDERS, CompareOptions
+from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_contender
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, load_few_shot
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError, check_known
+from bbt_accel.errors import BbtError
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import class_scores, outputs
 from bbt_accel.machine import describe_machine
@@ -53,8 +53,8 @@ def run_compare(
     `output` exists.
     """
     folder = Path(output).absolute()
-    for name in options.contenders:
-        check_known("contender", name, CONTENDERS)
+    for contender in options.contenders:
+        parse_contender(contender)
     engine_spec(options.engine)
     named = {load_task(task).name: task for task in tasks}
     done, failures = dict[str, list[Score]](), dict[str, str]()
@@ -71,7 +71,8 @@ def run_compare(
             content = {"asked": asked(by_name[name]), "scores": reply["value"]}
             write_atomically(folder / TRIALS / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
     facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"], "date": now()}
-    report = make_report([score for job in jobs for score in done.get(job.name, [])], failures, facts)
+    scores = [score for job in jobs for score in done.get(job.name, [])]
+    report = make_report(scores, failures, facts, options.reference)
     write_report(folder, report, markdown(report), lambda file: draw(file, report))
     return report
 
@@ -104,14 +105,14 @@ def _jobs(
     for (name, task), contender, seed in product(tasks.items(), options.contenders, options.seeds):
         data = None if options.data is None else str((options.data / name).absolute())
         own = {"contender": contender, "task": task, "data": data, "seed": seed, "work": str(folder / RUNS)}
-        yield PoolJob(f"{name}-{contender}-{seed}", contend, own | shared)
+        yield PoolJob(f"{name}-{contender.replace(':', ',')}-{seed}", contend, own | shared)
 
 
 def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     """The bundles of each method in the engine's precision, and as exported, for training in PyTorch."""
     spec, paths = engine_spec(options.engine), {}
     for method in get_args(Method):
-        if method == "bbtv2" and "bbtv2" not in options.contenders:
+        if method == "bbtv2" and not any(contender.startswith("bbtv2") for contender in options.contenders):
             continue
         exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
         place = work / f"{Path(options.backbone).name}-{options.n_prompt_tokens}" / method
@@ -149,10 +150,8 @@ def contend(
     trial = Trial(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
     if contender == "readouts":
         scores = trial.readouts()
-    elif contender == "auto":
-        scores = trial.auto()
     else:
-        scores = trial.search(contender) if contender in get_args(Method) else trial.reference(contender)
+        scores = trial.reference(contender) if contender in REFERENCES else trial.search(contender)
     return [score.model_dump(mode="json") for score in scores]
 
 
@@ -185,15 +184,17 @@ class Trial:
         found.append(self.measured("batch calibration", 0, plain + batch_calibration(plain), 0.0))
         return found + [self.score(name, *self.tune("bbt", name, 1)) for name in READOUTS if name != "verbalizer"]
 
-    def auto(self) -> list[Score]:
-        return [self.score("auto", *self.tune("bbt", "auto", budget), budget) for budget in (1, *self.options.budgets)]
-
-    def search(self, method: str) -> list[Score]:
-        """The original search, for each budget that it can spend."""
+    def search(self, contender: str) -> list[Score]:
+        """For each budget that it can spend: the original search by a method, or one with a fitted readout."""
+        name, given = parse_contender(contender)
+        method, readout = (name, "verbalizer") if name in get_args(Method) else ("bbt", name)
         info = Bundle.read(self.bundles[method], verify=False).info
-        least = 20 * (info.n_layers if method == "bbtv2" else 1)
-        budgets = [budget for budget in self.options.budgets if budget >= least]
-        return [self.score(method, *self.tune(method, "verbalizer", budget), budget) for budget in budgets]
+        scores = []
+        for budget in ([1] if name == "auto" else []) + self.options.budgets:
+            settings = resolve(given, {"readout": readout, "budget": budget})
+            if settings.fitted or budget >= settings.popsize * (info.n_layers if method == "bbtv2" else 1):
+                scores.append(self.score(contender, *self.tune(method, readout, budget, given), budget))
+        return scores
 
     def reference(self, contender: str) -> list[Score]:
         import torch
@@ -213,10 +214,12 @@ class Trial:
             found = replace(found, seconds=loading + found.seconds)
         return [self.measured(contender, found.calls, found.scores, found.seconds)]
 
-    def tune(self, method: str, readout: str, budget: int) -> tuple[Run, float]:
-        """A run, and its seconds."""
-        settings = {"seed": self.seed, "k_shot": self.options.k_shot, "readout": readout, "budget": budget}
-        place = self.work / f"{self.task.name}-{method}-{readout}-{budget}-{self.seed}"
+    def tune(self, method: str, readout: str, budget: int, given: Mapping[str, str] = {}) -> tuple[Run, float]:
+        """A run, and its seconds. given: further settings."""
+        own = {"seed": self.seed, "k_shot": self.options.k_shot, "readout": readout, "budget": budget}
+        settings = {**given, **own}
+        changed = [f"{name}={value}" for name, value in given.items()]
+        place = self.work / "-".join(map(str, [self.task.name, method, readout, *changed, budget, self.seed]))
         started = perf_counter()
         where: dict[str, Any] = {"engine": self.options.engine, "threads": self.threads, "data": self.data}
         run = tune(

@@ -1,4 +1,4 @@
-"""The report of a comparison: scores by contender and task, differences from `auto`, and accuracy over calls."""
+"""The report of a comparison: scores by contender and task, differences in pairs, and accuracy over calls."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Score(Schema):
 
 
 class Difference(Schema):
-    """`auto` with a budget, minus another contender, over all tasks and seeds that have both."""
+    """The reference with a budget, minus another contender, over all tasks and seeds that have both."""
 
-    auto: str
+    reference: str
     other: str
     mean: float
     interval: tuple[float, float]
@@ -71,21 +71,24 @@ class CompareReport(Schema):
     facts: dict[str, str]
 
 
-def make_report(scores: list[Score], failures: dict[str, str], facts: dict[str, str]) -> CompareReport:
-    labels = list(dict.fromkeys(score.label for score in scores))
-    autos = [label for label in labels if label.startswith("auto ")]
-    pairs = [(auto, other) for auto in autos for other in labels if other not in autos]
+def make_report(
+    scores: list[Score], failures: dict[str, str], facts: dict[str, str], reference: str = "auto"
+) -> CompareReport:
+    """reference: the contender whose differences from the others are shown."""
+    labels = dict.fromkeys((score.contender, score.label) for score in scores)
+    own = [label for contender, label in labels if contender == reference]
+    pairs = [(one, other) for one in own for _, other in labels if other not in own]
     differences = [found for pair in pairs if (found := difference(scores, *pair)) is not None]
     return CompareReport(scores=scores, differences=differences, failures=failures, facts=facts)
 
 
-def difference(scores: Iterable[Score], auto: str, other: str) -> Difference | None:
+def difference(scores: Iterable[Score], reference: str, other: str) -> Difference | None:
     """None where no task and seed has both."""
-    found: dict[str, dict[tuple[str, int], float]] = {auto: {}, other: {}}
+    found: dict[str, dict[tuple[str, int], float]] = {reference: {}, other: {}}
     for score in scores:
         if score.label in found:
             found[score.label][score.task, score.seed] = score.score
-    pairs = {key: found[auto][key] - found[other][key] for key in found[auto].keys() & found[other].keys()}
+    pairs = {key: found[reference][key] - found[other][key] for key in found[reference].keys() & found[other].keys()}
     if not pairs:
         return None
     values = np.array([pairs[key] for key in sorted(pairs)])
@@ -94,14 +97,14 @@ def difference(scores: Iterable[Score], auto: str, other: str) -> Difference | N
     worst = min(tasks, key=lambda task: tasks[task])
     low, high = np.quantile(draws, [0.025, 0.975])
     return Difference(
-        auto=auto, other=other, mean=float(values.mean()), interval=(float(low), float(high)), worst_task=worst,
-        worst=tasks[worst],
+        reference=reference, other=other, mean=float(values.mean()), interval=(float(low), float(high)),
+        worst_task=worst, worst=tasks[worst],
     )  # fmt: skip
 
 
 def markdown(report: CompareReport) -> str:
     """report.md."""
-    parts = ["# Comparison", summary(report), f"![Accuracy over calls]({PLOT})", "## What `auto` gains", gains(report)]
+    parts = ["# Comparison", summary(report), f"![Accuracy over calls]({PLOT})", "## Differences", gains(report)]
     if report.failures:
         parts += ["## Failed", markdown_list(report.failures)]
     return "\n\n".join([*parts, "## What was run", markdown_list(report.facts)]) + "\n"
@@ -130,10 +133,10 @@ def gains(report: CompareReport) -> str:
     for d in report.differences:
         low, high = (f"{100 * value:+.1f}" for value in d.interval)
         lines.append(
-            [d.auto, d.other, f"{100 * d.mean:+.1f}", f"{low} to {high}", f"{d.worst_task} {100 * d.worst:+.1f}"]
+            [d.reference, d.other, f"{100 * d.mean:+.1f}", f"{low} to {high}", f"{d.worst_task} {100 * d.worst:+.1f}"]
         )
-    legend = "Points, over pairs of the same task and seed; in the last column the task where `auto` gains least."
-    header = ["auto", "minus", "mean", "95 % interval", "least"]
+    legend = "Points, over pairs of the same task and seed; in the last column the task where the first gains least."
+    header = ["contender", "minus", "mean", "95 % interval", "least"]
     return f"{markdown_table(header, lines, text_columns=2)}\n\n{legend}"
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Method, PromptMode
 from bbt_accel.engine_specs import Device, Precision
-from bbt_accel.errors import UsageError
+from bbt_accel.errors import UsageError, check_known
 from bbt_accel.reporting import Schema
+from bbt_accel.settings import READOUTS, resolve
 from bbt_accel.sweeps.grid import Seeds
 
 Count = Annotated[int, Field(ge=1)]
@@ -54,8 +55,22 @@ def bench_options(**given: Any) -> BenchOptions:
     return read_options(BenchOptions, given)
 
 
-Contender = Literal["readouts", "auto", "bbt", "bbtv2", "gradient-prompt", "lora", "fine-tuning", "embeddings"]
-CONTENDERS: tuple[Contender, ...] = get_args(Contender)
+REFERENCES = ("gradient-prompt", "lora", "fine-tuning", "embeddings")
+CONTENDERS = ("readouts", "auto", *get_args(Method), *REFERENCES)
+SEARCHES = ("auto", *get_args(Method), *(name for name in READOUTS if name != "verbalizer"))
+"""Contenders that search, and may have settings of their own: the readouts among them search with bbt."""
+HINT = "a search with it. A search may have settings, as in auto:alpha=2:popsize=10."
+
+
+def parse_contender(text: str) -> tuple[str, dict[str, str]]:
+    """NAME or NAME:SETTING=VALUE:…, as in auto:alpha=2. Raises UsageError."""
+    name, *given = text.split(":")
+    check_known("contender", name, dict.fromkeys((*CONTENDERS, *SEARCHES)))
+    settings = dict(part.partition("=")[::2] for part in given)
+    if settings and name not in SEARCHES:
+        raise UsageError(f"--contenders {text}: {name} has no settings; {', '.join(SEARCHES)} have")
+    resolve(settings)
+    return name, settings
 
 
 class CompareOptions(Schema):
@@ -64,7 +79,11 @@ class CompareOptions(Schema):
     backbone: str = Field(default="demo", description="Hub id, local folder, or demo (shipped).")
     data: Path | None = None
     """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
-    contenders: list[str] = Field(default=list(CONTENDERS), description=f"Any of {', '.join(CONTENDERS)}.")
+    contenders: list[str] = Field(
+        default=list(CONTENDERS), description=f"Any of {', '.join(CONTENDERS)}, or a readout."
+    )
+    """A search may have settings: auto:alpha=2:popsize=10."""
+    reference: str = Field(default="auto", description="Contender that the others are compared with, pair by pair.")
     budgets: list[Count] = Field(default=[64, 300, 1000], description="API calls of the searches.")
     seeds: Seeds = Field(default=[42, 43, 44], description="Of the rows, and of everything drawn at random.")
     k_shot: int = Field(default=16, ge=1, description="Examples per class to train on, and as many to choose by.")

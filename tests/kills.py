@@ -2,11 +2,12 @@
 
 python tests/kills.py COMMAND [EVERY]
 
-COMMAND: tune, tune-v2, overwrite, export, optimize, package or sweep. A fork of a process that has loaded everything
-is killed before and after each call that makes, opens for writing, renames, replaces, removes or syncs a file or
-folder, or at every n-th of these points. Then nothing half-written may have its final name, and the same command (with
---resume) must end with the result that it has when nobody kills it, and leave nothing else. (An export that was killed
-when it was complete is not made again, and may leave the empty file of its lock.)
+COMMAND: tune, tune-v2, overwrite, export, optimize, package, fit, sweep or compare. A fork of a process that has
+loaded everything is killed before and after each call that makes, opens for writing, renames, replaces, removes or
+syncs a file or folder, or at every n-th of these points. Then nothing half-written may have its final name, and the
+same command (with --resume) must end with the result that it has when nobody kills it, and leave nothing else. (An
+export that was killed when it was complete is not made again, and may leave the empty file of its lock; so may what
+exports.)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import Bundle, tune
+from bbt_accel.benchmarks.compare_report import CompareReport
 from bbt_accel.run import Run
 from bbt_accel.sweeps.report import SweepReport
 from bbt_accel.sweeps.runner import run_sweep
@@ -154,6 +156,31 @@ class Package(Export):
         return {name: digest for name, digest in found.items() if name != "README.md"}  # which names the output
 
 
+class Fit(Export):
+    """From a file of rows and a checkpoint, with an empty cache of bundles."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.rows = folder / "rows.csv"
+        lines = [f"it was w{i} .,{('bad', 'great')[i % 2]}" for i in range(16)]
+        self.rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+
+    def run(self, output: Path, again: bool) -> None:
+        from bbt_accel.fit import fit_file
+
+        if again and output.exists():
+            return
+        os.environ["BBT_ACCEL_CACHE"] = str(output.parent / f"cache of {output.name}")
+        fit_file(
+            self.rows, output, text="text", label="label", backbone=str(self.checkpoint), engine="ort",
+            precision="fp32", budget=41, n_prompt_tokens=3, threads=1, progress=False,
+        )  # fmt: skip
+
+    def result(self, output: Path) -> object:
+        run = Run.read(output)
+        return run.prompt.tobytes(), run.info.status, sorted(p.name for p in output.iterdir())
+
+
 class Sweep(Command):
     """Its trials are processes of their own, which end with it."""
 
@@ -181,9 +208,34 @@ class Sweep(Command):
         return not output.exists() or (output / "sweep.json").is_file()
 
 
+class Compare(Export):
+    """Its trials are processes of their own, as those of a sweep are."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.task = task_file(folder / "data" / "toy")
+
+    def run(self, output: Path, again: bool) -> None:
+        from bbt_accel.benchmarks.compare import run_compare
+        from bbt_accel.benchmarks.options import CompareOptions
+
+        options = CompareOptions(
+            backbone=str(self.checkpoint), data=self.task.parents[1], contenders=["readouts", "bbt"], budgets=[40],
+            seeds=[1], k_shot=3, n_prompt_tokens=3, test_rows=8, threads=1,
+        )  # fmt: skip
+        run_compare([str(self.task)], output, options, resume=again and output.exists(), progress=False)
+
+    def result(self, output: Path) -> object:
+        report = CompareReport.model_validate_json((output / "report.json").read_bytes())
+        return [(score.label, score.score) for score in report.scores], report.failures
+
+    def acceptable(self, output: Path, whole: object) -> bool:
+        return not output.exists() or (output / "trials").is_dir()
+
+
 COMMANDS: dict[str, type[Command]] = {
     "tune": Tune, "tune-v2": TuneV2, "overwrite": Overwrite, "export": Export, "optimize": Optimize, "package": Package,
-    "sweep": Sweep,
+    "fit": Fit, "sweep": Sweep, "compare": Compare,
 }  # fmt: skip
 
 
@@ -272,8 +324,9 @@ def problems(command: Command, output: Path, whole: object) -> list[str]:
             found.append(f"the next command failed ({status})")
         elif command.result(output) != whole:
             found.append("the result is another one")
-        allowed = f".{output.name}.lock" if isinstance(command, Export) else ""
-        left = [str(p.relative_to(output.parent)) for p in output.parent.rglob(".*") if p.name != allowed]
+        locks = isinstance(command, Export)
+        hidden = [p for p in output.parent.rglob(".*") if not (locks and p.suffix == ".lock" and not p.stat().st_size)]
+        left = [str(p.relative_to(output.parent)) for p in hidden]
         found += [f"{left} is left"] if left else []
     except Exception as error:
         found.append(f"{type(error).__name__}: {error}")

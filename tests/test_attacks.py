@@ -34,7 +34,7 @@ def test_a_command_killed_anywhere_leaves_nothing_broken(command: str, every: in
 
 
 @pytest.mark.skipif(not ALL, reason="takes minutes: set BBT_ATTACKS=all")
-@pytest.mark.parametrize("command", ["export", "optimize", "package", "sweep"])
+@pytest.mark.parametrize("command", ["export", "optimize", "package", "fit", "sweep", "compare"])
 def test_a_command_that_takes_long_killed_anywhere(command: str) -> None:
     if command != "sweep":
         pytest.importorskip("torch")

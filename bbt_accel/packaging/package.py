@@ -174,9 +174,13 @@ def versions() -> dict[str, str]:
 
 
 def command(run: str | Path, output: Path, options: Options) -> str:
-    """How to make the same package again."""
-    words = ["bbt-accel", "package", str(run), "-o", str(output)]
+    """How to make the same package again. A package may be published: of absolute paths it has the names alone."""
+
+    def named(path: str | Path) -> str:
+        return Path(path).name if Path(path).is_absolute() else str(path)
+
+    words = ["bbt-accel", "package", named(run), "-o", named(output)]
     words += ["--format", options.format] if options.format != "onnx" else []
     words += ["--int8"] if options.int8 else []
-    words += ["--bundle", str(options.bundle)] if options.bundle is not None else []
+    words += ["--bundle", named(options.bundle)] if options.bundle is not None else []
     return shlex.join(words)

@@ -13,6 +13,7 @@ from bbt_accel.web_page import hover
 
 METHODS = {"bbt": "BBT", "bbtv2": "BBTv2"}
 MARKERS = "oDs^vPX"
+STYLES = ("-", "--", ":", "-.")  # of tasks
 
 
 def markdown(report: SweepReport, plot: bool = True) -> str:
@@ -54,23 +55,40 @@ def scores(report: SweepReport) -> str:
 
 
 def draw(file: Path, report: SweepReport) -> None:
-    """The scores of every seed, their mean and standard deviation, grouped by task."""
+    """The test scores by task above, and below them the dev scores of every trial during its search."""
     cells = report.rows[0].cells
-    with figure(file, 2.5 + max(3.5, 1.3 * len(cells)), 4.6) as (drawn, axes):
+    width = 2.5 + max(4.5, 1.9 * len(cells))
+    with figure(file, width, 7.6, nrows=2, height_ratios=(3, 2)) as (drawn, (above, below)):
         step = 0.7 / len(report.rows)
         for number, row in enumerate(report.rows):
             offset = (number - (len(report.rows) - 1) / 2) * step
             colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
-            _draw_row(axes, row, offset, step, colour, marker)
-        axes.plot([], [], color=GREY, linewidth=2, label="no prompt")
-        axes.set_xticks(range(len(cells)), [_title(cell, "\n") for cell in cells])
-        axes.set_xlim(-0.6, len(cells) - 0.4)
-        axes.set_ylabel("test score, percent")
+            _draw_row(above, row, offset, step, colour, marker)
+            _draw_curves(below, report, row, colour)
+        above.plot([], [], color=GREY, linewidth=2, label="no prompt")
+        above.set_xticks(range(len(cells)), [_title(cell, "\n") for cell in cells])
+        above.set_xlim(-0.6, len(cells) - 0.4)
+        above.set_ylabel("test score, percent")
         seeds = len(report.sweep.seeds)
         spread = f"{seeds} seeds (dots), mean ± standard deviation" if seeds > 1 else "one seed"
-        axes.set_title(f"Test scores: {spread}", fontsize=11, loc="left")
-        tidy(axes, "y")
+        above.set_title(f"Test scores: {spread}", fontsize=11, loc="left")
+        tidy(above, "y")
+        below.set(xlabel="calls", ylabel="dev score, percent")
+        below.set_title("Dev scores of the prompts during each search", fontsize=11, loc="left")
+        tidy(below)
         drawn.legend(fontsize=9, loc="outside lower left", ncols=2, frameon=False)
+
+
+def _draw_curves(axes: Any, report: SweepReport, row: SweepRow, colour: str) -> None:
+    """A line for each trial of a row, of a style for each task."""
+    for number, cell in enumerate(row.cells):
+        for t in report.trials:
+            if t.curve and (t.task, t.bundle, t.engine) == (cell.task, row.bundle, row.engine):
+                calls, scores = zip(*t.curve, strict=True)
+                style = {"color": colour, "linestyle": STYLES[number % len(STYLES)], "marker": ".", "alpha": 0.7}
+                (line,) = axes.plot(calls, [100 * score for score in scores], linewidth=1.2, **style)
+                name = f"{t.task}, {t.bundle}, {t.engine}, seed {t.seed}"
+                hover(line, [f"{name}, {n:,} calls: {percent(s)}" for n, s in t.curve])
 
 
 def _draw_row(axes: Any, row: SweepRow, offset: float, step: float, colour: str, marker: str) -> None:

@@ -27,6 +27,7 @@ class TrialResult(Schema):
     test_rows: int = Field(description="Test rows behind score and without_prompt.")
     calls: int = Field(description="Candidates evaluated.")
     seconds: float = Field(description="Duration of the search.")
+    curve: list[tuple[int, float]] = Field(default=[], description="Calls and dev score, wherever a prompt was scored.")
     versions: dict[str, str] = Field(description="Versions of the libraries that ran the backbone.")
 
 
@@ -47,6 +48,7 @@ class TrialRow(Schema):
     test_rows: int | None = Field(default=None, description="Test rows behind score and without_prompt.")
     calls: int | None = Field(default=None, description="Candidates evaluated.")
     seconds: float | None = Field(default=None, description="Duration of the search.")
+    curve: list[tuple[int, float]] = Field(default=[], description="Calls and dev score, wherever a prompt was scored.")
     versions: dict[str, str] = Field(default={}, description="Versions of the libraries that ran the backbone.")
 
 
