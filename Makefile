@@ -1,7 +1,7 @@
 # make demo: tune a prompt and predict with it, on the shipped backbone, task and rows.
-# make test, make test-slow, make test-foreign (packages in the tools that load them), make lint, make docs,
-# make gpu-check (on a machine with an NVIDIA GPU), make clean. Everything is installed in .venv, once; nothing outside
-# this folder is touched.
+# make test, make test-slow, make test-foreign (packages in the tools that load them), make test-lowest (the oldest
+# versions of dependencies), make lint, make docs, make gpu-check (on a machine with an NVIDIA GPU), make clean.
+# Everything is installed in .venv, once; nothing outside this folder is touched.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,10 +11,10 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-foreign lint types docs gpu-check clean
+.PHONY: help demo test test-slow test-foreign test-lowest lint types docs gpu-check clean
 
 help:
-	@echo "make demo | test | test-slow | test-foreign | lint | docs | gpu-check | clean"
+	@echo "make demo | test | test-slow | test-foreign | test-lowest | lint | docs | gpu-check | clean"
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; bbt-accel needs 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -56,6 +56,17 @@ test-foreign: .venv/.installed .venv/.extras
 	$(BIN)/pip install --quiet 'peft>=0.13'
 	OMP_NUM_THREADS=2 $(BIN)/python tests/foreign/run.py
 
+# The fast tests on the oldest versions that pyproject.toml allows, but for PyTorch, whose older builds bring CUDA.
+LOWEST := .venv-lowest/bin
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/pip install --quiet uv
+	$(LOWEST)/uv pip compile --quiet --no-header --resolution lowest-direct --python $(LOWEST)/python pyproject.toml \
+	  --extra cpu --extra export --extra gguf --extra openvino --extra serve --extra remote --extra test \
+	  | grep -v -E '^(torch==|triton==|nvidia-| )' > .venv-lowest/requirements.txt
+	$(LOWEST)/pip install --quiet -r .venv-lowest/requirements.txt torch --editable .
+	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
 # Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
 # cuda-python and bbt-accel: nothing is installed.
 gpu-check:
@@ -82,5 +93,5 @@ docs: .venv/.docs
 	@echo "open build/site/index.html"
 
 clean:
-	rm -rf .venv build demo-run *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build demo-run *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

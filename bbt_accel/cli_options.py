@@ -81,7 +81,7 @@ class OptimizeOptions(Schema):
     int4: bool = Field(default=False, description="Weights alone in 4 bits, for less memory.")
     target: Annotated[str, _TARGET, Field(description=f"Engine to optimize for: {_TARGETS}, or a plug-in's.")] = "ort"
     calibrate: Annotated[str | None, _TASK] = None
-    """Task whose few-shot rows calibrate int8 ranges and TensorRT shape profiles (default: shipped texts)."""
+    """Task, or run, whose few-shot rows calibrate int8 ranges and TensorRT shape profiles (default: shipped texts)."""
     data: Data = None
     max_rmse: float = 0.05
     """int8: relative RMSE of the label logits above which matmuls fall back to fp32."""

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin
+from itertools import chain
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -41,14 +43,15 @@ class Fields:
 
     def _parameter(self, name: str, field: FieldInfo) -> inspect.Parameter:
         """The option of a field: a comma-separated text for a list; None where it is not given."""
-        option = copy(next((entry for entry in field.metadata if isinstance(entry, OptionInfo)), typer.Option()))
+        kind, notes = plain_type(field.annotation)
+        notes = [*field.metadata, *notes]
+        option = copy(next((entry for entry in notes if isinstance(entry, OptionInfo)), typer.Option()))
         option.param_decls = option.param_decls or (f"--{name.replace('_', '-')}",)
         option.rich_help_panel = self.panel
         about = f"{' '.join((field.description or '').split()).removesuffix('.')}{self._default(name, field)}."
         option.help = escape(about)  # typer reads it as Rich's markup, which has brackets
-        option.min = next((entry.ge for entry in field.metadata if hasattr(entry, "ge")), None)
-        option.max = next((entry.le for entry in field.metadata if hasattr(entry, "le")), None)
-        kind: Any = field.annotation
+        option.min = next((entry.ge for entry in notes if hasattr(entry, "ge")), None)
+        option.max = next((entry.le for entry in notes if hasattr(entry, "le")), None)
         if get_origin(kind) is list:
             kind, option.parser, option.metavar = str, comma_separated, "A,B,..."
         unset = inspect.Parameter.empty if field.is_required() and self.required else None
@@ -61,6 +64,18 @@ class Fields:
         value = ",".join(map(str, value)) if isinstance(value, list) else value
         preset = "the task's, or " if name in self.task_presets else ""
         return f" (default: {preset}{f'{value:g}' if isinstance(value, float) else value})"
+
+
+def plain_type(kind: Any) -> tuple[Any, list[Any]]:
+    """A type without None and annotations, and what the annotations say: of `Annotated[int, Ge(1)] | None` int."""
+    if get_origin(kind) is Annotated:
+        found, notes = plain_type(get_args(kind)[0])
+        fields = [note.metadata if isinstance(note, FieldInfo) else [note] for note in get_args(kind)[1:]]
+        return found, [*chain(*fields), *notes]
+    others = [entry for entry in get_args(kind) if entry is not type(None)]
+    if get_origin(kind) in (Union, UnionType) and len(others) == 1:
+        return plain_type(others[0])
+    return kind, []
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:

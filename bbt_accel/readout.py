@@ -26,10 +26,10 @@ PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """Of a linear readout's squared weights, for standardized features; cross-validation chooses."""
 FOLDS = 8
 REGRESSIONS = ("words", "state", "mean", "states")  # logistic regressions on features
-LINEAR = ("found", *REGRESSIONS)  # features times a weight, plus a bias
+LINEAR = ("found", *REGRESSIONS, "ensemble")  # features times a weight, plus a bias
 OF_WORDS = ("found", "words")  # whose features are the logits of further words
 FOUND_WORDS = 8  # label words of a class that `found` takes
-STATES_OF = {"state": STATES[:1], "mean": STATES[1:], "states": STATES}
+STATES_OF = {"state": STATES[:1], "mean": STATES[1:], "states": STATES, "ensemble": STATES}
 """The hidden states that are the features of a linear readout."""
 PROTOTYPE_SIZE = 128  # DecT: dimensions of the space of prototypes
 Outputs = Mapping[str, Float32]
@@ -69,7 +69,7 @@ class Readout:
             return self.class_logits(outputs) + self.arrays["bias"]
         if self.name == "prototype":
             return prototype_scores(self.arrays, outputs["readout_state"], self.class_logits(outputs))
-        x = np.concatenate(features(self.name, outputs, len(self.classes)), axis=-1)
+        x = np.concatenate(features(self.name, outputs, self.classes), axis=-1)
         return x @ self.arrays["weight"] + self.arrays["bias"]
 
     def save(self, file: Path) -> str:
@@ -125,11 +125,12 @@ def one_word_each(classes: Int64) -> bool:
     return np.array_equal(classes, np.arange(len(classes)))
 
 
-def features(name: str, outputs: Outputs, label_words: int) -> list[Float64]:
+def features(name: str, outputs: Outputs, classes: Int64) -> list[Float64]:
     """The blocks of features that a linear readout takes, each float64 (…, N, F)."""
     if name in OF_WORDS:
-        return [np.asarray(outputs["label_logits"][..., label_words:], np.float64)]
-    return [np.asarray(outputs[state], np.float64) for state in STATES_OF[name]]
+        return [np.asarray(outputs["label_logits"][..., len(classes) :], np.float64)]
+    states = [np.asarray(outputs[state], np.float64) for state in STATES_OF[name]]
+    return [class_logits(outputs["label_logits"], classes), *states] if name == "ensemble" else states
 
 
 # Fitting -----------------------------------------------------------------------------------------------------
@@ -165,21 +166,21 @@ def fit(name: ReadoutName, rows: LabelledRows) -> Readout:
             state = np.asarray(rows.outputs["readout_state"], np.float64)
             arrays = fit_prototypes(state, logits, rows.targets, rows.seed)
         elif name == "found":
-            (words,) = features(name, rows.outputs, len(rows.classes))
+            (words,) = features(name, rows.outputs, rows.classes)
             arrays = fit_found(words, rows.targets)
         elif name != "verbalizer":
-            arrays = fit_linear(features(name, rows.outputs, len(rows.classes)), rows.targets, rows.seed)[0]
+            arrays = FITS[name](features(name, rows.outputs, rows.classes), rows.targets, rows.seed)[0]
     return Readout(name, rows.classes, rows.token_ids if name in OF_WORDS else rows.token_ids[:0], arrays)
 
 
 def held_out(name: ReadoutName, rows: LabelledRows) -> Float64:
     """Scores (N, C) of each row by a readout that was fitted on the other folds.
 
-    A linear readout's penalty is chosen by the same scores.
+    A regression's penalty and an ensemble's temperature are chosen by the same scores.
     """
-    if name in REGRESSIONS:
+    if name in FITS:
         with one_blas_thread():
-            return fit_linear(features(name, rows.outputs, len(rows.classes)), rows.targets, rows.seed)[1]
+            return FITS[name](features(name, rows.outputs, rows.classes), rows.targets, rows.seed)[1]
     return held_out_scores(
         lambda some, others: fit(name, rows[some]).scores(rows[others].outputs), rows.targets, rows.seed
     )
@@ -233,17 +234,52 @@ def fit_linear(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[di
 
     And the held-out scores (N, C), by which the penalty of each block is chosen.
     """
-    heads, scores = [], []
-    for x in blocks:
-        tried = {
-            penalty: held_out_scores(partial(linear_scores, x, targets, penalty), targets, seed)
-            for penalty in PENALTIES
-        }
-        best = min(tried, key=lambda penalty: log_loss(tried[penalty], targets))
-        heads.append(logistic_regression(x, targets, best))
-        scores.append(tried[best])
-    weight = np.concatenate([weight for weight, _ in heads]) / len(heads)
-    return {"weight": weight, "bias": np.mean([bias for _, bias in heads], axis=0)}, np.mean(scores, axis=0)
+    weights, biases, scores = zip(*(fit_regression(x, targets, seed) for x in blocks), strict=True)
+    arrays = {"weight": np.concatenate(weights) / len(weights), "bias": np.mean(biases, axis=0)}
+    return arrays, np.mean(scores, axis=0)
+
+
+def fit_ensemble(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[dict[str, Float64], Float64]:
+    """The product of the probabilities of calibrated label words, and of a logistic regression on each hidden state,
+    with a temperature that minimizes the held-out loss: weight (C + ΣH, C) and bias (C,); and the held-out scores.
+
+    blocks: class logits (N, C), then states (N, H). The label words know the task from their meaning, the regressions
+    from the labels.
+    """
+    logits, *states = blocks
+    scores = held_out_scores(
+        lambda some, others: logits[others] + fit_bias(logits[some], targets[some])[0], targets, seed
+    )
+    experts = [(np.eye(logits.shape[1]), fit_bias(logits, targets)[0], scores)]
+    experts += [fit_regression(x, targets, seed) for x in states]
+    held = np.sum([log_softmax(scores) for *_, scores in experts], axis=0)
+    t = fit_temperature(held, targets)
+    weight, bias = np.concatenate([own for own, _, _ in experts]), np.sum([own for _, own, _ in experts], axis=0)
+    return {"weight": t * weight, "bias": t * bias}, t * held
+
+
+FITS = {**dict.fromkeys(REGRESSIONS, fit_linear), "ensemble": fit_ensemble}
+"""Readouts whose fit has held-out scores as a by-product."""
+
+
+def fit_temperature(scores: Float64, targets: Int64) -> float:
+    """The factor in [1/20, 20] that minimizes the cross entropy of the scores (N, C) times it, a convex function."""
+    low, high = -np.log(20), np.log(20)
+    for _ in range(50):  # bisection of the derivative
+        t = np.exp((low + high) / 2)
+        p = np.exp(log_softmax(t * scores))
+        slope = float((p * scores).sum(1).mean() - scores[np.arange(len(targets)), targets].mean())
+        low, high = (np.log(t), high) if slope < 0 else (low, np.log(t))
+    return float(np.exp((low + high) / 2))
+
+
+def fit_regression(x: Float64, targets: Int64, seed: int) -> tuple[Float64, Float64, Float64]:
+    """A logistic regression: weight (F, C) and bias (C,); and the held-out scores (N, C) that choose its penalty."""
+    tried = {
+        penalty: held_out_scores(partial(linear_scores, x, targets, penalty), targets, seed) for penalty in PENALTIES
+    }
+    best = min(tried, key=lambda penalty: log_loss(tried[penalty], targets))
+    return *logistic_regression(x, targets, best), tried[best]
 
 
 def linear_scores(x: Float64, targets: Int64, penalty: float, rows: Int64, others: Int64) -> Float64:

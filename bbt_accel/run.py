@@ -203,6 +203,11 @@ class Run:
         return self.info.task
 
     @property
+    def data_path(self) -> Path | None:
+        """Where its rows are, unless they are those of the task."""
+        return None if self.info.data.path is None else Path(self.info.data.path)
+
+    @property
     def history(self) -> list[Generation]:
         return read_history(self.path / HISTORY)
 

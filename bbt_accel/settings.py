@@ -11,7 +11,7 @@ from bbt_accel.bundle import Method, first_problem
 from bbt_accel.errors import UsageError, check_known
 
 Loss = Literal["ce", "hinge", "perf"]
-ReadoutName = Literal["verbalizer", "calibrated", "found", "prototype", "words", "state", "mean", "states"]
+ReadoutName = Literal["verbalizer", "calibrated", "found", "prototype", "words", "state", "mean", "states", "ensemble"]
 READOUTS: tuple[ReadoutName, ...] = get_args(ReadoutName)
 ReadoutChoice = Literal["auto", ReadoutName]
 Preset = Literal["paper"]

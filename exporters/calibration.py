@@ -19,6 +19,7 @@ from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.errors import DataError
 from bbt_accel.exporters.sessions import Feeds, initial_feeds, open_session, open_stage, prompt_feeds, temporary_graph
 from bbt_accel.exporters.validate import sample_rows
+from bbt_accel.run import INFO, Run
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import load_task
 
@@ -33,9 +34,9 @@ SCALES = (0.0, 1.0, 3.0, 6.0)
 
 
 class TaskRows:
-    """The rows that a search with the task's preset uses; the shipped texts, with default settings, without a task.
+    """The rows that a search uses: a run's, or one with a task's preset; the shipped texts where neither is given.
 
-    settings: of that search. train: its few-shot train rows, encoded.
+    task: of `load_task`, or the folder of a run. settings: of that search. train: its few-shot train rows, encoded.
     """
 
     def __init__(self, bundle: Bundle, task: str | None, data: Path | None = None) -> None:
@@ -44,9 +45,13 @@ class TaskRows:
         if task is None:
             self.settings, self.train = resolve(), sample_rows(bundle, count=ROWS)
             return
-        self.task = load_task(task)
-        self.settings = resolve(self.task.preset(bundle.info.method))
-        train, self.dev = load_few_shot(self.task, data, self.settings)
+        if (Path(task) / INFO).is_file():
+            run = Run.read(task)
+            self.task, self.settings, self.data = run.task, run.info.settings, data or run.data_path
+        else:
+            self.task = load_task(task)
+            self.settings = resolve(self.task.preset(bundle.info.method))
+        train, self.dev = load_few_shot(self.task, self.data, self.settings)
         self.encoder, train = encoder_with_demonstrations(bundle, self.task, train, self.settings)
         self.train = self.encoder.encode(train)
 

@@ -92,10 +92,10 @@ def optimize_bundle(
 ) -> Bundle:
     """Write a new bundle for one engine, with a report of what was converted, its size and its fidelity.
 
-    calibrate: the task whose few-shot train rows set int8 ranges and serve to measure fidelity, and whose rows and
-    preset set TensorRT's shape profile; without it the shipped texts. max_rmse: int8 keeps matmuls in fp32 until the
-    relative logit RMSE is at most this. compute_capability: build TensorRT plans ahead of time for these (8.9, or
-    8.6,8.9) instead of this machine's GPU. threads: of the CPU; all cores unless given.
+    calibrate: the task, or the run, whose few-shot train rows set int8 ranges and serve to measure fidelity, and whose
+    rows and preset set TensorRT's shape profile; without it the shipped texts. max_rmse: int8 keeps matmuls in fp32
+    until the relative logit RMSE is at most this. compute_capability: build TensorRT plans ahead of time for these
+    (8.9, or 8.6,8.9) instead of this machine's GPU. threads: of the CPU; all cores unless given.
     Raises UsageError for a combination that does not exist or an output that is the source, BundleError for a source
     that is optimized already, ExportError for NaN logits or a lost attention mask, PlanError when TensorRT rejects the
     graph, EngineError when it needs a GPU that is missing.

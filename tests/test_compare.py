@@ -116,7 +116,7 @@ def test_a_search_may_have_settings_of_its_own() -> None:
     assert parse_contender("calibrated:alpha=2:popsize=10") == ("calibrated", {"alpha": "2", "popsize": "10"})
     for wrong, complaint in {
         "lora:alpha=2": "lora has no settings",
-        "auto:alfa=2": "did you mean 'alpha'",
+        "auto:alfa=2": "did you mean alpha",
         "auto:popsize=two": "popsize",
         "auto:popsize": "popsize",
     }.items():

@@ -139,7 +139,18 @@ def test_int8_of_a_run_in_fp32(made: MakeRun, tiny: Export, tmp_path: Path) -> N
     foreign = Foreign(folder, info.model)
     assert foreign.probabilities(TEXTS) == pytest.approx(wanted(run, TEXTS), abs=0.1)
     assert foreign.config["transformers.js_config"] == {"dtype": "q8"}
+    assert info.calibrated_on == "the run's rows"
+    assert "| precision | int8, calibrated on the run's rows |" in (folder / "README.md").read_text(encoding="utf-8")
     assert check_package(folder, threads=1).comparison.rows == info.comparison.rows
+
+
+def test_int8_without_the_runs_rows_is_calibrated_on_the_shipped_texts(made: MakeRun, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(made("roberta").path, moved)
+    record = json.loads((moved / "run.json").read_text(encoding="utf-8"))
+    record["data"]["path"] = str(tmp_path / "gone")
+    (moved / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert package(Run.read(moved), tmp_path, int8=True)[1].calibrated_on == "shipped texts"
 
 
 # The folder --------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def card_facts(info: PackageInfo, run: RunInfo) -> dict[str, object]:
     facts: dict[str, object] = {
         "backbone": backbone_name(b.backbone) + (f", revision {b.revision}" if b.revision else ""),
         "method": f"{b.method}, {b.prompt_mode}, {run.prompt_shape[-2]} prompt tokens",
-        "precision": f"{info.precision}{' (quantized for this package)' if info.quantized else ''}",
+        "precision": info.precision + (f", calibrated on {info.calibrated_on}" if info.calibrated_on else ""),
         "task": f"{run.task.name}; text: {', '.join(info.columns)}",
         "template": repr(run.task.template(info.template_group)),
         "label words": "; ".join(", ".join(own) for own in run.task.all_words(info.template_group)),

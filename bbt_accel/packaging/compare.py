@@ -40,9 +40,8 @@ def available_rows(run: Run, most: int | None) -> tuple[list[Row], list[Row]]:
 
     most: of each, evenly drawn.
     """
-    data = None if run.info.data.path is None else Path(run.info.data.path)
     found = []
-    for load in (partial(searchable_rows, run, data), partial(scored_rows, run, None, "test")):
+    for load in (partial(searchable_rows, run, run.data_path), partial(scored_rows, run, None, "test")):
         try:
             rows = load()
         except DataError:

@@ -70,6 +70,7 @@ class PackageInfo(Manifest):
     readout: str
     max_tokens: int = Field(description="Of all texts of a row together.")
     max_rows: int | None = Field(default=None, description="Rows of each split that are compared at most.")
+    calibrated_on: str | None = Field(default=None, description="Of int8: the rows that fixed its ranges.")
     score: PackageScore | None = None
     comparison: Comparison
     versions: dict[str, str]

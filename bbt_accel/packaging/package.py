@@ -33,7 +33,6 @@ from bbt_accel.packaging.packaged_run import PackagedRun
 from bbt_accel.progress import Tell, silent
 from bbt_accel.run import INFO as RUN_INFO
 from bbt_accel.run import Run
-from bbt_accel.tasks import load_task, task_names
 
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tokenizers")
 
@@ -74,7 +73,8 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
             architecture=bundle.info.architecture,
             template_group=bundle.info.template_group, labels=run.info.class_names, columns=run.task.text,
             readout=run.readout.name, max_tokens=made.room, max_rows=options.max_rows, score=score,
-            comparison=comparison, versions=versions(), command=command(run_path, output, options),
+            calibrated_on=calibrated_on(run, source, bundle), comparison=comparison, versions=versions(),
+            command=command(run_path, output, options),
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(info, run.info, form.usage), encoding="utf-8")
         return manifest.write_info(folder, info)
@@ -124,12 +124,19 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
         yield bundle, bundle
         return
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
-        known = run.task.name in task_names() and load_task(run.task.name) == run.task
-        data = run.info.data.path
+        rows, _ = available_rows(run, 1)
         yield bundle, optimize_bundle(
             bundle.path, Path(place) / "int8", precision="int8", target=form.engine, progress=progress,
-            calibrate=run.task.name if known else None, data=Path(data) if known and data else None,
+            calibrate=str(run.path) if rows else None,
         )  # fmt: skip
+
+
+def calibrated_on(run: Run, source: Bundle, bundle: Bundle) -> str | None:
+    """What an int8 bundle was calibrated on; without paths, which a package does not publish."""
+    named = (bundle.info.optimization or {}).get("calibrated_on") if bundle.info.precision == "int8" else None
+    if bundle is not source and named == str(run.path):
+        return "the run's rows"
+    return None if named is None else Path(str(named)).name
 
 
 def exported_beside(bundle: Bundle) -> Bundle | None:

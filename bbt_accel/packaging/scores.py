@@ -53,8 +53,10 @@ def linear(g: Builder, readout: Readout, given: dict[str, str]) -> str:
         words = len(readout.classes)
         features = columns(g, given["label_logits"], words, words + len(readout.token_ids))
     else:
-        names = STATES_OF[readout.name]
-        features = given[names[0]] if len(names) == 1 else g.op("Concat", *(given[n] for n in names), axis=1)
+        parts = [given[name] for name in STATES_OF[readout.name]]
+        if readout.name == "ensemble":
+            parts.insert(0, class_logits(g, readout, given["label_logits"]))
+        features = parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
     weight, bias = (g.constant(readout.arrays[name], EXACT) for name in ("weight", "bias"))
     return g.op("Add", g.op("MatMul", features, weight), bias)
 

@@ -149,7 +149,7 @@ def run_trial(trial: dict[str, Any], folder: str, threads: int | None) -> dict[s
         test_rows=score["rows"],
         calls=run.info.calls,
         seconds=run.info.seconds,
-        curve=[(g.calls, g.dev_score) for g in run.history() if g.dev_score is not None],
+        curve=[(g.calls, g.dev_score) for g in run.history if g.dev_score is not None],
         versions=run.info.engine.versions,
     )
     write_atomically(place / SCORE, result.model_dump_json(indent=1).encode() + b"\n")
