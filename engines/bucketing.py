@@ -76,11 +76,19 @@ def trim(
 ) -> Batch:
     """Some rows of a batch without the columns that none of them needs; padded if too short for the graphs.
 
-    step: padded to where attention sees a multiple of this (an encoder's row, and in cat mode the prompt), if the row
-        is then no longer than `longest`.
+    step: padded to where attention sees a multiple of this, if the row is then no longer than `longest`.
     """
     part = batch.rows(rows)
     needed = int(row_lengths(info, part, without).max())
-    prompt = info.n_prompt_tokens if info.prompt_mode == "cat" else 0
-    aligned = -(-(needed + prompt) // step) * step - prompt
+    others = other_keys(info, batch)
+    aligned = -(-(needed + others) // step) * step - others
     return part.padded(aligned if aligned <= longest else needed, info.special.pad)
+
+
+def other_keys(info: BundleInfo, batch: Batch) -> int:
+    """Keys that attention sees besides a row's own: a prompt in cat mode, and a decoder's context, of at least one."""
+    prompt = info.n_prompt_tokens if info.prompt_mode == "cat" else 0
+    if not info.causal:
+        return prompt
+    context = 0 if batch.context_ids is None else len(batch.context_ids)
+    return prompt + max(context, 1 - info.prompt_start)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from bbt_accel.benchmarks.steps import measure, save_batch
 from bbt_accel.bundle import write_info
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines import captured, ort, pytorch, trt
+from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.engines.captured import CapturedCalls
 from bbt_accel.engines.ort import OrtCudaEngine
 from bbt_accel.engines.trt import TrtEngine
@@ -472,6 +474,22 @@ def test_a_plan_shows_nothing_to_profilers_while_it_runs(made: Callable[..., Bun
     with load_engine(bundle, "trt") as engine:
         assert isinstance(engine, TrtEngine)
         assert engine.plans["model"].context.nvtx_verbosity == engine.api.module.ProfilingVerbosity.NONE
+
+
+@pytest.mark.parametrize("context", [True, False])
+@pytest.mark.parametrize(
+    ("family", "mode"), [("roberta", "add"), ("roberta", "cat"), ("gpt2", "add"), ("llama", "cat")]
+)
+def test_attention_on_a_device_sees_a_multiple_of_8(tiny: Export, family: str, mode: str, context: bool) -> None:
+    info = tiny(family, "bbt", mode).info
+    batch = sample_rows(tiny(family, "bbt", mode), 12)
+    batch = batch if context else replace(batch, context_ids=None)
+    for rows in bucket_rows(info, batch, frozenset(), 8, 2**20, 2**20):
+        part = trim(info, batch, rows, frozenset(), 8, info.max_length)
+        inputs = part.graph_inputs(info)
+        keys = inputs["input_ids"].shape[1] + (info.n_prompt_tokens if mode == "cat" else 0)
+        keys += len(inputs.get("context_ids", []))
+        assert keys % 8 == 0 or part.input_ids.shape[1] + 8 > info.max_length
 
 
 @pytest.mark.parametrize("mode", ["add", "cat"])

@@ -25,6 +25,7 @@ from bbt_accel.readout import (
     class_logits,
     fit,
     fit_bias,
+    fit_temperature,
     held_out,
     log_loss,
     log_softmax,
@@ -121,6 +122,27 @@ def test_the_words_that_are_found_are_those_that_tell_the_classes(monkeypatch: p
     found = fit("found", LabelledRows(outputs, targets, np.arange(2), np.arange(30), seed=0))
     assert [np.flatnonzero(column).tolist() for column in found.arrays["weight"].T] == [[3, 17], [8, 9]]
     assert (found.scores(outputs).argmax(1) == targets).mean() > 0.9
+
+
+def test_an_ensemble_multiplies_the_probabilities_of_its_parts() -> None:
+    """Up to the temperature: the logarithms of their products are proportional, after centring over the classes."""
+    train, outputs = labelled(), rows(1)[0]
+    parts = [fit(name, train).scores(outputs) for name in ("calibrated", "state", "mean")]
+    product = np.sum([log_softmax(scores) for scores in parts], axis=0)
+    found = fit("ensemble", train).scores(outputs)
+    product, found = (x - x.mean(1, keepdims=True) for x in (product, found))
+    factor = float((product * found).sum() / (product**2).sum())
+    assert 0.05 <= factor <= 20
+    np.testing.assert_allclose(found, factor * product, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, classes=st.integers(2, 5), scale=st.floats(0.1, 30))
+def test_the_temperature_minimizes_the_cross_entropy(seed: int, classes: int, scale: float) -> None:
+    rng, targets = np.random.default_rng(seed), np.arange(6 * classes) % classes
+    scores = scale * (rng.standard_normal((len(targets), classes)) + np.eye(classes)[targets])
+    found = log_loss(fit_temperature(scores, targets) * scores, targets)
+    assert found <= min(log_loss(t * scores, targets) for t in np.geomspace(0.05, 20, 200)) + 1e-9
 
 
 def test_a_class_with_several_words_has_the_mean_of_their_logits() -> None:
