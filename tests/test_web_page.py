@@ -15,7 +15,7 @@ from bbt_accel.benchmarks.compare_report import CompareReport, Score
 from bbt_accel.reporting import PLOT, figure, write_report
 from bbt_accel.sweeps import rendering
 from bbt_accel.sweeps.grid import Sweep
-from bbt_accel.sweeps.report import ScoreCell, SweepReport, SweepRow
+from bbt_accel.sweeps.report import ScoreCell, SweepReport, SweepRow, TrialRow
 from bbt_accel.web_page import hover, web_page
 
 NEEDS_ANOTHER_FILE = {"img", "link", "iframe", "object", "embed", "base", "image", "audio", "video", "source"}
@@ -75,7 +75,9 @@ def a_sweep() -> tuple[SweepReport, str, Callable[[Path], None]]:
         method="bbt", bundle="b", engine="ort", cells=[cell], mean=0.625, without_prompt=0.25, calibrated=0.375
     )
     plan = Sweep(tasks=["demo"], bundles=["b"], seeds=[1, 2])
-    report = SweepReport(interrupted=False, sweep=plan, rows=[row], trials=[], versions={})
+    facts: dict[str, Any] = {"task": "demo", "bundle": "b", "engine": "ort", "status": "done"}
+    trials = [TrialRow(name="t", seed=1, curve=[(20, 0.25), (1020, 0.5)], **facts)]
+    report = SweepReport(interrupted=False, sweep=plan, rows=[row], trials=trials, versions={})
     return report, rendering.markdown(report), lambda file: rendering.draw(file, report)
 
 
@@ -87,6 +89,14 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Page, str, 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", PLOT]
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     return Page(text), text, markdown
+
+
+def test_a_sweeps_page_has_the_dev_scores_of_each_search(tmp_path: Path) -> None:
+    report, markdown, draw = a_sweep()
+    write_report(tmp_path, report, markdown, draw)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    for value in ("demo, b, ort, seed 1, 20 calls: 25.00", "demo, b, ort, seed 1, 1,020 calls: 50.00"):
+        assert value in page.values
 
 
 def test_a_page_asks_for_nothing(written: tuple[Page, str, str]) -> None:

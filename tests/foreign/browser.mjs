@@ -7,7 +7,8 @@ import path from "node:path";
 
 const [url, textsFile, out, screenshots, executablePath] = process.argv.slice(2);
 const texts = JSON.parse(fs.readFileSync(textsFile, "utf8"));
-const lines = texts.map((text) => text.replace(/\s*\n\s*/g, " "));
+// A text, or a pair of texts, has a line in each field.
+const rows = texts.map((text) => [text].flat().map((own) => own.replace(/\s*\n\s*/g, " ")));
 const flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
   "--disable-component-update", "--disable-sync"];
 const problems = [];
@@ -33,11 +34,13 @@ const loadTime = Date.now() - loaded;
 const status = () => page.textContent("#status");
 if ((await status()) !== "Ready.") problems.push(`status: ${await status()}`);
 
-// By keyboard alone: the field comes first, then the button.
-await page.keyboard.press("Tab");
+// By keyboard alone: the fields come first, then the button.
 const focused = () => page.evaluate(() => document.activeElement.id);
-if ((await focused()) !== "field-0") problems.push(`focus: ${await focused()}, not the field`);
-await page.keyboard.insertText(lines.join("\n"));
+for (const i of rows[0].keys()) {
+  await page.keyboard.press("Tab");
+  if ((await focused()) !== `field-${i}`) problems.push(`focus: ${await focused()}, not field ${i}`);
+  await page.keyboard.insertText(rows.map((row) => row[i]).join("\n"));
+}
 await page.keyboard.press("Tab");
 if ((await focused()) !== "classify") problems.push(`focus: ${await focused()}, not the button`);
 await page.keyboard.press("Enter");
@@ -52,7 +55,7 @@ const found = await page.$$eval("#results > li", (entries) => entries.map((entry
   probabilities: Object.fromEntries([...entry.querySelectorAll("td.share")].map(
     (cell) => [cell.dataset.label, Number(cell.dataset.probability)])),
 })));
-if (found.length !== lines.length) problems.push(`${found.length} results for ${lines.length} texts`);
+if (found.length !== rows.length) problems.push(`${found.length} results for ${rows.length} texts`);
 
 // What a screen reader is told.
 const snapshot = await page.locator("body").ariaSnapshot();

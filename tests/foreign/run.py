@@ -130,7 +130,7 @@ class Packages:
                 self.add(run, "web", "demo", DEMO, bundle)
                 self.add(run, "web", "demo-int8", DEMO, int8)
         pair = self.tuned(bundle, str(self.pair_task()), self.work / "pair-data", readout="verbalizer")
-        for kind in ("onnx", "openvino"):
+        for kind in ("onnx", "openvino", "web"):
             self.add(pair, kind, "demo-pair", PAIRS, bundle)
 
     def others(self) -> None:
