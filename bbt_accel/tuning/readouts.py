@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from bbt_accel.batch import Float32, Float64
 from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.readout import LabelledRows, Readout, fit, held_out, log_loss, reads_states, row_losses
+from bbt_accel.readout import LabelledRows, Readout, fit, held_out, reads_states, row_losses
 from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import READOUTS, ReadoutName
 from bbt_accel.tuning.evaluator import Evaluator, Job
@@ -31,8 +32,8 @@ class ReadoutSearch:
         named = job.settings.readout
         self.names: tuple[ReadoutName, ...] = TRIED if named == "auto" else (named,)
         self.at_start = self.rows(start)
-        self.tried = [self.attempt(name) for name in self.names] if named == "auto" else []
-        self.name: ReadoutName = min(self.tried, key=lambda t: t.log_loss).name if self.tried else self.names[0]
+        self.tried: list[TriedReadout] = []
+        self.name: ReadoutName = self.choose() if named == "auto" else named
         """The readout of the search."""
         self.names = (self.name,)
         self.start_losses, score = self.dev_losses(self.at_start)
@@ -50,13 +51,17 @@ class ReadoutSearch:
         words = batch.label_token_ids[len(classes) :]
         return LabelledRows(outputs, batch.targets, classes, words, self.job.settings.seed)
 
-    def attempt(self, name: ReadoutName) -> TriedReadout:
-        """A readout without a search, by its scores of train and dev rows that it was not fitted on."""
-        started, targets = perf_counter(), self.job.rows.targets
-        scores = held_out(name, self.at_start)
-        _, metric = self.job.objective.score(scores[None], targets)
-        seconds = perf_counter() - started
-        return TriedReadout(name=name, log_loss=log_loss(scores, targets), score=metric[0], seconds=seconds)
+    def choose(self) -> ReadoutName:
+        """Try every readout without a search, by its scores of train and dev rows that it was not fitted on."""
+        losses, targets = dict[ReadoutName, Float64](), self.job.rows.targets
+        for name in self.names:
+            started = perf_counter()
+            scores = held_out(name, self.at_start)
+            losses[name] = row_losses(scores, targets)
+            _, metric = self.job.objective.score(scores[None], targets)
+            found = {"log_loss": float(losses[name].mean()), "score": metric[0], "seconds": perf_counter() - started}
+            self.tried.append(TriedReadout(name=name, **found))
+        return chosen(losses)
 
     def dev(self, prompt: Float32) -> tuple[float, float]:
         """Loss and metric on the dev rows, with the readout fitted on the train rows at this prompt."""
@@ -80,12 +85,26 @@ class ReadoutSearch:
         elif searched:
             reason = "the search did not lower the loss on the dev rows"
         if best.generation is not None and self.job.settings.readout == "auto":
-            fall = self.start_losses - self.dev_losses(rows)[0]
-            error = float(fall.std(ddof=1) / np.sqrt(len(fall)))
-            reason = f"the search changed the loss on the dev rows by {-fall.mean():+.3f} (standard error {error:.3f})"
-            if fall.mean() <= error:
+            fall, error = mean_and_error(self.start_losses - self.dev_losses(rows)[0])
+            reason = f"the search changed the loss on the dev rows by {-fall:+.3f} (standard error {error:.3f})"
+            if fall <= error:
                 best, rows = self.start, self.at_start
         if outcome.stopped:
             reason = f"{reason}; it stopped on a plateau"
         record = ReadoutRecord(name=self.name, tried=self.tried, searched=best.generation is not None, reason=reason)
         return replace(outcome, best=best), fit(self.name, rows), record
+
+
+def chosen(losses: Mapping[ReadoutName, Float64]) -> ReadoutName:
+    """The ensemble, unless another's loss on held-out rows is lower by more than the standard error of the difference.
+
+    On so few rows the lowest of nine losses is often that of another readout by chance. losses: of each row.
+    """
+    best = min(losses, key=lambda name: losses[name].mean())
+    excess, error = mean_and_error(losses["ensemble"] - losses[best])
+    return best if excess > error else "ensemble"
+
+
+def mean_and_error(values: Float64) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
