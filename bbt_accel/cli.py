@@ -30,6 +30,7 @@ app = typer.Typer(
     name="bbt-accel",
     help="Tune soft prompts for frozen language models with forward passes alone, on fast inference engines.",
     epilog="Example: bbt-accel export demo -o bundle && bbt-accel tune --bundle bundle --task demo -o run",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 
