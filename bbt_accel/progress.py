@@ -25,6 +25,11 @@ class StderrBar(Progress):
         console = Console(stderr=True)
         super().__init__(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
 
+    def stop(self) -> None:
+        """Nothing where the bar is not shown: Rich before 14.1 ends it with an empty line even there."""
+        if not self.disable:
+            super().stop()
+
 
 @contextmanager
 def progress_bar(message: str, shown: bool = True) -> Iterator[Tell]:

@@ -204,7 +204,7 @@ def test_bbtv2_scales_each_layer_by_its_hidden_states(tmp_path: Path) -> None:
 
 def test_cma_is_determined_by_its_seed_and_losses() -> None:
     first, second = (Cma(12, 0.5, 6, [1, 2], bound=0.8) for _ in range(2))
-    for _ in range(40):
+    for _ in range(80):
         Z = first.ask()
         np.random.standard_normal(3)
         assert Z.tobytes() == second.ask().tobytes()
