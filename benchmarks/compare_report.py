@@ -167,6 +167,7 @@ def draw(file: Path, report: CompareReport) -> None:
             (line,) = axes.plot(x, y, label=name, linewidth=1.4 if len(x) > 1 else 0, markersize=6, **style)
             hover(line, values)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set(xlabel="forward passes of the train rows", ylabel="mean test score, percent")
         axes.set_title("Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left")
         tidy(axes)

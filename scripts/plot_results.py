@@ -37,22 +37,22 @@ def draw_speed(axes: Any) -> None:
 
 
 def draw_accuracy(axes: Any) -> None:
-    """Mean test accuracy over forward passes of the train rows, on the demo task."""
+    """Mean test accuracy over forward passes of the train rows, on four tasks."""
     scores: dict[tuple[str, int | None], list[dict[str, Any]]] = defaultdict(list)
-    for score in read("compare-demo")["scores"]:
+    for score in read("compare-four-tasks")["scores"]:
         scores[score["contender"], score["budget"]].append(score)
     styles = {
-        "without a prompt": (GREY, "s"), "batch calibration": (ORANGE, "D"), "states": (GREEN, "^"),
+        "without a prompt": (GREY, "s"), "batch calibration": (ORANGE, "D"), "ensemble": (GREEN, "^"),
         "bbt": (RED, "o"), "auto": (BLUE, "o"),
     }  # fmt: skip
-    names = {"batch calibration": "label bias removed", "states": "readout fitted (states)", "bbt": "BBT"}
+    names = {"batch calibration": "label bias removed", "ensemble": "readout fitted (ensemble)", "bbt": "BBT"}
     for contender, (colour, marker) in styles.items():
         found = [own for (name, _), own in scores.items() if name == contender]
         points = sorted((fmean(s["calls"] for s in own), 100 * fmean(s["score"] for s in own)) for own in found)
         line = {"marker": marker, "color": colour, "markersize": 7, "linewidth": 1.5 if len(points) > 1 else 0}
         axes.plot(*zip(*points, strict=True), label=names.get(contender, contender), **line)
     axes.set(xlabel="forward passes", ylabel="test accuracy, %", ylim=(0, 100))
-    axes.set_title("Demo task, 16 examples per class, 3 seeds", fontsize=11, loc="left")
+    axes.set_title("Four tasks, 16 examples per class, 5 seeds", fontsize=11, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     tidy(axes)
 
