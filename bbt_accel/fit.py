@@ -103,7 +103,8 @@ def fit_file(
     labels, of any kind. template: how a row is written for the backbone, e.g. "{review} It was {mask} ."; label_words:
     one for each label, in their sorted order; taken from the labels unless given. engine, precision: `auto` for what
     `doctor` finds. k_shot: as in `Settings`; unless given its default, or a third of the rarest class.
-    announce: called with the plan before the search.
+    overwrite: replace an existing run, or an unfinished one, which is continued otherwise. announce: called with the
+    plan before the search.
     Raises DataError for a file that cannot be read, lacks a column, or has missing texts or labels, a single class or a
     class with one row; what `export_bundle`, `optimize_bundle`, `tune` and `evaluate` raise.
     """
@@ -126,7 +127,7 @@ def fit_file(
     announce(plan)
     run = tune(
         bundle, task, data=file, engine=choice.engine, device=choice.device, threads=threads, output=output,
-        overwrite=overwrite, settings=chosen, progress=progress,
+        resume=not overwrite, overwrite=overwrite, settings=chosen, progress=progress,
     )  # fmt: skip
     tested = run.info.status == "done" and sum(counts.values()) > 2 * k * len(counts)
     return Fitted(plan, run, evaluate(run.path, threads=threads) if tested else None)

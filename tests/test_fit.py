@@ -17,12 +17,13 @@ pytest.importorskip("onnxruntime")
 from conftest import Export
 
 from bbt_accel.cli import main
-from bbt_accel.errors import BbtError
+from bbt_accel.errors import BbtError, RunError
 from bbt_accel.fit import FitPlan, Fitted, check_table, fit_file
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
 from bbt_accel.tables import Table
 from bbt_accel.tasks import load_task
+from bbt_accel.tuning.workspace import Workspace
 
 Fit = Callable[..., Fitted]
 OPTIONS: dict[str, Any] = {"text": "review", "label": "mood", "engine": "ort", "precision": "fp32", "threads": 1}
@@ -52,6 +53,24 @@ def fit(reviews: Path, tiny: Export, shared: Path, tmp_path: Path, monkeypatch: 
         return fit_file(reviews.name, output, progress=False, **given)
 
     return call
+
+
+def test_a_fit_that_was_killed_is_continued(fit: Fit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = fit("whole").run
+
+    def killed(*_: Any) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "finish", killed)
+        with pytest.raises(RuntimeError):
+            fit()
+    begun = (tmp_path / ".run.partial" / "history.jsonl").read_text()
+    with pytest.raises(RunError, match="another seed .was 42, is now 1.; use --overwrite"):
+        fit(seed=1)
+    found = fit().run
+    assert (found.path / "history.jsonl").read_text() == begun
+    assert found.prompt.tobytes() == whole.prompt.tobytes()
 
 
 def test_a_file_becomes_a_run_that_is_scored_on_the_rows_left_over(fit: Fit) -> None:

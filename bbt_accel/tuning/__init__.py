@@ -91,7 +91,8 @@ def tune(
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
         job, info, notes = _prepare(bundle, task, data, record, chosen, workspace)
         if former is not None and (differences := former.differences(info)):
-            raise RunError(f"{workspace.final} cannot be resumed with another {', '.join(differences)}")
+            changed = f"{workspace.final} cannot be resumed with another {', '.join(differences)}"
+            raise RunError(f"{changed}; use --overwrite, or another -o")
         if former is None or former.status != "done" or workspace.folder.exists():  # the last: killed before the rename
             _say("\n".join(notes), progress and bool(notes))
             return _run(job, info, workspace, resume, ray, told, progress)
