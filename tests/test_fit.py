@@ -66,7 +66,7 @@ def test_a_fit_that_was_killed_is_continued(fit: Fit, monkeypatch: pytest.Monkey
         with pytest.raises(RuntimeError):
             fit()
     begun = (tmp_path / ".run.partial" / "history.jsonl").read_text()
-    with pytest.raises(RunError, match="another seed .was 42, is now 1.; use --overwrite"):
+    with pytest.raises(RunError, match=r"another seed \(was 42, is now 1\); use --overwrite"):
         fit(seed=1)
     found = fit().run
     assert (found.path / "history.jsonl").read_text() == begun
