@@ -90,9 +90,7 @@ def tune(
     with ExitStack() as held:
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
         job, info, notes = _prepare(bundle, task, data, record, chosen, workspace)
-        if former is not None and (differences := former.differences(info)):
-            changed = f"{workspace.final} cannot be resumed with another {', '.join(differences)}"
-            raise RunError(f"{changed}; use --overwrite, or another -o")
+        _require_same(former, info, workspace.final)
         if former is None or former.status != "done" or workspace.folder.exists():  # the last: killed before the rename
             _say("\n".join(notes), progress and bool(notes))
             return _run(job, info, workspace, resume, ray, told, progress)
@@ -145,6 +143,13 @@ def _resolve(
     if engine.workers is not None:
         check_workers(engine.workers, settings.popsize)
     return workspace, former, settings
+
+
+def _require_same(former: RunInfo | None, info: RunInfo, place: Path) -> None:
+    """Raises RunError for a run to resume that was of other settings, rows, bundle or engine."""
+    if former is not None and (differences := former.differences(info)):
+        changed = f"{place} cannot be resumed with another {', '.join(differences)}"
+        raise RunError(f"{changed}; use --overwrite, or another -o")
 
 
 def _prepare(
