@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -136,7 +137,8 @@ def test_the_reference_is_compared_with_the_others() -> None:
 @pytest.mark.slow
 def test_a_search_is_run_with_its_settings(folder: Path, tmp_path: Path) -> None:
     options = SMALL.model_copy(update={"contenders": ["calibrated:popsize=5"], "budgets": [11]})
-    report = run_compare(["demo"], tmp_path / "report", options, progress=False)
+    shutil.copytree(folder, tmp_path / "report")  # which has the bundles
+    report = run_compare(["demo"], tmp_path / "report", options, resume=True, progress=False)
     assert [(found.label, found.calls) for found in report.scores] == [("calibrated:popsize=5 11", 11)]
 
 
