@@ -37,20 +37,23 @@ class TaskRows:
     """The rows that a search uses: a run's, or one with a task's preset; the shipped texts where neither is given.
 
     task: of `load_task`, or the folder of a run. settings: of that search. train: its few-shot train rows, encoded.
+    source: what they are, for a report, which may be published: without paths.
     """
 
     def __init__(self, bundle: Bundle, task: str | None, data: Path | None = None) -> None:
         self.info, self.data = bundle.info, data
         self.encoder: Encoder | None = None
+        self.source = "shipped texts"
         if task is None:
             self.settings, self.train = resolve(), sample_rows(bundle, count=ROWS)
             return
         if (Path(task) / INFO).is_file():
             run = Run.read(task)
             self.task, self.settings, self.data = run.task, run.info.settings, data or run.data_path
+            self.source = "the run's rows"
         else:
             self.task = load_task(task)
-            self.settings = resolve(self.task.preset(bundle.info.method))
+            self.settings, self.source = resolve(self.task.preset(bundle.info.method)), self.task.name
         train, self.dev = load_few_shot(self.task, self.data, self.settings)
         self.encoder, train = encoder_with_demonstrations(bundle, self.task, train, self.settings)
         self.train = self.encoder.encode(train)

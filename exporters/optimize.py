@@ -124,7 +124,7 @@ def optimize_bundle(
             report["profile"] = shape_profile(info, rows.train, rows.longest(), rows.settings).model_dump()
             made = Bundle(folder, write_info(folder, info.model_copy(update={"optimization": report})))
             report |= build_plans(made, capabilities, progress)
-        report |= {"calibrated_on": calibrate or "shipped texts", "bytes_before": bundle.size, "bytes": made.size}
+        report |= {"calibrated_on": rows.source, "bytes_before": bundle.size, "bytes": made.size}
         write_info(folder, info.model_copy(update={"optimization": report}))
     return Bundle.read(output, verify=False)
 

@@ -41,7 +41,7 @@ def available_rows(run: Run, most: int | None) -> tuple[list[Row], list[Row]]:
     most: of each, evenly drawn.
     """
     found = []
-    for load in (partial(searchable_rows, run, run.data_path), partial(scored_rows, run, None, "test")):
+    for load in (partial(searchable_rows, run), partial(scored_rows, run, None, "test")):
         try:
             rows = load()
         except DataError:
@@ -50,12 +50,12 @@ def available_rows(run: Run, most: int | None) -> tuple[list[Row], list[Row]]:
     return found[0], found[1]
 
 
-def searchable_rows(run: Run, data: Path | None) -> list[Row]:
+def searchable_rows(run: Run) -> list[Row]:
     """The train file, without the rows of it that are test rows. Raises DataError."""
     if run.info.settings.hold_out:
-        train, dev = load_few_shot(run.task, data, run.info.settings)
+        train, dev = load_few_shot(run.task, run.data_path, run.info.settings)
         return [*train, *dev]
-    return load_rows(run.task, "train", data)
+    return load_rows(run.task, "train", run.data_path)
 
 
 def edge_rows(encoder: Encoder) -> list[Row]:

@@ -15,11 +15,11 @@ import numpy as np
 from bbt_accel import __version__
 from bbt_accel.batch import Float64
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row, labels
+from bbt_accel.data import Row, labels, load_few_shot
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import PackageError, check_known
+from bbt_accel.errors import DataError, PackageError, check_known
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.files import new_folder, sha256
 from bbt_accel.inference import class_scores, scores_before
@@ -73,7 +73,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
             architecture=bundle.info.architecture,
             template_group=bundle.info.template_group, labels=run.info.class_names, columns=run.task.text,
             readout=run.readout.name, max_tokens=made.room, max_rows=options.max_rows, score=score,
-            calibrated_on=calibrated_on(run, source, bundle), comparison=comparison, versions=versions(),
+            calibrated_on=calibrated_on(bundle), comparison=comparison, versions=versions(),
             command=command(run_path, output, options),
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(info, run.info, form.usage), encoding="utf-8")
@@ -124,19 +124,25 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
         yield bundle, bundle
         return
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
-        rows, _ = available_rows(run, 1)
         yield bundle, optimize_bundle(
             bundle.path, Path(place) / "int8", precision="int8", target=form.engine, progress=progress,
-            calibrate=str(run.path) if rows else None,
+            calibrate=str(run.path) if has_rows(run) else None,
         )  # fmt: skip
 
 
-def calibrated_on(run: Run, source: Bundle, bundle: Bundle) -> str | None:
-    """What an int8 bundle was calibrated on; without paths, which a package does not publish."""
-    named = (bundle.info.optimization or {}).get("calibrated_on") if bundle.info.precision == "int8" else None
-    if bundle is not source and named == str(run.path):
-        return "the run's rows"
-    return None if named is None else Path(str(named)).name
+def has_rows(run: Run) -> bool:
+    """Whether the rows of its search can be loaded here."""
+    try:
+        load_few_shot(run.task, run.data_path, run.info.settings)
+    except DataError:
+        return False
+    return True
+
+
+def calibrated_on(bundle: Bundle) -> str | None:
+    """What an int8 bundle was calibrated on."""
+    found = (bundle.info.optimization or {}).get("calibrated_on") if bundle.info.precision == "int8" else None
+    return None if found is None else str(found)
 
 
 def exported_beside(bundle: Bundle) -> Bundle | None:
