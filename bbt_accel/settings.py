@@ -44,13 +44,17 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 
         A fitted readout takes the first call, and needs no search. Without one, raises UsageError if there are none.
         """
-        turn = self.popsize if method == "bbt" else self.popsize * n_layers
+        turn = self.turn(method, n_layers)
         if self.fitted:
             return (self.budget - 1) // turn * (turn // self.popsize)
         if self.budget < turn:
             need = f"popsize {self.popsize}" + ("" if method == "bbt" else f" times {n_layers} layers")
             raise UsageError(f"budget {self.budget} is too small: {method} needs at least {turn} calls ({need})")
         return self.budget // turn * (turn // self.popsize)
+
+    def turn(self, method: Method, n_layers: int) -> int:
+        """Calls of one generation (bbtv2: of one sweep over the layers), the least that a search can spend."""
+        return self.popsize if method == "bbt" else self.popsize * n_layers
 
     @property
     def fitted(self) -> bool:

@@ -53,7 +53,7 @@ def run_compare(
     `output` exists.
     """
     folder = Path(output).absolute()
-    for contender in options.contenders:
+    for contender in (*options.contenders, options.reference):
         parse_contender(contender)
     engine_spec(options.engine)
     named = {load_task(task).name: task for task in tasks}
@@ -112,7 +112,7 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     """The bundles of each method in the engine's precision, and as exported, for training in PyTorch."""
     spec, paths = engine_spec(options.engine), {}
     for method in get_args(Method):
-        if method == "bbtv2" and not any(contender.startswith("bbtv2") for contender in options.contenders):
+        if method == "bbtv2" and method not in (parse_contender(contender)[0] for contender in options.contenders):
             continue
         exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
         place = work / f"{Path(options.backbone).name}-{options.n_prompt_tokens}" / method
@@ -192,7 +192,7 @@ class Trial:
         scores = []
         for budget in ([1] if name == "auto" else []) + self.options.budgets:
             settings = resolve(given, {"readout": readout, "budget": budget})
-            if settings.fitted or budget >= settings.popsize * (info.n_layers if method == "bbtv2" else 1):
+            if settings.fitted or budget >= settings.turn(info.method, info.n_layers):
                 scores.append(self.score(contender, *self.tune(method, readout, budget, given), budget))
         return scores
 

@@ -59,7 +59,8 @@ REFERENCES = ("gradient-prompt", "lora", "fine-tuning", "embeddings")
 CONTENDERS = ("readouts", "auto", *get_args(Method), *REFERENCES)
 SEARCHES = ("auto", *get_args(Method), *(name for name in READOUTS if name != "verbalizer"))
 """Contenders that search, and may have settings of their own: the readouts among them search with bbt."""
-HINT = "a search with it. A search may have settings, as in auto:alpha=2:popsize=10."
+OWN = ("seed", "k_shot", "readout", "budget")
+"""Settings that a comparison gives each search."""
 
 
 def parse_contender(text: str) -> tuple[str, dict[str, str]]:
@@ -69,6 +70,10 @@ def parse_contender(text: str) -> tuple[str, dict[str, str]]:
     settings = dict(part.partition("=")[::2] for part in given)
     if settings and name not in SEARCHES:
         raise UsageError(f"--contenders {text}: {name} has no settings; {', '.join(SEARCHES)} have")
+    if taken := [name for name in OWN if name in settings]:
+        raise UsageError(
+            f"--contenders {text}: {taken[0]} is the comparison's own; use its option, or another contender"
+        )
     resolve(settings)
     return name, settings
 
@@ -80,9 +85,9 @@ class CompareOptions(Schema):
     data: Path | None = None
     """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
     contenders: list[str] = Field(
-        default=list(CONTENDERS), description=f"Any of {', '.join(CONTENDERS)}, or a readout."
+        default=list(CONTENDERS),
+        description=f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, as in auto:alpha=2.",
     )
-    """A search may have settings: auto:alpha=2:popsize=10."""
     reference: str = Field(default="auto", description="Contender that the others are compared with, pair by pair.")
     budgets: list[Count] = Field(default=[64, 300, 1000], description="API calls of the searches.")
     seeds: Seeds = Field(default=[42, 43, 44], description="Of the rows, and of everything drawn at random.")

@@ -110,6 +110,8 @@ def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
 def test_an_unknown_contender_is_named() -> None:
     with pytest.raises(UsageError, match="did you mean"):
         run_compare(["demo"], "nowhere", SMALL.model_copy(update={"contenders": ["gradient-promt"]}))
+    with pytest.raises(UsageError, match="unknown contender 'autto'; did you mean auto"):
+        run_compare(["demo"], "nowhere", SMALL.model_copy(update={"reference": "autto"}))
 
 
 def test_a_search_may_have_settings_of_its_own() -> None:
@@ -120,6 +122,7 @@ def test_a_search_may_have_settings_of_its_own() -> None:
         "auto:alfa=2": "did you mean alpha",
         "auto:popsize=two": "popsize",
         "auto:popsize": "popsize",
+        "auto:budget=5": "budget is the comparison's own",
     }.items():
         with pytest.raises(UsageError, match=complaint):
             parse_contender(wrong)
