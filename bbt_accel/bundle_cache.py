@@ -13,7 +13,7 @@ import bbt_accel
 from bbt_accel.bundle import Bundle, BundleInfo, Method
 from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Device, Precision, engine_spec
-from bbt_accel.files import sha256
+from bbt_accel.files import fingerprint
 from bbt_accel.progress import Tell, silent
 
 CACHE = "BBT_ACCEL_CACHE"  # the environment variable with the folder of bundles; ~/.cache/bbt-accel unless given
@@ -73,8 +73,6 @@ def prepared_bundle(
 def cache_folder(backbone: str, method: str, n_prompt_tokens: int) -> Path:
     """Where the exported bundle of a backbone is kept: by name, and for a local checkpoint by its content."""
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "bbt-accel")
-    files = sorted(p for p in Path(backbone).rglob("*") if p.is_file()) if Path(backbone).is_dir() else []
-    files += [Path(backbone)] if Path(backbone).is_file() else []
     formats = bbt_accel.__version__, str(BundleInfo.model_fields["format"].default)
-    content = [backbone, method, str(n_prompt_tokens), *formats, *map(sha256, files)]
+    content = [fingerprint(backbone), method, str(n_prompt_tokens), *formats]
     return root / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]

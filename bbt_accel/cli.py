@@ -233,7 +233,11 @@ def push(
     yes, interactive = options.pop("yes", False), sys.stdin is not None and sys.stdin.isatty()
     if not yes and not interactive:
         raise UsageError(f"push uploads {path} to {repository}; confirm with --yes")
-    if not yes and not typer.confirm(f"Upload {path} to {repository}?"):
+    try:
+        confirmed = yes or typer.confirm(f"Upload {path} to {repository}?")
+    except typer.Abort:  # Ctrl-C at the question
+        raise KeyboardInterrupt from None
+    if not confirmed:
         raise typer.Exit(1)
     commit = sharing.push(path, repository, **options)
     printing.print_pushed(repository, commit, "package" if sharing.is_package(path) else "run", as_json)

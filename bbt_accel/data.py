@@ -17,7 +17,7 @@ import numpy as np
 from bbt_accel.batch import Int64
 from bbt_accel.errors import DataError, UsageError, did_you_mean, first_line
 from bbt_accel.settings import Settings
-from bbt_accel.tables import READERS, Record, Table, no_column, parse_object, plain, read_table
+from bbt_accel.tables import JSON_LINES, READERS, Record, Table, no_column, parse_object, plain, read_table
 from bbt_accel.tasks import Task
 
 Split = Literal["train", "test"]
@@ -132,14 +132,14 @@ def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) 
     """Texts by column, for each of `texts` or for each line of `file` (`-` is standard input).
 
     Without either, lines are read from standard input unless that is a terminal. A file with columns (`tables.READERS`)
-    is read by column; a line of a .jsonl file is a JSON object. Another line is a text for a task with one text column;
-    for one with more it is a JSON object or tab-separated columns. Raises UsageError and DataError.
+    is read by column, and so are lines of JSON objects, whatever the file is called. Another line is a text for a task
+    with one text column; for one with more it is a JSON object or tab-separated columns. Raises UsageError, DataError.
     """
     if texts and file is not None:
         raise UsageError("give texts or --file, not both")
     if texts:
         return [_parse_text(text, columns, f"text {number}") for number, text in enumerate(texts, 1)]
-    if file is not None and file.suffix.lower() in READERS.keys() - {".jsonl"}:
+    if file is not None and file.suffix.lower() in READERS.keys() - JSON_LINES:
         return _columns(read_table(file), columns, file)
     standard = file is None or str(file) == "-"
     if standard and (sys.stdin is None or sys.stdin.closed or (file is None and sys.stdin.isatty())):
@@ -153,10 +153,12 @@ def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) 
         raise DataError(f"cannot read {name} ({error.strerror})") from None
     if not content:
         raise DataError(f"{name} is empty")
-    lines = enumerate(content.removesuffix("\n").split("\n"), 1)
-    if file is not None and file.suffix == ".jsonl":
-        return [_parse_object(line, columns, f"{name} line {number}") for number, line in lines if line.strip()]
-    return [_parse_text(line, columns, f"{name} line {number}") for number, line in lines]
+    lines = content.removesuffix("\n").split("\n")
+    filled = [(f"{name} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    one_column_of_objects = len(columns) == 1 and bool(filled) and _is_object(filled[0][1], columns)
+    if one_column_of_objects or (file is not None and file.suffix.lower() in JSON_LINES):
+        return [_parse_object(line, columns, where) for where, line in filled]
+    return [_parse_text(line, columns, f"{name} line {number}") for number, line in enumerate(lines, 1)]
 
 
 def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
@@ -271,6 +273,14 @@ def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]
         problem = f"{where} has {len(values)} column(s), {needed}"
         raise DataError(f"{problem}: separate them with tabs, or write a JSON object")
     return dict(zip(columns, values, strict=True))
+
+
+def _is_object(line: str, columns: Sequence[str]) -> bool:
+    """Whether a line is a JSON object with a text in each of the columns."""
+    try:
+        return bool(_parse_object(line, columns, ""))
+    except DataError:
+        return False
 
 
 def _parse_object(text: str, columns: Sequence[str], where: str) -> dict[str, str]:

@@ -26,6 +26,14 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def fingerprint(name: str | Path) -> str:
+    """sha256 of a name, and of the content of the file or of all files in the folder that it names, if any."""
+    place = Path(name)
+    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place] * place.is_file()
+    content = [str(name), *(f"{file.relative_to(place)} {sha256(file)}" for file in files)]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+
 def write_atomically(file: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it, and rename it: a reader sees the old content or the new."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")

@@ -19,7 +19,7 @@ from bbt_accel.encoding import distinct_words
 from bbt_accel.errors import DataError, RunError, TaskError, UsageError
 from bbt_accel.inference import evaluate
 from bbt_accel.progress import progress_bar
-from bbt_accel.run import TASK, Run
+from bbt_accel.run import INFO, TASK, Run
 from bbt_accel.settings import ReadoutChoice, Settings
 from bbt_accel.tables import Table, no_column, plain, read_table
 from bbt_accel.tasks import Task
@@ -103,14 +103,14 @@ def fit_file(
     labels, of any kind. template: how a row is written for the backbone, e.g. "{review} It was {mask} ."; label_words:
     one for each label, in their sorted order; taken from the labels unless given. engine, precision: `auto` for what
     `doctor` finds. k_shot: as in `Settings`; unless given its default, or a third of the rarest class.
-    overwrite: replace an existing run, or an unfinished one, which is continued otherwise. announce: called with the
-    plan before the search.
+    overwrite: replace an existing run; otherwise an unfinished or interrupted one is continued, and a complete one of
+    the same search scored again. announce: called with the plan before the search.
     Raises DataError for a file that cannot be read, lacks a column, or has missing texts or labels, a single class or a
     class with one row; what `export_bundle`, `optimize_bundle`, `tune` and `evaluate` raise.
     """
     output = Path(output)
-    if os.path.lexists(output) and not overwrite:
-        raise RunError(f"{output} exists already; use --overwrite or another -o")
+    if os.path.lexists(output) and not overwrite and not (output / INFO).is_file():
+        raise RunError(f"{output} exists already and is no run; choose another -o")
     file, columns = Path(file), [text] if isinstance(text, str) else list(text)
     table = read_table(file)
     counts = check_table(table, file, columns, label)

@@ -23,7 +23,7 @@ from bbt_accel.data import (
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import DataError
+from bbt_accel.errors import DataError, UsageError
 from bbt_accel.objective import Objective, uninformed
 from bbt_accel.readout import Readout, class_logits, log_softmax, reads_states, with_calibrated
 from bbt_accel.run import Run
@@ -32,7 +32,7 @@ BATCH_SIZE = 64  # rows that an engine gets at a time
 
 
 class EngineOptions(TypedDict, total=False):
-    """Where to run a prompt: the bundle, engine, device and url of its run unless given, as in `load_engine`."""
+    """Where to run a prompt, as in `load_engine`: the bundle, engine and device of its run unless given; not its url."""
 
     bundle: str | Path | None  # another of the same backbone, e.g. in another precision
     engine: str | None
@@ -183,14 +183,19 @@ def outputs(
 
 
 def _load(run: Run, options: EngineOptions) -> Engine:
-    """The named engine, or the run's own with the options of the run."""
+    """The named engine, or the run's own with the options of the run.
+
+    Only a URL that the caller gives is asked: that of a run from somebody else would get the caller's texts and token.
+    """
     record, name, url = run.info.engine, options.get("engine"), options.get("url")
     own = name in (None, record.name)
+    if own and record.url is not None and url is None:
+        raise UsageError(f"the search asked {record.url}: pass --url {record.url} to send texts there, or --engine ort")
     return load_engine(
         run.open_bundle(options.get("bundle")),
         name or record.name,
         device=options.get("device") or record.device,
         threads=options.get("threads"),
         without=record.without if own else (),
-        url=url or (record.url if own else None),
+        url=url,
     )

@@ -1,7 +1,8 @@
-"""Progress bars on a terminal's standard error; elsewhere they are silent."""
+"""What a user is told meanwhile: lines on standard error, and progress bars where that is a terminal."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 Tell = Callable[[str, int, int], None]  # called with the current step, the number of steps done, and their total
 SEARCH = "{task.completed:.0f}/{task.total:.0f} calls · {task.fields[rate]} · loss {task.fields[loss]} · "
 SEARCH += "dev {task.fields[dev]} · {task.fields[left]} left"
+
+
+def note(line: str) -> None:
+    """A line on standard error, about what went another way than was asked for. Logging is off on the command line."""
+    print(line, file=sys.stderr)
 
 
 class StderrBar(Progress):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from bbt_accel.files import write_atomically
+from bbt_accel.progress import note
 from bbt_accel.web_page import web_page
 
 if TYPE_CHECKING:
@@ -32,19 +33,25 @@ class Schema(BaseModel):
 def write_report(folder: Path, report: Schema, markdown: str, draw: Callable[[Path], None] | None = None) -> None:
     """Write report.json, report.md, report.html and, with `draw`, report.png, each in one step.
 
-    draw: writes the plot in the format of the file's suffix, .png or .svg.
+    draw: writes the plot in the format of the file's suffix, .png or .svg. What was measured is worth more than its
+    pictures: where the disk is full there may be no page and no plot, and a line says so.
     """
-    plot = None
-    if draw is not None:
-        draw(folder / f".{PLOT}")
-        (folder / f".{PLOT}").replace(folder / PLOT)
-        inline = folder / ".report.svg"
-        draw(inline)
-        plot = inline.read_text(encoding="utf-8")
-        inline.unlink()
     write_atomically(folder / JSON, report.model_dump_json(indent=1).encode() + b"\n")
     write_atomically(folder / TABLE, markdown.encode())
-    write_atomically(folder / PAGE, web_page(markdown, plot, PLOT).encode())
+    image, inline = folder / f".{PLOT}", folder / ".report.svg"
+    try:
+        plot = None
+        if draw is not None:
+            draw(image)
+            image.replace(folder / PLOT)
+            draw(inline)
+            plot = inline.read_text(encoding="utf-8")
+        write_atomically(folder / PAGE, web_page(markdown, plot, PLOT).encode())
+    except OSError as error:
+        note(f"{folder} lacks its page or its plot, which could not be written ({error.strerror or error})")
+    finally:
+        image.unlink(missing_ok=True)
+        inline.unlink(missing_ok=True)
 
 
 def now() -> str:

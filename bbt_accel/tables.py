@@ -187,8 +187,9 @@ def plain(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
+JSON_LINES = {".jsonl", ".ndjson"}
 READERS = {
-    ".jsonl": _read_json_lines,
+    **dict.fromkeys(sorted(JSON_LINES), _read_json_lines),
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".tsv": _read_tsv,

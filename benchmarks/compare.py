@@ -20,7 +20,7 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError
-from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
+from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import class_scores, outputs
 from bbt_accel.machine import describe_machine
 from bbt_accel.objective import Objective
@@ -57,24 +57,35 @@ def run_compare(
         parse_contender(contender)
     engine_spec(options.engine)
     named = {load_task(task).name: task for task in tasks}
-    done, failures = dict[str, list[Score]](), dict[str, str]()
-    with reserved(folder), closing(_pool(options, ray)) as pool:
-        _open(folder, options, resume)
-        jobs = list(_jobs(folder, named, options, prepare(folder / BUNDLES, options), pool.threads))
-        done = {job.name: found for job in jobs if (found := read_trial(folder, job)) is not None}
-        by_name = {job.name: job for job in jobs}
-        for name, reply in pool.run([job for job in jobs if job.name not in done], len(done), progress):
-            if "error" in reply:
-                failures[name] = " ".join(reply["message"].split())
-                continue
-            done[name] = [Score.model_validate(value) for value in reply["value"]]
-            content = {"asked": asked(by_name[name]), "scores": reply["value"]}
-            write_atomically(folder / TRIALS / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
-    facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"], "date": now()}
-    scores = [score for job in jobs for score in done.get(job.name, [])]
-    report = make_report(scores, failures, facts, options.reference)
-    write_report(folder, report, markdown(report), lambda file: draw(file, report))
+    with reserved(folder):
+        with closing(_pool(options, ray)) as pool:
+            _open(folder, options, resume)
+            jobs = list(_jobs(folder, named, options, prepare(folder / BUNDLES, options), pool.threads))
+            done, failures = _run(folder, jobs, pool, progress)
+        scores = [score for job in jobs for score in done.get(job.name, [])]
+        facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"]}
+        report = make_report(scores, failures, facts | {"date": now()}, options.reference)
+        write_report(folder, report, markdown(report), lambda file: draw(file, report))
     return report
+
+
+def _run(
+    folder: Path, jobs: Sequence[PoolJob], pool: Pool, progress: bool
+) -> tuple[dict[str, list[Score]], dict[str, str]]:
+    """The scores of each trial, of those that were done before too; and why a trial failed."""
+    folders = {job.arguments["data"] for job in jobs}
+    rows = {data: "the task's own" if data is None else fingerprint(data) for data in folders}
+    wanted = {job.name: asked(job, rows[job.arguments["data"]]) for job in jobs}
+    done = {name: found for name, what in wanted.items() if (found := read_trial(folder, name, what)) is not None}
+    failures = dict[str, str]()
+    for name, reply in pool.run([job for job in jobs if job.name not in done], len(done), progress):
+        if "error" in reply:
+            failures[name] = " ".join(reply["message"].split())
+            continue
+        done[name] = [Score.model_validate(value) for value in reply["value"]]
+        content = {"asked": wanted[name], "scores": reply["value"]}
+        write_atomically(folder / TRIALS / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
+    return done, failures
 
 
 def _open(folder: Path, options: CompareOptions, resume: bool) -> None:
@@ -115,7 +126,8 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
         if method == "bbtv2" and method not in (parse_contender(contender)[0] for contender in options.contenders):
             continue
         exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
-        place = work / f"{Path(options.backbone).name}-{options.n_prompt_tokens}" / method
+        checkpoint = f"{Path(options.backbone).name}-{fingerprint(options.backbone)[:8]}"
+        place = work / f"{checkpoint}-{options.n_prompt_tokens}" / method
         made = steps.Bundles(place, options.backbone, exporting)
         place.mkdir(parents=True, exist_ok=True)
         paths[method] = str(made.bundle(spec, options.precision))
@@ -123,17 +135,23 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     return paths
 
 
-def asked(job: PoolJob) -> dict[str, Any]:
-    """What decides the scores of a trial."""
-    options = {name: job.arguments["options"][name] for name in DECISIVE}
-    return options | {name: job.arguments[name] for name in ("contender", "task", "data", "seed")}
+def asked(job: PoolJob, data: str) -> dict[str, Any]:
+    """What decides the scores of a trial: options, and what the files that it reads hold. data: their fingerprint."""
+    given, task = job.arguments, load_task(job.arguments["task"])
+    options = {name: given["options"][name] for name in DECISIVE}
+    bundles = {method: Bundle.read(path, verify=False).digest for method, path in given["bundles"].items()}
+    own = {"contender": given["contender"], "seed": given["seed"], "task": task.model_dump(mode="json")}
+    return options | own | {"data": data, "bundles": bundles}
 
 
-def read_trial(folder: Path, job: PoolJob) -> list[Score] | None:
-    """The scores of a trial that was done with the same options."""
-    file = folder / TRIALS / f"{job.name}.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return [Score.model_validate(value) for value in found["scores"]] if found.get("asked") == asked(job) else None
+def read_trial(folder: Path, name: str, wanted: dict[str, Any]) -> list[Score] | None:
+    """The scores of a trial that was asked for the same; None where there is none, or its file is damaged."""
+    file = folder / TRIALS / f"{name}.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return [Score.model_validate(value) for value in found["scores"]] if found["asked"] == wanted else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def contend(

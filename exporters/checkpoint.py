@@ -10,10 +10,12 @@ from bbt_accel.errors import ExportError
 
 BOUNDS = (
     (2**11, ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")),
-    (2**12, ("num_attention_heads", "num_key_value_heads", "num_heads")),
-    (2**18, ("hidden_size", "embedding_size", "d_model")),
+    (2**11, ("num_hidden_groups", "inner_group_num")),  # of ALBERT
+    (2**12, ("num_attention_heads", "num_key_value_heads", "num_heads", "encoder_attention_heads")),
+    (2**12, ("decoder_attention_heads",)),
+    (2**18, ("hidden_size", "embedding_size", "d_model", "head_dim", "d_kv", "relative_attention_num_buckets")),
     (2**20, ("intermediate_size", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")),
-    (2**24, ("vocab_size", "max_position_embeddings")),
+    (2**24, ("vocab_size", "max_position_embeddings", "type_vocab_size")),
 )
 """Largest values of a configuration, far beyond those of any published checkpoint."""
 

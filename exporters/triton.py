@@ -40,14 +40,21 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
     if folder.resolve().is_relative_to(bundle.path.resolve()):
         raise UsageError(f"the repository {folder} is inside the bundle itself; choose another folder")
     models = {stage: stage_model(name, stage) for stage in bundle.info.stages}
-    for there in (folder / model for model in models.values()):
-        if there.exists():
-            raise BbtError(f"{there} exists already; remove it, or rename the bundle's folder")
-    for stage, model in models.items():
+    there = [folder / model for model in models.values() if (folder / model).exists()]
+    if len(there) == len(models) or any(not made_of(bundle, model) for model in there):
+        raise BbtError(f"{there[0]} exists already; remove it, or rename the bundle's folder")
+    # Some, of this bundle: a call that was killed between two models is continued.
+    for stage, model in ((stage, model) for stage, model in models.items() if folder / model not in there):
         damaged = translated(BundleError, f"{bundle.path} cannot be written for Triton")
         with new_folder(folder / model) as target, damaged:
             write_model(bundle, stage, model, target)
     return list(models.values())
+
+
+def made_of(bundle: Bundle, model: Path) -> bool:
+    """Whether a model of a repository is one of this bundle's stages."""
+    file = model / "config.pbtxt"
+    return file.is_file() and bundle.digest in file.read_text(encoding="utf-8", errors="replace")
 
 
 def write_model(bundle: Bundle, stage: str, name: str, target: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tiny_backbones import save_tokenizer, tiny_model
 from bbt_accel import export_bundle
 from bbt_accel.errors import ExportError, MissingDependency
 from bbt_accel.exporters import export, families, validate
+from bbt_accel.exporters.checkpoint import check_config
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +109,12 @@ def test_a_configuration_of_nonsense_is_one_line(checkpoint: Path, name: str, va
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     refused(checkpoint, ".")
+
+
+@pytest.mark.parametrize("size", ["inner_group_num", "num_hidden_groups", "encoder_attention_heads", "type_vocab_size"])
+def test_a_size_that_no_checkpoint_has_is_refused_before_anything_is_made(size: str) -> None:
+    with pytest.raises(ExportError, match=f"config.json has {size} 100000000; it must lie in 1"):
+        check_config("checkpoint", SimpleNamespace(**{size: 10**8}))
 
 
 @pytest.mark.parametrize(

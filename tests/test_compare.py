@@ -9,15 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_bundles import tiny_bundle
 
 pytest.importorskip("torch")
 
 from bbt_accel.benchmarks import references
-from bbt_accel.benchmarks.compare import run_compare
+from bbt_accel.benchmarks.compare import asked, read_trial, run_compare
 from bbt_accel.benchmarks.compare_report import Score, difference, make_report, markdown
 from bbt_accel.benchmarks.options import CompareOptions, parse_contender
+from bbt_accel.bundle import write_info
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, MissingDependency, UsageError
+from bbt_accel.files import fingerprint
+from bbt_accel.sweeps.pools import PoolJob
 
 SMALL = CompareOptions(
     contenders=["readouts", "auto", "bbt"], budgets=[20], seeds=[42], k_shot=2, test_rows=16, threads=1
@@ -78,7 +82,7 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     from bbt_accel.settings import resolve
     from bbt_accel.tasks import load_task
 
-    bundle, task = Bundle.read(folder / "bundles" / "demo-20" / "bbt" / "exported"), load_task("demo")
+    bundle, task = Bundle.read(next(folder.glob("bundles/demo-*-20/bbt/exported"))), load_task("demo")
     train, dev = load_few_shot(task, None, resolve({"k_shot": 2}))
     split = references.Split(train, dev, compared_rows(task, None, 32))
     trainer = references.Trainer(bundle, Encoder(bundle, task), split, 0)
@@ -105,6 +109,25 @@ def test_a_difference_pairs_tasks_and_seeds() -> None:
 def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
     report = make_report([score("state", "a", 0, 0.5)], {"a-lora-0": "peft is not installed"}, {})
     assert "a-lora-0" in markdown(report)
+
+
+def test_a_trial_is_kept_only_for_the_same_rows_task_and_bundles(tmp_path: Path) -> None:
+    bundle, rows = tiny_bundle(tmp_path / "bundle"), tmp_path / "train.jsonl"
+    rows.write_text('{"text": "a", "label": 0}')
+    given = {"bundles": {"bbt": str(bundle.path)}, "options": SMALL.model_dump(mode="json")}
+    job = PoolJob("demo-bbt-42", print, {**given, "contender": "bbt", "task": "demo", "seed": 42})
+    wanted, file = asked(job, fingerprint(rows)), tmp_path / "trials" / "demo-bbt-42.json"
+    file.parent.mkdir()
+    kept = score("bbt", "demo", 42, 0.5, 20)
+    file.write_text(json.dumps({"asked": wanted, "scores": [kept.model_dump()]}))
+    assert read_trial(tmp_path, job.name, wanted) == [kept]
+    rows.write_text('{"text": "b", "label": 0}')
+    assert read_trial(tmp_path, job.name, asked(job, fingerprint(rows))) is None
+    other = bundle.info.model_copy(update={"word_embedding_std": 2.0})
+    write_info(bundle.path, other)
+    assert read_trial(tmp_path, job.name, asked(job, wanted["data"])) is None
+    file.write_text("{")
+    assert read_trial(tmp_path, job.name, wanted) is None  # damaged: it is run again
 
 
 def test_an_unknown_contender_is_named() -> None:

@@ -23,6 +23,7 @@ from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
 from bbt_accel.tables import Table
 from bbt_accel.tasks import load_task
+from bbt_accel.tuning.methods import Bbt
 from bbt_accel.tuning.workspace import Workspace
 
 Fit = Callable[..., Fitted]
@@ -109,11 +110,32 @@ def test_what_is_given_is_taken(fit: Fit) -> None:
     assert "8 examples per class to search with, 8 to choose by, 8 left" in str(found.plan.facts()["split"])
 
 
-def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit) -> None:
-    first = fit(budget=1).run
-    with pytest.raises(BbtError, match="run exists already; use --overwrite"):
-        fit(budget=1)
-    assert fit(budget=1, seed=1, overwrite=True).run.info.settings.seed != first.info.settings.seed
+def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit, tmp_path: Path) -> None:
+    first = fit(budget=1)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(RunError, match="other exists already and is no run"):
+        fit("other")
+    with pytest.raises(RunError, match=r"another seed \(was 42, is now 1\); use --overwrite"):
+        fit(budget=1, seed=1)
+    again = fit(budget=1)  # as after a kill while the test rows were scored
+    assert (again.run.prompt.tobytes(), again.score) == (first.run.prompt.tobytes(), first.score)
+    assert fit(budget=1, seed=1, overwrite=True).run.info.settings.seed == 1
+
+
+def test_an_interrupted_fit_is_continued_by_the_same_call(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, ask, asked = fit("whole").run, Bbt.ask, list[int]()
+
+    def interrupted(self: Bbt) -> Any:
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bbt, "ask", interrupted)
+        assert fit().run.info.status == "interrupted"
+    found = fit().run
+    assert (found.info.status, found.prompt.tobytes()) == ("done", whole.prompt.tobytes())
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_excel_without_its_reader_says_what_to_install(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("t.pdf", b"%PDF", r"is none of \.jsonl, \.csv"),
+        ("t.pdf", b"%PDF", r"is none of \.jsonl, \.ndjson, \.csv"),
         ("none.csv", None, "No such file"),
         ("t.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has more or fewer columns"),
         ("t.json", b"{", "cannot read"),

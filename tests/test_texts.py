@@ -27,6 +27,23 @@ def test_each_line_of_a_file_is_a_row(tmp_path: Path) -> None:
     assert [row["text"] for row in read_texts([], file, ["text"])] == ["one", "", "three\u2028still three"]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSONL", "rows.ndjson", "rows.txt", "-"])
+def test_rows_as_json_objects_are_read_by_column_whatever_the_file_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    content = '{"text": "one", "label": 1}\n\n{"label": 0, "text": "two"}\n'
+    (tmp_path / name).write_text(content)
+    monkeypatch.setattr("sys.stdin", io.StringIO(content))
+    file = Path("-") if name == "-" else tmp_path / name
+    assert read_texts([], file, ["text"]) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_texts_that_merely_look_like_json_are_texts(tmp_path: Path) -> None:
+    lines = ['{"a": 1}', "{ not json", '["text"]', '{"text": 3}']
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    assert [row["text"] for row in read_texts([], tmp_path / "texts.txt", ["text"])] == lines
+
+
 @pytest.mark.parametrize("file", [None, Path("-")])
 def test_standard_input(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))

@@ -186,6 +186,18 @@ def test_what_is_refused(tiny: Export, tmp_path: Path) -> None:
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["model", "other"]
 
 
+def test_a_call_that_was_killed_between_two_models_is_continued(tiny: Export, tmp_path: Path) -> None:
+    bundle, other = tiny("roberta", "bbtv2"), tiny("bert", "bbtv2")
+    names = write_repository(bundle, tmp_path, "model")
+    assert len(names) > 2
+    for name in names[1:]:
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(BbtError, match="exists already"):
+        write_repository(other, tmp_path, "model")  # another bundle's
+    assert write_repository(bundle, tmp_path, "model") == names
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(names)
+
+
 def test_the_command(tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = tiny("roberta").path
 

@@ -150,6 +150,19 @@ def test_ctrl_c_before_the_first_generation_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_ctrl_c_in_the_first_generation_keeps_a_readout_without_a_search(
+    start: Tune, interrupt: Callable[[int], None]
+) -> None:
+    fitted = {**SETTINGS, "readout": "auto"}
+    whole = start("whole", settings=fitted)
+    interrupt(1)
+    first = start(settings=fitted)
+    assert (first.info.status, first.info.calls, first.history) == ("interrupted", 1, [])
+    assert first.readout.name == whole.readout.name
+    resumed = start(settings=fitted, resume=True)
+    assert result_bytes(resumed) == result_bytes(whole)
+
+
 def test_resume_starts_a_run_and_returns_a_complete_one(start: Tune) -> None:
     first = start(resume=True)
     before = (first.path / "run.json").stat().st_mtime_ns
@@ -173,6 +186,16 @@ def test_overwrite_replaces_only_runs(start: Tune, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run"):
         start(overwrite=True)
     assert (tmp_path / "run" / "letter.txt").read_text() == "dear"
+
+
+def test_overwrite_replaces_a_link_to_a_run_and_leaves_that_run(start: Tune, tmp_path: Path) -> None:
+    first = start("elsewhere")
+    (tmp_path / "run").symlink_to(first.path, target_is_directory=True)
+    for seed in (8, 9):
+        second = start(settings={**SETTINGS, "seed": seed}, overwrite=True)
+        assert second.info.settings.seed == seed
+    assert Run.read(first.path).info == first.info
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
 def test_overwrite_keeps_the_former_run_until_the_new_one_is_complete(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -97,6 +98,18 @@ def test_a_sweeps_page_has_the_dev_scores_of_each_search(tmp_path: Path) -> None
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     for value in ("demo, b, ort, seed 1, 20 calls: 25.00", "demo, b, ort, seed 1, 1,020 calls: 50.00"):
         assert value in page.values
+
+
+def test_a_full_disk_at_the_plot_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, markdown, _ = a_sweep()
+
+    def full(file: Path) -> None:
+        file.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_report(tmp_path, report, markdown, full)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert "could not be written (No space left on device)" in capsys.readouterr().err
 
 
 def test_a_page_asks_for_nothing(written: tuple[Page, str, str]) -> None:

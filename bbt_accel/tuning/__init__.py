@@ -75,8 +75,8 @@ def tune(
     progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
 
     Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
-    the first generation has ended nothing is saved, and KeyboardInterrupt is raised. So does SIGTERM where it raises
-    KeyboardInterrupt, as in `bbt-accel tune`.
+    there is one (with the verbalizer that of the first generation, else that without a search) nothing is saved, and
+    KeyboardInterrupt is raised. So does SIGTERM where it raises KeyboardInterrupt, as in `bbt-accel tune`.
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss; RunError when the output exists
     or cannot be resumed.
     """
@@ -226,7 +226,8 @@ def _run(
     run = workspace.finish(info, *found, lambda line: _say(line, progress))
     callbacks.end(run)
     if outcome.interrupted:
-        _say(f"interrupted; {run.path} holds the best prompt so far, --resume continues the search", progress)
+        again = "tune --resume, or the same fit again, continues the search"
+        _say(f"interrupted; {run.path} holds the best prompt so far; {again}", progress)
     return run
 
 

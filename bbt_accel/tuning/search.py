@@ -69,7 +69,7 @@ def search(
     history: empty, or the first generations of the same search, which then continues from there. Every new generation
         is appended. observe: called with every generation, those already in the history included.
     dev: scores a prompt, with the verbalizer unless given. start: the prompt that the search has to surpass, if any.
-    Ctrl-C ends the search with the best prompt so far; before the first generation of the history it is raised.
+    Ctrl-C ends the search with the best prompt so far; it is raised where there is none, before the first generation.
     Raises NonFiniteLoss, EngineError, UsageError for a budget below one generation, RunError for the history of
     another search.
     """
@@ -91,7 +91,7 @@ def search(
             best = better(best, scored, settings.fitted) if scored else best
             observe(generation)
     except KeyboardInterrupt:
-        if not len(history):
+        if not len(history) and start is None:
             raise
         return Outcome(best or _score(dev, method, len(history) - 1), interrupted=True)
     assert best is not None  # the last generation is always scored

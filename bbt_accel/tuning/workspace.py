@@ -117,7 +117,7 @@ class Workspace:
             except FileExistsError:
                 problem = f"{self.final} appeared during the search, which is in {self.folder}"
                 raise RunError(f"{problem}; remove or rename {self.final}, then --resume") from None
-        shutil.rmtree(self._old, ignore_errors=True)
+        discard(self._old)
         return Run.read(self.final)
 
     def _complete(
@@ -171,4 +171,11 @@ class Workspace:
         shutil.rmtree(self._new, ignore_errors=True)
         if self._old.exists() and not self.final.exists():
             os.rename(self._old, self.final)
-        shutil.rmtree(self._old, ignore_errors=True)
+        discard(self._old)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder if it is there; of a link to one, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)

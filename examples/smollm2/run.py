@@ -22,9 +22,8 @@ from bbt_accel.data import choose_demonstrations, load_few_shot, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.files import write_atomically
-from bbt_accel.inference import evaluate, label_logits
+from bbt_accel.inference import evaluate, scores_before
 from bbt_accel.machine import describe_machine
-from bbt_accel.readout import with_calibrated
 from bbt_accel.reporting import markdown_table
 from bbt_accel.settings import resolve
 
@@ -68,13 +67,10 @@ def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> di
     made, rows = bundle(given, task, "bbt"), test_rows(given, task)
     settings = resolve(spec.preset("bbt"), {"seed": seed})
     demonstrations, _ = choose_demonstrations(load_few_shot(spec, folder, settings)[0], spec.n_classes, shown, seed)
-    prompt = made.initial_prompt()
-    assert prompt is not None
     start = time.perf_counter()
     with load_engine(made, given.engine, threads=given.threads) as engine:
-        logits = label_logits(engine, Encoder(made, spec, demonstrations), rows, [prompt])
-    targets = np.array([row.label for row in rows])
-    _, scores = Objective("ce", spec.metric).score(with_calibrated(logits[0]), targets)
+        logits = scores_before(engine, Encoder(made, spec, demonstrations), rows)
+    _, scores = Objective("ce", spec.metric).score(logits, np.array([row.label for row in rows]))
     return {"score": float(scores[0]), "calibrated": float(scores[1]), "seconds": time.perf_counter() - start}
 
 
