@@ -32,7 +32,7 @@ BATCH_SIZE = 64  # rows that an engine gets at a time
 
 
 class EngineOptions(TypedDict, total=False):
-    """Where to run a prompt, as in `load_engine`: the bundle, engine and device of its run unless given; not its url."""
+    """Where to run a prompt, as in `load_engine`: bundle, engine and device are those of its run unless given."""
 
     bundle: str | Path | None  # another of the same backbone, e.g. in another precision
     engine: str | None
