@@ -25,7 +25,7 @@ help:
 # What has no wheel for this system or Python is left out, and its tests are skipped. TensorRT for RTX builds plans
 # without a GPU.
 .venv/.extras: .venv/.installed
-	@for extra in gguf openvino ray trt; do \
+	@for extra in gguf openvino ray trt mlflow excel peft; do \
 	  $(BIN)/pip install --quiet --editable ".[$$extra]" || echo "no [$$extra] here: its tests are skipped"; \
 	done
 	@touch $@
@@ -53,7 +53,6 @@ test-slow: .venv/.installed .venv/.extras
 # Loads packages with optimum, optimum-intel, transformers.js, Chromium and PEFT at pinned versions, each in an
 # environment of its own under build/foreign. What cannot be installed here is skipped, with the reason.
 test-foreign: .venv/.installed .venv/.extras
-	$(BIN)/pip install --quiet 'peft>=0.13'
 	OMP_NUM_THREADS=2 $(BIN)/python tests/foreign/run.py
 
 # The fast tests on the oldest versions that pyproject.toml allows, but for PyTorch, whose older builds bring CUDA.

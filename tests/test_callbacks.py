@@ -12,7 +12,7 @@ import pytest
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import Callback, tune
-from bbt_accel.errors import MissingDependency, NonFiniteLoss, UsageError
+from bbt_accel.errors import BbtError, MissingDependency, NonFiniteLoss, UsageError
 from bbt_accel.history import Generation
 from bbt_accel.run import Run, RunInfo
 from bbt_accel.tuning.callbacks import TRACKERS
@@ -112,7 +112,8 @@ def test_trackers_with_the_interface_of_weights_and_biases(
 def test_mlflow_holds_settings_metrics_and_files(start: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no database
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
     run = start(track=["mlflow"])
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("bbt-accel toy")
@@ -124,6 +125,15 @@ def test_mlflow_holds_settings_metrics_and_files(start: Tune, tmp_path: Path, mo
     assert found.data.metrics["best_dev_score"] == run.info.best.dev_score
     files = {file.path for file in client.list_artifacts(found.info.run_id)}
     assert files == {p.name for p in run.path.iterdir()}
+
+
+def test_a_tracker_that_does_not_start_is_one_line(start: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("no such store\nmore")
+
+    monkeypatch.setitem(TRACKERS, "mlflow", refuse)
+    with pytest.raises(BbtError, match=r"^--track mlflow does not start \(no such store\); see its documentation$"):
+        start(track=["mlflow"])
 
 
 def test_every_tracker_has_an_extra() -> None:

@@ -113,6 +113,7 @@ def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
 
 def test_a_trial_is_kept_only_for_the_same_rows_task_and_bundles(tmp_path: Path) -> None:
     bundle, rows = tiny_bundle(tmp_path / "bundle"), tmp_path / "train.jsonl"
+    write_info(bundle.path, bundle.info)
     rows.write_text('{"text": "a", "label": 0}')
     given = {"bundles": {"bbt": str(bundle.path)}, "options": SMALL.model_dump(mode="json")}
     job = PoolJob("demo-bbt-42", print, {**given, "contender": "bbt", "task": "demo", "seed": 42})

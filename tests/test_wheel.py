@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import bbt_accel
+
 ROOT = Path(__file__).parents[1]
 LEFT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "demo-run")
 
@@ -25,16 +27,35 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("release")
     shutil.copytree(ROOT, folder / "source", ignore=LEFT)  # a build leaves files in the source
-    pip = (sys.executable, "-m", "pip", "--retries", "1")
-    built = run(*pip, "wheel", "-q", "--no-deps", "-w", folder, folder / "source")
+    built = run(sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "source")
     if built.returncode:
-        if "No matching distribution" in built.stderr or "onnection" in built.stderr:
+        output = built.stdout + built.stderr
+        if "No matching distribution" in output or "onnection" in output:
             pytest.skip("pip cannot reach an index for setuptools")
-        pytest.fail(built.stderr)
-    return next(folder.glob("*.whl"))
+        pytest.fail(output)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(release: Path) -> Path:
+    return next(release.glob("*.whl"))
+
+
+def test_a_release_is_one_that_the_index_takes(release: Path, wheel: Path) -> None:
+    pytest.importorskip("twine")
+    files = sorted(release.iterdir())
+    assert [file.name.removeprefix(f"bbt_accel-{bbt_accel.__version__}") for file in files] == [
+        "-py3-none-any.whl",
+        ".tar.gz",
+    ]
+    checked = run(sys.executable, "-m", "twine", "check", "--strict", *files)
+    assert checked.returncode == 0, checked.stdout
+    assert wheel.stat().st_size < 25 * 2**20
 
 
 def test_wheel_holds_what_it_needs(wheel: Path) -> None:

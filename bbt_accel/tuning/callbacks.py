@@ -10,7 +10,7 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from bbt_accel.errors import MissingDependency, UsageError, check_known
+from bbt_accel.errors import BbtError, MissingDependency, UsageError, check_known, first_line
 from bbt_accel.history import Generation
 from bbt_accel.run import EVENTS, Run, RunInfo
 
@@ -209,9 +209,15 @@ TRACKERS: dict[str, Callable[[], Callback]] = {
 
 
 def tracker(name: str) -> Callback:
-    """A tracker by name. Raises UsageError for an unknown one, MissingDependency where it is not installed."""
+    """A tracker by name.
+
+    Raises UsageError for an unknown one, MissingDependency where it is not installed, BbtError where it does not start,
+    as mlflow-skinny does not with a database.
+    """
     check_known("tracker", name, TRACKERS, UsageError)
     try:
         return TRACKERS[name]()
     except ImportError:
         raise MissingDependency(f'{name} is not installed; pip install "bbt-accel[{name}]"') from None
+    except Exception as error:  # each library has its own
+        raise BbtError(f"--track {name} does not start ({first_line(error):.200}); see its documentation") from None
