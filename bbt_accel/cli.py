@@ -20,6 +20,7 @@ from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.model_options import Fields, with_options
+from bbt_accel.option_types import BACKBONE
 from bbt_accel.progress import progress_bar
 from bbt_accel.sweeps.grid import Sweep
 
@@ -61,7 +62,7 @@ def program(
 
 @command(PREPARE, "export roberta-large -o bundles/roberta-large")
 def export(
-    backbone: Annotated[str, typer.Argument(help="Hub id, checkpoint folder, or demo (shipped with bbt-accel).")],
+    backbone: Annotated[str, typer.Argument(help=BACKBONE)],
     output: shared.Output,
     options: Annotated[Options, Fields(shared.ExportOptions)],
     as_json: shared.AsJson = False,

@@ -18,16 +18,17 @@ from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bun
 from bbt_accel.encoding import distinct_words
 from bbt_accel.errors import DataError, RunError, TaskError, UsageError
 from bbt_accel.inference import evaluate
+from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
 from bbt_accel.run import TASK, Run
-from bbt_accel.settings import ReadoutChoice, Settings
+from bbt_accel.settings import DEFAULTS, ReadoutChoice
 from bbt_accel.tables import Table, no_column, plain, read_table
 from bbt_accel.tasks import Task
 from bbt_accel.tuning import tune
 
 TEMPLATES = {"masked": "{text} This is about {{mask}} .", "span": "text: {{prompt}} {text} This is about {{mask}}"}
 TEMPLATES |= {"causal": "{text} This is about"}
-K_SHOT = Settings.model_fields["k_shot"].default
+K_SHOT = DEFAULTS.k_shot
 """Of the search, where the rarest class has three times as many rows; else a third of them."""
 
 
@@ -87,11 +88,11 @@ def fit_file(
     engine: str = "auto",
     precision: PrecisionChoice = "auto",
     readout: ReadoutChoice = "auto",
-    budget: int = 300,
+    budget: int = FIT_BUDGET,
     k_shot: int | None = None,
-    seed: int = 42,
+    seed: int = DEFAULTS.seed,
     method: Method = "bbt",
-    n_prompt_tokens: int = 20,
+    n_prompt_tokens: int = FIT_PROMPT_TOKENS,
     threads: int | None = None,
     overwrite: bool = False,
     announce: Callable[[FitPlan], object] = lambda _: None,

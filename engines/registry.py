@@ -11,9 +11,7 @@ from bbt_accel.engine_specs import engine_spec, kind_of
 from bbt_accel.engines.base import Engine
 from bbt_accel.errors import EngineError, MissingDependency, UsageError, missing_module
 from bbt_accel.optimizations import check_optimizations
-
-MAX_THREADS = 1024
-"""More than that, and runtimes fail while they start them."""
+from bbt_accel.option_types import check_threads
 
 
 def load_engine(
@@ -33,8 +31,7 @@ def load_engine(
     when the device is not available or the bundle was optimized for another engine.
     """
     spec, remote = engine_spec(name), name == "remote"
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"--threads must lie in 1..{MAX_THREADS}, not {threads}")
+    check_threads(threads)
     if url is not None and not remote:
         raise UsageError(f"--url is for --engine remote, not {name}")
     if remote and url is None:

@@ -48,10 +48,10 @@ from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilit
 from bbt_accel.exporters.validate import fidelity, reference_logits, relative_rmse, scaled_error
 from bbt_accel.files import new_folder
 from bbt_accel.machine import installed
+from bbt_accel.option_types import MAX_RMSE, check_threads
 from bbt_accel.progress import Tell, silent
 
 CALIBRATION_ROWS = 16  # rows, times the prompts of `random_prompts`, that activation ranges are read from
-MAX_RMSE = 0.05  # relative logit RMSE of int8 above which matmuls are kept in fp32
 LEAK = 0.05
 """Largest change of a row's logits when padding is added, relative to the largest logit; more means a lost mask."""
 TOOLS = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx_cu13", "torch")
@@ -102,6 +102,7 @@ def optimize_bundle(
     """
     source, output = Path(source), Path(output)
     check(source, output, precision, target, max_rmse)
+    check_threads(threads)
     if data is not None and calibrate is None:
         raise UsageError("--data is the folder of the rows of --calibrate TASK; give both")
     capabilities = check_capabilities(compute_capability, target)

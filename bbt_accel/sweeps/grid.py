@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from bbt_accel.bundle import Bundle, Method, first_problem
 from bbt_accel.engine_specs import Device, engine_spec
 from bbt_accel.errors import BundleError, UsageError, check_known, first_line
+from bbt_accel.option_types import Seed
 from bbt_accel.reporting import Schema
 from bbt_accel.settings import Metric, resolve
 from bbt_accel.tasks import load_task
@@ -37,7 +38,7 @@ def _engines(names: list[str]) -> list[str]:
 
 
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(_unique)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_unique)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_unique)]
 
 
 class Sweep(Schema):

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from bbt_accel.bundle import Method, TemplateGroup, first_problem
 from bbt_accel.errors import TaskError, UsageError, check_known, did_you_mean
+from bbt_accel.option_types import Demonstrations
 from bbt_accel.settings import Metric, resolve
 
 FOLDER = Path(__file__).parent
@@ -51,7 +52,7 @@ class Context(BaseModel, extra="forbid", frozen=True):
     """
 
     instruction: str = ""
-    demonstrations: int = Field(default=0, ge=0, description="Train rows, chosen by the seed, with their labels.")
+    demonstrations: Demonstrations = 0
     template: str | None = None  # of a demonstration, with {label}; the causal template and the label word unless given
     separator: str = "\n\n"  # after the instruction and after each demonstration
 
