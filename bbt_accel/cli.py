@@ -17,7 +17,7 @@ from bbt_accel import cli_options as shared
 from bbt_accel.benchmarks.options import BenchOptions, CompareOptions, bench_options, compare_options
 from bbt_accel.command import INTERRUPTED, exit_on_error
 from bbt_accel.doctor import diagnose
-from bbt_accel.engine_specs import Precision
+from bbt_accel.engine_specs import Precision, engine_spec
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.model_options import Fields, with_options
 from bbt_accel.option_types import BACKBONE
@@ -251,8 +251,8 @@ def serve(
     from bbt_accel.serving import Limits
     from bbt_accel.serving.server import serve as serve_models
 
-    if execution.get("engine") == "remote":
-        raise UsageError("a server cannot use --engine remote; choose the engine that runs the backbone here")
+    if (engine := execution.get("engine")) and engine_spec(engine).remote:
+        raise UsageError(f"a server cannot use --engine {engine}; choose the engine that runs the backbone here")
     o = shared.ServeOptions(**options)
     limits = Limits(o.max_request_mib * 2**20, o.max_batch, o.timeout, o.keep_rows)
     ready = partial(printing.print_serving, as_json=as_json)

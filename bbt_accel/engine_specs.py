@@ -65,6 +65,7 @@ class EngineSpec:
     reads: targets of the bundles that it loads (`onnx` is the bundle as exported).
     optimized: precisions that `optimize --target NAME` converts a bundle to, for this engine.
     benched: precisions that `bench` measures by default.
+    remote: computes on a server: needs a `--url`, and neither takes a device nor threads.
     internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
     """
 
@@ -73,6 +74,7 @@ class EngineSpec:
     reads: tuple[str, ...] = ("onnx",)
     optimized: tuple[Precision, ...] = ()
     benched: tuple[Precision, ...] = ()
+    remote: bool = False
     internal: bool = False
 
     @property
@@ -80,6 +82,19 @@ class EngineSpec:
         """Every precision that the engine runs in."""
         exported: tuple[Precision, ...] = ("fp32",) if "onnx" in self.reads else ()
         return tuple(dict.fromkeys((*exported, *self.optimized)))
+
+    def target(self, precision: str) -> str:
+        """Target of the bundle that the engine reads at a precision: `onnx`, its own, or another engine's.
+
+        Raises UsageError for a precision that it does not run in.
+        """
+        if precision == "fp32" and "onnx" in self.reads and "fp32" not in self.optimized:
+            return "onnx"
+        known = targets()
+        for name in self.reads:
+            if name in known and precision in known[name].optimized:
+                return name
+        raise UsageError(f"engine {self.name} runs in {', '.join(self.precisions)}, not in {precision}")
 
     def device(self, wanted: str) -> str:
         """Where the engine runs: an engine without a CPU backend needs no `--device cuda`.
@@ -130,6 +145,7 @@ ENGINES = (
         "remote",
         {"cpu": Backend("bbt_accel.engines.remote:connect", ("tritonclient", "geventhttpclient"), "remote")},
         reads=("onnx", "torch", "ort", "openvino", "trt"),
+        remote=True,
     ),
     EngineSpec("eager", _pytorch("EagerEngine"), reads=("onnx", "torch"), internal=True),
     EngineSpec("eager-tf32", _pytorch("EagerTf32Engine"), reads=("onnx", "torch"), internal=True),
@@ -161,6 +177,14 @@ def engine_spec(name: str) -> EngineSpec:
     if name not in engine_specs():
         check_known("engine", name, engine_names())
     return engine_specs()[name]
+
+
+def local_engine(name: str, user: str) -> EngineSpec:
+    """Raises UsageError for an unknown name, and for an engine that needs a `--url`, which the command `user` lacks."""
+    spec = engine_spec(name)
+    if spec.remote:
+        raise UsageError(f"{user} has no --url for the engine {name}; use tune and evaluate")
+    return spec
 
 
 def targets() -> dict[str, EngineSpec]:

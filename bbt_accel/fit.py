@@ -21,7 +21,7 @@ from bbt_accel.inference import evaluate
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
 from bbt_accel.run import TASK, Run
-from bbt_accel.settings import DEFAULTS, ReadoutChoice
+from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
 from bbt_accel.tables import Table, no_column, plain, read_table
 from bbt_accel.tasks import Task
 from bbt_accel.tuning import tune
@@ -119,7 +119,9 @@ def fit_file(
     chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
     if min(counts.values()) < 2 * k:
         raise DataError(f"class {min(counts, key=lambda c: counts[c])!r} has fewer than {2 * k} rows; lower --k-shot")
-    choice = choose(engine, precision)
+    settings, choice = resolve(chosen), choose(engine, precision)
+    if method == "bbt":  # for bbtv2 the layers must be known
+        settings.generations(method, 1)
     with progress_bar(f"preparing {backbone}", progress) as tell:
         bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell)
     task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words)
@@ -208,12 +210,14 @@ def commands(
     method = [] if info.method == "bbt" else ["--method", info.method]
     cpu = [] if threads is None else ["--threads", str(threads)]
     steps = [["export", backbone, "-o", exported, *method, "--n-prompt-tokens", str(info.n_prompt_tokens)]]
-    if choice.optimized:
+    if choice.target != "onnx":
         flag = [] if choice.precision == "fp32" else [f"--{choice.precision}"]
-        steps.append(["optimize", exported, "-o", made, "--target", choice.engine, *flag])
+        steps.append(["optimize", exported, "-o", made, "--target", choice.target, *flag])
     place = ["--engine", choice.engine, *([] if choice.device == "cpu" else ["--device", choice.device]), *cpu]
     chosen = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "hold_out"]
     data = ["--task", f"{output / TASK}", "--data", str(file), "--hold-out"]
     again = f"{output}-again"
-    steps.append(["tune", "--bundle", made if choice.optimized else exported, *data, *place, *chosen, "-o", again])
+    steps.append(
+        ["tune", "--bundle", exported if choice.target == "onnx" else made, *data, *place, *chosen, "-o", again]
+    )
     return [*steps, ["evaluate", again, *cpu]]

@@ -17,7 +17,7 @@ from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_conte
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, load_few_shot
 from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engine_specs import engine_spec, local_engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
@@ -55,7 +55,7 @@ def run_compare(
     folder = Path(output).absolute()
     for contender in (*options.contenders, options.reference):
         parse_contender(contender)
-    engine_spec(options.engine)
+    local_engine(options.engine, "compare").target(options.precision)
     named = {load_task(task).name: task for task in tasks}
     done, failures = dict[str, list[Score]](), dict[str, str]()
     with reserved(folder), closing(_pool(options, ray)) as pool:
