@@ -64,6 +64,7 @@ class EngineSpec:
     backends: how it is loaded, by kind of device.
     reads: targets of the bundles that it loads (`onnx` is the bundle as exported).
     optimized: precisions that `optimize --target NAME` converts a bundle to, for this engine.
+    converter: `module:name` of the class that writes those bundles, of `bbt_accel.exporters.targets`.
     benched: precisions that `bench` measures by default.
     remote: computes on a server: needs a `--url`, and neither takes a device nor threads.
     internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
@@ -73,6 +74,7 @@ class EngineSpec:
     backends: dict[Kind, Backend]
     reads: tuple[str, ...] = ("onnx",)
     optimized: tuple[Precision, ...] = ()
+    converter: str = "bbt_accel.exporters.targets:Target"
     benched: tuple[Precision, ...] = ()
     remote: bool = False
     internal: bool = False
@@ -115,7 +117,12 @@ def _pytorch(name: str) -> dict[Kind, Backend]:
 
 ENGINES = (
     EngineSpec(
-        "torch", _pytorch("TorchEngine"), reads=("onnx", "torch"), optimized=("bf16", "fp16"), benched=("fp32", "bf16")
+        "torch",
+        _pytorch("TorchEngine"),
+        reads=("onnx", "torch"),
+        optimized=("bf16", "fp16"),
+        converter="bbt_accel.exporters.targets:TorchTarget",
+        benched=("fp32", "bf16"),
     ),
     EngineSpec(
         "ort",
@@ -125,6 +132,7 @@ ENGINES = (
         },
         reads=("onnx", "ort"),
         optimized=("fp32", "fp16", "int8", "int4"),
+        converter="bbt_accel.exporters.targets:OrtTarget",
         benched=("fp32", "int8"),
     ),
     EngineSpec(
@@ -132,6 +140,7 @@ ENGINES = (
         {"cpu": Backend("bbt_accel.engines.openvino:OpenVinoEngine", ("openvino",), "openvino")},
         reads=("onnx", "openvino"),
         optimized=("fp32", "bf16", "int8", "int4"),
+        converter="bbt_accel.exporters.targets:OpenVinoTarget",
         benched=("fp32", "bf16", "int8"),
     ),
     EngineSpec(
@@ -139,6 +148,7 @@ ENGINES = (
         {"cuda": Backend("bbt_accel.engines.trt:TrtEngine", ("tensorrt|tensorrt-rtx-cu13", "cuda-python"), "trt")},
         reads=("trt",),
         optimized=("fp32", "fp16", "bf16"),
+        converter="bbt_accel.exporters.targets:TrtTarget",
         benched=("fp16",),
     ),
     EngineSpec(
