@@ -28,8 +28,6 @@ from bbt_accel.tuning import tune
 
 TEMPLATES = {"masked": "{text} This is about {{mask}} .", "span": "text: {{prompt}} {text} This is about {{mask}}"}
 TEMPLATES |= {"causal": "{text} This is about"}
-K_SHOT = DEFAULTS.k_shot
-"""Of the search, where the rarest class has three times as many rows; else a third of them."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def fit_file(
     file, columns = Path(file), [text] if isinstance(text, str) else list(text)
     table = read_table(file)
     counts = check_table(table, file, columns, label)
-    k = k_shot or max(1, min(K_SHOT, min(counts.values()) // 3))
+    k = k_shot or default_k_shot(min(counts.values()))
     chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
     if min(counts.values()) < 2 * k:
         raise DataError(f"class {min(counts, key=lambda c: counts[c])!r} has fewer than {2 * k} rows; lower --k-shot")
@@ -134,6 +132,14 @@ def fit_file(
     )  # fmt: skip
     tested = run.info.status == "done" and sum(counts.values()) > 2 * k * len(counts)
     return Fitted(plan, run, evaluate(run.path, threads=threads) if tested else None)
+
+
+def default_k_shot(fewest: int, parts: int = 3) -> int:
+    """Examples per class to search with, and as many to choose by: the setting's default where the rows suffice.
+
+    fewest: rows of the rarest class. parts: 3 keeps a third of them to test on; 2 keeps none.
+    """
+    return max(1, min(DEFAULTS.k_shot, fewest // parts))
 
 
 def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> dict[str, int]:

@@ -18,7 +18,7 @@ from conftest import Export
 
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, RunError, UsageError
-from bbt_accel.fit import FitPlan, Fitted, check_table, fit_file
+from bbt_accel.fit import FitPlan, Fitted, check_table, default_k_shot, fit_file
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
 from bbt_accel.tables import Table
@@ -84,6 +84,11 @@ def test_a_file_becomes_a_run_that_is_scored_on_the_rows_left_over(fit: Fit) -> 
     assert load_task(found.run.path / "task.toml") == found.run.task
     prediction = predict(found.run.path, [{"review": "text"}])[0]
     assert prediction["class"] in prediction["probabilities"].keys() == {"down", "up"}
+
+
+@pytest.mark.parametrize(("fewest", "k"), [(2, 1), (3, 1), (16, 5), (48, 16), (25_000, 16)])
+def test_a_search_uses_a_third_of_the_rarest_class_but_at_most_16_rows(fewest: int, k: int) -> None:
+    assert default_k_shot(fewest) == k
 
 
 def test_the_commands_that_it_prints_give_the_same_run(fit: Fit) -> None:

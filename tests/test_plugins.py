@@ -89,7 +89,8 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "bbt_accel.cli", *map(str, words)]
-        environment = os.environ | {"PYTHONPATH": str(folder / "site")}
+        path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path}
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
     return run
