@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -85,8 +85,7 @@ def optimize(
     """Optimize a bundle for an engine: fused operators, lower precision, TensorRT plans."""
     from bbt_accel.exporters.optimize import optimize_bundle
 
-    lower: tuple[Precision, ...] = ("fp16", "bf16", "int8", "int4")
-    precisions = [name for name in lower if options.pop(name, False)] or ["fp32"]
+    precisions = [name for name in get_args(Precision) if options.pop(name, False)] or ["fp32"]
     if len(precisions) > 1:
         raise UsageError("choose one of --fp16, --bf16, --int8 and --int4")
     with progress_bar(f"optimizing {bundle}") as tell:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 
 from bbt_accel.errors import EngineError, UsageError, check_known
 
-Kind = Literal["cpu", "cuda"]
+DeviceKind = Literal["cpu", "cuda"]
 """A kind of device, for which engines have backends."""
 
 
@@ -27,7 +27,7 @@ def check_device(device: str) -> str:
     return device
 
 
-def kind_of(device: str) -> Kind:
+def kind_of(device: str) -> DeviceKind:
     return "cpu" if device == "cpu" else "cuda"
 
 
@@ -71,7 +71,7 @@ class EngineSpec:
     """
 
     name: str
-    backends: dict[Kind, Backend]
+    backends: dict[DeviceKind, Backend]
     reads: tuple[str, ...] = ("onnx",)
     optimized: tuple[Precision, ...] = ()
     converter: str = "bbt_accel.exporters.targets:Target"
@@ -109,7 +109,7 @@ class EngineSpec:
         return device
 
 
-def _pytorch(name: str) -> dict[Kind, Backend]:
+def _pytorch(name: str) -> dict[DeviceKind, Backend]:
     """The backends of a class that runs PyTorch."""
     backend = Backend(f"bbt_accel.engines.pytorch:{name}", ("torch", "transformers"), "export")
     return {"cpu": backend, "cuda": backend}

@@ -227,11 +227,11 @@ def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Mea
         notes.append(f"no bf16 baselines: this processor has neither AVX512_BF16 nor AMX{wish}")
     if not compiles:
         notes.append(f"no torch.compile: there is no C++ compiler ({', '.join(COMPILERS)})")
-    lower = [*(["fp16"] if gpu else []), *(["bf16"] if bf16 else [])]
+    half = [*(["fp16"] if gpu else []), *(["bf16"] if bf16 else [])]
     baselines = [
         Measurement(engine=name, precision=precision, baseline=True)
         for name in BASELINES
-        for precision in ("fp32", *(lower if name != "eager-tf32" else []))
+        for precision in ("fp32", *(half if name != "eager-tf32" else []))
         if (compiles or name != "compiled") and (gpu or name != "eager-tf32")
     ]
     return [*baselines, *_engine_rows(options, info, bf16)], notes

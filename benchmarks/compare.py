@@ -147,15 +147,15 @@ def contend(
     threads: int,
 ) -> list[dict[str, Any]]:
     """One contender on one task and seed: its scores at every budget, as JSON. work: folder of its runs."""
-    trial = Trial(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
+    contest = Contest(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
     if contender == "readouts":
-        scores = trial.readouts()
+        scores = contest.readouts()
     else:
-        scores = trial.reference(contender) if contender in REFERENCES else trial.search(contender)
+        scores = contest.reference(contender) if contender in REFERENCES else contest.search(contender)
     return [score.model_dump(mode="json") for score in scores]
 
 
-class Trial:
+class Contest:
     """The rows of a task and a seed, and how each contender is scored on them."""
 
     def __init__(

@@ -18,7 +18,7 @@ from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
 from bbt_accel.engine_specs import Precision, targets
 from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, translated
 from bbt_accel.exporters import graph
-from bbt_accel.exporters.calibration import TaskRows, lengths, random_prompts, stage_feeds
+from bbt_accel.exporters.calibration import TaskRows, calibration_prompts, lengths, stage_feeds
 from bbt_accel.exporters.convert import graph_on_disk
 from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.half import TYPES, to_half
@@ -33,14 +33,14 @@ from bbt_accel.exporters.int8 import (
     to_int8,
 )
 from bbt_accel.exporters.sessions import limited_threads
-from bbt_accel.exporters.targets import Converted, Job, Report, Target
+from bbt_accel.exporters.targets import Converted, OptimizeJob, Report, Target
 from bbt_accel.exporters.validate import fidelity, relative_rmse, scaled_error
 from bbt_accel.files import new_folder
 from bbt_accel.machine import installed
 from bbt_accel.option_types import MAX_RMSE, check_threads
 from bbt_accel.progress import Tell, silent
 
-CALIBRATION_ROWS = 16  # rows, times the prompts of `random_prompts`, that activation ranges are read from
+CALIBRATION_ROWS = 16  # rows, times the prompts of `calibration_prompts`, that activation ranges are read from
 LEAK = 0.05
 """Largest change of a row's logits when padding is added, relative to the largest logit; more means a lost mask."""
 TOOLS = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx_cu13", "torch")
@@ -82,7 +82,7 @@ def optimize_bundle(
     if bundle.info.target != "onnx":
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
     rows = TaskRows(bundle, calibrate, data)
-    job = Job(bundle, converter, precision, rows.calibration(), random_prompts(bundle), max_rmse, progress)
+    job = OptimizeJob(bundle, converter, precision, rows.calibration(), calibration_prompts(bundle), max_rmse, progress)
     refused = translated(BundleError, f"{source} cannot be optimized")
     with new_folder(output) as folder, limited_threads(threads), refused:
         if (bundle.path / INITIAL_PROMPT).exists():
@@ -116,7 +116,7 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
 # Convert: what was done, and the new bundle's label logits where they are known ------------------------------------
 
 
-def to_graphs(job: Job, folder: Path) -> Converted:
+def to_graphs(job: OptimizeJob, folder: Path) -> Converted:
     """Every stage in the target's format and precision; the report is summed over the stages."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(job.bundle.path / name, folder / name)
@@ -129,7 +129,7 @@ def to_graphs(job: Job, folder: Path) -> Converted:
     return to_low_precision_graphs(job, folder), None
 
 
-def to_fp32_graphs(job: Job, folder: Path) -> Report:
+def to_fp32_graphs(job: OptimizeJob, folder: Path) -> Report:
     """Every stage in fp32."""
     others = new_weights(job, folder)
     operators: Counter[str] = Counter()
@@ -139,7 +139,7 @@ def to_fp32_graphs(job: Job, folder: Path) -> Report:
     return {job.target.counts: dict(operators)}
 
 
-def to_low_precision_graphs(job: Job, folder: Path) -> Report:
+def to_low_precision_graphs(job: OptimizeJob, folder: Path) -> Report:
     """Every stage in fp16, bf16 or int4."""
     bundle, others = job.bundle, new_weights(job, folder)
     half = job.precision in TYPES
@@ -161,12 +161,12 @@ def to_low_precision_graphs(job: Job, folder: Path) -> Report:
     return report | ({"kept_fp32": kept} if half else {"quantized": quantized})
 
 
-def new_weights(job: Job, folder: Path) -> graph.NewWeights:
+def new_weights(job: OptimizeJob, folder: Path) -> graph.NewWeights:
     """The file of the weights that the checkpoint does not hold as the graphs take them."""
     return graph.NewWeights(folder / job.target.weights)
 
 
-def to_int8_graphs(job: Job, folder: Path) -> tuple[Report, Float32]:
+def to_int8_graphs(job: OptimizeJob, folder: Path) -> tuple[Report, Float32]:
     """Every stage in int8; with the matmuls in fp32 that the limit on the logits' error asks for, if it does."""
     made = Bundle(folder, job.bundle.info.model_copy(update={"precision": "int8", "target": job.target.name}))
     ranked, kept = list[tuple[Matmul, float]](), 0
@@ -189,7 +189,7 @@ def to_int8_graphs(job: Job, folder: Path) -> tuple[Report, Float32]:
     return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}, logits
 
 
-def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
+def write_int8(job: OptimizeJob, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
     """Write every stage in int8 but for some matmuls. Returns what was done, summed over the stages."""
     others = new_weights(job, folder)
     others.file.unlink(missing_ok=True)
@@ -212,7 +212,7 @@ def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], f
 # Measure -----------------------------------------------------------------------------------------------------
 
 
-def measure(job: Job, made: Bundle, logits: Float32 | None) -> Report:
+def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
     """Fidelity to the source's logits on the job's rows, and the effect of more padding.
 
     logits: of the new bundle, where they are known already.

@@ -63,7 +63,7 @@ class Target:
         if compute_capability is not None:
             raise UsageError(f"--compute-capability is for --target trt, not {self.name}")
 
-    def convert(self, job: Job, folder: Path) -> Converted | None:
+    def convert(self, job: OptimizeJob, folder: Path) -> Converted | None:
         """Write all files in a way of its own; None, without any, for graphs by the methods below."""
         return None
 
@@ -106,7 +106,7 @@ class Target:
 class TorchTarget(Target):
     """PyTorch's weights, without graphs."""
 
-    def convert(self, job: Job, folder: Path) -> Converted:
+    def convert(self, job: OptimizeJob, folder: Path) -> Converted:
         shutil.copyfile(job.bundle.path / "tokenizer.json", folder / "tokenizer.json")
         convert_checkpoint(job.bundle.path, folder, job.precision)
         return {}, None
@@ -171,7 +171,7 @@ class TrtTarget(Target):
 
 
 @dataclass(frozen=True)
-class Job:
+class OptimizeJob:
     """What is converted, for which target, and the rows and prompts (4, …) that it is calibrated and measured on."""
 
     bundle: Bundle

@@ -36,12 +36,12 @@ def _check_settings(values: dict[str, float | int | str]) -> dict[str, float | i
     return values
 
 
-Preset = Annotated[dict[str, float | int | str], AfterValidator(_check_settings)]  # the command line overrides it
+TaskPreset = Annotated[dict[str, float | int | str], AfterValidator(_check_settings)]  # the command line overrides it
 
 
 class Presets(BaseModel, extra="forbid", frozen=True):
-    bbt: Preset = {}
-    bbtv2: Preset = {}
+    bbt: TaskPreset = {}
+    bbtv2: TaskPreset = {}
 
 
 class Context(BaseModel, extra="forbid", frozen=True):
