@@ -29,6 +29,7 @@ from bbt_accel.option_types import (
 )
 from bbt_accel.packaging.manifest import Kind
 from bbt_accel.reporting import Schema
+from bbt_accel.serving import Limits
 from bbt_accel.settings import DEFAULTS, Preset, ReadoutChoice, Settings
 from bbt_accel.sweeps.grid import preset_names
 from bbt_accel.tasks import task_names
@@ -174,7 +175,9 @@ class ServeOptions(Schema):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 for any free one.")
     max_request_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB.")
     max_batch: int = Field(default=16384, ge=1, description="Most rows times candidates per request.")
-    keep_rows: int = Field(default=16, ge=1, description="Batches of rows cached for later requests.")
+    keep_rows: int = Field(
+        default=Limits.cached_batches, ge=1, description="Batches of rows cached for later requests."
+    )
     timeout: float = Field(default=300.0, ge=0.1, description="Seconds until a request times out.")
 
 
