@@ -109,7 +109,7 @@ def test_its_family_is_exported_and_its_engine_tunes(cli: Cli, tmp_path: Path) -
     optimized = cli("optimize", tmp_path / "bundle", "-o", tmp_path / "converted", "--target", "toy", "--json")
     assert optimized.returncode == 0, optimized.stderr
     assert json.loads(optimized.stdout)["target"] == "toy"
-    assert [file.name for file in (tmp_path / "converted").glob("*.toy")] == ["backbone.toy"]
+    assert [file.name for file in (tmp_path / "converted").glob("*.toy")] == ["model.toy"]
 
     task = task_file(tmp_path / "data")
     options = [
