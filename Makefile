@@ -66,7 +66,7 @@ test-lowest:
 	$(LOWEST)/pip install --quiet -r .venv-lowest/requirements.txt torch --editable .
 	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Holds the GPU engines to the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
+# Compares the GPU engines with the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
 # cuda-python and bbt-accel: nothing is installed.
 gpu-check:
 	$(PYTHON) -m bbt_accel.benchmarks.gpu_check -o gpu-check

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import BbtError, BundleError, translated
 from bbt_accel.files import sha256
+from bbt_accel.option_types import METHOD, PROMPT_MODE, PromptTokens
 
 if TYPE_CHECKING:
     from numpy import float32
@@ -84,9 +85,9 @@ class BundleInfo(Manifest):
         description="Whether logits are read from an encoder or a decoder, alone or behind an encoder."
     )
     template_group: TemplateGroup = Field(description="Which of a task's templates and label words apply.")
-    method: Method = Field(description="bbt: a prompt at the input; bbtv2: a prompt in every layer.")
-    prompt_mode: PromptMode = Field(description="add: added to the embeddings of the first tokens; cat: prepended.")
-    n_prompt_tokens: int = Field(ge=1, le=2**16, description="n, soft prompt vectors.")
+    method: Method = Field(description=METHOD)
+    prompt_mode: PromptMode = Field(description=PROMPT_MODE)
+    n_prompt_tokens: PromptTokens
     hidden_size: int = Field(ge=1, le=2**20, description="H.")
     n_layers: int = Field(
         ge=1, le=2**14, description="Blocks that take a prompt: those of the encoder where there is one."

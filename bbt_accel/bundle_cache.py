@@ -12,7 +12,7 @@ from filelock import FileLock
 import bbt_accel
 from bbt_accel.bundle import Bundle, BundleInfo, Method
 from bbt_accel.doctor import diagnose
-from bbt_accel.engine_specs import Device, Precision, engine_spec
+from bbt_accel.engine_specs import Device, Precision, engine_spec, local_engine
 from bbt_accel.files import fingerprint
 from bbt_accel.progress import Tell, silent
 
@@ -29,13 +29,24 @@ class Choice(NamedTuple):
     reason: str
 
     @property
-    def optimized(self) -> bool:
-        """Whether the engine takes a bundle of its own for this precision, rather than the exported one."""
-        return self.precision != "fp32" or "fp32" in engine_spec(self.engine).optimized
+    def target(self) -> str:
+        """Of the bundle that the engine takes for this precision; `onnx` for the exported one."""
+        return engine_spec(self.engine).target(self.precision)
 
 
 def choose(engine: str = "auto", precision: PrecisionChoice = "auto") -> Choice:
-    """What is given, and for `auto` what doctor recommends: fp32 for a named engine that it does not recommend."""
+    """What is given, and for `auto` what doctor recommends: fp32 for a named engine that it does not recommend.
+
+    Raises UsageError for an engine that does not run in that precision, or that needs a server.
+    """
+    if engine != "auto":
+        local_engine(engine, "fit")
+    found = _choose(engine, precision)
+    engine_spec(found.engine).target(found.precision)
+    return found
+
+
+def _choose(engine: str, precision: PrecisionChoice) -> Choice:
     if engine != "auto" and precision != "auto":
         return Choice(engine, engine_spec(engine).device("cpu"), precision, "as given")
     best = diagnose()["recommended"]
@@ -54,8 +65,8 @@ def prepared_bundle(
     raise.
     """
     exported = cache_folder(backbone, method, n_prompt_tokens)
-    made = exported.with_name(f"{exported.name}-{choice.engine}-{choice.precision}")
-    wanted = made if choice.optimized else exported
+    target, precision = choice.target, choice.precision
+    wanted = exported if target == "onnx" else exported.with_name(f"{exported.name}-{target}-{precision}")
     if wanted.exists():
         return Bundle.read(wanted)
     from bbt_accel.exporters.export import export_bundle
@@ -66,7 +77,7 @@ def prepared_bundle(
         if not exported.exists():
             export_bundle(backbone, exported, method=method, n_prompt_tokens=n_prompt_tokens, progress=progress)
         if not wanted.exists():
-            optimize_bundle(exported, made, target=choice.engine, precision=choice.precision, progress=progress)
+            optimize_bundle(exported, wanted, target=target, precision=precision, progress=progress)
     return Bundle.read(wanted)
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -17,9 +17,10 @@ from bbt_accel import cli_options as shared
 from bbt_accel.benchmarks.options import BenchOptions, CompareOptions, bench_options, compare_options
 from bbt_accel.command import INTERRUPTED, exit_on_error
 from bbt_accel.doctor import diagnose
-from bbt_accel.engine_specs import Precision
+from bbt_accel.engine_specs import Precision, engine_spec
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.model_options import Fields, with_options
+from bbt_accel.option_types import BACKBONE
 from bbt_accel.progress import progress_bar
 from bbt_accel.sweeps.grid import Sweep
 
@@ -61,7 +62,7 @@ def program(
 
 @command(PREPARE, "export roberta-large -o bundles/roberta-large")
 def export(
-    backbone: Annotated[str, typer.Argument(help="Hub id, checkpoint folder, or demo (shipped with bbt-accel).")],
+    backbone: Annotated[str, typer.Argument(help=BACKBONE)],
     output: shared.Output,
     options: Annotated[Options, Fields(shared.ExportOptions)],
     as_json: shared.AsJson = False,
@@ -84,8 +85,7 @@ def optimize(
     """Optimize a bundle for an engine: fused operators, lower precision, TensorRT plans."""
     from bbt_accel.exporters.optimize import optimize_bundle
 
-    lower: tuple[Precision, ...] = ("fp16", "bf16", "int8", "int4")
-    precisions = [name for name in lower if options.pop(name, False)] or ["fp32"]
+    precisions = [name for name in get_args(Precision) if options.pop(name, False)] or ["fp32"]
     if len(precisions) > 1:
         raise UsageError("choose one of --fp16, --bf16, --int8 and --int4")
     with progress_bar(f"optimizing {bundle}") as tell:
@@ -254,8 +254,8 @@ def serve(
     from bbt_accel.serving import Limits
     from bbt_accel.serving.server import serve as serve_models
 
-    if execution.get("engine") == "remote":
-        raise UsageError("a server cannot use --engine remote; choose the engine that runs the backbone here")
+    if (engine := execution.get("engine")) and engine_spec(engine).remote:
+        raise UsageError(f"a server cannot use --engine {engine}; choose the engine that runs the backbone here")
     o = shared.ServeOptions(**options)
     limits = Limits(o.max_request_mib * 2**20, o.max_batch, o.timeout, o.keep_rows)
     ready = partial(printing.print_serving, as_json=as_json)

@@ -13,9 +13,24 @@ from bbt_accel.bundle_cache import PrecisionChoice
 from bbt_accel.engine_specs import ENGINES, check_device, engine_names, engine_spec, targets
 from bbt_accel.model_options import Fields
 from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
+from bbt_accel.option_types import (
+    BACKBONE,
+    FIT_BUDGET,
+    FIT_PROMPT_TOKENS,
+    MAX_RMSE,
+    METHOD,
+    PROMPT_MODE,
+    Budget,
+    Count,
+    KShot,
+    PromptTokens,
+    Seed,
+    Threads,
+)
 from bbt_accel.packaging.manifest import Kind
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import Preset, ReadoutChoice, Settings
+from bbt_accel.serving import Limits
+from bbt_accel.settings import DEFAULTS, Preset, ReadoutChoice, Settings
 from bbt_accel.sweeps.grid import preset_names
 from bbt_accel.tasks import task_names
 
@@ -63,11 +78,13 @@ Ray = Annotated[
 ]
 
 
+AllCores = Annotated[Threads | None, Field(description="CPU threads (default: all cores).")]
+
+
 class ExportOptions(Schema):
-    method: Method = Field(default="bbt", description="bbt: a prompt at the input; bbtv2: a prompt in every layer.")
-    prompt_mode: PromptMode = "add"
-    """add: added to the embeddings of the first tokens; cat: prepended to the input (bbt only)."""
-    n_prompt_tokens: int = Field(default=50, ge=1, description="Soft prompt vectors.")
+    method: Method = Field(default="bbt", description=METHOD)
+    prompt_mode: PromptMode = Field(default="add", description=PROMPT_MODE)
+    n_prompt_tokens: PromptTokens = 50
     prompt_init: str | None = None
     """Text that the prompt starts from, or a task file with [prompt] init; its length sets --n-prompt-tokens."""
     revision: str | None = Field(default=None, description="Commit, tag or branch on the hub.")
@@ -83,17 +100,17 @@ class OptimizeOptions(Schema):
     calibrate: Annotated[str | None, _TASK] = None
     """Task, or run, whose few-shot rows calibrate int8 ranges and TensorRT shape profiles (default: shipped texts)."""
     data: Data = None
-    max_rmse: float = 0.05
+    max_rmse: float = MAX_RMSE
     """int8: relative RMSE of the label logits above which matmuls fall back to fp32."""
     compute_capability: Annotated[str | None, typer.Option(metavar="8.9,...")] = None
     """Build TensorRT plans ahead of time for these GPUs, comma-separated (default: this machine's GPU)."""
-    threads: int | None = Field(default=None, ge=1, description="CPU threads (default: all cores).")
+    threads: AllCores = None
 
 
 class FitOptions(Schema):
     text: list[str] = Field(description="Column of texts, or several, comma-separated.")
     label: str = Field(description="Column of labels, of any kind.")
-    backbone: str = Field(default="demo", description="Hub id, checkpoint folder or .gguf file; demo is shipped.")
+    backbone: str = Field(default="demo", description=BACKBONE)
     template: str | None = None
     """How a row is written for the backbone, e.g. "{review} It was {mask} ."."""
     label_words: list[str] = Field(default=[], description="A word for each label, sorted (default: from the labels).")
@@ -101,15 +118,14 @@ class FitOptions(Schema):
     """Engine that runs the backbone; auto for what doctor recommends."""
     precision: PrecisionChoice = "auto"
     """Precision of the backbone; auto for what doctor recommends."""
-    method: Method = "bbt"
-    """bbt: a prompt at the input; bbtv2: a prompt in every layer."""
-    n_prompt_tokens: int = Field(default=20, ge=1, description="Soft prompt vectors.")
+    method: Method = Field(default="bbt", description=METHOD)
+    n_prompt_tokens: PromptTokens = FIT_PROMPT_TOKENS
     readout: ReadoutChoice = Field(default="auto", description="How classes are read, as in tune.")
-    budget: int = Field(default=300, gt=0, description="API calls of the search.")
-    k_shot: int | None = Field(default=None, gt=0)
+    budget: Budget = FIT_BUDGET
+    k_shot: KShot | None = None
     """Examples per class to search with, and as many to choose by (default: 16, or a third of the rarest class)."""
-    seed: int = Field(default=42, ge=0, lt=2**32, description="Of the split, the projection and the search.")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of the search (default: all cores).")
+    seed: Seed = DEFAULTS.seed
+    threads: AllCores = None
     overwrite: bool = Field(default=False, description="Replace an existing run.")
 
 
@@ -144,8 +160,8 @@ class PackageOptions(Schema):
     int8: bool = Field(default=False, description="8-bit integers, also where the run's bundle is in fp32.")
     bundle: Path | None = None
     """Another bundle of the same backbone, e.g. as exported or for another target (default: the run's)."""
-    max_rows: int | None = Field(default=None, ge=1, description="Rows of each split to compare (default: all).")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of the comparison (default: all cores).")
+    max_rows: Count | None = Field(default=None, description="Rows of each split to compare (default: all).")
+    threads: AllCores = None
 
 
 class PushOptions(Schema):
@@ -159,7 +175,9 @@ class ServeOptions(Schema):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 for any free one.")
     max_request_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB.")
     max_batch: int = Field(default=16384, ge=1, description="Most rows times candidates per request.")
-    keep_rows: int = Field(default=16, ge=1, description="Batches of rows cached for later requests.")
+    keep_rows: int = Field(
+        default=Limits.cached_batches, ge=1, description="Batches of rows cached for later requests."
+    )
     timeout: float = Field(default=300.0, ge=0.1, description="Seconds until a request times out.")
 
 
@@ -172,13 +190,13 @@ class Execution(Schema):
     )
     device: Annotated[str | None, _DEVICE] = None
     """Device of the engine: cpu, cuda or cuda:N; trt always uses a GPU (default: the run's, or cpu)."""
-    threads: int | None = Field(default=None, ge=1, description="CPU threads (default: all cores).")
+    threads: AllCores = None
     url: str | None = Field(default=None, description="Server for --engine remote, e.g. http://127.0.0.1:8000.")
 
 
 class TuneExecution(Execution):
     without: list[str] = Field(default=[], description=_WITHOUT + ", ".join(OPTIMIZATIONS))
-    workers: int | None = Field(default=None, ge=1, description="Processes that share each population.")
+    workers: Count | None = Field(default=None, description="Processes that share each population.")
     ray: Ray = None
 
 
@@ -188,8 +206,8 @@ class RunExecution(Execution):
 
 
 class SweepExecution(Schema):
-    jobs: int | None = Field(default=None, ge=1)
+    jobs: Count | None = None
     """Trials at a time (default: 1; with --ray: one per node or GPU)."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Threads | None = None
     """CPU threads per trial (default: its share of the cores)."""
     ray: Ray = None

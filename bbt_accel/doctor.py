@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypedDict
 
-from bbt_accel.engine_specs import Backend, Kind, Precision, engine_names, engine_spec
+from bbt_accel.engine_specs import Backend, DeviceKind, Precision, engine_names, engine_spec
 from bbt_accel.errors import first_line
 from bbt_accel.machine import Machine, dependencies, describe_machine, installed, installed_versions
 
@@ -30,7 +30,7 @@ class Rule(NamedTuple):
     """A precision, the engines that are fast in it, and why: one of the features in `needs`, if any."""
 
     engines: tuple[str, ...]
-    device: Kind
+    device: DeviceKind
     precision: Precision
     reason: str
     needs: frozenset[str] = frozenset()
@@ -77,12 +77,12 @@ def engines(found: Versions, gpus: Collection[str]) -> dict[str, EngineState]:
     }
 
 
-def label(name: str, device: Kind) -> str:
+def label(name: str, device: DeviceKind) -> str:
     """The engine, and its device if it has several."""
     return f"{name} ({device})" if len(engine_spec(name).backends) > 1 else name
 
 
-def _state(backend: Backend, device: Kind, found: Versions, gpus: Collection[str]) -> EngineState:
+def _state(backend: Backend, device: DeviceKind, found: Versions, gpus: Collection[str]) -> EngineState:
     missing = [need for need in backend.packages if not any(found.get(one) for one in need.split("|"))]
     reasons = [f"{' and '.join(missing).replace('|', ' or ')} not installed"] if missing else []
     if device == "cuda" and not gpus:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 
 from bbt_accel.errors import EngineError, UsageError, check_known
 
-Kind = Literal["cpu", "cuda"]
+DeviceKind = Literal["cpu", "cuda"]
 """A kind of device, for which engines have backends."""
 
 
@@ -27,7 +27,7 @@ def check_device(device: str) -> str:
     return device
 
 
-def kind_of(device: str) -> Kind:
+def kind_of(device: str) -> DeviceKind:
     return "cpu" if device == "cpu" else "cuda"
 
 
@@ -64,15 +64,19 @@ class EngineSpec:
     backends: how it is loaded, by kind of device.
     reads: targets of the bundles that it loads (`onnx` is the bundle as exported).
     optimized: precisions that `optimize --target NAME` converts a bundle to, for this engine.
+    converter: `module:name` of the class that writes those bundles, of `bbt_accel.exporters.targets`.
     benched: precisions that `bench` measures by default.
+    remote: computes on a server: needs a `--url`, and neither takes a device nor threads.
     internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
     """
 
     name: str
-    backends: dict[Kind, Backend]
+    backends: dict[DeviceKind, Backend]
     reads: tuple[str, ...] = ("onnx",)
     optimized: tuple[Precision, ...] = ()
+    converter: str = "bbt_accel.exporters.targets:Target"
     benched: tuple[Precision, ...] = ()
+    remote: bool = False
     internal: bool = False
 
     @property
@@ -80,6 +84,19 @@ class EngineSpec:
         """Every precision that the engine runs in."""
         exported: tuple[Precision, ...] = ("fp32",) if "onnx" in self.reads else ()
         return tuple(dict.fromkeys((*exported, *self.optimized)))
+
+    def target(self, precision: str) -> str:
+        """Target of the bundle that the engine reads at a precision: `onnx`, its own, or another engine's.
+
+        Raises UsageError for a precision that it does not run in.
+        """
+        if precision == "fp32" and "onnx" in self.reads and "fp32" not in self.optimized:
+            return "onnx"
+        known = targets()
+        for name in self.reads:
+            if name in known and precision in known[name].optimized:
+                return name
+        raise UsageError(f"engine {self.name} runs in {', '.join(self.precisions)}, not in {precision}")
 
     def device(self, wanted: str) -> str:
         """Where the engine runs: an engine without a CPU backend needs no `--device cuda`.
@@ -92,7 +109,7 @@ class EngineSpec:
         return device
 
 
-def _pytorch(name: str) -> dict[Kind, Backend]:
+def _pytorch(name: str) -> dict[DeviceKind, Backend]:
     """The backends of a class that runs PyTorch."""
     backend = Backend(f"bbt_accel.engines.pytorch:{name}", ("torch", "transformers"), "export")
     return {"cpu": backend, "cuda": backend}
@@ -100,7 +117,12 @@ def _pytorch(name: str) -> dict[Kind, Backend]:
 
 ENGINES = (
     EngineSpec(
-        "torch", _pytorch("TorchEngine"), reads=("onnx", "torch"), optimized=("bf16", "fp16"), benched=("fp32", "bf16")
+        "torch",
+        _pytorch("TorchEngine"),
+        reads=("onnx", "torch"),
+        optimized=("bf16", "fp16"),
+        converter="bbt_accel.exporters.targets:TorchTarget",
+        benched=("fp32", "bf16"),
     ),
     EngineSpec(
         "ort",
@@ -110,6 +132,7 @@ ENGINES = (
         },
         reads=("onnx", "ort"),
         optimized=("fp32", "fp16", "int8", "int4"),
+        converter="bbt_accel.exporters.targets:OrtTarget",
         benched=("fp32", "int8"),
     ),
     EngineSpec(
@@ -117,6 +140,7 @@ ENGINES = (
         {"cpu": Backend("bbt_accel.engines.openvino:OpenVinoEngine", ("openvino",), "openvino")},
         reads=("onnx", "openvino"),
         optimized=("fp32", "bf16", "int8", "int4"),
+        converter="bbt_accel.exporters.targets:OpenVinoTarget",
         benched=("fp32", "bf16", "int8"),
     ),
     EngineSpec(
@@ -124,12 +148,14 @@ ENGINES = (
         {"cuda": Backend("bbt_accel.engines.trt:TrtEngine", ("tensorrt|tensorrt-rtx-cu13", "cuda-python"), "trt")},
         reads=("trt",),
         optimized=("fp32", "fp16", "bf16"),
+        converter="bbt_accel.exporters.targets:TrtTarget",
         benched=("fp16",),
     ),
     EngineSpec(
         "remote",
         {"cpu": Backend("bbt_accel.engines.remote:connect", ("tritonclient", "geventhttpclient"), "remote")},
         reads=("onnx", "torch", "ort", "openvino", "trt"),
+        remote=True,
     ),
     EngineSpec("eager", _pytorch("EagerEngine"), reads=("onnx", "torch"), internal=True),
     EngineSpec("eager-tf32", _pytorch("EagerTf32Engine"), reads=("onnx", "torch"), internal=True),
@@ -161,6 +187,14 @@ def engine_spec(name: str) -> EngineSpec:
     if name not in engine_specs():
         check_known("engine", name, engine_names())
     return engine_specs()[name]
+
+
+def local_engine(name: str, user: str) -> EngineSpec:
+    """Raises UsageError for an unknown name, and for an engine that needs a `--url`, which the command `user` lacks."""
+    spec = engine_spec(name)
+    if spec.remote:
+        raise UsageError(f"{user} has no --url for the engine {name}; use tune and evaluate")
+    return spec
 
 
 def targets() -> dict[str, EngineSpec]:

@@ -61,7 +61,7 @@ def remove_leftovers(folder: Path) -> None:
 def reserved(path: Path) -> Iterator[None]:
     """Keep every other process of bbt-accel from making or replacing the folder `path` while the block runs.
 
-    The lock is that of the file `.NAME.lock` beside the folder, which the operating system gives up with its process.
+    The lock is that of the file `.NAME.lock` beside the folder, which the operating system releases with its process.
     At the end it is removed, and so are the parents that were made for it if they are empty. Raises BbtError when
     another process has it, or it cannot be written; UsageError for a path without a name.
     """

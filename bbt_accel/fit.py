@@ -18,17 +18,16 @@ from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bun
 from bbt_accel.encoding import distinct_words
 from bbt_accel.errors import DataError, RunError, TaskError, UsageError
 from bbt_accel.inference import evaluate
+from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
 from bbt_accel.run import INFO, TASK, Run
-from bbt_accel.settings import ReadoutChoice, Settings
+from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
 from bbt_accel.tables import Table, no_column, plain, read_table
 from bbt_accel.tasks import Task
 from bbt_accel.tuning import tune
 
 TEMPLATES = {"masked": "{text} This is about {{mask}} .", "span": "text: {{prompt}} {text} This is about {{mask}}"}
 TEMPLATES |= {"causal": "{text} This is about"}
-K_SHOT = Settings.model_fields["k_shot"].default
-"""Of the search, where the rarest class has three times as many rows; else a third of them."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,11 @@ def fit_file(
     engine: str = "auto",
     precision: PrecisionChoice = "auto",
     readout: ReadoutChoice = "auto",
-    budget: int = 300,
+    budget: int = FIT_BUDGET,
     k_shot: int | None = None,
-    seed: int = 42,
+    seed: int = DEFAULTS.seed,
     method: Method = "bbt",
-    n_prompt_tokens: int = 20,
+    n_prompt_tokens: int = FIT_PROMPT_TOKENS,
     threads: int | None = None,
     overwrite: bool = False,
     announce: Callable[[FitPlan], object] = lambda _: None,
@@ -114,11 +113,13 @@ def fit_file(
     file, columns = Path(file), [text] if isinstance(text, str) else list(text)
     table = read_table(file)
     counts = check_table(table, file, columns, label)
-    k = k_shot or max(1, min(K_SHOT, min(counts.values()) // 3))
+    k = k_shot or default_k_shot(min(counts.values()))
     chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
     if min(counts.values()) < 2 * k:
         raise DataError(f"class {min(counts, key=lambda c: counts[c])!r} has fewer than {2 * k} rows; lower --k-shot")
-    choice = choose(engine, precision)
+    settings, choice = resolve(chosen), choose(engine, precision)
+    if method == "bbt":  # for bbtv2 the layers must be known
+        settings.generations(method, 1)
     with progress_bar(f"preparing {backbone}", progress) as tell:
         bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell)
     task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words)
@@ -131,6 +132,14 @@ def fit_file(
     )  # fmt: skip
     tested = run.info.status == "done" and sum(counts.values()) > 2 * k * len(counts)
     return Fitted(plan, run, evaluate(run.path, threads=threads) if tested else None)
+
+
+def default_k_shot(fewest: int, parts: int = 3) -> int:
+    """Examples per class to search with, and as many to choose by: the setting's default where the rows suffice.
+
+    fewest: rows of the rarest class. parts: 3 keeps a third of them to test on; 2 keeps none.
+    """
+    return max(1, min(DEFAULTS.k_shot, fewest // parts))
 
 
 def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> dict[str, int]:
@@ -207,12 +216,14 @@ def commands(
     method = [] if info.method == "bbt" else ["--method", info.method]
     cpu = [] if threads is None else ["--threads", str(threads)]
     steps = [["export", backbone, "-o", exported, *method, "--n-prompt-tokens", str(info.n_prompt_tokens)]]
-    if choice.optimized:
+    if choice.target != "onnx":
         flag = [] if choice.precision == "fp32" else [f"--{choice.precision}"]
-        steps.append(["optimize", exported, "-o", made, "--target", choice.engine, *flag])
+        steps.append(["optimize", exported, "-o", made, "--target", choice.target, *flag])
     place = ["--engine", choice.engine, *([] if choice.device == "cpu" else ["--device", choice.device]), *cpu]
     chosen = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "hold_out"]
     data = ["--task", f"{output / TASK}", "--data", str(file), "--hold-out"]
     again = f"{output}-again"
-    steps.append(["tune", "--bundle", made if choice.optimized else exported, *data, *place, *chosen, "-o", again])
+    steps.append(
+        ["tune", "--bundle", exported if choice.target == "onnx" else made, *data, *place, *chosen, "-o", again]
+    )
     return [*steps, ["evaluate", again, *cpu]]

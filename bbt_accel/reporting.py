@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -69,6 +70,18 @@ def digits(value: float | None) -> str:
 def percent(value: float | None, decimals: int = 2) -> str:
     """A share in percent, without the sign; a dash for None."""
     return "–" if value is None else f"{100 * value:.{decimals}f}"
+
+
+def mean_and_std(values: Sequence[float], decimals: int = 2, form: str = "{} ({})") -> str:
+    """The mean of shares in percent, and the standard deviation of several; a dash for none."""
+    if len(values) < 2:
+        return percent(values[0] if values else None, decimals)
+    return form.format(percent(fmean(values), decimals), percent(stdev(values), decimals))
+
+
+def with_metric(task: str, metric: str, separator: str = " ") -> str:
+    """A task, and its metric unless that is the accuracy."""
+    return task if metric == "accuracy" else f"{task}{separator}({METRICS[metric]})"
 
 
 def plain(value: object) -> str:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from bbt_accel.bundle import Method, first_problem
 from bbt_accel.errors import UsageError, check_known
+from bbt_accel.option_types import Budget, Demonstrations, KShot, Seed
 
 Loss = Literal["ce", "hinge", "perf"]
 ReadoutName = Literal["verbalizer", "calibrated", "found", "prototype", "words", "state", "mean", "states", "ensemble"]
@@ -23,18 +24,18 @@ Metric = Literal["accuracy", "f1"]
 class Settings(BaseModel, frozen=True, extra="forbid"):
     """Everything that determines a search, besides the bundle, the task and its rows."""
 
-    k_shot: int = Field(default=16, gt=0, description="Examples per class in the train set, and again in the dev set.")
-    intrinsic_dim: int = Field(default=500, gt=1, description="Dimension d of the search space.")
+    k_shot: KShot = 16
+    intrinsic_dim: int = Field(default=500, ge=2, description="Dimension d of the search space.")
     # With fewer than 4, pycma does not update the step size.
     popsize: int = Field(default=20, ge=4, description="Candidates per generation, P.")
-    budget: int = Field(default=8000, gt=0, description="API calls of the search, one per candidate on the train set.")
+    budget: Budget = 8000
     sigma: FiniteFloat = Field(default=1.0, gt=0, description="Initial step size of CMA-ES.")
     alpha: FiniteFloat = Field(default=1.0, gt=0, description="Scale of the random projection.")
     bound: FiniteFloat = Field(default=0.0, ge=0, description="Half width of the box that z is kept in; 0 for none.")
     loss: Loss = Field(default="ce", description="What is minimized.")
-    eval_every: int = Field(default=100, gt=0, description="API calls between two evaluations on the dev set.")
-    seed: int = Field(default=42, ge=0, lt=2**32, description="Of the few-shot rows, the projection and the search.")
-    demonstrations: int = Field(default=0, ge=0, description="Labelled train rows in front of each row (decoders).")
+    eval_every: int = Field(default=100, ge=1, description="API calls between two evaluations on the dev set.")
+    seed: Seed = 42
+    demonstrations: Demonstrations = 0
     readout: ReadoutChoice = Field(default="auto", description=f"How classes are read: auto, {', '.join(READOUTS)}.")
     hold_out: bool = Field(default=False, description="Test rows are the train rows that the search does not use.")
     random_proj: Literal["normal", "uniform"] = Field(default="normal", description="The projection's distribution.")
@@ -60,6 +61,9 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     def fitted(self) -> bool:
         """Whether the readout is fitted on labelled rows."""
         return self.readout != "verbalizer"
+
+
+DEFAULTS = Settings()
 
 
 def resolve(*layers: Mapping[str, object]) -> Settings:

@@ -94,20 +94,23 @@ class Benchmark:
     def prepare(self) -> None:
         """Export, plan, and write the timed and the compared rows. Raises whatever would make every row fail."""
         options, task = self.options, self.task
+        settings = resolve(task.preset(options.method), self.settings(SEED) if options.tune else {})
+        if options.tune:
+            steps.timed_rows(task, options.data, options.k_shot)
+            if options.method == "bbt":  # for bbtv2 the layers must be known
+                settings.generations(options.method, 1)
         self.tell(f"exporting {options.backbone}")
         timed = steps.timed_rows(task, options.data, options.k_shot, options.rows)
         tested = steps.compared_rows(task, options.data, options.test_rows)
         exported = Bundle.read(self.bundles.exported())
         if options.tune:
-            steps.timed_rows(task, options.data, options.k_shot)
-            settings = resolve(task.preset(options.method), self.settings(SEED))
             settings.generations(options.method, exported.info.n_layers)
         self.rows, self.notes = plan_measurements(options, exported.info)
         self.tell.expect(4 + 2 * len(self.rows) + (1 + options.seeds) * sum(map(self.tunes, self.rows)))
         shown: list[Row] = []
-        if exported.info.causal and (count := resolve(task.preset(options.method)).demonstrations):
+        if exported.info.causal and settings.demonstrations:
             few = steps.timed_rows(task, options.data, options.k_shot)
-            shown = choose_demonstrations(few, task.n_classes, count, SEED)[0]
+            shown = choose_demonstrations(few, task.n_classes, settings.demonstrations, SEED)[0]
         encoder = Encoder(exported, task, shown)
         self.classes = encoder.classes
         self.timed, self.tested = encoder.encode(timed), encoder.encode(tested)
@@ -224,11 +227,11 @@ def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Mea
         notes.append(f"no bf16 baselines: this processor has neither AVX512_BF16 nor AMX{wish}")
     if not compiles:
         notes.append(f"no torch.compile: there is no C++ compiler ({', '.join(COMPILERS)})")
-    lower = [*(["fp16"] if gpu else []), *(["bf16"] if bf16 else [])]
+    half = [*(["fp16"] if gpu else []), *(["bf16"] if bf16 else [])]
     baselines = [
         Measurement(engine=name, precision=precision, baseline=True)
         for name in BASELINES
-        for precision in ("fp32", *(lower if name != "eager-tf32" else []))
+        for precision in ("fp32", *(half if name != "eager-tf32" else []))
         if (compiles or name != "compiled") and (gpu or name != "eager-tf32")
     ]
     return [*baselines, *_engine_rows(options, info, bf16)], notes

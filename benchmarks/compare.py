@@ -17,7 +17,7 @@ from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_conte
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, load_few_shot
 from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engine_specs import engine_spec, local_engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError
 from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_folder, write_atomically
@@ -55,7 +55,7 @@ def run_compare(
     folder = Path(output).absolute()
     for contender in (*options.contenders, options.reference):
         parse_contender(contender)
-    engine_spec(options.engine)
+    local_engine(options.engine, "compare").target(options.precision)
     named = {load_task(task).name: task for task in tasks}
     with reserved(folder):
         with closing(_pool(options, ray)) as pool:
@@ -165,15 +165,15 @@ def contend(
     threads: int,
 ) -> list[dict[str, Any]]:
     """One contender on one task and seed: its scores at every budget, as JSON. work: folder of its runs."""
-    trial = Trial(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
+    contest = Contest(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
     if contender == "readouts":
-        scores = trial.readouts()
+        scores = contest.readouts()
     else:
-        scores = trial.reference(contender) if contender in REFERENCES else trial.search(contender)
+        scores = contest.reference(contender) if contender in REFERENCES else contest.search(contender)
     return [score.model_dump(mode="json") for score in scores]
 
 
-class Trial:
+class Contest:
     """The rows of a task and a seed, and how each contender is scored on them."""
 
     def __init__(

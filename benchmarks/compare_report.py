@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 from pydantic import Field
 
 from bbt_accel.reporting import (
-    METRICS,
     PALETTE,
     PLOT,
     Schema,
@@ -18,8 +17,10 @@ from bbt_accel.reporting import (
     figure,
     markdown_list,
     markdown_table,
+    mean_and_std,
     percent,
     tidy,
+    with_metric,
 )
 from bbt_accel.settings import Metric
 from bbt_accel.web_page import hover
@@ -113,7 +114,7 @@ def markdown(report: CompareReport) -> str:
 def summary(report: CompareReport) -> str:
     """Scores by contender and task, their cost, and the legend."""
     tasks = list(dict.fromkeys((score.task, score.metric) for score in report.scores))
-    header = ["contender", *(task if m == "accuracy" else f"{task} ({METRICS[m]})" for task, m in tasks)]
+    header = ["contender", *(with_metric(task, metric) for task, metric in tasks)]
     header += ["mean", "calls", "seconds", "MiB"]
     lines = []
     for own in by_label(report.scores).values():
@@ -122,7 +123,7 @@ def summary(report: CompareReport) -> str:
         peaks = [s.peak_mib for s in own if s.peak_mib is not None]
         cost = [digits(fmean(s.calls for s in own)), digits(fmean(s.seconds for s in own))]
         cost.append(digits(max(peaks)) if peaks else "–")
-        lines.append([own[0].label, *map(_cell, cells), percent(mean, 1), *cost])
+        lines.append([own[0].label, *(mean_and_std(cell, 1, "{} ± {}") for cell in cells), percent(mean, 1), *cost])
     seeds = len({score.seed for score in report.scores})
     legend = f"Percent on the test rows, mean over {seeds} seeds ± standard deviation. Calls, seconds: mean per search."
     return f"{markdown_table(header, lines)}\n\n{legend}"
@@ -145,12 +146,6 @@ def by_label(scores: Sequence[Score]) -> dict[str, list[Score]]:
     for score in scores:
         found.setdefault(score.label, []).append(score)
     return found
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    return percent(fmean(values), 1) + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def draw(file: Path, report: CompareReport) -> None:

@@ -28,7 +28,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from bbt_accel import processes
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.benchmarks.script import Report, Timed, run_script
+from bbt_accel.benchmarks.script import Report, Timed, numbers, run_script
 from bbt_accel.benchmarks.steps import SEED, random_prompts, timed_rows
 from bbt_accel.bundle import Bundle
 from bbt_accel.encoding import Encoder
@@ -223,7 +223,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", default="demo", help="task of the rows that are sent, for a bundle (default: demo)")
     parser.add_argument("--engine", default="ort")
     parser.add_argument("--threads", type=int, help="CPU threads of the server's engine")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
+    parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8], help="(default: 1,2,4,8)")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds per row of the report (default: 5)")
     parser.add_argument("--rows", type=int, default=16, help="rows of a population request (default: 16)")
     parser.add_argument("--popsize", type=int, default=10, help="candidates of a population request (default: 10)")

@@ -5,18 +5,28 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Method, PromptMode
 from bbt_accel.engine_specs import Device, Precision
 from bbt_accel.errors import UsageError, check_known
+from bbt_accel.option_types import (
+    BACKBONE,
+    FIT_PROMPT_TOKENS,
+    METHOD,
+    PROMPT_MODE,
+    Budget,
+    Count,
+    KShot,
+    PromptTokens,
+    Threads,
+)
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import READOUTS, resolve
+from bbt_accel.settings import DEFAULTS, READOUTS, resolve
 from bbt_accel.sweeps.grid import Seeds
 
-Count = Annotated[int, Field(ge=1)]
 Options = TypeVar("Options", bound=BaseModel)
 
 
@@ -24,22 +34,22 @@ class BenchOptions(BaseModel):
     """The options of `run_bench`; None leaves the choice to the task or the machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    backbone: str = Field(description="Hub id, local folder, or demo (shipped).")
+    backbone: str = Field(description=BACKBONE)
     task: str = Field(description="Built-in task, or path of a task.toml.")
     data: Path | None = Field(default=None, description="Folder with {train,validation,test}.{jsonl,csv,parquet}.")
-    method: Method = Field(default="bbt", description="One prompt (bbt), or one in every layer (bbtv2).")
-    prompt_mode: PromptMode = Field(default="add", description="Add the prompt to the first tokens, or concatenate it.")
-    n_prompt_tokens: Count = Field(default=50, description="Soft prompt vectors.")
+    method: Method = Field(default="bbt", description=METHOD)
+    prompt_mode: PromptMode = Field(default="add", description=PROMPT_MODE)
+    n_prompt_tokens: PromptTokens = 50
     rows: Count | None = Field(default=None, description="Rows of the timed batch, instead of --k-shot per class.")
-    k_shot: Count = Field(default=16, description="Examples per class, in the timed batch and for tuning.")
+    k_shot: KShot = Field(default=DEFAULTS.k_shot, description="Examples per class, in the timed batch and for tuning.")
     test_rows: Count = Field(default=512, description="Maximum of test rows to compare logits and predictions on.")
-    popsize: int = Field(default=20, ge=2, description="Candidates per call.")
+    popsize: int = Field(default=DEFAULTS.popsize, ge=2, description="Candidates per call.")
     repeats: Count = Field(default=5, description="Timed calls per row of the report, after one warm-up call.")
     tune: bool = Field(default=False, description="Also search for soft prompts with every engine, and compare scores.")
     seeds: Count = Field(default=3, description="Searches per engine, with --tune.")
-    budget: Count | None = Field(default=None, description="API calls of a search, with --tune (default: the task's).")
+    budget: Budget | None = Field(default=None, description="API calls of a search, with --tune (default: the task's).")
     device: Device = Field(default="cpu", description="Where all engines and baselines run.")
-    threads: Count | None = Field(default=None, description="CPU threads of an engine (default: the physical cores).")
+    threads: Threads | None = Field(default=None, description="CPU threads of an engine (default: the physical cores).")
     engines: list[str] = Field(default=[], description="Engines to measure (default: all with benched precisions).")
     precisions: list[str] = Field(default=[], description="Precisions to measure (default: those of each engine).")
     without: list[str] = Field(default=[], description="Optimizations to switch off in engines, not in baselines.")
@@ -81,7 +91,7 @@ def parse_contender(text: str) -> tuple[str, dict[str, str]]:
 class CompareOptions(Schema):
     """The options of `run_compare`."""
 
-    backbone: str = Field(default="demo", description="Hub id, local folder, or demo (shipped).")
+    backbone: str = Field(default="demo", description=BACKBONE)
     data: Path | None = None
     """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
     contenders: list[str] = Field(
@@ -89,15 +99,17 @@ class CompareOptions(Schema):
         description=f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, as in auto:alpha=2.",
     )
     reference: str = Field(default="auto", description="Contender that the others are compared with, pair by pair.")
-    budgets: list[Count] = Field(default=[64, 300, 1000], description="API calls of the searches.")
+    budgets: list[Budget] = Field(default=[64, 300, 1000], description="API calls of the searches.")
     seeds: Seeds = Field(default=[42, 43, 44], description="Of the rows, and of everything drawn at random.")
-    k_shot: int = Field(default=16, ge=1, description="Examples per class to train on, and as many to choose by.")
-    n_prompt_tokens: int = Field(default=20, ge=1, description="Soft prompt vectors.")
-    test_rows: int = Field(default=800, ge=1, description="Maximum of test rows.")
+    k_shot: KShot = Field(
+        default=DEFAULTS.k_shot, description="Examples per class to train on, and as many to choose by."
+    )
+    n_prompt_tokens: PromptTokens = FIT_PROMPT_TOKENS
+    test_rows: Count = Field(default=800, description="Maximum of test rows.")
     engine: str = Field(default="ort", description="Engine of the readouts and the searches.")
     precision: Precision = Field(default="fp32", description="Its precision.")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads per trial (default: its share).")
-    jobs: int | None = Field(default=None, ge=1, description="Trials at a time (default: 1).")
+    threads: Threads | None = Field(default=None, description="CPU threads per trial (default: its share).")
+    jobs: Count | None = Field(default=None, description="Trials at a time (default: 1).")
 
     def command_line(self, tasks: Sequence[str], output: Path) -> str:
         """The command that repeats the comparison."""

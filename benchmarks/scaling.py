@@ -18,6 +18,7 @@ from pydantic import Field
 from bbt_accel.benchmarks.script import Report, Timed, run_script
 from bbt_accel.benchmarks.steps import SEED
 from bbt_accel.bundle import Bundle
+from bbt_accel.command import comma_separated
 from bbt_accel.progress import StepProgress
 from bbt_accel.tuning import tune
 
@@ -90,7 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--task", default="demo")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--engines", nargs="+", default=["dummy", "ort"])
+    parser.add_argument("--engines", type=comma_separated, default=["dummy", "ort"])
     parser.add_argument("--workers", type=int, default=2, help="the largest number of workers")
     parser.add_argument("--popsize", type=int, default=20, help="candidates per generation")
     parser.add_argument("--k-shot", type=int, default=16, help="examples per class")

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from bbt_accel.command import exit_on_error, print_markdown
+from bbt_accel.command import comma_separated, exit_on_error, print_markdown
 from bbt_accel.errors import BbtError, MissingDependency
 from bbt_accel.files import new_folder
 from bbt_accel.machine import describe_machine, installed_versions
@@ -136,6 +136,11 @@ def run_script(
         report = record(given.output, partial(measure, given))
         print_markdown(report.markdown())
     return report
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated option of integers."""
+    return list(map(int, comma_separated(text)))
 
 
 def page(*parts: str) -> str:

@@ -104,14 +104,6 @@ def search(engine: LoadArguments, run: str, **arguments: Any) -> dict[str, Any]:
     return {"seconds": done.info.seconds, "calls": done.info.calls}
 
 
-def conversion(spec: EngineSpec, precision: str) -> dict[str, str] | None:
-    """Target and precision of the bundle that an engine reads; None for the bundle as exported."""
-    if precision == "fp32" and "onnx" in spec.reads and "fp32" not in spec.optimized:
-        return None
-    target = spec.name if spec.optimized else next(name for name in spec.reads if name != "onnx")
-    return {"target": target, "precision": precision}
-
-
 class Bundles:
     """The bundles of a backbone in the folder `work`, each made when it is first needed.
 
@@ -127,9 +119,10 @@ class Bundles:
 
     def bundle(self, spec: EngineSpec, precision: str, without: Sequence[str] = ()) -> Path:
         """The bundle that an engine reads at a precision. Raises BbtError."""
-        off, wanted = in_graph(without), conversion(spec, precision)
-        if wanted is None:
+        off, target = in_graph(without), spec.target(precision)
+        if target == "onnx":
             return self.exported(off)
+        wanted = {"target": target, "precision": precision}
         return self._make([*wanted.values(), *off], optimize, source=self.exported(off), **wanted, **self.optimizing)
 
     def _make(self, words: Sequence[str], step: Callable[..., None], **arguments: Any) -> Path:

@@ -11,9 +11,7 @@ from bbt_accel.engine_specs import engine_spec, kind_of
 from bbt_accel.engines.base import Engine
 from bbt_accel.errors import EngineError, MissingDependency, UsageError, missing_module
 from bbt_accel.optimizations import check_optimizations
-
-MAX_THREADS = 1024
-"""More than that, and runtimes fail while they start them."""
+from bbt_accel.option_types import check_threads
 
 
 def load_engine(
@@ -32,15 +30,14 @@ def load_engine(
     Raises UsageError for an unknown name, MissingDependency when the engine's library is not installed, EngineError
     when the device is not available or the bundle was optimized for another engine.
     """
-    spec, remote = engine_spec(name), name == "remote"
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"--threads must lie in 1..{MAX_THREADS}, not {threads}")
-    if url is not None and not remote:
+    spec = engine_spec(name)
+    check_threads(threads)
+    if url is not None and not spec.remote:
         raise UsageError(f"--url is for --engine remote, not {name}")
-    if remote and url is None:
-        raise UsageError("--engine remote needs --url, e.g. --url http://127.0.0.1:8000")
-    if remote and (device != "cpu" or threads is not None):
-        raise UsageError("--device and --threads are set on the server; omit them with --engine remote")
+    if spec.remote and url is None:
+        raise UsageError(f"--engine {name} needs --url, e.g. --url http://127.0.0.1:8000")
+    if spec.remote and (device != "cpu" or threads is not None):
+        raise UsageError(f"--device and --threads are set on the server; omit them with --engine {name}")
     place = spec.device(device)
     backend = spec.backends[kind_of(place)]
     opened = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
@@ -56,5 +53,5 @@ def load_engine(
         raise MissingDependency(f"engine {name} needs {error.name}: {hint}") from None
     except ImportError as error:  # it is there, e.g. without the memory that it needs
         raise EngineError(f"engine {name}: {missing_module(error)}; see bbt-accel doctor") from None
-    options = {"url": url} if remote else {"device": place, "threads": threads}
+    options = {"url": url} if spec.remote else {"device": place, "threads": threads}
     return make(opened, without=check_optimizations(without), **options)

@@ -78,7 +78,7 @@ def lengths(batch: Batch) -> Int64:
     return np.asarray(batch.attention_mask.sum(axis=1))
 
 
-def random_prompts(bundle: Bundle, seed: int = 0) -> Float32:
+def calibration_prompts(bundle: Bundle, seed: int = 0) -> Float32:
     """(4, n, H) or (4, L, n, H): random prompts of the scales that a search goes through, zero first."""
     rng, std = np.random.default_rng(seed), bundle.info.word_embedding_std
     return np.array([scale * std * rng.standard_normal(bundle.info.prompt_shape) for scale in SCALES], np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,29 +20,26 @@ from bbt_accel.errors import ExportError, first_line
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.families import DTYPES
 
+Fused = tuple[ir.Model, dict[str, int]]
+"""A graph, and how many operators of each kind were fused."""
 
-def fuse(model: ir.Model, target: str) -> tuple[ir.Model, dict[str, int]]:
-    """Fuse operators for ONNX Runtime, by onnxscript: attention, skip connections with norms, bias with GELU.
 
-    Returns the graph, and how many of each kind were fused. Other runtimes fuse by themselves, and TensorRT has no ONNX
-    Runtime operators.
-    """
-    if target != "ort":
-        return model, {}
+def fuse_for_ort(model: ir.Model) -> Fused:
+    """Fuse operators for ONNX Runtime, by onnxscript: attention, skip connections with norms, bias with GELU."""
     with graph.quick_rules():
         model, found = optimize_for_ort(model, clear_metadata=True)
     return model, {name: count for name, count in found.items() if count}
 
 
 @contextmanager
-def graph_on_disk(file: Path, target: str, folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+def graph_on_disk(file: Path, fuse: Callable[[ir.Model], Fused], folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
     """A stage in fp32, fused, in a temporary file of `folder`, its weights in another beside it.
 
     None of them is in memory. And how many operators of each kind were fused.
     """
     model = ir.load(file)
     transpose_weights(model)
-    model, counts = fuse(model, target)
+    model, counts = fuse(model)
     place = folder / f"{file.stem}.fp32.onnx"
     try:
         ir.save(model, place, external_data=f"{place.name}.data", size_threshold_bytes=graph.SMALL)

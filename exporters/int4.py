@@ -27,17 +27,18 @@ ACCURACY_LEVEL = 4
 """Of MatMulNBits: matmuls of 8-bit activations, the fastest on a CPU."""
 
 
-def to_int4(model: onnx.ModelProto, target: str, folder: Path) -> list[str]:
+def to_int4(model: onnx.ModelProto, nbits: bool, folder: Path) -> list[str]:
     """Quantize, in place, the constant weights of matmuls; returns the names of those matmuls.
 
-    folder: of the file with the weights that are not inside the graph.
+    nbits: as ONNX Runtime's MatMulNBits, not as DequantizeLinear. folder: of the file with the weights that are
+        not inside the graph.
     A Gemm becomes a MatMul and, with a bias, an Add: that is what runtimes fuse.
     """
     graph = model.graph
     name_nodes(graph)
     weights = {t.name: t for t in graph.initializer}
     chosen = {node.name for node in quantizable_matmuls(graph) if block_size(input_channels(graph, node))}
-    rewrite = matmul_nbits if target == "ort" else dequantized_matmul
+    rewrite = matmul_nbits if nbits else dequantized_matmul
     nodes: list[onnx.NodeProto] = []
     done: dict[str, tuple[int, int]] = {}
     for node in graph.node:
@@ -49,7 +50,7 @@ def to_int4(model: onnx.ModelProto, target: str, folder: Path) -> list[str]:
             exact = numpy_helper.to_array(weights[node.input[1]], str(folder))
             exact = exact.T if is_transposed(node) else exact
             done[name] = exact.shape
-            add_weight(graph, exact, name, target)
+            add_weight(graph, exact, name, nbits)
         bias = node.input[2] if len(node.input) > 2 else None
         product = f"{node.name}_product" if bias else node.output[0]
         nodes += rewrite(node, name, product, *done[name])
@@ -57,19 +58,19 @@ def to_int4(model: onnx.ModelProto, target: str, folder: Path) -> list[str]:
             nodes.append(helper.make_node("Add", [product, bias], list(node.output), f"{node.name}_bias"))
     replace_nodes(graph, nodes)
     for opset in model.opset_import:
-        if target != "ort" and opset.domain in ("", "ai.onnx"):
+        if not nbits and opset.domain in ("", "ai.onnx"):
             opset.version = max(opset.version, OPSET)
     return sorted(chosen)
 
 
-def add_weight(graph: onnx.GraphProto, exact: NDArray[np.float32], name: str, target: str) -> None:
+def add_weight(graph: onnx.GraphProto, exact: NDArray[np.float32], name: str, nbits: bool) -> None:
     """Add a weight (K, M) as symmetric 4-bit integers with a scale for each block of its K rows.
 
     MatMulNBits wants two values in a byte, the first in the low half, and 8 for zero: (M, K / block, block / 2).
     """
     block = block_size(len(exact))
     values, scale = quantize_blocks(exact, block)
-    if target == "ort":
+    if nbits:
         offset = (values + 8).astype(np.uint8).T.reshape(exact.shape[1], -1, block)
         stored, scale = offset[..., ::2] | offset[..., 1::2] << 4, np.ascontiguousarray(scale.T)
     else:

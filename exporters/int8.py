@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.exporters.calibration import ROWS_PER_CALL, Channels, channels
-from bbt_accel.exporters.convert import graph_on_disk
+from bbt_accel.exporters.convert import Fused, graph_on_disk
 from bbt_accel.exporters.graph import name_nodes, replace_nodes
 from bbt_accel.exporters.sessions import Feeds, RunStage, initial_feeds, onnx_stage, prompt_feeds, temporary_graph
 from bbt_accel.exporters.validate import relative_rmse
@@ -79,7 +80,13 @@ class CalibratedStage:
 
 
 def calibrate(
-    files: ExitStack, bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path, tell: Tell
+    files: ExitStack,
+    bundle: Bundle,
+    fuse: Callable[[ir.Model], Fused],
+    batch: Batch,
+    prompts: Float32,
+    folder: Path,
+    tell: Tell,
 ) -> list[CalibratedStage]:
     """Every stage of a bundle as calibrated on these rows and prompts.
 
@@ -91,7 +98,7 @@ def calibrate(
         tell(f"calibrating {stage}", done, len(bundle.info.stages))
         feeds = [feed | prompt_feeds(bundle.info, stage, prompts) for feed in feeds]
         source = bundle.path / f"{stage}.onnx"
-        file, fused = files.enter_context(graph_on_disk(source, target, folder))
+        file, fused = files.enter_context(graph_on_disk(source, fuse, folder))
         graph = onnx.load(str(file), load_external_data=False).graph
         name_nodes(graph)
         matmuls, shapes = quantizable_matmuls(graph), {t.name: tuple(t.dims) for t in graph.initializer}

@@ -6,32 +6,22 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
-from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import INITIAL_PROMPT, OPENVINO_WEIGHTS, Bundle, write_info
+from bbt_accel.batch import Float32
+from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
 from bbt_accel.engine_specs import Precision, targets
 from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, translated
 from bbt_accel.exporters import graph
-from bbt_accel.exporters.calibration import TaskRows, lengths, random_prompts, stage_feeds
-from bbt_accel.exporters.convert import (
-    convert_checkpoint,
-    fuse,
-    graph_on_disk,
-    transpose_in_matmuls,
-    transpose_weights,
-)
+from bbt_accel.exporters.calibration import TaskRows, calibration_prompts, lengths, stage_feeds
+from bbt_accel.exporters.convert import graph_on_disk
 from bbt_accel.exporters.device import write_device_graphs
-from bbt_accel.exporters.half import TYPES, emulate_bf16, to_half
+from bbt_accel.exporters.half import TYPES, to_half
 from bbt_accel.exporters.int4 import to_int4
 from bbt_accel.exporters.int8 import (
     CalibratedStage,
@@ -42,39 +32,19 @@ from bbt_accel.exporters.int8 import (
     make_switchable,
     to_int8,
 )
-from bbt_accel.exporters.openvino_ir import openvino_bf16, save_openvino
-from bbt_accel.exporters.sessions import limited_threads, run_stages, temporary_graph
-from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
-from bbt_accel.exporters.validate import fidelity, reference_logits, relative_rmse, scaled_error
+from bbt_accel.exporters.sessions import limited_threads
+from bbt_accel.exporters.targets import Converted, OptimizeJob, Report, Target
+from bbt_accel.exporters.validate import fidelity, relative_rmse, scaled_error
 from bbt_accel.files import new_folder
 from bbt_accel.machine import installed
+from bbt_accel.option_types import MAX_RMSE, check_threads
 from bbt_accel.progress import Tell, silent
 
-CALIBRATION_ROWS = 16  # rows, times the prompts of `random_prompts`, that activation ranges are read from
-MAX_RMSE = 0.05  # relative logit RMSE of int8 above which matmuls are kept in fp32
+CALIBRATION_ROWS = 16  # rows, times the prompts of `calibration_prompts`, that activation ranges are read from
 LEAK = 0.05
 """Largest change of a row's logits when padding is added, relative to the largest logit; more means a lost mask."""
 TOOLS = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx_cu13", "torch")
 """Distributions whose versions the bundle records."""
-Report = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is converted, for which target, and the rows and prompts (4, …) that it is calibrated and measured on."""
-
-    bundle: Bundle
-    target: str
-    precision: Precision
-    batch: Batch
-    prompts: Float32
-    max_rmse: float
-    tell: Tell
-
-    @cached_property
-    def reference(self) -> Float32:
-        """The source's label logits of these rows and prompts, (P, N, C)."""
-        return run_stages(self.bundle, self.batch, self.prompts)
 
 
 def optimize_bundle(
@@ -102,28 +72,28 @@ def optimize_bundle(
     """
     source, output = Path(source), Path(output)
     check(source, output, precision, target, max_rmse)
+    check_threads(threads)
     if data is not None and calibrate is None:
         raise UsageError("--data is the folder of the rows of --calibrate TASK; give both")
-    capabilities = check_capabilities(compute_capability, target)
+    spec = targets()[target]
+    converter: Target = resolve_name(spec.converter)(spec)
+    converter.prepare(compute_capability)
     bundle = Bundle.read(source)
     if bundle.info.target != "onnx":
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
     rows = TaskRows(bundle, calibrate, data)
-    job = Job(bundle, target, precision, rows.calibration(), random_prompts(bundle), max_rmse, progress)
+    job = OptimizeJob(bundle, converter, precision, rows.calibration(), calibration_prompts(bundle), max_rmse, progress)
     refused = translated(BundleError, f"{source} cannot be optimized")
     with new_folder(output) as folder, limited_threads(threads), refused:
         if (bundle.path / INITIAL_PROMPT).exists():
             shutil.copyfile(bundle.path / INITIAL_PROMPT, folder / INITIAL_PROMPT)
-        report, logits = CONVERTERS[target](job, folder)
+        report, logits = converter.convert(job, folder) or to_graphs(job, folder)
         versions = {name: version for name in TOOLS if (version := installed(name))}
         changes = {"precision": precision, "target": target, "source": bundle.digest}
         info = bundle.info.model_copy(update=changes | {"versions": bundle.info.versions | versions})
         made = Bundle(folder, write_info(folder, info))
         report |= measure(job, made, logits)
-        if target == "trt":
-            report["profile"] = shape_profile(info, rows.train, rows.longest(), rows.settings).model_dump()
-            made = Bundle(folder, write_info(folder, info.model_copy(update={"optimization": report})))
-            report |= build_plans(made, capabilities, progress)
+        report |= converter.finish(made, rows, progress)
         report |= {"calibrated_on": rows.source, "bytes_before": bundle.size, "bytes": made.size}
         write_info(folder, info.model_copy(update={"optimization": report}))
     return Bundle.read(output, verify=False)
@@ -137,9 +107,6 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
         raise UsageError(f"{output} exists already; choose another -o or remove it")
     known = targets()
     check_known("target", target, known)
-    if target not in CONVERTERS:
-        why = f"--target {target} is an engine of another package, for which optimize has no converter"
-        raise UsageError(f"{why}; optimize for a built-in target, or use the exported bundle")
     if precision not in known[target].optimized:
         raise UsageError(f"--target {target} supports {', '.join(known[target].optimized)}, not {precision}")
     if not max_rmse >= 0:
@@ -148,54 +115,31 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
 
 # Convert: what was done, and the new bundle's label logits where they are known ------------------------------------
 
-Converted = tuple[Report, Float32 | None]
 
-
-def to_checkpoint(job: Job, folder: Path) -> Converted:
-    """PyTorch's weights in the target precision, without graphs."""
-    shutil.copyfile(job.bundle.path / "tokenizer.json", folder / "tokenizer.json")
-    convert_checkpoint(job.bundle.path, folder, job.precision)
-    return {}, None
-
-
-def to_graphs(job: Job, folder: Path) -> Converted:
+def to_graphs(job: OptimizeJob, folder: Path) -> Converted:
     """Every stage in the target's format and precision; the report is summed over the stages."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(job.bundle.path / name, folder / name)
-    if job.target != "openvino":  # runs on the CPU
+    if "cuda" in job.target.spec.backends:
         write_device_graphs(folder, job.bundle.info)
     if job.precision == "int8":
         return to_int8_graphs(job, folder)
-    hinted = (job.target, job.precision) == ("openvino", "bf16")  # OpenVINO rounds when it compiles the fp32 graphs
-    if hinted or job.precision == "fp32":
-        return to_fp32_graphs(job, folder) | ({"bf16": openvino_bf16()} if hinted else {}), None
+    if job.precision in job.target.fp32_graphs:
+        return to_fp32_graphs(job, folder), None
     return to_low_precision_graphs(job, folder), None
 
 
-def to_fp32_graphs(job: Job, folder: Path) -> Report:
-    """Every stage in fp32, fused for ONNX Runtime, whose graphs refer to the checkpoint's own tensors."""
+def to_fp32_graphs(job: OptimizeJob, folder: Path) -> Report:
+    """Every stage in fp32."""
     others = new_weights(job, folder)
-    if job.target == "ort":  # a copy: runtimes refuse external data with several hard links
-        shutil.copyfile(job.bundle.path / graph.CHECKPOINT, folder / graph.CHECKPOINT)
     operators: Counter[str] = Counter()
     for done, stage in enumerate(job.bundle.info.stages):
         job.tell(f"converting {stage}", done, len(job.bundle.info.stages))
-        file = job.bundle.path / f"{stage}.onnx"
-        if job.target == "openvino":
-            operators.update(save_openvino(file, folder, stage, others))
-            continue
-        model = ir.load(file)
-        originals = transpose_weights(model)
-        model, fused = fuse(model, job.target)
-        if job.target == "ort":
-            transpose_in_matmuls(model, originals)
-        graph.save_stage(model, folder, stage, None, others)
-        operators.update(fused)
-        operators.update(tensorrt_operators(job, model.graph))
-    return {"fused" if job.target == "ort" else "operators": dict(operators)}
+        operators.update(job.target.write_fp32(job.bundle.path / f"{stage}.onnx", folder, stage, others))
+    return {job.target.counts: dict(operators)}
 
 
-def to_low_precision_graphs(job: Job, folder: Path) -> Report:
+def to_low_precision_graphs(job: OptimizeJob, folder: Path) -> Report:
     """Every stage in fp16, bf16 or int4."""
     bundle, others = job.bundle, new_weights(job, folder)
     half = job.precision in TYPES
@@ -205,40 +149,34 @@ def to_low_precision_graphs(job: Job, folder: Path) -> Report:
     kept, quantized = list[str](), 0
     for done, (stage, feeds) in enumerate(stages):
         job.tell(f"converting {stage}", done, len(bundle.info.stages))
-        with graph_on_disk(bundle.path / f"{stage}.onnx", job.target, folder) as (file, fused):
+        with graph_on_disk(bundle.path / f"{stage}.onnx", job.target.fuse, folder) as (file, fused):
             model = onnx.load(str(file), load_external_data=False)
             if half:
                 kept += [f"{stage}: {name}" for name in to_half(model, feeds, folder, TYPES[job.precision])]
             else:
-                quantized += len(to_int4(model, job.target, folder))
+                quantized += len(to_int4(model, job.target.matmul_nbits, folder))
             operators.update(fused)
-            operators.update(tensorrt_operators(job, model.graph.node))
-            operators.update(write_stage(job, model, folder, stage, others))
-    report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)}
+            operators.update(job.target.write(model, folder, stage, others))
+    report: Report = {job.target.counts: dict(operators)}
     return report | ({"kept_fp32": kept} if half else {"quantized": quantized})
 
 
-def new_weights(job: Job, folder: Path) -> graph.NewWeights:
+def new_weights(job: OptimizeJob, folder: Path) -> graph.NewWeights:
     """The file of the weights that the checkpoint does not hold as the graphs take them."""
-    return graph.NewWeights(folder / (OPENVINO_WEIGHTS if job.target == "openvino" else "weights.data"))
+    return graph.NewWeights(folder / job.target.weights)
 
 
-def tensorrt_operators(job: Job, nodes: Iterable[Any]) -> Counter[str]:
-    """The count of the operators that matter for TensorRT, which does not say what it fused."""
-    return Counter(node.op_type for node in nodes if job.target == "trt" and node.op_type in OPERATORS)
-
-
-def to_int8_graphs(job: Job, folder: Path) -> tuple[Report, Float32]:
+def to_int8_graphs(job: OptimizeJob, folder: Path) -> tuple[Report, Float32]:
     """Every stage in int8; with the matmuls in fp32 that the limit on the logits' error asks for, if it does."""
-    made = Bundle(folder, job.bundle.info.model_copy(update={"precision": "int8", "target": job.target}))
+    made = Bundle(folder, job.bundle.info.model_copy(update={"precision": "int8", "target": job.target.name}))
     ranked, kept = list[tuple[Matmul, float]](), 0
     with ExitStack() as files:
         rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
-        stages = calibrate(files, job.bundle, job.target, rows, job.prompts, folder, job.tell)
+        stages = calibrate(files, job.bundle, job.target.fuse, rows, job.prompts, folder, job.tell)
         while True:
             fallback = {matmul for matmul, _ in ranked[:kept]}
             report = write_int8(job, stages, fallback, folder)
-            logits = run_stages(made, job.batch, job.prompts)
+            logits = job.target.label_logits(made, job.batch, job.prompts)
             found = relative_rmse(logits, job.reference)
             if not found > job.max_rmse:
                 break
@@ -251,16 +189,7 @@ def to_int8_graphs(job: Job, folder: Path) -> tuple[Report, Float32]:
     return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}, logits
 
 
-def write_stage(job: Job, model: onnx.ModelProto, folder: Path, stage: str, others: graph.NewWeights) -> dict[str, int]:
-    """Write a graph in the target's format; returns the count of each operator, where that is of interest."""
-    if job.target == "openvino":
-        with temporary_graph(model, folder) as file:
-            return save_openvino(file, folder, stage, others)
-    graph.save_stage(graph.from_proto(model, folder), folder, stage, None, others)
-    return {}
-
-
-def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
+def write_int8(job: OptimizeJob, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
     """Write every stage in int8 but for some matmuls. Returns what was done, summed over the stages."""
     others = new_weights(job, folder)
     others.file.unlink(missing_ok=True)
@@ -275,27 +204,22 @@ def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], f
         in_fp32 += sum(math.prod(stage.work[name]) for name in exact)
         in_all += sum(map(math.prod, stage.work.values()))
         operators.update(stage.fused)
-        operators.update(write_stage(job, model, folder, stage.name, others))
-    report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)}
+        operators.update(job.target.write(model, folder, stage.name, others))
+    report: Report = {job.target.counts: dict(operators)}
     return report | {"kept_fp32": kept, "quantized": quantized, "fp32_share": in_fp32 / max(1, in_all)}
-
-
-CONVERTERS = {"torch": to_checkpoint, "ort": to_graphs, "openvino": to_graphs, "trt": to_graphs}
 
 
 # Measure -----------------------------------------------------------------------------------------------------
 
 
-def measure(job: Job, made: Bundle, logits: Float32 | None) -> Report:
+def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
     """Fidelity to the source's logits on the job's rows, and the effect of more padding.
 
     logits: of the new bundle, where they are known already.
     Raises ExportError for logits that are not finite, and when padding changes them by more than `LEAK`.
     """
     with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path) as folder:
-        if (job.target, job.precision) == ("trt", "bf16"):
-            made = emulate_bf16(made, Path(folder))
-        label_logits = reference_logits if job.target == "torch" else run_stages
+        made, label_logits = job.target.emulated(made, Path(folder)), job.target.label_logits
         logits = label_logits(made, job.batch, job.prompts) if logits is None else logits
         if not np.isfinite(logits).all():
             raise ExportError(f"the {job.precision} bundle has NaN or infinite logits on real rows")

@@ -13,7 +13,7 @@ from bbt_accel.batch import Batch
 from bbt_accel.bundle import PLANS, Bundle, BundleInfo
 from bbt_accel.cuda import Cuda
 from bbt_accel.encoding import FEATURE_WORDS
-from bbt_accel.errors import EngineError, UsageError
+from bbt_accel.errors import EngineError
 from bbt_accel.exporters.calibration import lengths
 from bbt_accel.exporters.plan_building import each_plan
 from bbt_accel.exporters.plans import Record, ShapeProfile, keys
@@ -30,18 +30,15 @@ STEP = 8
 """Rows whose lengths round up to the same multiple form a bucket; the longest row is rounded up to it, too."""
 
 
-def check_capabilities(text: str | None, target: str) -> tuple[str, ...]:
+def check_capabilities(text: str | None) -> tuple[str, ...]:
     """`8.6,8.9` as a tuple; empty for this machine's GPU, whose presence is checked here, before minutes of work.
 
-    Raises UsageError for another target or an unknown capability, EngineError where there is no GPU.
+    Raises UsageError for an unknown capability, EngineError where there is no GPU.
     """
     if text is None:
-        if target == "trt":
-            find_api()
-            local_gpu()
+        find_api()
+        local_gpu()
         return ()
-    if target != "trt":
-        raise UsageError(f"--compute-capability is for --target trt, not {target}")
     api = find_api(ahead=True)
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:

@@ -1,8 +1,8 @@
 """A GPU of the tests' own: TensorRT and the CUDA runtime as far as bbt-accel uses them, on the CPU.
 
 Device memory is host memory, a plan names the ONNX file that it was built from, and running it is running ONNX Runtime
-on what lies at the addresses. So the engine's own work (addresses, shapes, CUDA graphs, caches, errors) is held to the
-naive forward without a GPU. What TensorRT and CUDA themselves do is not tested by it.
+on what lies at the addresses. So the engine's own work (addresses, shapes, CUDA graphs, caches, errors) is validated
+against the naive forward without a GPU. What TensorRT and CUDA themselves do is not tested by it.
 """
 
 # ruff: noqa: N802, N815 - the names are CUDA's

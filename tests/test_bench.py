@@ -230,6 +230,9 @@ def test_tune(inside: Inside, tmp_path: Path) -> None:
 def test_a_budget_that_cannot_be(inside: Inside, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="budget 1 is too small"):
         bench(tmp_path / "out", popsize=4, k_shot=2, tune=True, budget=1)
+    with pytest.raises(UsageError, match="popsize: Input should be greater than or equal to 4; got 2"):
+        bench(tmp_path / "out", popsize=2, tune=True)
+    assert inside.calls == []  # not even an export
 
 
 def test_ablation(inside: Inside, tmp_path: Path) -> None:

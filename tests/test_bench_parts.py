@@ -17,7 +17,6 @@ from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.benchmarks.script import Timed
 from bbt_accel.benchmarks.steps import (
     compare,
-    conversion,
     generation,
     load_batch,
     matrix_rates,
@@ -143,12 +142,13 @@ def test_ablations(method: str, tmp_path: Path) -> None:
 
 
 def test_which_bundle_an_engine_reads() -> None:
-    assert conversion(engine_spec("torch"), "fp32") is None
-    assert conversion(engine_spec("ort"), "fp32") == {"target": "ort", "precision": "fp32"}
-    assert conversion(engine_spec("dummy"), "fp32") is None
+    read = {("torch", "fp32"): "onnx", ("ort", "fp32"): "ort", ("dummy", "fp32"): "onnx", ("trt", "fp16"): "trt"}
+    for (name, precision), target in read.items():
+        assert engine_spec(name).target(precision) == target
     for name in BASELINES:
-        assert conversion(engine_spec(name), "fp32") is None
-        assert conversion(engine_spec(name), "bf16") == {"target": "torch", "precision": "bf16"}
+        assert (engine_spec(name).target("fp32"), engine_spec(name).target("bf16")) == ("onnx", "torch")
+    with pytest.raises(UsageError, match="engine openvino runs in fp32, bf16, int8, int4, not in fp16"):
+        engine_spec("openvino").target("fp16")
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbtv2"])

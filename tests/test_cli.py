@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -140,6 +140,9 @@ def test_help_loads_nothing_heavy() -> None:
         (["doctor", "--jsn"], "No such option"),
         (["optimize", "b", "-o", "c", "--fp16", "--int8"], "choose one of --fp16, --bf16, --int8 and --int4"),
         (["export", "demo", "-o", "b", "--n-prompt-tokens", "0"], "Invalid value for '--n-prompt-tokens'"),
+        (["optimize", "b", "-o", "c", "--threads", "1000000000"], "Invalid value for '--threads'"),
+        (["package", "r", "-o", "p", "--threads", "1000000000"], "Invalid value for '--threads'"),
+        (["tune", "--bundle", "b", "--task", "t", "--budget", "0"], "Invalid value for '--budget'"),
         (["bench", "--task", "demo", "-o", "r"], "Missing option '--backbone'"),
         (
             ["bench", "--backbone", "demo", "--task", "demo", "-o", "r", "--popsize", "1"],
@@ -390,6 +393,24 @@ def test_settings_are_documented_with_their_defaults(command: str) -> None:
     assert "and again in the dev set (default: 16)" in text
     options = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
     assert options - set(text.split()) == ({"--seed"} if command == "sweep" else set())
+
+
+@pytest.mark.parametrize("name", ["k_shot", "budget", "seed", "threads", "n_prompt_tokens", "demonstrations"])
+def test_an_option_has_the_same_limits_in_every_command(name: str) -> None:
+    signatures = [inspect.signature(command.callback) for command in app.registered_commands if command.callback]
+    options = [get_args(found.parameters[name].annotation)[1] for found in signatures if name in found.parameters]
+    [limits] = {(option.min, option.max) for option in options}
+    assert limits != (None, None)
+
+
+def test_the_estimator_has_the_defaults_of_fit() -> None:
+    pytest.importorskip("sklearn")
+    from bbt_accel.classifier import PromptClassifier
+
+    estimator = {name: value.default for name, value in inspect.signature(PromptClassifier).parameters.items()}
+    fields = cli_options.FitOptions.model_fields
+    for name in ("budget", "n_prompt_tokens", "seed", "engine", "precision", "method", "readout"):
+        assert estimator[name] == fields[name].default, name
 
 
 @pytest.mark.parametrize(

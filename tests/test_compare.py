@@ -177,7 +177,13 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
-    [("--engine nosuch", "unknown engine"), ("--budgets 64,x", "--budgets"), ("--backbone /no/such", "cannot load")],
+    [
+        ("--engine nosuch", "unknown engine"),
+        ("--budgets 64,x", "--budgets"),
+        ("--backbone /no/such", "cannot load"),
+        ("--engine remote", "compare has no --url"),
+        ("--engine openvino --precision fp16", "not in fp16"),
+    ],
 )
 def test_a_comparison_that_cannot_start_is_one_line_and_leaves_nothing(
     words: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -105,7 +105,7 @@ def test_table_of_engines() -> None:
     rows = {row["`--engine`"]: row for row in table("`--engine`")}
     assert set(rows) == set(engine_names())
     for spec in ENGINES:
-        if spec.internal or spec.name == "remote":  # which runs whatever its server runs
+        if spec.internal or spec.remote:  # which runs whatever its server runs
             continue
         row = rows[spec.name]
         assert row["optimized for it"] == ", ".join(spec.optimized)
@@ -141,7 +141,7 @@ def test_the_start_page_names_every_backbone_and_engine() -> None:
     for architecture in ("encoder", "encoder-decoder", "decoder"):
         assert found[f"{architecture}s"] == {s.model_type for s in FAMILIES if s.architecture == architecture}
     for title, device in (("engines on a CPU", "cpu"), ("engines on an NVIDIA GPU", "cuda")):
-        local = [spec for spec in ENGINES if not spec.internal and spec.name != "remote"]
+        local = [spec for spec in ENGINES if not spec.internal and not spec.remote]
         assert found[title] == {spec.name for spec in local if device in spec.backends}
 
 

@@ -17,8 +17,8 @@ pytest.importorskip("onnxruntime")
 from conftest import Export
 
 from bbt_accel.cli import main
-from bbt_accel.errors import BbtError, RunError
-from bbt_accel.fit import FitPlan, Fitted, check_table, fit_file
+from bbt_accel.errors import BbtError, RunError, UsageError
+from bbt_accel.fit import FitPlan, Fitted, check_table, default_k_shot, fit_file
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
 from bbt_accel.tables import Table
@@ -85,6 +85,11 @@ def test_a_file_becomes_a_run_that_is_scored_on_the_rows_left_over(fit: Fit) -> 
     assert load_task(found.run.path / "task.toml") == found.run.task
     prediction = predict(found.run.path, [{"review": "text"}])[0]
     assert prediction["class"] in prediction["probabilities"].keys() == {"down", "up"}
+
+
+@pytest.mark.parametrize(("fewest", "k"), [(2, 1), (3, 1), (16, 5), (48, 16), (25_000, 16)])
+def test_a_search_uses_a_third_of_the_rarest_class_but_at_most_16_rows(fewest: int, k: int) -> None:
+    assert default_k_shot(fewest) == k
 
 
 def test_the_commands_that_it_prints_give_the_same_run(fit: Fit) -> None:
@@ -157,6 +162,31 @@ def test_wrong_options_are_one_line_and_leave_nothing(
         fit(**options)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["my reviews.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"readout": "verbalizer", "budget": 5}, "budget 5 is too small"),
+        ({"readout": "verbalise"}, "readout: Input should be"),
+        ({"seed": -1}, "seed: Input should be"),
+        ({"engine": "openvino", "precision": "fp16"}, "engine openvino runs in fp32, bf16, int8, int4, not in fp16"),
+        ({"engine": "remote"}, "fit has no --url for the engine remote"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_the_backbone_is_exported(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], complaint: str
+) -> None:
+    monkeypatch.setenv("BBT_ACCEL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=complaint):
+        fit(**options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_engine_may_take_the_bundle_of_another(fit: Fit) -> None:
+    found = fit(engine="eager", precision="bf16", budget=1)
+    assert (found.plan.bundle.info.target, found.plan.bundle.info.precision) == ("torch", "bf16")
+    assert "--target torch --bf16" in found.plan.script()[1]
 
 
 @pytest.mark.parametrize(

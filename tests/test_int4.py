@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbt_accel import load_engine
-from bbt_accel.exporters.calibration import TaskRows, random_prompts
+from bbt_accel.exporters.calibration import TaskRows, calibration_prompts
 from bbt_accel.exporters.int4 import BLOCKS, quantize_blocks
 from bbt_accel.exporters.optimize import optimize_bundle
 
@@ -56,7 +56,7 @@ def test_logits_in_4_bits_resemble_those_in_fp32(
     report = made.info.optimization or {}
     assert report["quantized"] > 0  # type: ignore[operator]
     assert 1e-4 < report["logit_rmse"] < 0.35  # type: ignore[operator]
-    batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
+    batch, prompts = TaskRows(source, None).calibration(), calibration_prompts(source)
     with load_engine(made, target, threads=THREADS) as engine, engine.bind(batch) as bound:
         alone = [bound.label_logits(prompt[None])[0] for prompt in prompts]
         np.testing.assert_allclose(bound.label_logits(prompts), alone, atol=1e-4)

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
-from bbt_accel.exporters.calibration import Channels, TaskRows, channels, random_prompts
+from bbt_accel.exporters.calibration import Channels, TaskRows, calibration_prompts, channels
 from bbt_accel.exporters.int8 import (
     MEASUREMENTS,
     SPLIT_SHARE,
@@ -164,7 +164,7 @@ def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
 
 def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny("bert", "bbt", "cat")
-    batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
+    batch, prompts = TaskRows(source, None).calibration(), calibration_prompts(source)
     with ExitStack() as files:
         stages = calibrate(files, source, "ort", batch, prompts, tmp_path, silent)
         switchable = make_switchable(stages, tmp_path)
@@ -244,7 +244,7 @@ def test_a_negative_limit_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 def test_an_int8_engine_gives_a_candidate_the_same_logits_alone_and_in_a_population(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny("t5", "bbt", "add")
     made = optimize_bundle(source.path, tmp_path / "made", precision="int8")
-    batch, prompts = TaskRows(source, None).calibration(), random_prompts(source)
+    batch, prompts = TaskRows(source, None).calibration(), calibration_prompts(source)
     together = run_stages(made, batch, prompts)
     for i in range(len(prompts)):
         np.testing.assert_array_equal(run_stages(made, batch, prompts[i : i + 1])[0], together[i])

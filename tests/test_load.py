@@ -35,7 +35,7 @@ def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
     run = tune(
         tiny("roberta"), "demo", engine="ort", threads=1, output=tmp_path / "run", settings=SETTINGS, progress=False
     )
-    sizes = "--threads 1 --clients 1 2 --rows 4 --popsize 3"
+    sizes = "--threads 1 --clients 1,2 --rows 4 --popsize 3"
     report = measure(run.path, tmp_path / "report", *sizes.split())
     assert LoadReport.model_validate_json((tmp_path / "report" / "report.json").read_bytes()) == report
     found = [(row.request, row.clients) for row in report.rows]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -25,7 +27,7 @@ from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle
 from bbt_accel.data import load_few_shot
 from bbt_accel.demo import BACKBONE, DATA
 from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import Backend, EngineSpec
+from bbt_accel.engine_specs import Backend, EngineSpec, Precision
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BundleError, ExportError, UsageError
 from bbt_accel.exporters import graph, openvino_ir, optimize
@@ -272,12 +274,22 @@ def test_calibration_rows_are_those_of_the_tasks_preset(exported: Callable[..., 
     assert len(default.calibration()) == min(32, len(default.train))
 
 
-def test_a_target_of_another_package_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = EngineSpec("toy", {"cpu": Backend("toy:Engine")}, reads=("toy",), optimized=("fp32",))
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_specs, "engine_specs", lambda: {"toy": spec})
-        with pytest.raises(UsageError, match="--target toy is an engine of another package"):
-            optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="toy")
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_an_engine_without_a_converter_of_its_own_gets_plain_onnx(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    spec = EngineSpec("toy", {"cpu": Backend("toy:Engine")}, reads=("toy",), optimized=get_args(Precision))
+    monkeypatch.setattr(engine_specs, "engine_specs", lambda: {"toy": spec})
+    made = optimize_bundle(
+        tiny("roberta", "bbt", "add").path, tmp_path / "made", target="toy", precision=precision, max_rmse=math.inf
+    )
+    assert (made.info.target, made.info.precision) == ("toy", precision)
+    assert made.info.optimization["operators"] == {}  # type: ignore[index] # nothing is fused for ONNX Runtime
+    graphs = [onnx.load(file, load_external_data=False) for file in made.path.glob("*.onnx")]
+    assert {node.domain for graph in graphs for node in graph.graph.node} <= {"", "ai.onnx"}
+
+
+def test_an_unknown_target_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     for target, hint in (("ordt", "did you mean ort"), ("remote", "choose from torch, ort")):
         with pytest.raises(UsageError, match=f"unknown target '{target}'; {hint}"):
             optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target=target)
@@ -295,6 +307,12 @@ def test_refuses_combinations_that_do_not_exist(tiny: Tiny, tmp_path: Path, prec
             precision=precision,  # type: ignore[arg-type]
             target=target,
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_more_threads_than_runtimes_start(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--threads must lie in 1\.\.1024, not 1000000000"):
+        optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", threads=10**9)
     assert list(tmp_path.iterdir()) == []
 
 

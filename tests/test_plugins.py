@@ -24,7 +24,13 @@ FILES = {
     "toy_plugin/__init__.py": """
 from bbt_accel.engine_specs import Backend, EngineSpec
 
-ENGINE = EngineSpec("toy", {"cpu": Backend("toy_plugin.engine:ToyEngine")})
+ENGINE = EngineSpec(
+    "toy",
+    {"cpu": Backend("toy_plugin.engine:ToyEngine")},
+    reads=("onnx", "toy"),
+    optimized=("fp32",),
+    converter="toy_plugin.converter:ToyTarget",
+)
 """,
     "toy_plugin/engine.py": """
 from bbt_accel.engines.dummy import DummyEngine
@@ -34,6 +40,14 @@ class ToyEngine(DummyEngine):
 
     def versions(self):
         return {"toy": "1.0"}
+""",
+    "toy_plugin/converter.py": """
+from bbt_accel.exporters.targets import Target
+
+class ToyTarget(Target):
+    def write_fp32(self, file, folder, stage, others):
+        (folder / f"{stage}.toy").write_text("converted")
+        return super().write_fp32(file, folder, stage, others)
 """,
     "toy_plugin/family.py": """
 from dataclasses import replace
@@ -75,7 +89,8 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "bbt_accel.cli", *map(str, words)]
-        environment = os.environ | {"PYTHONPATH": str(folder / "site")}
+        path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path}
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
     return run
@@ -91,6 +106,11 @@ def test_its_family_is_exported_and_its_engine_tunes(cli: Cli, tmp_path: Path) -
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["family"] == "toy"
 
+    optimized = cli("optimize", tmp_path / "bundle", "-o", tmp_path / "converted", "--target", "toy", "--json")
+    assert optimized.returncode == 0, optimized.stderr
+    assert json.loads(optimized.stdout)["target"] == "toy"
+    assert [file.name for file in (tmp_path / "converted").glob("*.toy")] == ["model.toy"]
+
     task = task_file(tmp_path / "data")
     options = [
         "--task",
@@ -105,7 +125,7 @@ def test_its_family_is_exported_and_its_engine_tunes(cli: Cli, tmp_path: Path) -
         tmp_path / "run",
         "--json",
     ]
-    tuned = cli("tune", "--bundle", tmp_path / "bundle", *options)
+    tuned = cli("tune", "--bundle", tmp_path / "converted", *options)
     assert tuned.returncode == 0, tuned.stderr
     assert json.loads(tuned.stdout)["engine"]["versions"] == {"toy": "1.0"}
 
@@ -114,3 +134,5 @@ def test_its_engine_is_listed_and_runs_where_it_says(cli: Cli, tmp_path: Path) -
     assert json.loads(cli("doctor", "--json").stdout)["engines"]["toy"]["runs"]
     wrong = cli("tune", "--bundle", tmp_path, "--task", "demo", "--engine", "tyo", "-o", tmp_path / "run")
     assert (wrong.returncode, "did you mean toy?" in wrong.stderr) == (2, True)
+    refused = cli("optimize", tmp_path, "-o", tmp_path / "made", "--target", "toy", "--int8")
+    assert (refused.returncode, "--target toy supports fp32, not int8" in refused.stderr) == (2, True)

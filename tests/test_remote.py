@@ -440,7 +440,7 @@ def test_a_plain_triton_with_another_bundle_is_refused(tiny: Export, monkeypatch
         with plain_triton(local, monkeypatch, bundle.path.name) as url:
             with pytest.raises(BundleError, match="serves another bundle"):
                 load_engine(tiny("bert"), "remote", url=f"{url}/v2/models/{bundle.path.name}")
-            # A server that tells no configuration is held to its tensors.
+            # Of a server without a configuration the tensors are checked.
             monkeypatch.setattr("tritonclient.http.InferenceServerClient.get_model_config", lambda *_, **__: {})
             with pytest.raises(BundleError, match=r"takes prompts \[-1, 3, 16\], not \[-1, 7, 16\]"):
                 load_engine(other, "remote", url=url)

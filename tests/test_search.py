@@ -19,7 +19,7 @@ from bbt_accel.population import Population
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import LocalEvaluator
 from bbt_accel.tuning.methods import Cma
-from bbt_accel.tuning.search import Outcome, search
+from bbt_accel.tuning.search import SearchOutcome, search
 
 SMALL = Settings(readout="verbalizer", intrinsic_dim=6, popsize=4, budget=96, eval_every=10, seed=3)
 TRAIN, DEV = batch(8, seed=0), batch(8, seed=1)
@@ -32,7 +32,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
 
 def run(
     bundle: Bundle, file: Path, settings: Settings = SMALL, engine: DummyEngine | None = None
-) -> tuple[Outcome, list[Generation]]:
+) -> tuple[SearchOutcome, list[Generation]]:
     with History(file) as history:
         evaluator = LocalEvaluator(engine or DummyEngine(bundle), job(bundle, settings, TRAIN, DEV))
         outcome = search(evaluator, bundle, settings, history)

@@ -212,7 +212,7 @@ def test_options_override_the_toml_file(toy: dict[str, Any], tmp_path: Path) -> 
         ({"seeds": [1, 1]}, "seeds: the same value is listed twice"),
         ({"seeds": ["1", "x"]}, "unable to parse string as an integer; got 'x'"),
         ({"engines": ["ortt"]}, "unknown engine 'ortt'; did you mean ort?"),
-        ({"engines": ["remote"]}, "a sweep has no --url"),
+        ({"engines": ["remote"]}, "sweep has no --url for the engine remote; use tune and evaluate"),
         ({"settings": {"budgett": 3}}, "did you mean budget"),
         ({"settings": {"seed": 3}}, "a sweep takes no setting 'seed'"),
         ({"settings": {"readout": "verbalizer", "budget": 3}}, "budget 3 is too small"),

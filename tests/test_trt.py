@@ -362,7 +362,7 @@ def test_no_memory_left_says_what_to_do(fake: Any) -> None:
     assert "--popsize" in one_line(lambda: device.empty((5000,), np.float32), EngineError)
 
 
-def test_idle_memory_is_given_up_before_there_is_none(fake: Any) -> None:
+def test_idle_memory_is_released_before_there_is_none(fake: Any) -> None:
     fake(memory=10_000)
     device, forgotten = cuda.Cuda(), []
     device.forget = lambda: forgotten.append(True)
@@ -393,7 +393,7 @@ def test_memory_is_used_again_at_the_same_address(fake: Any) -> None:
 
 
 class Both:
-    """The imitated runtime, every call of which is made in the installed cuda-python too; that has no driver."""
+    """The fake CUDA runtime, every call of which is made in the installed cuda-python too; that has no driver."""
 
     def __init__(self, fake: Any, real: Any) -> None:
         self.fake, self.real, self.called = fake, real, set[str]()

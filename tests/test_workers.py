@@ -25,7 +25,7 @@ from bbt_accel.run import Run
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.methods import PromptSpace
-from bbt_accel.tuning.search import Outcome, search
+from bbt_accel.tuning.search import SearchOutcome, search
 from bbt_accel.tuning.workers import WorkersEvaluator
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
@@ -48,7 +48,7 @@ Observe = Callable[[Generation], None]
 
 def walk(
     evaluator: Evaluator, work: Job, file: Path, observe: Observe = lambda generation: None
-) -> tuple[Outcome, list[tuple[Any, ...]]]:
+) -> tuple[SearchOutcome, list[tuple[Any, ...]]]:
     """The search, and what does not depend on the clock of each generation."""
     with evaluator, History(file) as history:
         outcome = search(evaluator, work.bundle, work.settings, history, observe)

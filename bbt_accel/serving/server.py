@@ -49,7 +49,7 @@ def serve(
     path = fetched(path)
     run = Run.read(path) if (path / INFO).is_file() else None
     bundle = Bundle.read(path) if run is None else run.open_bundle()
-    own = run.info.engine if run is not None and run.info.engine.name != "remote" else None
+    own = run.info.engine if run is not None and run.info.engine.url is None else None
     engine = engine or (own.name if own else "ort")
     device = device or (own.device if own else "cpu")
     with listen(host, port) as listener, load_engine(bundle, engine, device=device, threads=threads) as loaded:

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Bundle, Method, first_problem
-from bbt_accel.engine_specs import Device, engine_spec
+from bbt_accel.engine_specs import Device, local_engine
 from bbt_accel.errors import BundleError, UsageError, check_known, first_line
+from bbt_accel.option_types import Seed
 from bbt_accel.reporting import Schema
 from bbt_accel.settings import Metric, resolve
 from bbt_accel.tasks import load_task
@@ -30,14 +31,12 @@ def _unique(values: list[Any]) -> list[Any]:
 
 def _engines(names: list[str]) -> list[str]:
     for name in names:
-        engine_spec(name)
-        if name == "remote":
-            raise ValueError("a sweep has no --url for the engine remote; use tune and evaluate")
+        local_engine(name, "sweep")
     return names
 
 
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(_unique)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_unique)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_unique)]
 
 
 class Sweep(Schema):

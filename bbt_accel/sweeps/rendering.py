@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from bbt_accel.reporting import GREY, METRICS, PALETTE, PLOT, figure, markdown_list, markdown_table, percent, tidy
+from bbt_accel.reporting import (
+    GREY,
+    PALETTE,
+    PLOT,
+    figure,
+    markdown_list,
+    markdown_table,
+    mean_and_std,
+    percent,
+    tidy,
+    with_metric,
+)
 from bbt_accel.sweeps.report import CrossEvaluation, ScoreCell, SweepReport, SweepRow
 from bbt_accel.web_page import hover
 
@@ -43,7 +52,8 @@ def scores(report: SweepReport) -> str:
     """Mean and standard deviation, one column per task; below each bundle its scores without a search."""
     cells = report.rows[0].cells
     several = len(cells) > 1
-    header = ["method", "bundle", "engine", *(_title(cell, " ") for cell in cells), *(["mean"] if several else [])]
+    titles = [with_metric(cell.task, cell.metric) for cell in cells]
+    header = ["method", "bundle", "engine", *titles, *(["mean"] if several else [])]
     lines = []
     for row in report.rows:
         tuned = [*map(_cell, row.cells), *([percent(row.mean)] if several else [])]
@@ -66,7 +76,7 @@ def draw(file: Path, report: SweepReport) -> None:
             _draw_row(above, row, offset, step, colour, marker)
             _draw_curves(below, report, row, colour)
         above.plot([], [], color=GREY, linewidth=2, label="no prompt")
-        above.set_xticks(range(len(cells)), [_title(cell, "\n") for cell in cells])
+        above.set_xticks(range(len(cells)), [with_metric(cell.task, cell.metric, "\n") for cell in cells])
         above.set_xlim(-0.6, len(cells) - 0.4)
         above.set_ylabel("test score, percent")
         seeds = len(report.sweep.seeds)
@@ -106,7 +116,7 @@ def _draw_row(axes: Any, row: SweepRow, offset: float, step: float, colour: str,
         if cell.mean is not None:
             spread = None if cell.std is None else 100 * cell.std
             drawn = axes.errorbar(x, 100 * cell.mean, yerr=spread, label=label, **style)
-            hover(drawn[0], [f"{name}, {cell.task}: mean {_mean_and_std(cell.scores)}"])
+            hover(drawn[0], [f"{name}, {cell.task}: mean {mean_and_std(cell.scores)}"])
             label = "_"  # one entry per row in the legend
 
 
@@ -114,20 +124,12 @@ def _cell(cell: ScoreCell) -> str:
     """89.56 (0.25), and how many trials failed."""
     if cell.mean is None:
         return "failed" if cell.failed else "–"
-    return _mean_and_std(cell.scores) + (f", {cell.failed} failed" if cell.failed else "")
-
-
-def _mean_and_std(values: Sequence[float]) -> str:
-    return percent(fmean(values)) + (f" ({percent(stdev(values))})" if len(values) > 1 else "")
-
-
-def _title(cell: ScoreCell, separator: str) -> str:
-    return cell.task if cell.metric == "accuracy" else f"{cell.task}{separator}({METRICS[cell.metric]})"
+    return mean_and_std(cell.scores) + (f", {cell.failed} failed" if cell.failed else "")
 
 
 def _cross_evaluation(found: CrossEvaluation) -> list[str]:
     lines = [
-        [s.task, s.engine, s.tuned_in, s.scored_in, str(len(s.seeds)), _mean_and_std(s.scores)] for s in found.scores
+        [s.task, s.engine, s.tuned_in, s.scored_in, str(len(s.seeds)), mean_and_std(s.scores)] for s in found.scores
     ]
     agreements = [
         f"- {a.task}, {a.engine}, prompts tuned in {a.tuned_in}: {a.bundles[0]} and {a.bundles[1]} predict the same "

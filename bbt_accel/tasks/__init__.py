@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from bbt_accel.bundle import Method, TemplateGroup, first_problem
 from bbt_accel.errors import TaskError, UsageError, check_known, did_you_mean
+from bbt_accel.option_types import Demonstrations
 from bbt_accel.settings import Metric, resolve
 
 FOLDER = Path(__file__).parent
@@ -35,12 +36,12 @@ def _check_settings(values: dict[str, float | int | str]) -> dict[str, float | i
     return values
 
 
-Preset = Annotated[dict[str, float | int | str], AfterValidator(_check_settings)]  # the command line overrides it
+TaskPreset = Annotated[dict[str, float | int | str], AfterValidator(_check_settings)]  # the command line overrides it
 
 
 class Presets(BaseModel, extra="forbid", frozen=True):
-    bbt: Preset = {}
-    bbtv2: Preset = {}
+    bbt: TaskPreset = {}
+    bbtv2: TaskPreset = {}
 
 
 class Context(BaseModel, extra="forbid", frozen=True):
@@ -51,7 +52,7 @@ class Context(BaseModel, extra="forbid", frozen=True):
     """
 
     instruction: str = ""
-    demonstrations: int = Field(default=0, ge=0, description="Train rows, chosen by the seed, with their labels.")
+    demonstrations: Demonstrations = 0
     template: str | None = None  # of a demonstration, with {label}; the causal template and the label word unless given
     separator: str = "\n\n"  # after the instruction and after each demonstration
 

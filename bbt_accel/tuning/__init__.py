@@ -104,8 +104,8 @@ def _check(resume: bool, overwrite: bool, engine: str, workers: int | None, ray:
         raise UsageError("--resume and --overwrite exclude each other; choose one")
     if ray is not None and workers is None:
         raise UsageError("--ray is for --workers; give their number with --workers N")
-    if workers is not None and engine == "remote":
-        raise UsageError("--workers starts engines of its own; omit it with --engine remote")
+    if workers is not None and engine_spec(engine).remote:
+        raise UsageError(f"--workers starts engines of its own; omit it with --engine {engine}")
 
 
 def _resolve(

@@ -14,7 +14,7 @@ from bbt_accel.readout import LabelledRows, Readout, fit, held_out, reads_states
 from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import READOUTS, ReadoutName
 from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.search import BestPrompt, Outcome
+from bbt_accel.tuning.search import BestPrompt, SearchOutcome
 
 TRIED = tuple(name for name in READOUTS if name != "verbalizer")
 """What `auto` tries: a class bias costs nothing."""
@@ -73,7 +73,7 @@ class ReadoutSearch:
         scores = fit(self.name, rows[self.train]).scores(dev.outputs)
         return row_losses(scores, dev.targets), float(self.job.objective.score(scores[None], dev.targets)[1][0])
 
-    def finish(self, outcome: Outcome, searched: bool) -> tuple[Outcome, Readout, ReadoutRecord]:
+    def finish(self, outcome: SearchOutcome, searched: bool) -> tuple[SearchOutcome, Readout, ReadoutRecord]:
         """The readout fitted on all rows, at the prompt that was found or, with `auto`, perhaps at the one before.
 
         A search minimizes a loss of few rows, so the best of its prompts is better on the dev rows by chance. `auto`

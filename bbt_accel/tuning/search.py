@@ -47,7 +47,7 @@ def better(best: BestPrompt | None, other: BestPrompt, by_loss: bool) -> BestPro
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """stopped: before the budget, on a plateau."""
 
     best: BestPrompt
@@ -63,7 +63,7 @@ def search(
     observe: Observe = lambda _: None,
     dev: Dev | None = None,
     start: BestPrompt | None = None,
-) -> Outcome:
+) -> SearchOutcome:
     """Search for a soft prompt for a bundle, by the method that it was exported for.
 
     history: empty, or the first generations of the same search, which then continues from there. Every new generation
@@ -75,7 +75,7 @@ def search(
     """
     total, deep = settings.generations(bundle.info.method, bundle.info.n_layers), bundle.info.method == "bbtv2"
     if not total and start is not None:
-        return Outcome(start)
+        return SearchOutcome(start)
     dev = dev or evaluator.dev
     turns = bundle.info.n_layers if deep else 1
     check_history(history.generations, settings.popsize, turns, total, int(settings.fitted))
@@ -85,7 +85,7 @@ def search(
     try:
         for number in range(len(history), total):
             if start is not None and best is not None and settings.readout == "auto" and on_plateau(history, start):
-                return Outcome(best, stopped=True)
+                return SearchOutcome(best, stopped=True)
             generation, scored = _generation(evaluator, method, settings, number, dev, last=number == total - 1)
             history.append(generation)
             best = better(best, scored, settings.fitted) if scored else best
@@ -93,9 +93,9 @@ def search(
     except KeyboardInterrupt:
         if not len(history) and start is None:
             raise
-        return Outcome(best or _score(dev, method, len(history) - 1), interrupted=True)
+        return SearchOutcome(best or _score(dev, method, len(history) - 1), interrupted=True)
     assert best is not None  # the last generation is always scored
-    return Outcome(best)
+    return SearchOutcome(best)
 
 
 def on_plateau(history: History, start: BestPrompt) -> bool:

@@ -31,7 +31,7 @@ from bbt_accel.run import (
 )
 from bbt_accel.tasks import to_toml
 from bbt_accel.tuning.monitoring import draw_curve
-from bbt_accel.tuning.search import Outcome
+from bbt_accel.tuning.search import SearchOutcome
 
 
 class Workspace:
@@ -98,7 +98,7 @@ class Workspace:
     def finish(
         self,
         info: RunInfo,
-        outcome: Outcome,
+        outcome: SearchOutcome,
         readout: Readout,
         record: ReadoutRecord,
         report: Callable[[str], object] = lambda _: None,
@@ -123,7 +123,7 @@ class Workspace:
     def _complete(
         self,
         info: RunInfo,
-        outcome: Outcome,
+        outcome: SearchOutcome,
         readout: Readout,
         record: ReadoutRecord,
         report: Callable[[str], object],

@@ -1,0 +1,34 @@
+"""What several options share: each limit, each description and each default is written once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from bbt_accel.errors import UsageError
+
+MAX_THREADS = 1024
+"""More than that, and runtimes fail while they start them."""
+MAX_RMSE = 0.05
+"""Relative logit RMSE of int8 above which matmuls are kept in fp32."""
+FIT_BUDGET, FIT_PROMPT_TOKENS = 300, 20
+"""Of a classifier from a few rows, in minutes on a CPU."""
+
+BACKBONE = "Hub id, checkpoint folder, .gguf file, or demo (shipped with bbt-accel)."
+METHOD = "bbt: a prompt at the input; bbtv2: a prompt in every layer."
+PROMPT_MODE = "add: added to the embeddings of the first tokens; cat: prepended to the input (bbt only)."
+
+Count = Annotated[int, Field(ge=1)]
+PromptTokens = Annotated[int, Field(ge=1, le=2**16, description="Soft prompt vectors, n.")]
+Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
+KShot = Annotated[int, Field(ge=1, description="Examples per class in the train set, and again in the dev set.")]
+Budget = Annotated[int, Field(ge=1, description="API calls of the search, one per candidate on the train set.")]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Of the few-shot rows, the projection and the search.")]
+Demonstrations = Annotated[int, Field(ge=0, description="Labelled train rows in front of each row (decoders).")]
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises UsageError for a number outside the limits of `Threads`; None is all cores."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"--threads must lie in 1..{MAX_THREADS}, not {threads}")
