@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from filelock import FileLock
 
 import bbt_accel
-from bbt_accel.bundle import Bundle, BundleInfo, Method
+from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode
 from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Device, Precision, engine_spec
 from bbt_accel.files import sha256
@@ -46,14 +46,19 @@ def choose(engine: str = "auto", precision: PrecisionChoice = "auto") -> Choice:
 
 
 def prepared_bundle(
-    backbone: str, choice: Choice, method: Method, n_prompt_tokens: int, progress: Tell = silent
+    backbone: str,
+    choice: Choice,
+    method: Method,
+    n_prompt_tokens: int,
+    progress: Tell = silent,
+    prompt_mode: PromptMode = "add",
 ) -> Bundle:
     """The bundle of a backbone for an engine and a precision, from the cache or made now.
 
     A process that makes one keeps others that want the same waiting. Raises what `export_bundle` and `optimize_bundle`
     raise.
     """
-    exported = cache_folder(backbone, method, n_prompt_tokens)
+    exported = cache_folder(backbone, method, prompt_mode, n_prompt_tokens)
     made = exported.with_name(f"{exported.name}-{choice.engine}-{choice.precision}")
     wanted = made if choice.optimized else exported
     if wanted.exists():
@@ -64,17 +69,23 @@ def prepared_bundle(
     exported.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(exported.with_suffix(".lock")):
         if not exported.exists():
-            export_bundle(backbone, exported, method=method, n_prompt_tokens=n_prompt_tokens, progress=progress)
+            export_bundle(
+                backbone, exported, method=method, prompt_mode=prompt_mode, n_prompt_tokens=n_prompt_tokens,
+                progress=progress,
+            )  # fmt: skip
         if not wanted.exists():
             optimize_bundle(exported, made, target=choice.engine, precision=choice.precision, progress=progress)
     return Bundle.read(wanted)
 
 
-def cache_folder(backbone: str, method: str, n_prompt_tokens: int) -> Path:
-    """Where the exported bundle of a backbone is kept: by name, and for a local checkpoint by its content."""
+def cache_folder(backbone: str, method: str, prompt_mode: str, n_prompt_tokens: int) -> Path:
+    """Where the exported bundle of a backbone is kept: by name, and for a local checkpoint by its content.
+
+    A hub id is known by its name alone, so that a fit asks nothing of the hub: later commits are not seen.
+    """
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "bbt-accel")
     files = sorted(p for p in Path(backbone).rglob("*") if p.is_file()) if Path(backbone).is_dir() else []
     files += [Path(backbone)] if Path(backbone).is_file() else []
     formats = bbt_accel.__version__, str(BundleInfo.model_fields["format"].default)
-    content = [backbone, method, str(n_prompt_tokens), *formats, *map(sha256, files)]
+    content = [backbone, method, prompt_mode, str(n_prompt_tokens), *formats, *map(sha256, files)]
     return root / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
