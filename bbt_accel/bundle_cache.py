@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from filelock import FileLock
 
 import bbt_accel
-from bbt_accel.bundle import Bundle, BundleInfo, Method
+from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode
 from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Device, Precision, engine_spec, local_engine
 from bbt_accel.files import fingerprint
@@ -57,14 +57,19 @@ def _choose(engine: str, precision: PrecisionChoice) -> Choice:
 
 
 def prepared_bundle(
-    backbone: str, choice: Choice, method: Method, n_prompt_tokens: int, progress: Tell = silent
+    backbone: str,
+    choice: Choice,
+    method: Method,
+    n_prompt_tokens: int,
+    progress: Tell = silent,
+    prompt_mode: PromptMode = "add",
 ) -> Bundle:
     """The bundle of a backbone for an engine and a precision, from the cache or made now.
 
     A process that makes one keeps others that want the same waiting. Raises what `export_bundle` and `optimize_bundle`
     raise.
     """
-    exported = cache_folder(backbone, method, n_prompt_tokens)
+    exported = cache_folder(backbone, method, prompt_mode, n_prompt_tokens)
     target, precision = choice.target, choice.precision
     wanted = exported if target == "onnx" else exported.with_name(f"{exported.name}-{target}-{precision}")
     if wanted.exists():
@@ -75,15 +80,21 @@ def prepared_bundle(
     exported.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(exported.with_suffix(".lock")):
         if not exported.exists():
-            export_bundle(backbone, exported, method=method, n_prompt_tokens=n_prompt_tokens, progress=progress)
+            export_bundle(
+                backbone, exported, method=method, prompt_mode=prompt_mode, n_prompt_tokens=n_prompt_tokens,
+                progress=progress,
+            )  # fmt: skip
         if not wanted.exists():
             optimize_bundle(exported, wanted, target=target, precision=precision, progress=progress)
     return Bundle.read(wanted)
 
 
-def cache_folder(backbone: str, method: str, n_prompt_tokens: int) -> Path:
-    """Where the exported bundle of a backbone is kept: by name, and for a local checkpoint by its content."""
+def cache_folder(backbone: str, method: str, prompt_mode: str, n_prompt_tokens: int) -> Path:
+    """Where the exported bundle of a backbone is kept: by name, and for a local checkpoint by its content.
+
+    A hub id is known by its name alone, so that a fit asks nothing of the hub: later commits are not seen.
+    """
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "bbt-accel")
     formats = bbt_accel.__version__, str(BundleInfo.model_fields["format"].default)
-    content = [fingerprint(backbone), method, str(n_prompt_tokens), *formats]
+    content = [fingerprint(backbone), method, prompt_mode, str(n_prompt_tokens), *formats]
     return root / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]

@@ -15,33 +15,37 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from bbt_accel.batch import Float64
-from bbt_accel.bundle import Bundle, Method
+from bbt_accel.batch import Float64, Int64
+from bbt_accel.bundle import Bundle, Method, PromptMode
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
+from bbt_accel.data import Row
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError, DataError, RunError, first_line
+from bbt_accel.errors import BbtError, DataError, PackageError, RunError, check_known, first_line
 from bbt_accel.files import new_folder
-from bbt_accel.fit import make_task
+from bbt_accel.fit import default_k_shot, make_task
 from bbt_accel.hub import fetched
 from bbt_accel.inference import Classifier
+from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.packaging.manifest import Kind
-from bbt_accel.run import Run
-from bbt_accel.settings import ReadoutChoice
-from bbt_accel.sharing import ESTIMATOR
+from bbt_accel.run import ESTIMATOR, INFO, Run, RunInfo, is_saved_classifier
+from bbt_accel.settings import ReadoutChoice, resolve
 from bbt_accel.tables import plain
 from bbt_accel.tuning import tune
 from bbt_accel.tuning.callbacks import Callback
+
+LABEL = "label"  # the column of y beside those of X
 
 
 class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Adapts a frozen language model to a few labelled texts with forward passes alone.
 
     backbone: a hub id, a local folder, a .gguf file or `demo`. method, n_prompt_tokens: as in `export_bundle`.
+    prompt_mode: add, or cat for prompts in front of the text, which `package` needs for PEFT (decoders, T5).
     engine, precision: `auto` for what `bbt-accel doctor` recommends. readout, budget: as in `Settings`.
     template: how a text is written for the backbone, e.g. "{text} It was {mask} ."; a text's columns are `text`, of
         pairs `text1` and `text2`, of mappings their own names.
     label_words: a word for each class, in the order of `classes_`; the labels themselves unless given.
-    k_shot: examples per class to fit on, and as many to choose by; half of the rarest class unless given.
+    k_shot: examples per class to fit on, and as many to choose by; unless given 16, or half of the rarest class.
     callbacks, track: as in `tune`; callbacks are not saved.
 
     Exported and optimized bundles are kept in the folder `BBT_ACCEL_CACHE`, so that the second fit starts at once.
@@ -57,11 +61,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         engine: str = "auto",
         precision: PrecisionChoice = "auto",
         readout: ReadoutChoice = "auto",
-        budget: int = 300,
+        budget: int = FIT_BUDGET,
         template: str | None = None,
         label_words: Sequence[str] | None = None,
         method: Method = "bbt",
-        n_prompt_tokens: int = 20,
+        prompt_mode: PromptMode = "add",
+        n_prompt_tokens: int = FIT_PROMPT_TOKENS,
         k_shot: int | None = None,
         seed: int = 42,
         threads: int | None = None,
@@ -70,6 +75,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ) -> None:
         self.backbone, self.engine, self.precision, self.readout = backbone, engine, precision, readout
         self.budget, self.template, self.label_words, self.method = budget, template, label_words, method
+        self.prompt_mode = prompt_mode
         self.n_prompt_tokens, self.k_shot, self.seed, self.threads = n_prompt_tokens, k_shot, seed, threads
         self.callbacks, self.track = callbacks, track
 
@@ -78,34 +84,59 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         X: a list of texts, of tuples of texts or of mappings from columns to texts; a column or a table of pandas or
         pyarrow; a `datasets.Dataset` or a column of one. y: strings or integers.
-        Raises DataError for rows that are no texts and for a class with fewer than two; what `tune` raises.
+        Ctrl-C ends the search: the estimator has the best prompt so far, and KeyboardInterrupt is raised, so that a
+        grid search does not take it for a result.
+        Raises DataError for rows that are no texts, for a column that is y and for a class with fewer than two rows;
+        what `tune` raises.
         """
         labels, rows = as_labels(y), as_rows(X)
         if len(rows) != len(labels) or not len(rows):
             raise DataError(f"X has {len(rows)} rows, y {len(labels)}; give one label for each text")
-        self.classes_, targets = np.unique(labels, return_inverse=True)
+        classes, targets = np.unique(labels, return_inverse=True)
         fewest = int(np.bincount(targets).min())
-        if len(self.classes_) < 2 or fewest < 2:
-            found = f"{len(self.classes_)} classes, the rarest with {fewest} rows"
+        if len(classes) < 2 or fewest < 2:
+            found = f"{len(classes)} classes, the rarest with {fewest} rows"
             raise DataError(f"y has {found}; at least two classes of two rows are needed")
+        check_columns(rows, labels)
+        settings = self._settings(fewest)
         choice = choose(self.engine, self.precision)
-        bundle = prepared_bundle(self.backbone, choice, self.method, self.n_prompt_tokens)
-        names = [str(label).strip() for label in self.classes_]
-        task = make_task("classifier", list(rows[0]), "label", names, bundle, self.template, self.label_words or ())
-        settings = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
-        self._folder = tempfile.TemporaryDirectory(prefix="bbt-accel-")  # the run's, for as long as the estimator lives
-        folder = Path(self._folder.name)
-        lines = [json.dumps({**row, "label": names[target]}) for row, target in zip(rows, targets, strict=True)]
+        bundle = self._prepared(choice)
+        names = [str(label).strip() for label in classes]
+        words = () if self.label_words is None else list(self.label_words)  # of a numpy grid, an array
+        task = make_task("classifier", list(rows[0]), LABEL, names, bundle, self.template, words)
+        place = tempfile.TemporaryDirectory(prefix="bbt-accel-")
+        folder = Path(place.name)
+        lines = [json.dumps({**row, LABEL: names[target]}) for row, target in zip(rows, targets, strict=True)]
         (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.run_ = tune(
+        run = tune(
             bundle, task, data=folder, engine=choice.engine, device=choice.device, threads=self.threads,
-            output=folder / "run", settings={**settings, "k_shot": self.k_shot or fewest // 2}, progress=False,
-            callbacks=self.callbacks or (), track=self.track or (),
+            output=folder / "run", settings=settings, progress=False, callbacks=self.callbacks or (),
+            track=self.track or (),
         )  # fmt: skip
+        self._folder = place  # the run's, for as long as the estimator lives
+        self.classes_, self.run_ = classes, run
         self._load(bundle)
         for word, piece in self._classifier.encoder.partial_words.items():
             warnings.warn(f"of label word {word!r} only the first token is read: {piece!r}", stacklevel=2)
+        if self.run_.info.status == "interrupted":
+            raise KeyboardInterrupt
         return self
+
+    def _settings(self, fewest: int) -> dict[str, object]:
+        """Of the search, checked before anything is exported. fewest: rows of the rarest class."""
+        k_shot = default_k_shot(fewest, 2) if self.k_shot is None else self.k_shot
+        settings: dict[str, object] = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
+        settings["k_shot"] = k_shot
+        found = resolve(settings)
+        if self.method == "bbt":  # the least budget of bbtv2 depends on the layers
+            found.generations(self.method, 1)
+        if fewest < 2 * found.k_shot:
+            need = f"k_shot {found.k_shot} needs {2 * found.k_shot}"
+            raise DataError(f"the rarest class has {fewest} rows, {need}; lower it or leave it out")
+        return settings
+
+    def _prepared(self, choice: Choice) -> Bundle:
+        return prepared_bundle(self.backbone, choice, self.method, self.n_prompt_tokens, prompt_mode=self.prompt_mode)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -115,7 +146,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict_proba(self, X: Any) -> Float64:
         """float64 (N, C), in the order of `classes_`."""
         check_is_fitted(self, "run_")
-        rows, columns = as_rows(X), self.run_.task.text
+        columns = self.run_.task.text
+        rows = as_rows(X, columns)
         if rows and rows[0].keys() != {*columns}:
             raise DataError(f"the rows have {', '.join(rows[0])}, those of fit had {', '.join(columns)}")
         return self._classifier.probabilities(rows) if rows else np.zeros((0, len(self.classes_)))
@@ -133,41 +165,79 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             shutil.copytree(self.run_.path, folder / "run")
             parameters = self.get_params() | {"callbacks": None}
             facts = {"parameters": parameters, "classes": self.classes_.tolist()}
-            (folder / ESTIMATOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            content = json.dumps(facts, indent=1, default=of_numpy)  # numbers of a grid are numpy's
+            (folder / ESTIMATOR).write_text(content + "\n", encoding="utf-8")
 
-    def package(self, path: str | Path, format: Kind = "onnx", *, int8: bool = False) -> None:
-        """Write a folder that other tools load: as `bbt-accel package`, compared with `predict`. See `package_run`."""
+    def package(
+        self, path: str | Path, format: Kind = "onnx", *, int8: bool = False, bundle: str | Path | None = None
+    ) -> None:
+        """Write a folder that other tools load: as `bbt-accel package`, compared with `predict`. See `package_run`.
+
+        bundle: of the same backbone, to package in place of this estimator's. Unless given, where the format does not
+        take that, it is the one as exported: in the cache, or exported again, which needs the checkpoint. Then the
+        labels are compared with those of this estimator, too; a warning says how many differ.
+        `package --check` needs the run, which is lost with this estimator unless it is saved.
+        """
         from bbt_accel.packaging.formats import FORMATS
-        from bbt_accel.packaging.package import Options, package_run
+        from bbt_accel.packaging.package import Options, package_run, suitable
 
         check_is_fitted(self, "run_")
-        bundle = self._classifier.engine.bundle
-        if bundle.info.target not in FORMATS[format].targets:  # the one that it was optimized from
-            plain_one = Choice("torch", "cpu", "fp32", "as exported")
-            bundle = prepared_bundle(self.backbone, plain_one, self.method, self.n_prompt_tokens)
-        package_run(self.run_.path, path, Options(format, int8, bundle=bundle.path, threads=self.threads))
+        check_known("format", format, FORMATS)
+        own = self._classifier.engine.bundle
+        found = suitable(own, FORMATS[format], int8)
+        same = bundle is None and found is own and (not int8 or own.info.precision == "int8")
+        if bundle is None and found is None:
+            bundle = self._exported(format).path
+        options = Options(
+            format, int8, bundle=None if bundle is None else Path(bundle), threads=self.threads, shown="SAVED",
+            predict=None if same else self._classes_of,
+        )  # fmt: skip
+        info = package_run(self.run_.path, path, options)
+        differ = info.comparison.estimator_differs
+        if differ or info.precision != own.info.precision:
+            here = f"predict runs in {own.info.precision} for {own.info.target}, the package in {info.precision}"
+            warnings.warn(f"{here}: {differ} of {info.comparison.rows} texts get another label", stacklevel=2)
+
+    def _classes_of(self, rows: Sequence[Row]) -> Int64:
+        found: Int64 = self._classifier.probabilities([row.fields for row in rows]).argmax(1)
+        return found
+
+    def _exported(self, format: Kind) -> Bundle:
+        """The bundle of this estimator's backbone as exported, from the cache or exported now."""
+        try:
+            return self._prepared(Choice("torch", "cpu", "fp32", "as exported"))
+        except BbtError as error:
+            own = self._classifier.engine.bundle.info
+            why = f"{format} packages take no bundle for {own.target} in {own.precision}, which this estimator has"
+            again = f"{self.backbone} cannot be exported again ({first_line(error):.200})"
+            raise PackageError(f"{why}, and {again}; pass an exported one with bundle=") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """From a folder, or from hf://OWNER/NAME, which is downloaded.
+        """From a folder that `save` or `tune` has written, or from hf://OWNER/NAME, which is downloaded.
 
-        Raises RunError for a folder that `save` has not written, BundleError for a damaged bundle, HubError.
+        Of a run, `classes_` are the names of its classes. Raises RunError for another folder, BundleError for a
+        damaged bundle, HubError.
         """
         path = fetched(path)
-        file = path / ESTIMATOR
+        saved = is_saved_classifier(path)
+        if not saved and not (path / INFO).is_file():
+            raise RunError(f"{path} is not a saved PromptClassifier, nor a run")
+        run = Run.read(path)
         try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
+            facts = json.loads((path / ESTIMATOR).read_text(encoding="utf-8")) if saved else of_run(run.info)
             found = cls(**facts["parameters"])
             found.classes_ = np.array(facts["classes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a saved PromptClassifier ({type(error).__name__})") from None
-        found.run_ = Run.read(path / "run")
-        found._load(Bundle.read(path / "bundle"))
+        found.run_ = run
+        found._load(run.open_bundle())
         return found
 
     def _load(self, bundle: Bundle) -> None:
         where = self.run_.info.engine
-        engine = load_engine(bundle, where.name, device=where.device, threads=self.threads)
+        # Not the URL of a search on a server: the run may be somebody else's, and would get the user's texts.
+        engine = load_engine(bundle, where.name, device=where.device, threads=self.threads, without=where.without)
         self._classifier = Classifier(engine, self.run_)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,8 +246,41 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return dict(super().__getstate__())
 
 
-def as_rows(X: Any) -> list[dict[str, str]]:
-    """Texts by column. Raises DataError for what is neither a text, a tuple of texts nor a mapping of texts."""
+def of_numpy(value: Any) -> Any:
+    """For json: numpy's numbers and arrays. Raises TypeError."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"{value!r:.50} cannot be saved")
+
+
+def of_run(info: RunInfo) -> dict[str, Any]:
+    """What `save` writes of an estimator, for a run of the command line."""
+    bundle, settings, group = info.bundle, info.settings, info.bundle.template_group
+    parameters = {
+        "backbone": bundle.backbone, "engine": info.engine.name, "precision": bundle.precision,
+        "method": bundle.method, "prompt_mode": bundle.prompt_mode, "n_prompt_tokens": info.prompt_shape[-2],
+        "template": group and info.task.template(group), "label_words": group and info.task.words(group),
+        "readout": settings.readout, "budget": settings.budget, "k_shot": settings.k_shot, "seed": settings.seed,
+    }  # fmt: skip
+    return {"parameters": parameters, "classes": info.class_names}
+
+
+def check_columns(rows: Sequence[Mapping[str, str]], labels: Any) -> None:
+    """Raises DataError for a column of labels, which a template would write into every row."""
+    for name in rows[0]:
+        same = all(row[name] == str(label) for row, label in zip(rows, labels, strict=True))
+        if name == LABEL or (same and len(rows[0]) > 1):
+            what = "is y" if same else "has the name of the labels"
+            raise DataError(
+                f"the column {name!r} of X {what}; drop it from X, which holds the texts alone, or rename it"
+            )
+
+
+def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Texts by column. columns: the names of texts without one, if there are as many.
+
+    Raises DataError for what is neither a text, a tuple of texts nor a mapping of texts.
+    """
     if hasattr(X, "to_pylist"):  # pyarrow
         X = X.to_pylist()
     elif hasattr(X, "columns") and hasattr(X, "to_dict"):  # a pandas DataFrame, of which iteration gives the columns
@@ -188,12 +291,15 @@ def as_rows(X: Any) -> list[dict[str, str]]:
     for number, value in enumerate(X):
         if isinstance(value, np.ndarray):
             value = value.tolist()
-        if isinstance(value, str):
-            row = {"text": str(value)}  # not numpy's kind of text
-        elif isinstance(value, Mapping):
+        if isinstance(value, Mapping):
             row = dict(value)
         else:
-            row = {f"text{i}": text for i, text in enumerate(value, 1)} if isinstance(value, (tuple, list)) else {}
+            texts = [str(value)] if isinstance(value, str) else value if isinstance(value, (tuple, list)) else []
+            unnamed = ["text"] if isinstance(value, str) else [f"text{i}" for i, _ in enumerate(texts, 1)]
+            row = dict(zip(columns if len(columns) == len(texts) else unnamed, texts, strict=True))
+        if isinstance(value, Mapping) and (other := [name for name in row if not isinstance(row[name], str)]):
+            problem = f"row {number + 1} has {row[other[0]]!r:.50} in the column {other[0]!r}, which is no text"
+            raise DataError(f"{problem}; X holds the texts alone, so drop a column of labels or numbers")
         if not row or not all(isinstance(text, str) for text in row.values()):
             raise DataError(f"row {number + 1} is {value!r:.50}; give texts, tuples of texts or mappings of texts")
         if rows and row.keys() != rows[0].keys():

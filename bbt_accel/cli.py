@@ -212,9 +212,12 @@ def package(
 
     if check == (output is not None):
         raise UsageError("give -o DIR to package a run, or --check to verify a package")
+    run = options.pop("run", None)
+    if run is not None and not check:
+        raise UsageError("--run is for --check; a run to package is the argument")
     with progress_bar(f"{'checking' if check else 'packaging'} {path}") as tell:
         if output is None:
-            info = check_package(path, options.get("threads"), tell)
+            info = check_package(path, options.get("threads"), tell, run, options.get("bundle"))
         else:
             info = package_run(path, output, PackageOptions(**options), tell)
     printing.print_package(output or path, info.model_dump(mode="json"), as_json)

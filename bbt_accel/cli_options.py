@@ -160,6 +160,7 @@ class PackageOptions(Schema):
     int8: bool = Field(default=False, description="8-bit integers, also where the run's bundle is in fp32.")
     bundle: Path | None = None
     """Another bundle of the same backbone, e.g. as exported or for another target (default: the run's)."""
+    run: Path | None = Field(default=None, description="With --check: the run, if it is not near the package.")
     max_rows: Count | None = Field(default=None, description="Rows of each split to compare (default: all).")
     threads: AllCores = None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +32,11 @@ def fetched(path: str | Path) -> Path:
         return Path(snapshot_download(found["repo"], revision=found["revision"]))
 
 
-def push_folder(folder: Path, repo: str, private: bool) -> str:
+def push_folder(folder: Path, repo: str, private: bool, files: Sequence[str] | None = None) -> str:
     """Create a repository if necessary, and upload a folder to it in one commit; returns the commit's address.
 
-    The token is that of HF_TOKEN or of `hf auth login`. Raises UsageError for another form of name, HubError where the
-    hub refuses.
+    files: those to upload, by their names in the folder; all unless given. The token is that of HF_TOKEN or of
+    `hf auth login`. Raises UsageError for another form of name, HubError where the hub refuses.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"{repo!r} is not a repository; give OWNER/NAME")
@@ -44,7 +45,9 @@ def push_folder(folder: Path, repo: str, private: bool) -> str:
     with _hub_errors(f"cannot push to {repo}"):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with bbt-accel")
+        only = None if files is None else [glob.escape(name) for name in files]
+        message = "Upload with bbt-accel"
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=only)
         return str(done.commit_url)
 
 

@@ -20,7 +20,7 @@ def model_card(info: RunInfo) -> str:
     record, metric = info.bundle, METRICS[info.task.metric]
     data = ModelCardData(
         license=record.license,
-        base_model=hub_id(record.backbone),
+        base_model=hub_id(record.backbone, record.revision),
         library_name="bbt-accel",
         pipeline_tag="text-classification",
         metrics=[info.task.metric],
@@ -70,7 +70,8 @@ def cell(text: str) -> str:
     return text.replace("\n", "\\n").replace("|", "\\|")
 
 
-def hub_id(backbone: str) -> str | None:
+def hub_id(backbone: str, revision: str | None) -> str | None:
     """The backbone, if it is a hub id rather than a folder, a file or the shipped one."""
     local = Path(backbone).exists() or PurePath(backbone).is_absolute() or backbone.startswith(".")
+    local |= "/" not in backbone and revision is None  # a folder's name in what was pushed
     return None if local or backbone == "demo" or backbone.endswith(".gguf") else backbone

@@ -125,6 +125,7 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
         "labels": ", ".join(info["labels"]),
         "readout": info["readout"],
         "compared with predict": f"{found['rows']} texts, largest error of scores {found['largest_error']:.1e}",
+        "other labels than predict's own bundle": found["estimator_differs"],
         "cut differently": found["cut_differently"] or None,
         "other labels within rounding": found["labels_differ"] or None,
     }
@@ -134,7 +135,7 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
 
 
 def print_pushed(repository: str, commit: str, kind: str, as_json: bool) -> None:
-    """kind: run, or package, which other tools load by the repository's name."""
+    """kind: run (also of a saved classifier), or package, which other tools load by the repository's name."""
     address = f"hf://{repository}" if kind == "run" else repository
     if as_json:
         print_json({"repository": repository, "commit": commit, kind: address})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import numpy as np
@@ -17,12 +17,15 @@ from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.hub import fetched
+from bbt_accel.inference_protocol import backbone_name
 from bbt_accel.readout import Readout
 from bbt_accel.settings import ReadoutName, Settings
 from bbt_accel.tasks import Task
 
 INFO, PROMPT, READOUT, HISTORY = "run.json", "prompt.safetensors", "readout.safetensors", "history.jsonl"
 CURVE, EVENTS, TASK, CARD = "curve.png", "tensorboard", "task.toml", "README.md"
+ESTIMATOR = "classifier.json"
+"""The file that makes a folder a saved PromptClassifier, with the folders `run` and `bundle`."""
 
 
 class BundleRecord(BaseModel, extra="forbid"):
@@ -179,9 +182,11 @@ class Run:
     def read(cls, path: str | Path) -> Run:
         """Read run.json and the prompt, of a folder or of hf://OWNER/NAME, which is downloaded.
 
-        Raises RunError when one is missing or damaged, or they do not match; HubError for a download that fails.
+        Of a saved PromptClassifier it is the run inside. Raises RunError when one is missing or damaged, or they do not
+        match; HubError for a download that fails.
         """
         path = fetched(path)
+        path = path / "run" if is_saved_classifier(path) else path
         info = read_info(path)
         file = path / PROMPT
         if info.status == "running":
@@ -219,6 +224,8 @@ class Run:
         record = self.info.bundle
         if override is None:
             places = [self.path.absolute() / record.relative, Path(record.path)]
+            if is_saved_classifier(self.path.absolute().parent):
+                places.insert(0, self.path.absolute().parent / "bundle")
             bundle = Bundle.read(next((place for place in places if place.exists()), places[1]))
             if bundle.digest != record.digest:
                 problem = f"{bundle.path} is not the bundle that {self.path} was tuned for"
@@ -227,11 +234,25 @@ class Run:
         bundle = Bundle.read(override)
         for name in ("backbone", "revision", "method", "prompt_mode", "prompt_init"):
             found, wanted = getattr(bundle.info, name), getattr(record, name)
-            if found != wanted:
+            if found != wanted and not (name == "backbone" and names_path(found, wanted)):
                 raise BundleError(f"{override} has the {name} {found}, the prompt of {self.path} needs {wanted}")
         if bundle.info.prompt_shape != self.prompt.shape:
             raise BundleError(f"{override} takes prompts {bundle.info.prompt_shape}, not {self.prompt.shape}")
         return bundle
+
+
+def is_saved_classifier(path: Path) -> bool:
+    return (path / ESTIMATOR).is_file()
+
+
+def names_path(one: str, other: str) -> bool:
+    """Whether one backbone is the bare name of the local checkpoint that the other has the path of.
+
+    What was pushed names a local checkpoint without its path. The revision, which only those of the hub have, keeps it
+    apart from a hub id without an owner. Two paths must be equal: folders of one name may hold different checkpoints.
+    """
+    paths = [name for name in (one, other) if PurePath(name).is_absolute()]
+    return len(paths) == 1 and backbone_name(one) == backbone_name(other)
 
 
 def read_info(path: Path) -> RunInfo:

@@ -7,15 +7,31 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
 
+from bbt_accel.bundle import PLANS, Bundle, facts_digest
+from bbt_accel.errors import PackageError
 from bbt_accel.hub import push_folder
+from bbt_accel.inference_protocol import backbone_name
+from bbt_accel.model_card import hub_id
 from bbt_accel.packaging import manifest
-from bbt_accel.run import CARD, INFO, Run
+from bbt_accel.run import (
+    CARD,
+    CURVE,
+    ESTIMATOR,
+    HISTORY,
+    INFO,
+    PROMPT,
+    READOUT,
+    TASK,
+    Run,
+    RunInfo,
+    is_saved_classifier,
+    write_info,
+)
 
-ESTIMATOR = "classifier.json"
-"""The file that makes a folder a saved PromptClassifier, with the folders `run` and `bundle`."""
+FILES = (INFO, PROMPT, READOUT, HISTORY, CURVE, TASK, CARD)
+"""Of a run, those that are uploaded: TensorBoard's have this machine's name."""
 
 
 def push(path: str | Path, repo: str, *, private: bool = False, with_bundle: bool = True) -> str:
@@ -23,15 +39,14 @@ def push(path: str | Path, repo: str, *, private: bool = False, with_bundle: boo
 
     repo: OWNER/NAME, created if necessary. with_bundle: upload a run's bundle too, so that hf://OWNER/NAME works by
     itself. Returns the commit's address. Raises RunError, BundleError, PackageError for a package whose files have
-    changed, and HubError where the hub refuses.
+    changed or that names a path of this machine, and HubError where the hub refuses.
     """
     path = Path(path)
     if is_package(path):
-        manifest.read_info(path)  # which verifies its files
-        return push_folder(path, repo, private)
-    saved = (path / ESTIMATOR).is_file()
-    run = Run.read(path / "run" if saved else path)
-    bundle = run.open_bundle().path if with_bundle and not saved else None
+        info = manifest.read_info(path)  # which verifies its files
+        check_base_model(path / manifest.ADAPTER_CONFIG)
+        return push_folder(path, repo, private, [manifest.INFO, *info.sha256])
+    bundle = Run.read(path).open_bundle() if with_bundle or is_saved_classifier(path) else None
     with portable(path, bundle) as copy:
         return push_folder(copy, repo, private)
 
@@ -41,19 +56,67 @@ def is_package(path: Path) -> bool:
 
 
 @contextmanager
-def portable(path: Path, bundle: Path | None = None) -> Iterator[Path]:
+def portable(path: Path, bundle: Bundle | None = None) -> Iterator[Path]:
     """A copy of a run, with a bundle inside, or of a saved classifier, as others may have it."""
+    run, saved = Run.read(path), is_saved_classifier(path)
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         copy = Path(place) / "copy"
-        shutil.copytree(path, copy)
-        if bundle is not None:
-            shutil.copytree(bundle, copy / "bundle")
-        run = copy if (copy / INFO).is_file() else copy / "run"
-        info: dict[str, Any] = json.loads((run / INFO).read_text(encoding="utf-8"))
-        relative = "bundle" if run == copy else "../bundle"
-        info["bundle"] |= {"path": relative, "relative": relative}
-        info["data"]["path"] = None
-        (run / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-        if run != copy:
-            shutil.copyfile(run / CARD, copy / CARD)
+        inside = copy / "run" if saved else copy
+        inside.mkdir(parents=True)
+        for name in FILES:
+            if (run.path / name).is_file():
+                shutil.copyfile(run.path / name, inside / name)
+        digest = None if bundle is None else copy_bundle(bundle, copy / "bundle")
+        write_info(inside, without_paths(run.info, "../bundle" if saved else "bundle", digest))
+        if saved:
+            shutil.copyfile(inside / CARD, copy / CARD)
+            facts = json.loads((path / ESTIMATOR).read_text(encoding="utf-8"))
+            facts["parameters"]["backbone"] = public_parameter(facts["parameters"]["backbone"], run.info)
+            (copy / ESTIMATOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         yield copy
+
+
+def copy_bundle(bundle: Bundle, folder: Path) -> str:
+    """Copy the files that a bundle names, and its plans; returns its sha256, another where it had a path."""
+    for file in bundle.path.rglob("*"):
+        name = file.relative_to(bundle.path)
+        if file.is_file() and (str(name) in bundle.info.sha256 or name.parts[0] == PLANS):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+    info = bundle.info.model_copy(update={"backbone": backbone_name(bundle.info.backbone)})
+    if info == bundle.info:
+        shutil.copyfile(bundle.path / "bundle.json", folder / "bundle.json")
+    else:
+        info.facts = facts_digest(info.model_dump_json().encode())
+        (folder / "bundle.json").write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return Bundle(folder, info).digest
+
+
+def without_paths(info: RunInfo, bundle: str, digest: str | None) -> RunInfo:
+    """bundle: its path from the run. digest: that of the copied bundle, if there is one."""
+    versions = {name: version for name, version in info.engine.versions.items() if name != "url"}
+    record = {"path": bundle, "relative": bundle, "backbone": backbone_name(info.bundle.backbone)}
+    record |= {} if digest is None else {"digest": digest}
+    changes = {
+        "bundle": info.bundle.model_copy(update=record),
+        "engine": info.engine.model_copy(update={"url": None, "versions": versions}),
+        "data": info.data.model_copy(update={"path": None}),
+    }
+    return info.model_copy(update=changes)
+
+
+def public_parameter(backbone: str, info: RunInfo) -> str:
+    """An estimator's backbone, of a local one its name as a path: the bare name could be another model's hub id."""
+    public = backbone == info.bundle.backbone and not PurePath(backbone).is_absolute()
+    return backbone if public else f"./{PurePath(backbone).name}"
+
+
+def check_base_model(file: Path) -> None:
+    """Raises PackageError for an adapter, by its adapter_config.json, of a checkpoint that only this machine has."""
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"]
+        if hub_id(base, config["revision"]) is None:
+            raise PackageError(
+                f"the adapter is for {base}, which is no hub id; export its backbone by hub id to push it"
+            )

@@ -42,14 +42,23 @@ def check_shards(folder: Path) -> None:
 
 
 def license_of(checkpoint: str | Path, revision: str | None = None) -> str | None:
-    """The licence that the model card of a folder or of a hub id names; None if there is none."""
+    """The licence that the model card of a folder or of a hub id names, or a GGUF file; None if there is none.
+
+    Of several it is the first.
+    """
     from huggingface_hub import ModelCard, hf_hub_download
 
     try:
-        card = Path(checkpoint) / "README.md"
-        if not Path(checkpoint).exists():
-            card = Path(hf_hub_download(str(checkpoint), "README.md", revision=revision))
-        found = ModelCard(card.read_text(encoding="utf-8")).data.license
+        if Path(checkpoint).suffix == ".gguf":
+            from gguf import GGUFReader
+
+            found = GGUFReader(checkpoint).fields["general.license"].contents()
+        else:
+            card = Path(checkpoint) / "README.md"
+            if not Path(checkpoint).exists():
+                card = Path(hf_hub_download(str(checkpoint), "README.md", revision=revision))
+            found = ModelCard(card.read_text(encoding="utf-8")).data.license
+        found = found[0] if isinstance(found, list) else found
     except Exception:  # without a card, or with a damaged one, nothing is known
         return None
     return found if isinstance(found, str) else None

@@ -270,7 +270,7 @@ class Corpus:
         folder = self.folder / "package"
         folder.mkdir()
         (folder / "README.md").write_text("A card.")
-        source = Source(path="../run", digest="0")
+        source = Source(name="run", digest="0")
         sound = PackageInfo(
             kind="onnx", model="onnx/model.onnx", precision="fp32", quantized=False, run=source, bundle=source,
             task="toy", architecture="encoder", template_group="masked", labels=["bad", "great"], columns=["text"],

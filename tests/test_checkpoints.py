@@ -144,6 +144,7 @@ def write_gguf(file: Path) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     hidden, heads, shared, inner, vocabulary = 32, 4, 2, 64, 300
     writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_license("mit")
     writer.add_context_length(64)
     writer.add_embedding_length(hidden)
     writer.add_block_count(2)
@@ -182,7 +183,7 @@ def test_a_gguf_file_is_exported_with_its_tokenizer(tmp_path: Path) -> None:
     tensors = write_gguf(tmp_path / "tiny.gguf")
     bundle = export_bundle(tmp_path / "tiny.gguf", tmp_path / "bundle", n_prompt_tokens=3)
     assert (bundle.info.family, bundle.info.vocab_size) == ("llama", 300)
-    assert bundle.info.backbone == str(tmp_path / "tiny.gguf")
+    assert (bundle.info.backbone, bundle.info.license) == (str(tmp_path / "tiny.gguf"), "mit")
     weight = families.load_model(bundle.path).get_input_embeddings().weight  # type: ignore[operator]
     np.testing.assert_array_equal(weight.numpy(), tensors["token_embd"])
 

@@ -21,7 +21,8 @@ from sklearn.preprocessing import FunctionTransformer
 from bbt_accel import Callback, PromptClassifier
 from bbt_accel.classifier import as_labels, as_rows
 from bbt_accel.demo import DATA
-from bbt_accel.errors import BbtError, DataError, RunError
+from bbt_accel.errors import BbtError, DataError, PackageError, RunError
+from bbt_accel.packaging.package import check_package
 from bbt_accel.run import Run
 
 WORDS = ["sports", "financial", "computer", "health"]
@@ -147,6 +148,71 @@ def test_a_label_word_of_several_tokens_is_warned_of(rows: tuple[list[str], list
         estimator.fit(*rows)
 
 
+def test_numbers_of_a_grid_are_saved(rows: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    grid = {"budget": np.int64(1), "n_prompt_tokens": np.arange(20, 21)[0], "label_words": np.array(WORDS)}
+    estimator = PromptClassifier("demo", engine="ort", precision="fp32", readout="calibrated", threads=1)
+    estimator.set_params(**grid).fit(*rows).save(tmp_path / "saved")
+    parameters = PromptClassifier.load(tmp_path / "saved").get_params()
+    assert (parameters["budget"], parameters["n_prompt_tokens"], parameters["label_words"]) == (1, 20, WORDS)
+
+
+def test_an_interrupted_search_is_no_result(rows: tuple[list[str], list[str]]) -> None:
+    class Interrupting(Callback):
+        def on_generation(self, generation: Any) -> None:
+            raise KeyboardInterrupt
+
+    estimator = PromptClassifier("demo", engine="ort", precision="fp32", readout="calibrated", budget=41, threads=1)
+    estimator.set_params(callbacks=[Interrupting()])
+    with pytest.raises(KeyboardInterrupt):
+        GridSearchCV(estimator, {"seed": [1, 2]}, cv=2).fit(*rows)
+    with pytest.raises(KeyboardInterrupt):
+        estimator.fit(*rows)
+    assert estimator.run_.info.status == "interrupted"
+    assert estimator.predict(rows[0][:2]).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "complaint"),
+    [
+        ({"budget": 0}, "budget"),
+        ({"readout": "verbalizer", "budget": 5}, "budget 5 is too small"),
+        ({"readout": "nothing"}, "readout"),
+        ({"k_shot": 3}, "the rarest class has 2 rows, k_shot 3 needs 6"),
+    ],
+)
+def test_settings_are_checked_before_the_export(
+    parameters: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bbt_accel.classifier.prepared_bundle", None)
+    with pytest.raises(BbtError, match=complaint):
+        PromptClassifier(**parameters).fit(["a", "b", "c", "d"], [0, 0, 1, 1])
+
+
+def test_many_rows_are_not_all_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr("bbt_accel.classifier.resolve", lambda settings: found.update(settings) or 1 / 0)
+    for count, k_shot in ((5, 2), (1000, 16)):
+        with pytest.raises(ZeroDivisionError):
+            PromptClassifier().fit(["a"] * 2 * count, [0, 1] * count)
+        assert found["k_shot"] == k_shot
+
+
+def test_a_column_of_labels_is_no_text(rows: tuple[list[str], list[str]]) -> None:
+    table = [{"review": text, "label": label} for text, label in zip(*rows, strict=True)]
+    with pytest.raises(DataError, match="the column 'label' of X is y; drop it from X"):
+        PromptClassifier().fit(table, rows[1])
+    with pytest.raises(DataError, match="the column 'label' of X has the name of the labels; drop it"):
+        PromptClassifier().fit(table, list(map(WORDS.index, rows[1])))
+    with pytest.raises(DataError, match=r"has 3 in the column 'label', which is no text; .*drop a column of labels"):
+        PromptClassifier().fit([{"review": "a", "label": 3}], [3])
+
+
+def test_texts_without_a_column_are_those_of_the_run() -> None:
+    assert as_rows(["a"], ["review"]) == [{"review": "a"}]
+    assert as_rows([("a", "b")], ["q", "r"]) == [{"q": "a", "r": "b"}]
+    assert as_rows([("a", "b")], ["q"]) == [{"text1": "a", "text2": "b"}]
+
+
 def test_pairs_and_mappings_are_rows_too() -> None:
     assert as_rows(["a"]) == [{"text": "a"}]
     assert as_rows([("a", "b")]) == [{"text1": "a", "text2": "b"}]
@@ -169,3 +235,40 @@ def test_it_becomes_a_package(fitted: PromptClassifier, rows: tuple[list[str], l
     assert info["labels"] == sorted(WORDS)
     assert (info["comparison"]["rows"] > 80, info["comparison"]["labels_differ"]) == (True, 0)
     assert (tmp_path / "package" / "onnx" / "model.onnx").is_file()
+    assert (info["command"], info["comparison"]["estimator_differs"]) == ("bbt-accel package SAVED -o package", None)
+    with pytest.raises(PackageError, match=r"pass it with --run .an estimator's as its save wrote it"):
+        check_package(tmp_path / "package")
+    fitted.save(tmp_path / "elsewhere" / "deep" / "saved")
+    check_package(tmp_path / "package", threads=1, run=tmp_path / "elsewhere" / "deep" / "saved")
+
+
+def test_a_package_of_another_bundle_is_compared_with_the_estimator_too(
+    rows: tuple[list[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    estimator = PromptClassifier("demo", engine="openvino", precision="fp32", readout="calibrated", budget=1, threads=1)
+    estimator.fit(*rows).save(tmp_path / "saved")
+    estimator.package(tmp_path / "package")
+    info = json.loads((tmp_path / "package" / "bbt_accel.json").read_text(encoding="utf-8"))
+    assert info["comparison"]["estimator_differs"] == 0
+    monkeypatch.setenv("BBT_ACCEL_CACHE", str(tmp_path / "cache of another machine"))
+    there = PromptClassifier.load(tmp_path / "saved").set_params(backbone=str(tmp_path / "gone"))
+    there.package(tmp_path / "same", "openvino")
+    with pytest.raises(
+        PackageError, match=r"onnx packages take no bundle for openvino .* pass an exported one with bun"
+    ):
+        there.package(tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_package_in_another_precision_is_warned_of(fitted: PromptClassifier, tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"predict runs in fp32 for .*, the package in int8: \d+ of \d+ texts get another"
+    ):
+        fitted.package(tmp_path / "package", int8=True)
+
+
+def test_a_prompt_can_stand_in_front_of_the_text(rows: tuple[list[str], list[str]]) -> None:
+    estimator = PromptClassifier("demo", engine="ort", precision="fp32", readout="calibrated", budget=1, threads=1)
+    estimator.set_params(prompt_mode="cat", n_prompt_tokens=5).fit(*rows)
+    assert estimator.run_.info.bundle.prompt_mode == "cat"

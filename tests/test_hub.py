@@ -17,11 +17,13 @@ from fake_hub import FakeHub, fake_hub
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
-from bbt_accel.errors import UsageError
+from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import write_info as write_bundle_info
+from bbt_accel.errors import BundleError, PackageError, UsageError
 from bbt_accel.hub import fetched
 from bbt_accel.inference import predict
-from bbt_accel.model_card import model_card
-from bbt_accel.run import Run
+from bbt_accel.model_card import hub_id, model_card
+from bbt_accel.run import Run, write_info
 from bbt_accel.sharing import portable
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -112,11 +114,110 @@ def test_a_model_card_has_the_scores_and_the_licence(run: Run) -> None:
 
 
 def test_a_portable_copy_is_a_run(run: Run) -> None:
-    with portable(run.path, run.open_bundle().path) as copy:
+    with portable(run.path, run.open_bundle()) as copy:
         again = Run.read(copy)
         assert again.open_bundle().path == copy.absolute() / "bundle"
         assert again.info.data.path is None
     assert Run.read(run.path).info.data.path is not None
+
+
+# What nobody else should see -----------------------------------------------------------------------------------
+
+PRIVATE = ("alice", "gpu-host")
+"""Parts of paths and addresses of this machine, in `private`."""
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Run:
+    """A run of a local checkpoint, with the address of a server and TensorBoard's file, which has the host's name."""
+    home = tmp_path / "alice"
+    info = search_bundle(home / "bundle").info.model_copy(update={"backbone": str(home / "checkpoint")})
+    write_bundle_info(home / "bundle", info)
+    options = {"data": home / "data", "engine": "dummy", "progress": False, "settings": SETTINGS}
+    run = tune(home / "bundle", task_file(home / "data"), output=home / "run", **options)  # type: ignore[arg-type]
+    engine = run.info.engine.model_copy(update={"url": "http://gpu-host:8000", "versions": {"url": "http://gpu-host"}})
+    write_info(run.path, run.info.model_copy(update={"engine": engine}))
+    (run.path / "tensorboard").mkdir()
+    (run.path / "tensorboard" / "events.out.tfevents.1.gpu-host").write_text("gpu-host")
+    (run.path / "notes.txt").write_text("alice")
+    return Run.read(run.path)
+
+
+def tells_nothing(folder: Path, *private: str) -> None:
+    for file in folder.rglob("*"):
+        told = str(file.relative_to(folder)) + (file.read_text(encoding="latin-1") if file.is_file() else "")
+        assert not [name for name in (*PRIVATE, *private) if name in told], file
+
+
+def test_a_pushed_run_tells_no_path_host_or_address(private: Run, tmp_path: Path) -> None:
+    with portable(private.path, private.open_bundle()) as copy:
+        tells_nothing(copy, str(tmp_path))
+        again = Run.read(copy)
+        assert again.open_bundle().info.backbone == again.info.bundle.backbone == "checkpoint"
+    with portable(private.path) as copy:
+        tells_nothing(copy, str(tmp_path))
+
+
+def test_a_pushed_run_takes_a_local_bundle_of_its_backbone(private: Run, tmp_path: Path) -> None:
+    with portable(private.path) as copy:
+        local = tmp_path / "alice" / "bundle"
+        assert Run.read(copy).open_bundle(local).path == local
+        for backbone in ("/home/bob/another", "owner/checkpoint"):
+            write_bundle_info(local, Bundle.read(local).info.model_copy(update={"backbone": backbone}))
+            with pytest.raises(BundleError, match=f"has the backbone {backbone}, the prompt .* needs checkpoint"):
+                Run.read(copy).open_bundle(local)
+    write_bundle_info(local, Bundle.read(local).info.model_copy(update={"backbone": "/home/bob/checkpoint"}))
+    with pytest.raises(BundleError, match="has the backbone /home/bob/checkpoint"):  # of that name, but another
+        private.open_bundle(local)
+
+
+def test_a_local_checkpoint_of_what_was_pushed_is_no_hub_id() -> None:
+    assert hub_id("checkpoint", None) is None
+    assert hub_id("roberta-large", "0123") == "roberta-large"
+
+
+def test_a_pushed_run_or_classifier_is_used_by_its_address(
+    cli: Cli, hub: FakeHub, private: Run, tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn")
+    from bbt_accel import PromptClassifier
+
+    engine = private.info.engine.model_copy(update={"url": None})
+    write_info(private.path, private.info.model_copy(update={"engine": engine}))
+    estimator = PromptClassifier.load(private.path)
+    assert estimator.get_params()["backbone"] == str(tmp_path / "alice" / "checkpoint")
+    assert set(estimator.predict(["w1 w2", "w3"])) <= {"bad", "great"}
+    estimator.save(tmp_path / "saved")
+    probabilities = estimator.predict_proba(["w1 w2"]).tolist()
+    assert cli("push", str(private.path), "me/run", "--yes").returncode == 0
+    assert "use it as hf://me/saved" in cli("push", "saved", "me/saved", "--yes").stdout
+    tells_nothing(tmp_path / "hub", str(tmp_path))
+    shutil.rmtree(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "alice")
+    for address in ("hf://me/run", "hf://me/saved"):
+        found = json.loads(cli("predict", address, "w1 w2", "--json").stdout)
+        assert list(found["probabilities"].values()) == pytest.approx(probabilities[0])
+        script = (
+            f"from bbt_accel import PromptClassifier as P; c = P.load({address!r}); print(c.predict_proba(['w1 w2']))"
+        )
+        environment = {**os.environ, **hub.environment(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert np.fromstring(done.stdout.strip(" []\n"), sep=" ") == pytest.approx(probabilities[0], abs=1e-6)
+
+
+def test_an_adapter_of_a_local_checkpoint_is_not_pushed(tmp_path: Path) -> None:
+    from bbt_accel.sharing import check_base_model
+
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"base_model_name_or_path": "owner/name", "revision": None}))
+    check_base_model(file)
+    for local in ("/home/alice/checkpoint", "checkpoint"):
+        file.write_text(json.dumps({"base_model_name_or_path": local, "revision": None}))
+        with pytest.raises(PackageError, match=f"the adapter is for {local}, which is no hub id"):
+            check_base_model(file)
 
 
 @pytest.mark.slow
@@ -127,6 +228,7 @@ def test_a_pushed_package_is_loaded_by_its_name(cli: Cli, hub: FakeHub, tmp_path
 
     run = tuned(tiny("roberta"), tmp_path / "tuned")
     assert cli("package", str(run.path), "-o", "packaged", "--threads", "1").returncode == 0
+    (tmp_path / "packaged" / ".env").write_text("TOKEN")  # which no file of the package is
     done = cli("push", "packaged", "me/mood", "--yes", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["package"] == "me/mood"
@@ -134,8 +236,7 @@ def test_a_pushed_package_is_loaded_by_its_name(cli: Cli, hub: FakeHub, tmp_path
     environment = {**os.environ, **hub.environment(tmp_path / "another cache")}
     fetch = [sys.executable, "-c", script, "me/mood"]
     folder = Path(subprocess.run(fetch, capture_output=True, text=True, env=environment, check=True).stdout.strip())
-    for file in folder.rglob("*"):
-        assert file.is_dir() or str(tmp_path) not in file.read_text(encoding="latin-1"), file
+    tells_nothing(folder, str(tmp_path), ".env")
     found = Foreign(folder).probabilities(TEXTS)
     predicted = predict(run.path, [{"text": text} for text in TEXTS], threads=1)
     wanted = [list(own["probabilities"].values()) for own in predicted]

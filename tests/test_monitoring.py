@@ -13,7 +13,7 @@ from search_parts import SETTINGS, search_bundle, task_file
 from bbt_accel import tune
 from bbt_accel.objective import Objective, uninformed, wilson
 from bbt_accel.run import Baselines, BestRecord, Run, RunInfo
-from bbt_accel.tuning.monitoring import draw_scores
+from bbt_accel.tuning.monitoring import draw_curve, draw_scores
 
 
 @pytest.fixture(params=["verbalizer", "auto"])
@@ -32,6 +32,14 @@ def test_a_run_records_what_takes_no_search(run: Run) -> None:
     names = ("chance", "majority", "without_prompt", "calibrated")
     assert run.info.baselines.model_dump() == {name: dev[name] for name in names}
     assert Run.read(run.path).info.baselines == run.info.baselines
+
+
+def test_the_curve_shows_no_path(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, title, **_: titles.append(title))
+    bundle = run.info.bundle.model_copy(update={"backbone": "/home/alice/checkpoint"})
+    draw_curve(tmp_path / "curve.png", run.history, run.info.model_copy(update={"bundle": bundle}))
+    assert titles == ["toy · checkpoint · bbt · dummy"]
 
 
 @pytest.mark.parametrize(

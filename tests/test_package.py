@@ -19,16 +19,17 @@ pytest.importorskip("torch")
 
 from package_parts import TEXTS, Foreign, tuned
 
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import Bundle, facts_digest
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, PackageError
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.packaging import web_page
-from bbt_accel.packaging.manifest import PackageInfo
+from bbt_accel.packaging.manifest import PackageInfo, read_info
 from bbt_accel.packaging.package import Options, check_package, package_run
 from bbt_accel.run import Run
 from bbt_accel.settings import READOUTS
+from bbt_accel.sharing import push
 
 HARD = ["", "  ", "[MASK] </s> <mask> it", "👩‍🚀 é 東京", "was " * 120]
 PAIRS = [("it was", "great"), ("", "was it bad"), ("a", ""), ("", ""), ("[SEP] it", "</s>"), ("was " * 70, "was " * 90)]
@@ -238,6 +239,8 @@ def test_the_licence_is_that_of_the_checkpoint(tiny: Export, tmp_path: Path) -> 
     assert license_of(tmp_path) == "mit"
     assert license_of(BACKBONE) == "apache-2.0"
     assert license_of("nobody/has-this") is None
+    (tmp_path / "README.md").write_text("---\nlicense: [apache-2.0, mit]\n---\n# A model\n", encoding="utf-8")
+    assert license_of(tmp_path) == "apache-2.0"
 
 
 # The check ---------------------------------------------------------------------------------------------------
@@ -245,6 +248,60 @@ def test_the_licence_is_that_of_the_checkpoint(tiny: Export, tmp_path: Path) -> 
 
 def test_check_repeats_the_comparison(demo: tuple[Run, Path, PackageInfo]) -> None:
     assert check_package(demo[1], threads=1) == demo[2]
+
+
+def test_a_package_tells_no_path(demo: tuple[Run, Path, PackageInfo], shared: Path) -> None:
+    run, folder, info = demo
+    for file in (folder / "README.md", folder / "bbt_accel.json"):
+        text = file.read_text(encoding="utf-8")
+        assert not [p for p in (shared.name, run.path.parent.name, folder.parent.name, "..") if f"{p}/" in text], file
+    assert (info.run.name, info.bundle.name) == ("run", run.open_bundle().path.name)
+
+
+def test_check_finds_the_run_near_the_package_or_is_told(made: MakeRun, tmp_path: Path) -> None:
+    moved = tmp_path / "deep" / "est" / "here" / "run"
+    shutil.copytree(made().path, moved)
+    package_run(moved, tmp_path / "packages" / "demo", Options(threads=1))
+    shutil.copytree(tmp_path / "packages", tmp_path / "runs")
+    with pytest.raises(PackageError, match=r"was made from the run 'run' \(sha256 .*\), which is not near it.*--run"):
+        check_package(tmp_path / "runs" / "demo")
+    with pytest.raises(PackageError, match=r"is not the run that .* was made from"):
+        check_package(tmp_path / "runs" / "demo", run=made(readout="state").path)
+    check_package(tmp_path / "runs" / "demo", threads=1, run=moved)
+    shutil.move(moved, tmp_path / "runs" / "run")
+    check_package(tmp_path / "packages" / "demo", threads=1)
+
+
+def test_check_reads_what_the_page_reads(demo: tuple[Run, Path, PackageInfo], tmp_path: Path) -> None:
+    """The page takes the labels from bbt_accel.json."""
+    shutil.copytree(demo[1], tmp_path / "copy")
+    file = tmp_path / "copy" / "bbt_accel.json"
+    swapped = json.loads(file.read_text(encoding="utf-8")) | {"labels": ["great", "bad"]}
+    file.write_text(json.dumps(swapped), encoding="utf-8")
+    for check in (check_package, lambda path: push(path, "me/mood")):
+        with pytest.raises(PackageError, match=r"bbt_accel.json has been changed by hand \(sha256\)"):
+            check(tmp_path / "copy")
+    file.write_text(json.dumps(swapped | {"facts": facts_digest(file.read_bytes())}), encoding="utf-8")
+    with pytest.raises(PackageError, match="has another labels than its run"):
+        check_package(tmp_path / "copy", run=demo[0].path)
+
+
+def test_check_refuses_an_added_file(demo: tuple[Run, Path, PackageInfo], tmp_path: Path) -> None:
+    shutil.copytree(demo[1], tmp_path / "copy")
+    (tmp_path / "copy" / ".gitattributes").write_text("")  # which the hub adds
+    read_info(tmp_path / "copy")
+    (tmp_path / "copy" / "onnx" / "model.onnx_data").write_text("")
+    for check in (check_package, lambda path: push(path, "me/mood")):
+        with pytest.raises(PackageError, match=r"onnx/model.onnx_data was added since the package was written"):
+            check(tmp_path / "copy")
+
+
+def test_the_card_names_the_file_that_transformers_js_loads(made: MakeRun, tmp_path: Path) -> None:
+    run = made("gpt2")
+    bundle = optimize_bundle(run.open_bundle().path, tmp_path / "fp16", precision="fp16")
+    folder, info = package(run, tmp_path, bundle=bundle.path)
+    assert info.model == "onnx/model_fp16.onnx"
+    assert '"transformers.js_config": { dtype: "fp16" }' in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_check_finds_a_changed_file(demo: tuple[Run, Path, PackageInfo], tmp_path: Path) -> None:
@@ -408,6 +465,7 @@ def test_the_page_needs_no_file_of_another_host(made: MakeRun, npm: Path, tmp_pa
     library = (folder / "vendor" / "transformers.js").read_text(encoding="utf-8")
     assert library.count('from"./ort.js"') == 2
     assert "onnxruntime" not in library
+    assert "Copyright (c) Microsoft" in (folder / "vendor" / "ort.LICENSE").read_text(encoding="utf-8")
     assert check_package(folder, threads=1) == info
 
 
@@ -437,6 +495,13 @@ def test_the_command_takes_an_output_or_check(arguments: list[str], capsys: pyte
         main(["package", *arguments])
     assert ended.value.code == 2
     assert "give -o DIR to package a run, or --check" in capsys.readouterr().err
+
+
+def test_a_run_is_named_for_the_check_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["package", "run", "-o", "x", "--run", "y"])
+    assert ended.value.code == 2
+    assert "--run is for --check" in capsys.readouterr().err
 
 
 # Rows and names ----------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ from bbt_accel.inference import BATCH_SIZE
 from bbt_accel.machine import installed
 from bbt_accel.packaging.compare import PackageOutput, encoded
 from bbt_accel.packaging.configuration import write_json
+from bbt_accel.packaging.manifest import ADAPTER_CONFIG
 from bbt_accel.packaging.packaged_run import PackagedRun
 
-ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
 TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 """Architecture → PEFT's type of task, of which masked language models have none."""
 READABLE = ("verbalizer", "calibrated")
@@ -68,7 +69,7 @@ def write_peft(made: PackagedRun, labels: list[str], folder: Path) -> str:
         "prompt_tuning_init": "RANDOM",
         "inference_mode": True,
     }
-    write_json(folder / CONFIG, config)
+    write_json(folder / ADAPTER_CONFIG, config)
     bias = made.readout.arrays.get("bias")
     reading = {
         "labels": labels,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bbt_accel.inference_protocol import backbone_name
 from bbt_accel.model_card import cell, hub_id
+from bbt_accel.packaging.configuration import DTYPES
 from bbt_accel.packaging.manifest import PackageInfo
 from bbt_accel.run import RunInfo
 
@@ -32,7 +33,8 @@ UNKNOWN = "not stated in the checkpoint's files; see where it is from"
 
 def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
     """The card of a package, in Markdown. usage: a text with the names of `usage_facts` in braces."""
-    licence, name, base = run.bundle.license, backbone_name(run.bundle.backbone), hub_id(run.bundle.backbone)
+    b = run.bundle
+    licence, name, base = b.license, backbone_name(b.backbone), hub_id(b.backbone, b.revision)
     front = [f"license: {licence}"] if licence else []
     front += ["pipeline_tag: text-classification", "tags: [bbt-accel, prompt-tuning]"]
     front += [f"base_model: {base}"] if base else []
@@ -59,7 +61,7 @@ softmax(logits.tolist()[0]);"""
 
 def usage_facts(info: PackageInfo, run: RunInfo) -> dict[str, str]:
     """What the examples of a format's usage name."""
-    pair, dtype = len(info.columns) > 1, "q8" if info.precision == "int8" else "fp32"
+    pair, dtype = len(info.columns) > 1, DTYPES.get(info.precision, "fp32")
     return {
         "file": info.model,
         "name": Path(info.model).name,
@@ -107,6 +109,10 @@ def compared(info: PackageInfo) -> str:
     )
     if c.labels_differ:
         found += f" {c.labels_differ} texts have another label, of two with almost the same score."
+    if c.estimator_differs is not None:
+        found += (
+            f" The estimator that it was made from runs another bundle, and labels {c.estimator_differs} differently."
+        )
     if c.cut_differently:
         found += f" {c.cut_differently} texts, longer than the model reads, end in other tokens."
     return f"{found} `bbt-accel package --check` repeats it, and verifies the sha256 of every file in `bbt_accel.json`."

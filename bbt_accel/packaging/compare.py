@@ -1,4 +1,4 @@
-"""A package against `predict`, as a loader runs it: token ids, scores and labels of every row."""
+"""A package against `predict`, as a loader runs it: token ids and scores of every row; other labels are counted."""
 
 from __future__ import annotations
 
@@ -119,10 +119,11 @@ def encoded(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
 
 
 def compare(made: PackagedRun, found: PackageOutput, rows: Sequence[Row], wanted: Float64) -> Comparison:
-    """Raises PackageError at the first row with other token ids, scores or another label than `predict` has.
+    """Raises PackageError at a row with other token ids than `predict` has, or with scores beyond `TOLERANCE`.
 
     wanted: its scores (N, C). Of rows that are truncated the last tokens may differ: the encoding tokenizes what is
-    left of a text again, a tokenizer keeps the tokens.
+    left of a text again, a tokenizer keeps the tokens. They are counted, and so are other labels of scores within the
+    tolerance.
     """
     encoder, tolerance = made.encoder, TOLERANCE[made.info.precision]
     long = [len(ids) > encoder.limit for ids in encoder.ids([encoder.fields(row) for row in rows])]

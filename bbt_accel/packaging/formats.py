@@ -149,7 +149,7 @@ WEB_USAGE = """Serve the folder with any web server and open it in a browser:
 python -m http.server
 ```
 The page asks nothing of any other host, and no text leaves it. `vendor/` holds transformers.js (Apache-2.0) and
-onnxruntime-web (MIT) as npm has them; `model/` is a package for transformers.js."""
+onnxruntime-web (MIT) as npm has them, and their licences; `model/` is a package for transformers.js."""
 
 FORMATS = {
     "onnx": Format("ort", ("onnx", "ort"), write_graph, run_with(open_onnx), ONNX_USAGE),

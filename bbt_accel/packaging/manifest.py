@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from bbt_accel.bundle import Architecture, Manifest, TemplateGroup
+from bbt_accel.bundle import Architecture, Manifest, TemplateGroup, facts_digest
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import PackageError
 from bbt_accel.files import sha256
 
-INFO = "bbt_accel.json"
+INFO, ADAPTER_CONFIG = "bbt_accel.json", "adapter_config.json"
 Kind = Literal["onnx", "openvino", "peft", "triton", "web"]
 
 
@@ -24,6 +25,9 @@ class Comparison(BaseModel, extra="forbid"):
     digest: str = Field(description="sha256 of them.")
     largest_error: float = Field(description="Of scores, relative to the largest where that exceeds 1.")
     labels_differ: int = Field(description="Rows with another label, of two scores closer than the tolerance.")
+    estimator_differs: int | None = Field(
+        default=None, description="Rows with another label than an estimator gives, which runs another bundle."
+    )
     cut_differently: int = Field(description="Over-long rows whose last tokens differ; their scores are not compared.")
 
 
@@ -40,22 +44,24 @@ class PackageScore(BaseModel, extra="forbid"):
 class Source(BaseModel, extra="forbid"):
     """A run or a bundle that a package was made from."""
 
-    path: str = Field(description="From the package's folder, which may be published: it tells no other path.")
+    name: str = Field(pattern="^[^/]+$", description="Of its folder: a package may be published, so it tells no path.")
     digest: str = Field(description="sha256 of its run.json or bundle.json.")
 
-    @classmethod
-    def of(cls, path: Path, package: Path, digest: str) -> Source:
-        try:
-            relative = os.path.relpath(path.absolute(), package.absolute())
-        except ValueError:  # another drive of Windows
-            relative = str(path.absolute())
-        return cls(path=relative, digest=digest)
+    def near(self, package: Path, file: str) -> Path | None:
+        """The folder of this name and digest beside a package or one folder away from there; None if there is none.
+
+        file: that which has the digest.
+        """
+        around = package.absolute().parents[:2]
+        pattern = f"*/{glob.escape(self.name)}"
+        places = (place for base in around for place in (base / self.name, *sorted(base.glob(pattern))))
+        return next((p for p in places if os.path.isfile(p / file) and sha256(p / file) == self.digest), None)
 
 
 class PackageInfo(Manifest):
     """bbt_accel.json."""
 
-    format: int = 1
+    format: int = 2
     kind: Kind
     model: str = Field(description="The model's file.")
     precision: Precision
@@ -76,20 +82,31 @@ class PackageInfo(Manifest):
     versions: dict[str, str]
     command: str
     sha256: dict[str, str] = Field(default={}, description="Of every other file.")
+    facts: str = Field(default="", description="sha256 of the other fields of this file.")
 
 
 def write_info(folder: Path, info: PackageInfo) -> PackageInfo:
     """Hash every file of the folder into `info`, and write it."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != INFO)
-    info = info.model_copy(update={"sha256": {p.relative_to(folder).as_posix(): sha256(p) for p in files}})
+    info = info.model_copy(update={"sha256": {name: sha256(folder / name) for name in files_of(folder)}})
+    info.facts = facts_digest(info.model_dump_json().encode())
     (folder / INFO).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return info
 
 
+def files_of(folder: Path) -> list[str]:
+    """The files of a package, besides bbt_accel.json and those that hubs hide in a folder (.gitattributes, .cache)."""
+    files = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if not p.is_dir())
+    return [p.as_posix() for p in files if p.as_posix() != INFO and not p.parts[0].startswith(".")]
+
+
 def read_info(folder: Path) -> PackageInfo:
-    """Read bbt_accel.json and check every file's sha256. Raises PackageError."""
+    """Read bbt_accel.json; check its own sha256 and every file's, and that there are no others. Raises PackageError."""
     make, again = "make one with bbt-accel package", "package the run again"
     info = PackageInfo.read(folder / INFO, "package", PackageError, make, again)
+    if facts_digest((folder / INFO).read_bytes()) != info.facts:
+        raise PackageError(f"{folder / INFO} has been changed by hand (sha256); {again}")
+    if added := [name for name in files_of(folder) if name not in info.sha256]:
+        raise PackageError(f"{folder / added[0]} was added since the package was written; remove it, or {again}")
     for name, wanted in info.sha256.items():
         file = folder / name
         if not file.is_file():

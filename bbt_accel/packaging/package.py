@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bbt_accel import __version__
-from bbt_accel.batch import Float64
+from bbt_accel.batch import Float64, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import Row, labels, load_few_shot
 from bbt_accel.encoding import Encoder
@@ -42,7 +43,9 @@ class Options:
     """What `package` was asked for.
 
     int8: also where the bundle is in fp32. bundle: another than the run's, or than the one that this was optimized from
-    where the format does not take the run's. max_rows: of each split, to compare.
+    where the format does not take the run's. max_rows: of each split, to compare. shown: the run, in the card's
+    command, where it is not the path. predict: classes (N,) of rows by what the run is used with, if that is another
+    bundle.
     """
 
     format: Kind = "onnx"
@@ -50,6 +53,8 @@ class Options:
     bundle: Path | None = None
     max_rows: int | None = None
     threads: int | None = None
+    shown: str | None = None
+    predict: Callable[[Sequence[Row]], Int64] | None = None
 
 
 def package_run(run_path: str | Path, output: str | Path, options: Options, progress: Tell = silent) -> PackageInfo:
@@ -67,38 +72,80 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
         progress("comparing with predict", 1, 2)
         comparison, score = compared(run, made, form, folder, model, options)
         info = PackageInfo(
-            kind=options.format, model=model, precision=bundle.info.precision, quantized=bundle is not source,
-            run=Source.of(run.path, output, sha256(run.path / RUN_INFO)),
-            bundle=Source.of(source.path, output, source.digest), task=run.task.name,
-            architecture=bundle.info.architecture,
-            template_group=bundle.info.template_group, labels=run.info.class_names, columns=run.task.text,
-            readout=run.readout.name, max_tokens=made.room, max_rows=options.max_rows, score=score,
-            calibrated_on=calibrated_on(bundle), comparison=comparison, versions=versions(),
-            command=command(run_path, output, options),
+            kind=options.format, model=model, quantized=bundle is not source, max_rows=options.max_rows, score=score,
+            run=Source(name=run.path.absolute().name, digest=sha256(run.path / RUN_INFO)),
+            bundle=Source(name=source.path.absolute().name, digest=source.digest), calibrated_on=calibrated_on(bundle),
+            comparison=comparison, versions=versions(), command=command(run_path, output, options),
+            **of_run(run, made),
         )  # fmt: skip
         (folder / "README.md").write_text(model_card(info, run.info, form.usage), encoding="utf-8")
         return manifest.write_info(folder, info)
 
 
-def check_package(path: str | Path, threads: int | None = None, progress: Tell = silent) -> PackageInfo:
+def check_package(
+    path: str | Path,
+    threads: int | None = None,
+    progress: Tell = silent,
+    run: str | Path | None = None,
+    bundle: str | Path | None = None,
+) -> PackageInfo:
     """Verify the sha256 of every file of a package, and compare it with `predict` again.
 
-    Returns its info with the new comparison. Raises PackageError for a changed file, a run or bundle that has changed,
-    and a difference; what `Run.read` raises where the run is gone.
+    run, bundle: those that it was made from, where they are not near it. Returns its info with the new comparison.
+    Raises PackageError for a changed or an added file, a run or bundle that is gone or has changed, and a difference.
     """
     folder = Path(path)
     info = manifest.read_info(folder)
-    form = FORMATS[info.kind]
-    run = Run.read(folder / info.run.path)
+    form, source_run = FORMATS[info.kind], find_run(info, folder, run)
+    place = find_bundle(info, folder, source_run, bundle)
+    options = Options(info.kind, info.quantized, place, info.max_rows, threads)
+    with packaged_bundle(source_run, form, options, progress) as (_, packaged):
+        made = classifier_of(source_run, packaged)
+        for name, value in of_run(source_run, made).items():
+            if getattr(info, name) != value:
+                raise PackageError(f"{folder / manifest.INFO} has another {name} than its run; package the run again")
+        progress("comparing with predict", 0, 1)
+        comparison, _ = compared(source_run, made, form, folder, info.model, options)
+        comparison.estimator_differs = info.comparison.estimator_differs  # which the estimator alone can count
+    return info.model_copy(update={"comparison": comparison})
+
+
+def of_run(run: Run, made: PackagedRun) -> dict[str, Any]:
+    """The facts of a package that its run and bundle determine."""
+    info = made.info
+    return {
+        "precision": info.precision, "architecture": info.architecture, "template_group": info.template_group,
+        "task": run.task.name, "labels": run.info.class_names, "columns": run.task.text, "readout": run.readout.name,
+        "max_tokens": made.room,
+    }  # fmt: skip
+
+
+def find_run(info: PackageInfo, folder: Path, given: str | Path | None) -> Run:
+    """The run of a package: the given one, or that of its name and digest near it. Raises PackageError."""
+    near = info.run.near(folder, RUN_INFO) if given is None else None
+    if given is None and near is None:
+        named = f"the run {info.run.name!r} (sha256 {info.run.digest:.12})"
+        problem = f"{folder} was made from {named}, which is not near it"
+        raise PackageError(f"{problem} or has changed; pass it with --run (an estimator's as its save wrote it)")
+    run = Run.read(near or given or "")
     if sha256(run.path / RUN_INFO) != info.run.digest:
         raise PackageError(f"{run.path} is not the run that {folder} was made from; package it again")
-    options = Options(info.kind, info.quantized, folder / info.bundle.path, info.max_rows, threads)
-    with packaged_bundle(run, form, options, progress) as (source, bundle):
-        if source.digest != info.bundle.digest:
-            raise PackageError(f"{source.path} is not the bundle that {folder} was made from; package the run again")
-        progress("comparing with predict", 0, 1)
-        comparison, _ = compared(run, classifier_of(run, bundle), form, folder, info.model, options)
-    return info.model_copy(update={"comparison": comparison})
+    return run
+
+
+def find_bundle(info: PackageInfo, folder: Path, run: Run, given: str | Path | None) -> Path:
+    """The bundle of a package: the given one, that of its digest near it, the run's, or which this was optimized from.
+
+    Raises PackageError, and BundleError where the run has none.
+    """
+    near = info.bundle.near(folder, "bundle.json") if given is None else None
+    if near is not None:
+        return near
+    bundle = run.open_bundle(given)
+    for found in (bundle, None if given else exported_beside(bundle)):
+        if found is not None and found.digest == info.bundle.digest:
+            return found.path
+    raise PackageError(f"{bundle.path} is not the bundle that {folder} was made from; pass that with --bundle")
 
 
 def classifier_of(run: Run, bundle: Bundle) -> PackagedRun:
@@ -112,10 +159,9 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
     Raises PackageError for a bundle that the format does not take.
     """
     bundle = run.open_bundle(options.bundle)
-    convert = options.int8 and bundle.info.precision != "int8"
-    wanted = ("onnx",) if convert else form.targets
-    if options.bundle is None and bundle.info.target not in wanted:
-        bundle = exported_beside(bundle) or bundle
+    if options.bundle is None:
+        bundle = suitable(bundle, form, options.int8) or bundle
+    convert, wanted = taken(bundle, form, options.int8)
     if bundle.info.target not in wanted:
         why = f"{bundle.path} is optimized for {bundle.info.target} in {bundle.info.precision}"
         takes = "one as exported" if wanted == ("onnx",) else f"one of {', '.join(wanted)}"
@@ -128,6 +174,17 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
             bundle.path, Path(place) / "int8", precision="int8", target=form.engine, progress=progress,
             calibrate=str(run.path) if has_rows(run) else None,
         )  # fmt: skip
+
+
+def suitable(bundle: Bundle, form: Format, int8: bool) -> Bundle | None:
+    """What a format takes: this bundle, or the one that it was optimized from, if that lies in the same folder."""
+    return bundle if bundle.info.target in taken(bundle, form, int8)[1] else exported_beside(bundle)
+
+
+def taken(bundle: Bundle, form: Format, int8: bool) -> tuple[bool, tuple[str, ...]]:
+    """Whether int8 has to be made of a bundle, and the targets of bundles that can be packaged then."""
+    convert = int8 and bundle.info.precision != "int8"
+    return convert, ("onnx",) if convert else form.targets
 
 
 def has_rows(run: Run) -> bool:
@@ -163,6 +220,8 @@ def compared(
     with load_engine(made.bundle, form.engine, threads=options.threads) as engine:
         wanted = class_scores(engine, made.encoder, rows, run)
         comparison = compare(made, found, rows, wanted)
+        if options.predict is not None:
+            comparison.estimator_differs = int((found.scores.argmax(1) != options.predict(rows)).sum())
         return comparison, score_of(run, engine, made.encoder, test, found.scores[len(rows) - len(test) :])
 
 
@@ -187,12 +246,13 @@ def versions() -> dict[str, str]:
 
 
 def command(run: str | Path, output: Path, options: Options) -> str:
-    """How to make the same package again. A package may be published: of absolute paths it has the names alone."""
+    """How to make the same package again. It may be published: of paths from elsewhere it has the names alone."""
 
     def named(path: str | Path) -> str:
-        return Path(path).name if Path(path).is_absolute() else str(path)
+        elsewhere = Path(path).is_absolute() or ".." in Path(path).parts
+        return Path(path).absolute().name if elsewhere else str(path)
 
-    words = ["bbt-accel", "package", named(run), "-o", named(output)]
+    words = ["bbt-accel", "package", options.shown or named(run), "-o", named(output)]
     words += ["--format", options.format] if options.format != "onnx" else []
     words += ["--int8"] if options.int8 else []
     words += ["--bundle", named(options.bundle)] if options.bundle is not None else []

@@ -19,6 +19,7 @@ from pathlib import Path
 from bbt_accel.errors import MissingDependency, PackageError
 
 PAGE = Path(__file__).parent / "page"
+"""What a package has besides the libraries: the page, and the licence of ONNX Runtime, which npm's archive lacks."""
 VENDOR = "vendor"
 LARGEST = 2**31
 """Bytes of a model that a browser takes as one file."""
@@ -63,9 +64,7 @@ def write_page(folder: Path, model: Path) -> None:
     """
     if sum(file.stat().st_size for file in model.parent.iterdir()) > LARGEST:
         raise PackageError("the model is larger than the 2 GiB that a browser takes; use --int8 or a smaller backbone")
-    for file in PAGE.iterdir():
-        shutil.copyfile(file, folder / file.name)
-    (folder / VENDOR).mkdir()
+    shutil.copytree(PAGE, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         for package, archive in zip(PACKAGES, fetch(Path(place)), strict=True):
             unpack(package, archive, folder / VENDOR)

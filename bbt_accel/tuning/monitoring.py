@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bbt_accel.history import Generation
+from bbt_accel.inference_protocol import backbone_name
 from bbt_accel.objective import wilson
 from bbt_accel.reporting import BLUE, GREEN, GREY, METRICS, ORANGE, RED, figure, tidy
 from bbt_accel.run import RunInfo
@@ -21,7 +22,8 @@ BASELINES = {"chance": GREY, "without_prompt": ORANGE, "calibrated": GREEN}
 
 def draw_curve(file: Path, generations: Sequence[Generation], info: RunInfo) -> None:
     """Write a PNG: the train loss of each generation's best candidate, and the dev scores beside the baselines."""
-    title = f"{info.task.name} · {info.bundle.backbone} · {info.bundle.method} · {info.engine.name}"
+    backbone = backbone_name(info.bundle.backbone)  # a pushed run shows no path
+    title = f"{info.task.name} · {backbone} · {info.bundle.method} · {info.engine.name}"
     with figure(file, 8, 6, nrows=2, sharex=True) as (drawn, (losses, scores)):
         drawn.suptitle(title, fontsize=12)
         losses.plot([g.calls for g in generations], [g.best_loss for g in generations], color=BLUE, linewidth=1.3)
