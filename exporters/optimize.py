@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,9 +35,9 @@ from bbt_accel.exporters.half import TYPES, emulate_bf16, to_half
 from bbt_accel.exporters.int4 import to_int4
 from bbt_accel.exporters.int8 import (
     CalibratedStage,
-    Matmul,
     by_sensitivity,
     calibrate,
+    frequent,
     keep_more,
     make_switchable,
     to_int8,
@@ -229,26 +229,28 @@ def tensorrt_operators(job: Job, nodes: Iterable[Any]) -> Counter[str]:
 
 
 def to_int8_graphs(job: Job, folder: Path) -> tuple[Report, Float32]:
-    """Every stage in int8; with the matmuls in fp32 that the limit on the logits' error asks for, if it does."""
+    """Every stage in int8; with the weights in fp32 that the limit on the logits' error asks for, if it does."""
     made = Bundle(folder, job.bundle.info.model_copy(update={"precision": "int8", "target": job.target}))
-    ranked, kept = list[tuple[Matmul, float]](), 0
+    ranked, kept = list[tuple[str, float]](), 0
     with ExitStack() as files:
         rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
         stages = calibrate(files, job.bundle, job.target, rows, job.prompts, folder, job.tell)
+        weights = frequent(stages)
         while True:
-            fallback = {matmul for matmul, _ in ranked[:kept]}
-            report = write_int8(job, stages, fallback, folder)
+            fallback = {weight for weight, _ in ranked[:kept]}
+            report = write_int8(job, stages, weights.keys() - fallback, folder)
             logits = run_stages(made, job.batch, job.prompts)
             found = relative_rmse(logits, job.reference)
             if not found > job.max_rmse:
                 break
             if not ranked:
                 job.tell("measuring the sensitivity of matmuls", 0, 1)
-                ranked = by_sensitivity(make_switchable(stages, folder))
+                ranked = by_sensitivity(make_switchable(stages, weights, folder), weights)
             if kept == len(ranked):
                 break
             kept = keep_more(ranked, kept, (job.max_rmse / found) ** 2)
-    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}, logits
+    uses = sorted((stage.name, name) for stage in stages for name, use in stage.uses.items() if use.weight in fallback)
+    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in uses]}, logits
 
 
 def write_stage(job: Job, model: onnx.ModelProto, folder: Path, stage: str, others: graph.NewWeights) -> dict[str, int]:
@@ -260,8 +262,8 @@ def write_stage(job: Job, model: onnx.ModelProto, folder: Path, stage: str, othe
     return {}
 
 
-def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
-    """Write every stage in int8 but for some matmuls. Returns what was done, summed over the stages."""
+def write_int8(job: Job, stages: list[CalibratedStage], weights: Collection[str], folder: Path) -> Report:
+    """Write every stage with these weights in int8. Returns what was done, summed over the stages."""
     others = new_weights(job, folder)
     others.file.unlink(missing_ok=True)
     operators: Counter[str] = Counter()
@@ -269,11 +271,10 @@ def write_int8(job: Job, stages: list[CalibratedStage], fallback: set[Matmul], f
     in_fp32 = in_all = 0
     for done, stage in enumerate(stages):
         job.tell(f"converting {stage.name}", done, len(stages))
-        keep = {name for where, name in fallback if where == stage.name}
-        model, made, exact = to_int8(stage.file, stage.seen, keep)
+        model, made, exact = to_int8(stage, weights)
         quantized, kept = quantized + len(made), kept + [f"{stage.name}: {name}" for name in exact]
-        in_fp32 += sum(math.prod(stage.work[name]) for name in exact)
-        in_all += sum(map(math.prod, stage.work.values()))
+        in_fp32 += sum(math.prod(stage.uses[name].work) for name in exact)
+        in_all += sum(math.prod(use.work) for use in stage.uses.values())
         operators.update(stage.fused)
         operators.update(write_stage(job, model, folder, stage.name, others))
     report: Report = {"fused" if job.target == "ort" else "operators": dict(operators)}
