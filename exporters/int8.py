@@ -7,7 +7,10 @@ leave the rest a handful of steps. Here the range ends where most channels end, 
 exceeds the range goes into extra columns of the same matmul, each clipped to the range, with the channel's weights
 repeated: x w = clip(x) w + clip(x − r) w + clip(x − 2r) w + …
 
-Where that is not enough, some matmuls stay in fp32, chosen by the effect of each on the logits.
+A weight may have several uses: a decoder's meets context, prompt and text, ALBERT's all layers. All uses have the same
+extra columns, so that it has one copy in int8, but each has a range r of its own.
+
+Where that is not enough, some weights stay in fp32, chosen by the effect of each on the logits.
 """
 
 from __future__ import annotations
@@ -134,7 +137,7 @@ def calibrate_graph(file: Path, feeds: list[Feeds]) -> tuple[dict[str, Channels]
 
 
 def content_hash(tensor: onnx.TensorProto, folder: Path) -> str:
-    return hashlib.sha256(np.ascontiguousarray(numpy_helper.to_array(tensor, str(folder)))).hexdigest()
+    return hashlib.sha256(numpy_helper.to_array(tensor, str(folder)).tobytes()).hexdigest()
 
 
 def is_transposed(node: onnx.NodeProto) -> bool:
