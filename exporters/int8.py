@@ -8,7 +8,8 @@ exceeds the range goes into extra columns of the same matmul, each clipped to th
 repeated: x w = clip(x) w + clip(x − r) w + clip(x − 2r) w + …
 
 A weight may have several uses: a decoder's meets context, prompt and text, ALBERT's all layers. All uses have the same
-extra columns, so that it has one copy in int8, but each has a range r of its own.
+extra columns, so that it has one copy in int8, but each has a range r of its own. A decoder's context takes the int8
+weights, too, but multiplies in fp32.
 
 Where that is not enough, some weights stay in fp32, chosen by the effect of each on the logits.
 """
@@ -100,6 +101,12 @@ class CalibratedStage:
     feeds: list[Feeds]
     ranges: dict[str, SplitRange] = field(default_factory=dict)
 
+    @property
+    def exact(self) -> bool:
+        """Whether activations stay in fp32: the context runs once per search, and its first token has by far the
+        largest outliers, which all rows attend to."""
+        return self.name == "context"
+
 
 def calibrate(
     files: ExitStack, bundle: Bundle, target: str, batch: Batch, prompts: Float32, folder: Path, tell: Tell
@@ -172,7 +179,7 @@ def to_int8(
             continue
         fitted, weight, transpose = stage.ranges[use.input], f"{node.input[1]}_int8", is_transposed(node)
         if use.input not in done:
-            nodes += quantize_activation(graph, use.input, fitted)
+            nodes += (pad_activation if stage.exact else quantize_activation)(graph, use.input, fitted)
         if weight not in done:
             array = numpy_helper.to_array(exact[node.input[1]], str(stage.file.parent))
             quantize_weight(graph, array, weight, transpose, fitted)
@@ -237,7 +244,8 @@ def fit_ranges(stages: list[CalibratedStage]) -> list[CalibratedStage]:
     ranges: list[dict[str, SplitRange]] = [{} for _ in stages]
     for own, inputs in groups:
         if own:
-            extra = extra_columns([stages[number].seen[name] for number, name in inputs])
+            seen = [stages[number].seen[name] for number, name in inputs if not stages[number].exact]
+            extra = extra_columns(seen or [stages[number].seen[name] for number, name in inputs])
             for number, name in inputs:
                 ranges[number][name] = fit_range(stages[number].seen[name], extra)
     return [replace(stage, ranges=found) for stage, found in zip(stages, ranges, strict=True)]
@@ -306,6 +314,13 @@ def quantize_activation(graph: onnx.GraphProto, name: str, fitted: SplitRange) -
         node("Concat", [f"{name}_clipped", f"{name}_extra"], "quantized", axis=-1),
         back,
     ]
+
+
+def pad_activation(graph: onnx.GraphProto, name: str, fitted: SplitRange) -> list[onnx.NodeProto]:
+    """Zeros for the extra columns, which an activation in fp32 does not need."""
+    for kind, value in (("pads", [0, len(fitted.channel)]), ("axes", [-1])):
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), f"{name}_{kind}"))
+    return [helper.make_node("Pad", [name, f"{name}_pads", "", f"{name}_axes"], [f"{name}_int8"], f"{name}_padded")]
 
 
 def quantize_weight(
