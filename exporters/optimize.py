@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
@@ -25,9 +26,9 @@ from bbt_accel.exporters.half import TYPES, to_half
 from bbt_accel.exporters.int4 import to_int4
 from bbt_accel.exporters.int8 import (
     CalibratedStage,
-    Matmul,
     by_sensitivity,
     calibrate,
+    frequent,
     keep_more,
     make_switchable,
     to_int8,
@@ -167,30 +168,32 @@ def new_weights(job: OptimizeJob, folder: Path) -> graph.NewWeights:
 
 
 def to_int8_graphs(job: OptimizeJob, folder: Path) -> tuple[Report, Float32]:
-    """Every stage in int8; with the matmuls in fp32 that the limit on the logits' error asks for, if it does."""
+    """Every stage in int8; with the weights in fp32 that the limit on the logits' error asks for, if it does."""
     made = Bundle(folder, job.bundle.info.model_copy(update={"precision": "int8", "target": job.target.name}))
-    ranked, kept = list[tuple[Matmul, float]](), 0
+    ranked, kept = list[tuple[str, float]](), 0
     with ExitStack() as files:
         rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
         stages = calibrate(files, job.bundle, job.target.fuse, rows, job.prompts, folder, job.tell)
+        weights = frequent(stages)
         while True:
-            fallback = {matmul for matmul, _ in ranked[:kept]}
-            report = write_int8(job, stages, fallback, folder)
+            fallback = {weight for weight, _ in ranked[:kept]}
+            report = write_int8(job, stages, weights.keys() - fallback, folder)
             logits = job.target.label_logits(made, job.batch, job.prompts)
             found = relative_rmse(logits, job.reference)
             if not found > job.max_rmse:
                 break
             if not ranked:
                 job.tell("measuring the sensitivity of matmuls", 0, 1)
-                ranked = by_sensitivity(make_switchable(stages, folder))
+                ranked = by_sensitivity(make_switchable(stages, weights, folder), weights)
             if kept == len(ranked):
                 break
             kept = keep_more(ranked, kept, (job.max_rmse / found) ** 2)
-    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in sorted(fallback)]}, logits
+    uses = sorted((stage.name, name) for stage in stages for name, use in stage.uses.items() if use.weight in fallback)
+    return report | {"fp32_fallback": [f"{stage}: {name}" for stage, name in uses]}, logits
 
 
-def write_int8(job: OptimizeJob, stages: list[CalibratedStage], fallback: set[Matmul], folder: Path) -> Report:
-    """Write every stage in int8 but for some matmuls. Returns what was done, summed over the stages."""
+def write_int8(job: OptimizeJob, stages: list[CalibratedStage], weights: Collection[str], folder: Path) -> Report:
+    """Write every stage with these weights in int8. Returns what was done, summed over the stages."""
     others = new_weights(job, folder)
     others.file.unlink(missing_ok=True)
     operators: Counter[str] = Counter()
@@ -198,11 +201,10 @@ def write_int8(job: OptimizeJob, stages: list[CalibratedStage], fallback: set[Ma
     in_fp32 = in_all = 0
     for done, stage in enumerate(stages):
         job.tell(f"converting {stage.name}", done, len(stages))
-        keep = {name for where, name in fallback if where == stage.name}
-        model, made, exact = to_int8(stage.file, stage.seen, keep)
+        model, made, exact = to_int8(stage, weights)
         quantized, kept = quantized + len(made), kept + [f"{stage.name}: {name}" for name in exact]
-        in_fp32 += sum(math.prod(stage.work[name]) for name in exact)
-        in_all += sum(map(math.prod, stage.work.values()))
+        in_fp32 += sum(math.prod(stage.uses[name].work) for name in exact)
+        in_all += sum(math.prod(use.work) for use in stage.uses.values())
         operators.update(stage.fused)
         operators.update(job.target.write(model, folder, stage.name, others))
     report: Report = {job.target.counts: dict(operators)}

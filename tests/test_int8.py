@@ -15,19 +15,25 @@ pytest.importorskip("torch")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from tiny_backbones import N_PROMPT, save_tokenizer, tiny_model
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
-from bbt_accel.exporters.calibration import Channels, TaskRows, calibration_prompts, channels
+from bbt_accel.exporters.calibration import Channels, TaskRows, calibration_prompts
+from bbt_accel.exporters.convert import fuse_for_ort
 from bbt_accel.exporters.int8 import (
     MEASUREMENTS,
     SPLIT_SHARE,
-    Matmul,
+    CalibratedStage,
     SplitRange,
     SwitchableStage,
     by_sensitivity,
     calibrate,
+    calibrate_graph,
+    extra_columns,
     fit_range,
+    fit_ranges,
+    frequent,
     keep_more,
     make_switchable,
     run_from,
@@ -35,6 +41,7 @@ from bbt_accel.exporters.int8 import (
     switch,
     to_int8,
 )
+from bbt_accel.exporters.openvino_ir import StageReader
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.sessions import Feeds, open_session, run_stages
 from bbt_accel.exporters.validate import relative_rmse
@@ -63,45 +70,81 @@ def seen(x: np.ndarray) -> Channels:
     return Channels(x.min(0), x.max(0), len(x))
 
 
+def fitted_range(x: np.ndarray) -> SplitRange:
+    return fit_range(seen(x), extra_columns([seen(x)]))
+
+
+def ends(fitted: SplitRange) -> tuple[float, float]:
+    """The smallest and the largest value that a column holds."""
+    return -fitted.scale * float(fitted.zero), fitted.scale * (255 - float(fitted.zero))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
-def test_values_of_one_sign_need_no_extra_columns_of_the_other(sign: int) -> None:
+def test_a_range_does_not_reach_where_no_values_are(sign: int) -> None:
     x = sign * np.abs(np.random.default_rng(0).standard_normal((50, 64), dtype=np.float32))
     x[:, 3] *= 30
-    fitted = fit_range(seen(x))
-    assert (fitted.sign == sign).all()
-    assert len(fitted.channel) <= 64 * SPLIT_SHARE
+    fitted = fitted_range(x)
+    assert ends(fitted)[0 if sign > 0 else 1] == 0
+    assert 0 < len(fitted.channel) <= 64 * SPLIT_SHARE
 
 
 def columns(x: np.ndarray, fitted: SplitRange) -> np.ndarray:
     """What the graph computes before it rounds: (T, K) → (T, K + J)."""
-    extra = np.maximum(fitted.sign * x[:, fitted.channel] - fitted.offset, 0)
-    return np.clip(np.concatenate([x, extra], axis=1), fitted.low, fitted.high)
+    low, high = ends(fitted)
+    outliers = x[:, fitted.channel]
+    extra = outliers - np.clip(outliers, fitted.times * low, fitted.times * high)
+    return np.clip(np.concatenate([x, extra], axis=1), low, high)
+
+
+def assert_whole(x: np.ndarray, fitted: SplitRange) -> None:
+    """The columns of a channel add up to its values, but for a step at the ends of the range."""
+    found = columns(x, fitted)
+    sums = found[:, : x.shape[1]].copy()
+    for j, channel in enumerate(fitted.channel):
+        sums[:, channel] += found[:, x.shape[1] + j]
+    np.testing.assert_allclose(sums, x, atol=float(fitted.scale) * (1 + columns_of(fitted, x).max()))
 
 
 @few
 @given(x=activations())
 def test_the_columns_of_a_channel_add_up_to_its_values(x: np.ndarray) -> None:
-    fitted = fit_range(seen(x))
-    found = columns(x, fitted)
-    sums = found[:, : x.shape[1]].copy()
-    for j, (channel, sign) in enumerate(zip(fitted.channel, fitted.sign, strict=True)):
-        sums[:, channel] += sign * found[:, x.shape[1] + j]
-    np.testing.assert_allclose(sums, x, atol=1e-4)
+    fitted = fitted_range(x)
+    assert_whole(x, fitted)
     assert len(fitted.channel) <= x.shape[1] * SPLIT_SHARE
-    assert fitted.low <= 0 <= fitted.high
+    assert ends(fitted)[0] <= 0 <= ends(fitted)[1]
+
+
+@few
+@given(x=activations(), seed=st.integers(0, 2**32 - 1))
+def test_uses_of_a_weight_share_columns_and_keep_ranges_of_their_own(x: np.ndarray, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(x.shape[1])
+    uses = [x, 0.01 * x[:, order]]
+    extra = extra_columns([seen(use) for use in uses])
+    large, small = (fit_range(seen(use), extra) for use in uses)
+    np.testing.assert_array_equal(large.channel, small.channel)
+    assert small.scale < 0.1 * large.scale
+    for use, fitted in zip(uses, (large, small), strict=True):
+        assert_whole(use, fitted)
 
 
 @few
 @given(x=activations(), seed=st.integers(0, 2**32 - 1))
 def test_an_outlier_is_not_multiplied_by_the_rounding_error_of_one_weight(x: np.ndarray, seed: int) -> None:
-    fitted = fit_range(seen(x))
+    fitted = fitted_range(x)
+    x = np.clip(x, *(end * (1 + columns_of(fitted, x)) for end in ends(fitted)))
     exact = np.random.default_rng(seed).uniform(-127, 127, (x.shape[1], 8)).astype(np.float32)
     rows = split_weight(exact, fitted).astype(np.float32)
     assert rows.shape == (x.shape[1] + len(fitted.channel), 8)
     error = columns(x, fitted) @ rows - x @ exact
     # Half a step of every weight, over values that are no larger than the range.
-    bound = 0.5 * np.clip(np.abs(x), 0, max(fitted.high, -fitted.low)).sum(1) + fitted.high * len(fitted.channel) + 1e-2
+    low, high = ends(fitted)
+    bound = 0.5 * np.clip(np.abs(x), 0, max(high, -low)).sum(1) + max(high, -low) * len(fitted.channel) + 1e-2
     assert (np.abs(error) <= bound[:, None]).all()
+
+
+def columns_of(fitted: SplitRange, x: np.ndarray) -> np.ndarray:
+    """Extra columns of each channel, (K,)."""
+    return np.bincount(fitted.channel, minlength=x.shape[1])
 
 
 def matmul(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) -> np.ndarray:
@@ -113,8 +156,9 @@ def matmul(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) -> 
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [initializer])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, folder / "exact.onnx")
-    ranges, _ = channels(folder / "exact.onnx", [{"x": x}], {"x": len(weight)})
-    made, quantized, kept = to_int8(folder / "exact.onnx", ranges)
+    seen, uses, _ = calibrate_graph(folder / "exact.onnx", [{"x": x}])
+    (stage,) = fit_ranges([CalibratedStage("g", folder / "exact.onnx", {}, seen, uses, [])])
+    made, quantized, kept = to_int8(stage, frequent([stage]))
     assert (len(quantized), kept) == (1, [])
     onnx.save(made, folder / "made.onnx")
     found: np.ndarray = open_session(folder / "made.onnx").run(None, {"x": x})[0]
@@ -166,12 +210,13 @@ def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, t
     source = tiny("bert", "bbt", "cat")
     batch, prompts = TaskRows(source, None).calibration(), calibration_prompts(source)
     with ExitStack() as files:
-        stages = calibrate(files, source, "ort", batch, prompts, tmp_path, silent)
-        switchable = make_switchable(stages, tmp_path)
-        ranked = by_sensitivity(switchable)
-    exact = run_from(switchable, 0, [matmul for matmul, _ in ranked])
+        stages = calibrate(files, source, fuse_for_ort, batch, prompts, tmp_path, silent)
+        weights = frequent(stages)
+        switchable = make_switchable(stages, weights, tmp_path)
+        ranked = by_sensitivity(switchable, weights)
+    exact = run_from(switchable, 0, [weight for weight, _ in ranked])
     errors = [
-        relative_rmse(run_from(switchable, 0, [matmul for matmul, _ in ranked[:kept]]), exact)
+        relative_rmse(run_from(switchable, 0, [weight for weight, _ in ranked[:kept]]), exact)
         for kept in range(len(ranked) + 1)
     ]
     assert errors[-1] == 0 < min(errors[:-1])
@@ -184,7 +229,7 @@ def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, t
 def test_the_next_matmuls_to_keep_leave_the_share_of_the_error_that_is_allowed(
     errors: list[float], share: float, data: st.DataObject
 ) -> None:
-    ranked = [(("model", str(i)), error) for i, error in enumerate(errors)]
+    ranked = [(str(i), error) for i, error in enumerate(errors)]
     kept = data.draw(st.integers(0, len(errors) - 1))
     more = keep_more(ranked, kept, share)
     assert kept < more <= len(errors)
@@ -193,41 +238,92 @@ def test_the_next_matmuls_to_keep_leave_the_share_of_the_error_that_is_allowed(
 
 
 @st.composite
-def networks(draw: st.DrawFn) -> tuple[list[SwitchableStage], dict[Matmul, float], list[int]]:
-    """Stages whose matmuls add noise to the logits while they are in int8; the noise of each; and a list of runs."""
+def networks(draw: st.DrawFn) -> tuple[list[SwitchableStage], dict[str, tuple[int, ...]], dict[str, float], list[int]]:
+    """Stages whose weights add noise to the logits while they are in int8; the work and noise of each; a list of runs.
+
+    Each stage after the first one uses a few weights of the stage before it as well.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shapes = [(int(t), 8, 8) for t in rng.choice([4, 40, 400], draw(st.integers(1, 3)), replace=False)]
     depth, runs = draw(st.integers(1, 3)), list[int]()
-    noise = {(f"s{i}", f"m{j}"): float(rng.lognormal(-5, 1.5)) for i in range(depth) for j in range(12)}
-    directions = {matmul: rng.standard_normal((2, 30, 4)) for matmul in noise}
+    names = [f"w{i}" for i in range(12 * depth)]
+    noise = {name: float(rng.lognormal(-5, 1.5)) for name in names}
+    directions = {name: rng.standard_normal((2, 30, 4)) for name in names}
     logits = rng.standard_normal((2, 30, 4))
 
     def stage(i: int) -> SwitchableStage:
-        own = [matmul for matmul in noise if matmul[0] == f"s{i}"]
+        own = names[max(0, 12 * i - 3) : 12 * (i + 1)]
 
         def run(feeds: Feeds) -> Feeds:
             runs.append(i)
-            rounded = [matmul for matmul in own if not feeds[switch(matmul[1])]]
+            rounded = [name for name in own if not feeds[switch(name)]]
             before = feeds.get("label_logits", logits)
-            return {"label_logits": before + sum(noise[matmul] * directions[matmul] for matmul in rounded)}
+            return {"label_logits": before + sum(noise[name] * directions[name] for name in rounded)}
 
-        work = {name: shapes[j % len(shapes)] for j, (_, name) in enumerate(own)}
-        return SwitchableStage(f"s{i}", run, work, [{}])
+        return SwitchableStage(run, set(own), [{}])
 
-    return [stage(i) for i in range(depth)], noise, runs
+    work = {name: shapes[i % len(shapes)] for i, name in enumerate(names)}
+    return [stage(i) for i in range(depth)], work, noise, runs
 
 
 @few
 @given(network=networks())
-def test_few_measurements_rank_the_matmuls(
-    network: tuple[list[SwitchableStage], dict[Matmul, float], list[int]],
+def test_few_measurements_rank_the_weights(
+    network: tuple[list[SwitchableStage], dict[str, tuple[int, ...]], dict[str, float], list[int]],
 ) -> None:
-    stages, noise, runs = network
-    ranked = by_sensitivity(stages)
+    stages, work, noise, runs = network
+    ranked = by_sensitivity(stages, work)
     assert runs.count(len(stages) - 1) <= MEASUREMENTS + 1
-    assert {matmul for matmul, _ in ranked} == noise.keys()
+    assert {weight for weight, _ in ranked} == noise.keys()
     total = relative_rmse(run_from(stages, 0, []), run_from(stages, 0, noise)) ** 2
     assert sum(error for _, error in ranked) == pytest.approx(total, rel=0.5)
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+@pytest.mark.parametrize("variant", [("llama", "bbt", "cat"), ("gpt2", "bbtv2", "add")], ids="-".join)
+def test_a_weight_has_one_copy_in_int8_or_fp32_over_all_stages(
+    tiny: Tiny, tmp_path: Path, variant: tuple[str, str, str], target: str
+) -> None:
+    """A decoder's context, prompt and text meet the same weights."""
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    source = tiny(*variant)
+    made = optimize_bundle(source.path, tmp_path / "made", precision="int8", target=target, max_rmse=0.3)
+    assert made.info.optimization is not None
+    assert made.info.optimization["quantized"]
+    copies = int8_matrices(made)
+    assert copies
+    assert len({array[:8, :8].tobytes() for array in copies}) == len(copies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+def test_a_decoder_in_int8_takes_less_than_half_of_its_size(
+    exported: Callable[..., Bundle], tmp_path: Path, target: str
+) -> None:
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    wide = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384, "num_hidden_layers": 8}
+    tiny_model("llama", **wide).save_pretrained(tmp_path / "wide")
+    save_tokenizer("llama", tmp_path / "wide")
+    source = exported(tmp_path / "wide", "bbt", "cat", N_PROMPT, ())
+    made = optimize_bundle(source.path, tmp_path / "made", precision="int8", target=target, max_rmse=1)
+    assert made.size < 0.5 * source.size
+
+
+def int8_matrices(bundle: Bundle) -> list[np.ndarray]:
+    """All that the graphs of a bundle refer to, each once."""
+    found: dict[bytes, np.ndarray] = {}
+    reader = StageReader(bundle.path) if bundle.info.target == "openvino" else None
+    for stage in bundle.info.stages:
+        if reader:
+            nodes = reader.read(stage).get_ops()
+            arrays = [node.data.copy() for node in nodes if node.get_type_name() == "Constant"]
+        else:
+            weights = onnx.load(bundle.path / f"{stage}.onnx").graph.initializer
+            arrays = [numpy_helper.to_array(tensor) for tensor in weights]
+        found |= {array.tobytes(): array for array in arrays if array.dtype == np.int8 and array.ndim == 2}
+    return list(found.values())
 
 
 def test_relative_rmse_ignores_an_offset_that_all_classes_share() -> None:
