@@ -303,7 +303,7 @@ def test_a_decoder_in_int8_takes_less_than_half_of_its_size(
 ) -> None:
     if target == "openvino":
         pytest.importorskip("openvino")
-    wide = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384, "num_hidden_layers": 8}
+    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 768, "num_hidden_layers": 6}
     tiny_model("llama", **wide).save_pretrained(tmp_path / "wide")
     save_tokenizer("llama", tmp_path / "wide")
     source = exported(tmp_path / "wide", "bbt", "cat", N_PROMPT, ())
