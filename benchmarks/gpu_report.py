@@ -103,14 +103,15 @@ class GpuReport(Report):
         return [*found, *self.errors, *self.unmeasured(), *self.missed_targets()]
 
     def unmeasured(self) -> list[str]:
-        """Engines that failed, whose timed calls were not compared, or that did not run as CUDA graphs."""
+        """Engines that failed, gave logits that are not finite, were not compared, or did not run as CUDA graphs."""
         found = []
         compared = {(check.case.partition(",")[0], check.engine) for check in self.timed}
         for report in self.benchmarks:
             method = report.options.method
             for row in (row for row in report.rows if not row.baseline):
                 where = f"{method}, {row.label}"
-                if row.status in ("failed", "not installed"):
+                # Random weights make labels close: how often predictions agree is reported, and no failure.
+                if row.status in ("failed", "not installed") or (row.status == "differs" and row.max_error is None):
                     found.append(f"{where}: {row.reason}")
                 elif (method, row.label) not in compared:
                     found.append(f"{where}: timed, but not compared with eager fp32")
@@ -201,6 +202,7 @@ def speed_section(report: BenchReport) -> str:
         shares = [percent(share, 0) for share in (fp16_share(report, row), row.graph_share)]
         lines.append([row.label, *map(digits, (row.ms_median, row.search_seconds, *ratios)), *shares])
     title = f"## Speed: {report.options.method}, {report.batch}, {report.processor}"
+    reasons = "\n".join(f"- {row.label}: {row.status}: {row.reason}" for row in report.rows if row.reason)
     overheads = [f"{row.label} {digits(row.call_overhead)}" for row in report.rows if row.call_overhead is not None]
-    note = f"\n\nA call's overhead, in tokens: {', '.join(overheads)}." if overheads else ""
-    return f"{title}\n\n{markdown_table(header, lines)}{note}"
+    note = f"A call's overhead, in tokens: {', '.join(overheads)}." if overheads else ""
+    return page(title, markdown_table(header, lines), reasons, note).rstrip()

@@ -91,6 +91,7 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
         (goal(candidates_per_second=236.0), "59% of the fp16 rate, not 60%"),
         (goal(candidates_per_second=None), "not 60%"),
         (goal(status="failed", reason="out of memory", ms_median=None), "out of memory"),
+        (goal(status="differs", reason="64 of 64 test rows have NaN"), "64 of 64 test rows have NaN"),
         ({"benchmarks": []}, "not measured"),
         (goal(versions={"cuda graphs": "off"}), "no CUDA graphs"),
         (goal(asked={"budget": 100}), "this was budget 100"),
@@ -132,6 +133,12 @@ def test_one_number_that_is_not_finite_is_the_worst_wherever_it_stands() -> None
     assert worst([float("nan"), 0.1]) == float("inf")
     assert worst([0.1, 0.2]) == 0.2
     assert worst([]) == float("inf"), "nothing was compared"
+
+
+def test_predictions_that_differ_are_said_and_are_no_failure() -> None:
+    found = report(**goal(status="differs", reason="agreement 0.950 is less than 0.97", max_error=0.01))
+    assert found.failures() == []
+    assert "- trt fp16: differs: agreement 0.950" in found.markdown()
 
 
 def test_what_was_left_out_is_said_and_is_no_failure() -> None:
