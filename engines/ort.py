@@ -84,10 +84,12 @@ class OrtEngine(StagedEngine):
         return onnxruntime.InferenceSession(file, options, providers=providers or [self.provider])
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
-        session = self.sessions[stage]
-        names = [o.name for o in session.get_outputs() if o.name not in skip]
+        if stage not in self.sessions:  # closed, or it could not be opened again
+            raise EngineError(f"{stage}.onnx is not loaded; load the engine again")
+        names = [o.name for o in self.sessions[stage].get_outputs() if o.name not in skip]
+        given = {i.name: inputs[i.name] for i in self.sessions[stage].get_inputs()}
         with failing("ONNX Runtime", f"in {stage}.onnx"):
-            found = self.call(stage, {i.name: inputs[i.name] for i in session.get_inputs()}, names)
+            found = self.call(stage, given, names)
         return dict(zip(names, found, strict=True))
 
     def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
@@ -205,14 +207,18 @@ class OrtCudaEngine(OrtEngine):
             try:
                 return self.replay(self.sessions[stage], given, names)
             except Exception as error:
-                self.stop_capturing(stage, error)
+                log.warning("no CUDA graphs from here on, because a call failed as one: %s", first_line(error))
+            self.stop_capturing(stage)  # not above, where the error's traceback still holds the session
         return self.once(self.sessions[stage], given, names)
 
-    def stop_capturing(self, stage: str, error: Exception) -> None:
-        """Open the session again without CUDA graphs: one whose capture has failed runs nothing more."""
+    def stop_capturing(self, stage: str) -> None:
+        """Open the session again without CUDA graphs: one whose capture has failed runs nothing more.
+
+        Its memory is freed first: the likely cause is that there was too little.
+        """
         self.capturing = False
-        log.warning("no CUDA graphs from here on, because a call failed as one: %s", first_line(error))
         self.calls, self.seen = {}, {}
+        del self.sessions[stage]
         self.sessions[stage] = self.open(stage)
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:

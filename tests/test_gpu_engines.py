@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -605,13 +606,28 @@ def test_a_call_that_fails_as_a_graph_has_its_session_opened_again(
     bundle = tiny("roberta", "bbt", "add")
     with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         assert isinstance(engine, OrtCudaEngine)
-        wanted, session = bound.label_logits(candidates(bundle)), engine.sessions["model"]
+        wanted, session = bound.label_logits(candidates(bundle)), weakref.ref(engine.sessions["model"])
+        opened, alive = engine.open, list[bool]()
+        monkeypatch.setattr(engine, "open", lambda stage: (alive.append(session() is not None), opened(stage))[1])
         monkeypatch.setattr(OrtCudaEngine, "replay", replay)
         for _ in range(3):
             np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
-        assert engine.sessions["model"] is not session
+        assert alive == [False], "the old session's memory must be free when the new one is opened"
         assert engine.versions()["cuda graphs"] == "off"
     assert "capture was invalidated" in caplog.text
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_session_that_cannot_be_opened_again_is_one_line(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise EngineError("out of memory")
+
+    bundle = tiny("roberta", "bbt", "add")
+    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 4)) as bound:
+        monkeypatch.setattr(OrtCudaEngine, "replay", no_memory)
+        monkeypatch.setattr(OrtCudaEngine, "open", no_memory)
+        assert "out of memory" in one_line(lambda: bound.label_logits(candidates(bundle)), EngineError)
+        assert "load the engine again" in one_line(lambda: bound.label_logits(candidates(bundle)), EngineError)
 
 
 @pytest.mark.usefixtures("on_cpu")
