@@ -78,10 +78,17 @@ class Cuda:
             return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
     def open(self) -> None:
-        """Make the GPU this thread's, for TensorRT as well, and create the stream. Raises EngineError."""
+        """Create the stream. Raises EngineError."""
         if self.stream is None:
-            self.call("cudaSetDevice", self.index)
+            self.enter()
             self.stream = self.call("cudaStreamCreate")
+
+    def enter(self) -> None:
+        """Make the GPU the current one of this thread, on which memory is allocated and TensorRT launches kernels.
+
+        Before any work: the thread may be another than before, or have served an engine on another GPU.
+        """
+        self.call("cudaSetDevice", self.index)
 
     def free_memory(self) -> int:
         """Bytes of the GPU's memory that nobody has allocated."""
@@ -118,6 +125,7 @@ class Cuda:
 
     def upload(self, array: npt.NDArray[Any], target: DeviceArray | None = None) -> DeviceArray:
         """Copy an array to the device, into `target` (of the same size) or into a new array."""
+        self.enter()
         array = np.ascontiguousarray(array)
         target = self.empty(array.shape, array.dtype) if target is None else target
         if target.nbytes != array.nbytes:

@@ -138,6 +138,7 @@ class TrtEngine(StagedEngine):
         return super().bind(batch)
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
+        self.cuda.enter()
         plan, self.called = self.plans[stage], self.called + 1
         given: list[DeviceArray] = [inputs[name] for name in plan.inputs]
         shapes = tuple(array.shape for array in given)
@@ -224,6 +225,7 @@ class TrtEngine(StagedEngine):
                 self.kernels.parent.mkdir(parents=True, exist_ok=True)  # plans built ahead have another folder
                 write_atomically(self.kernels, bytes(self.cache.serialize()))
         super().close()
+        self.cuda.enter()
         if self.plans:
             self.cuda.synchronize()  # before contexts are dropped, whose kernels may still run
         self.calls.clear()

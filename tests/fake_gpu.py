@@ -12,6 +12,7 @@ import ctypes
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -30,19 +31,25 @@ class Status(IntEnum):
     cudaErrorStreamCaptureUnsupported = 900
 
 
+FIRST_STREAM = 7
+
+
 class FakeRuntime:
-    """cuda.bindings.runtime with one GPU."""
+    """cuda.bindings.runtime. Each GPU has one stream, numbered from 7; a thread's current GPU is 0 until it is set."""
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self, memory: int = 2**30, devices: int = 1) -> None:
-        self.memory, self.total, self.devices, self.device = memory, memory, devices, 0
+        self.memory, self.total, self.devices = memory, memory, devices
+        self.current = threading.local()
         self.error = Status.cudaSuccess
         """What the last call that failed left, until it is read."""
         self.partial = 0
         """Graphs of failed captures that nobody has freed."""
         self.blocks: dict[int, Any] = {}
+        self.places: dict[int, int] = {}
+        """Address → the GPU whose memory it is."""
         self.capturing: list[Callable[[], None]] | None = None
         self.launches = self.uploaded = self.downloaded = 0
         self.course: list[str] = []
@@ -56,8 +63,13 @@ class FakeRuntime:
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
         return Status.cudaSuccess, self.properties
 
+    @property
+    def device(self) -> int:
+        """The current GPU of this thread."""
+        return getattr(self.current, "device", 0)
+
     def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
-        self.device = device
+        self.current.device = device
         return (Status.cudaSuccess,)
 
     def cudaMemGetInfo(self) -> tuple[Any, ...]:
@@ -74,7 +86,7 @@ class FakeRuntime:
         return Status.cudaSuccess, b"in words"
 
     def cudaStreamCreate(self) -> tuple[Any, ...]:
-        return Status.cudaSuccess, 7
+        return Status.cudaSuccess, FIRST_STREAM + self.device
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
         return (Status.cudaSuccess,)
@@ -87,6 +99,7 @@ class FakeRuntime:
         self.memory -= size
         block = ctypes.create_string_buffer(b"\xff" * size, size)  # NaN to whoever reads what nobody wrote
         self.blocks[ctypes.addressof(block)] = block
+        self.places[ctypes.addressof(block)] = self.device
         return Status.cudaSuccess, ctypes.addressof(block)
 
     def cudaFree(self, address: int) -> tuple[Any, ...]:
@@ -94,7 +107,7 @@ class FakeRuntime:
         return (Status.cudaSuccess,)
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[Any, ...]:
-        assert stream == 7
+        assert self.places[to if kind == 1 else source] == stream - FIRST_STREAM, "memory of another GPU"
         assert self.capturing is None, "a copy from pageable memory cannot be captured"
         if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
             self.uploaded += size
@@ -251,6 +264,8 @@ class Context:
         if self.engine.fails or (self.engine.fails_in_capture and self.engine.cuda.capturing is not None):
             return False
         shapes, runtime = dict(self.shapes), self.engine.cuda
+        assert runtime.device == stream - FIRST_STREAM, "kernels are launched on the current GPU"
+        assert {runtime.places[a] for a in self.addresses.values()} == {runtime.device}, "memory of another GPU"
         if runtime.capturing is not None:
             self.captured = True
             runtime.capturing.append(lambda: self.run(shapes, self.skew))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -468,6 +469,24 @@ def test_a_device_is_chosen_by_its_number(made: Callable[..., Bundle], gpu: fake
         assert gpu.device == 1
     assert "cuda:2" in one_line(lambda: load_engine(bundle, "trt", device="cuda:2"), EngineError)
     assert "cuda:N" in one_line(lambda: load_engine(bundle, "trt", device="gpu"), UsageError)
+
+
+def test_engines_on_different_gpus_run_in_one_thread_that_loaded_none_of_them(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle, gpu.devices = made("roberta", "bbt", "add"), 2
+    with load_engine(bundle, "trt") as first, load_engine(bundle, "trt", device="cuda:1") as second:
+
+        def serve() -> list[Any]:
+            batch = sample_rows(bundle, 4)
+            with second.bind(batch) as there, first.bind(batch) as here:
+                return [bound.label_logits(candidates(bundle)) for _ in range(4) for bound in (there, here)]
+
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(serve).result()
+    for logits in found:
+        np.testing.assert_array_equal(logits, found[0])
+    assert gpu.launches > 0
 
 
 def test_a_plan_shows_nothing_to_profilers_while_it_runs(made: Callable[..., Bundle]) -> None:
