@@ -25,6 +25,7 @@ import fake_gpu
 import onnxruntime
 import torch
 from conftest import Export
+from onnx.reference import ReferenceEvaluator
 from tiny_backbones import VARIANTS
 
 from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
@@ -41,7 +42,7 @@ from bbt_accel.errors import EngineError, PlanError, UsageError
 from bbt_accel.exporters import tensorrt
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.trt_api import Api
-from bbt_accel.exporters.validate import sample_rows
+from bbt_accel.exporters.validate import relative_rmse, sample_rows
 from bbt_accel.objective import batch_statistics
 from bbt_accel.population import Latent, Population
 
@@ -568,6 +569,33 @@ def test_a_bundle_that_was_not_made_for_tensorrt_names_the_command(tiny: Export,
     assert "--engine trt" in one_line(
         lambda: load_engine(Bundle(bundle.path, bundle.info.model_copy(update={"target": "trt"})), "ort"), EngineError
     )
+
+
+class Rounding:
+    """A session that rounds every value as its type says; ONNX Runtime computes halves in fp32 on a CPU."""
+
+    def __init__(self, file: str) -> None:
+        whole = onnxruntime.InferenceSession(file)
+        self.get_inputs, self.get_outputs = whole.get_inputs, whole.get_outputs
+        self.run = ReferenceEvaluator(file).run
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_norms_are_right_for_activations_that_calibration_did_not_reach(
+    tiny: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny("llama", "bbt", "add")
+    made = optimize_bundle(source.path, tmp_path / "made", precision="fp16", target="trt")
+    rows, prompts = sample_rows(source, 4), 1000 * candidates(source, 2)
+    monkeypatch.setattr(fake_gpu, "session", Rounding)
+    with (
+        load_engine(made, "trt") as engine,
+        load_engine(source, "ort", threads=1) as other,
+        engine.bind(rows) as found,
+        other.bind(rows) as wanted,
+    ):
+        assert relative_rmse(found.label_logits(prompts), wanted.label_logits(prompts)) < 0.01
 
 
 # ONNX Runtime, its device being the CPU ----------------------------------------------------------------------
