@@ -63,9 +63,13 @@ class Cuda:
         """Called before idle buffers are freed, to drop the CUDA graphs that use their addresses."""
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the CUDA runtime. Raises EngineError with CUDA's own message."""
+        """Call a function of the CUDA runtime. Raises EngineError with CUDA's own message.
+
+        The runtime keeps an error until it is read, and TensorRT would take it for its own: it is cleared.
+        """
         status, *values = getattr(self.runtime, name)(*arguments)
         if int(status):
+            self.runtime.cudaGetLastError()
             raise EngineError(failure(self.runtime, name, status))
         return values[0] if len(values) == 1 else values or None
 
@@ -165,9 +169,9 @@ class Cuda:
             self.call("cudaGraphDestroy", graph)
 
     def abandon_capture(self) -> None:
-        """End a capture that has failed, free the part of a graph that there is, and clear the error.
+        """End a capture that has failed, free the part of a graph that there is, and clear TensorRT's error.
 
-        A stream stays in capture until it is ended, and the runtime keeps an error until it is read.
+        A stream stays in capture until it is ended.
         """
         with suppress(EngineError):
             graph = self.call("cudaStreamEndCapture", self.stream)
@@ -183,13 +187,19 @@ class Cuda:
         self.call("cudaGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Free the stream and all memory; remaining arrays become invalid."""
+        """Free the stream and all memory; remaining arrays become invalid.
+
+        After a kernel has failed every call does: the error was raised where the work was, and is not raised again.
+        """
         if self.stream is not None:
-            self.synchronize()
-            self.call("cudaStreamDestroy", self.stream)
+            with suppress(EngineError):
+                self.synchronize()
+            with suppress(EngineError):
+                self.call("cudaStreamDestroy", self.stream)
             self.stream = None
         for address in self.buffers:
-            self.call("cudaFree", address)
+            with suppress(EngineError):
+                self.call("cudaFree", address)
         self.buffers, self.free = set(), defaultdict(list)
 
 

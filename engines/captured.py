@@ -79,10 +79,12 @@ class CapturedCalls:
 
     def clear(self) -> None:
         """Free all graphs, as when the addresses of their arrays become invalid."""
-        if self.graphs:
-            self.cuda.synchronize()
-        for found in self.graphs.values():
-            self.cuda.destroy(found.graph)
-        self.graphs.clear()
-        self.came.clear()
-        self.failures.clear()
+        try:
+            if self.graphs:
+                self.cuda.synchronize()
+            for found in self.graphs.values():
+                self.cuda.destroy(found.graph)
+        finally:
+            self.graphs.clear()
+            self.came.clear()
+            self.failures.clear()

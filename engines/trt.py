@@ -225,10 +225,12 @@ class TrtEngine(StagedEngine):
                 self.kernels.parent.mkdir(parents=True, exist_ok=True)  # plans built ahead have another folder
                 write_atomically(self.kernels, bytes(self.cache.serialize()))
         super().close()
-        self.cuda.enter()
-        if self.plans:
-            self.cuda.synchronize()  # before contexts are dropped, whose kernels may still run
-        self.calls.clear()
+        with suppress(EngineError):  # as in `Cuda.close`
+            self.cuda.enter()
+            if self.plans:
+                self.cuda.synchronize()  # before contexts are dropped, whose kernels may still run
+        with suppress(EngineError):
+            self.calls.clear()
         self.plans = {}
         vars(self).pop("runtime", None)
         self.cuda.close()

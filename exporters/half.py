@@ -28,8 +28,9 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
     """Convert a graph in place; its inputs and outputs stay fp32. Returns the nodes that stay fp32 lest they overflow.
 
     folder: of the file with the weights that are not inside the graph; each is read when it is converted.
-    A node stays fp32 when an input or output exceeds `LARGEST` on `feeds`; norms do too, whole or written out. The same nodes stay fp32 in
-    BFLOAT16, whose range is that of fp32: those with masks and positions, which it would round coarsely.
+    A node stays fp32 when an input or output exceeds `LARGEST` on `feeds`; norms do too, whole or written out. The same
+    nodes stay fp32 in BFLOAT16, whose range is that of fp32: those with masks and positions, which it would round
+    coarsely.
     """
     name_nodes(model.graph)
     floats = {i.name for i in model.graph.input if i.type.tensor_type.elem_type == TensorProto.FLOAT}

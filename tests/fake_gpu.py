@@ -28,6 +28,7 @@ class Status(IntEnum):
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
+    cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureUnsupported = 900
 
 
@@ -54,8 +55,14 @@ class FakeRuntime:
         self.launches = self.uploaded = self.downloaded = 0
         self.course: list[str] = []
         """What came in which order: `run` for a plan or a graph, `upload`, `download`."""
-        self.captures = True
+        self.captures = self.instantiates = True
+        self.broken = False
+        """Whether a kernel has failed: then every call does."""
         self.properties = SimpleNamespace(name=b"NVIDIA Fake 1000\0\0", major=8, minor=9)
+
+    def failed(self, status: Status) -> Status:
+        self.error = status
+        return status
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return (Status.cudaSuccess, self.devices) if self.devices >= 0 else (Status.cudaErrorInsufficientDriver, None)
@@ -89,13 +96,13 @@ class FakeRuntime:
         return Status.cudaSuccess, FIRST_STREAM + self.device
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
-        return (Status.cudaSuccess,)
+        return (self.failed(Status.cudaErrorIllegalAddress) if self.broken else Status.cudaSuccess,)
 
     cudaStreamSynchronize = cudaStreamDestroy
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         if size > self.memory:
-            return Status.cudaErrorMemoryAllocation, None
+            return self.failed(Status.cudaErrorMemoryAllocation), None
         self.memory -= size
         block = ctypes.create_string_buffer(b"\xff" * size, size)  # NaN to whoever reads what nobody wrote
         self.blocks[ctypes.addressof(block)] = block
@@ -103,6 +110,8 @@ class FakeRuntime:
         return Status.cudaSuccess, ctypes.addressof(block)
 
     def cudaFree(self, address: int) -> tuple[Any, ...]:
+        if self.broken:
+            return (self.failed(Status.cudaErrorIllegalAddress),)
         self.memory += len(self.blocks.pop(address))
         return (Status.cudaSuccess,)
 
@@ -125,12 +134,13 @@ class FakeRuntime:
     def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         captured, self.capturing = self.capturing, None
         if captured is None or not self.captures:
-            self.error = Status.cudaErrorStreamCaptureUnsupported
-            return self.error, None
+            return self.failed(Status.cudaErrorStreamCaptureUnsupported), None
         self.partial += 1
         return Status.cudaSuccess, captured
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:
+        if not self.instantiates:
+            return self.failed(Status.cudaErrorMemoryAllocation), None
         return Status.cudaSuccess, graph
 
     def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[Any, ...]:
@@ -261,6 +271,10 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.memory >= self.engine.device_memory_size_v2
+        if (
+            self.engine.cuda.error
+        ):  # TensorRT looks for errors of CUDA after a launch, and takes an older one for its own
+            return False
         if self.engine.fails or (self.engine.fails_in_capture and self.engine.cuda.capturing is not None):
             return False
         shapes, runtime = dict(self.shapes), self.engine.cuda

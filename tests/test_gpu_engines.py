@@ -407,6 +407,48 @@ def test_a_capture_that_fails_within_a_call_leaves_nothing_behind_and_is_tried_a
         assert gpu.partial == 0
 
 
+def test_a_graph_that_cannot_be_made_is_no_error_of_the_next_call(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        gpu.instantiates = False
+        for _ in range(4):
+            bound.label_logits(candidates(bundle))
+        assert (gpu.launches, gpu.partial, gpu.error) == (0, 0, fake_gpu.Status.cudaSuccess)
+
+
+def test_memory_that_was_short_is_no_error_of_the_next_call(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle = made("roberta", "bbt", "add")
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(engine, TrtEngine)
+        wanted = bound.label_logits(candidates(bundle))
+        gpu.memory = 0
+        one_line(lambda: engine.cuda.empty((2**20,), np.uint8), EngineError)  # after the idle buffers were freed
+        gpu.memory = 2**30
+        np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
+
+
+def test_after_a_kernel_has_failed_its_error_is_raised_and_everything_is_closed(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
+    bundle, kept = made("roberta", "bbt", "add"), list[TrtEngine]()
+
+    def fail() -> None:
+        with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+            assert isinstance(engine, TrtEngine)
+            kept.append(engine)
+            for _ in range(3):
+                bound.label_logits(candidates(bundle))
+            gpu.broken = True
+            raise UsageError("what went wrong")
+
+    assert one_line(fail, UsageError) == "what went wrong"
+    assert (kept[0].plans, len(kept[0].calls.graphs), kept[0].cuda.stream) == ({}, 0, None)
+
+
 class Gpu:
     """As far as `CapturedCalls` asks: memory, of which each graph takes one byte."""
 
