@@ -9,6 +9,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 from conftest import Export
 from onnx.reference import ReferenceEvaluator
 from tiny_backbones import VARIANTS
+from torch.nn import functional
 
 from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
 from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors
@@ -755,15 +757,52 @@ def test_eager_on_a_device_projects_there(tiny: Export, method: str) -> None:
         np.testing.assert_allclose(bound.label_logits(population), wanted, rtol=0, atol=1e-5)
 
 
-def test_fp32_is_fp32_whatever_the_process_had_set(tiny: Export) -> None:
-    bundle, seen = tiny("roberta", "bbt", "add"), {}
+def test_fp32_is_fp32_beside_an_engine_with_tf32_and_whatever_the_process_has_set(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, seen = tiny("roberta", "bbt", "add"), dict[str, str]()
+    names = ("torch", "eager-tf32", "eager")
+
+    def noting(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: (
+            seen.update({name: torch.get_float32_matmul_precision()}),
+            run(*given, **named),
+        )[1]
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     try:
-        for name in ("eager-tf32", "torch", "eager-tf32", "eager"):
-            load_engine(bundle, name, threads=1).close()
-            seen[name] = torch.get_float32_matmul_precision()
+        with ExitStack() as live:
+            engines: list[Any] = [live.enter_context(load_engine(bundle, name, threads=1)) for name in names]
+            for name, engine in zip(names, engines, strict=True):
+                computes = engine.backbone if name == "torch" else engine.reference
+                monkeypatch.setattr(computes, "run", noting(name, computes.run))
+                live.enter_context(engine.bind(sample_rows(bundle, 2))).label_logits(candidates(bundle, 1))
+        assert torch.get_float32_matmul_precision() == "medium"
     finally:
-        torch.set_float32_matmul_precision("highest")
-    assert seen == {"eager-tf32": "high", "torch": "highest", "eager": "highest"}
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"torch": "highest", "eager-tf32": "high", "eager": "highest"}
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
+def test_wherever_eager_runs_out_of_memory_is_one_line(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    bundle = tiny("roberta", method, "add")
+    projected = Population(latent(bundle), *([1, candidates(bundle, 1)[0]] if method == "bbtv2" else []))
+    with load_engine(bundle, "eager", threads=1) as engine, engine.bind(sample_rows(bundle, 2)) as bound:
+        bound.projects = True  # as on a GPU
+        for function in ("linear", "embedding"):  # of the projection, and of the forward
+            with monkeypatch.context() as patch:
+                patch.setattr(functional, function, fail)
+                assert "--popsize" in one_line(lambda: bound.label_logits(projected), EngineError)
+                assert "--popsize" in one_line(bound.layer_stds, EngineError)
+        monkeypatch.setattr(torch, "from_numpy", fail)
+        assert "--popsize" in one_line(lambda: bound.label_logits(candidates(bundle)), EngineError)
+        assert "--popsize" in one_line(lambda: engine.bind(sample_rows(bundle, 2)), EngineError)
 
 
 def test_a_gpu_out_of_memory_is_one_line_that_says_what_to_do() -> None:
