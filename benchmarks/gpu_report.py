@@ -58,6 +58,7 @@ class EngineCheck(Outcome):
 class TimedCheck(EngineCheck):
     """The numbers of a plan or graph that is timed, on one bucket of its rows, compared with eager fp32."""
 
+    tokens: int = Field(default=0, description="Of the bucket, padding included, per candidate.")
     noise: dict[str, float] = Field(default={}, description="By how it ran: enqueued, captured, launched.")
     launches: bool = Field(default=False, description="Whether the engine makes CUDA graphs of such calls.")
     identical: bool | None = Field(default=None, description="Whether a launched graph gives the enqueued call's bits.")
@@ -129,7 +130,7 @@ class GpuReport(Report):
         if report is None or goal is None or goal.ms_median is None:
             return ["bbt, trt fp16: not measured, so the target is not met"]
         seconds, speedup = goal.search_seconds or math.inf, goal.speedup or 0.0
-        share = fp16_share(report, goal) or 0.0
+        share = self.fp16_share(report, goal) or 0.0
         targets = [
             (seconds < SECONDS, f"the search takes {seconds:.1f} s, not under {SECONDS:.0f} s"),
             (speedup >= SPEEDUP, f"trt fp16 is {speedup:.1f} times as fast as eager fp32, not {SPEEDUP:.0f}"),
@@ -137,6 +138,26 @@ class GpuReport(Report):
         ]
         missed = [text for met, text in targets if not met]
         return [*self.other_workload(report), *doubts(self.gpu, report.machine["rates"]), *missed]
+
+    def fp16_share(self, report: BenchReport, row: Measurement) -> float | None:
+        """A row's share of the fp16 rate, by the operations that it computes.
+
+        Those that are not counted are the torch engine's per token, times its own tokens: their buckets differ.
+        """
+        counted = next((r for r in (row, *report.rows[::-1]) if r.flops), None)
+        rate: float | None = report.machine["rates"].get("fp16 PyTorch")
+        if rate is None or counted is None or not counted.flops or row.candidates_per_second is None:
+            return None
+        own, others = (self.tokens(report, r) for r in (row, counted))
+        if counted is not row and not (own and others):
+            return None
+        flops = counted.flops * (1.0 if counted is row else own / others)
+        return flops * row.candidates_per_second / (rate * 1e9)
+
+    def tokens(self, report: BenchReport, row: Measurement) -> int:
+        """Tokens per candidate that a row computes, padding included; 0 if its buckets were not compared."""
+        case = f"{report.options.method}, "
+        return sum(check.tokens for check in self.timed if check.engine == row.label and check.case.startswith(case))
 
     def other_workload(self, report: BenchReport) -> list[str]:
         """In what the measured workload and GPU are not those of the targets; empty when they are."""
@@ -164,7 +185,7 @@ class GpuReport(Report):
             rows_table(self.rows, columns, 3),
             "## What is timed\n\nLabel logits of fixed z in every bucket, compared with eager fp32 on the GPU.",
             rows_table(self.timed, columns, 3),
-            *map(speed_section, self.benchmarks),
+            *map(self.speed, self.benchmarks),
             markdown_list(self.options | self.provenance()),
         )
 
@@ -176,33 +197,23 @@ class GpuReport(Report):
         published = "not known" if peak is None else f"fp16 {digits(peak.fp16)}, bytes {digits(peak.bytes)}"
         return f"## GPU\n\n{self.gpu}\n\nMeasured, 10⁹/s: {plain(rates)}. Published: {published}."
 
-
-def fp16_share(report: BenchReport, row: Measurement) -> float | None:
-    """A row's share of the fp16 rate, by the operations that it computes: its own, or those of the torch engine."""
-    flops = next((r.flops for r in (row, *report.rows[::-1]) if r.flops), None)
-    rate: float | None = report.machine["rates"].get("fp16 PyTorch")
-    if rate is None or flops is None or row.candidates_per_second is None:
-        return None
-    return flops * row.candidates_per_second / (rate * 1e9)
+    def speed(self, report: BenchReport) -> str:
+        """ms per candidate, seconds of a whole search, CMA-ES included, ratios, and the share of the fp16 rate."""
+        header = ["engine", "ms", "search, s", "× eager fp32", "× eager TF32", "× eager fp16", "× fastest baseline"]
+        header += ["share of fp16 rate, %", "CUDA graphs, %"]
+        lines = []
+        for row in report.rows:
+            ratios = row.speedup, ratio(report, row, TF32), ratio(report, row, HALF), row.speedup_over_fastest
+            shares = [percent(share, 0) for share in (self.fp16_share(report, row), row.graph_share)]
+            lines.append([row.label, *map(digits, (row.ms_median, row.search_seconds, *ratios)), *shares])
+        title = f"## Speed: {report.options.method}, {report.batch}, {report.processor}"
+        reasons = "\n".join(f"- {row.label}: {row.status}: {row.reason}" for row in report.rows if row.reason)
+        overheads = [f"{row.label} {digits(row.call_overhead)}" for row in report.rows if row.call_overhead is not None]
+        note = f"A call's overhead, in tokens: {', '.join(overheads)}." if overheads else ""
+        return page(title, markdown_table(header, lines), reasons, note).rstrip()
 
 
 def ratio(report: BenchReport, row: Measurement, label: str) -> float | None:
     """How many times as fast a row is as another of the report."""
     base = next((other.ms_median for other in report.rows if other.label == label), None)
     return None if base is None or row.ms_median is None else base / row.ms_median
-
-
-def speed_section(report: BenchReport) -> str:
-    """ms per candidate, seconds of a whole search, CMA-ES included, ratios, and the share of the fp16 rate."""
-    header = ["engine", "ms", "search, s", "× eager fp32", "× eager TF32", "× eager fp16", "× fastest baseline"]
-    header += ["share of fp16 rate, %", "CUDA graphs, %"]
-    lines = []
-    for row in report.rows:
-        ratios = row.speedup, ratio(report, row, TF32), ratio(report, row, HALF), row.speedup_over_fastest
-        shares = [percent(share, 0) for share in (fp16_share(report, row), row.graph_share)]
-        lines.append([row.label, *map(digits, (row.ms_median, row.search_seconds, *ratios)), *shares])
-    title = f"## Speed: {report.options.method}, {report.batch}, {report.processor}"
-    reasons = "\n".join(f"- {row.label}: {row.status}: {row.reason}" for row in report.rows if row.reason)
-    overheads = [f"{row.label} {digits(row.call_overhead)}" for row in report.rows if row.call_overhead is not None]
-    note = f"A call's overhead, in tokens: {', '.join(overheads)}." if overheads else ""
-    return page(title, markdown_table(header, lines), reasons, note).rstrip()

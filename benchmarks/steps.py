@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -70,8 +71,8 @@ def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops
 def call_overhead(bound: BoundBatch, popsize: int, ms: list[float], warm_up: int) -> float | None:
     """What a call costs beyond its tokens, as a number of tokens: from a population of half the size.
 
-    t = calls · (overhead + tokens) · slope, for both. None for an engine whose calls cost nothing extra, and where the
-    smaller population takes as long.
+    t = (calls · overhead + tokens) · slope, for both. None for an engine whose calls cost nothing extra, and where that
+    cannot be told: the calls grow as the tokens do, or the smaller population takes as long.
     """
     if not (isinstance(bound, StagedBoundBatch) and bound.engine.call_overhead and popsize > 1):
         return None
@@ -80,8 +81,11 @@ def call_overhead(bound: BoundBatch, popsize: int, ms: list[float], warm_up: int
     milliseconds(evaluate, warm_up)
     whole_ms, half_ms = popsize * median(ms), half * median(milliseconds(evaluate, len(ms)))
     tokens = sum(len(bucket.rows) * bucket.length for bucket in bound.buckets)
-    slope = (whole_ms - half_ms) / (tokens * (popsize - half))
-    return (whole_ms / slope - popsize * tokens) / len(bound.buckets) if slope > 0 else None
+    whole_calls, half_calls = (sum(len([*bound.chunks(size, b)]) for b in bound.buckets) for size in (popsize, half))
+    own = half_calls * popsize - whole_calls * half
+    call_ms = (half_ms * popsize - whole_ms * half) / own if own else math.nan
+    slope = (whole_ms - whole_calls * call_ms) / (popsize * tokens)
+    return call_ms / slope if slope > 0 else None
 
 
 def compare(engine: LoadArguments, batch: str, prompt: str) -> list[list[float]]:

@@ -13,8 +13,10 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from bbt_accel import processes
-from bbt_accel.benchmarks import gpu_check, gpu_state
+from conftest import Export
+
+from bbt_accel import load_engine, processes
+from bbt_accel.benchmarks import gpu_check, gpu_state, steps
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores
 from bbt_accel.benchmarks.gpu_report import EngineCheck, GpuReport, TimedCheck, worst
 from bbt_accel.benchmarks.gpu_state import GpuState
@@ -22,6 +24,8 @@ from bbt_accel.benchmarks.gpu_steps import validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.steps import matrix_rates
+from bbt_accel.engines.staged import StagedBoundBatch
+from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.machine import describe_machine
 
 
@@ -61,7 +65,14 @@ def report(**changes: Any) -> GpuReport:
 
 def timed(**changes: Any) -> TimedCheck:
     """A bucket whose numbers are right, as a launched CUDA graph as well."""
-    facts = {"case": "bbt, 20 × 16 × 80", "engine": "trt fp16", "error": 2e-3, "launches": True, "identical": True}
+    facts = {
+        "case": "bbt, 20 × 16 × 80",
+        "engine": "trt fp16",
+        "error": 2e-3,
+        "launches": True,
+        "identical": True,
+        "tokens": 2960,
+    }
     return TimedCheck(**{**facts, "noise": {"enqueued": 2e-3, "captured": 2e-3, "launched": 2e-3}} | changes)
 
 
@@ -90,6 +101,11 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
         (goal(speedup=11.9), "not 12"),
         (goal(candidates_per_second=236.0), "59% of the fp16 rate, not 60%"),
         (goal(candidates_per_second=None), "not 60%"),
+        (
+            goal(candidates_per_second=240.0)
+            | {"timed": [timed(engine="torch fp16", launches=False, tokens=3040), timed(tokens=2960)]},
+            "58% of the fp16 rate, not 60%",
+        ),
         (goal(status="failed", reason="out of memory", ms_median=None), "out of memory"),
         (goal(status="differs", reason="64 of 64 test rows have NaN"), "64 of 64 test rows have NaN"),
         ({"benchmarks": []}, "not measured"),
@@ -133,6 +149,29 @@ def test_one_number_that_is_not_finite_is_the_worst_wherever_it_stands() -> None
     assert worst([float("nan"), 0.1]) == float("inf")
     assert worst([0.1, 0.2]) == 0.2
     assert worst([]) == float("inf"), "nothing was compared"
+
+
+@pytest.mark.parametrize("per_call", [1000, 10**6], ids=["the population in parts", "whole"])
+def test_the_overhead_of_a_call_is_found_by_the_calls_that_are_made(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch, per_call: int
+) -> None:
+    """An engine whose calls cost 700 tokens: the time is (calls · 700 + tokens) · slope."""
+    bundle, popsize = tiny("roberta", "bbt", "add"), 7
+    with load_engine(bundle, "torch", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(bound, StagedBoundBatch)
+        bound.engine.call_overhead, bound.engine.tokens_per_call = 1, per_call
+        tokens = sum(len(bucket.rows) * bucket.length for bucket in bound.buckets)
+
+        def ms_per_candidate(count: int) -> float:
+            calls = sum(len([*bound.chunks(count, bucket)]) for bucket in bound.buckets)
+            return (700 * calls + count * tokens) * 0.01 / count
+
+        monkeypatch.setattr(steps, "generation", lambda bound, count: count)
+        monkeypatch.setattr(steps, "milliseconds", lambda count, repeats: [ms_per_candidate(count)] * repeats)
+        found = steps.call_overhead(bound, popsize, [ms_per_candidate(popsize)], 0)
+        bound.engine.tokens_per_call = 1  # a call for each candidate: its overhead cannot be told from its tokens
+        assert steps.call_overhead(bound, popsize, [1.0], 0) is None
+    assert found == pytest.approx(700)
 
 
 def test_predictions_that_differ_are_said_and_are_no_failure() -> None:
