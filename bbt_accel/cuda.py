@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import weakref
 from collections import defaultdict
@@ -21,6 +22,7 @@ from bbt_accel.errors import EngineError, MissingDependency, first_line
 LAYOUTS = ("cuda.bindings.runtime", "cuda.cudart")  # cuda-python's modules with the runtime, the current one first
 ALIGNMENT = 256
 """TensorRT's alignment of device memory in bytes; buffer sizes are multiples of it, so that buffers can be reused."""
+Buffer = tuple[int, int]  # its number, in the order in which they were made, and its address
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Cuda:
     """One GPU, one stream, and a memory pool.
 
     Everything runs in stream order, so a buffer can be reused as soon as the work that reads it has been enqueued. The
-    pool returns the free buffer with the lowest address: from its second generation on, a search that repeats the same
-    steps gets the same addresses, which CUDA graphs need.
+    pool returns the free buffer that was made first: a search that repeats the same steps gets the same addresses,
+    which CUDA graphs need, from its first generation on. What is uploaded has buffers of its own, because some of it is
+    kept, and would take a buffer in the first generation that a result needs in every other.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -57,8 +60,10 @@ class Cuda:
         found = self.call("cudaGetDeviceProperties", index)
         self.gpu = Gpu(decoded(found.name).strip("\0 "), f"{found.major}.{found.minor}", self.driver())
         self.stream: Any = None
-        self.free: dict[int, list[int]] = defaultdict(list)  # idle buffers by their size, each list a heap
+        self.free: dict[tuple[int, bool], list[Buffer]] = defaultdict(list)
+        """Idle buffers by their size and whether they are for uploads, each list a heap."""
         self.buffers: set[int] = set()
+        self.numbers = itertools.count()
         self.forget: Callable[[], None] = lambda: None
         """Called before idle buffers are freed, to drop the CUDA graphs that use their addresses."""
 
@@ -98,12 +103,12 @@ class Cuda:
         """Bytes of the GPU's memory that nobody has allocated."""
         return int(self.call("cudaMemGetInfo")[0])
 
-    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike, upload: bool = False) -> DeviceArray:
         """A new, uninitialized array. Raises EngineError when the GPU is out of memory."""
         size = -(-max(1, math.prod(shape) * np.dtype(dtype).itemsize) // ALIGNMENT) * ALIGNMENT
-        pile = self.free[size]
-        address = heapq.heappop(pile) if pile else self.allocate(size)
-        return DeviceArray(shape, dtype, address, lambda: heapq.heappush(pile, address))
+        pile = self.free[size, upload]
+        buffer = heapq.heappop(pile) if pile else (next(self.numbers), self.allocate(size))
+        return DeviceArray(shape, dtype, buffer[1], lambda: heapq.heappush(pile, buffer))
 
     def allocate(self, size: int) -> int:
         """New memory; if there is none left, the pool's idle buffers are released first."""
@@ -122,7 +127,7 @@ class Cuda:
         self.synchronize()
         self.forget()
         for pile in self.free.values():
-            for address in pile:
+            for _, address in pile:
                 self.buffers.discard(address)
                 self.call("cudaFree", address)
             pile.clear()
@@ -131,7 +136,7 @@ class Cuda:
         """Copy an array to the device, into `target` (of the same size) or into a new array."""
         self.enter()
         array = np.ascontiguousarray(array)
-        target = self.empty(array.shape, array.dtype) if target is None else target
+        target = self.empty(array.shape, array.dtype, upload=True) if target is None else target
         if target.nbytes != array.nbytes:
             raise ValueError(f"{array.nbytes} bytes do not fit into {target.nbytes}")
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice

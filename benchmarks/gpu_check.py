@@ -4,8 +4,8 @@ python -m bbt_accel.benchmarks.gpu_check -o gpu-check
 
 Needs a GPU and no network: backbones have random weights, rows are those of SST-2 where they are at hand (in --data),
 else the shipped ones. An engine that fails is a row of the report. Where time is short, `--families ""` with
-`--golden none` measures only, and `--methods ""` validates only. `--device cpu --backbone demo` tries the script itself
-where there is no GPU; what it measures then says nothing about one.
+`--golden none` measures only, and `--methods ""` validates only; such a partial check does not pass. `--device cpu
+--backbone demo` tries the script itself where there is no GPU; what it measures then says nothing about one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bbt_accel import processes
 from bbt_accel.benchmarks.bench import Benchmark
 from bbt_accel.benchmarks.bench_report import Measurement
 from bbt_accel.benchmarks.gpu_report import NOISE, EngineCheck, GpuReport, TimedCheck, worst
-from bbt_accel.benchmarks.gpu_state import GpuState, processes_on
+from bbt_accel.benchmarks.gpu_state import GpuState, identity, processes_on
 from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors, trace_error, validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
@@ -36,6 +36,7 @@ from bbt_accel.machine import describe_machine
 from bbt_accel.progress import StepProgress
 
 VARIANTS = (("bbt", "add"), ("bbtv2", "add"), ("bbt", "cat"))
+METHODS = ("bbt", "bbtv2")  # whose speed is measured
 N_PROMPT, TRACE_PROMPT = 5, 10  # prompt tokens of the tiny backbones, and of the recorded traces
 TIMED = "fp16"  # the precision that is timed
 SIZES = ("popsize", "k_shot", "n_prompt_tokens", "budget", "repeats")  # go to the benchmark as they are
@@ -77,11 +78,13 @@ class GpuCheck:
     """One run of the check, its bundles in the folder `work`. Raises EngineError when there is no GPU."""
 
     def __init__(self, given: argparse.Namespace, work: Path, tell: StepProgress) -> None:
-        if kind_of(given.device) == "cuda" and not describe_machine()["gpus"]:
+        on_gpu = kind_of(given.device) == "cuda"
+        if on_gpu and not describe_machine()["gpus"]:
             raise EngineError("there is no NVIDIA GPU here (nvidia-smi finds none): nothing was checked")
         self.given, self.work, self.tell = given, work, tell
         self.report = GpuReport(rows=[], benchmarks=[], **given.report)
-        self.others = processes_on(index_of(given.device))
+        # Its identity is asked in a process that has ended by then: it would be one that computes on the GPU.
+        self.others = processes_on(processes.call(identity, index=index_of(given.device))) if on_gpu else None
 
     def run(self) -> GpuReport:
         """Everything that was asked for. Ctrl-C and SIGTERM end it with a report of what there is."""
@@ -89,6 +92,7 @@ class GpuCheck:
             with processes.interrupted_by_sigterm():
                 self.validate()
                 self.replay_traces()
+                self.report.partial += [f"the speed of {name}" for name in METHODS if name not in self.given.methods]
                 for method in self.given.methods:
                     self.measure(method)
         except KeyboardInterrupt:
@@ -100,6 +104,7 @@ class GpuCheck:
         from bbt_accel.exporters.families import families
 
         wanted = families() if self.given.families is None else self.given.families
+        self.report.partial += [f"the family {family}" for family in families() if family not in wanted]
         cases = [(family, *variant) for family, variant in product(wanted, VARIANTS)]
         self.expect(" ".join(case) for case in cases)
         for family, method, mode in cases:
@@ -111,9 +116,12 @@ class GpuCheck:
 
     def replay_traces(self) -> None:
         """The losses that the original program recorded, where its traces are at hand."""
-        traces = [trace for trace in sorted(self.given.golden.glob("*.npz")) if not of_another_loss(trace)]
+        found = sorted(self.given.golden.glob("*.npz"))
+        traces = [trace for trace in found if not of_another_loss(trace)]
         if not traces:
             self.report.left_out.append(f"traces of the original program: there are none in {self.given.golden}")
+        if others := [trace.stem for trace in found if trace not in traces]:
+            self.report.left_out.append(f"traces of another loss than the cross entropy: {', '.join(others)}")
         self.expect(f"trace {trace.stem}" for trace in traces)
         for trace in traces:
             with np.load(trace) as arrays:
@@ -186,7 +194,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--families", type=comma_separated, help='validated with tiny backbones; "" for none (default: all)'
     )
-    parser.add_argument("--methods", type=comma_separated, default=["bbt", "bbtv2"], help='timed methods; "" for none')
+    parser.add_argument("--methods", type=comma_separated, default=list(METHODS), help='timed methods; "" for none')
     parser.add_argument("--popsize", type=int, default=20, help="candidates per call")
     parser.add_argument("--k-shot", type=int, default=16, help="examples per class")
     parser.add_argument("--n-prompt-tokens", type=int, default=50, help="soft prompt vectors")

@@ -23,7 +23,7 @@ from bbt_accel.settings import Loss
 
 DIM = 20  # dimension of the space that prompts are projected from
 LOSSES: tuple[Loss, ...] = ("ce", "hinge")
-PASSES = 5  # after the enqueued one: a call is captured when it comes the second or third time, then launched
+PASSES = 3  # after the enqueued one: a call is captured when it comes the second time, then launched
 SHAPES = ((8, 40, 5), (5, 12, 3), (1, 8, 1))  # rows, words of the longest row, and candidates of the compared batches
 
 

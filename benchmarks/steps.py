@@ -14,7 +14,7 @@ import numpy as np
 
 from bbt_accel import processes
 from bbt_accel.batch import Batch, Float32, Float64
-from bbt_accel.benchmarks.gpu_state import read_under_load
+from bbt_accel.benchmarks.gpu_state import identity, read_under_load
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.data import Row, few_shot, load_rows
 from bbt_accel.engine_specs import EngineSpec, index_of, kind_of
@@ -30,7 +30,7 @@ from bbt_accel.tuning.methods import PromptSpace
 
 SEED = 42  # of the timed and compared rows, of the random prompts and of the first search
 ROWS = 64  # test rows per call
-WARM_UP = {"cpu": 1, "cuda": 3}  # calls before the timed ones: they make buffers, kernels and CUDA graphs
+WARM_UP = {"cpu": 1, "cuda": 2}  # generations before the timed ones: they make buffers and kernels, then CUDA graphs
 LoadArguments = dict[str, Any]  # arguments of `load_engine`: bundle, name, device, threads, without
 SIZE = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the ceiling
 SECONDS = 1.0  # how long each product is repeated
@@ -63,7 +63,7 @@ def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops
             "peak_mib": peak_mib(),
             "versions": loaded.versions(),
             "flops": count_flops(evaluate) if flops else None,
-            "graph_share": done["launched"] / done["calls"] if done and loaded.capturing else None,
+            "graph_share": done["launched"] / done["calls"] if done else None,
             "call_overhead": call_overhead(bound, popsize, ms, warm_up),
         }
 
@@ -285,7 +285,7 @@ def gpu_under_load(index: int) -> dict[str, Any] | None:
         multiply()
         torch.cuda.synchronize()  # or products would queue up
 
-    state = read_under_load(call, index)
+    state = read_under_load(call, identity(index))
     return None if state is None else state.model_dump()
 
 

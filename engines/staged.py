@@ -247,6 +247,7 @@ class StagedBoundBatch(BoundBatch):
             return self.engine.run("embed", bucket.inputs)
         layer, fixed = population.layer, population.fixed
         if not (0 <= bucket.layer <= layer and bucket.key == fixed[: bucket.layer].tobytes()):
+            bucket.layer, bucket.state = -1, {}  # its memory is free again, as in the first sweep over the layers
             bucket.layer, bucket.state = 0, self.engine.run("embed", bucket.inputs)
         while bucket.layer < layer:
             prompt = self.engine.upload_fixed(bucket.layer, fixed[bucket.layer], 1)

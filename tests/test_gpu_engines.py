@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
 from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors
-from bbt_accel.benchmarks.steps import measure, save_batch
+from bbt_accel.benchmarks.steps import generation, measure, save_batch
 from bbt_accel.bundle import write_info
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines import captured, ort, pytorch, trt
@@ -198,13 +198,30 @@ def test_where_there_is_no_memory_for_another_context_the_search_goes_on(
     assert "cannot make an execution context" in caplog.text
 
 
-def test_a_search_runs_from_graphs_after_its_third_generation(
+@each
+def test_from_the_third_generation_on_every_call_is_a_graph(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, variant: tuple[str, str, str]
+) -> None:
+    bundle = made(*variant)
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        evaluate = generation(bound, 5)
+        for number in range(1, 6):
+            before = engine.counts()
+            evaluate()
+            done = {name: value - before[name] for name, value in engine.counts().items()}
+            if number == 2:
+                assert done["captured"] > 0
+            elif number > 2:
+                assert done["launched"] == done["calls"] > 0
+
+
+def test_graphs_are_launched_for_as_long_as_the_same_calls_come(
     made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
 ) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         assert isinstance(engine, TrtEngine)
-        for _ in range(3):
+        for _ in range(2):
             bound.label_logits(candidates(bundle))
         gpu.launches, graphs = 0, len(engine.calls.graphs)
         assert graphs == len(bound.buckets)  # type: ignore[attr-defined]

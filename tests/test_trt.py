@@ -385,7 +385,7 @@ def test_memory_is_used_again_at_the_same_address(fake: Any) -> None:
     addresses = [first.address, second.address]
     np.testing.assert_array_equal(device.download(first), np.arange(10.0))
     del first, second
-    again = [device.empty((10,), np.float64), device.empty((8,), np.float64)]
+    again = [device.upload(np.arange(10.0)), device.upload(np.arange(8.0))]
     assert sorted(a.address for a in again) == sorted(addresses)
     assert len(runtime.blocks) == 2
     device.close()
