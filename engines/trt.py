@@ -16,7 +16,7 @@ from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PLANS, PROJECT
 from bbt_accel.cuda import Cuda, DeviceArray
 from bbt_accel.engine_specs import index_of
-from bbt_accel.engines.captured import CapturedCalls
+from bbt_accel.engines.captured import RESERVE, CapturedCalls
 from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
 from bbt_accel.exporters.plan_building import each_plan
@@ -154,9 +154,11 @@ class TrtEngine(StagedEngine):
         """Run a call and capture it if it is worth that, from a context of its own: a captured one must not be changed.
 
         False where that was not done; with a warning the first time that the call cannot be captured, or there is no
-        memory for the context.
+        memory for it.
         """
         if not self.calls.worth_capturing(call):
+            if self.calls.short:
+                self.warn(f"less than {RESERVE // 2**20} MiB of the GPU's memory is free")
             return False
         context = None
         try:
@@ -169,12 +171,16 @@ class TrtEngine(StagedEngine):
             self.calls.add(call, self.cuda.capture(lambda: self.execute(stage, context)), context)
         except EngineError as error:
             self.calls.failures[call] += 1
-            if not self.warned:
-                log.warning("not every call becomes a CUDA graph: %s", error)
-            self.warned = True
+            self.warn(str(error))
             self.cuda.synchronize()  # before the context is freed, whose kernels may still run
             return False
         return True
+
+    def warn(self, why: str) -> None:
+        """Say once why not every call becomes a CUDA graph."""
+        if not self.warned:
+            log.warning("not every call becomes a CUDA graph: %s", why)
+        self.warned = True
 
     def output_shapes(self, stage: str, plan: Plan, shapes: Shapes) -> list[tuple[int, ...]]:
         for name, shape in zip(plan.inputs, shapes, strict=True):

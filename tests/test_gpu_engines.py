@@ -96,10 +96,10 @@ def moved(prompts: Latent, step: int) -> Latent:
     return Latent(prompts.projection, prompts.z + step)
 
 
-def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> dict[str, str]:
+def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> dict[str, int]:
     """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine caches.
 
-    Returns the engine's versions.
+    Returns the engine's counts.
     """
     rows, prompts, info = sample_rows(bundle, 12), candidates(bundle), bundle.info
     there = latent(bundle)
@@ -147,7 +147,7 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
                 assert_statistics(found.statistics(stack[None]), found.label_logits(stack[None]), rows)
                 stack[layer] = some[turn % 5]
             np.testing.assert_allclose(found.layer_stds(), wanted.layer_stds(), rtol=max(atol, 1e-4))
-        return engine.versions()
+        return engine.counts()
 
 
 def assert_statistics(found: Any, logits: Any, rows: Batch) -> None:
@@ -169,8 +169,9 @@ def one_line(call: Callable[[], object], error: type[Exception]) -> str:
 def test_trt_gives_the_numbers_of_the_graphs(
     tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, variant: tuple[str, str, str]
 ) -> None:
-    assert_alike("trt", made(*variant), tiny(*variant))
-    assert gpu.launches > 0, "no CUDA graph was launched"
+    counts = assert_alike("trt", made(*variant), tiny(*variant))
+    assert counts["launched"] > counts["captured"] > 0
+    assert gpu.launches == counts["launched"]
     assert gpu.blocks == {}, "memory was not freed"
 
 
@@ -181,6 +182,21 @@ def test_where_nothing_can_be_captured_calls_are_enqueued(
     assert_alike("trt", made("roberta", "bbtv2", "add"), tiny("roberta", "bbtv2", "add"))
     assert gpu.launches == 0
     assert "not every call becomes a CUDA graph" in caplog.text
+
+
+def test_where_no_memory_is_left_for_graphs_it_says_so_once(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = made("roberta", "bbt", "add")
+    gpu.memory = captured.RESERVE
+    with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        bound.label_logits(candidates(bundle))
+        assert engine.versions()["cuda graphs"] == "on", "no call could have been one so far"
+        for _ in range(3):
+            bound.label_logits(candidates(bundle))
+        assert engine.versions()["cuda graphs"] == "off"
+        assert engine.counts()["captured"] == gpu.launches == 0
+    assert caplog.text.count("less than 512 MiB of the GPU's memory is free") == 1
 
 
 def test_where_there_is_no_memory_for_another_context_the_search_goes_on(
@@ -888,9 +904,9 @@ def test_torch_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
 def test_ort_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider: [gpu]")
-    versions = assert_alike("ort", tiny(*variant), tiny(*variant), atol=1e-4)
+    counts = assert_alike("ort", tiny(*variant), tiny(*variant), atol=1e-4)
     if variant == ("roberta", "bbt", "add"):
-        assert versions["cuda graphs"] == "on"
+        assert counts["launched"] > counts["captured"] > 0
 
 
 @pytest.mark.gpu
@@ -900,4 +916,5 @@ def test_ort_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
 @all_variants
 def test_trt_on_a_gpu(tiny: Export, tmp_path: Path, variant: tuple[str, str, str], precision: Any, atol: float) -> None:
     made = optimize_bundle(tiny(*variant).path, tmp_path / "made", precision=precision, target="trt")
-    assert assert_alike("trt", made, tiny(*variant), atol=atol)["cuda graphs"] == "on"
+    counts = assert_alike("trt", made, tiny(*variant), atol=atol)
+    assert counts["launched"] > counts["captured"] > 0
