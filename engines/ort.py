@@ -21,7 +21,7 @@ from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS
 from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import failing
-from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine
+from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.machine import installed
 from bbt_accel.population import Latent, LayerPrompts
@@ -170,7 +170,7 @@ class OrtCudaEngine(OrtEngine):
     provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     bucket_step = 8
     call_overhead = GPU_CALL
-    tokens_per_call = 2**17
+    tokens_per_call = GPU_TOKENS
     on_device = True
 
     def load(self) -> None:

@@ -16,7 +16,7 @@ from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
 from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens, failing
-from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine, clipped_std
+from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError
 from bbt_accel.exporters.device import batch_statistics
 from bbt_accel.exporters.families import DTYPES, family_of, load_model
@@ -86,7 +86,8 @@ class TorchEngine(StagedEngine):
         self.dtype = DTYPES[info.precision]
         self.on_device = kind_of(self.device) == "cuda"
         if self.on_device:
-            self.bucket_step, self.call_overhead = 8, 4 * GPU_CALL  # kernels are launched one by one
+            self.bucket_step, self.tokens_per_call = 8, GPU_TOKENS
+            self.call_overhead = 4 * GPU_CALL  # kernels are launched one by one
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:

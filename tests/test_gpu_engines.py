@@ -39,6 +39,7 @@ from bbt_accel.engines import captured, ort, pytorch, trt
 from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.engines.captured import CapturedCalls
 from bbt_accel.engines.ort import OrtCudaEngine
+from bbt_accel.engines.staged import StagedBoundBatch
 from bbt_accel.engines.trt import TrtEngine
 from bbt_accel.errors import EngineError, PlanError, UsageError
 from bbt_accel.exporters import tensorrt
@@ -588,6 +589,32 @@ def test_attention_on_a_device_sees_a_multiple_of_8(tiny: Export, family: str, m
         keys = inputs["input_ids"].shape[1] + (info.n_prompt_tokens if mode == "cat" else 0)
         keys += len(inputs.get("context_ids", []))
         assert keys % 8 == 0 or part.input_ids.shape[1] + 8 > info.max_length
+
+
+SST2 = [65, 66, 67, 70, 71, 71, 73, 74, 75, 75, 76, 76, 77, 77, 78, 79,
+        81, 82, 83, 86, 87, 91, 94, 96, 99, 99, 101, 104, 105, 108, 117, 125]  # fmt: skip
+"""Tokens of 32 rows of SST-2 with 50 prompt tokens and the shipped tokenizer: those of docs/explanation/gpu.md."""
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("engine", "device", "buckets"),
+    [("ort", "cuda", {80: 16, 88: 5, 104: 7, 128: 4}), ("torch", "cpu", {80: 16, 104: 12, 128: 4})],
+)
+def test_rows_of_sst2_are_computed_in_few_calls(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch, engine: str, device: str, buckets: dict[int, int]
+) -> None:
+    monkeypatch.setattr(pytorch, "kind_of", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    mask = (np.arange(max(SST2)) < np.array(SST2)[:, None]).astype(np.int64)
+    last = np.array(SST2) - 1
+    batch = Batch(np.ones_like(mask), mask, last, last * 0, np.arange(2))
+    with load_engine(tiny("roberta", "bbt", "add"), engine, device=device, threads=1) as loaded:
+        loaded.longest = 512  # type: ignore[attr-defined]
+        with loaded.bind(batch) as bound:
+            assert isinstance(bound, StagedBoundBatch)
+            assert {bucket.length: len(bucket.rows) for bucket in bound.buckets} == buckets
+            assert all(len([*bound.chunks(20, bucket)]) == 1 for bucket in bound.buckets)
 
 
 @pytest.mark.parametrize("mode", ["add", "cat"])

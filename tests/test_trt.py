@@ -309,6 +309,15 @@ def test_a_profile_is_in_order_and_takes_the_rows_that_it_was_made_from(
     assert [s[0] for s in shapes] == [1, popsize, popsize]
 
 
+@pytest.mark.parametrize(("family", "mode"), [("roberta", "add"), ("roberta", "cat"), ("llama", "cat")])
+def test_the_longest_row_of_a_profile_is_aligned_with_the_other_keys(tmp_path: Path, family: str, mode: str) -> None:
+    info, batch = tiny_bundle(tmp_path, family, mode, max_length=512).info, rows_of([40, 81], 81)
+    tokens = shape_profile(info, batch, 81, Settings()).tokens
+    for length in tokens[1:]:
+        assert batch.aligned(info, np.array(length), 8) == length
+    assert 81 <= tokens[2] < 81 + 8
+
+
 def test_a_profile_bounds_the_tokens_of_a_call(tmp_path: Path) -> None:
     info = tiny_bundle(tmp_path, "roberta", max_length=512).info
     found = shape_profile(info, rows_of([500] * 224, 512), 512, Settings())
