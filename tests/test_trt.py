@@ -213,15 +213,27 @@ def test_the_share_of_a_build_that_is_done_counts_nested_phases() -> None:
     assert plan_building.new_monitor(Api("tensorrt", SimpleNamespace()), shares.append) is None
 
 
-def test_the_time_left_follows_from_the_plans_that_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, told = [0.0], list[tuple[str, int, int]]()
+def test_the_time_left_is_that_of_the_plans_that_the_cache_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, told, cached = [0.0], list[tuple[str, int, int]](), {"block_00", "block_02"}
+
+    def build(api: Api, bundle: Bundle, stage: str, key: Key, monitor: Any) -> tuple[bytes, None]:
+        clock[0] += 60
+        return b"plan", None
+
     monkeypatch.setattr(plan_building, "monotonic", lambda: clock[0])
-    progress = plan_building.PlanProgress(3, lambda *step: told.append(step))
+    monkeypatch.setattr(plan_building, "find_plan", lambda _, stage, key: (b"plan" if stage in cached else None, ""))
+    monkeypatch.setattr(plan_building, "build", build)
+    monkeypatch.setattr(plan_building, "keep_plan", lambda *_: None)
+    wanted = dict.fromkeys(["embed", "block_00", "block_01", "block_02", "last"], KEY)
+    bundle: Any = SimpleNamespace(path=Path())
     api = Api("tensorrt", SimpleNamespace())
-    progress.begin("embed", 0, api)
-    clock[0], progress.built = 60.0, 1
-    progress.begin("block_00", 1, api)
-    assert told == [("plan of embed, 1 of 3", 0, 300), ("plan of block_00, 2 of 3, about 0:02:00 left", 100, 300)]
+    made = each_plan(bundle, wanted, api, lambda line: None, lambda *step: told.append(step))
+    assert [stage for stage, _ in made] == list(wanted)
+    assert told == [
+        ("plan of embed, 1 of 5", 0, 500),
+        ("plan of block_01, 3 of 5, about 0:02:00 left", 200, 500),
+        ("plan of last, 5 of 5, about 0:01:00 left", 400, 500),
+    ]
 
 
 # What TensorRT made of a graph -------------------------------------------------------------------------------
