@@ -29,6 +29,7 @@ from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.script import run_script
 from bbt_accel.benchmarks.steps import Bundles
+from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.command import comma_separated
 from bbt_accel.engine_specs import EngineSpec, check_device, engine_specs, index_of, kind_of
 from bbt_accel.errors import BbtError, EngineError
@@ -57,12 +58,15 @@ class SpeedBenchmark(Benchmark):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.checks: list[TimedCheck] = []
+        self.attention: list[str] = []
 
     def tunes(self, row: Measurement) -> bool:
         return not row.baseline
 
     def time(self, row: Measurement) -> None:
         super().time(row)
+        if found := fused_attention(Bundle.read(self.engine(row)["bundle"], verify=False).info):
+            self.attention.append(f"{self.options.method}, {row.label}: {found}")
         reference = self.work / "reference.npy"
         what = {"engine": self.engine(row), "batch": self.work / "timed.npz", "popsize": self.options.popsize}
         if row is self.original:
@@ -178,8 +182,18 @@ class GpuCheck:
             if benchmark is not None and benchmark.rows and benchmark.original.calls_ms:
                 self.report.benchmarks.append(benchmark.report())
                 self.report.timed += benchmark.checks
+                self.report.attention += benchmark.attention
                 if state := benchmark.machine.get("gpu"):
                     self.report.gpu = GpuState(**state | {"others": self.others})
+
+
+def fused_attention(info: BundleInfo) -> str | None:
+    """What the builder made of attention in the plans of a bundle; None for one without plans."""
+    facts = info.optimization or {}
+    if "attention_fused" not in facts:
+        return None
+    fused, other = facts["attention_fused"], facts["attention_not_fused"]
+    return f"{fused} times one kernel, {other} times several" if fused or other else "the builder does not say"
 
 
 def of_another_loss(trace: Path) -> bool:

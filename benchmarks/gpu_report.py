@@ -90,6 +90,9 @@ class GpuReport(Report):
     gpu: GpuState | None = Field(default=None, description="The GPU under load.")
     rows: list[EngineCheck] = Field(description="Every engine on every family and recorded trace.")
     timed: list[TimedCheck] = Field(default=[], description="What is timed, compared with eager fp32.")
+    attention: list[str] = Field(
+        default=[], description="In which plans attention is one kernel, by method and engine."
+    )
     benchmarks: list[BenchReport] = Field(description="The speed, one benchmark per method.")
 
     def failures(self) -> list[str]:
@@ -190,6 +193,7 @@ class GpuReport(Report):
             rows_table(self.rows, columns, 3),
             "## What is timed\n\nLabel logits of fixed z in every bucket, compared with eager fp32 on the GPU.",
             rows_table(self.timed, columns, 3),
+            "\n".join(f"- Attention of {line}" for line in self.attention),
             *map(self.speed, self.benchmarks),
             markdown_list(self.options | self.provenance()),
         )

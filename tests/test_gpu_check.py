@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 
 import torch
 from conftest import Export
+from tiny_bundles import tiny_bundle
 
 from bbt_accel import load_engine, processes
 from bbt_accel.benchmarks import gpu_check, gpu_state, steps
@@ -213,6 +214,22 @@ def test_what_was_not_asked_for_makes_a_check_partial(tmp_path: Path) -> None:
     found = check.run().partial
     assert {"the family bert", "the family gpt2", "the speed of bbtv2"} <= set(found)
     assert "the speed of bbt" not in found
+
+
+@pytest.mark.parametrize(
+    ("optimization", "says"),
+    [
+        ({"attention_fused": 24, "attention_not_fused": 1}, "24 times one kernel, 1 times several"),
+        ({"attention_fused": 0, "attention_not_fused": 0}, "the builder does not say"),
+        (None, None),
+    ],
+)
+def test_the_report_says_where_attention_is_one_kernel(
+    tmp_path: Path, optimization: dict[str, object] | None, says: str | None
+) -> None:
+    info = tiny_bundle(tmp_path).info.model_copy(update={"optimization": optimization})
+    assert gpu_check.fused_attention(info) == says
+    assert f"- Attention of bbt, trt fp16: {says}" in report(attention=[f"bbt, trt fp16: {says}"]).markdown()
 
 
 def test_predictions_that_differ_are_said_and_are_no_failure() -> None:
