@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -83,7 +83,7 @@ def identity(index: int) -> str:
     """
     import torch
 
-    found = torch.cuda.get_device_properties(index)
+    found: Any = torch.cuda.get_device_properties(index)  # with more or fewer fields by version
     if hasattr(found, "uuid"):
         return f"GPU-{found.uuid}"
     if hasattr(found, "pci_bus_id"):
