@@ -83,6 +83,8 @@ def identity(index: int) -> str:
     """
     import torch
 
+    if not torch.cuda.is_available():
+        return str(index)
     found: Any = torch.cuda.get_device_properties(index)  # with more or fewer fields by version
     if hasattr(found, "uuid"):
         return f"GPU-{found.uuid}"

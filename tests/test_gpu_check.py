@@ -273,6 +273,7 @@ esac
 def test_nvidia_smi_is_asked_for_the_gpu_that_this_process_computes_on(
     monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], named: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", {1: SimpleNamespace(**properties)}.__getitem__)
     assert gpu_state.identity(1) == named
 
