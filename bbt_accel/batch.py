@@ -95,6 +95,17 @@ class Batch:
         columns = {name: np.ascontiguousarray(found[name][:, begin:]) for name in ("input_ids", "attention_mask")}
         return found | columns | {"readout": self.readout - begin}
 
+    def aligned(self, info: BundleInfo, lengths: Int64, step: int) -> Int64:
+        """Lengths of rows, rounded up to where attention sees a multiple of `step` keys.
+
+        Its keys are a row's own, the prompt's in cat mode, and those of a decoder's context, of at least one.
+        """
+        others = info.n_prompt_tokens if info.prompt_mode == "cat" else 0
+        if info.causal:
+            context = 0 if self.context_ids is None else len(self.context_ids)
+            others += max(context, 1 - info.prompt_start)
+        return np.asarray(-(-(lengths + others) // step) * step - others)
+
     def rows(self, index: Int64 | slice) -> Batch:
         """The same batch with some of its rows, in the order of `index`."""
         shared = ("label_token_ids", "context_ids")

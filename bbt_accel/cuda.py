@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import weakref
 from collections import defaultdict
@@ -21,6 +22,7 @@ from bbt_accel.errors import EngineError, MissingDependency, first_line
 LAYOUTS = ("cuda.bindings.runtime", "cuda.cudart")  # cuda-python's modules with the runtime, the current one first
 ALIGNMENT = 256
 """TensorRT's alignment of device memory in bytes; buffer sizes are multiples of it, so that buffers can be reused."""
+Buffer = tuple[int, int]  # its number, in the order in which they were made, and its address
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Cuda:
     """One GPU, one stream, and a memory pool.
 
     Everything runs in stream order, so a buffer can be reused as soon as the work that reads it has been enqueued. The
-    pool returns the free buffer with the lowest address: from its second generation on, a search that repeats the same
-    steps gets the same addresses, which CUDA graphs need.
+    pool returns the free buffer that was made first: a search that repeats the same steps gets the same addresses,
+    which CUDA graphs need, from its first generation on. What is uploaded has buffers of its own, because some of it is
+    kept, and would take a buffer in the first generation that a result needs in every other.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -57,15 +60,21 @@ class Cuda:
         found = self.call("cudaGetDeviceProperties", index)
         self.gpu = Gpu(decoded(found.name).strip("\0 "), f"{found.major}.{found.minor}", self.driver())
         self.stream: Any = None
-        self.free: dict[int, list[int]] = defaultdict(list)  # idle buffers by their size, each list a heap
+        self.free: dict[tuple[int, bool], list[Buffer]] = defaultdict(list)
+        """Idle buffers by their size and whether they are for uploads, each list a heap."""
         self.buffers: set[int] = set()
+        self.numbers = itertools.count()
         self.forget: Callable[[], None] = lambda: None
         """Called before idle buffers are freed, to drop the CUDA graphs that use their addresses."""
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the CUDA runtime. Raises EngineError with CUDA's own message."""
+        """Call a function of the CUDA runtime. Raises EngineError with CUDA's own message.
+
+        The runtime keeps an error until it is read, and TensorRT would take it for its own: it is cleared.
+        """
         status, *values = getattr(self.runtime, name)(*arguments)
         if int(status):
+            self.runtime.cudaGetLastError()
             raise EngineError(failure(self.runtime, name, status))
         return values[0] if len(values) == 1 else values or None
 
@@ -78,21 +87,28 @@ class Cuda:
             return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
     def open(self) -> None:
-        """Make the GPU this thread's, for TensorRT as well, and create the stream. Raises EngineError."""
+        """Create the stream. Raises EngineError."""
         if self.stream is None:
-            self.call("cudaSetDevice", self.index)
+            self.enter()
             self.stream = self.call("cudaStreamCreate")
+
+    def enter(self) -> None:
+        """Make the GPU the current one of this thread, on which memory is allocated and TensorRT launches kernels.
+
+        Before any work: the thread may be another than before, or have served an engine on another GPU.
+        """
+        self.call("cudaSetDevice", self.index)
 
     def free_memory(self) -> int:
         """Bytes of the GPU's memory that nobody has allocated."""
         return int(self.call("cudaMemGetInfo")[0])
 
-    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike, upload: bool = False) -> DeviceArray:
         """A new, uninitialized array. Raises EngineError when the GPU is out of memory."""
         size = -(-max(1, math.prod(shape) * np.dtype(dtype).itemsize) // ALIGNMENT) * ALIGNMENT
-        pile = self.free[size]
-        address = heapq.heappop(pile) if pile else self.allocate(size)
-        return DeviceArray(shape, dtype, address, lambda: heapq.heappush(pile, address))
+        pile = self.free[size, upload]
+        buffer = heapq.heappop(pile) if pile else (next(self.numbers), self.allocate(size))
+        return DeviceArray(shape, dtype, buffer[1], lambda: heapq.heappush(pile, buffer))
 
     def allocate(self, size: int) -> int:
         """New memory; if there is none left, the pool's idle buffers are released first."""
@@ -111,15 +127,16 @@ class Cuda:
         self.synchronize()
         self.forget()
         for pile in self.free.values():
-            for address in pile:
+            for _, address in pile:
                 self.buffers.discard(address)
                 self.call("cudaFree", address)
             pile.clear()
 
     def upload(self, array: npt.NDArray[Any], target: DeviceArray | None = None) -> DeviceArray:
         """Copy an array to the device, into `target` (of the same size) or into a new array."""
+        self.enter()
         array = np.ascontiguousarray(array)
-        target = self.empty(array.shape, array.dtype) if target is None else target
+        target = self.empty(array.shape, array.dtype, upload=True) if target is None else target
         if target.nbytes != array.nbytes:
             raise ValueError(f"{array.nbytes} bytes do not fit into {target.nbytes}")
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -157,9 +174,9 @@ class Cuda:
             self.call("cudaGraphDestroy", graph)
 
     def abandon_capture(self) -> None:
-        """End a capture that has failed, free the part of a graph that there is, and clear the error.
+        """End a capture that has failed, free the part of a graph that there is, and clear TensorRT's error.
 
-        A stream stays in capture until it is ended, and the runtime keeps an error until it is read.
+        A stream stays in capture until it is ended.
         """
         with suppress(EngineError):
             graph = self.call("cudaStreamEndCapture", self.stream)
@@ -175,13 +192,19 @@ class Cuda:
         self.call("cudaGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Free the stream and all memory; remaining arrays become invalid."""
+        """Free the stream and all memory; remaining arrays become invalid.
+
+        After a kernel has failed every call does: the error was raised where the work was, and is not raised again.
+        """
         if self.stream is not None:
-            self.synchronize()
-            self.call("cudaStreamDestroy", self.stream)
+            with suppress(EngineError):
+                self.synchronize()
+            with suppress(EngineError):
+                self.call("cudaStreamDestroy", self.stream)
             self.stream = None
         for address in self.buffers:
-            self.call("cudaFree", address)
+            with suppress(EngineError):
+                self.call("cudaFree", address)
         self.buffers, self.free = set(), defaultdict(list)
 
 

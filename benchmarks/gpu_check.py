@@ -4,8 +4,8 @@ python -m bbt_accel.benchmarks.gpu_check -o gpu-check
 
 Needs a GPU and no network: backbones have random weights, rows are those of SST-2 where they are at hand (in --data),
 else the shipped ones. An engine that fails is a row of the report. Where time is short, `--families ""` with
-`--golden none` measures only, and `--methods ""` validates only. `--device cpu --backbone demo` tries the script itself
-where there is no GPU; what it measures then says nothing about one.
+`--golden none` measures only, and `--methods ""` validates only; such a partial check does not pass. `--device cpu
+--backbone demo` tries the script itself where there is no GPU; what it measures then says nothing about one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from bbt_accel import processes
 from bbt_accel.benchmarks.bench import Benchmark
 from bbt_accel.benchmarks.bench_report import Measurement
 from bbt_accel.benchmarks.gpu_report import NOISE, EngineCheck, GpuReport, TimedCheck, worst
-from bbt_accel.benchmarks.gpu_state import GpuState, processes_on
+from bbt_accel.benchmarks.gpu_state import GpuState, identity, processes_on
 from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors, trace_error, validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.script import run_script
 from bbt_accel.benchmarks.steps import Bundles
+from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.command import comma_separated
 from bbt_accel.engine_specs import EngineSpec, check_device, engine_specs, index_of, kind_of
 from bbt_accel.errors import BbtError, EngineError
@@ -36,6 +37,7 @@ from bbt_accel.machine import describe_machine
 from bbt_accel.progress import StepProgress
 
 VARIANTS = (("bbt", "add"), ("bbtv2", "add"), ("bbt", "cat"))
+METHODS = ("bbt", "bbtv2")  # whose speed is measured
 N_PROMPT, TRACE_PROMPT = 5, 10  # prompt tokens of the tiny backbones, and of the recorded traces
 TIMED = "fp16"  # the precision that is timed
 SIZES = ("popsize", "k_shot", "n_prompt_tokens", "budget", "repeats")  # go to the benchmark as they are
@@ -56,12 +58,15 @@ class SpeedBenchmark(Benchmark):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.checks: list[TimedCheck] = []
+        self.attention: list[str] = []
 
     def tunes(self, row: Measurement) -> bool:
         return not row.baseline
 
     def time(self, row: Measurement) -> None:
         super().time(row)
+        if found := fused_attention(Bundle.read(self.engine(row)["bundle"], verify=False).info):
+            self.attention.append(f"{self.options.method}, {row.label}: {found}")
         reference = self.work / "reference.npy"
         what = {"engine": self.engine(row), "batch": self.work / "timed.npz", "popsize": self.options.popsize}
         if row is self.original:
@@ -77,11 +82,13 @@ class GpuCheck:
     """One run of the check, its bundles in the folder `work`. Raises EngineError when there is no GPU."""
 
     def __init__(self, given: argparse.Namespace, work: Path, tell: StepProgress) -> None:
-        if kind_of(given.device) == "cuda" and not describe_machine()["gpus"]:
+        on_gpu = kind_of(given.device) == "cuda"
+        if on_gpu and not describe_machine()["gpus"]:
             raise EngineError("there is no NVIDIA GPU here (nvidia-smi finds none): nothing was checked")
         self.given, self.work, self.tell = given, work, tell
         self.report = GpuReport(rows=[], benchmarks=[], **given.report)
-        self.others = processes_on(index_of(given.device))
+        # Its identity is asked in a process that has ended by then: it would be one that computes on the GPU.
+        self.others = processes_on(processes.call(identity, index=index_of(given.device))) if on_gpu else None
 
     def run(self) -> GpuReport:
         """Everything that was asked for. Ctrl-C and SIGTERM end it with a report of what there is."""
@@ -89,6 +96,7 @@ class GpuCheck:
             with processes.interrupted_by_sigterm():
                 self.validate()
                 self.replay_traces()
+                self.report.partial += [f"the speed of {name}" for name in METHODS if name not in self.given.methods]
                 for method in self.given.methods:
                     self.measure(method)
         except KeyboardInterrupt:
@@ -100,6 +108,7 @@ class GpuCheck:
         from bbt_accel.exporters.families import families
 
         wanted = families() if self.given.families is None else self.given.families
+        self.report.partial += [f"the family {family}" for family in families() if family not in wanted]
         cases = [(family, *variant) for family, variant in product(wanted, VARIANTS)]
         self.expect(" ".join(case) for case in cases)
         for family, method, mode in cases:
@@ -111,9 +120,12 @@ class GpuCheck:
 
     def replay_traces(self) -> None:
         """The losses that the original program recorded, where its traces are at hand."""
-        traces = [trace for trace in sorted(self.given.golden.glob("*.npz")) if not of_another_loss(trace)]
+        found = sorted(self.given.golden.glob("*.npz"))
+        traces = [trace for trace in found if not of_another_loss(trace)]
         if not traces:
             self.report.left_out.append(f"traces of the original program: there are none in {self.given.golden}")
+        if others := [trace.stem for trace in found if trace not in traces]:
+            self.report.left_out.append(f"traces of another loss than the cross entropy: {', '.join(others)}")
         self.expect(f"trace {trace.stem}" for trace in traces)
         for trace in traces:
             with np.load(trace) as arrays:
@@ -170,8 +182,18 @@ class GpuCheck:
             if benchmark is not None and benchmark.rows and benchmark.original.calls_ms:
                 self.report.benchmarks.append(benchmark.report())
                 self.report.timed += benchmark.checks
+                self.report.attention += benchmark.attention
                 if state := benchmark.machine.get("gpu"):
                     self.report.gpu = GpuState(**state | {"others": self.others})
+
+
+def fused_attention(info: BundleInfo) -> str | None:
+    """What the builder made of attention in the plans of a bundle; None for one without plans."""
+    facts = info.optimization or {}
+    if "attention_fused" not in facts:
+        return None
+    fused, other = facts["attention_fused"], facts["attention_not_fused"]
+    return f"{fused} times one kernel, {other} times several" if fused or other else "the builder does not say"
 
 
 def of_another_loss(trace: Path) -> bool:
@@ -186,7 +208,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--families", type=comma_separated, help='validated with tiny backbones; "" for none (default: all)'
     )
-    parser.add_argument("--methods", type=comma_separated, default=["bbt", "bbtv2"], help='timed methods; "" for none')
+    parser.add_argument("--methods", type=comma_separated, default=list(METHODS), help='timed methods; "" for none')
     parser.add_argument("--popsize", type=int, default=20, help="candidates per call")
     parser.add_argument("--k-shot", type=int, default=16, help="examples per class")
     parser.add_argument("--n-prompt-tokens", type=int, default=50, help="soft prompt vectors")

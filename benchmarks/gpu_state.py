@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -25,7 +26,7 @@ class Peak(NamedTuple):
     bytes: float
 
 
-PEAKS: dict[str, Peak] = {  # words of the name that nvidia-smi reports, the more specific first; from the data sheets
+PEAKS: dict[str, Peak] = {  # the name that nvidia-smi reports, as in `peak_of`; from the data sheets
     "H200": Peak(989e3, 4800),
     "H100 PCIe": Peak(756e3, 2000),
     "H100 NVL": Peak(835e3, 3900),
@@ -42,6 +43,8 @@ PEAKS: dict[str, Peak] = {  # words of the name that nvidia-smi reports, the mor
     "RTX 4090": Peak(165e3, 1008),
     "RTX 3090": Peak(71e3, 936),
 }
+NAME = "(?:NVIDIA |Tesla |GeForce )*{}(?:[ -](?:[0-9]+GB|HBM[0-9]\\w*|SXM[0-9]|PCIe))*"
+"""A name by its words in `PEAKS`, with the maker, the memory and the form, and no more: an RTX 4090 D is another."""
 CEILINGS = {"fp16 PyTorch": "fp16", "copy, bytes": "bytes"}
 """Measured rate → the peak that it is compared with."""
 QUERY = {
@@ -73,9 +76,26 @@ class GpuState(Schema):
         return ", ".join([self.name, *(fact for fact in facts if "None" not in fact)])
 
 
-def nvidia_smi(index: int, *query: str) -> list[list[str]]:
-    """Lines of nvidia-smi's answer, by commas; none where it fails."""
-    command = ["nvidia-smi", "-i", str(index), *query, "--format=csv,noheader,nounits"]
+def identity(index: int) -> str:
+    """What nvidia-smi calls the GPU that is number `index` in this process.
+
+    Its own numbers follow the bus; CUDA's begin with the fastest, and count those in CUDA_VISIBLE_DEVICES alone.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return str(index)
+    found: Any = torch.cuda.get_device_properties(index)  # with more or fewer fields by version
+    if hasattr(found, "uuid"):
+        return f"GPU-{found.uuid}"
+    if hasattr(found, "pci_bus_id"):
+        return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+    return str(index)
+
+
+def nvidia_smi(gpu: str, *query: str) -> list[list[str]]:
+    """Lines of nvidia-smi's answer for a GPU by its `identity`, by commas; none where it fails."""
+    command = ["nvidia-smi", "-i", gpu, *query, "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -83,34 +103,35 @@ def nvidia_smi(index: int, *query: str) -> list[list[str]]:
     return [[value.strip() for value in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
 
 
-def read_gpu(index: int = 0) -> GpuState | None:
+def read_gpu(gpu: str) -> GpuState | None:
     """The GPU's present state; None without nvidia-smi."""
-    lines = nvidia_smi(index, f"--query-gpu={','.join(QUERY.values())}")
+    lines = nvidia_smi(gpu, f"--query-gpu={','.join(QUERY.values())}")
     if not lines or len(lines[0]) != len(QUERY):
         return None
     known = [None if value.startswith("[") else value for value in lines[0]]  # [N/A], [Not Supported]
     return GpuState.model_validate(dict(zip(QUERY, known, strict=True)))
 
 
-def processes_on(index: int) -> int:
+def processes_on(gpu: str) -> int:
     """Processes that compute on the GPU."""
-    return len(nvidia_smi(index, "--query-compute-apps=pid"))
+    return len(nvidia_smi(gpu, "--query-compute-apps=pid"))
 
 
-def read_under_load(call: Callable[[], object], index: int) -> GpuState | None:
+def read_under_load(call: Callable[[], object], gpu: str) -> GpuState | None:
     """The GPU's state while `call` is repeated: clocks fall, and power rises, with the load."""
     with ThreadPoolExecutor(1) as pool:
         started, reading = monotonic(), None
         while monotonic() - started < UNDER_LOAD or (reading is not None and not reading.done()):
             call()
             if reading is None and monotonic() - started > UNDER_LOAD / 2:
-                reading = pool.submit(read_gpu, index)
+                reading = pool.submit(read_gpu, gpu)
         return None if reading is None else reading.result()
 
 
 def peak_of(name: str) -> Peak | None:
     """The published figures of a GPU by the name that nvidia-smi reports; None for one that is not in `PEAKS`."""
-    return next((peak for words, peak in PEAKS.items() if words in name), None)
+    exact = (peak for words, peak in PEAKS.items() if re.fullmatch(NAME.format(re.escape(words)), name, re.IGNORECASE))
+    return next(exact, None)
 
 
 def doubts(gpu: GpuState | None, rates: Mapping[str, float]) -> list[str]:

@@ -23,7 +23,7 @@ from bbt_accel.settings import Loss
 
 DIM = 20  # dimension of the space that prompts are projected from
 LOSSES: tuple[Loss, ...] = ("ce", "hinge")
-PASSES = 5  # after the enqueued one: a call is captured when it comes the second or third time, then launched
+PASSES = 3  # after the enqueued one: a call is captured when it comes the second time, then launched
 SHAPES = ((8, 40, 5), (5, 12, 3), (1, 8, 1))  # rows, words of the longest row, and candidates of the compared batches
 
 
@@ -51,8 +51,9 @@ def save_reference(engine: LoadArguments, batch: str, popsize: int, output: str)
 def timed_errors(engine: LoadArguments, batch: str, popsize: int, reference: str) -> list[dict[str, Any]]:
     """How far an engine is from the reference, for every bucket of the rows that are timed, however its calls ran.
 
-    Returns for each bucket its `shape`, the `noise` of its logits by how the calls ran, whether they `launch` CUDA
-    graphs, and whether launched and enqueued calls are `identical`; last the batch statistics against the logits.
+    Returns for each bucket its `shape` and `tokens`, the `noise` of its logits by how the calls ran, whether they
+    `launch` CUDA graphs, and whether launched and enqueued calls are `identical`; last the batch statistics against the
+    logits.
     """
     wanted = np.load(reference)
     with load_engine(**engine) as loaded, loaded.bind(load_batch(batch)) as bound:
@@ -65,7 +66,9 @@ def timed_errors(engine: LoadArguments, batch: str, popsize: int, reference: str
         for rows, length in buckets or [(whole, bound.batch.input_ids.shape[1])]:
             noise = {way: worst(map(relative_rmse, x[:, :, rows], wanted[:, :, rows])) for way, x in found.items()}
             facts = {"launches": launches, "identical": identical(found, rows)}
-            errors.append({"shape": f"{popsize} × {len(rows)} × {length}", "noise": noise, **facts})
+            errors.append(
+                {"shape": f"{popsize} × {len(rows)} × {length}", "tokens": len(rows) * length, "noise": noise, **facts}
+            )
         expected = [batch_statistics(logits, bound.batch.targets) for logits in found["enqueued"]]
         noise = {way: scaled_error(x.astype(np.float32), np.stack(expected)) for way, x in sums.items()}
     same = None if "launched" not in sums else np.array_equal(sums["launched"], sums["enqueued"])

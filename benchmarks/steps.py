@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from bbt_accel import processes
 from bbt_accel.batch import Batch, Float32, Float64
-from bbt_accel.benchmarks.gpu_state import read_under_load
+from bbt_accel.benchmarks.gpu_state import identity, read_under_load
 from bbt_accel.bundle import BundleInfo
 from bbt_accel.data import Row, few_shot, load_rows
 from bbt_accel.engine_specs import EngineSpec, index_of, kind_of
@@ -29,7 +30,7 @@ from bbt_accel.tuning.methods import PromptSpace
 
 SEED = 42  # of the timed and compared rows, of the random prompts and of the first search
 ROWS = 64  # test rows per call
-WARM_UP = {"cpu": 1, "cuda": 3}  # calls before the timed ones: they make buffers, kernels and CUDA graphs
+WARM_UP = {"cpu": 1, "cuda": 2}  # generations before the timed ones: they make buffers and kernels, then CUDA graphs
 LoadArguments = dict[str, Any]  # arguments of `load_engine`: bundle, name, device, threads, without
 SIZE = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the ceiling
 SECONDS = 1.0  # how long each product is repeated
@@ -62,7 +63,7 @@ def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops
             "peak_mib": peak_mib(),
             "versions": loaded.versions(),
             "flops": count_flops(evaluate) if flops else None,
-            "graph_share": done["launched"] / done["calls"] if done and loaded.capturing else None,
+            "graph_share": done["launched"] / done["calls"] if done else None,
             "call_overhead": call_overhead(bound, popsize, ms, warm_up),
         }
 
@@ -70,8 +71,8 @@ def measure(engine: LoadArguments, batch: str, popsize: int, repeats: int, flops
 def call_overhead(bound: BoundBatch, popsize: int, ms: list[float], warm_up: int) -> float | None:
     """What a call costs beyond its tokens, as a number of tokens: from a population of half the size.
 
-    t = calls · (overhead + tokens) · slope, for both. None for an engine whose calls cost nothing extra, and where the
-    smaller population takes as long.
+    t = (calls · overhead + tokens) · slope, for both. None for an engine whose calls cost nothing extra, and where that
+    cannot be told: the calls grow as the tokens do, or the smaller population takes as long.
     """
     if not (isinstance(bound, StagedBoundBatch) and bound.engine.call_overhead and popsize > 1):
         return None
@@ -80,8 +81,11 @@ def call_overhead(bound: BoundBatch, popsize: int, ms: list[float], warm_up: int
     milliseconds(evaluate, warm_up)
     whole_ms, half_ms = popsize * median(ms), half * median(milliseconds(evaluate, len(ms)))
     tokens = sum(len(bucket.rows) * bucket.length for bucket in bound.buckets)
-    slope = (whole_ms - half_ms) / (tokens * (popsize - half))
-    return (whole_ms / slope - popsize * tokens) / len(bound.buckets) if slope > 0 else None
+    whole_calls, half_calls = (sum(len([*bound.chunks(size, b)]) for b in bound.buckets) for size in (popsize, half))
+    own = half_calls * popsize - whole_calls * half
+    call_ms = (half_ms * popsize - whole_ms * half) / own if own else math.nan
+    slope = (whole_ms - whole_calls * call_ms) / (popsize * tokens)
+    return call_ms / slope if slope > 0 else None
 
 
 def compare(engine: LoadArguments, batch: str, prompt: str) -> list[list[float]]:
@@ -274,7 +278,7 @@ def gpu_under_load(index: int) -> dict[str, Any] | None:
         multiply()
         torch.cuda.synchronize()  # or products would queue up
 
-    state = read_under_load(call, index)
+    state = read_under_load(call, identity(index))
     return None if state is None else state.model_dump()
 
 

@@ -25,7 +25,7 @@ def bucket_rows(
     info: BundleInfo, batch: Batch, without: frozenset[str], step: int, max_tokens: int, max_rows: int,
     overhead: int = 0,
 ) -> list[Int64]:  # fmt: skip
-    """Row indices of each bucket: rows of similar length (up to a multiple of `step`), at most so many tokens and rows.
+    """Row indices of each bucket: rows whose lengths are `aligned` to similar ones, at most so many tokens and rows.
 
     overhead: what a further call costs, in tokens per candidate. A decoder computes the n positions of its prompt once
     per bucket and candidate, so it gets no more buckets than pay off; the rows of a bucket have the same begin token
@@ -38,7 +38,7 @@ def bucket_rows(
     for value in np.unique(group):
         rows = np.flatnonzero(group == value)
         rows = rows[np.argsort(lengths[rows], kind="stable")]
-        rounded = -(-lengths[rows] // step) * step
+        rounded = batch.aligned(info, lengths[rows], step)
         for part in np.split(rows, split_points(rounded, prefix + overhead)):
             size = max(1, min(max_tokens // int(lengths[part].max()), max_rows))
             buckets += [part[i : i + size] for i in range(0, len(part), size)]
@@ -79,16 +79,6 @@ def trim(
     step: padded to where attention sees a multiple of this, if the row is then no longer than `longest`.
     """
     part = batch.rows(rows)
-    needed = int(row_lengths(info, part, without).max())
-    others = other_keys(info, batch)
-    aligned = -(-(needed + others) // step) * step - others
-    return part.padded(aligned if aligned <= longest else needed, info.special.pad)
-
-
-def other_keys(info: BundleInfo, batch: Batch) -> int:
-    """Keys that attention sees besides a row's own: a prompt in cat mode, and a decoder's context, of at least one."""
-    prompt = info.n_prompt_tokens if info.prompt_mode == "cat" else 0
-    if not info.causal:
-        return prompt
-    context = 0 if batch.context_ids is None else len(batch.context_ids)
-    return prompt + max(context, 1 - info.prompt_start)
+    needed = row_lengths(info, part, without).max()
+    aligned = batch.aligned(info, needed, step)
+    return part.padded(int(aligned if aligned <= longest else needed), info.special.pad)

@@ -40,6 +40,8 @@ class CapturedCalls:
         self.turn = 0
         self.captured = self.launched = 0
         """Calls so far that were captured, and that were launched as graphs."""
+        self.short = False
+        """Whether there was no memory for a call's graph."""
 
     def launch(self, call: object) -> bool:
         """Launch the call's graph, if there is one."""
@@ -62,6 +64,7 @@ class CapturedCalls:
         while self.cuda.free_memory() < RESERVE:
             oldest = next(iter(self.graphs), None)
             if oldest is None or self.graphs[oldest].used > before:
+                self.short = True
                 return False
             self.drop(oldest)
         return True
@@ -79,10 +82,12 @@ class CapturedCalls:
 
     def clear(self) -> None:
         """Free all graphs, as when the addresses of their arrays become invalid."""
-        if self.graphs:
-            self.cuda.synchronize()
-        for found in self.graphs.values():
-            self.cuda.destroy(found.graph)
-        self.graphs.clear()
-        self.came.clear()
-        self.failures.clear()
+        try:
+            if self.graphs:
+                self.cuda.synchronize()
+            for found in self.graphs.values():
+                self.cuda.destroy(found.graph)
+        finally:
+            self.graphs.clear()
+            self.came.clear()
+            self.failures.clear()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import heapq
-import logging
 import sys
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -21,12 +20,12 @@ from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS
 from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import failing
-from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine
+from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.machine import installed
 from bbt_accel.population import Latent, LayerPrompts
+from bbt_accel.progress import note
 
-log = logging.getLogger(__name__)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MAX_GRAPHS = 64  # CUDA graphs at most: ONNX Runtime frees them only with the session
 FATAL = 4  # severity from which ONNX Runtime logs: errors are raised anyway
@@ -84,10 +83,12 @@ class OrtEngine(StagedEngine):
         return onnxruntime.InferenceSession(file, options, providers=providers or [self.provider])
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
-        session = self.sessions[stage]
-        names = [o.name for o in session.get_outputs() if o.name not in skip]
+        if stage not in self.sessions:  # closed, or it could not be opened again
+            raise EngineError(f"{stage}.onnx is not loaded; load the engine again")
+        names = [o.name for o in self.sessions[stage].get_outputs() if o.name not in skip]
+        given = {i.name: inputs[i.name] for i in self.sessions[stage].get_inputs()}
         with failing("ONNX Runtime", f"in {stage}.onnx"):
-            found = self.call(stage, {i.name: inputs[i.name] for i in session.get_inputs()}, names)
+            found = self.call(stage, given, names)
         return dict(zip(names, found, strict=True))
 
     def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
@@ -168,7 +169,7 @@ class OrtCudaEngine(OrtEngine):
     provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     bucket_step = 8
     call_overhead = GPU_CALL
-    tokens_per_call = 2**17
+    tokens_per_call = GPU_TOKENS
     on_device = True
 
     def load(self) -> None:
@@ -190,7 +191,7 @@ class OrtCudaEngine(OrtEngine):
                 return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
                 self.capturing = False
-                log.warning("no CUDA graphs: %s", first_line(error))
+                note(f"no CUDA graphs: {first_line(error)}")
         return super().session(stage, options, self.providers({}))
 
     def captures(self, stage: str) -> bool:
@@ -205,14 +206,18 @@ class OrtCudaEngine(OrtEngine):
             try:
                 return self.replay(self.sessions[stage], given, names)
             except Exception as error:
-                self.stop_capturing(stage, error)
+                note(f"no CUDA graphs from here on, because a call failed as one: {first_line(error)}")
+            self.stop_capturing(stage)  # not above, where the error's traceback still holds the session
         return self.once(self.sessions[stage], given, names)
 
-    def stop_capturing(self, stage: str, error: Exception) -> None:
-        """Open the session again without CUDA graphs: one whose capture has failed runs nothing more."""
+    def stop_capturing(self, stage: str) -> None:
+        """Open the session again without CUDA graphs: one whose capture has failed runs nothing more.
+
+        Its memory is freed first: the likely cause is that there was too little.
+        """
         self.capturing = False
-        log.warning("no CUDA graphs from here on, because a call failed as one: %s", first_line(error))
         self.calls, self.seen = {}, {}
+        del self.sessions[stage]
         self.sessions[stage] = self.open(stage)
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:

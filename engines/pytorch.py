@@ -16,7 +16,7 @@ from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
 from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens, failing
-from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine, clipped_std
+from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError
 from bbt_accel.exporters.device import batch_statistics
 from bbt_accel.exporters.families import DTYPES, family_of, load_model
@@ -26,23 +26,28 @@ from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection
 
 
-def load(bundle: Bundle, device: str, threads: int | None, tf32: bool = False) -> torch.nn.Module:
-    """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available.
-
-    tf32: let a GPU round the inputs of fp32 matmuls to TF32; otherwise they are fp32, whatever the process had set.
-    """
+def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
+    """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available."""
     if kind_of(device) == "cuda" and index_of(device) >= torch.cuda.device_count():
         raise EngineError(f"--device {device}: PyTorch finds no such GPU; use --device cpu or see bbt-accel doctor")
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     with computing("to load the checkpoint"):
         return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(device)
 
 
 @contextmanager
-def computing(where: str) -> Iterator[None]:
-    """PyTorch's errors as an EngineError of one line; one for a GPU that is out of memory says what to do."""
+def computing(where: str, tf32: bool = False) -> Iterator[None]:
+    """PyTorch's errors as an EngineError of one line; one for a GPU that is out of memory says what to do.
+
+    tf32: let a GPU round the inputs of fp32 matmuls to TF32. Otherwise they are fp32, whatever the process has set,
+    which keeps it: the setting is the process's, and so other engines' too.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set per backend, which has no name here
+        before = "highest"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         with failing("PyTorch", where, RuntimeError, IndexError):
             yield
@@ -51,6 +56,8 @@ def computing(where: str) -> Iterator[None]:
             why = "the GPU is out of memory; use a smaller backbone, --popsize or --k-shot, or a bundle in fp16"
             raise EngineError(f"PyTorch failed {where}: {why}") from error.__cause__
         raise
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def torch_versions(device: str) -> dict[str, str]:
@@ -79,7 +86,8 @@ class TorchEngine(StagedEngine):
         self.dtype = DTYPES[info.precision]
         self.on_device = kind_of(self.device) == "cuda"
         if self.on_device:
-            self.bucket_step, self.call_overhead = 8, 4 * GPU_CALL  # kernels are launched one by one
+            self.bucket_step, self.tokens_per_call = 8, GPU_TOKENS
+            self.call_overhead = 4 * GPU_CALL  # kernels are launched one by one
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
@@ -100,7 +108,8 @@ class TorchEngine(StagedEngine):
             return torch.from_numpy(array).to(self.device)
 
     def to_host(self, array: Tensor) -> Float32:
-        return array.float().cpu().numpy()
+        with computing("to download an array"):
+            return array.float().cpu().numpy()
 
     def versions(self) -> dict[str, str]:
         return torch_versions(self.device)
@@ -122,7 +131,7 @@ class EagerEngine(Engine):
 
     def load(self) -> None:
         self.projections: WeakKeyDictionary[Projection, tuple[Tensor, Tensor]] = WeakKeyDictionary()
-        model = load(self.bundle, self.device, self.threads, self.tf32)
+        model = load(self.bundle, self.device, self.threads)
         self.reference = Reference(model, self.bundle.info, self.head_at_readout)
 
     def bind(self, batch: Batch) -> EagerBoundBatch:
@@ -174,15 +183,16 @@ class EagerBoundBatch(BoundBatch):
         super().__init__(engine.bundle, batch)
         self.engine = engine
         self.projects = kind_of(engine.device) == "cuda"
-        self.rows = {name: torch.from_numpy(value).to(engine.device) for name, value in batch.inputs().items()}
+        with computing("to upload the rows"):
+            self.rows = {name: torch.from_numpy(value).to(engine.device) for name, value in batch.inputs().items()}
 
     def _label_logits(self, population: Population) -> Float32:
         return self._outputs(population)["label_logits"]
 
     def _outputs(self, population: Population) -> dict[str, Float32]:
-        with computing("in the naive forward"):
+        with computing("in the naive forward", self.engine.tf32):
             found = [self.engine.reference.run(prompt, **self.rows) for prompt in self.prompts(population)]
-        return {name: torch.stack([one[name] for one in found]).cpu().numpy() for name in found[0]}
+            return {name: torch.stack([one[name] for one in found]).cpu().numpy() for name in found[0]}
 
     def prompts(self, population: Population) -> Tensor:
         """Whole prompts on the device, (P, n, H) or (P, L, n, H)."""
@@ -198,5 +208,6 @@ class EagerBoundBatch(BoundBatch):
 
     def layer_stds(self) -> Float32:
         rows, reference = self.rows, self.engine.reference
-        states = reference.hidden_states(rows["input_ids"], rows["attention_mask"], rows.get("context_ids"))
-        return np.array([clipped_std(h.float().cpu().numpy().reshape(-1)) for h in states], np.float32)
+        with computing("in the naive forward", self.engine.tf32):
+            states = reference.hidden_states(rows["input_ids"], rows["attention_mask"], rows.get("context_ids"))
+            return np.array([clipped_std(h.float().cpu().numpy().reshape(-1)) for h in states], np.float32)

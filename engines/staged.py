@@ -31,6 +31,8 @@ Arrays = dict[str, Array]
 GPU_CALL = 1024
 """`call_overhead` of a call that is a CUDA graph: what passes between its kernels, and the last wave of each matmul. An
 estimate for RoBERTa-large on an H100 (docs/explanation/gpu.md); `make gpu-check` measures it."""
+GPU_TOKENS = 2**17
+"""`tokens_per_call` on a GPU, where calls have an overhead and memory is the limit: whole populations."""
 CONTEXTS = 4
 """Contexts whose keys and values an engine keeps: those of the train and dev rows, and of another task."""
 
@@ -44,7 +46,7 @@ class StagedEngine(Engine):
     tokens_per_call = 4096
     """Tokens (candidates × rows × length) per call: bounds the memory, and keeps activations in the caches."""
     bucket_step = 1
-    """Rows whose lengths round up to the same multiple of this share a bucket; on a device they are padded to it, which
+    """Rows whose keys round up to the same multiple of this share a bucket; on a device they are padded to it, which
     fused attention asks for: ONNX Runtime's with a bias takes multiples of 8 alone, and 8 halves are a vector."""
     call_overhead = 0
     """What a call costs beyond its tokens, as a number of tokens (candidates × rows × length)."""
@@ -247,6 +249,7 @@ class StagedBoundBatch(BoundBatch):
             return self.engine.run("embed", bucket.inputs)
         layer, fixed = population.layer, population.fixed
         if not (0 <= bucket.layer <= layer and bucket.key == fixed[: bucket.layer].tobytes()):
+            bucket.layer, bucket.state = -1, {}  # its memory is free again, as in the first sweep over the layers
             bucket.layer, bucket.state = 0, self.engine.run("embed", bucket.inputs)
         while bucket.layer < layer:
             prompt = self.engine.upload_fixed(bucket.layer, fixed[bucket.layer], 1)

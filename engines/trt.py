@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +14,14 @@ from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PLANS, PROJECT
 from bbt_accel.cuda import Cuda, DeviceArray
 from bbt_accel.engine_specs import index_of
-from bbt_accel.engines.captured import CapturedCalls
+from bbt_accel.engines.captured import RESERVE, CapturedCalls
 from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
 from bbt_accel.exporters.plan_building import each_plan
 from bbt_accel.exporters.plans import keys, profile_of
 from bbt_accel.exporters.trt_api import Api, find_api, new_logger, reason, start
 from bbt_accel.files import write_atomically
-from bbt_accel.progress import progress_bar
+from bbt_accel.progress import note, progress_bar
 
 log = logging.getLogger(__name__)
 DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
@@ -81,7 +79,7 @@ class TrtEngine(StagedEngine):
         self.cache: Any = None
         engines = {}
         with progress_bar("TensorRT") as tell:
-            for stage, plan in each_plan(self.bundle, wanted, self.api, partial(print, file=sys.stderr), tell):
+            for stage, plan in each_plan(self.bundle, wanted, self.api, note, tell):
                 engines[stage] = self.deserialize(stage, plan)
         self.scratch = self.cuda.empty((max(int(e.device_memory_size_v2) for e in engines.values()),), np.uint8)
         self.plans = {stage: self.prepare(engine) for stage, engine in engines.items()}
@@ -138,6 +136,7 @@ class TrtEngine(StagedEngine):
         return super().bind(batch)
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
+        self.cuda.enter()
         plan, self.called = self.plans[stage], self.called + 1
         given: list[DeviceArray] = [inputs[name] for name in plan.inputs]
         shapes = tuple(array.shape for array in given)
@@ -153,9 +152,11 @@ class TrtEngine(StagedEngine):
         """Run a call and capture it if it is worth that, from a context of its own: a captured one must not be changed.
 
         False where that was not done; with a warning the first time that the call cannot be captured, or there is no
-        memory for the context.
+        memory for it.
         """
         if not self.calls.worth_capturing(call):
+            if self.calls.short:
+                self.warn(f"less than {RESERVE // 2**20} MiB of the GPU's memory is free")
             return False
         context = None
         try:
@@ -168,12 +169,16 @@ class TrtEngine(StagedEngine):
             self.calls.add(call, self.cuda.capture(lambda: self.execute(stage, context)), context)
         except EngineError as error:
             self.calls.failures[call] += 1
-            if not self.warned:
-                log.warning("not every call becomes a CUDA graph: %s", error)
-            self.warned = True
+            self.warn(str(error))
             self.cuda.synchronize()  # before the context is freed, whose kernels may still run
             return False
         return True
+
+    def warn(self, why: str) -> None:
+        """Say once why not every call becomes a CUDA graph."""
+        if not self.warned:
+            note(f"not every call becomes a CUDA graph: {why}")
+        self.warned = True
 
     def output_shapes(self, stage: str, plan: Plan, shapes: Shapes) -> list[tuple[int, ...]]:
         for name, shape in zip(plan.inputs, shapes, strict=True):
@@ -224,9 +229,12 @@ class TrtEngine(StagedEngine):
                 self.kernels.parent.mkdir(parents=True, exist_ok=True)  # plans built ahead have another folder
                 write_atomically(self.kernels, bytes(self.cache.serialize()))
         super().close()
-        if self.plans:
-            self.cuda.synchronize()  # before contexts are dropped, whose kernels may still run
-        self.calls.clear()
+        with suppress(EngineError):  # as in `Cuda.close`
+            self.cuda.enter()
+            if self.plans:
+                self.cuda.synchronize()  # before contexts are dropped, whose kernels may still run
+        with suppress(EngineError):
+            self.calls.clear()
         self.plans = {}
         vars(self).pop("runtime", None)
         self.cuda.close()

@@ -19,6 +19,8 @@ TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}  # precision
 FP32_OPERATORS = {"LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
                   "SkipSimplifiedLayerNormalization", "Pow"}  # fmt: skip
 """Norms, whose sums of squares overflow first (RoBERTa, T5)."""
+AFTER_MEAN = {"Add", "Sqrt", "Pow", "Reciprocal", "Div"}
+"""What follows the mean of squares in a norm that is written out, up to the reciprocal of its root."""
 FP32_MAKERS = {"ConstantOfShape", "Range"}  # produce fp32 from no fp32 input, often without a type attribute
 
 
@@ -26,8 +28,9 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
     """Convert a graph in place; its inputs and outputs stay fp32. Returns the nodes that stay fp32 lest they overflow.
 
     folder: of the file with the weights that are not inside the graph; each is read when it is converted.
-    A node stays fp32 when an input or output exceeds `LARGEST` on `feeds`; norms do too. The same nodes stay fp32 in
-    BFLOAT16, whose range is that of fp32: those with masks and positions, which it would round coarsely.
+    A node stays fp32 when an input or output exceeds `LARGEST` on `feeds`; norms do too, whole or written out. The same
+    nodes stay fp32 in BFLOAT16, whose range is that of fp32: those with masks and positions, which it would round
+    coarsely.
     """
     name_nodes(model.graph)
     floats = {i.name for i in model.graph.input if i.type.tensor_type.elem_type == TensorProto.FLOAT}
@@ -38,7 +41,7 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
         large |= {name for name, value in values.items() if np.abs(value).max() > LARGEST}
     conversion = Conversion(model.graph, floats, dtype, folder)
     overflowing = [node.name for node in model.graph.node if large & {*node.input, *node.output}]
-    exact = {*overflowing, *angles(model.graph, floats)}
+    exact = {*overflowing, *angles(model.graph, floats), *mean_squares(model.graph)}
     for node in model.graph.node:
         conversion.add(node, node.name in exact or node.op_type in FP32_OPERATORS)
     for name in floats & {output.name for output in model.graph.output}:
@@ -57,6 +60,27 @@ def angles(graph: onnx.GraphProto, floats: set[str]) -> set[str]:
         if node.name not in found:
             found.add(node.name)
             waiting += [makers[name] for name in node.input if name in makers and name in floats]
+    return found
+
+
+def mean_squares(graph: onnx.GraphProto) -> set[str]:
+    """Names of the nodes of norms that are written out, as RMSNorm is: from the squares to the reciprocal of the root.
+
+    The mean of squares of a decoder's largest activations is beyond fp16, whether or not calibration reached it.
+    """
+    squares: dict[str, str] = {}  # output → node
+    found: set[str] = set()
+    means: set[str] = set()  # the mean of squares and what is computed of it
+    for node in graph.node:
+        if node.op_type == "Pow" or (node.op_type == "Mul" and node.input[0] == node.input[1]):
+            squares[node.output[0]] = node.name
+        if node.op_type == "ReduceMean" and node.input[0] in squares:
+            found |= {squares[node.input[0]], node.name}
+            means.add(node.output[0])
+        elif node.op_type in AFTER_MEAN and means & {*node.input}:
+            found.add(node.name)
+            if node.op_type in ("Add", "Sqrt"):
+                means.add(node.output[0])
     return found
 
 

@@ -33,6 +33,8 @@ def each_plan(
             if not progress.built:
                 name = key.gpu or ", ".join(key.capability)
                 announce(f"building TensorRT plans for {name}, {stage} first: {why}; {EXPECTED}")
+                rest = list(wanted.items())[done:]
+                progress.start(sum(find_plan(bundle.path, *other)[0] is None for other in rest))
             monitor = progress.begin(stage, done, api)
             plan, record = build(api, bundle, stage, key, monitor)
             keep_plan(bundle, stage, key, plan, record, announce)
@@ -44,13 +46,17 @@ class PlanProgress:
     """How far the plans of a bundle are, and from the first on how long the rest will take."""
 
     def __init__(self, plans: int, tell: Tell) -> None:
-        self.plans, self.tell, self.built, self.started = plans, tell, 0, monotonic()
+        self.plans, self.tell, self.built = plans, tell, 0
+
+    def start(self, missing: int) -> None:
+        """The first of so many plans that the cache lacks is built next."""
+        self.missing, self.started = missing, monotonic()
 
     def begin(self, stage: str, done: int, api: Api) -> Any:
         """Begin a plan; returns TensorRT's monitor of its build."""
         words = f"plan of {stage}, {done + 1} of {self.plans}"
         if self.built:
-            left = (monotonic() - self.started) / self.built * (self.plans - done)
+            left = (monotonic() - self.started) / self.built * (self.missing - self.built)
             words += f", about {timedelta(seconds=round(left))} left"
         self.tell(words, done * PARTS, self.plans * PARTS)
         return new_monitor(api, lambda share: self.tell(words, int((done + share) * PARTS), self.plans * PARTS))

@@ -27,7 +27,7 @@ TOKENS = 2**17
 CONTEXT = 512
 """Tokens of a decoder's context that every profile accepts."""
 STEP = 8
-"""Rows whose lengths round up to the same multiple form a bucket; the longest row is rounded up to it, too."""
+"""Of the lengths of buckets, by `Batch.aligned`; that of the longest row is rounded up, too."""
 
 
 def check_capabilities(text: str | None) -> tuple[str, ...]:
@@ -61,8 +61,8 @@ def shape_profile(info: BundleInfo, batch: Batch, longest: int, settings: Settin
     batch: the train rows. longest: tokens of the longest row to accept. settings: of the search.
     """
     shortest, popsize = info.shortest_row, settings.popsize
-    longest = max(shortest, min(info.max_length, -(-longest // STEP) * STEP))
-    rounded = -(-np.clip(lengths(batch), shortest, longest) // STEP) * STEP
+    longest = max(shortest, min(info.max_length, int(batch.aligned(info, np.array(longest), STEP))))
+    rounded = batch.aligned(info, np.clip(lengths(batch), shortest, longest), STEP)
     [(bucket, frequency)] = Counter(rounded.tolist()).most_common(1)
     rows = max(1, min(len(batch), TOKENS // (popsize * longest)))
     shifted = info.decodes and info.template_group == "masked"

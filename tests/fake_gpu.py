@@ -12,6 +12,7 @@ import ctypes
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -27,28 +28,41 @@ class Status(IntEnum):
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
+    cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureUnsupported = 900
 
 
+FIRST_STREAM = 7
+
+
 class FakeRuntime:
-    """cuda.bindings.runtime with one GPU."""
+    """cuda.bindings.runtime. Each GPU has one stream, numbered from 7; a thread's current GPU is 0 until it is set."""
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self, memory: int = 2**30, devices: int = 1) -> None:
-        self.memory, self.total, self.devices, self.device = memory, memory, devices, 0
+        self.memory, self.total, self.devices = memory, memory, devices
+        self.current = threading.local()
         self.error = Status.cudaSuccess
         """What the last call that failed left, until it is read."""
         self.partial = 0
         """Graphs of failed captures that nobody has freed."""
         self.blocks: dict[int, Any] = {}
+        self.places: dict[int, int] = {}
+        """Address → the GPU whose memory it is."""
         self.capturing: list[Callable[[], None]] | None = None
         self.launches = self.uploaded = self.downloaded = 0
         self.course: list[str] = []
         """What came in which order: `run` for a plan or a graph, `upload`, `download`."""
-        self.captures = True
+        self.captures = self.instantiates = True
+        self.broken = False
+        """Whether a kernel has failed: then every call does."""
         self.properties = SimpleNamespace(name=b"NVIDIA Fake 1000\0\0", major=8, minor=9)
+
+    def failed(self, status: Status) -> Status:
+        self.error = status
+        return status
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return (Status.cudaSuccess, self.devices) if self.devices >= 0 else (Status.cudaErrorInsufficientDriver, None)
@@ -56,8 +70,13 @@ class FakeRuntime:
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
         return Status.cudaSuccess, self.properties
 
+    @property
+    def device(self) -> int:
+        """The current GPU of this thread."""
+        return getattr(self.current, "device", 0)
+
     def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
-        self.device = device
+        self.current.device = device
         return (Status.cudaSuccess,)
 
     def cudaMemGetInfo(self) -> tuple[Any, ...]:
@@ -74,27 +93,30 @@ class FakeRuntime:
         return Status.cudaSuccess, b"in words"
 
     def cudaStreamCreate(self) -> tuple[Any, ...]:
-        return Status.cudaSuccess, 7
+        return Status.cudaSuccess, FIRST_STREAM + self.device
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
-        return (Status.cudaSuccess,)
+        return (self.failed(Status.cudaErrorIllegalAddress) if self.broken else Status.cudaSuccess,)
 
     cudaStreamSynchronize = cudaStreamDestroy
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         if size > self.memory:
-            return Status.cudaErrorMemoryAllocation, None
+            return self.failed(Status.cudaErrorMemoryAllocation), None
         self.memory -= size
         block = ctypes.create_string_buffer(b"\xff" * size, size)  # NaN to whoever reads what nobody wrote
         self.blocks[ctypes.addressof(block)] = block
+        self.places[ctypes.addressof(block)] = self.device
         return Status.cudaSuccess, ctypes.addressof(block)
 
     def cudaFree(self, address: int) -> tuple[Any, ...]:
+        if self.broken:
+            return (self.failed(Status.cudaErrorIllegalAddress),)
         self.memory += len(self.blocks.pop(address))
         return (Status.cudaSuccess,)
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[Any, ...]:
-        assert stream == 7
+        assert self.places[to if kind == 1 else source] == stream - FIRST_STREAM, "memory of another GPU"
         assert self.capturing is None, "a copy from pageable memory cannot be captured"
         if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
             self.uploaded += size
@@ -112,12 +134,13 @@ class FakeRuntime:
     def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         captured, self.capturing = self.capturing, None
         if captured is None or not self.captures:
-            self.error = Status.cudaErrorStreamCaptureUnsupported
-            return self.error, None
+            return self.failed(Status.cudaErrorStreamCaptureUnsupported), None
         self.partial += 1
         return Status.cudaSuccess, captured
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:
+        if not self.instantiates:
+            return self.failed(Status.cudaErrorMemoryAllocation), None
         return Status.cudaSuccess, graph
 
     def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[Any, ...]:
@@ -248,9 +271,15 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.memory >= self.engine.device_memory_size_v2
+        if (
+            self.engine.cuda.error
+        ):  # TensorRT looks for errors of CUDA after a launch, and takes an older one for its own
+            return False
         if self.engine.fails or (self.engine.fails_in_capture and self.engine.cuda.capturing is not None):
             return False
         shapes, runtime = dict(self.shapes), self.engine.cuda
+        assert runtime.device == stream - FIRST_STREAM, "kernels are launched on the current GPU"
+        assert {runtime.places[a] for a in self.addresses.values()} == {runtime.device}, "memory of another GPU"
         if runtime.capturing is not None:
             self.captured = True
             runtime.capturing.append(lambda: self.run(shapes, self.skew))

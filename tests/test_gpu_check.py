@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,16 +15,24 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from bbt_accel import processes
-from bbt_accel.benchmarks import gpu_check, gpu_state
+import torch
+from conftest import Export
+from tiny_bundles import tiny_bundle
+
+from bbt_accel import load_engine, processes
+from bbt_accel.benchmarks import gpu_check, gpu_state, steps
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores
+from bbt_accel.benchmarks.gpu_check import GpuCheck
 from bbt_accel.benchmarks.gpu_report import EngineCheck, GpuReport, TimedCheck, worst
 from bbt_accel.benchmarks.gpu_state import GpuState
 from bbt_accel.benchmarks.gpu_steps import validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.steps import matrix_rates
+from bbt_accel.engines.staged import StagedBoundBatch
+from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.machine import describe_machine
+from bbt_accel.progress import StepProgress
 
 
 def tuned(seconds: float) -> TuningScores:
@@ -61,7 +71,14 @@ def report(**changes: Any) -> GpuReport:
 
 def timed(**changes: Any) -> TimedCheck:
     """A bucket whose numbers are right, as a launched CUDA graph as well."""
-    facts = {"case": "bbt, 20 × 16 × 80", "engine": "trt fp16", "error": 2e-3, "launches": True, "identical": True}
+    facts = {
+        "case": "bbt, 20 × 16 × 80",
+        "engine": "trt fp16",
+        "error": 2e-3,
+        "launches": True,
+        "identical": True,
+        "tokens": 2960,
+    }
     return TimedCheck(**{**facts, "noise": {"enqueued": 2e-3, "captured": 2e-3, "launched": 2e-3}} | changes)
 
 
@@ -71,6 +88,13 @@ def timed_as(**changes: Any) -> dict[str, Any]:
 
 def goal(**changes: Any) -> dict[str, Any]:
     return {"benchmarks": [speed(**changes)]}
+
+
+def baseline(engine: str, precision: str) -> dict[str, Any]:
+    """A baseline that has failed, and nothing else."""
+    measured = speed()
+    failed = Measurement(engine=engine, precision=precision, baseline=True, status="failed", reason="out of memory")
+    return {"benchmarks": [measured.model_copy(update={"rows": [*measured.rows, failed]})]}
 
 
 def failed_check(**changes: Any) -> dict[str, Any]:
@@ -90,9 +114,18 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
         (goal(speedup=11.9), "not 12"),
         (goal(candidates_per_second=236.0), "59% of the fp16 rate, not 60%"),
         (goal(candidates_per_second=None), "not 60%"),
+        (
+            goal(candidates_per_second=240.0)
+            | {"timed": [timed(engine="torch fp16", launches=False, tokens=3040), timed(tokens=2960)]},
+            "58% of the fp16 rate, not 60%",
+        ),
         (goal(status="failed", reason="out of memory", ms_median=None), "out of memory"),
+        (goal(status="differs", reason="64 of 64 test rows have NaN"), "64 of 64 test rows have NaN"),
         ({"benchmarks": []}, "not measured"),
-        (goal(versions={"cuda graphs": "off"}), "no CUDA graphs"),
+        (goal(graph_share=0.0), "0.0% of the timed calls were CUDA graphs"),
+        ({"partial": ["the family bert"]}, "a partial check: the family bert was not asked for"),
+        (baseline("eager-tf32", "fp32"), "bbt, eager-tf32 fp32: out of memory"),
+        (baseline("eager", "fp16"), "bbt, eager fp16: out of memory"),
         (goal(asked={"budget": 100}), "this was budget 100"),
         ({"options": {"backbone": "demo", "device": "cuda"}}, "this was backbone demo"),
         (goal(asked={"n_prompt_tokens": 5, "popsize": 4}), "popsize 4, n_prompt_tokens 5"),
@@ -134,6 +167,77 @@ def test_one_number_that_is_not_finite_is_the_worst_wherever_it_stands() -> None
     assert worst([]) == float("inf"), "nothing was compared"
 
 
+@pytest.mark.parametrize("per_call", [1000, 10**6], ids=["the population in parts", "whole"])
+def test_the_overhead_of_a_call_is_found_by_the_calls_that_are_made(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch, per_call: int
+) -> None:
+    """An engine whose calls cost 700 tokens: the time is (calls · 700 + tokens) · slope."""
+    bundle, popsize = tiny("roberta", "bbt", "add"), 7
+    with load_engine(bundle, "torch", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+        assert isinstance(bound, StagedBoundBatch)
+        bound.engine.call_overhead, bound.engine.tokens_per_call = 1, per_call
+        tokens = sum(len(bucket.rows) * bucket.length for bucket in bound.buckets)
+
+        def ms_per_candidate(count: int) -> float:
+            calls = sum(len([*bound.chunks(count, bucket)]) for bucket in bound.buckets)
+            return (700 * calls + count * tokens) * 0.01 / count
+
+        monkeypatch.setattr(steps, "generation", lambda bound, count: count)
+        monkeypatch.setattr(steps, "milliseconds", lambda count, repeats: [ms_per_candidate(count)] * repeats)
+        found = steps.call_overhead(bound, popsize, [ms_per_candidate(popsize)], 0)
+        bound.engine.tokens_per_call = 1  # a call for each candidate: its overhead cannot be told from its tokens
+        assert steps.call_overhead(bound, popsize, [1.0], 0) is None
+    assert found == pytest.approx(700)
+
+
+def test_a_baseline_that_nothing_depends_on_may_fail() -> None:
+    found = report(**baseline("compiled", "fp16"))
+    assert found.failures() == []
+    assert "- compiled fp16: failed: out of memory" in found.markdown()
+
+
+def test_traces_of_another_loss_are_named(tmp_path: Path) -> None:
+    for name in ("bert_hinge_cat", "bert_perf"):
+        (tmp_path / f"{name}.npz").touch()
+    given = argparse.Namespace(device="cpu", golden=tmp_path, report={"command": "c", "options": {}})
+    check = GpuCheck(given, tmp_path, StepProgress(False))
+    check.replay_traces()
+    assert "traces of another loss than the cross entropy: bert_hinge_cat, bert_perf" in check.report.left_out
+
+
+def test_what_was_not_asked_for_makes_a_check_partial(tmp_path: Path) -> None:
+    given = argparse.Namespace(
+        device="cpu", families=[], methods=["bbt"], golden=tmp_path, report={"command": "c", "options": {}}
+    )
+    check = GpuCheck(given, tmp_path, StepProgress(False))
+    check.measure = lambda method: None  # type: ignore[method-assign]
+    found = check.run().partial
+    assert {"the family bert", "the family gpt2", "the speed of bbtv2"} <= set(found)
+    assert "the speed of bbt" not in found
+
+
+@pytest.mark.parametrize(
+    ("optimization", "says"),
+    [
+        ({"attention_fused": 24, "attention_not_fused": 1}, "24 times one kernel, 1 times several"),
+        ({"attention_fused": 0, "attention_not_fused": 0}, "the builder does not say"),
+        (None, None),
+    ],
+)
+def test_the_report_says_where_attention_is_one_kernel(
+    tmp_path: Path, optimization: dict[str, object] | None, says: str | None
+) -> None:
+    info = tiny_bundle(tmp_path).info.model_copy(update={"optimization": optimization})
+    assert gpu_check.fused_attention(info) == says
+    assert f"- Attention of bbt, trt fp16: {says}" in report(attention=[f"bbt, trt fp16: {says}"]).markdown()
+
+
+def test_predictions_that_differ_are_said_and_are_no_failure() -> None:
+    found = report(**goal(status="differs", reason="agreement 0.950 is less than 0.97", max_error=0.01))
+    assert found.failures() == []
+    assert "- trt fp16: differs: agreement 0.950" in found.markdown()
+
+
 def test_what_was_left_out_is_said_and_is_no_failure() -> None:
     found = report(left_out=["traces of the original program: there are none in golden"])
     assert found.failures() == []
@@ -145,22 +249,54 @@ def test_a_gpu_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
     program.write_text("""#!/bin/sh
 case "$*" in
 *compute-apps*) echo 101; echo 102 ;;
-*"-i 3"*) echo "NVIDIA H100 80GB HBM3, 580.1, 1755, 1980, 612.50, 700.00, [N/A]" ;;
+*"-i GPU-3"*) echo "NVIDIA H100 80GB HBM3, 580.1, 1755, 1980, 612.50, 700.00, [N/A]" ;;
 esac
 """)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    found = gpu_state.read_gpu(3)
+    found = gpu_state.read_gpu("GPU-3")
     assert found is not None
     assert (found.clock_mhz, found.power_limit_w, found.temperature) == (1755, 700, None)
     assert str(found) == "NVIDIA H100 80GB HBM3, driver 580.1, 1755.0 of 1980.0 MHz, 612.5 of 700.0 W"
-    assert gpu_state.processes_on(3) == 2
-    assert gpu_state.read_gpu(0) is None
+    assert gpu_state.processes_on("GPU-3") == 2
+    assert gpu_state.read_gpu("GPU-0") is None
 
 
-def test_the_more_specific_name_has_its_own_peak() -> None:
-    peaks = [gpu_state.peak_of(f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H100 PCIe", "L40S", "L4", "TITAN X")]
-    assert [peak and peak.fp16 for peak in peaks] == [989e3, 756e3, 362e3, 121e3, None]
+@pytest.mark.parametrize(
+    ("properties", "named"),
+    [
+        ({"uuid": "5a1f-07"}, "GPU-5a1f-07"),
+        ({"pci_domain_id": 0, "pci_bus_id": 0x3B, "pci_device_id": 0}, "00000000:3b:00.0"),
+        ({}, "1"),
+    ],
+)
+def test_nvidia_smi_is_asked_for_the_gpu_that_this_process_computes_on(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], named: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {1: SimpleNamespace(**properties)}.__getitem__)
+    assert gpu_state.identity(1) == named
+
+
+@pytest.mark.parametrize(
+    ("name", "fp16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e3),
+        ("NVIDIA H100 PCIe", 756e3),
+        ("NVIDIA A100-SXM4-80GB", 312e3),
+        ("NVIDIA A100 80GB PCIe", 312e3),
+        ("NVIDIA L40S", 362e3),
+        ("NVIDIA L4", 121e3),
+        ("Tesla T4", 65e3),
+        ("Tesla V100-SXM2-16GB", 125e3),
+        ("NVIDIA GeForce RTX 4090", 165e3),
+        *((f"NVIDIA {name}", None) for name in ("L40", "T400", "A10G", "RTX A1000", "GH200 480GB", "TITAN X")),
+        *((f"NVIDIA GeForce RTX {name}", None) for name in ("4090 D", "4090 Laptop GPU", "3090 Ti")),
+    ],
+)
+def test_a_gpu_has_the_peak_of_its_own_name(name: str, fp16: float | None) -> None:
+    peak = gpu_state.peak_of(name)
+    assert (peak and peak.fp16) == fp16
 
 
 def test_without_a_gpu_nothing_is_written(

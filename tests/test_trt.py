@@ -213,15 +213,27 @@ def test_the_share_of_a_build_that_is_done_counts_nested_phases() -> None:
     assert plan_building.new_monitor(Api("tensorrt", SimpleNamespace()), shares.append) is None
 
 
-def test_the_time_left_follows_from_the_plans_that_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, told = [0.0], list[tuple[str, int, int]]()
+def test_the_time_left_is_that_of_the_plans_that_the_cache_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, told, cached = [0.0], list[tuple[str, int, int]](), {"block_00", "block_02"}
+
+    def build(api: Api, bundle: Bundle, stage: str, key: Key, monitor: Any) -> tuple[bytes, None]:
+        clock[0] += 60
+        return b"plan", None
+
     monkeypatch.setattr(plan_building, "monotonic", lambda: clock[0])
-    progress = plan_building.PlanProgress(3, lambda *step: told.append(step))
+    monkeypatch.setattr(plan_building, "find_plan", lambda _, stage, key: (b"plan" if stage in cached else None, ""))
+    monkeypatch.setattr(plan_building, "build", build)
+    monkeypatch.setattr(plan_building, "keep_plan", lambda *_: None)
+    wanted = dict.fromkeys(["embed", "block_00", "block_01", "block_02", "last"], KEY)
+    bundle: Any = SimpleNamespace(path=Path())
     api = Api("tensorrt", SimpleNamespace())
-    progress.begin("embed", 0, api)
-    clock[0], progress.built = 60.0, 1
-    progress.begin("block_00", 1, api)
-    assert told == [("plan of embed, 1 of 3", 0, 300), ("plan of block_00, 2 of 3, about 0:02:00 left", 100, 300)]
+    made = each_plan(bundle, wanted, api, lambda line: None, lambda *step: told.append(step))
+    assert [stage for stage, _ in made] == list(wanted)
+    assert told == [
+        ("plan of embed, 1 of 5", 0, 500),
+        ("plan of block_01, 3 of 5, about 0:02:00 left", 200, 500),
+        ("plan of last, 5 of 5, about 0:01:00 left", 400, 500),
+    ]
 
 
 # What TensorRT made of a graph -------------------------------------------------------------------------------
@@ -309,6 +321,15 @@ def test_a_profile_is_in_order_and_takes_the_rows_that_it_was_made_from(
     assert [s[0] for s in shapes] == [1, popsize, popsize]
 
 
+@pytest.mark.parametrize(("family", "mode"), [("roberta", "add"), ("roberta", "cat"), ("llama", "cat")])
+def test_the_longest_row_of_a_profile_is_aligned_with_the_other_keys(tmp_path: Path, family: str, mode: str) -> None:
+    info, batch = tiny_bundle(tmp_path, family, mode, max_length=512).info, rows_of([40, 81], 81)
+    tokens = shape_profile(info, batch, 81, Settings()).tokens
+    for length in tokens[1:]:
+        assert batch.aligned(info, np.array(length), 8) == length
+    assert 81 <= tokens[2] < 81 + 8
+
+
 def test_a_profile_bounds_the_tokens_of_a_call(tmp_path: Path) -> None:
     info = tiny_bundle(tmp_path, "roberta", max_length=512).info
     found = shape_profile(info, rows_of([500] * 224, 512), 512, Settings())
@@ -385,7 +406,7 @@ def test_memory_is_used_again_at_the_same_address(fake: Any) -> None:
     addresses = [first.address, second.address]
     np.testing.assert_array_equal(device.download(first), np.arange(10.0))
     del first, second
-    again = [device.empty((10,), np.float64), device.empty((8,), np.float64)]
+    again = [device.upload(np.arange(10.0)), device.upload(np.arange(8.0))]
     assert sorted(a.address for a in again) == sorted(addresses)
     assert len(runtime.blocks) == 2
     device.close()
