@@ -270,12 +270,13 @@ class OrtCudaEngine(OrtEngine):
         """Prompts on the device, for CUDA graphs at an address that they have had before."""
         if not self.capturing:
             return super().upload_prompts(prompts)
-        place = self.places.take(tuple(prompts.shape), lambda: self.new_array(tuple(prompts.shape)))
-        if isinstance(prompts, Latent):
-            given = {"z": prompts.z, **self.upload_projection(prompts.projection)}
-            self.once(self.sessions[PROJECT], given, ["prompts"], place.value)
-        else:
-            place.value.update_inplace(np.ascontiguousarray(prompts))
+        shared = self.upload_projection(prompts.projection) if isinstance(prompts, Latent) else {}
+        with failing("ONNX Runtime", "to make prompts on the GPU"):
+            place = self.places.take(tuple(prompts.shape), lambda: self.new_array(tuple(prompts.shape)))
+            if isinstance(prompts, Latent):
+                self.once(self.sessions[PROJECT], {"z": prompts.z, **shared}, ["prompts"], place.value)
+            else:
+                place.value.update_inplace(np.ascontiguousarray(prompts))
         return place
 
     def to_device(self, array: Float32 | Int64) -> Any:
@@ -283,7 +284,8 @@ class OrtCudaEngine(OrtEngine):
             return self.on_gpu(np.ascontiguousarray(array))
 
     def to_host(self, array: Any) -> Float32:
-        return np.array(array.numpy(), np.float32)
+        with failing("ONNX Runtime", "to download an array from the GPU"):
+            return np.array(array.numpy(), np.float32)
 
     def versions(self) -> dict[str, str]:
         return super().versions() | {"cuda graphs": "on" if self.capturing else "off"}

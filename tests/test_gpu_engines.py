@@ -782,6 +782,18 @@ def test_a_session_that_cannot_be_opened_again_is_one_line(tiny: Export, monkeyp
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_no_memory_for_prompts_is_one_line(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise RuntimeError("Failed to allocate memory\nmore")
+
+    bundle = tiny("roberta", "bbt", "add")
+    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 4)) as bound:
+        monkeypatch.setattr(OrtCudaEngine, "new_array", no_memory)
+        for prompts in (candidates(bundle), latent(bundle)):
+            assert "allocate memory" in one_line(lambda p=prompts: bound.label_logits(p), EngineError)  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_ort_projects_once_a_generation(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, real, stages = tiny("roberta", "bbt", "add"), OrtCudaEngine.once, list[str]()
 
