@@ -27,7 +27,7 @@ from bbt_accel.hub import fetched
 from bbt_accel.inference import Classifier
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.packaging.manifest import Kind
-from bbt_accel.run import ESTIMATOR, INFO, Run, RunInfo, is_saved_classifier
+from bbt_accel.run import ESTIMATOR, Run, RunInfo, is_run, is_saved_classifier
 from bbt_accel.settings import ReadoutChoice, resolve
 from bbt_accel.tables import plain
 from bbt_accel.tuning import tune
@@ -221,7 +221,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         path = fetched(path)
         saved = is_saved_classifier(path)
-        if not saved and not (path / INFO).is_file():
+        if not is_run(path):
             raise RunError(f"{path} is not a saved PromptClassifier, nor a run")
         run = Run.read(path)
         try:
@@ -236,8 +236,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _load(self, bundle: Bundle) -> None:
         where = self.run_.info.engine
-        # Not the URL of a search on a server: the run may be somebody else's, and would get the user's texts.
-        engine = load_engine(bundle, where.name, device=where.device, threads=self.threads, without=where.without)
+        name, without = ("ort", []) if where.remote else (where.name, where.without)
+        engine = load_engine(bundle, name, device=where.device, threads=self.threads, without=without)
         self._classifier = Classifier(engine, self.run_)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return 1, "a file is nested too deeply to be read; correct it"
     if isinstance(error, MemoryError):
         return 1, "out of memory; use a smaller backbone, --popsize or --k-shot"
-    if isinstance(error, shutil.Error):  # of copytree: a list of (source, target, why)
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (source, target, why)
         return 1, f"cannot copy {len(error.args[0])} files, first {error.args[0][0][2]}"
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""

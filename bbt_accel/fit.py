@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from bbt_accel.errors import DataError, RunError, TaskError, UsageError
 from bbt_accel.inference import evaluate
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
-from bbt_accel.run import INFO, TASK, Run
+from bbt_accel.run import INFO, TASK, Run, read_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
 from bbt_accel.tables import Table, no_column, plain, read_table
 from bbt_accel.tasks import Task
@@ -117,6 +117,8 @@ def fit_file(
     chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
     if min(counts.values()) < 2 * k:
         raise DataError(f"class {min(counts, key=lambda c: counts[c])!r} has fewer than {2 * k} rows; lower --k-shot")
+    if (output / INFO).is_file() and not overwrite:
+        require_same(output, task_name(file), chosen)
     settings, choice = resolve(chosen), choose(engine, precision)
     if method == "bbt":  # for bbtv2 the layers must be known
         settings.generations(method, 1)
@@ -132,6 +134,13 @@ def fit_file(
     )  # fmt: skip
     tested = run.info.status == "done" and sum(counts.values()) > 2 * k * len(counts)
     return Fitted(plan, run, evaluate(run.path, threads=threads) if tested else None)
+
+
+def require_same(output: Path, task: str, settings: Mapping[str, object]) -> None:
+    """Raises RunError for a run of another search, before anything is exported for this one."""
+    former = read_info(output)
+    if former.task.name != task or resolve(former.settings.model_dump(), settings) != former.settings:
+        raise RunError(f"{output} is the run of another search; use --overwrite or another -o")
 
 
 def default_k_shot(fewest: int, parts: int = 3) -> int:

@@ -189,8 +189,9 @@ def _load(run: Run, options: EngineOptions) -> Engine:
     """
     record, name, url = run.info.engine, options.get("engine"), options.get("url")
     own = name in (None, record.name)
-    if own and record.url is not None and url is None:
-        raise UsageError(f"the search asked {record.url}: pass --url {record.url} to send texts there, or --engine ort")
+    if own and record.remote and url is None:
+        where = record.url or "URL"
+        raise UsageError(f"the search asked a server: pass --url {where} to send texts there, or --engine ort")
     return load_engine(
         run.open_bundle(options.get("bundle")),
         name or record.name,

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
+from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
@@ -64,6 +65,11 @@ class EngineRecord(BaseModel, extra="forbid"):
     without: list[str] = Field(description="Optimizations that were switched off.")
     url: str | None = Field(default=None, description="Address of the server, for the engine `remote`.")
     versions: dict[str, str] = {}
+
+    @property
+    def remote(self) -> bool:
+        """Whether a server computed. It is asked again only where a user names it: the run may be somebody else's."""
+        return engine_spec(self.name).remote
 
 
 class DataRecord(BaseModel, extra="forbid"):
@@ -243,6 +249,11 @@ class Run:
 
 def is_saved_classifier(path: Path) -> bool:
     return (path / ESTIMATOR).is_file()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is one that `Run.read` takes: a run, or a saved classifier."""
+    return (path / INFO).is_file() or is_saved_classifier(path)
 
 
 def names_path(one: str, other: str) -> bool:

@@ -122,11 +122,11 @@ def _jobs(
 def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     """The bundles of each method in the engine's precision, and as exported, for training in PyTorch."""
     spec, paths = engine_spec(options.engine), {}
+    checkpoint = f"{Path(options.backbone).name}-{fingerprint(options.backbone)[:8]}"
     for method in get_args(Method):
         if method == "bbtv2" and method not in (parse_contender(contender)[0] for contender in options.contenders):
             continue
         exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
-        checkpoint = f"{Path(options.backbone).name}-{fingerprint(options.backbone)[:8]}"
         place = work / f"{checkpoint}-{options.n_prompt_tokens}" / method
         made = steps.Bundles(place, options.backbone, exporting)
         place.mkdir(parents=True, exist_ok=True)
@@ -165,15 +165,15 @@ def contend(
     threads: int,
 ) -> list[dict[str, Any]]:
     """One contender on one task and seed: its scores at every budget, as JSON. work: folder of its runs."""
-    contest = Contest(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
+    trial = CompareTrial(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
     if contender == "readouts":
-        scores = contest.readouts()
+        scores = trial.readouts()
     else:
-        scores = contest.reference(contender) if contender in REFERENCES else contest.search(contender)
+        scores = trial.reference(contender) if contender in REFERENCES else trial.search(contender)
     return [score.model_dump(mode="json") for score in scores]
 
 
-class Contest:
+class CompareTrial:
     """The rows of a task and a seed, and how each contender is scored on them."""
 
     def __init__(

@@ -40,8 +40,8 @@ def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
 def computing(where: str, tf32: bool = False) -> Iterator[None]:
     """PyTorch's errors as an EngineError of one line; one for a GPU that is out of memory says what to do.
 
-    tf32: let a GPU round the inputs of fp32 matmuls to TF32. Otherwise they are fp32, whatever the process has set,
-    which keeps it: the setting is the process's, and so other engines' too.
+    tf32: let a GPU round the inputs of fp32 matmuls to TF32. Otherwise they are fp32, whatever the process has set.
+    The setting is that of the whole process, so it is put back; but for one made per backend, which becomes fp32.
     """
     try:
         before = torch.get_float32_matmul_precision()

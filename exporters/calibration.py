@@ -19,7 +19,7 @@ from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.errors import DataError
 from bbt_accel.exporters.sessions import Feeds, initial_feeds, open_session, open_stage, prompt_feeds, temporary_graph
 from bbt_accel.exporters.validate import sample_rows
-from bbt_accel.run import INFO, Run
+from bbt_accel.run import Run, is_run
 from bbt_accel.settings import resolve
 from bbt_accel.tasks import load_task
 
@@ -47,7 +47,7 @@ class TaskRows:
         if task is None:
             self.settings, self.train = resolve(), sample_rows(bundle, count=ROWS)
             return
-        if (Path(task) / INFO).is_file():
+        if is_run(Path(task)):
             run = Run.read(task)
             self.task, self.settings, self.data = run.task, run.info.settings, data or run.data_path
             self.source = "the run's rows"

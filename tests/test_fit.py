@@ -120,8 +120,9 @@ def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit, tmp_path: Path)
     (tmp_path / "other").mkdir()
     with pytest.raises(RunError, match="other exists already and is no run"):
         fit("other")
-    with pytest.raises(RunError, match=r"another seed \(was 42, is now 1\); use --overwrite"):
-        fit(budget=1, seed=1)
+    for other in ({"budget": 1, "seed": 1}, {"budget": 1, "backbone": "/no/such", "readout": "words"}):
+        with pytest.raises(RunError, match="run is the run of another search; use --overwrite"):
+            fit(**other)
     again = fit(budget=1)  # as after a kill while the test rows were scored
     assert (again.run.prompt.tobytes(), again.score) == (first.run.prompt.tobytes(), first.score)
     assert fit(budget=1, seed=1, overwrite=True).run.info.settings.seed == 1

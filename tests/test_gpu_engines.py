@@ -835,7 +835,7 @@ def test_fp32_is_fp32_beside_an_engine_with_tf32_and_whatever_the_process_has_se
     bundle, seen = tiny("roberta", "bbt", "add"), dict[str, str]()
     names = ("torch", "eager-tf32", "eager")
 
-    def noting(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given, **named: (
             seen.update({name: torch.get_float32_matmul_precision()}),
             run(*given, **named),
@@ -848,7 +848,7 @@ def test_fp32_is_fp32_beside_an_engine_with_tf32_and_whatever_the_process_has_se
             engines: list[Any] = [live.enter_context(load_engine(bundle, name, threads=1)) for name in names]
             for name, engine in zip(names, engines, strict=True):
                 computes = engine.backbone if name == "torch" else engine.reference
-                monkeypatch.setattr(computes, "run", noting(name, computes.run))
+                monkeypatch.setattr(computes, "run", recorded(name, computes.run))
                 live.enter_context(engine.bind(sample_rows(bundle, 2))).label_logits(candidates(bundle, 1))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:

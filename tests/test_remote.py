@@ -106,7 +106,7 @@ def test_a_search_walks_the_same_path_as_with_the_engine_itself(bundle: Bundle, 
         assert record.versions["engine"] == "dummy dummy 1"
         # a run may be somebody else's: its texts go to the server that the caller names, never to that of the run
         for call in (lambda: evaluate(far.path), lambda: predict(far.path, [{"text": "w1 w2"}])):
-            with pytest.raises(UsageError, match=f"pass --url {url} to send texts there"):
+            with pytest.raises(UsageError, match=f"the search asked a server: pass --url {url} to send texts there"):
                 call()
         score, answers = evaluate(far.path, url=url), predict(far.path, [{"text": "w1 w2"}], url=url)
     assert [g.losses for g in far.history] == [g.losses for g in local.history]

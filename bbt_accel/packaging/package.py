@@ -126,7 +126,9 @@ def find_run(info: PackageInfo, folder: Path, given: str | Path | None) -> Run:
     if given is None and near is None:
         named = f"the run {info.run.name!r} (sha256 {info.run.digest:.12})"
         problem = f"{folder} was made from {named}, which is not near it"
-        raise PackageError(f"{problem} or has changed; pass it with --run (an estimator's as its save wrote it)")
+        raise PackageError(
+            f"{problem} or has changed; pass it with --run (of an estimator, the folder that its save wrote)"
+        )
     run = Run.read(near or given or "")
     if sha256(run.path / RUN_INFO) != info.run.digest:
         raise PackageError(f"{run.path} is not the run that {folder} was made from; package it again")

@@ -64,7 +64,10 @@ def write_page(folder: Path, model: Path) -> None:
     """
     if sum(file.stat().st_size for file in model.parent.iterdir()) > LARGEST:
         raise PackageError("the model is larger than the 2 GiB that a browser takes; use --int8 or a smaller backbone")
-    shutil.copytree(PAGE, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    for file in (file for file in PAGE.rglob("*") if file.is_file()):  # copytree would copy a folder's read-only mode
+        target = folder / file.relative_to(PAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         for package, archive in zip(PACKAGES, fetch(Path(place)), strict=True):
             unpack(package, archive, folder / VENDOR)

@@ -19,7 +19,7 @@ from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.hub import fetched
 from bbt_accel.inference_protocol import TOKEN
-from bbt_accel.run import INFO, Run
+from bbt_accel.run import Run, is_run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
 from bbt_accel.serving.connection import Connection
@@ -47,9 +47,9 @@ def serve(
     token = os.environ.get(TOKEN) or None
     check_host(host, token)
     path = fetched(path)
-    run = Run.read(path) if (path / INFO).is_file() else None
+    run = Run.read(path) if is_run(path) else None
     bundle = Bundle.read(path) if run is None else run.open_bundle()
-    own = run.info.engine if run is not None and run.info.engine.url is None else None
+    own = None if run is None or run.info.engine.remote else run.info.engine
     engine = engine or (own.name if own else "ort")
     device = device or (own.device if own else "cpu")
     with listen(host, port) as listener, load_engine(bundle, engine, device=device, threads=threads) as loaded:

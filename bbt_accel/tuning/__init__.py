@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,7 +21,7 @@ from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import DataError, RunError, UsageError
 from bbt_accel.history import Generation
 from bbt_accel.objective import Objective, uninformed
-from bbt_accel.progress import SearchProgress, progress_bar
+from bbt_accel.progress import SearchProgress, note, progress_bar
 from bbt_accel.readout import Readout, class_logits, with_calibrated
 from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
 from bbt_accel.settings import PRESETS, Preset, Settings, resolve
@@ -248,4 +247,4 @@ def _evaluator(job: Job, ray: str | None, progress: bool) -> Evaluator:
 
 def _say(line: str, progress: bool) -> None:
     if progress:
-        print(line, file=sys.stderr)
+        note(line)

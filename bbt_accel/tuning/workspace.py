@@ -33,6 +33,8 @@ from bbt_accel.tasks import to_toml
 from bbt_accel.tuning.monitoring import draw_curve
 from bbt_accel.tuning.search import SearchOutcome
 
+AGAIN = "--resume (fit: the same command)"
+
 
 class Workspace:
     """`.NAME.partial` beside the run NAME.
@@ -116,7 +118,7 @@ class Workspace:
                 rename_new(self.folder, self.final)
             except FileExistsError:
                 problem = f"{self.final} appeared during the search, which is in {self.folder}"
-                raise RunError(f"{problem}; remove or rename {self.final}, then --resume") from None
+                raise RunError(f"{problem}; remove or rename {self.final}, then {AGAIN}") from None
         discard(self._old)
         return Run.read(self.final)
 
@@ -156,7 +158,7 @@ class Workspace:
             yield
         except OSError as error:
             problem = f"cannot write {self.folder} ({error.strerror or error})"
-            raise RunError(f"{problem}; free some space, then --resume") from error
+            raise RunError(f"{problem}; free some space, then {AGAIN}") from error
 
     def _create(self, info: RunInfo, source: Path | None) -> None:
         """Make the folder atomically, with run.json and the history of `source`, if any."""
