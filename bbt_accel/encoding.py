@@ -122,12 +122,15 @@ class Encoder:
         most = self.bundle.info.max_length
         size = CHARACTERS * most + EDGE
         while size < min(len(text), MOST_CHARACTERS * most):
-            found = self._tokenizer.encode(text[:size], add_special_tokens=False)
-            kept = (end for i, (_, end) in zip(found.ids, found.offsets, strict=True) if i not in self.special)
-            if sum(end <= size - EDGE for end in kept) > most:
+            if sum(end <= size - EDGE for end in self._ends(text[:size])) > most:
                 break
             size *= 4
         return text[: min(size, MOST_CHARACTERS * most)]
+
+    def _ends(self, text: str) -> list[int]:
+        """Where the tokens of a text end in it, of those that a row takes."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return [end for i, (_, end) in zip(found.ids, found.offsets, strict=True) if i not in self.special]
 
     def _lay_out(self) -> list[Text | Fixed]:
         info = self.bundle.info
@@ -216,13 +219,13 @@ class Encoder:
     def _shortened(self, fields: dict[str, str], length: int) -> list[int]:
         """Token ids of a row of `length` tokens, too many, with its text columns truncated until it fits."""
         limit = self.limit
-        pieces = {name: self._tokenizer.encode(text, add_special_tokens=False) for name, text in fields.items()}
-        keep = {name: len(piece) for name, piece in pieces.items()}
+        pieces = {name: self._ends(text) for name, text in fields.items()}
+        keep = {name: len(ends) for name, ends in pieces.items()}
         while True:
             # Truncation can change the tokenization around it, hence the loop; each turn removes at least one token.
             for _ in range(min(length - limit, sum(keep.values()))):
                 keep[max(keep, key=lambda name: keep[name])] -= 1
-            ends = {name: pieces[name].offsets[kept - 1][1] if kept else 0 for name, kept in keep.items()}
+            ends = {name: pieces[name][kept - 1] if kept else 0 for name, kept in keep.items()}
             ids = self.ids([{name: text[: ends[name]] for name, text in fields.items()}])[0]
             length = len(ids)
             if length <= limit:
