@@ -236,7 +236,7 @@ def test_it_becomes_a_package(fitted: PromptClassifier, rows: tuple[list[str], l
     assert (info["comparison"]["rows"] > 80, info["comparison"]["labels_differ"]) == (True, 0)
     assert (tmp_path / "package" / "onnx" / "model.onnx").is_file()
     assert (info["command"], info["comparison"]["estimator_differs"]) == ("bbt-accel package SAVED -o package", None)
-    with pytest.raises(PackageError, match=r"pass it with --run .an estimator's as its save wrote it"):
+    with pytest.raises(PackageError, match=r"pass it with --run .of an estimator, the folder that its save wrote"):
         check_package(tmp_path / "package")
     fitted.save(tmp_path / "elsewhere" / "deep" / "saved")
     check_package(tmp_path / "package", threads=1, run=tmp_path / "elsewhere" / "deep" / "saved")
