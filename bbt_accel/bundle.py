@@ -73,7 +73,18 @@ class SpecialTokens(BaseModel, extra="forbid"):
     decoder_start: TokenId | None
 
 
-class BundleInfo(Manifest):
+class SealedManifest(Manifest):
+    """One that has the sha256 of its other fields."""
+
+    facts: str = Field(default="", description="sha256 of the other fields of this file.")
+
+    def seal(self, file: Path) -> None:
+        """Set `facts`, and write the file."""
+        self.facts = facts_digest(self.model_dump_json().encode())
+        file.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+class BundleInfo(SealedManifest):
     """bundle.json."""
 
     format: int = 4
@@ -110,7 +121,6 @@ class BundleInfo(Manifest):
     source: str | None = Field(default=None, description="sha256 of the bundle.json that this one was optimized from.")
     optimization: dict[str, object] | None = Field(default=None, description="What `optimize` did and measured.")
     sha256: dict[str, str] = Field(default={}, description="Of every file but this one and plans.")
-    facts: str = Field(default="", description="sha256 of the other fields of this file.")
 
     @property
     def prompt_shape(self) -> tuple[int, ...]:
@@ -215,8 +225,7 @@ def write_info(folder: Path, info: BundleInfo) -> BundleInfo:
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     hashes = {name: sha256(p) for name, p in files.items() if p.name != "bundle.json" and Path(name).parts[0] != PLANS}
     info = info.model_copy(update={"sha256": hashes})
-    info.facts = facts_digest(info.model_dump_json().encode())
-    (folder / "bundle.json").write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    info.seal(folder / "bundle.json")
     return info
 
 

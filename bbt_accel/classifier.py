@@ -128,8 +128,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         settings: dict[str, object] = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
         settings["k_shot"] = k_shot
         found = resolve(settings)
-        if self.method == "bbt":  # the least budget of bbtv2 depends on the layers
-            found.generations(self.method, 1)
+        found.check_budget(self.method)
         if fewest < 2 * found.k_shot:
             need = f"k_shot {found.k_shot} needs {2 * found.k_shot}"
             raise DataError(f"the rarest class has {fewest} rows, {need}; lower it or leave it out")

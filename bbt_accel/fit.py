@@ -120,8 +120,7 @@ def fit_file(
     if (output / INFO).is_file() and not overwrite:
         require_same(output, task_name(file), chosen)
     settings, choice = resolve(chosen), choose(engine, precision)
-    if method == "bbt":  # for bbtv2 the layers must be known
-        settings.generations(method, 1)
+    settings.check_budget(method)
     with progress_bar(f"preparing {backbone}", progress) as tell:
         bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell)
     task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words)

@@ -53,6 +53,11 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
             raise UsageError(f"budget {self.budget} is too small: {method} needs at least {turn} calls ({need})")
         return self.budget // turn * (turn // self.popsize)
 
+    def check_budget(self, method: Method) -> None:
+        """Raises UsageError for a budget without a generation, before an export; of bbtv2 the layers must be known."""
+        if method == "bbt":
+            self.generations(method, 1)
+
     def turn(self, method: Method, n_layers: int) -> int:
         """Calls of one generation (bbtv2: of one sweep over the layers), the least that a search can spend."""
         return self.popsize if method == "bbt" else self.popsize * n_layers

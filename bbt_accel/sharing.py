@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
-from bbt_accel.bundle import PLANS, Bundle, facts_digest
+from bbt_accel.bundle import PLANS, Bundle
 from bbt_accel.errors import PackageError
 from bbt_accel.hub import push_folder
 from bbt_accel.inference_protocol import backbone_name
@@ -87,8 +87,7 @@ def copy_bundle(bundle: Bundle, folder: Path) -> str:
     if info == bundle.info:
         shutil.copyfile(bundle.path / "bundle.json", folder / "bundle.json")
     else:
-        info.facts = facts_digest(info.model_dump_json().encode())
-        (folder / "bundle.json").write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        info.seal(folder / "bundle.json")
     return Bundle(folder, info).digest
 
 

@@ -97,8 +97,7 @@ class Benchmark:
         settings = resolve(task.preset(options.method), self.settings(SEED) if options.tune else {})
         if options.tune:
             steps.timed_rows(task, options.data, options.k_shot)
-            if options.method == "bbt":  # for bbtv2 the layers must be known
-                settings.generations(options.method, 1)
+            settings.check_budget(options.method)
         self.tell(f"exporting {options.backbone}")
         timed = steps.timed_rows(task, options.data, options.k_shot, options.rows)
         tested = steps.compared_rows(task, options.data, options.test_rows)

@@ -41,8 +41,9 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
         raise UsageError(f"the repository {folder} is inside the bundle itself; choose another folder")
     models = {stage: stage_model(name, stage) for stage in bundle.info.stages}
     there = [folder / model for model in models.values() if (folder / model).exists()]
-    if len(there) == len(models) or any(not made_of(bundle, model) for model in there):
-        raise BbtError(f"{there[0]} exists already; remove it, or rename the bundle's folder")
+    others = there if len(there) == len(models) else [model for model in there if not made_of(bundle, model)]
+    if others:
+        raise BbtError(f"{others[0]} exists already; remove it, or rename the bundle's folder")
     # Some, of this bundle: a call that was killed between two models is continued.
     for stage, model in ((stage, model) for stage, model in models.items() if folder / model not in there):
         damaged = translated(BundleError, f"{bundle.path} cannot be written for Triton")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from bbt_accel.bundle import Architecture, Manifest, TemplateGroup, facts_digest
+from bbt_accel.bundle import Architecture, SealedManifest, TemplateGroup, facts_digest
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import PackageError
 from bbt_accel.files import sha256
@@ -58,7 +58,7 @@ class Source(BaseModel, extra="forbid"):
         return next((p for p in places if os.path.isfile(p / file) and sha256(p / file) == self.digest), None)
 
 
-class PackageInfo(Manifest):
+class PackageInfo(SealedManifest):
     """bbt_accel.json."""
 
     format: int = 2
@@ -82,14 +82,12 @@ class PackageInfo(Manifest):
     versions: dict[str, str]
     command: str
     sha256: dict[str, str] = Field(default={}, description="Of every other file.")
-    facts: str = Field(default="", description="sha256 of the other fields of this file.")
 
 
 def write_info(folder: Path, info: PackageInfo) -> PackageInfo:
     """Hash every file of the folder into `info`, and write it."""
     info = info.model_copy(update={"sha256": {name: sha256(folder / name) for name in files_of(folder)}})
-    info.facts = facts_digest(info.model_dump_json().encode())
-    (folder / INFO).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    info.seal(folder / INFO)
     return info
 
 
