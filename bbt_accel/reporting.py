@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bbt_accel.files import write_atomically
 from bbt_accel.progress import note
-from bbt_accel.web_page import web_page
+from bbt_accel.report_page import report_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def write_report(folder: Path, report: Schema, markdown: str, draw: Callable[[Pa
             image.replace(folder / PLOT)
             draw(inline)
             plot = inline.read_text(encoding="utf-8")
-        write_atomically(folder / PAGE, web_page(markdown, plot, PLOT).encode())
+        write_atomically(folder / PAGE, report_page(markdown, plot, PLOT).encode())
     except OSError as error:
         note(f"{folder} lacks its page or its plot, which could not be written ({error.strerror or error})")
     finally:

@@ -15,9 +15,9 @@ from bbt_accel.benchmarks.script import Columns, Outcome, Report, Timed, columns
 from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.exporters.validate import scaled_error
 from bbt_accel.objective import Objective
+from bbt_accel.report_page import hover
 from bbt_accel.reporting import BLUE, GREY, METRICS, ORANGE, Schema, digits, figure, markdown_list, markdown_table, tidy
 from bbt_accel.settings import Metric
-from bbt_accel.web_page import hover
 
 LARGEST_ERROR = 1e-4  # logit error (`exporters.validate.scaled_error`) up to which an fp32 row passes
 LEAST_AGREEMENT = 0.97  # a row of lower precision passes if it predicts eager's class for this share of the test rows

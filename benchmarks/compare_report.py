@@ -9,6 +9,7 @@ from statistics import fmean
 import numpy as np
 from pydantic import Field
 
+from bbt_accel.report_page import hover
 from bbt_accel.reporting import (
     PALETTE,
     PLOT,
@@ -23,7 +24,6 @@ from bbt_accel.reporting import (
     with_metric,
 )
 from bbt_accel.settings import Metric
-from bbt_accel.web_page import hover
 
 
 class Score(Schema):

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bbt_accel.report_page import themed
 from bbt_accel.reporting import BLUE, GREEN, GREY, ORANGE, RED, figure, tidy
-from bbt_accel.web_page import themed
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "images" / "results.svg"

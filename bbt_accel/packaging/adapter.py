@@ -18,7 +18,7 @@ from bbt_accel.data import Row
 from bbt_accel.errors import MissingDependency, PackageError
 from bbt_accel.inference import BATCH_SIZE
 from bbt_accel.machine import installed
-from bbt_accel.packaging.compare import PackageOutput, encoded
+from bbt_accel.packaging.comparison import PackageOutput, encoded
 from bbt_accel.packaging.configuration import write_json
 from bbt_accel.packaging.manifest import ADAPTER_CONFIG
 from bbt_accel.packaging.packaged_run import PackagedRun

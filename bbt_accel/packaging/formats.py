@@ -14,7 +14,7 @@ from bbt_accel.data import Row
 from bbt_accel.engine_specs import Precision
 from bbt_accel.exporters.triton import config as triton_config
 from bbt_accel.packaging.adapter import run_peft, write_peft
-from bbt_accel.packaging.compare import LoadedModel, PackageOutput, run_package
+from bbt_accel.packaging.comparison import LoadedModel, PackageOutput, run_package
 from bbt_accel.packaging.configuration import DTYPES, classifier_config, write_json
 from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
 from bbt_accel.packaging.openvino_model import open_openvino, write_openvino

@@ -14,7 +14,7 @@ from bbt_accel.batch import Int64
 from bbt_accel.engine_specs import Precision
 from bbt_accel.engines.base import failing
 from bbt_accel.exporters.openvino_ir import StageReader, precision_hint
-from bbt_accel.packaging.compare import LoadedModel
+from bbt_accel.packaging.comparison import LoadedModel
 from bbt_accel.packaging.compose import save
 from bbt_accel.packaging.packaged_run import CHECKED, ROWS, PackagedRun
 

@@ -27,7 +27,7 @@ from bbt_accel.inference import class_scores, scores_before
 from bbt_accel.objective import Objective
 from bbt_accel.packaging import manifest
 from bbt_accel.packaging.card import model_card
-from bbt_accel.packaging.compare import available_rows, compare, edge_rows
+from bbt_accel.packaging.comparison import available_rows, compare, edge_rows
 from bbt_accel.packaging.formats import FORMATS, Format
 from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, PackageScore, Source
 from bbt_accel.packaging.packaged_run import PackagedRun

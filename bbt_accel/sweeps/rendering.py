@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bbt_accel.report_page import hover
 from bbt_accel.reporting import (
     GREY,
     PALETTE,
@@ -18,7 +19,6 @@ from bbt_accel.reporting import (
     with_metric,
 )
 from bbt_accel.sweeps.report import CrossEvaluation, ScoreCell, SweepReport, SweepRow
-from bbt_accel.web_page import hover
 
 METHODS = {"bbt": "BBT", "bbtv2": "BBTv2"}
 MARKERS = "oDs^vPX"

@@ -13,11 +13,11 @@ import pytest
 
 from bbt_accel.benchmarks import compare_report
 from bbt_accel.benchmarks.compare_report import CompareReport, Score
+from bbt_accel.report_page import hover, report_page
 from bbt_accel.reporting import PLOT, figure, write_report
 from bbt_accel.sweeps import rendering
 from bbt_accel.sweeps.grid import Sweep
 from bbt_accel.sweeps.report import ScoreCell, SweepReport, SweepRow, TrialRow
-from bbt_accel.web_page import hover, web_page
 
 NEEDS_ANOTHER_FILE = {"img", "link", "iframe", "object", "embed", "base", "image", "audio", "video", "source"}
 
@@ -169,7 +169,7 @@ def test_text_of_a_report_is_no_markup(tmp_path: Path) -> None:
 
 
 def test_a_page_without_a_plot_has_its_caption_alone() -> None:
-    page = Page(web_page("# Title\n\n![A plot](report.png)\n\n| a | b |\n| --- | ---: |\n| x | 1 |\n"))
+    page = Page(report_page("# Title\n\n![A plot](report.png)\n\n| a | b |\n| --- | ---: |\n| x | 1 |\n"))
     assert not page.of("svg")
     assert page.rows == [["a", "b"], ["x", "1"]]
 
@@ -181,5 +181,5 @@ def test_equal_plots_are_equal_files_and_values_may_hold_any_text(tmp_path: Path
             hover(axes.bar([0], [1])[0], [value])
     plot = (tmp_path / "one.svg").read_text(encoding="utf-8")
     assert plot == (tmp_path / "two.svg").read_text(encoding="utf-8")
-    page = Page(web_page("# T\n\n![A](report.png)", plot, "report.png"))
+    page = Page(report_page("# T\n\n![A](report.png)", plot, "report.png"))
     assert page.values == [value]

@@ -25,7 +25,7 @@ def hover(artist: Artist, values: Sequence[str]) -> None:
     artist.set_gid(json.dumps(list(values)))  # which the SVG has as an id: nothing else of an artist gets there
 
 
-def web_page(markdown: str, plot: str | None = None, plot_name: str = "") -> str:
+def report_page(markdown: str, plot: str | None = None, plot_name: str = "") -> str:
     """A page of a report's Markdown, without other tags than Markdown's.
 
     plot: the SVG that stands in the place of the image `plot_name`.
@@ -52,7 +52,7 @@ def web_page(markdown: str, plot: str | None = None, plot_name: str = "") -> str
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     parser.add_render_rule("image", image)
     title = next((line[2:] for line in markdown.splitlines() if line.startswith("# ")), "Report")
-    template = string.Template(files("bbt_accel").joinpath("web_page.html").read_text(encoding="utf-8"))
+    template = string.Template(files("bbt_accel").joinpath("report_page.html").read_text(encoding="utf-8"))
     return template.substitute(title=escape(title), body=parser.render(markdown))
 
 
