@@ -115,7 +115,10 @@ class BundleInfo(SealedManifest):
     target: str = Field(description="`onnx` as exported, else the engine that it was optimized for.")
     without: list[str] = Field(default=[], description="Names of `OPTIMIZATIONS` that the graphs leave out.")
     opset: int = Field(description="ONNX opset of the graphs.")
-    stages: list[str] = Field(description="Graph files as they run: one for bbt; embedding, blocks, readout for bbtv2.")
+    stages: list[str] = Field(
+        description="Graphs in their order: model for bbt; embed, block_00, …, last for bbtv2; a decoder's begin with "
+        "context."
+    )
     versions: dict[str, str] = Field(description="Of the libraries that wrote it.")
     max_error: float | None = Field(default=None, description="Largest difference of label logits from eager PyTorch.")
     source: str | None = Field(default=None, description="sha256 of the bundle.json that this one was optimized from.")

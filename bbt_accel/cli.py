@@ -185,7 +185,10 @@ def predict(
         list[str] | None, typer.Argument(metavar="TEXT", help="Texts; the two of a sentence pair separated by a tab.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="File with one text per line (sentence pairs as JSON); - for standard input.")
+        Path | None,
+        typer.Option(
+            help="File of texts or JSON objects, one per line, or a table (.csv, .parquet); - for standard input."
+        ),
     ] = None,
     as_json: shared.AsJson = False,
 ) -> None:
@@ -242,7 +245,7 @@ def push(
         raise KeyboardInterrupt from None
     if not confirmed:
         raise typer.Exit(1)
-    commit = sharing.push(path, repository, **options)
+    commit = sharing.push(path, repository, with_bundle=not options.pop("without_bundle", False), **options)
     printing.print_pushed(repository, commit, "package" if sharing.is_package(path) else "run", as_json)
 
 
@@ -280,15 +283,14 @@ def bench(
 def compare(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Built-in tasks, or paths of .toml files.")],
     options: Annotated[Options, Fields(CompareOptions)],
+    execution: Annotated[Options, Fields(shared.CompareExecution)],
     output: shared.Output,
-    ray: shared.Ray = None,
-    resume: Annotated[bool, typer.Option(help="Continue a comparison; finished trials are kept.")] = False,
     as_json: shared.AsJson = False,
 ) -> None:
     """Compare accuracy per forward pass: readouts, searches, and training by gradients."""
     from bbt_accel.benchmarks.compare import run_compare
 
-    report = run_compare(tasks, output, compare_options(**options), ray=ray, resume=resume, progress=not as_json)
+    report = run_compare(tasks, output, compare_options(**options), progress=not as_json, **execution)
     printing.print_bench(output, as_json)
     if report.failures:
         raise BbtError(f"{len(report.failures)} trials failed; retry them with --resume")

@@ -113,7 +113,9 @@ class FitOptions(Schema):
     backbone: str = Field(default="demo", description=BACKBONE)
     template: str | None = None
     """How a row is written for the backbone, e.g. "{review} It was {mask} ."."""
-    label_words: list[str] = Field(default=[], description="A word for each label, sorted (default: from the labels).")
+    label_words: list[str] = Field(
+        default=[], description="A word for each label, the labels sorted (default: from the labels)."
+    )
     engine: Annotated[str, _ENGINE] = "auto"
     """Engine that runs the backbone; auto for what doctor recommends."""
     precision: PrecisionChoice = "auto"
@@ -167,7 +169,7 @@ class PackageOptions(Schema):
 
 class PushOptions(Schema):
     private: bool = Field(default=False, description="Create the repository as a private one.")
-    with_bundle: bool = Field(default=True, description="Upload the bundle too, so that the run works by itself.")
+    without_bundle: bool = Field(default=False, description="Upload a run alone; others then need a bundle for it.")
     yes: bool = Field(default=False, description="Do not ask.")
 
 
@@ -196,6 +198,11 @@ class Execution(Schema):
 
 
 class TuneExecution(Execution):
+    engine: Annotated[str, _ENGINE] = Field(
+        default="ort", description=f"Engine that runs the backbone: {_ENGINES}, or a plug-in's."
+    )
+    device: Annotated[str, _DEVICE] = "cpu"
+    """Device of the engine: cpu, cuda or cuda:N; trt always uses a GPU."""
     without: list[str] = Field(default=[], description=_WITHOUT + ", ".join(OPTIMIZATIONS))
     workers: Count | None = Field(default=None, description="Processes that share each population.")
     ray: Ray = None
@@ -204,6 +211,11 @@ class TuneExecution(Execution):
 class RunExecution(Execution):
     bundle: Path | None = None
     """Another bundle of the same backbone, e.g. in another precision (default: the run's)."""
+
+
+class CompareExecution(Schema):
+    ray: Ray = None
+    resume: bool = Field(default=False, description="Continue a comparison; finished trials are kept.")
 
 
 class SweepExecution(Schema):

@@ -61,7 +61,7 @@ class Fields:
         value = field.default
         if field.is_required() or value in (None, []) or value is False:
             return ""
-        value = ",".join(map(str, value)) if isinstance(value, list) else value
+        value = ", ".join(map(str, value)) if isinstance(value, list) else value
         preset = "the task's, or " if name in self.task_presets else ""
         return f" (default: {preset}{f'{value:g}' if isinstance(value, float) else value})"
 

@@ -62,7 +62,7 @@ class Readout:
         return class_logits(outputs["label_logits"], self.classes)
 
     def scores(self, outputs: Outputs) -> Float64:
-        """Class scores, float64 (…, N, C), whose softmax are the probabilities."""
+        """Class scores, float64 (…, N, C), whose softmax gives the probabilities."""
         if self.name == "verbalizer":
             return self.class_logits(outputs)
         if self.name == "calibrated":

@@ -32,7 +32,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     sigma: FiniteFloat = Field(default=1.0, gt=0, description="Initial step size of CMA-ES.")
     alpha: FiniteFloat = Field(default=1.0, gt=0, description="Scale of the random projection.")
     bound: FiniteFloat = Field(default=0.0, ge=0, description="Half width of the box that z is kept in; 0 for none.")
-    loss: Loss = Field(default="ce", description="What is minimized.")
+    loss: Loss = Field(default="ce", description="What is minimized with --readout verbalizer; others minimize ce.")
     eval_every: int = Field(default=100, ge=1, description="API calls between two evaluations on the dev set.")
     seed: Seed = 42
     demonstrations: Demonstrations = 0

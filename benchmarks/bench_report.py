@@ -208,11 +208,10 @@ class BenchReport(Report):
 
     def ablation(self) -> str:
         """What each optimization contributes: the time without it over the time of the same row with it."""
-        lines, base = [], self.original
+        lines, whole = [], {(row.engine, row.precision): row for row in self.rows if not (row.ablation or row.baseline)}
         for row in self.rows:
-            if not row.ablation:
-                base = row
-            elif row.ms_median is not None and base.ms_median is not None:
+            base = whole.get((row.engine, row.precision))
+            if row.ablation and base is not None and row.ms_median is not None and base.ms_median is not None:
                 off = ", ".join(name for name in row.without if name not in base.without)
                 times = [digits(base.ms_median), digits(row.ms_median), ratio(row.ms_median / base.ms_median)]
                 lines.append([base.label, off, *times])

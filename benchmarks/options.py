@@ -36,7 +36,7 @@ class BenchOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     backbone: str = Field(description=BACKBONE)
     task: str = Field(description="Built-in task, or path of a task.toml.")
-    data: Path | None = Field(default=None, description="Folder with {train,validation,test}.{jsonl,csv,parquet}.")
+    data: Path | None = Field(default=None, description="Rows, as in tune (default: the task's dataset).")
     method: Method = Field(default="bbt", description=METHOD)
     prompt_mode: PromptMode = Field(default="add", description=PROMPT_MODE)
     n_prompt_tokens: PromptTokens = 50
@@ -50,7 +50,7 @@ class BenchOptions(BaseModel):
     budget: Budget | None = Field(default=None, description="API calls of a search, with --tune (default: the task's).")
     device: Device = Field(default="cpu", description="Where all engines and baselines run.")
     threads: Threads | None = Field(default=None, description="CPU threads of an engine (default: the physical cores).")
-    engines: list[str] = Field(default=[], description="Engines to measure (default: all with benched precisions).")
+    engines: list[str] = Field(default=[], description="Engines to measure (default: all but remote).")
     precisions: list[str] = Field(default=[], description="Precisions to measure (default: those of each engine).")
     without: list[str] = Field(default=[], description="Optimizations to switch off in engines, not in baselines.")
     ablate: bool = Field(default=False, description="Also measure what each optimization contributes, without it.")

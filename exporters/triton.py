@@ -27,9 +27,9 @@ SMALL = 1024  # bytes up to which a tensor stays inside the graph, as in the bun
 def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None) -> list[str]:
     """Write the models of a bundle into a new or existing repository; returns their names.
 
-    name: of the model, by default the bundle's folder; for bbtv2, the stage is appended. Each model holds only the
-    weights that its graph uses. Raises BundleError for a bundle that no backend runs, UsageError for an invalid name,
-    BbtError for models that exist already.
+    name: of the model, by default the bundle's folder; the stage is appended where there are several. Each model holds
+    only the weights that its graph uses. Raises BundleError for a bundle that no backend runs, UsageError for an
+    invalid name, BbtError for models that exist already.
     """
     folder, name = Path(folder), name or bundle.path.resolve().name
     if not re.fullmatch(r"[\w.-]+", name):

@@ -182,7 +182,9 @@ def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
     found, words = read_sweep(tmp_path / "sweep.toml", {}), shlex.split(commands(text)[0])
     for option, values in (("--bundles", found.bundles), ("--tasks", found.tasks), ("--seeds", found.seeds)):
         assert words[words.index(option) + 1] == ",".join(map(str, values))
-    assert found.settings == {"budget": int(words[words.index("--budget") + 1])}
+    assert {name: str(value) for name, value in found.settings.items()} == {
+        name: words[words.index(f"--{name}") + 1] for name in ("budget", "readout")
+    }
 
 
 def test_files_named_exist() -> None:

@@ -44,7 +44,7 @@ def check_peft(made: PackagedRun) -> None:
     elif info.precision != "fp32" or info.target == "openvino":
         why = f"{made.bundle.path} is in {info.precision} for {info.target}; pass a bundle in fp32 with --bundle"
     elif installed("peft") is None:
-        raise MissingDependency('the adapter is compared in PEFT itself; pip install "bbt-accel[compare]"')
+        raise MissingDependency('the adapter is compared in PEFT itself; pip install "bbt-accel[peft]"')
     if why is not None:
         raise PackageError(f"this run cannot be an adapter: {why}")
 

@@ -108,7 +108,7 @@ With transformers.js:
 {javascript}
 ```
 With ONNX Runtime alone: inputs `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; output `logits`
-(N, C), whose softmax are the probabilities. The template is in the graph, and the texts of users hold no special
+(N, C); their softmax gives the probabilities. The template is in the graph, and the texts of users hold no special
 token."""
 
 OPENVINO_USAGE = """With optimum-intel; the hint keeps OpenVINO from computing in a lower precision than was compared:
@@ -120,8 +120,8 @@ model = OVModelForSequenceClassification.from_pretrained(".", ov_config={{"INFER
 classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained("."))
 classify({example})
 ```
-Inputs are `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; the output is `logits` (N, C), whose
-softmax are the probabilities."""
+Inputs are `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; the output is `logits` (N, C);
+their softmax gives the probabilities."""
 
 PEFT_USAGE = """With PEFT, on the same checkpoint:
 ```python
@@ -142,7 +142,7 @@ TRITON_USAGE = """Triton Inference Server takes this folder as its model reposit
 tritonserver --model-repository .
 ```
 The model `{task}` runs in the onnxruntime backend: inputs `input_ids` and `attention_mask`, int64 (N, S), of
-`tokenizer.json`; output `logits` (N, C), whose softmax are the probabilities. Clients tokenize."""
+`tokenizer.json`; output `logits` (N, C); their softmax gives the probabilities. Clients tokenize."""
 
 WEB_USAGE = """Serve the folder with any web server and open it in a browser:
 ```

@@ -98,7 +98,7 @@ class ReadoutSearch:
 def chosen(losses: Mapping[ReadoutName, Float64]) -> ReadoutName:
     """The ensemble, unless another's loss on held-out rows is lower by more than the standard error of the difference.
 
-    On so few rows the lowest of nine losses is often that of another readout by chance. losses: of each row.
+    On so few rows the lowest of eight losses is often that of another readout by chance. losses: of each row.
     """
     best = min(losses, key=lambda name: losses[name].mean())
     excess, error = mean_and_error(losses["ensemble"] - losses[best])
