@@ -67,9 +67,10 @@ test-lowest:
 	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # Compares the GPU engines with the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
-# cuda-python and bbt-accel: nothing is installed.
+# cuda-python and bbt-accel: nothing is installed. SST-2's rows and traces of the original program are used if they are here.
+GPU_OPTIONS ?= $(addprefix --data ,$(wildcard ../shared/data/sst2)) $(addprefix --golden ,$(wildcard ../shared/golden))
 gpu-check:
-	$(PYTHON) -m bbt_accel.benchmarks.gpu_check -o gpu-check
+	$(PYTHON) -m bbt_accel.benchmarks.gpu_check -o gpu-check $(GPU_OPTIONS)
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -82,6 +83,21 @@ class SealedManifest(Manifest):
         """Set `facts`, and write the file."""
         self.facts = facts_digest(self.model_dump_json().encode())
         file.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def check_seal(self, file: Path, error: type[BbtError], again: str) -> None:
+        """Raises `error` where the file has been changed since it was sealed. again: what to do then."""
+        if facts_digest(file.read_bytes()) != self.facts:
+            raise error(f"{file} has been changed by hand (sha256); {again}")
+
+
+def check_files(folder: Path, digests: Mapping[str, str], what: str, error: type[BbtError], again: str) -> None:
+    """Raises `error` for a file that is missing or has changed. digests: name → sha256. again: what to do then."""
+    for name, wanted in digests.items():
+        file = folder / name
+        if not file.is_file():
+            raise error(f"{folder} lacks {name}; {again}")
+        if sha256(file) != wanted:
+            raise error(f"{file} has changed since the {what} was written (sha256); {again}")
 
 
 class BundleInfo(SealedManifest):
@@ -175,19 +191,13 @@ class Bundle:
         """
         file, make = Path(path) / "bundle.json", "create one with bbt-accel export"
         bundle = cls(Path(path), BundleInfo.read(file, "bundle", BundleError, make, "export it again"))
-        if facts_digest(file.read_bytes()) != bundle.info.facts:
-            raise BundleError(f"{file} has been changed by hand (sha256); export the bundle again")
+        bundle.info.check_seal(file, BundleError, "export the bundle again")
         if verify:
             bundle.verify()
         return bundle
 
     def verify(self) -> None:
-        for name, wanted in self.info.sha256.items():
-            file = self.path / name
-            if not file.is_file():
-                raise BundleError(f"{self.path} lacks {name}; export it again")
-            if sha256(file) != wanted:
-                raise BundleError(f"{file} has changed since the bundle was written (sha256); export it again")
+        check_files(self.path, self.info.sha256, "bundle", BundleError, "export it again")
 
     def require(self, method: Method) -> None:
         """Raises BundleError if the bundle was exported for the other method."""

@@ -11,8 +11,9 @@ from filelock import FileLock
 
 import bbt_accel
 from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode
-from bbt_accel.doctor import diagnose
+from bbt_accel.doctor import RULES, diagnose, label
 from bbt_accel.engine_specs import Device, Precision, engine_spec, local_engine
+from bbt_accel.errors import UsageError
 from bbt_accel.files import fingerprint
 from bbt_accel.progress import Tell, silent
 
@@ -35,7 +36,8 @@ class Choice(NamedTuple):
 
 
 def choose(engine: str = "auto", precision: PrecisionChoice = "auto") -> Choice:
-    """What is given, and for `auto` what doctor recommends: fp32 for a named engine that it does not recommend.
+    """What is given, and for `auto` what doctor recommends: fp32 for a named engine that it does not recommend, the
+    fastest engine for a named precision.
 
     Raises UsageError for an engine that does not run in that precision, or that needs a server.
     """
@@ -47,13 +49,20 @@ def choose(engine: str = "auto", precision: PrecisionChoice = "auto") -> Choice:
 
 
 def _choose(engine: str, precision: PrecisionChoice) -> Choice:
-    if engine != "auto" and precision != "auto":
-        return Choice(engine, engine_spec(engine).device("cpu"), precision, "as given")
-    best = diagnose()["recommended"]
-    if engine not in ("auto", best["engine"]):
+    found = diagnose()
+    best, states = found["recommended"], found["engines"]
+    if engine in ("auto", best["engine"]) and precision in ("auto", best["precision"]):
+        return Choice(best["engine"], best["device"], best["precision"], best["reason"].split(";")[0])
+    if precision == "auto":
         return Choice(engine, engine_spec(engine).device("cpu"), "fp32", "exact; name --precision for another")
-    found = Choice(best["engine"], best["device"], best["precision"], best["reason"].split(";")[0])
-    return found if precision == "auto" else found._replace(precision=precision, reason="as given")
+    for rule in RULES:  # a GPU where the precision is one for GPUs
+        for name in rule.engines if engine == "auto" else {engine} & {*rule.engines}:
+            runs = states[label(name, rule.device)]["runs"] and precision in engine_spec(name).precisions
+            if runs and (rule.device == "cpu" or rule.precision == precision):
+                return Choice(name, rule.device, precision, "as given")
+    if engine == "auto":
+        raise UsageError(f"no engine of this machine runs in {precision}; see bbt-accel doctor")
+    return Choice(engine, engine_spec(engine).device("cpu"), precision, "as given")
 
 
 def prepared_bundle(
@@ -63,8 +72,9 @@ def prepared_bundle(
     n_prompt_tokens: int,
     progress: Tell = silent,
     prompt_mode: PromptMode = "add",
+    threads: int | None = None,
 ) -> Bundle:
-    """The bundle of a backbone for an engine and a precision, from the cache or made now.
+    """The bundle of a backbone for an engine and a precision, from the cache or made now, on so many CPU threads.
 
     A process that makes one keeps others that want the same waiting. Raises what `export_bundle` and `optimize_bundle`
     raise.
@@ -85,7 +95,7 @@ def prepared_bundle(
                 progress=progress,
             )  # fmt: skip
         if not wanted.exists():
-            optimize_bundle(exported, wanted, target=target, precision=precision, progress=progress)
+            optimize_bundle(exported, wanted, target=target, precision=precision, threads=threads, progress=progress)
     return Bundle.read(wanted)
 
 

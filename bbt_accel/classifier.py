@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -53,6 +54,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     >>> clf = PromptClassifier("demo", budget=300).fit(texts, labels)
     >>> clf.predict(["The striker scored twice in the final"])
     """
+
+    _classifier: Classifier
+    _close: weakref.finalize[[], Self]
+    """Closes the engine, with the estimator at the latest."""
 
     def __init__(
         self,
@@ -135,7 +140,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return settings
 
     def _prepared(self, choice: Choice) -> Bundle:
-        return prepared_bundle(self.backbone, choice, self.method, self.n_prompt_tokens, prompt_mode=self.prompt_mode)
+        return prepared_bundle(
+            self.backbone, choice, self.method, self.n_prompt_tokens, prompt_mode=self.prompt_mode, threads=self.threads
+        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -212,11 +219,20 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise PackageError(f"{why}, and {again}; pass an exported one with bundle=") from None
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        bundle: str | Path | None = None,
+        engine: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+    ) -> Self:
         """From a folder that `save` or `tune` has written, or from hf://OWNER/NAME, which is downloaded.
 
+        bundle, engine, device, threads: to predict elsewhere than where it was fitted, as in `predict`.
         Of a run, `classes_` are the names of its classes. Raises RunError for another folder, BundleError for a
-        damaged bundle, HubError.
+        damaged bundle, HubError; EngineError for a device that is not here.
         """
         path = fetched(path)
         saved = is_saved_classifier(path)
@@ -229,15 +245,20 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             found.classes_ = np.array(facts["classes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a saved PromptClassifier ({type(error).__name__})") from None
-        found.run_ = run
-        found._load(run.open_bundle())
+        found.run_, found.threads = run, threads or found.threads
+        found._load(run.open_bundle(bundle), engine, device)
         return found
 
-    def _load(self, bundle: Bundle) -> None:
+    def _load(self, bundle: Bundle, engine: str | None = None, device: str | None = None) -> None:
         where = self.run_.info.engine
-        name, without = ("ort", []) if where.remote else (where.name, where.without)
-        engine = load_engine(bundle, name, device=where.device, threads=self.threads, without=without)
-        self._classifier = Classifier(engine, self.run_)
+        name = engine or ("ort" if where.remote else where.name)
+        without = where.without if name == where.name else []
+        loaded = load_engine(bundle, name, device=device or where.device, threads=self.threads, without=without)
+        if hasattr(self, "_close"):
+            self._close()
+        self._close = weakref.finalize(self, loaded.close)
+        self._close.atexit = False
+        self._classifier = Classifier(loaded, self.run_)
 
     def __getstate__(self) -> dict[str, Any]:
         if hasattr(self, "run_"):

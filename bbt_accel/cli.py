@@ -218,6 +218,8 @@ def package(
     run = options.pop("run", None)
     if run is not None and not check:
         raise UsageError("--run is for --check; a run to package is the argument")
+    if check and (own := [name for name in options if name not in ("threads", "bundle")]):
+        raise UsageError(f"--{own[0].replace('_', '-')} is for packaging; a package has its own")
     with progress_bar(f"{'checking' if check else 'packaging'} {path}") as tell:
         if output is None:
             info = check_package(path, options.get("threads"), tell, run, options.get("bundle"))

@@ -90,7 +90,7 @@ def load_held_out(task: Task, data: Path | None, settings: Settings) -> list[Row
     return rest
 
 
-def has_test_rows(task: Task, data: Path | None, settings: Settings) -> bool:
+def has_test_rows(data: Path | None, settings: Settings) -> bool:
     """Whether a run with these settings can be scored on test rows."""
     return settings.hold_out or data is None or has_test_file(data)
 

@@ -145,6 +145,12 @@ def _renameat2() -> Any:
     return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
 
 
+def require_new(path: Path) -> None:
+    """Raises BbtError where there is anything of this name."""
+    if os.path.lexists(path):
+        raise BbtError(f"{path} exists already; choose another -o or remove it")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends without an error.
@@ -160,9 +166,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def reserved_folder(path: Path) -> Iterator[Path]:
     """The same for a name that this process has `reserved`."""
     path = path.absolute()
-    exists = BbtError(f"{path} exists already; choose another -o or remove it")
-    if os.path.lexists(path):
-        raise exists
+    require_new(path)
     temporary = path.with_name(f".{path.name}.new")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -171,7 +175,8 @@ def reserved_folder(path: Path) -> Iterator[Path]:
         try:
             rename_new(temporary, path)
         except FileExistsError:
-            raise exists from None
+            require_new(path)
+            raise
     except OSError as error:
         problem = f"cannot write {path} ({error.strerror or error})"
         raise BbtError(f"{problem}; free some space or choose another -o") from error

@@ -108,12 +108,12 @@ def fit_file(
     class with one row; what `export_bundle`, `optimize_bundle`, `tune` and `evaluate` raise.
     """
     output = Path(output)
-    if os.path.lexists(output) and not overwrite and not (output / INFO).is_file():
+    if os.path.lexists(output) and not (output / INFO).is_file():
         raise RunError(f"{output} exists already and is no run; choose another -o")
     file, columns = Path(file), [text] if isinstance(text, str) else list(text)
     table = read_table(file)
     counts = check_table(table, file, columns, label)
-    k = k_shot or default_k_shot(min(counts.values()))
+    k = default_k_shot(min(counts.values())) if k_shot is None else k_shot
     chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
     if min(counts.values()) < 2 * k:
         raise DataError(f"class {min(counts, key=lambda c: counts[c])!r} has fewer than {2 * k} rows; lower --k-shot")
@@ -122,7 +122,7 @@ def fit_file(
     settings, choice = resolve(chosen), choose(engine, precision)
     settings.check_budget(method)
     with progress_bar(f"preparing {backbone}", progress) as tell:
-        bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell)
+        bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell, threads=threads)
     task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words)
     words = commands(file, output, backbone, bundle, choice, chosen, threads)
     plan = FitPlan(table, counts, choice, bundle, task, chosen, words)

@@ -90,7 +90,7 @@ def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]
         return load_few_shot(run.task, source, settings)[1]
     if settings.hold_out and (source is None or str(source) == own or searched_on(run, source)):
         return load_held_out(run.task, source, settings)
-    if str(source) == own and not has_test_rows(run.task, source, settings):
+    if str(source) == own and not has_test_rows(source, settings):
         raise DataError(f"{own} has no test rows; give some with --data, or tune with --hold-out")
     return load_rows(run.task, "test", source)
 

@@ -78,6 +78,8 @@ class Population:
             shape = shape[1:]
         found = candidates.shape if isinstance(candidates, Latent) else np.shape(candidates)
         _check_shape("prompts", found, ("P", *shape))
+        if not found[0]:
+            raise UsageError("a population needs at least one candidate")
         if isinstance(candidates, Latent):
             candidates = candidates if projects else candidates.project()
         else:

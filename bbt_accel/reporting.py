@@ -26,7 +26,7 @@ PALETTE = (BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000")  # Okabe a
 
 
 class Schema(BaseModel):
-    """Base of everything in a report: every field has a description, and no other field is allowed."""
+    """Base of reports and of options: every field has a description, and no other field is allowed."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

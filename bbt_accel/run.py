@@ -75,7 +75,7 @@ class EngineRecord(BaseModel, extra="forbid"):
 class DataRecord(BaseModel, extra="forbid"):
     """The few-shot rows."""
 
-    path: str | None = Field(description="The folder given as --data, absolute; None for the task's own data set.")
+    path: str | None = Field(description="What was given as --data, absolute; None for the task's own data set.")
     digest: str = Field(description="sha256 of the train rows, then the dev rows.")
     train_rows: int
     dev_rows: int

@@ -21,7 +21,7 @@ from bbt_accel.benchmarks.steps import SEED, Bundles, LoadArguments
 from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.data import Row, choose_demonstrations
 from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs, kind_of
+from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs, kind_of, local_engine
 from bbt_accel.errors import BbtError, EngineError, check_known
 from bbt_accel.machine import describe_machine, physical_cores
 from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
@@ -44,7 +44,7 @@ def run_bench(options: BenchOptions, output: str | Path, progress: bool = True) 
     `load_rows` raise, and EngineError when the original's forward itself fails.
     """
     for name in options.engines:
-        engine_spec(name)
+        local_engine(name, "bench")
     for name in options.precisions:
         check_known("precision", name, get_args(Precision))
     check_optimizations(options.without)

@@ -17,7 +17,7 @@ from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_conte
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, load_few_shot
 from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import engine_spec, local_engine
+from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError
 from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_folder, write_atomically
@@ -105,7 +105,7 @@ def _open(folder: Path, options: CompareOptions, resume: bool) -> None:
 def _pool(options: CompareOptions, ray: str | None) -> Pool:
     if ray is None:
         return ProcessPool(options.jobs, options.threads)
-    return RayPool(ray, options.jobs, options.threads, "cpu")
+    return RayPool(ray, options.jobs, options.threads, kind_of(engine_spec(options.engine).device("cpu")))
 
 
 def _jobs(

@@ -120,10 +120,11 @@ class GpuCheck:
 
     def replay_traces(self) -> None:
         """The losses that the original program recorded, where its traces are at hand."""
-        found = sorted(self.given.golden.glob("*.npz"))
+        found = [] if self.given.golden is None else sorted(self.given.golden.glob("*.npz"))
         traces = [trace for trace in found if not of_another_loss(trace)]
         if not traces:
-            self.report.left_out.append(f"traces of the original program: there are none in {self.given.golden}")
+            where = "--golden names no folder" if self.given.golden is None else f"{self.given.golden} has none"
+            self.report.left_out.append(f"traces of the original program: {where}")
         if others := [trace.stem for trace in found if trace not in traces]:
             self.report.left_out.append(f"traces of another loss than the cross entropy: {', '.join(others)}")
         self.expect(f"trace {trace.stem}" for trace in traces)
@@ -163,8 +164,7 @@ class GpuCheck:
         """The engines and the baselines on the workload, and a whole search with each engine."""
         given, folder = self.given, self.work / f"speed-{method}"
         folder.mkdir()
-        data = given.data if given.data.is_dir() else None
-        backbone, benchmark = given.backbone, None
+        backbone, data, benchmark = given.backbone, given.data, None
         asked = {name: getattr(given, name) for name in (*SIZES, "device")}
         engines = [spec.name for spec, precision in gpu_engines() if precision == TIMED]
         try:
@@ -202,7 +202,6 @@ def of_another_loss(trace: Path) -> bool:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    shared = Path(__file__).resolve().parents[2] / "shared"
     parser.add_argument("--device", type=check_device, default="cuda", help="cuda:N for another; cpu tries the script")
     parser.add_argument("--backbone", default="roberta-large", help="a shape of make_backbone, a folder, or demo")
     parser.add_argument(
@@ -214,8 +213,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-prompt-tokens", type=int, default=50, help="soft prompt vectors")
     parser.add_argument("--calls", type=int, default=8000, dest="budget", help="API calls of a whole search")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls per engine")
-    parser.add_argument("--data", type=Path, default=shared / "data" / "sst2", help="SST-2's folder")
-    parser.add_argument("--golden", type=Path, default=shared / "golden", help="recorded traces, if there are any")
+    parser.add_argument("--data", type=Path, help="folder of SST-2's rows, of the targets (default: the shipped rows)")
+    parser.add_argument("--golden", type=Path, help="folder of traces of the original program")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -37,7 +37,7 @@ from bbt_accel.errors import EngineError, UsageError
 from bbt_accel.inference_protocol import BACKBONE, CLASSIFIER, ROWS, TOKEN
 from bbt_accel.progress import StepProgress
 from bbt_accel.reporting import BLUE, GREY, ORANGE, figure, tidy
-from bbt_accel.run import INFO, Run
+from bbt_accel.run import Run, is_run
 from bbt_accel.tasks import load_task
 
 TIMEOUT = 120.0  # seconds that the server may take to load, and to answer
@@ -89,7 +89,7 @@ class LoadReport(Report):
 
 def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> LoadReport:
     """Raises UsageError; EngineError when the server does not start; what reading the bundle and the task raises."""
-    run = Run.read(given.path) if (given.path / INFO).is_file() else None
+    run = Run.read(given.path) if is_run(given.path) else None
     bundle = Bundle.read(given.path) if run is None else run.open_bundle()
     bundle.require("bbt")
     if min(given.clients) < 1:
@@ -186,7 +186,7 @@ def repeat(call: Callable[[], object], seconds: float) -> list[float]:
 
 def summary(request: str, durations: list[float], clients: int = 1, errors: int = 0, sent: int = 0) -> RequestTiming:
     counts = {"clients": clients, "requests": len(durations), "errors": errors}
-    rate, most = clients * len(durations) / sum(durations), 1000 * max(durations)
+    rate, most = (clients - errors) * len(durations) / sum(durations), 1000 * max(durations)
     timing = RequestTiming(request=request, **counts, per_second=rate, ms_max=most, kib_sent=sent / 2**10)
     timing.set_times([1000 * duration for duration in durations])
     return timing

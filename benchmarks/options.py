@@ -36,7 +36,9 @@ class BenchOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     backbone: str = Field(description=BACKBONE)
     task: str = Field(description="Built-in task, or path of a task.toml.")
-    data: Path | None = Field(default=None, description="Rows, as in tune (default: the task's dataset).")
+    data: Path | None = Field(
+        default=None, description="Folder with train and test rows (default: the task's dataset)."
+    )
     method: Method = Field(default="bbt", description=METHOD)
     prompt_mode: PromptMode = Field(default="add", description=PROMPT_MODE)
     n_prompt_tokens: PromptTokens = 50
@@ -139,4 +141,5 @@ def read_options(model: type[Options], given: dict[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        raise UsageError(f"{option}: {first['msg']}; got {first['input']!r}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{option}: {message}; got {first['input']!r}") from None

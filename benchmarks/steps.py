@@ -143,7 +143,9 @@ def timed_rows(task: Task, data: Path | None, k_shot: int, count: int | None = N
 
 
 def compared_rows(task: Task, data: Path | None, most: int) -> list[Row]:
-    """The test rows, or a random `most` of them where there are more."""
+    """The test rows, or a random `most` of them where there are more. Raises DataError."""
+    if data is not None and data.is_file():
+        raise DataError(f"{data} has no test rows; give a folder with a file for train and for test")
     rows = load_rows(task, "test", data)
     return _draw(rows, min(most, len(rows)))
 

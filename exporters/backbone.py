@@ -7,7 +7,7 @@ and every export validate the one against the other.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def broadcast_add(prompts: Tensor, hidden: Tensor) -> Tensor:
     return prompts + hidden
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A frozen language model with the prompt of one method and mode. Subclasses define how a family computes."""
 
     def __init__(self, model: nn.Module, info: BundleInfo) -> None:

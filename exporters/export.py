@@ -24,7 +24,7 @@ from bbt_accel.exporters.device import write_device_graphs
 from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
 from bbt_accel.exporters.family import FamilySpec
 from bbt_accel.exporters.validate import validate
-from bbt_accel.files import new_folder
+from bbt_accel.files import new_folder, require_new
 from bbt_accel.optimizations import check_optimizations, in_graph
 from bbt_accel.progress import Tell, silent
 from bbt_accel.tasks import load_task
@@ -45,7 +45,7 @@ def export_bundle(
     without: Collection[str] = (),
     progress: Tell = silent,
 ) -> Bundle:
-    """Export a hub id, a local folder or `demo` into a new bundle folder, and validate it.
+    """Export a hub id, a local folder, a .gguf file or `demo` into a new bundle folder, and validate it.
 
     prompt_init: a text that the prompt starts from, or a task's .toml file whose [prompt] init has it; its tokens
         determine n_prompt_tokens. In cat mode p0 is their embeddings; in add mode the prompt is added to them.
@@ -59,8 +59,7 @@ def export_bundle(
         raise UsageError(f"{others[0]} is not part of the graphs: switch it off where they run, in tune and bench")
     checkpoint = BACKBONE if str(backbone) == "demo" else backbone
     output = Path(output)
-    if output.exists():
-        raise UsageError(f"{output} exists already; choose another -o or remove it")
+    require_new(output)
     progress("loading the checkpoint", 0, 1)
     model, tokenizer = load_model(checkpoint, revision), load_tokenizer(checkpoint, revision)
     text, ids = initial_text(prompt_init, tokenizer)
@@ -186,7 +185,7 @@ def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTo
     return SpecialTokens(
         begin=begin,
         end=token(family.end)[1],
-        pad=next(p for p in pads if isinstance(p, int) and p < config.vocab_size),
+        pad=next(p for p in pads if isinstance(p, int) and 0 <= p < config.vocab_size),  # some say -1
         mask=mask,
         mask_text=mask_text,
         decoder_start=config.decoder_start_token_id if family.architecture == "encoder-decoder" else None,

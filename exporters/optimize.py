@@ -36,7 +36,7 @@ from bbt_accel.exporters.int8 import (
 from bbt_accel.exporters.sessions import limited_threads
 from bbt_accel.exporters.targets import Converted, OptimizeJob, Report, Target
 from bbt_accel.exporters.validate import fidelity, relative_rmse, scaled_error
-from bbt_accel.files import new_folder
+from bbt_accel.files import new_folder, require_new
 from bbt_accel.machine import installed
 from bbt_accel.option_types import MAX_RMSE, check_threads
 from bbt_accel.progress import Tell, silent
@@ -101,11 +101,10 @@ def optimize_bundle(
 
 
 def check(source: Path, output: Path, precision: str, target: str, max_rmse: float) -> None:
-    """Raises UsageError for arguments that are wrong whatever the bundle."""
+    """Raises UsageError for arguments that are wrong whatever the bundle, BbtError for an output that exists."""
     if output.resolve() == source.resolve():
         raise UsageError(f"-o {output} is the bundle itself; optimize writes a new one")
-    if output.exists():
-        raise UsageError(f"{output} exists already; choose another -o or remove it")
+    require_new(output)
     known = targets()
     check_known("target", target, known)
     if precision not in known[target].optimized:

@@ -17,6 +17,7 @@ from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.benchmarks.script import Timed
 from bbt_accel.benchmarks.steps import (
     compare,
+    compared_rows,
     generation,
     load_batch,
     matrix_rates,
@@ -27,10 +28,12 @@ from bbt_accel.benchmarks.steps import (
     save_batch,
 )
 from bbt_accel.bundle import Bundle, write_info
+from bbt_accel.demo import DATA
 from bbt_accel.engine_specs import engine_spec, engine_specs
 from bbt_accel.engines.dummy import DummyEngine
-from bbt_accel.errors import UsageError
+from bbt_accel.errors import DataError, UsageError
 from bbt_accel.machine import describe_machine
+from bbt_accel.tasks import load_task
 
 TARGETS = np.array([0, 1, 2, 0] * 25)
 EAGER = np.eye(3, dtype=np.float32)[TARGETS]
@@ -118,12 +121,18 @@ def test_pairs_that_do_not_exist_are_rows_only_if_both_were_asked_for(
     assert (row.status, row.reason) == ("failed", "torch runs in fp32, bf16, fp16")
 
 
+def test_a_single_file_has_no_rows_to_compare_on() -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl has no test rows; give a folder"):
+        compared_rows(load_task("demo"), DATA / "train.jsonl", 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"engines": ["openvin"]}, "did you mean openvino"),
         ({"precisions": ["fp23"]}, "did you mean fp32"),
         ({"without": ["bucket"]}, "did you mean buckets"),
+        ({"engines": ["remote"]}, "bench has no --url for the engine remote"),
     ],
 )
 def test_unknown_names(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

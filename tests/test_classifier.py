@@ -21,7 +21,7 @@ from sklearn.preprocessing import FunctionTransformer
 from bbt_accel import Callback, PromptClassifier
 from bbt_accel.classifier import as_labels, as_rows
 from bbt_accel.demo import DATA
-from bbt_accel.errors import BbtError, DataError, PackageError, RunError
+from bbt_accel.errors import BbtError, DataError, EngineError, PackageError, RunError
 from bbt_accel.packaging.package import check_package
 from bbt_accel.run import Run
 
@@ -65,6 +65,11 @@ def test_a_saved_classifier_holds_everything(
     np.testing.assert_array_equal(again.predict_proba(rows[0][:5]), fitted.predict_proba(rows[0][:5]))
     assert again.get_params() == fitted.get_params()
     assert again.run_.history == fitted.run_.history
+    elsewhere = PromptClassifier.load(moved, engine="ort", device="cpu", threads=2)
+    np.testing.assert_allclose(elsewhere.predict_proba(rows[0][:5]), fitted.predict_proba(rows[0][:5]), atol=1e-5)
+    assert elsewhere.threads == 2
+    with pytest.raises(EngineError, match="was made for ort, engine openvino reads"):
+        PromptClassifier.load(moved, engine="openvino")
     with pytest.raises(RunError, match="not a saved PromptClassifier"):
         PromptClassifier.load(tmp_path)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bbt_accel import doctor
+from bbt_accel import bundle_cache, doctor
+from bbt_accel.errors import UsageError
 from bbt_accel.machine import Machine, dependencies, describe_machine
 
 NOTHING = dict.fromkeys(doctor.versions())
@@ -123,3 +124,39 @@ def test_packages_that_do_not_fit_each_other() -> None:
     assert not [*doctor.misfits(NOTHING | {"onnxruntime-gpu": "1.31.1"}, [], ["X"])]
     [problem] = doctor.misfits(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
     assert "bbt-accel[gpu]" in problem
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "gpu", "wanted"),
+    [
+        ("auto", "auto", False, ("openvino", "cpu", "int8")),
+        ("auto", "fp16", False, ("ort", "cpu", "fp16")),
+        ("ort", "auto", False, ("ort", "cpu", "fp32")),
+        ("torch", "bf16", False, ("torch", "cpu", "bf16")),
+        ("auto", "auto", True, ("ort", "cuda", "fp16")),
+        ("auto", "int8", True, ("openvino", "cpu", "int8")),
+        ("ort", "fp16", True, ("ort", "cuda", "fp16")),
+        ("ort", "int8", True, ("ort", "cpu", "int8")),
+    ],
+)
+def test_a_fit_runs_on_the_fastest_engine_of_what_is_given(
+    monkeypatch: pytest.MonkeyPatch, engine: str, precision: Any, gpu: bool, wanted: tuple[str, str, str]
+) -> None:
+    found = CPU | ({"onnxruntime": None, "onnxruntime-gpu": "1.32"} if gpu else {})
+    gpus, machine = (
+        ["X"] if gpu else [],
+        Machine(system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gb=None, gpus=["X"] if gpu else []),
+    )
+    states = doctor.engines(NOTHING | found, gpus)
+    diagnosis = {"recommended": doctor.recommend(machine, states), "engines": states}
+    monkeypatch.setattr(bundle_cache, "diagnose", lambda: diagnosis)
+    assert bundle_cache.choose(engine, precision)[:3] == wanted
+
+
+def test_a_precision_that_no_engine_here_runs_in_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = doctor.engines(NOTHING, [])
+    monkeypatch.setattr(
+        bundle_cache, "diagnose", lambda: {"recommended": {"engine": "ort", "precision": "fp32"}, "engines": states}
+    )
+    with pytest.raises(UsageError, match="no engine of this machine runs in int4; see bbt-accel doctor"):
+        bundle_cache.choose("auto", "int4")

@@ -248,6 +248,13 @@ def test_prompts_of_another_shape_are_wrong_usage(
 
 
 @pytest.mark.parametrize("name", [*REAL, "dummy"])
+def test_a_population_without_candidates_is_wrong_usage(bundle: Bundle, loaded: Load, name: str) -> None:
+    with loaded(bundle, name).bind(rows()) as bound:
+        message = one_line(lambda: bound.label_logits(np.zeros((0, 3, 16), np.float32)), UsageError)
+    assert "at least one candidate" in message
+
+
+@pytest.mark.parametrize("name", [*REAL, "dummy"])
 @pytest.mark.parametrize(
     ("fixed", "layer", "candidates", "says"),
     [

@@ -340,7 +340,7 @@ def test_the_script_runs_with_the_cpu_as_its_device(
     monkeypatch.setattr(gpu_check, "VARIANTS", (("bbtv2", "add"),))
     make_backbone("tiny-bert", tmp_path / "bert")
     words = f"--device cpu --backbone {tmp_path / 'bert'} --families gpt2 --methods bbt --popsize 4 --k-shot 1"
-    words += f" --n-prompt-tokens 5 --calls 8 --repeats 1 --golden {tmp_path / 'none'} --data {tmp_path / 'none'}"
+    words += f" --n-prompt-tokens 5 --calls 8 --repeats 1 --golden {tmp_path / 'none'}"
     output = tmp_path / "report"
     assert gpu_check.main([*words.split(), "-o", str(output)]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"FAILED; the report is in {output}"

@@ -29,7 +29,7 @@ from bbt_accel.demo import BACKBONE, DATA
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import Backend, EngineSpec, Precision
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BundleError, ExportError, UsageError
+from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
 from bbt_accel.exporters import graph, openvino_ir, optimize
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.convert import convert_checkpoint
@@ -322,7 +322,7 @@ def test_refuses_to_write_over_its_input_or_anything_else(tiny: Tiny, tmp_path: 
     with pytest.raises(UsageError, match="is the bundle itself"):
         optimize_bundle(source, source)
     (tmp_path / "other").mkdir()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(BbtError, match="exists already"):
         optimize_bundle(source, tmp_path / "other")
     Bundle.read(source)
 

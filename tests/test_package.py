@@ -497,11 +497,21 @@ def test_the_command_takes_an_output_or_check(arguments: list[str], capsys: pyte
     assert "give -o DIR to package a run, or --check" in capsys.readouterr().err
 
 
-def test_a_run_is_named_for_the_check_alone(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["run", "-o", "x", "--run", "y"], "--run is for --check"),
+        (["x", "--check", "--max-rows", "3"], "--max-rows is for packaging; a package has its own"),
+        (["x", "--check", "--int8"], "--int8 is for packaging"),
+    ],
+)
+def test_options_of_packaging_and_of_the_check_are_not_mixed(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["package", "run", "-o", "x", "--run", "y"])
+        main(["package", *arguments])
     assert ended.value.code == 2
-    assert "--run is for --check" in capsys.readouterr().err
+    assert complaint in capsys.readouterr().err
 
 
 # Rows and names ----------------------------------------------------------------------------------------------

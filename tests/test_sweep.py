@@ -215,6 +215,7 @@ def test_options_override_the_toml_file(toy: dict[str, Any], tmp_path: Path) -> 
         ({"engines": ["remote"]}, "sweep has no --url for the engine remote; use tune and evaluate"),
         ({"settings": {"budgett": 3}}, "did you mean budget"),
         ({"settings": {"seed": 3}}, "a sweep takes no setting 'seed'"),
+        ({"settings": {"hold_out": True}, "cross_evaluate": True}, "--cross-evaluate scores on test rows"),
         ({"settings": {"readout": "verbalizer", "budget": 3}}, "budget 3 is too small"),
         ({"tasks": ["sst"]}, "did you mean sst2"),
         ({"bundles": ["nowhere"]}, "nowhere is not a bundle"),
@@ -227,6 +228,11 @@ def test_an_invalid_sweep_is_refused_before_anything_runs(
         sweep(tmp_path / "sweep", {**toy, **change})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_trial_on_ray_has_a_gpu_of_its_own(toy: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--device cuda:1: a trial on Ray gets a GPU of its own; use --device cuda"):
+        sweep(tmp_path / "sweep", {**toy, "device": "cuda:1"}, ray="local")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

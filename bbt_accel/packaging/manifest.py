@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from bbt_accel.bundle import Architecture, SealedManifest, TemplateGroup, facts_digest
+from bbt_accel.bundle import Architecture, SealedManifest, TemplateGroup, check_files
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import PackageError
 from bbt_accel.files import sha256
@@ -101,14 +101,8 @@ def read_info(folder: Path) -> PackageInfo:
     """Read bbt_accel.json; check its own sha256 and every file's, and that there are no others. Raises PackageError."""
     make, again = "make one with bbt-accel package", "package the run again"
     info = PackageInfo.read(folder / INFO, "package", PackageError, make, again)
-    if facts_digest((folder / INFO).read_bytes()) != info.facts:
-        raise PackageError(f"{folder / INFO} has been changed by hand (sha256); {again}")
+    info.check_seal(folder / INFO, PackageError, again)
     if added := [name for name in files_of(folder) if name not in info.sha256]:
         raise PackageError(f"{folder / added[0]} was added since the package was written; remove it, or {again}")
-    for name, wanted in info.sha256.items():
-        file = folder / name
-        if not file.is_file():
-            raise PackageError(f"{folder} lacks {name}; {again}")
-        if sha256(file) != wanted:
-            raise PackageError(f"{file} has changed since the package was written (sha256); {again}")
+    check_files(folder, info.sha256, "package", PackageError, again)
     return info

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from bbt_accel.errors import DataError, PackageError, check_known
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.files import new_folder, sha256
 from bbt_accel.inference import class_scores, scores_before
+from bbt_accel.machine import installed
 from bbt_accel.objective import Objective
 from bbt_accel.packaging import manifest
 from bbt_accel.packaging.card import model_card
@@ -174,7 +174,7 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         yield bundle, optimize_bundle(
             bundle.path, Path(place) / "int8", precision="int8", target=form.engine, progress=progress,
-            calibrate=str(run.path) if has_rows(run) else None,
+            calibrate=str(run.path) if has_rows(run) else None, threads=options.threads,
         )  # fmt: skip
 
 
@@ -238,13 +238,7 @@ def score_of(run: Run, engine: Engine, encoder: Encoder, test: list[Row], scores
 
 
 def versions() -> dict[str, str]:
-    found = {"bbt-accel": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"bbt-accel": __version__} | {name: found for name in LIBRARIES if (found := installed(name))}
 
 
 def command(run: str | Path, output: Path, options: Options) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bbt_accel.engine_specs import engine_spec, kind_of
+from bbt_accel.engine_specs import engine_spec, index_of, kind_of
 from bbt_accel.errors import BbtError, RunError, UsageError, check_known
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
@@ -52,6 +52,8 @@ def run_sweep(
     folder = Path(output).absolute()
     with reserved(folder):
         sweep = read_sweep(_source(folder, config, preset, resume), given or {}).absolute()
+        if ray is not None and index_of(sweep.device):
+            raise UsageError(f"--device {sweep.device}: a trial on Ray gets a GPU of its own; use --device cuda")
         trials = sweep.trials()
         on_gpu = any(kind_of(engine_spec(name).device(sweep.device)) == "cuda" for name in sweep.engines)
         with closing(_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:

@@ -29,7 +29,7 @@ from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.callbacks import Callback, Callbacks, tracker
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.readouts import ReadoutSearch
-from bbt_accel.tuning.search import search
+from bbt_accel.tuning.search import SearchOutcome, search
 from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
 from bbt_accel.tuning.workspace import Workspace
 
@@ -178,7 +178,7 @@ def _prepare(
     rows = encoder.encode([*train, *dev])
     wide = np.concatenate([encoder.label_token_ids, encoder.feature_token_ids(settings.seed)])
     batches = encoder.encode(train), encoder.encode(dev), replace(rows, label_token_ids=wide)
-    notes = [] if has_test_rows(task, folder, settings) else [NO_TEST_ROWS.format(folder)]
+    notes = [] if has_test_rows(folder, settings) else [NO_TEST_ROWS.format(folder)]
     notes += [
         f"label word {word!r} has several tokens, of which the first, {piece!r}, is read; a word of one says more"
         for word, piece in encoder.partial_words.items()
@@ -196,6 +196,18 @@ def _run(
     progress: bool,
 ) -> Run:
     """Load the engine, search in the workspace, and complete the run."""
+    with Callbacks(told) as callbacks:
+        run, outcome = _search(job, info, workspace, resume, ray, callbacks, progress)
+        callbacks.end(run)
+    if outcome.interrupted:
+        again = "tune --resume, or the same fit again, continues the search"
+        _say(f"interrupted; {run.path} holds the best prompt so far; {again}", progress)
+    return run
+
+
+def _search(
+    job: Job, info: RunInfo, workspace: Workspace, resume: bool, ray: str | None, callbacks: Callbacks, progress: bool
+) -> tuple[Run, SearchOutcome]:
     settings, bundle = job.settings, job.bundle
     calls = settings.generations(bundle.info.method, bundle.info.n_layers) * settings.popsize + settings.fitted
     with ExitStack() as stack:
@@ -203,7 +215,6 @@ def _run(
         info.engine.versions = evaluator.versions()
         history = stack.enter_context(workspace.open(info, resume))
         bar = stack.enter_context(SearchProgress(calls, progress))
-        callbacks = stack.enter_context(Callbacks(told))
         callbacks.start(info, workspace.folder)
 
         def observe(generation: Generation) -> None:
@@ -222,12 +233,7 @@ def _run(
             info.baselines = baselines(job, evaluator.dev_logits(start))
             outcome = search(evaluator, bundle, settings, history, observe)
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
-    run = workspace.finish(info, *found, lambda line: _say(line, progress))
-    callbacks.end(run)
-    if outcome.interrupted:
-        again = "tune --resume, or the same fit again, continues the search"
-        _say(f"interrupted; {run.path} holds the best prompt so far; {again}", progress)
-    return run
+    return workspace.finish(info, *found, lambda line: _say(line, progress)), outcome
 
 
 def baselines(job: Job, label_logits: Float32) -> Baselines:

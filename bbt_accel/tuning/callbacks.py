@@ -37,7 +37,7 @@ class Callback:
         """With the complete run, also after Ctrl-C; not after an error."""
 
     def close(self) -> None:
-        """When the search has ended, before the run is complete; also after an error."""
+        """At last: after `on_end`, or after an error."""
 
 
 class Callbacks:
@@ -155,10 +155,11 @@ class MLflow(Callback):
         self._log(results(run), run.info.calls)
         self._client.log_artifacts(self._run, str(run.path))
         self._client.set_terminated(self._run, "FINISHED" if run.info.status == "done" else "KILLED")
+        self._run = ""
 
     def close(self) -> None:
         if self._run:
-            self._client.set_terminated(self._run, "FAILED")  # unless `on_end` follows
+            self._client.set_terminated(self._run, "FAILED")
 
     def _log(self, values: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
@@ -172,12 +173,13 @@ class RunLogger(Callback):
     """
 
     def __init__(self, library: Any) -> None:
-        self._library = library
+        self._library, self._started = library, False
 
     def on_start(self, info: RunInfo, folder: Path) -> None:
         project = f"bbt-accel-{info.task.name}"
         with redirect_stdout(sys.stderr):  # standard output is for results
             self._library.init(project=project, name=run_name(folder), config=parameters(info))
+        self._started = True
 
     def on_generation(self, generation: Generation) -> None:
         self._library.log(scalars(generation), step=generation.calls)
@@ -185,7 +187,11 @@ class RunLogger(Callback):
     def on_end(self, run: Run) -> None:
         with redirect_stdout(sys.stderr):
             self._library.log(results(run), step=run.info.calls)
-            self._library.finish()
+
+    def close(self) -> None:
+        if self._started:
+            with redirect_stdout(sys.stderr):
+                self._library.finish()
 
 
 def _wandb() -> Callback:
