@@ -12,16 +12,16 @@ from bbt_accel.errors import NonFiniteLoss, UsageError, check_known
 from bbt_accel.settings import Loss, Metric
 
 MARGIN = 2.0  # of the hinge loss, as in the original
-STATISTICS = ("ce", "hinge", "correct", "true_positives", "positives")
+COLUMNS = ("ce", "hinge", "correct", "true_positives", "positives")
 """Columns of the batch statistics: sums over the rows of the cross entropy, of the hinge loss, of correct predictions,
 of those of class 1, and of all predictions of class 1."""
 
 
 def batch_statistics(logits: Float32 | Float64, targets: Int64) -> Float64:
-    """The sums from which every loss and metric follows, for each candidate: float64 (P, 5), columns `STATISTICS`.
+    """The sums from which every loss and metric follows, for each candidate: float64 (P, 5), columns `COLUMNS`.
 
     logits: float32 (P, N, C); targets: int64 (N,). The losses of a candidate with a NaN or infinite logit are NaN.
-    Statistics of several batches add up. `exporters.device.batch_statistics` is the same in fp32: a graph, unchecked.
+    Statistics of several batches add up. `exporters.device_graphs.batch_statistics` is the same in fp32, unchecked.
     Raises UsageError for other shapes, and for a target that is not a class.
     """
     x = np.asarray(logits, dtype=np.float64)
@@ -104,7 +104,7 @@ class Objective:
                 f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite)"
             )
             raise NonFiniteLoss(f"{problem}; use an fp32 bundle, or a smaller --sigma or --alpha")
-        sums = dict(zip(STATISTICS, found.T, strict=True))
+        sums = dict(zip(COLUMNS, found.T, strict=True))
         if self.metric == "accuracy":
             metrics = sums["correct"] / len(targets)
         else:

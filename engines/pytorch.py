@@ -18,7 +18,7 @@ from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens, failing
 from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError
-from bbt_accel.exporters.device import batch_statistics
+from bbt_accel.exporters.device_graphs import batch_statistics
 from bbt_accel.exporters.families import DTYPES, family_of, load_model
 from bbt_accel.exporters.reference import Reference
 from bbt_accel.optimizations import in_graph

@@ -19,8 +19,7 @@ from bbt_accel.bundle import PROJECT, STATES, STATISTICS
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.errors import EngineError, UsageError
-from bbt_accel.objective import STATISTICS as COLUMNS
-from bbt_accel.objective import check_targets
+from bbt_accel.objective import COLUMNS, check_targets
 from bbt_accel.optimizations import in_graph
 from bbt_accel.population import Latent, LayerPrompts, Population
 from bbt_accel.projection import Projection

@@ -38,13 +38,13 @@ CONTEXT = ("context", "context_mask")
 class Segment:
     """Consecutive tokens of a row.
 
-    position: (T,). mask: (1 or N, T), 1 for a token. turns: `CausalBackbone.turns` of the positions.
+    position: (T,). mask: (1 or N, T), 1 for a token. angles: `CausalBackbone.angles` of the positions.
     bias: (1 or B, 1, T, K), what is added to their attention scores over this segment and all before.
     """
 
     position: Tensor
     mask: Tensor
-    turns: Any
+    angles: Any
     bias: Tensor
 
 
@@ -64,16 +64,16 @@ class CausalBackbone(Backbone):
 
     # What a family defines -----------------------------------------------------------------------------------
 
-    def place(self, x: Tensor, position: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, position: Tensor) -> Tensor:
         """(B, T, H) → (B, T, H): position embeddings, where a family has them; position: (T,)."""
         return x
 
-    def turns(self, position: Tensor, dtype: torch.dtype) -> Any:
+    def angles(self, position: Tensor, dtype: torch.dtype) -> Any:
         """What `project` needs of the positions, (T,) or (B, 1), in all blocks: the angles of rotary embeddings."""
         return None
 
     @abstractmethod
-    def project(self, i: int, x: Tensor, turns: Any) -> tuple[Tensor, Tensor]:
+    def project(self, i: int, x: Tensor, angles: Any) -> tuple[Tensor, Tensor]:
         """Block i up to its attention: queries (B, T, heads · D), and keys beside values (B, T, 2 · key heads · D)."""
 
     @abstractmethod
@@ -116,12 +116,12 @@ class CausalBackbone(Backbone):
         """
         length = context_ids.shape[0]
         position = torch.arange(length, device=context_ids.device)
-        x = self.place(self.tokens(context_ids[None]), position)
+        x = self.add_positions(self.tokens(context_ids[None]), position)
         bias = padding_bias((context_mask > 0)[None]) + causal_bias(length, length, x.device)
-        turns = self.turns(position, x.dtype)
+        angles = self.angles(position, x.dtype)
         entering, known = [], []
         for i in range(self.layers):
-            query, own = self.project(i, x, turns)
+            query, own = self.project(i, x, angles)
             entering.append(x)
             known.append(own)
             if i < self.layers - 1:
@@ -136,14 +136,14 @@ class CausalBackbone(Backbone):
         tokens = self.tokens(input_ids)
         prefix, text = self.segments(attention_mask, context_mask, tokens.dtype)
         if not self.cached:
-            x = self.place(self.join(prompts, tokens), text.position)
+            x = self.add_positions(self.join(prompts, tokens), text.position)
             return self.finish_row(p, None, x, prefix, text, context, readout, label_token_ids)
         front = prompts if self.cat else prompts + tokens[:1, : self.n]
-        front = self.place(front, prefix.position)
-        rows = self.place(tokens if self.cat else tokens[:, self.n :], text.position)
+        front = self.add_positions(front, prefix.position)
+        rows = self.add_positions(tokens if self.cat else tokens[:, self.n :], text.position)
         first = None
         if "shared-first" not in self.without:
-            query, own = self.project(0, rows, text.turns)
+            query, own = self.project(0, rows, text.angles)
             first = each(p, query), each(p, own)
         return self.finish_row(p, front, each(p, rows), prefix, text, context, readout, label_token_ids, first)
 
@@ -168,7 +168,7 @@ class CausalBackbone(Backbone):
 
     def embed(self, input_ids: Tensor, context_mask: Tensor) -> Inputs:  # type: ignore[override]
         begin, tokens = (context_mask >= 0).sum(), self.tokens(input_ids)
-        x = self.place(tokens, begin + torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.add_positions(tokens, begin + torch.arange(tokens.shape[1], device=tokens.device))
         return {"prefix": x[:1, : self.n], "hidden": x[None, :, self.n :]} if self.cached else {"hidden": x[None]}
 
     def enter_layer(self, prompts: Tensor, state: Inputs) -> tuple[Tensor | None, Tensor]:
@@ -218,7 +218,7 @@ class CausalBackbone(Backbone):
             length = mask.shape[1]
             bias = padding_bias(attended) + causal_bias(length, attended.shape[1], mask.device)
             position = start + torch.arange(length, device=mask.device)
-            return Segment(position, mask, self.turns(position, dtype), bias)
+            return Segment(position, mask, self.angles(position, dtype), bias)
 
         return segment(begin, front, known), segment(begin + n, text, seen)
 
@@ -232,17 +232,17 @@ class CausalBackbone(Backbone):
         """
         known = context[i][None]
         if front is not None:
-            query, own = self.project(i, front, prefix.turns)
+            query, own = self.project(i, front, prefix.angles)
             known = torch.cat([known.expand(front.shape[0], -1, -1), own], dim=1)
             if i < self.layers - 1:
                 front = self.mix(i, front, self.attend(i, query, known, prefix.bias))
-        query, own = self.project(i, x, text.turns) if projected is None else projected
+        query, own = self.project(i, x, text.angles) if projected is None else projected
         rows = x.shape[0] // known.shape[0]
         known = torch.cat([known[:, None].expand(-1, rows, -1, -1).flatten(0, 1), own], dim=1)
         bias = rows_at(text.bias, position)
         if position is not None:
             x = at(x, position)
-            query, _ = self.project(i, x, self.turns(text.position.index_select(0, position)[:, None], x.dtype))
+            query, _ = self.project(i, x, self.angles(text.position.index_select(0, position)[:, None], x.dtype))
         return front, self.mix(i, x, self.attend(i, query, known, bias))
 
     def attend(self, i: int, query: Tensor, known: Tensor, bias: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, first_line, translated
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.checkpoint import license_of
-from bbt_accel.exporters.device import write_device_graphs
+from bbt_accel.exporters.device_graphs import write_device_graphs
 from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
 from bbt_accel.exporters.family import FamilySpec
 from bbt_accel.exporters.validate import validate

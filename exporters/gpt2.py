@@ -16,10 +16,10 @@ class GPT2Backbone(CausalBackbone):
     def tokens(self, input_ids: Tensor) -> Tensor:
         return self.model.transformer.wte(input_ids)
 
-    def place(self, x: Tensor, position: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, position: Tensor) -> Tensor:
         return x + self.model.transformer.wpe(position)
 
-    def project(self, i: int, x: Tensor, turns: None) -> tuple[Tensor, Tensor]:
+    def project(self, i: int, x: Tensor, angles: None) -> tuple[Tensor, Tensor]:
         layer = self.model.transformer.h[i]
         projected, size = linear(layer.attn.c_attn, layer.ln_1(x)), layer.attn.embed_dim
         return projected[..., :size], projected[..., size:]

@@ -23,15 +23,15 @@ class GPTNeoXBackbone(CausalBackbone):
     def tokens(self, input_ids: Tensor) -> Tensor:
         return self.model.gpt_neox.embed_in(input_ids)
 
-    def turns(self, position: Tensor, dtype: torch.dtype) -> Any:
+    def angles(self, position: Tensor, dtype: torch.dtype) -> Any:
         return angles(self.model.gpt_neox.rotary_emb, position, dtype)
 
-    def project(self, i: int, x: Tensor, turns: Any) -> tuple[Tensor, Tensor]:
+    def project(self, i: int, x: Tensor, angles: Any) -> tuple[Tensor, Tensor]:
         layer = self.layer(i)
         size = layer.attention.head_size
         projected = layer.attention.query_key_value(layer.input_layernorm(x)).unflatten(-1, (-1, 3, size))
         query, key, value = (part.flatten(2) for part in projected.unbind(-2))
-        return rotate(query, turns, size), torch.cat([rotate(key, turns, size), value], dim=-1)
+        return rotate(query, angles, size), torch.cat([rotate(key, angles, size), value], dim=-1)
 
     def scale(self, i: int) -> float:
         return float(self.layer(i).attention.scaling)

@@ -31,20 +31,20 @@ class LlamaBackbone(CausalBackbone):
     def scale(self, i: int) -> float:
         return float(self.layer(i).self_attn.scaling)
 
-    def turns(self, position: Tensor, dtype: torch.dtype) -> Any:
+    def angles(self, position: Tensor, dtype: torch.dtype) -> Any:
         return angles(self.model.model.rotary_emb, position, dtype)
 
-    def project(self, i: int, x: Tensor, turns: Any) -> tuple[Tensor, Tensor]:
+    def project(self, i: int, x: Tensor, angles: Any) -> tuple[Tensor, Tensor]:
         query, key, value = self.projected(i, self.layer(i).input_layernorm(x))
-        return self.turn(i, query, turns), torch.cat([self.turn(i, key, turns), value], dim=-1)
+        return self.rotate(i, query, angles), torch.cat([self.rotate(i, key, angles), value], dim=-1)
 
     def projected(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own = self.layer(i).self_attn
         return own.q_proj(x), own.k_proj(x), own.v_proj(x)
 
-    def turn(self, i: int, x: Tensor, turns: Any) -> Tensor:
+    def rotate(self, i: int, x: Tensor, angles: Any) -> Tensor:
         """Queries or keys of block i at their positions."""
-        return rotate(x, turns, self.layer(i).self_attn.head_dim)
+        return rotate(x, angles, self.layer(i).self_attn.head_dim)
 
     def mix(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
         layer = self.layer(i)
@@ -65,8 +65,8 @@ class LlamaBackbone(CausalBackbone):
 class SmolLM3Backbone(LlamaBackbone):
     """SmolLM3ForCausalLM: every fourth block has no positions."""
 
-    def turn(self, i: int, x: Tensor, turns: Any) -> Tensor:
-        return super().turn(i, x, turns) if self.layer(i).self_attn.use_rope else x
+    def rotate(self, i: int, x: Tensor, angles: Any) -> Tensor:
+        return super().rotate(i, x, angles) if self.layer(i).self_attn.use_rope else x
 
 
 class Qwen3Backbone(LlamaBackbone):
@@ -81,10 +81,10 @@ class Qwen3Backbone(LlamaBackbone):
 class Olmo2Backbone(LlamaBackbone):
     """Olmo2ForCausalLM: norms behind attention and feed-forward instead of in front, and of all queries and keys."""
 
-    def project(self, i: int, x: Tensor, turns: Any) -> tuple[Tensor, Tensor]:
+    def project(self, i: int, x: Tensor, angles: Any) -> tuple[Tensor, Tensor]:
         own = self.layer(i).self_attn
         query, key = own.q_norm(own.q_proj(x)), own.k_norm(own.k_proj(x))
-        return self.turn(i, query, turns), torch.cat([self.turn(i, key, turns), own.v_proj(x)], dim=-1)
+        return self.rotate(i, query, angles), torch.cat([self.rotate(i, key, angles), own.v_proj(x)], dim=-1)
 
     def mix(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
         layer = self.layer(i)
@@ -104,12 +104,12 @@ class Phi3Backbone(LlamaBackbone):
 class Gemma3Backbone(Qwen3Backbone):
     """Gemma3ForCausalLM: norms on both sides, scaled embeddings, and frequencies of its own for local blocks."""
 
-    def turns(self, position: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    def angles(self, position: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         rotary = self.model.model.rotary_emb
         return {kind: angles(rotary, position, dtype, kind) for kind in sorted(set(self.model.config.layer_types))}
 
-    def turn(self, i: int, x: Tensor, turns: Any) -> Tensor:
-        return super().turn(i, x, turns[self.layer(i).self_attn.layer_type])
+    def rotate(self, i: int, x: Tensor, angles: Any) -> Tensor:
+        return super().rotate(i, x, angles[self.layer(i).self_attn.layer_type])
 
     def mix(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
         layer = self.layer(i)
@@ -129,10 +129,10 @@ class EuroBertBackbone(Backbone):
 
     def block(self, i: int, x: Tensor, bias: Tensor, position: Tensor | None = None) -> Tensor:
         everywhere = torch.arange(x.shape[1], device=x.device)
-        query, known = self.llama.project(i, x, self.llama.turns(everywhere, x.dtype))
+        query, known = self.llama.project(i, x, self.llama.angles(everywhere, x.dtype))
         if position is not None:
             x = at(x, position)
-            query, _ = self.llama.project(i, x, self.llama.turns(position[:, None], x.dtype))
+            query, _ = self.llama.project(i, x, self.llama.angles(position[:, None], x.dtype))
         return self.llama.mix(i, x, self.llama.attend(i, query, known, bias))
 
     def head(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, 
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, calibration_prompts, lengths, stage_feeds
 from bbt_accel.exporters.convert import graph_on_disk
-from bbt_accel.exporters.device import write_device_graphs
+from bbt_accel.exporters.device_graphs import write_device_graphs
 from bbt_accel.exporters.half import TYPES, to_half
 from bbt_accel.exporters.int4 import to_int4
 from bbt_accel.exporters.int8 import (

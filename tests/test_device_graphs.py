@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from bbt_accel import Objective, Projection
 from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.exporters import device
+from bbt_accel.exporters import device_graphs
 from bbt_accel.objective import batch_statistics
 
 many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -56,7 +56,7 @@ def statistics_of(sessions: dict[str, Any], logits: np.ndarray, targets: np.ndar
     classes = np.arange(logits.shape[2], dtype=np.float32)
     one_hot = np.eye(logits.shape[2], dtype=np.float32)[targets]
     (graph,) = sessions["statistics"].run(None, {"label_logits": logits, "targets": one_hot, "classes": classes})
-    return [graph, device.batch_statistics(*map(torch.from_numpy, (logits, one_hot, classes))).numpy()]
+    return [graph, device_graphs.batch_statistics(*map(torch.from_numpy, (logits, one_hot, classes))).numpy()]
 
 
 def test_they_are_valid_and_of_the_bundles_opset(tiny: Export, folder: Path) -> None:

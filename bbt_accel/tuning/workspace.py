@@ -30,7 +30,7 @@ from bbt_accel.run import (
     write_prompt,
 )
 from bbt_accel.tasks import to_toml
-from bbt_accel.tuning.monitoring import draw_curve
+from bbt_accel.tuning.learning_curve import draw_curve
 from bbt_accel.tuning.search import SearchOutcome
 
 AGAIN = "--resume (fit: the same command)"

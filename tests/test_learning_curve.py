@@ -13,7 +13,7 @@ from search_parts import SETTINGS, search_bundle, task_file
 from bbt_accel import tune
 from bbt_accel.objective import Objective, uninformed, wilson
 from bbt_accel.run import Baselines, BestRecord, Run, RunInfo
-from bbt_accel.tuning.monitoring import draw_curve, draw_scores
+from bbt_accel.tuning.learning_curve import draw_curve, draw_scores
 
 
 @pytest.fixture(params=["verbalizer", "auto"])
