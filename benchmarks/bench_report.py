@@ -15,6 +15,7 @@ from bbt_accel.benchmarks.script import Columns, Outcome, Report, Timed, columns
 from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.exporters.validate import scaled_error
 from bbt_accel.objective import Objective
+from bbt_accel.optimizations import OPTIMIZATIONS
 from bbt_accel.report_page import hover
 from bbt_accel.reporting import BLUE, GREY, METRICS, ORANGE, Schema, digits, figure, markdown_list, markdown_table, tidy
 from bbt_accel.settings import Metric
@@ -216,7 +217,9 @@ class BenchReport(Report):
                 times = [digits(base.ms_median), digits(row.ms_median), ratio(row.ms_median / base.ms_median)]
                 lines.append([base.label, off, *times])
         header = ["row", "optimization", "ms with it", "ms without it", "factor"]
-        return f"## Ablation\n\n{markdown_table(header, lines, text_columns=2)}" if lines else ""
+        used = {name for row in self.rows if row.ablation for name in row.without}
+        legend = markdown_list({f"`{name}`": each.what for name, each in OPTIMIZATIONS.items() if name in used})
+        return f"## Ablation\n\n{markdown_table(header, lines, text_columns=2)}\n\n{legend}" if lines else ""
 
     def facts(self) -> str:
         machine, flops = self.machine, (self.original.flops or 0) / 1e9

@@ -29,7 +29,7 @@ from bbt_accel.benchmarks.steps import (
 )
 from bbt_accel.bundle import Bundle, write_info
 from bbt_accel.demo import DATA
-from bbt_accel.engine_specs import engine_spec, engine_specs
+from bbt_accel.engine_specs import Precision, engine_spec, engine_specs
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import DataError, UsageError
 from bbt_accel.machine import describe_machine
@@ -242,6 +242,16 @@ def test_summary_warns_of_an_unsteady_machine() -> None:
         )
         assert ("not steady" in report.summary()) == warned
         assert "**ort fp32**: 1.50 times the fastest baseline and 2.00 times the original's" in report.summary()
+
+
+def test_an_ablation_is_compared_with_the_same_engine_and_precision() -> None:
+    def row(precision: Precision, ms: float, **more: Any) -> Measurement:
+        return Measurement(engine="ort", precision=precision, ms_median=ms, **more)
+
+    off = row("fp32", 10.0, without=["buckets"], ablation=True)
+    report = BenchReport.model_construct(options=options(), rows=[row("fp32", 4.0), row("int8", 1.0), off])
+    assert "| ort fp32 | buckets | 4 | 10 | 2.50 |" in report.ablation()
+    assert "rows of similar length together" in report.ablation()
 
 
 def test_the_growth_of_cost_is_a_table_and_a_plot(tmp_path: Path) -> None:
