@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, tiny_model
 from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
 from bbt_accel.exporters import export, graph
+from bbt_accel.exporters.families import family_of
 
 SIZE = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Weights that outweigh the graphs, as those of a real backbone do."""
@@ -409,3 +411,9 @@ def test_a_bundle_of_the_other_method_is_refused(tiny: Export) -> None:
 
 def test_tiny_tokenizers_fit_their_backbones(tiny: Export) -> None:
     assert tiny("roberta", "bbt", "add").info.vocab_size == VOCABULARY
+
+
+def test_a_padding_token_of_minus_one_is_none() -> None:
+    config = transformers.GPT2Config(pad_token_id=-1, eos_token_id=7, vocab_size=9)
+    tokenizer = MagicMock(pad_token_id=None)
+    assert export.special_tokens(config, tokenizer, family_of(config)).pad == 7

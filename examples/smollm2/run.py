@@ -147,7 +147,8 @@ def table(results: dict[str, Any]) -> str:
     for (task, name), own in rows.items():
         scores = [percent([result[kind] for result in own if kind in result]) for kind in ("score", "calibrated")]
         lines.append([task, name, *scores, str(len(own)), f"{np.mean([result['seconds'] for result in own]):.0f}"])
-    return markdown_table(["task", "prompt", "score, %", "with batch calibration", "seeds", "seconds"], lines, text_columns=2)
+    header = ["task", "prompt", "score, %", "with batch calibration", "seeds", "seconds"]
+    return markdown_table(header, lines, text_columns=2)
 
 
 def percent(scores: list[float]) -> str:
