@@ -70,7 +70,7 @@ def prepared_bundle(
     choice: Choice,
     method: Method,
     n_prompt_tokens: int,
-    progress: Tell = silent,
+    on_progress: Tell = silent,
     prompt_mode: PromptMode = "add",
     threads: int | None = None,
 ) -> Bundle:
@@ -92,10 +92,12 @@ def prepared_bundle(
         if not exported.exists():
             export_bundle(
                 backbone, exported, method=method, prompt_mode=prompt_mode, n_prompt_tokens=n_prompt_tokens,
-                progress=progress,
+                on_progress=on_progress,
             )  # fmt: skip
         if not wanted.exists():
-            optimize_bundle(exported, wanted, target=target, precision=precision, threads=threads, progress=progress)
+            optimize_bundle(
+                exported, wanted, target=target, precision=precision, threads=threads, on_progress=on_progress
+            )
     return Bundle.read(wanted)
 
 

@@ -71,7 +71,7 @@ def export(
     from bbt_accel.exporters.export import export_bundle
 
     with progress_bar(f"exporting {backbone}") as tell:
-        bundle = export_bundle(backbone, output, progress=tell, **options)
+        bundle = export_bundle(backbone, output, on_progress=tell, **options)
     printing.print_bundle(bundle, as_json)
 
 
@@ -89,7 +89,7 @@ def optimize(
     if len(precisions) > 1:
         raise UsageError("choose one of --fp16, --bf16, --int8 and --int4")
     with progress_bar(f"optimizing {bundle}") as tell:
-        optimized = optimize_bundle(bundle, output, precision=precisions[0], progress=tell, **options)
+        optimized = optimize_bundle(bundle, output, precision=precisions[0], on_progress=tell, **options)
     printing.print_bundle(optimized, as_json)
 
 

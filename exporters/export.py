@@ -43,13 +43,14 @@ def export_bundle(
     prompt_init: str | None = None,
     revision: str | None = None,
     without: Collection[str] = (),
-    progress: Tell = silent,
+    on_progress: Tell = silent,
 ) -> Bundle:
     """Export a hub id, a local folder, a .gguf file or `demo` into a new bundle folder, and validate it.
 
     prompt_init: a text that the prompt starts from, or a task's .toml file whose [prompt] init has it; its tokens
         determine n_prompt_tokens. In cat mode p0 is their embeddings; in add mode the prompt is added to them.
     without: optimizations that the graphs leave out, for an ablation, by the names in `bbt_accel.optimizations`.
+    on_progress: called with the current step, the number of steps done, and their total.
     Raises UsageError for a combination that does not exist, ExportError for a checkpoint that cannot be loaded, has
     no LM head, or whose graphs differ from eager PyTorch by more than `TOLERANCE`.
     """
@@ -60,7 +61,7 @@ def export_bundle(
     checkpoint = BACKBONE if str(backbone) == "demo" else backbone
     output = Path(output)
     require_new(output)
-    progress("loading the checkpoint", 0, 1)
+    on_progress("loading the checkpoint", 0, 1)
     model, tokenizer = load_model(checkpoint, revision), load_tokenizer(checkpoint, revision)
     text, ids = initial_text(prompt_init, tokenizer)
     with translated(ExportError, f"cannot export {backbone}, whose files do not fit each other"):
@@ -80,12 +81,12 @@ def export_bundle(
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         with translated(ExportError, f"cannot trace {backbone}"):
-            info = info.model_copy(update={"stages": trace(model, info, folder, progress)})
+            info = info.model_copy(update={"stages": trace(model, info, folder, on_progress)})
         write_device_graphs(folder, info)
         write_info(folder, info)
         del model
         gc.collect()  # the process that validates loads what was written
-        progress("validating against eager PyTorch", 0, 1)
+        on_progress("validating against eager PyTorch", 0, 1)
         error = validated(folder)
         write_info(folder, info.model_copy(update={"max_error": error}))
     return Bundle.read(output, verify=False)
@@ -114,7 +115,7 @@ def initial_text(prompt_init: str | None, tokenizer: Any) -> tuple[str | None, l
     return text, ids
 
 
-def trace(model: nn.Module, info: BundleInfo, folder: Path, progress: Tell) -> list[str]:
+def trace(model: nn.Module, info: BundleInfo, folder: Path, on_progress: Tell) -> list[str]:
     """Write the graphs of every stage; returns their names."""
     backbone = family_of(model.config).compose(model, info)
     weights = graph.SharedWeights(folder / graph.CHECKPOINT)
@@ -122,7 +123,7 @@ def trace(model: nn.Module, info: BundleInfo, folder: Path, progress: Tell) -> l
     of = len(backbone.stages(info.method))
     names = []
     for done, stage in enumerate(graph.stages(backbone, info.method, info.hidden_size)):
-        progress(f"tracing {stage.name}", done, of)
+        on_progress(f"tracing {stage.name}", done, of)
         graph.save_stage(graph.export_stage(stage, backbone), folder, stage.name, weights, others)
         names.append(stage.name)
     return names

@@ -59,7 +59,7 @@ def optimize_bundle(
     max_rmse: float = MAX_RMSE,
     compute_capability: str | None = None,
     threads: int | None = None,
-    progress: Tell = silent,
+    on_progress: Tell = silent,
 ) -> Bundle:
     """Write a new bundle for one engine, with a report of what was converted, its size and its fidelity.
 
@@ -67,6 +67,7 @@ def optimize_bundle(
     rows and preset set TensorRT's shape profile; without it the shipped texts. max_rmse: int8 keeps matmuls in fp32
     until the relative logit RMSE is at most this. compute_capability: build TensorRT plans ahead of time for these
     (8.9, or 8.6,8.9) instead of this machine's GPU. threads: of the CPU; all cores unless given.
+    on_progress: as in `export_bundle`.
     Raises UsageError for a combination that does not exist or an output that is the source, BundleError for a source
     that is optimized already, ExportError for NaN logits or a lost attention mask, PlanError when TensorRT rejects the
     graph, EngineError when it needs a GPU that is missing.
@@ -83,7 +84,9 @@ def optimize_bundle(
     if bundle.info.target != "onnx":
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
     rows = TaskRows(bundle, calibrate, data)
-    job = OptimizeJob(bundle, converter, precision, rows.calibration(), calibration_prompts(bundle), max_rmse, progress)
+    job = OptimizeJob(
+        bundle, converter, precision, rows.calibration(), calibration_prompts(bundle), max_rmse, on_progress
+    )
     refused = translated(BundleError, f"{source} cannot be optimized")
     with new_folder(output) as folder, limited_threads(threads), refused:
         if (bundle.path / INITIAL_PROMPT).exists():
@@ -94,7 +97,7 @@ def optimize_bundle(
         info = bundle.info.model_copy(update=changes | {"versions": bundle.info.versions | versions})
         made = Bundle(folder, write_info(folder, info))
         report |= measure(job, made, logits)
-        report |= converter.finish(made, rows, progress)
+        report |= converter.finish(made, rows, on_progress)
         report |= {"calibrated_on": rows.source, "bytes_before": bundle.size, "bytes": made.size}
         write_info(folder, info.model_copy(update={"optimization": report}))
     return Bundle.read(output, verify=False)

@@ -42,10 +42,10 @@ def tell(folder: Path, budget: int) -> None:
     exported, optimized = folder / "bundle", folder / "bundle-ort"
     print(f"bbt-accel export demo -o {exported} --n-prompt-tokens 20", flush=True)
     with progress_bar("exporting demo") as step:
-        export_bundle("demo", exported, n_prompt_tokens=20, progress=step)
+        export_bundle("demo", exported, n_prompt_tokens=20, on_progress=step)
     print(f"bbt-accel optimize {exported} -o {optimized}", flush=True)
     with progress_bar("optimizing") as step:
-        optimize_bundle(exported, optimized, progress=step)
+        optimize_bundle(exported, optimized, on_progress=step)
     fitted = search(optimized, "ort", folder / "fitted", 1)
     runs = [search(place, e, folder / e, budget) for e, place in (("torch", exported), ("ort", optimized))]
     scores = {run.path: evaluate(run.path) for run in (fitted, *runs)}

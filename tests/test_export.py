@@ -195,7 +195,7 @@ def test_gpt_neox_with_the_feed_forward_behind_the_attention(exported: Export, t
 def test_progress_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "validated", lambda folder: 0.0)
     told: list[str] = []
-    export_bundle(checkpoint, tmp_path / "b", n_prompt_tokens=3, progress=lambda what, done, of: told.append(what))
+    export_bundle(checkpoint, tmp_path / "b", n_prompt_tokens=3, on_progress=lambda what, done, of: told.append(what))
     assert told[0] == "loading the checkpoint"
     assert any("tracing" in what for what in told)
 

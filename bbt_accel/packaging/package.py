@@ -57,7 +57,7 @@ class Options:
     predict: Callable[[Sequence[Row]], Int64] | None = None
 
 
-def package_run(run_path: str | Path, output: str | Path, options: Options, progress: Tell = silent) -> PackageInfo:
+def package_run(run_path: str | Path, output: str | Path, options: Options, on_progress: Tell = silent) -> PackageInfo:
     """Write a new folder that holds backbone, prompt, template, readout and labels of a run, for other tools.
 
     Raises PackageError for a run that the format cannot hold, and for one whose package differs from `predict`; what
@@ -65,11 +65,11 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
     """
     check_known("--format", options.format, FORMATS)
     run, output, form = Run.read(run_path), Path(output), FORMATS[options.format]
-    with new_folder(output) as folder, packaged_bundle(run, form, options, progress) as (source, bundle):
+    with new_folder(output) as folder, packaged_bundle(run, form, options, on_progress) as (source, bundle):
         made = classifier_of(run, bundle)
-        progress("composing the graph", 0, 2)
+        on_progress("composing the graph", 0, 2)
         model = form.write(made, run.info.class_names, folder)
-        progress("comparing with predict", 1, 2)
+        on_progress("comparing with predict", 1, 2)
         comparison, score = compared(run, made, form, folder, model, options)
         info = PackageInfo(
             kind=options.format, model=model, quantized=bundle is not source, max_rows=options.max_rows, score=score,
@@ -85,7 +85,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, prog
 def check_package(
     path: str | Path,
     threads: int | None = None,
-    progress: Tell = silent,
+    on_progress: Tell = silent,
     run: str | Path | None = None,
     bundle: str | Path | None = None,
 ) -> PackageInfo:
@@ -99,12 +99,12 @@ def check_package(
     form, source_run = FORMATS[info.kind], find_run(info, folder, run)
     place = find_bundle(info, folder, source_run, bundle)
     options = Options(info.kind, info.quantized, place, info.max_rows, threads)
-    with packaged_bundle(source_run, form, options, progress) as (_, packaged):
+    with packaged_bundle(source_run, form, options, on_progress) as (_, packaged):
         made = classifier_of(source_run, packaged)
         for name, value in of_run(source_run, made).items():
             if getattr(info, name) != value:
                 raise PackageError(f"{folder / manifest.INFO} has another {name} than its run; package the run again")
-        progress("comparing with predict", 0, 1)
+        on_progress("comparing with predict", 0, 1)
         comparison, _ = compared(source_run, made, form, folder, info.model, options)
         comparison.estimator_differs = info.comparison.estimator_differs  # which the estimator alone can count
     return info.model_copy(update={"comparison": comparison})
@@ -155,7 +155,7 @@ def classifier_of(run: Run, bundle: Bundle) -> PackagedRun:
 
 
 @contextmanager
-def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) -> Iterator[tuple[Bundle, Bundle]]:
+def packaged_bundle(run: Run, form: Format, options: Options, on_progress: Tell) -> Iterator[tuple[Bundle, Bundle]]:
     """The bundle that a package is made from, and that which it holds: the same, or the first in int8.
 
     Raises PackageError for a bundle that the format does not take.
@@ -173,7 +173,7 @@ def packaged_bundle(run: Run, form: Format, options: Options, progress: Tell) ->
         return
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         yield bundle, optimize_bundle(
-            bundle.path, Path(place) / "int8", precision="int8", target=form.engine, progress=progress,
+            bundle.path, Path(place) / "int8", precision="int8", target=form.engine, on_progress=on_progress,
             calibrate=str(run.path) if has_rows(run) else None, threads=options.threads,
         )  # fmt: skip
 
