@@ -5,8 +5,6 @@ The protocol is the Open Inference Protocol of KServe and Triton (version 2 of t
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
 # The models.
 BACKBONE = "backbone"  # from prompts to label logits
 OUTPUTS = "backbone_outputs"  # from prompts to label logits and hidden states
@@ -20,11 +18,6 @@ UNKNOWN_ROWS = 409  # status of a request that refers to rows which the server d
 DIGEST = "bundle"  # the parameter of a model's configuration that holds the sha256 of its bundle.json
 TOKEN = "BBT_ACCEL_TOKEN"  # the environment variable with the bearer token, on both sides
 PATIENCE = "BBT_ACCEL_PATIENCE"  # that with the seconds for which a client tries again to reach a server; default 60
-
-
-def backbone_name(backbone: str) -> str:
-    """The backbone's public name: a hub id, or a folder's name without its path."""
-    return PurePath(backbone).name if PurePath(backbone).is_absolute() else backbone
 
 
 def stage_model(name: str, stage: str) -> str:

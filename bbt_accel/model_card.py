@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from bbt_accel.inference_protocol import backbone_name
+from bbt_accel.backbone_names import backbone_name, hub_id
 from bbt_accel.objective import wilson
 from bbt_accel.reporting import METRICS, percent
 from bbt_accel.run import RunInfo
@@ -68,10 +68,3 @@ def facts(info: RunInfo) -> dict[str, Any]:
 def cell(text: str) -> str:
     """A text in a cell of a table."""
     return text.replace("\n", "\\n").replace("|", "\\|")
-
-
-def hub_id(backbone: str, revision: str | None) -> str | None:
-    """The backbone, if it is a hub id rather than a folder, a file or the shipped one."""
-    local = Path(backbone).exists() or PurePath(backbone).is_absolute() or backbone.startswith(".")
-    local |= "/" not in backbone and revision is None  # a folder's name in what was pushed
-    return None if local or backbone == "demo" or backbone.endswith(".gguf") else backbone

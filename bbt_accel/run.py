@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
 from safetensors.numpy import load_file, save
 
+from bbt_accel.backbone_names import names_path
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
@@ -18,7 +19,6 @@ from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.hub import fetched
-from bbt_accel.inference_protocol import backbone_name
 from bbt_accel.readout import Readout
 from bbt_accel.settings import ReadoutName, Settings
 from bbt_accel.tasks import Task
@@ -254,16 +254,6 @@ def is_saved_classifier(path: Path) -> bool:
 def is_run(path: Path) -> bool:
     """Whether a folder is one that `Run.read` takes: a run, or a saved classifier."""
     return (path / INFO).is_file() or is_saved_classifier(path)
-
-
-def names_path(one: str, other: str) -> bool:
-    """Whether one backbone is the bare name of the local checkpoint that the other has the path of.
-
-    What was pushed names a local checkpoint without its path. The revision, which only those of the hub have, keeps it
-    apart from a hub id without an owner. Two paths must be equal: folders of one name may hold different checkpoints.
-    """
-    paths = [name for name in (one, other) if PurePath(name).is_absolute()]
-    return len(paths) == 1 and backbone_name(one) == backbone_name(other)
 
 
 def read_info(path: Path) -> RunInfo:

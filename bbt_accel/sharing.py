@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
+from bbt_accel.backbone_names import backbone_name, hub_id
 from bbt_accel.bundle import PLANS, Bundle
 from bbt_accel.errors import PackageError
 from bbt_accel.hub import push_folder
-from bbt_accel.inference_protocol import backbone_name
-from bbt_accel.model_card import hub_id
 from bbt_accel.packaging import manifest
 from bbt_accel.run import (
     CARD,

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import onnx
 
+from bbt_accel.backbone_names import backbone_name
 from bbt_accel.bundle import PLANS, Bundle
 from bbt_accel.errors import BbtError, BundleError, UsageError, translated
 from bbt_accel.files import new_folder
-from bbt_accel.inference_protocol import DIGEST, backbone_name, stage_model
+from bbt_accel.inference_protocol import DIGEST, stage_model
 
 TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
 """Of a stage's inputs and outputs, which stay fp32 in every precision."""

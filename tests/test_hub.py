@@ -17,12 +17,13 @@ from fake_hub import FakeHub, fake_hub
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
+from bbt_accel.backbone_names import hub_id
 from bbt_accel.bundle import Bundle
 from bbt_accel.bundle import write_info as write_bundle_info
 from bbt_accel.errors import BundleError, PackageError, UsageError
 from bbt_accel.hub import fetched
 from bbt_accel.inference import predict
-from bbt_accel.model_card import hub_id, model_card
+from bbt_accel.model_card import model_card
 from bbt_accel.run import Run, write_info
 from bbt_accel.sharing import portable
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bbt_accel.inference_protocol import backbone_name
-from bbt_accel.model_card import cell, hub_id
+from bbt_accel.backbone_names import backbone_name, hub_id
+from bbt_accel.model_card import cell
 from bbt_accel.packaging.configuration import DTYPES
 from bbt_accel.packaging.manifest import PackageInfo
 from bbt_accel.run import RunInfo

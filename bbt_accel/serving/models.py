@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import bbt_accel
+from bbt_accel.backbone_names import backbone_name
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import STATES
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
@@ -26,7 +27,6 @@ from bbt_accel.inference_protocol import (
     ROWS,
     STDS,
     UNKNOWN_ROWS,
-    backbone_name,
 )
 from bbt_accel.population import Population
 from bbt_accel.run import Run

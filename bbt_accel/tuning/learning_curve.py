@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bbt_accel.backbone_names import backbone_name
 from bbt_accel.history import Generation
-from bbt_accel.inference_protocol import backbone_name
 from bbt_accel.objective import wilson
 from bbt_accel.reporting import BLUE, GREEN, GREY, METRICS, ORANGE, RED, figure, tidy
 from bbt_accel.run import RunInfo
