@@ -74,10 +74,17 @@ def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> di
     return {"score": float(scores[0]), "calibrated": float(scores[1]), "seconds": time.perf_counter() - start}
 
 
-def searched(given: argparse.Namespace, task: str, seed: int, method: str, calls: int, readout: str) -> dict[str, Any]:
-    """A search of this many calls, and its score. readout: `verbalizer` for the papers' search, or another."""
-    folder, output = given.data / TASKS[task][0], given.output / "runs" / f"{task}-{method}-{readout}-{calls}-{seed}"
-    settings = {"budget": calls, "seed": seed, "popsize": 20 if method == "bbt" else 5, "readout": readout}
+def searched(
+    given: argparse.Namespace, task: str, seed: int, method: str, calls: int, readout: str, shown: int = 0
+) -> dict[str, Any]:
+    """A search of this many calls, and its score. readout: `verbalizer` for the papers' search, or another.
+
+    shown: demonstrations in front of every row.
+    """
+    name = "-".join(map(str, (task, method, readout, *([shown] if shown else []), calls, seed)))
+    folder, output = given.data / TASKS[task][0], given.output / "runs" / name
+    settings: dict[str, Any] = {"budget": calls, "seed": seed, "popsize": 20 if method == "bbt" else 5}
+    settings |= {"readout": readout, "demonstrations": shown}
     made = bundle(given, task, method)
     options: Any = {"engine": given.engine, "threads": given.threads, "resume": True}
     run = tune(made, task, data=folder, output=output, settings=settings, **options)
@@ -118,6 +125,9 @@ def main() -> None:
         shown = [int(count) for count in split(given.demonstrations)]
         wanted: list[Any] = [(f"{k} demonstrations" if k else "instruction", zero_shot, (k,)) for k in shown]
         searches = (("auto", "bbt", "auto"), ("BBT", "bbt", "verbalizer"), ("BBTv2", "bbtv2", "verbalizer"))
+        for k in shown if split(given.auto) else []:
+            if k:
+                wanted.append((f"auto, 1 calls, {k} demonstrations", searched, ("bbt", 1, "auto", k)))
         for label, method, readout in searches:
             for calls in split(getattr(given, label.lower())):
                 wanted.append((f"{label}, {calls} calls", searched, (method, int(calls), readout)))
