@@ -201,7 +201,7 @@ def test_export(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: 
     assert code == 0
     assert json.loads(out)["backbone"] == "tiny-roberta"
     assert program.calls[0][0] == ("demo", Path("b"))
-    assert callable(program.options.pop("progress"))
+    assert callable(program.options.pop("on_progress"))
     assert program.options == {"method": "bbtv2", "revision": "main", "without": ["last-block"]}
     code, out, _ = run(capsys, "export", "demo", "-o", "b")
     assert code == 0
@@ -235,7 +235,7 @@ def test_optimize(
     assert code == 0
     assert "LayerNormalization" in out
     read = {"calibrate": "sst2", "data": Path("d"), "max_rmse": 0.1, "compute_capability": "8.6,8.9"}
-    assert callable(program.options.pop("progress"))
+    assert callable(program.options.pop("on_progress"))
     assert program.options == {"precision": precision, "target": "openvino", **read}
 
 

@@ -195,7 +195,7 @@ def _run(
     told: Sequence[Callback],
     progress: bool,
 ) -> Run:
-    """Load the engine, search in the workspace, and complete the run."""
+    """Search, and tell the callbacks, which are closed last."""
     with Callbacks(told) as callbacks:
         run, outcome = _search(job, info, workspace, resume, ray, callbacks, progress)
         callbacks.end(run)
@@ -208,6 +208,7 @@ def _run(
 def _search(
     job: Job, info: RunInfo, workspace: Workspace, resume: bool, ray: str | None, callbacks: Callbacks, progress: bool
 ) -> tuple[Run, SearchOutcome]:
+    """Load the engine, search in the workspace, and complete the run."""
     settings, bundle = job.settings, job.bundle
     calls = settings.generations(bundle.info.method, bundle.info.n_layers) * settings.popsize + settings.fitted
     with ExitStack() as stack:
