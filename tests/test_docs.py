@@ -234,7 +234,7 @@ def test_python_blocks_run_as_printed(
 
     tiny("roberta")
     best = {"engine": "ort", "device": "cpu", "precision": "fp32", "reason": ""}
-    monkeypatch.setattr(bundle_cache, "diagnose", lambda: {"recommended": best})
+    monkeypatch.setattr(bundle_cache, "diagnose", lambda: {"recommended": best, "engines": {}})
     monkeypatch.setattr(export, "BACKBONE", shared / "roberta")
     monkeypatch.setenv("BBT_ACCEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
