@@ -132,8 +132,8 @@ class BundleInfo(SealedManifest):
     without: list[str] = Field(default=[], description="Names of `OPTIMIZATIONS` that the graphs leave out.")
     opset: int = Field(description="ONNX opset of the graphs.")
     stages: list[str] = Field(
-        description="Graphs in their order: model for bbt; embed, block_00, …, last for bbtv2; a decoder's begin with "
-        "context."
+        description="Graphs in the order in which they run: model for bbt; embed, block_00, …, last for bbtv2; before "
+        "them, context for a decoder."
     )
     versions: dict[str, str] = Field(description="Of the libraries that wrote it.")
     max_error: float | None = Field(default=None, description="Largest difference of label logits from eager PyTorch.")

@@ -55,14 +55,18 @@ def _choose(engine: str, precision: PrecisionChoice) -> Choice:
         return Choice(best["engine"], best["device"], best["precision"], best["reason"].split(";")[0])
     if precision == "auto":
         return Choice(engine, engine_spec(engine).device("cpu"), "fp32", "exact; name --precision for another")
-    for rule in RULES:  # a GPU where the precision is one for GPUs
-        for name in rule.engines if engine == "auto" else {engine} & {*rule.engines}:
-            runs = states[label(name, rule.device)]["runs"] and precision in engine_spec(name).precisions
-            if runs and (rule.device == "cpu" or rule.precision == precision):
-                return Choice(name, rule.device, precision, "as given")
-    if engine == "auto":
+    fits = [
+        (name, rule.device)
+        for rule in RULES
+        for name in rule.engines
+        if engine in ("auto", name) and states[label(name, rule.device)]["runs"]
+        if precision in engine_spec(name).precisions
+        if rule.device == "cpu" or rule.precision == precision  # a GPU only in a precision that is for GPUs
+    ]
+    if engine == "auto" and not fits:
         raise UsageError(f"no engine of this machine runs in {precision}; see bbt-accel doctor")
-    return Choice(engine, engine_spec(engine).device("cpu"), precision, "as given")
+    name, device = fits[0] if fits else (engine, engine_spec(engine).device("cpu"))
+    return Choice(name, device, precision, "as given")
 
 
 def prepared_bundle(

@@ -50,6 +50,8 @@ def _check_device(context: typer.Context, device: str | None) -> str | None:
 
 _ENGINES = ", ".join(spec.name for spec in ENGINES if not spec.internal)
 _TARGETS = ", ".join(spec.name for spec in ENGINES if spec.optimized)
+_RUNS = f"Engine that runs the backbone: {_ENGINES}, or a plug-in's"
+_WHERE = "Device of the engine: cpu, cuda or cuda:N; trt always uses a GPU"
 _WITHOUT = "Optimizations to switch off, comma-separated: "
 _ENGINE = typer.Option(callback=_check_engine, autocompletion=engine_names)
 _DEVICE = typer.Option(callback=_check_device, metavar="cpu|cuda|cuda:N")
@@ -189,20 +191,16 @@ class Execution(Schema):
 
     engine: Annotated[str | None, _ENGINE] = Field(
         default=None,
-        description=f"Engine that runs the backbone: {_ENGINES}, or a plug-in's (default: the run's, or ort).",
+        description=f"{_RUNS} (default: the run's, or ort).",
     )
-    device: Annotated[str | None, _DEVICE] = None
-    """Device of the engine: cpu, cuda or cuda:N; trt always uses a GPU (default: the run's, or cpu)."""
+    device: Annotated[str | None, _DEVICE] = Field(default=None, description=f"{_WHERE} (default: the run's, or cpu).")
     threads: AllCores = None
     url: str | None = Field(default=None, description="Server for --engine remote, e.g. http://127.0.0.1:8000.")
 
 
 class TuneExecution(Execution):
-    engine: Annotated[str, _ENGINE] = Field(
-        default="ort", description=f"Engine that runs the backbone: {_ENGINES}, or a plug-in's."
-    )
-    device: Annotated[str, _DEVICE] = "cpu"
-    """Device of the engine: cpu, cuda or cuda:N; trt always uses a GPU."""
+    engine: Annotated[str, _ENGINE] = Field(default="ort", description=_RUNS)
+    device: Annotated[str, _DEVICE] = Field(default="cpu", description=_WHERE)
     without: list[str] = Field(default=[], description=_WITHOUT + ", ".join(OPTIMIZATIONS))
     workers: Count | None = Field(default=None, description="Processes that share each population.")
     ray: Ray = None

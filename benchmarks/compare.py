@@ -28,7 +28,7 @@ from bbt_accel.readout import Readout, batch_calibration
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
 from bbt_accel.settings import READOUTS, resolve
-from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool, RayPool
+from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.tasks import load_task
 from bbt_accel.tuning import tune
 
@@ -58,7 +58,8 @@ def run_compare(
     local_engine(options.engine, "compare").target(options.precision)
     named = {load_task(task).name: task for task in tasks}
     with reserved(folder):
-        with closing(_pool(options, ray)) as pool:
+        device = kind_of(engine_spec(options.engine).device("cpu"))
+        with closing(open_pool(ray, options.jobs, options.threads, device, progress)) as pool:
             _open(folder, options, resume)
             jobs = list(_jobs(folder, named, options, prepare(folder / BUNDLES, options), pool.threads))
             done, failures = _run(folder, jobs, pool, progress)
@@ -100,12 +101,6 @@ def _open(folder: Path, options: CompareOptions, resume: bool) -> None:
         raise BbtError(f"{folder} exists already; use --resume or choose another -o")
     for place in (folder, folder / TRIALS):
         remove_leftovers(place)
-
-
-def _pool(options: CompareOptions, ray: str | None) -> Pool:
-    if ray is None:
-        return ProcessPool(options.jobs, options.threads)
-    return RayPool(ray, options.jobs, options.threads, kind_of(engine_spec(options.engine).device("cpu")))
 
 
 def _jobs(

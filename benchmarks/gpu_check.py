@@ -123,7 +123,7 @@ class GpuCheck:
         found = [] if self.given.golden is None else sorted(self.given.golden.glob("*.npz"))
         traces = [trace for trace in found if not of_another_loss(trace)]
         if not traces:
-            where = "--golden names no folder" if self.given.golden is None else f"{self.given.golden} has none"
+            where = "--golden was not given" if self.given.golden is None else f"{self.given.golden} has none"
             self.report.left_out.append(f"traces of the original program: {where}")
         if others := [trace.stem for trace in found if trace not in traces]:
             self.report.left_out.append(f"traces of another loss than the cross entropy: {', '.join(others)}")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bbt_accel.bundle import Method, PromptMode
+from bbt_accel.bundle import Method, PromptMode, first_problem
 from bbt_accel.engine_specs import Device, Precision
 from bbt_accel.errors import UsageError, check_known
 from bbt_accel.option_types import (
@@ -139,7 +139,6 @@ def read_options(model: type[Options], given: dict[str, Any]) -> Options:
     try:
         return model(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{option}: {message}; got {first['input']!r}") from None
+        where, _, problem = first_problem(error).partition(": ")
+        option = where.partition(".")[0].replace("_", "-")
+        raise UsageError(f"--{option}: {problem}; got {error.errors()[0]['input']!r}") from None

@@ -25,15 +25,13 @@ from bbt_accel.optimizations import in_graph
 from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection
 
-THREADS = torch.get_num_threads()
-"""PyTorch's own choice: the setting is that of the process, so the next engine without `threads` needs it back."""
-
 
 def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
     """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available."""
     if kind_of(device) == "cuda" and index_of(device) >= torch.cuda.device_count():
         raise EngineError(f"--device {device}: PyTorch finds no such GPU; use --device cpu or see bbt-accel doctor")
-    torch.set_num_threads(threads or THREADS)
+    if threads is not None:
+        torch.set_num_threads(threads)
     with computing("to load the checkpoint"):
         return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(device)
 

@@ -381,7 +381,7 @@ class InProcess(Pool):
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_pool", lambda *arguments: InProcess())
+    monkeypatch.setattr(runner, "open_pool", lambda *arguments: InProcess())
 
 
 @pytest.mark.usefixtures("in_process")
@@ -453,7 +453,7 @@ def test_a_trial_on_tensorrt_requests_a_gpu_from_ray(
         asked.append(device)
         raise EngineError("no cluster")
 
-    monkeypatch.setattr(runner, "_pool", pool)
+    monkeypatch.setattr(runner, "open_pool", pool)
     for engine in ("trt", "dummy"):
         with pytest.raises(EngineError):
             sweep(tmp_path / "sweep", {**toy, "engines": [engine]}, ray="local")

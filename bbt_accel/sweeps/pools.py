@@ -20,7 +20,7 @@ from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_c
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.machine import physical_cores
 from bbt_accel.processes import Reply
-from bbt_accel.progress import SweepProgress
+from bbt_accel.progress import SweepProgress, progress_bar
 
 POLL = 0.05  # seconds between two looks at the processes
 
@@ -135,3 +135,11 @@ class RayPool(Pool):
         for reference in self._running:
             self._ray.cancel(reference, force=True)
         self._stack.close()
+
+
+def open_pool(ray: str | None, jobs: int | None, threads: int | None, device: str, progress: bool) -> Pool:
+    """Processes on this machine, or with an address tasks on Ray."""
+    if ray is None:
+        return ProcessPool(jobs, threads)
+    with progress_bar("connecting to Ray", progress):
+        return RayPool(ray, jobs, threads, device)

@@ -13,11 +13,10 @@ from bbt_accel.engine_specs import engine_spec, index_of, kind_of
 from bbt_accel.errors import BbtError, RunError, UsageError, check_known
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
-from bbt_accel.progress import progress_bar
 from bbt_accel.reporting import write_report
 from bbt_accel.sweeps.cross_evaluation import cross_evaluate
 from bbt_accel.sweeps.grid import PRESETS, RUN, Sweep, Trial, preset_names, read_sweep
-from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool, RayPool
+from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.sweeps.rendering import draw, markdown
 from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
 from bbt_accel.tuning import tune
@@ -56,7 +55,7 @@ def run_sweep(
             raise UsageError(f"--device {sweep.device}: a trial on Ray gets a GPU of its own; use --device cuda")
         trials = sweep.trials()
         on_gpu = any(kind_of(engine_spec(name).device(sweep.device)) == "cuda" for name in sweep.engines)
-        with closing(_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
+        with closing(open_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
             _write(folder, sweep)
             return _run(folder, sweep, trials, pool, progress)
 
@@ -72,13 +71,6 @@ def _write(folder: Path, sweep: Sweep) -> None:
     with reserved_folder(folder) as new:
         (new / TRIALS).mkdir()
         write_atomically(new / SWEEP, content)
-
-
-def _pool(ray: str | None, jobs: int | None, threads: int | None, device: str, progress: bool) -> Pool:
-    if ray is None:
-        return ProcessPool(jobs, threads)
-    with progress_bar("connecting to Ray", progress):
-        return RayPool(ray, jobs, threads, device)
 
 
 def _source(folder: Path, config: str | Path | None, preset: str | None, resume: bool) -> Path | None:

@@ -125,9 +125,8 @@ def main() -> None:
         shown = [int(count) for count in split(given.demonstrations)]
         wanted: list[Any] = [(f"{k} demonstrations" if k else "instruction", zero_shot, (k,)) for k in shown]
         searches = (("auto", "bbt", "auto"), ("BBT", "bbt", "verbalizer"), ("BBTv2", "bbtv2", "verbalizer"))
-        for k in shown if split(given.auto) else []:
-            if k:
-                wanted.append((f"auto, 1 calls, {k} demonstrations", searched, ("bbt", 1, "auto", k)))
+        for k in filter(None, shown if given.auto else []):
+            wanted.append((f"auto, 1 calls, {k} demonstrations", searched, ("bbt", 1, "auto", k)))
         for label, method, readout in searches:
             for calls in split(getattr(given, label.lower())):
                 wanted.append((f"{label}, {calls} calls", searched, (method, int(calls), readout)))
