@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from string import ascii_uppercase
 
 import numpy as np
@@ -70,7 +70,7 @@ class Encoder:
         pad, limit = self.bundle.info.special.pad, self.limit
         fields = [self.fields(row) for row in rows]
         found = zip(self.ids(fields), fields, strict=True)
-        ids = [row if len(row) <= limit else self._shortened(texts, len(row)) for row, texts in found]
+        ids = [row if len(row) <= limit else self._shortened(texts) for row, texts in found]
         lengths = np.array([len(row) for row in ids])
         attention_mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
         padded = np.full(attention_mask.shape, pad, dtype=np.int64)
@@ -169,7 +169,7 @@ class Encoder:
         for text, fields in texts:
             literal = text.replace("{", "{{").replace("}", "}}") if text is context.instruction else text
             for part in self._parts(literal):
-                parts.append(part if isinstance(part, tuple) else _write(part, fields, strip=""))
+                parts.append(part if isinstance(part, tuple) else _write(part, fields))
             parts += self._pieces.split_special(context.separator)
         ids = [i for part in _joined(parts) for i in (part if isinstance(part, tuple) else self._pieces.encode(part))]
         return np.array(ids, np.int64) if ids else None
@@ -206,8 +206,7 @@ class Encoder:
 
     def ids(self, fields: Sequence[Fields]) -> list[list[int]]:
         """Token ids of each row, before truncation."""
-        strip = " " if self.bundle.info.causal else None
-        texts = [_write(part, row, strip) for row in fields for part in self._layout if isinstance(part, list)]
+        texts = [self._written(part, row) for row in fields for part in self._layout if isinstance(part, list)]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         rows: list[list[int]] = [[] for _ in fields]
         for ids in rows:
@@ -216,20 +215,42 @@ class Encoder:
                 ids += part if isinstance(part, tuple) else [i for i in next(encodings).ids if i not in self.special]
         return rows
 
-    def _shortened(self, fields: dict[str, str], length: int) -> list[int]:
-        """Token ids of a row of `length` tokens, too many, with its text columns truncated until it fits."""
-        limit = self.limit
-        pieces = {name: self._ends(text) for name, text in fields.items()}
-        keep = {name: len(ends) for name, ends in pieces.items()}
-        while True:
-            # Truncation can change the tokenization around it, hence the loop; each turn removes at least one token.
-            for _ in range(min(length - limit, sum(keep.values()))):
-                keep[max(keep, key=lambda name: keep[name])] -= 1
-            ends = {name: pieces[name][kept - 1] if kept else 0 for name, kept in keep.items()}
-            ids = self.ids([{name: text[: ends[name]] for name, text in fields.items()}])[0]
-            length = len(ids)
-            if length <= limit:
-                return ids
+    def _shortened(self, fields: Fields) -> list[int]:
+        """Token ids of a row that is too long, without the last tokens of its text columns, the longest first."""
+        tokens = [pair for part in self._layout for pair in self._columns_of_tokens(part, fields)]
+        kept = {name: sum(name == column for _, column in tokens) for name in fields}
+        for _ in range(min(len(tokens) - self.limit, sum(kept.values()))):
+            kept[max(kept, key=lambda name: kept[name])] -= 1
+        ids = []
+        for token, column in tokens:
+            if column is None or kept[column] > 0:
+                ids.append(token)
+            if column is not None:
+                kept[column] -= 1
+        return ids if len(ids) <= self.limit else self.ids([dict.fromkeys(fields, "")])[0]
+
+    def _columns_of_tokens(self, part: Text | Fixed, fields: Fields) -> Iterator[tuple[int, str | None]]:
+        """Tokens of a part of a row, each with the column that it ends in; None for the template.
+
+        A space in front of a column is its own: in many vocabularies the first word includes it.
+        """
+        if isinstance(part, tuple):
+            yield from ((token, None) for token in part)
+            return
+        text, columns, end = self._written(part, fields), list[tuple[int, int, str]](), 0
+        for literal, name in part:
+            start = end + len(literal)
+            end = start + (len(fields[name]) if name else 0)
+            if name:
+                columns.append((start - (text[:start][-1:] in (" ", "")), end, name))
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        for token, (_, stop) in zip(found.ids, found.offsets, strict=True):
+            if token not in self.special:
+                yield token, next((name for first, last, name in columns if first < stop <= last), None)
+
+    def _written(self, part: Text, fields: Fields) -> str:
+        """The text of a part of a row. Mask tokens swallow the space before them, and a label word has its own."""
+        return _write(part, fields).rstrip(" " if self.bundle.info.causal else None)
 
     def _label_token_ids(self) -> Int64:
         """The first token of each label word, as it is tokenized at its position in the template."""
@@ -348,12 +369,8 @@ def _tokenizer(bundle: Bundle) -> Tokenizer:
     return tokenizer
 
 
-def _write(text: Text, fields: Fields, strip: str | None) -> str:
-    """The text of a row, without whitespace, or these characters, at the end.
-
-    Mask tokens swallow the space before them, and a label word has its own.
-    """
-    return "".join(literal + (fields[field] if field else "") for literal, field in text).rstrip(strip)
+def _write(text: Text, fields: Fields) -> str:
+    return "".join(literal + (fields[name] if name else "") for literal, name in text)
 
 
 def _without_prompt(template: str) -> str:

@@ -126,7 +126,6 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
         "readout": info["readout"],
         "compared with predict": f"{found['rows']} texts, largest error of scores {found['largest_error']:.1e}",
         "other labels than predict's own bundle": found["estimator_differs"],
-        "cut differently": found["cut_differently"] or None,
         "other labels within rounding": found["labels_differ"] or None,
     }
     if score is not None:

@@ -275,7 +275,7 @@ class Corpus:
             kind="onnx", model="onnx/model.onnx", precision="fp32", quantized=False, run=source, bundle=source,
             task="toy", architecture="encoder", template_group="masked", labels=["bad", "great"], columns=["text"],
             readout="verbalizer", max_tokens=9, versions={"numpy": "2"}, command="bbt-accel package run -o package",
-            comparison=Comparison(rows=1, digest="0", largest_error=0.0, labels_differ=0, cut_differently=0),
+            comparison=Comparison(rows=1, digest="0", largest_error=0.0, labels_differ=0),
         )  # fmt: skip
         found, file = write_info(folder, sound).model_dump(mode="json"), folder / INFO
         for path in places(found):

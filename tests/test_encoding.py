@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -80,6 +81,25 @@ def test_truncation_keeps_template_prompt_and_end(family: str, first: str, secon
     assert len(ids) <= 64
     assert ids[-1] == template[-1]
     assert sorted(i for i in ids if 1000 <= i < 1010) == list(range(1000, 1010))
+
+
+@pytest.mark.parametrize("mode", ["add", "cat"])
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=20, deadline=None)
+@given(text=TEXTS | st.text("ab é😀 <>", min_size=64))
+@example(text="abba 😀é " * 40)
+def test_truncation_removes_the_last_tokens_of_a_text_and_changes_no_other(family: str, mode: str, text: str) -> None:
+    enc = encoder(family, mode)
+    row = Row({"sentence": text})
+    whole, found = enc.ids([enc.fields(row)])[0], enc.encode([row]).input_ids[0].tolist()
+    assert len(found) == min(len(whole), enc.limit), "no token is wasted"
+    end = len(shared_beginning(*(enc.ids([{"sentence": text}])[0][::-1] for text in "ab")))  # of the template
+    kept = len(found) - end
+    assert found == whole[:kept] + whole[len(whole) - end :]
+
+
+def shared_beginning(first: list[int], second: list[int]) -> list[int]:
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
 
 
 def test_a_row_is_truncated_no_further_than_needed_and_the_longest_column_first() -> None:

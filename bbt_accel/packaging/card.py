@@ -114,6 +114,4 @@ def compared(info: PackageInfo) -> str:
         found += (
             f" The estimator that it was made from runs another bundle, and labels {c.estimator_differs} differently."
         )
-    if c.cut_differently:
-        found += f" {c.cut_differently} texts, longer than the model reads, end in other tokens."
     return f"{found} `bbt-accel package --check` repeats it, and verifies the sha256 of every file in `bbt_accel.json`."

@@ -121,28 +121,21 @@ def encoded(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
 def compare(made: PackagedRun, found: PackageOutput, rows: Sequence[Row], wanted: Float64) -> Comparison:
     """Raises PackageError at a row with other token ids than `predict` has, or with scores beyond `TOLERANCE`.
 
-    wanted: its scores (N, C). Of rows that are truncated the last tokens may differ: the encoding tokenizes what is
-    left of a text again, a tokenizer keeps the tokens. They are counted, and so are other labels of scores within the
-    tolerance.
+    wanted: its scores (N, C). Other labels, of scores within the tolerance, are counted.
     """
-    encoder, tolerance = made.encoder, TOLERANCE[made.info.precision]
-    long = [len(ids) > encoder.limit for ids in encoder.ids([encoder.fields(row) for row in rows])]
-    pairs = zip(found.ids, encoded(encoder, rows), strict=True)
-    differ = np.array([own != theirs for own, theirs in pairs], bool)
-    for number, (other, truncated) in enumerate(zip(differ, long, strict=True), 1):
-        if other and not truncated:
-            raise refusal(rows[number - 1], number, "other token ids", "separate the texts in its template by spaces")
-    same = np.flatnonzero(~differ)
-    errors = np.abs(found.scores - wanted)[same] / max(1.0, float(np.abs(wanted).max()))
+    tolerance = TOLERANCE[made.info.precision]
+    for number, (own, theirs) in enumerate(zip(found.ids, encoded(made.encoder, rows), strict=True)):
+        if own != theirs:
+            problem, hint = "other token ids", "separate the texts in its template by spaces"
+            raise refusal(rows[number], number + 1, problem, hint)
+    errors = np.abs(found.scores - wanted) / max(1.0, float(np.abs(wanted).max()))
     if not (errors <= tolerance).all():  # also for NaN
-        number = int(same[np.argmax(np.nan_to_num(errors.max(1), nan=np.inf))])
+        number = int(np.argmax(np.nan_to_num(errors.max(1), nan=np.inf)))
         problem = f"scores that differ by {errors.max():.1e}, more than {tolerance:.0e}"
         raise refusal(rows[number], number + 1, problem, "export the bundle again")
-    labels = (found.scores.argmax(1) != wanted.argmax(1))[same]
-    return Comparison(
-        rows=len(rows), digest=rows_digest(rows), largest_error=float(errors.max(initial=0.0)),
-        labels_differ=int(labels.sum()), cut_differently=int(differ.sum()),
-    )  # fmt: skip
+    differ = found.scores.argmax(1) != wanted.argmax(1)
+    largest, digest = float(errors.max(initial=0.0)), rows_digest(rows)
+    return Comparison(rows=len(rows), digest=digest, largest_error=largest, labels_differ=int(differ.sum()))
 
 
 def refusal(row: Row, number: int, problem: str, hint: str) -> PackageError:

@@ -28,7 +28,6 @@ class Comparison(BaseModel, extra="forbid"):
     estimator_differs: int | None = Field(
         default=None, description="Rows with another label than an estimator gives, which runs another bundle."
     )
-    cut_differently: int = Field(description="Over-long rows whose last tokens differ; their scores are not compared.")
 
 
 class PackageScore(BaseModel, extra="forbid"):

@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from package_parts import TEXTS, task_file  # noqa: E402
+from reports import write_reports  # noqa: E402
 from tiny_backbones import save_backbone  # noqa: E402
 
 from bbt_accel import tune  # noqa: E402
@@ -229,15 +230,29 @@ def transformers_js(work: Path, cases: list[Case]) -> Loaded:
     return exchange(["node", str(place / "transformers_js.mjs")], work, cases, place)
 
 
+def find_chromium() -> str:
+    found = shutil.which("chromium")
+    if found is None:
+        raise Skipped("Chromium is not installed (Debian: apt-get install chromium)")
+    return found
+
+
+def check_reports(work: Path) -> str:
+    """The pages of reports in headless Chromium, by keyboard, pointer and axe's rules; what was checked with what."""
+    place, chromium, folder = node_modules(work), find_chromium(), work / "reports"
+    shutil.rmtree(folder, ignore_errors=True)
+    names = write_reports(folder)
+    with served(folder) as url:
+        axe = called(["node", "reports.mjs", str(work / "screenshots"), chromium, url, *names], place).strip()
+    return f"Pages of reports ({', '.join(names)}): no violation of axe-core {axe}, sorted by keyboard, hover values."
+
+
 def browser(work: Path, cases: list[Case]) -> Loaded:
     """Each page in headless Chromium; screenshots in WORK/screenshots."""
-    place, chromium = node_modules(work), shutil.which("chromium")
-    if chromium is None:
-        raise Skipped("Chromium is not installed (Debian: apt-get install chromium)")
+    place, chromium = node_modules(work), find_chromium()
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         shots = work / "screenshots" / case.name
-        shots.mkdir(parents=True, exist_ok=True)
         texts, out = work / "texts.json", work / "page.json"
         texts.write_text(json.dumps(case.texts), encoding="utf-8")
         with served(case.folder) as url:
@@ -282,13 +297,14 @@ def exchange(command: list[str], work: Path, cases: list[Case], place: Path) -> 
     return Loaded(**json.loads(reply.read_text(encoding="utf-8")))
 
 
-def called(command: list[str], place: Path) -> None:
-    """Raises RuntimeError. The command gets none of this Python's settings; scripts find each other."""
+def called(command: list[str], place: Path) -> str:
+    """What the command prints. Raises RuntimeError. The command gets none of this Python's settings; scripts find each other."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:2])} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -361,6 +377,13 @@ def main() -> None:
             continue
         for case in cases:
             report.add(name, loaded.versions, case, loaded.found[case.name])
+    if not options.loaders:
+        try:
+            report.lines += ["", check_reports(work)]
+        except Skipped as reason:
+            report.lines += ["", f"Pages of reports: skipped: {reason}."]
+        except RuntimeError as error:
+            report.failures.append(f"reports: {error}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text("\n".join(report.lines) + "\n", encoding="utf-8")
     print("\n".join(report.lines))
