@@ -24,8 +24,10 @@ help:
 
 # What has no wheel for this system or Python is left out, and its tests are skipped. TensorRT for RTX builds plans
 # without a GPU.
+EXTRAS := gguf openvino ray trt mlflow excel peft
+COMMA := ,
 .venv/.extras: .venv/.installed
-	@for extra in gguf openvino ray trt mlflow excel peft; do \
+	@$(BIN)/pip install --quiet --editable '.[$(subst $() ,$(COMMA),$(EXTRAS))]' || for extra in $(EXTRAS); do \
 	  $(BIN)/pip install --quiet --editable ".[$$extra]" || echo "no [$$extra] here: its tests are skipped"; \
 	done
 	@touch $@

@@ -38,6 +38,9 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     demonstrations: Demonstrations = 0
     readout: ReadoutChoice = Field(default="auto", description=f"How classes are read: auto, {', '.join(READOUTS)}.")
     hold_out: bool = Field(default=False, description="Test rows are the train rows that the search does not use.")
+    covariance: Literal["full", "diagonal"] = Field(
+        default="full", description="What CMA-ES adapts; diagonal (separable CMA-ES) has d numbers to learn, full d²/2."
+    )
     random_proj: Literal["normal", "uniform"] = Field(default="normal", description="The projection's distribution.")
 
     def generations(self, method: Method, n_layers: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -202,8 +203,10 @@ def test_bbtv2_scales_each_layer_by_its_hidden_states(tmp_path: Path) -> None:
     assert spread == pytest.approx([1.0, 10.0, 0.1], rel=0.5)  # layer 0 by the word embeddings
 
 
-def test_cma_is_determined_by_its_seed_and_losses() -> None:
-    first, second = (Cma(12, 0.5, 6, [1, 2], bound=0.8) for _ in range(2))
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_cma_is_determined_by_its_seed_and_losses(covariance: Literal["full", "diagonal"]) -> None:
+    settings = Settings(intrinsic_dim=12, sigma=0.5, popsize=6, bound=0.8, covariance=covariance)
+    first, second = (Cma(settings, [1, 2]) for _ in range(2))
     for _ in range(80):
         Z = first.ask()
         np.random.standard_normal(3)
@@ -216,7 +219,7 @@ def test_cma_is_determined_by_its_seed_and_losses() -> None:
 
 
 def test_cma_never_stops_by_itself() -> None:
-    cma = Cma(5, 1.0, 4, 1)
+    cma = Cma(Settings(intrinsic_dim=5, popsize=4), 1)
     for _ in range(1500):  # flat losses, a vanishing step size: pycma's stopping criteria are ignored
         Z = cma.ask()
         cma.tell(Z, np.zeros(4))

@@ -56,19 +56,23 @@ def _projection(
 class Cma:
     """CMA-ES (Hansen, 2016), by pycma: starts at 0 with the step size sigma, in [-bound, bound]^d if bound > 0.
 
+    With a diagonal covariance it is separable CMA-ES (Ros and Hansen, 2008): d variances, learned faster, and no
+    eigendecomposition.
     Its trajectory is a function of the seed and the losses, bit for bit on one machine. So a stopped run is continued
     by repeating its asks and tells (about 10 ms per generation for d = 500), and pycma's state need not be stored.
     """
 
-    def __init__(self, d: int, sigma: float, popsize: int, seed: int | Sequence[int], bound: float = 0.0) -> None:
+    def __init__(self, settings: Settings, seed: int | Sequence[int]) -> None:
+        s, d = settings, settings.intrinsic_dim
         # A generator of its own: other code, and the other layers of BBTv2, may draw from numpy's global one.
         randn = np.random.RandomState(seed).randn
-        bounds = [-bound, bound] if bound > 0 else [None, None]
-        options = {"popsize": popsize, "randn": randn, "seed": np.nan, "verbose": -9, "bounds": bounds}
+        bounds = [-s.bound, s.bound] if s.bound > 0 else [None, None]
+        options = {"popsize": s.popsize, "randn": randn, "seed": np.nan, "verbose": -9, "bounds": bounds}
+        options["CMA_diagonal"] = s.covariance == "diagonal"
         # pycma's eigendecomposition is 10 to 50 times slower with two BLAS threads on a busy machine, and its last
         # bits depend on their number.
         with one_blas_thread():
-            self._es = cma.CMAEvolutionStrategy(np.zeros(d), sigma, options)
+            self._es = cma.CMAEvolutionStrategy(np.zeros(d), s.sigma, options)
 
     def ask(self) -> Float64:
         """The next population, float64 (P, d)."""
@@ -89,9 +93,9 @@ class SearchMethod(ABC):
     """A search, one generation at a time: ask, evaluate the candidates in `space`, tell."""
 
     def __init__(self, space: PromptSpace, settings: Settings, seeds: Sequence[int | Sequence[int]]) -> None:
-        self.space, s = space, settings
+        self.space = space
         self.layer = 0  # the layer that the next generation searches; 0 for BBT
-        self._cmas = [Cma(s.intrinsic_dim, s.sigma, s.popsize, seed, s.bound) for seed in seeds]
+        self._cmas = [Cma(settings, seed) for seed in seeds]
 
     @property
     def step_size(self) -> float:
