@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from string import ascii_uppercase
 
 import numpy as np
@@ -216,37 +217,49 @@ class Encoder:
         return rows
 
     def _shortened(self, fields: Fields) -> list[int]:
-        """Token ids of a row that is too long, without the last tokens of its text columns, the longest first."""
-        tokens = [pair for part in self._layout for pair in self._columns_of_tokens(part, fields)]
-        kept = {name: sum(name == column for _, column in tokens) for name in fields}
+        """Token ids of a row that is too long, without the last tokens of its texts, the longest first."""
+        tokens = self.tokens(fields)
+        of_place = Counter(place for _, place in tokens if place is not None)
+        kept = {place: of_place[place] for name in fields for place, own in enumerate(self.columns) if own == name}
         for _ in range(min(len(tokens) - self.limit, sum(kept.values()))):
-            kept[max(kept, key=lambda name: kept[name])] -= 1
+            kept[max(kept, key=lambda place: kept[place])] -= 1
         ids = []
-        for token, column in tokens:
-            if column is None or kept[column] > 0:
+        for token, place in tokens:
+            if place is None or kept[place] > 0:
                 ids.append(token)
-            if column is not None:
-                kept[column] -= 1
+            if place is not None:
+                kept[place] -= 1
         return ids if len(ids) <= self.limit else self.ids([dict.fromkeys(fields, "")])[0]
 
-    def _columns_of_tokens(self, part: Text | Fixed, fields: Fields) -> Iterator[tuple[int, str | None]]:
-        """Tokens of a part of a row, each with the column that it ends in; None for the template.
+    def tokens(self, fields: Fields) -> list[tuple[int, int | None]]:
+        """Token ids of a row before truncation, each with the text that it ends in, as an index into `columns`.
 
-        A space in front of a column is its own: in many vocabularies the first word includes it.
+        None for a token of the template. A token that is the space in front of a text belongs to that text.
         """
-        if isinstance(part, tuple):
-            yield from ((token, None) for token in part)
-            return
-        text, columns, end = self._written(part, fields), list[tuple[int, int, str]](), 0
-        for literal, name in part:
-            start = end + len(literal)
-            end = start + (len(fields[name]) if name else 0)
-            if name:
-                columns.append((start - (text[:start][-1:] in (" ", "")), end, name))
-        found = self._tokenizer.encode(text, add_special_tokens=False)
-        for token, (_, stop) in zip(found.ids, found.offsets, strict=True):
-            if token not in self.special:
-                yield token, next((name for first, last, name in columns if first < stop <= last), None)
+        found, places = list[tuple[int, int | None]](), 0
+        for part in self._layout:
+            if isinstance(part, tuple):
+                found += [(token, None) for token in part]
+            else:
+                found += [(t, None if i is None else places + i) for t, i in self._tokens_of(part, fields)]
+                places += sum(name is not None for _, name in part)
+        return found
+
+    def _tokens_of(self, part: Text, fields: Fields) -> Iterator[tuple[int, int | None]]:
+        text, spans = self._written(part, fields), _spans(part, fields)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        found = [pair for pair in zip(encoding.ids, encoding.offsets, strict=True) if pair[0] not in self.special]
+        for (token, (start, end)), (_, (_, following)) in pairwise([*found, (0, (0, len(text) + 1))]):
+            own = next((i for i, (first, last) in enumerate(spans) if first < end <= last), None)
+            if own is None and following > end and not text[start:end].strip():
+                behind = next((i for i, (first, last) in enumerate(spans) if end == first < last), None)
+                if behind is not None and self._opens(token, text[slice(*spans[behind])]):
+                    own = behind
+            yield token, own
+
+    def _opens(self, token: int, text: str) -> bool:
+        """Whether a token is the first of a text, by itself or behind a space."""
+        return any(token in self._pieces.encode(before + text)[:1] for before in ("", " "))
 
     def _written(self, part: Text, fields: Fields) -> str:
         """The text of a part of a row. Mask tokens swallow the space before them, and a label word has its own."""
@@ -371,6 +384,17 @@ def _tokenizer(bundle: Bundle) -> Tokenizer:
 
 def _write(text: Text, fields: Fields) -> str:
     return "".join(literal + (fields[name] if name else "") for literal, name in text)
+
+
+def _spans(text: Text, fields: Fields) -> list[tuple[int, int]]:
+    """Where the fields of a text begin and end in it."""
+    spans, end = [], 0
+    for literal, name in text:
+        start = end + len(literal)
+        end = start + (len(fields[name]) if name else 0)
+        if name:
+            spans.append((start, end))
+    return spans
 
 
 def _without_prompt(template: str) -> str:

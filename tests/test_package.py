@@ -33,6 +33,7 @@ from bbt_accel.sharing import push
 
 HARD = ["", "  ", "[MASK] </s> <mask> it", "👩‍🚀 é 東京", "was " * 120]
 PAIRS = [("it was", "great"), ("", "was it bad"), ("a", ""), ("", ""), ("[SEP] it", "</s>"), ("was " * 70, "was " * 90)]
+PAIRS += [("7777 " * i, "it 7 " * j) for i, j in ((14, 30), (30, 14), (21, 22), (22, 21), (40, 40), (41, 40))]
 COMPUTATIONS = [
     ("roberta", "bbt", "add"), ("roberta", "bbt", "cat"), ("roberta", "bbtv2", "add"), ("bert", "bbt", "add"),
     ("bart", "bbt", "cat"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"), ("t5-v1.1", "bbt", "cat"),

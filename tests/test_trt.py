@@ -496,8 +496,11 @@ def records(bundle: Bundle) -> dict[str, Record]:
     return {file.stem: Record.model_validate_json(file.read_text()) for file in files}
 
 
+RECENT = [("llama", "bbtv2", "add"), ("gemma3", "bbt", "cat"), ("modernbert", "bbt", "cat"), ("eurobert", "bbtv2", "add")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [*VARIANTS[::4], *VARIANTS[11::6]], ids="-".join)
+@pytest.mark.parametrize("variant", [*VARIANTS[::4], *VARIANTS[11::6], *RECENT], ids="-".join)
 def test_plans_are_built_ahead_of_time_for_every_method_and_mode(
     tiny: Export, rtx: Api, tmp_path: Path, variant: tuple[str, str, str]
 ) -> None:

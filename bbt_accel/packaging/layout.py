@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -86,7 +86,10 @@ def find_layout(encoder: Encoder) -> Layout:
     for spec in foreign.variants(original, task.clean):
         pieces = {empty: found for empty in patterns if (found := find_pieces(encoder, spec, order, empty)) is not None}
         if len(pieces) == len(patterns):
-            return Layout(order, pieces, encoder.limit, ahead, spec)
+            layout = Layout(order, pieces, encoder.limit, ahead, spec)
+            if min(map(layout.room, patterns)) < 0:
+                raise PackageError(f"the template of task {task.name} leaves no room for its texts; shorten it")
+            return layout
     problem = f"in the template of task {task.name} a text has other tokens than alone, with the tokenizer of {path}"
     hint = f"separate {{{task.text[0]}}} from what is around it by spaces"
     if len(task.text) > 1:  # a tokenizer treats both texts of a pair alike
@@ -95,25 +98,29 @@ def find_layout(encoder: Encoder) -> Layout:
 
 
 def find_pieces(encoder: Encoder, spec: foreign.Spec, order: Sequence[int], empty: tuple[bool, ...]) -> Pieces | None:
-    """The pieces that all probes have in common, of rows in which some texts are empty; None if there are none."""
-    tokenizer, common = foreign.load(spec), None
+    """What is around the texts in rows of which some texts are empty.
+
+    None where a text of a probe has other tokens than alone, or other ones around it than another.
+    """
+    tokenizer, common = foreign.load(spec), set[Pieces]()
     for shift in range(len(PROBES)):
         texts = ["" if no else PROBES[(i + shift) % len(PROBES)] for i, no in enumerate(empty)]
-        row = encoder.ids([dict(zip(encoder.task.text, texts, strict=True))])[0]
-        own = [tokenizer.encode(texts[i], add_special_tokens=False).ids for i in order]
-        found = set(splits(tuple(row), [tuple(ids) for ids in own]))
-        common = found if common is None else common & found
-    return min(common) if common else None
+        tokens = encoder.tokens(dict(zip(encoder.task.text, texts, strict=True)))
+        for place, i in enumerate(order):
+            alone = tokenizer.encode(texts[i], add_special_tokens=False).ids
+            if [token for token, own in tokens if own == place] != alone:
+                return None
+        common.add(around(tokens, len(order)))
+    return common.pop() if len(common) == 1 else None
 
 
-def splits(row: tuple[int, ...], texts: Sequence[tuple[int, ...]]) -> Iterator[Pieces]:
-    """Every way to find the texts in a row in this order: what is around them. An empty one is found where it is."""
-    if not texts:
-        yield (row,)
-        return
-    first, others = texts[0], texts[1:]
-    starts = range(len(row) - len(first) + 1) if first else [0]
-    for start in starts:
-        if row[start : start + len(first)] == first:
-            for behind in splits(row[start + len(first) :], others):
-                yield (row[:start], *behind)
+def around(tokens: Sequence[tuple[int, int | None]], texts: int) -> Pieces:
+    """The ids around the texts of a row. Those around an empty text are all in the piece behind it."""
+    pieces, ids = list[tuple[int, ...]](), list[int]()
+    for token, place in tokens:
+        if place is None:
+            ids.append(token)
+        elif place >= len(pieces):
+            pieces += [()] * (place - len(pieces)) + [tuple(ids)]
+            ids = []
+    return (*pieces, *[()] * (texts - len(pieces)), tuple(ids))

@@ -60,7 +60,7 @@ class Source(BaseModel, extra="forbid"):
 class PackageInfo(SealedManifest):
     """bbt_accel.json."""
 
-    format: int = 2
+    format: int = 3
     kind: Kind
     model: str = Field(description="The model's file.")
     precision: Precision

@@ -25,9 +25,7 @@ def write_reports(folder: Path) -> list[str]:
         return (RECORDED / name / "report.json").read_text(encoding="utf-8")
 
     found = CompareReport.model_validate_json(recorded("compare-four-tasks"))
-    write_report(
-        place("compare"), found, compare_report.markdown(found), lambda file: compare_report.draw(file, found)
-    )
+    write_report(place("compare"), found, compare_report.markdown(found), lambda file: compare_report.draw(file, found))
     bench = BenchReport.model_validate_json(recorded("smollm2-135m"))
     write_report(place("bench"), bench, bench.markdown(), bench.draw)
     write_report(place("sweep"), *a_sweep())

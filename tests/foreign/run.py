@@ -8,7 +8,6 @@ environments of their own, and compares what they compute with `predict`. A load
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import http.server
 import json
@@ -19,8 +18,10 @@ import sys
 import threading
 import venv
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ class Loaded:
 
 class Skipped(Exception):
     """A loader that cannot be had here."""
+
+
+Load = Callable[[Path, Path, list[Case]], Loaded]
+"""From the folder of a loader's environment, WORK and cases to what it made of them."""
 
 
 # The packages ------------------------------------------------------------------------------------------------
@@ -184,21 +189,26 @@ class Packages:
 # The loaders -------------------------------------------------------------------------------------------------
 
 
-def in_python(name: str, script: str) -> Callable[[Path, list[Case]], Loaded]:
-    """A script in an environment with the pinned requirements of the loader, made once for each of their versions."""
+def python_environment(name: str, work: Path) -> Path:
+    """An environment with the pinned requirements of a loader, made once for each of their versions."""
+    requirements = HERE / f"requirements-{name}.txt"
+    stamp = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
+    place = work / f"{name}-{stamp}"
+    if not (place / "installed").exists():
+        shutil.rmtree(place, ignore_errors=True)
+        venv.create(place, with_pip=True)
+        command = [place / "bin" / "pip", "install", "--quiet", "-r", requirements]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise Skipped(f"pip: {(done.stderr.strip().splitlines() or ['failed'])[-1]:.200}")
+        (place / "installed").touch()
+    return place
 
-    def load(work: Path, cases: list[Case]) -> Loaded:
-        requirements = HERE / f"requirements-{name}.txt"
-        stamp = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
-        place = work / f"{name}-{stamp}"
-        if not (place / "installed").exists():
-            shutil.rmtree(place, ignore_errors=True)
-            venv.create(place, with_pip=True)
-            command = [place / "bin" / "pip", "install", "--quiet", "-r", requirements]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                raise Skipped(f"pip: {(done.stderr.strip().splitlines() or ['failed'])[-1]:.200}")
-            (place / "installed").touch()
+
+def in_python(script: str) -> Load:
+    """A script in an environment of Python."""
+
+    def load(place: Path, work: Path, cases: list[Case]) -> Loaded:
         return exchange([str(place / "bin" / "python"), str(HERE / script)], work, cases, HERE)
 
     return load
@@ -225,8 +235,7 @@ def node_modules(work: Path) -> Path:
     return place
 
 
-def transformers_js(work: Path, cases: list[Case]) -> Loaded:
-    place = node_modules(work)
+def transformers_js(place: Path, work: Path, cases: list[Case]) -> Loaded:
     return exchange(["node", str(place / "transformers_js.mjs")], work, cases, place)
 
 
@@ -237,9 +246,9 @@ def find_chromium() -> str:
     return found
 
 
-def check_reports(work: Path) -> str:
+def check_reports(place: Path, work: Path) -> str:
     """The pages of reports in headless Chromium, by keyboard, pointer and axe's rules; what was checked with what."""
-    place, chromium, folder = node_modules(work), find_chromium(), work / "reports"
+    chromium, folder = find_chromium(), work / "reports"
     shutil.rmtree(folder, ignore_errors=True)
     names = write_reports(folder)
     with served(folder) as url:
@@ -247,9 +256,9 @@ def check_reports(work: Path) -> str:
     return f"Pages of reports ({', '.join(names)}): no violation of axe-core {axe}, sorted by keyboard, hover values."
 
 
-def browser(work: Path, cases: list[Case]) -> Loaded:
+def browser(place: Path, work: Path, cases: list[Case]) -> Loaded:
     """Each page in headless Chromium; screenshots in WORK/screenshots."""
-    place, chromium = node_modules(work), find_chromium()
+    chromium = find_chromium()
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         shots = work / "screenshots" / case.name
@@ -274,7 +283,7 @@ def served(folder: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -298,7 +307,7 @@ def exchange(command: list[str], work: Path, cases: list[Case], place: Path) -> 
 
 
 def called(command: list[str], place: Path) -> str:
-    """What the command prints. Raises RuntimeError. The command gets none of this Python's settings; scripts find each other."""
+    """What a command prints, without this Python's settings; scripts find each other. Raises RuntimeError."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, errors="replace", env=environment)
@@ -309,18 +318,21 @@ def called(command: list[str], place: Path) -> str:
 
 @dataclass(frozen=True)
 class Loader:
-    """kind: of the packages that it loads. modes: how it was called, for the report."""
+    """kind: of the packages that it loads. environment: makes the folder that it needs in WORK, and returns it."""
 
     kind: str
-    load: Callable[[Path, list[Case]], Loaded]
+    environment: Callable[[Path], Path]
+    load: Load
 
 
 LOADERS = {
-    "optimum-onnx": Loader("onnx", in_python("optimum-onnx", "optimum_onnx.py")),
-    "optimum-intel": Loader("openvino", in_python("optimum-openvino", "optimum_openvino.py")),
-    "transformers.js": Loader("onnx", transformers_js),
-    "browser": Loader("web", browser),
-    "peft": Loader("peft", in_python("peft", "peft_adapter.py")),
+    "optimum-onnx": Loader("onnx", partial(python_environment, "optimum-onnx"), in_python("optimum_onnx.py")),
+    "optimum-intel": Loader(
+        "openvino", partial(python_environment, "optimum-openvino"), in_python("optimum_openvino.py")
+    ),
+    "transformers.js": Loader("onnx", node_modules, transformers_js),
+    "browser": Loader("web", node_modules, browser),
+    "peft": Loader("peft", partial(python_environment, "peft"), in_python("peft_adapter.py")),
 }
 
 
@@ -336,6 +348,16 @@ class Report:
         ]
     )
     failures: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, loader: str) -> Iterator[None]:
+        """What is skipped or fails in the block is a line."""
+        try:
+            yield
+        except Skipped as reason:
+            self.lines.append(f"| {loader} | | | | skipped: {reason} | |")
+        except RuntimeError as error:
+            self.failures.append(f"{loader}: {error}")
 
     def add(self, loader: str, versions: dict[str, str], case: Case, modes: dict[str, Any]) -> None:
         name = f"{loader}: " + ", ".join(f"{own} {version}" for own, version in versions.items())
@@ -361,29 +383,20 @@ def main() -> None:
     options = parser.parse_args()
     work: Path = options.work.absolute()
     packages = Packages(work / "packages")
-    packages.demo()
-    packages.others()
-    report = Report()
-    for name in options.loaders or LOADERS:
-        loader = LOADERS[name]
-        cases = [case for case in packages.cases if case.kind == loader.kind]
-        try:
-            loaded = loader.load(work, cases)
-        except Skipped as reason:
-            report.lines.append(f"| {name} | | | | skipped: {reason} | |")
-            continue
-        except RuntimeError as error:
-            report.failures.append(f"{name}: {error}")
-            continue
-        for case in cases:
-            report.add(name, loaded.versions, case, loaded.found[case.name])
-    if not options.loaders:
-        try:
-            report.lines += ["", check_reports(work)]
-        except Skipped as reason:
-            report.lines += ["", f"Pages of reports: skipped: {reason}."]
-        except RuntimeError as error:
-            report.failures.append(f"reports: {error}")
+    report, names = Report(), options.loaders or list(LOADERS)
+    with ThreadPoolExecutor(1) as pool:  # environments are installed while packages are made
+        places = {name: pool.submit(LOADERS[name].environment, work) for name in names}
+        packages.demo()
+        packages.others()
+        for name in names:
+            own = [case for case in packages.cases if case.kind == LOADERS[name].kind]
+            with report.of(name):
+                loaded = LOADERS[name].load(places[name].result(), work, own)
+                for case in own:
+                    report.add(name, loaded.versions, case, loaded.found[case.name])
+        if "browser" in names:
+            with report.of("reports"):
+                report.lines += ["", check_reports(places["browser"].result(), work)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text("\n".join(report.lines) + "\n", encoding="utf-8")
     print("\n".join(report.lines))
