@@ -98,6 +98,29 @@ def test_truncation_removes_the_last_tokens_of_a_text_and_changes_no_other(famil
     assert found == whole[:kept] + whole[len(whole) - end :]
 
 
+@pytest.mark.parametrize("mode", ["add", "cat"])
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=20, deadline=None)
+@given(first=TEXTS | st.text("ab 7é", min_size=30), second=TEXTS | st.text("ab 7é", min_size=30))
+@example(first="7 " * 40, second="ab " * 40)
+def test_the_longer_text_of_a_pair_is_truncated_first(family: str, mode: str, first: str, second: str) -> None:
+    enc = encoder(family, mode, pair=True)
+    row = Row({"sentence1": first, "sentence2": second})
+    tokens, found = enc.tokens(enc.fields(row)), enc.encode([row]).input_ids[0].tolist()
+    assert [token for token, _ in tokens] == enc.ids([enc.fields(row)])[0]
+    own = [[token for token, place in tokens if place == i] for i in range(2)]
+    rest = len(tokens) - sum(map(len, own))
+    lengths = [(i, min(len(tokens), enc.limit) - rest - i) for i in range(enc.limit)]  # of both, for every split
+    fits = [pair for pair in lengths if all(0 <= n <= len(text) for n, text in zip(pair, own, strict=True))]
+    kept = min(fits, key=lambda pair: (max(pair), pair))  # of two equal texts the first is truncated first
+    expected = []
+    for place, n in enumerate(kept):
+        own[place][n:] = [-1] * (len(own[place]) - n)
+    for token, place in tokens:
+        expected.append(token if place is None else own[place].pop(0))
+    assert found == [token for token in expected if token != -1]
+
+
 def shared_beginning(first: list[int], second: list[int]) -> list[int]:
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
 
