@@ -125,6 +125,9 @@ async function classify(classifier) {
     }
     element("results").replaceChildren(...entries);
     element("results-section").hidden = false;
+    for (const text of document.querySelectorAll(".text")) {
+      if (text.scrollHeight > text.clientHeight) text.tabIndex = 0; // a long one is scrolled by keyboard
+    }
     say(`${entries.length === 1 ? "1 text" : `${entries.length} texts`} classified. The results are below.`);
   } catch (error) {
     say(`This text could not be classified (${error.message}).`, true);
