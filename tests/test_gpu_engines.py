@@ -684,6 +684,7 @@ class Rounding:
         self.run = ReferenceEvaluator(file).run
 
 
+@pytest.mark.skipif(np.__version__ < "2", reason="onnx's reference evaluator needs NumPy 2 for long rows")
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_norms_are_right_for_activations_that_calibration_did_not_reach(

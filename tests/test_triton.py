@@ -105,7 +105,7 @@ class RepositoryEngine(StagedEngine):
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_models_run_from_the_repository_alone(tiny: Export, tmp_path: Path, kind: tuple[str, str, str]) -> None:
     bundle = Bundle.read(shutil.copytree(tiny(*kind).path, tmp_path / "bundle"))
-    population, batch = prompts(bundle), rows(readout=4 if kind[0] == "gpt2" else 1)
+    population, batch = prompts(bundle), rows(readout=4 if bundle.info.causal else 1)
     with load_engine(bundle, "ort", threads=1) as engine, engine.bind(batch) as bound:
         wanted = bound.label_logits(population)
     models = write_repository(bundle, tmp_path / "repository")
