@@ -496,7 +496,9 @@ def records(bundle: Bundle) -> dict[str, Record]:
     return {file.stem: Record.model_validate_json(file.read_text()) for file in files}
 
 
-RECENT = [("llama", "bbtv2", "add"), ("gemma3", "bbt", "cat"), ("modernbert", "bbt", "cat"), ("eurobert", "bbtv2", "add")]
+RECENT = [
+    ("llama", "bbtv2", "add"), ("gemma3", "bbt", "cat"), ("modernbert", "bbt", "cat"), ("eurobert", "bbtv2", "add"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
