@@ -35,7 +35,7 @@ from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.triton import write_repository
 
 KINDS = [("roberta", "bbt", "add"), ("bart", "bbt", "cat"), ("gpt2", "bbtv2", "add"), ("t5", "bbtv2", "add")]
-KINDS += [("llama", "bbt", "cat"), ("llama", "bbtv2", "add")]
+KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in (("llama", "bbt", "cat"), ("llama", "bbtv2", "add"))]
 OTHERS = [pytest.param(variant, marks=marks(variant)) for variant in RELATIVES if variant[1:] == EACH[0]]
 
 
