@@ -53,7 +53,7 @@ test-slow: .venv/.installed .venv/.extras
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # Loads packages with optimum, optimum-intel, transformers.js, Chromium and PEFT at pinned versions, each in an
-# environment of its own under build/foreign, and the pages of reports with Chromium and axe. What cannot be installed
+# environment of its own under build/foreign, and checks report pages with Chromium and axe. What cannot be installed
 # here is skipped, with the reason.
 test-foreign: .venv/.installed .venv/.extras
 	OMP_NUM_THREADS=2 $(BIN)/python tests/foreign/run.py

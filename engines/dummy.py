@@ -15,7 +15,8 @@ class DummyBoundBatch(BoundBatch):
         rng, classes = np.random.default_rng(0), len(self.batch.label_token_ids)
         weight = rng.standard_normal((flat.shape[1], classes), dtype=np.float32) / np.sqrt(flat.shape[1])
         row = (self.batch.input_ids * self.batch.attention_mask).sum(1) % 97 / 97
-        logits = np.tanh(flat @ weight)[:, None, :] + row[None, :, None] * np.arange(classes, dtype=np.float32)
+        scores = np.array([candidate @ weight for candidate in flat])  # BLAS sums a matrix in another order than a row
+        logits = np.tanh(scores)[:, None, :] + row[None, :, None] * np.arange(classes, dtype=np.float32)
         return np.asarray(logits, np.float32)
 
     def _outputs(self, population: Population) -> dict[str, Float32]:

@@ -21,10 +21,12 @@ from package_parts import TEXTS, Foreign, tuned
 
 from bbt_accel.bundle import Bundle, facts_digest
 from bbt_accel.cli import main
+from bbt_accel.encoding import Encoder
 from bbt_accel.errors import BbtError, PackageError
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.packaging import web_page
+from bbt_accel.packaging.layout import find_layout
 from bbt_accel.packaging.manifest import PackageInfo, read_info
 from bbt_accel.packaging.package import Options, check_package, package_run
 from bbt_accel.run import Run
@@ -359,6 +361,14 @@ def test_a_template_that_no_graph_can_hold(
     with pytest.raises(PackageError, match=reason):
         package(run, tmp_path)
     assert not (tmp_path / "package").exists()
+
+
+def test_a_template_without_room_for_a_text_is_refused(made: MakeRun) -> None:
+    run = made()
+    encoder = Encoder(run.open_bundle(), run.task)
+    encoder.limit = len(encoder.tokens({"text": "it"})) - 2
+    with pytest.raises(PackageError, match="leaves no room for its texts; shorten it"):
+        find_layout(encoder)
 
 
 def test_a_bundle_for_another_runtime_names_what_to_pass(made: MakeRun, tmp_path: Path) -> None:

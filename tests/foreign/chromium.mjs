@@ -32,10 +32,10 @@ export async function withPage(executablePath, url, problems, use) {
 /** Light, dark and narrow: axe's rules, a screenshot of each, and no scrolling sideways. */
 export async function checkLooks(page, screenshots, problems) {
   fs.mkdirSync(screenshots, { recursive: true });
+  await page.evaluate(axe); // not as a script element, which a page's content security policy may refuse
   for (const colorScheme of ["light", "dark"]) {
     await page.emulateMedia({ colorScheme });
     await page.screenshot({ path: path.join(screenshots, `${colorScheme}.png`), fullPage: true });
-    await page.evaluate(axe); // not as a script element, which a page's content security policy may refuse
     for (const { id, help, nodes } of (await page.evaluate(() => axe.run())).violations) {
       problems.push(`axe, ${colorScheme}: ${id} (${help}) at ${nodes.map((node) => node.target).join(", ")}`);
     }

@@ -247,13 +247,13 @@ def find_chromium() -> str:
 
 
 def check_reports(place: Path, work: Path) -> str:
-    """The pages of reports in headless Chromium, by keyboard, pointer and axe's rules; what was checked with what."""
+    """Report pages in headless Chromium, by keyboard, pointer and axe's rules; what was checked with what."""
     chromium, folder = find_chromium(), work / "reports"
     shutil.rmtree(folder, ignore_errors=True)
     names = write_reports(folder)
     with served(folder) as url:
         axe = called(["node", "reports.mjs", str(work / "screenshots"), chromium, url, *names], place).strip()
-    return f"Pages of reports ({', '.join(names)}): no violation of axe-core {axe}, sorted by keyboard, hover values."
+    return f"Report pages ({', '.join(names)}): no violation of axe-core {axe}, sorted by keyboard, hover values."
 
 
 def browser(place: Path, work: Path, cases: list[Case]) -> Loaded:
