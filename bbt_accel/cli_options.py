@@ -142,7 +142,7 @@ class TuneOptions(Schema):
     """Run folder to create (default: runs/TASK-METHOD-ENGINE-SEED)."""
     preset: Preset | None = None
     """paper: the original program's search, with the verbalizer as readout."""
-    resume: bool = Field(default=False, description="Continue an interrupted run.")
+    resume: bool = Field(default=False, description="Continue an interrupted run, or one with a smaller budget.")
     overwrite: bool = Field(default=False, description="Replace an existing run.")
     track: list[str] = Field(default=[], description="Experiment trackers: tensorboard, mlflow, wandb, trackio.")
     tensorboard: bool = Field(default=False, description="The same as --track tensorboard.")

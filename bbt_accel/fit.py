@@ -102,8 +102,9 @@ def fit_file(
     labels, of any kind. template: how a row is written for the backbone, e.g. "{review} It was {mask} ."; label_words:
     one for each label, in their sorted order; taken from the labels unless given. engine, precision: `auto` for what
     `doctor` finds. k_shot: as in `Settings`; unless given its default, or a third of the rarest class.
-    overwrite: replace an existing run; otherwise an unfinished or interrupted one is continued, and a complete one of
-    the same search scored again. announce: called with the plan before the search.
+    overwrite: replace an existing run; otherwise an unfinished or interrupted one is continued, a complete one too if
+    the budget is larger, and a complete one of the same search scored again.
+    announce: called with the plan before the search.
     Raises DataError for a file that cannot be read, lacks a column, or has missing texts or labels, a single class or a
     class with one row; what `export_bundle`, `optimize_bundle`, `tune` and `evaluate` raise.
     """
@@ -138,7 +139,8 @@ def fit_file(
 def require_same(output: Path, task: str, settings: Mapping[str, object]) -> None:
     """Raises RunError for a run of another search, before anything is exported for this one."""
     former = read_info(output)
-    if former.task.name != task or resolve(former.settings.model_dump(), settings) != former.settings:
+    wanted = resolve(former.settings.model_dump(), settings)
+    if former.task.name != task or not (wanted == former.settings or former.settings.begins(wanted)):
         raise RunError(f"{output} is the run of another search; use --overwrite or another -o")
 
 

@@ -140,7 +140,7 @@ class RunInfo(Manifest):
     prompt_sha256: str = Field(default="", description="Of that file.")
 
     def differences(self, other: RunInfo) -> list[str]:
-        """Differences that keep `other` from continuing this run, with both values."""
+        """Differences that keep `other` from continuing this run, with both values. A larger budget is none."""
         pairs = {name: (getattr(self.settings, name), getattr(other.settings, name)) for name in Settings.model_fields}
         pairs |= {
             "bundle": (self.bundle.digest[:12], other.bundle.digest[:12]),
@@ -152,6 +152,8 @@ class RunInfo(Manifest):
         }
         if all(pairs[name][0] == pairs[name][1] for name in ("seed", "k_shot")):  # which choose the rows
             pairs["data"] = (self.data.digest[:12], other.data.digest[:12])
+        if self.settings.budget < other.settings.budget:
+            del pairs["budget"]
         found = [f"{name} (was {was}, is now {now})" for name, (was, now) in pairs.items() if was != now]
         if self.task.name == other.task.name and self.task != other.task:
             found.append("task definition")

@@ -65,6 +65,15 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         """Calls of one generation (bbtv2: of one sweep over the layers), the least that a search can spend."""
         return self.popsize if method == "bbt" else self.popsize * n_layers
 
+    def scores_dev(self, number: int) -> bool:
+        """Whether generation `number`, counted from 0, is due for a dev score: it passes a multiple of eval_every."""
+        calls = (number + 1) * self.popsize
+        return calls // self.eval_every > (calls - self.popsize) // self.eval_every
+
+    def begins(self, other: Settings) -> bool:
+        """Whether a search with these settings is the first part of one with `other`, which has the larger budget."""
+        return self.budget < other.budget and self == other.model_copy(update={"budget": self.budget})
+
     @property
     def fitted(self) -> bool:
         """Whether the readout is fitted on labelled rows."""

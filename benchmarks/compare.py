@@ -195,18 +195,24 @@ class CompareTrial:
             plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, self.test, start))
         found = [self.measured("without a prompt", 0, plain, 0.0)]
         found.append(self.measured("batch calibration", 0, plain + batch_calibration(plain), 0.0))
-        return found + [self.score(name, *self.tune("bbt", name, 1)) for name in READOUTS if name != "verbalizer"]
+        fitted = (name for name in READOUTS if name != "verbalizer")
+        return found + [self.score(name, *self.tune("readouts", "bbt", name, 1)) for name in fitted]
 
     def search(self, contender: str) -> list[Score]:
-        """For each budget that it can spend: the original search by a method, or one with a fitted readout."""
+        """For each budget that it can spend: the original search by a method, or one with a fitted readout.
+
+        One search: with each budget it continues where the one before it ended. Its seconds are those from the start.
+        """
         name, given = parse_contender(contender)
         method, readout = (name, "verbalizer") if name in get_args(Method) else ("bbt", name)
         info = Bundle.read(self.bundles[method], verify=False).info
-        scores = []
-        for budget in ([1] if name == "auto" else []) + self.options.budgets:
+        scores, total = list[Score](), 0.0
+        for budget in sorted({*([1] if name == "auto" else []), *self.options.budgets}):
             settings = resolve(given, {"readout": readout, "budget": budget})
             if settings.fitted or budget >= settings.turn(info.method, info.n_layers):
-                scores.append(self.score(contender, *self.tune(method, readout, budget, given), budget))
+                run, seconds = self.tune(contender, method, readout, budget, given, resume=bool(scores))
+                total += seconds
+                scores.append(self.score(contender, run, total, budget))
         return scores
 
     def reference(self, contender: str) -> list[Score]:
@@ -227,17 +233,22 @@ class CompareTrial:
             found = replace(found, seconds=loading + found.seconds)
         return [self.measured(contender, found.calls, found.scores, found.seconds)]
 
-    def tune(self, method: str, readout: str, budget: int, given: Mapping[str, str] = {}) -> tuple[Run, float]:
-        """A run, and its seconds. given: further settings."""
+    def tune(
+        self,
+        contender: str,
+        method: str,
+        readout: str,
+        budget: int,
+        given: Mapping[str, str] = {},
+        resume: bool = False,
+    ) -> tuple[Run, float]:
+        """A run, and its seconds. given: further settings. resume: continue the contender's run."""
         own = {"seed": self.seed, "k_shot": self.options.k_shot, "readout": readout, "budget": budget}
-        settings = {**given, **own}
-        changed = [f"{name}={value}" for name, value in given.items()]
-        place = self.work / "-".join(map(str, [self.task.name, method, readout, *changed, budget, self.seed]))
+        place = self.work / f"{self.task.name}-{contender.replace(':', ',')}-{readout}-{self.seed}"
         started = perf_counter()
         where: dict[str, Any] = {"engine": self.options.engine, "threads": self.threads, "data": self.data}
-        run = tune(
-            self.bundles[method], self.task, output=place, overwrite=True, settings=settings, progress=False, **where
-        )
+        again: dict[str, Any] = {"resume": resume, "overwrite": not resume, "progress": False}
+        run = tune(self.bundles[method], self.task, output=place, settings={**given, **own}, **where, **again)
         return run, perf_counter() - started
 
     def score(self, name: str, run: Run, seconds: float, budget: int | None = None) -> Score:

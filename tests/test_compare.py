@@ -24,7 +24,7 @@ from bbt_accel.files import fingerprint
 from bbt_accel.sweeps.pools import PoolJob
 
 SMALL = CompareOptions(
-    contenders=["readouts", "auto", "bbt"], budgets=[20], seeds=[42], k_shot=2, test_rows=16, threads=1
+    contenders=["readouts", "auto", "bbt"], budgets=[20, 40], seeds=[42], k_shot=2, test_rows=16, threads=1
 )
 
 
@@ -48,12 +48,14 @@ def test_every_contender_is_scored_on_the_same_test_rows(folder: Path) -> None:
     assert report["failures"] == {}
     labels = {(s["contender"], s["budget"]) for s in report["scores"]}
     assert {("without a prompt", None), ("batch calibration", None), ("states", None)} <= labels
-    assert {("auto", 1), ("auto", 20), ("bbt", 20)} <= labels
+    assert {("auto", 1), ("auto", 20), ("auto", 40), ("bbt", 20), ("bbt", 40)} <= labels
+    calls = {s["budget"]: s["calls"] for s in report["scores"] if s["contender"] == "bbt"}
+    assert calls == {20: 20, 40: 40}
     assert all(16 * s["score"] == pytest.approx(round(16 * s["score"])) for s in report["scores"])
     auto = next(s for s in report["scores"] if s["contender"] == "auto")
     assert auto["chosen"].split(",")[0] in {s["contender"] for s in report["scores"]} | {"verbalizer"}
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "bbt-accel compare demo --contenders readouts,auto,bbt --budgets 20" in (folder / "report.md").read_text()
+    assert "bbt-accel compare demo --contenders readouts,auto,bbt --budgets 20,40" in (folder / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -128,6 +128,16 @@ def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit, tmp_path: Path)
     assert fit(budget=1, seed=1, overwrite=True).run.info.settings.seed == 1
 
 
+def test_a_larger_budget_continues_a_complete_fit(fit: Fit) -> None:
+    whole = fit("whole", budget=41)
+    assert len(fit(budget=21).run.history) < len(whole.run.history)
+    continued = fit(budget=41)
+    assert continued.run.prompt.tobytes() == whole.run.prompt.tobytes()
+    assert (continued.run.info.calls, continued.score) == (whole.run.info.calls, whole.score)
+    with pytest.raises(RunError, match="run is the run of another search"):
+        fit(budget=21)
+
+
 def test_an_interrupted_fit_is_continued_by_the_same_call(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, ask, asked = fit("whole").run, Bbt.ask, list[int]()
 

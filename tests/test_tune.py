@@ -170,6 +170,36 @@ def test_resume_starts_a_run_and_returns_a_complete_one(start: Tune) -> None:
     assert (first.path / "run.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("readout", ["verbalizer", "calibrated", "auto"])
+@pytest.mark.parametrize("first", [20, 48])  # the dev score at its end is due there in a longer search, or it is not
+def test_a_larger_budget_continues_a_complete_run_as_if_it_had_been_given_at_first(
+    start: Tune, readout: str, first: int
+) -> None:
+    settings = {**SETTINGS, "readout": readout, "popsize": 4, "eval_every": 16}
+    whole, short = start("whole", settings | {"budget": 80}), start(settings=settings | {"budget": first})
+    computed = short.history[:-1]
+    continued = start(settings={"budget": 80}, resume=True)
+    assert result_bytes(continued) == result_bytes(whole)
+    assert continued.info.best == whole.info.best
+    assert (continued.info.calls, continued.info.settings) == (whole.info.calls, whole.info.settings)
+    assert [g.candidates for g in continued.history] == [g.candidates for g in whole.history]
+    assert continued.history[: len(computed)] == computed  # with its seconds: not computed again
+    assert [r.name for r in continued.info.readout.tried] == [r.name for r in whole.info.readout.tried]
+
+
+def test_a_run_that_is_interrupted_on_the_way_to_a_larger_budget_is_continued_to_it(
+    start: Tune, interrupt: Callable[[int], None]
+) -> None:
+    larger = {**SETTINGS, "budget": 80}
+    whole, done = start("whole", larger), len(start(settings={**SETTINGS, "budget": 40}).history)
+    interrupt(3)
+    halted = start(settings=larger, resume=True)
+    assert (halted.info.status, halted.info.settings.budget) == ("interrupted", 80)
+    assert done < len(halted.history) < len(whole.history)
+    interrupt(-1)
+    assert result_bytes(start(resume=True, settings={})) == result_bytes(whole)
+
+
 def test_an_existing_run_is_replaced_only_on_request(start: Tune) -> None:
     first = start()
     with pytest.raises(RunError, match="--resume, --overwrite"):

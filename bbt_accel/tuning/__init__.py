@@ -65,8 +65,9 @@ def tune(
     settings: any of `Settings`; what is not given comes from `preset`, then from the task's preset, in a resumed run
         from that run. preset: `paper` for the original program's search, whose readout is the verbalizer.
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is complete.
-    resume: continue an interrupted or killed run to the same prompt, bit for bit; start one if there is none, and
-        return a complete run as it is. overwrite: replace an existing run once the new one is complete.
+    resume: continue an interrupted or killed run to the same prompt, bit for bit, or a complete one to a larger budget,
+        as if it had been given at first; start one if there is none, and return a complete run as it is.
+    overwrite: replace an existing run once the new one is complete.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
     track: trackers that get every generation, by the names in `callbacks.TRACKERS`; tensorboard: that one.
@@ -90,7 +91,10 @@ def tune(
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
         job, info, notes = _prepare(bundle, task, data, record, chosen, workspace)
         _require_same(former, info, workspace.final)
-        if former is None or former.status != "done" or workspace.folder.exists():  # the last: killed before the rename
+        killed = workspace.folder.exists()  # before the rename
+        if former is None or former.status != "done" or killed or former.settings.begins(chosen):
+            if former is not None:
+                info.readout = ReadoutRecord(name=former.readout.name, tried=former.readout.tried)
             _say("\n".join(notes), progress and bool(notes))
             return _run(job, info, workspace, resume, ray, told, progress)
         _say(f"{workspace.final} is complete already; nothing to resume", progress)
@@ -225,7 +229,7 @@ def _search(
         start = bundle.start_prompt()
         if settings.fitted:
             started = perf_counter()
-            readouts = ReadoutSearch(evaluator, job, start)
+            readouts = ReadoutSearch(evaluator, job, start, info.readout)
             info.baselines = baselines(job, readouts.at_start.outputs["label_logits"][len(job.train) :])
             outcome = search(evaluator, bundle, settings, history, observe, readouts.dev, readouts.start)
             found = readouts.finish(outcome, searched=bool(len(history)))

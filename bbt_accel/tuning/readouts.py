@@ -24,16 +24,18 @@ class ReadoutSearch:
     """What surrounds a search whose readout is fitted: the choice of the readout, dev scores, and the last fit.
 
     start: the prompt without a search. Its outputs take the first call.
+    former: the record of the run that is continued, if any, whose choice stands.
     """
 
-    def __init__(self, evaluator: Evaluator, job: Job, start: Float32) -> None:
+    def __init__(self, evaluator: Evaluator, job: Job, start: Float32, former: ReadoutRecord) -> None:
         self.evaluator, self.job = evaluator, job
         self.train, self.dev_rows = np.arange(len(job.train)), np.arange(len(job.train), len(job.rows))
         named = job.settings.readout
         self.names: tuple[ReadoutName, ...] = TRIED if named == "auto" else (named,)
         self.at_start = self.rows(start)
-        self.tried: list[TriedReadout] = []
-        self.name: ReadoutName = self.choose() if named == "auto" else named
+        self.tried: list[TriedReadout] = list(former.tried)
+        known = former.name if former.tried else None
+        self.name: ReadoutName = (known or self.choose()) if named == "auto" else named
         """The readout of the search."""
         self.names = (self.name,)
         self.start_losses, score = self.dev_losses(self.at_start)

@@ -81,7 +81,7 @@ def search(
     check_history(history.generations, settings.popsize, turns, total, int(settings.fitted))
     space = PromptSpace(bundle, settings, evaluator.layer_stds() if deep else None)
     method = BbtV2(space, settings) if deep else Bbt(space, settings)
-    best = _replay(method, history, observe, start, settings.fitted)
+    best = _replay(method, history, observe, start, settings, total)
     try:
         for number in range(len(history), total):
             if start is not None and best is not None and settings.readout == "auto" and on_plateau(history, start):
@@ -105,10 +105,22 @@ def on_plateau(history: History, start: BestPrompt) -> bool:
 
 
 def _replay(
-    method: SearchMethod, history: History, observe: Observe, best: BestPrompt | None, by_loss: bool
+    method: SearchMethod,
+    history: History,
+    observe: Observe,
+    best: BestPrompt | None,
+    settings: Settings,
+    total: int,
 ) -> BestPrompt | None:
-    """Repeat the asks and tells of the history, without the engine. best: the prompt to surpass."""
+    """Repeat the asks and tells of the history, without the engine. best: the prompt to surpass.
+
+    The last generation of a smaller budget was scored in any case. That score is dropped where it is not due, as a
+    search would not have it that was given the larger budget at first.
+    """
     for known in history.generations:
+        if not settings.scores_dev(known.generation) and known.generation < total - 1:
+            known = known.model_copy(update={"dev_score": None, "dev_loss": None})
+            history.generations[known.generation] = known
         candidates = method.ask()
         if fingerprint(candidates) != known.candidates:
             raise RunError(
@@ -118,7 +130,7 @@ def _replay(
         method.tell(candidates, np.array(known.losses))
         if known.dev_score is not None and known.dev_loss is not None:
             scored = BestPrompt(method.prompt(), known.generation, known.dev_score, known.dev_loss)
-            best = better(best, scored, by_loss)
+            best = better(best, scored, settings.fitted)
         observe(known)
     return best
 
@@ -132,13 +144,11 @@ def _generation(
     losses, metrics = evaluator.train(method.space, layer, candidates)
     rate = len(losses) / (perf_counter() - started)
     method.tell(candidates, losses)
-    calls = (number + 1) * settings.popsize
-    due = calls // settings.eval_every > (calls - settings.popsize) // settings.eval_every
-    scored = _score(dev, method, number) if due or last else None
+    scored = _score(dev, method, number) if settings.scores_dev(number) or last else None
     best = int(np.argmin(losses))
     generation = Generation(
         generation=number,
-        calls=calls + settings.fitted,
+        calls=(number + 1) * settings.popsize + settings.fitted,
         layer=layer,
         candidates=fingerprint(candidates),
         losses=losses.tolist(),

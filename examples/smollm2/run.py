@@ -77,11 +77,11 @@ def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> di
 def searched(
     given: argparse.Namespace, task: str, seed: int, method: str, calls: int, readout: str, shown: int = 0
 ) -> dict[str, Any]:
-    """A search of this many calls, and its score. readout: `verbalizer` for the papers' search, or another.
+    """A search of this many calls, and its score. It continues the one of fewer calls, which must come first.
 
-    shown: demonstrations in front of every row.
+    readout: `verbalizer` for the papers' search, or another. shown: demonstrations in front of every row.
     """
-    name = "-".join(map(str, (task, method, readout, *([shown] if shown else []), calls, seed)))
+    name = "-".join(map(str, (task, method, readout, *([shown] if shown else []), seed)))
     folder, output = given.data / TASKS[task][0], given.output / "runs" / name
     settings: dict[str, Any] = {"budget": calls, "seed": seed, "popsize": 20 if method == "bbt" else 5}
     settings |= {"readout": readout, "demonstrations": shown}
@@ -108,8 +108,8 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--demonstrations", default="0,4,16")
-    parser.add_argument("--auto", default="1,300", help="calls of BBT with a fitted readout, comma-separated")
-    parser.add_argument("--bbt", default="100,300,1000", help="calls of BBT, comma-separated; empty for none")
+    parser.add_argument("--auto", default="1,300", help="calls of BBT with a fitted readout, ascending")
+    parser.add_argument("--bbt", default="100,300,1000", help="calls of BBT, ascending; empty for none")
     parser.add_argument("--bbtv2", default="300,1000", help="calls of BBTv2: 5 for each of 30 layers are 150 at least")
     parser.add_argument("--test-rows", type=int, default=300)
     parser.add_argument("--engine", default="ort")
