@@ -322,10 +322,11 @@ def _ort(n: int, threads: int, int8: bool = False) -> Multiply:
 def _openvino(n: int, threads: int) -> Multiply:
     import openvino
 
+    from bbt_accel.exporters.openvino_ir import compile_options
+
     core = openvino.Core()
-    # Without the hint OpenVINO computes in bf16 where the processor has it.
-    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(core.read_model(product(n), b""), "CPU", options).create_infer_request()
+    model = core.compile_model(core.read_model(product(n), b""), "CPU", compile_options("fp32", threads))
+    request = model.create_infer_request()
     a = np.ones((n, n), np.float32)
     return lambda: request.infer({"a": a}, share_inputs=True, share_outputs=True)
 

@@ -10,7 +10,7 @@ import openvino
 from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import EngineError
-from bbt_accel.exporters.openvino_ir import StageReader, precision_hint
+from bbt_accel.exporters.openvino_ir import StageReader, compile_options
 
 ONNX = b"\x08"  # the first byte of an ONNX file: the tag of its version
 
@@ -28,8 +28,7 @@ class OpenVinoEngine(StagedEngine):
 
     def open(self, stage: str) -> Any:
         """Compile one stage."""
-        threads = {"INFERENCE_NUM_THREADS": str(self.threads)} if self.threads else {}
-        config = {"PERFORMANCE_HINT": "LATENCY", **precision_hint(self.bundle.info.precision), **threads}
+        config = compile_options(self.bundle.info.precision, self.threads)
         with failing("OpenVINO", f"to load {stage}", RuntimeError, ValueError):
             if self.reader is not None:
                 return self.reader.compile(stage, config).create_infer_request()

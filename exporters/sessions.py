@@ -17,7 +17,7 @@ import onnx
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.errors import ExportError
-from bbt_accel.exporters.openvino_ir import StageReader, precision_hint
+from bbt_accel.exporters.openvino_ir import StageReader, compile_options
 
 Feeds = dict[str, Any]
 """Inputs or outputs of a stage by name, numpy."""
@@ -95,9 +95,7 @@ def temporary_graph(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
 def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
     """An OpenVINO model."""
     reader = StageReader(bundle.path)
-    threads = _THREADS.get()
-    config = {} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)}
-    model = reader.compile(stage, precision_hint(bundle.info.precision) | config)
+    model = reader.compile(stage, compile_options(bundle.info.precision, _THREADS.get()))
 
     def run(feeds: Feeds, reader: StageReader = reader) -> Feeds:  # the reader lives as long as the model
         found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})

@@ -213,6 +213,39 @@ def test_pytorch_takes_the_threads_that_it_is_given(bundle: Bundle, name: str, t
         assert f"{threads} threads" in engine.versions()["device"]
 
 
+CORES_OF_THREADS = """
+import contextlib, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import numpy as np
+from bbt_accel import Batch, load_engine
+path, name = sys.argv[1:]
+own = os.sched_getaffinity(0)
+def cores():
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            yield os.sched_getaffinity(int(task.name))
+ids = np.full((2, 9), 7)
+batch = Batch(ids, np.ones_like(ids), np.full(2, 6), np.zeros(2, np.int64), np.array([7, 8]))
+with load_engine(path, name, threads=1) as engine, engine.bind(batch) as bound, ThreadPoolExecutor(1) as pool:
+    prompt, free = engine.bundle.start_prompt()[None], True
+    computing = pool.submit(lambda: [bound.label_logits(prompt) for _ in range(100)])
+    while not computing.done():
+        free = free and all(found == own for found in cores())
+    print(free)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="shown by Linux only")
+@pytest.mark.parametrize("name", ["torch", "ort", "openvino"])
+def test_a_thread_may_use_any_core_so_that_processes_do_not_share_one(bundle: Bundle, name: str) -> None:
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    command = [sys.executable, "-c", CORES_OF_THREADS, str(bundle.path), name]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout == "True\n"
+
+
 @pytest.mark.parametrize(("threads", "wanted"), [(1, 1), (2, 2), (None, 0)])
 def test_onnxruntime_takes_the_threads_that_it_is_given(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, wanted: int

@@ -13,7 +13,7 @@ import onnx
 from bbt_accel.batch import Int64
 from bbt_accel.engine_specs import Precision
 from bbt_accel.engines.base import failing
-from bbt_accel.exporters.openvino_ir import StageReader, precision_hint
+from bbt_accel.exporters.openvino_ir import StageReader, compile_options
 from bbt_accel.packaging.comparison import LoadedModel
 from bbt_accel.packaging.compose import save
 from bbt_accel.packaging.packaged_run import CHECKED, ROWS, PackagedRun
@@ -84,13 +84,11 @@ def open_openvino(file: Path, precision: Precision, threads: int | None) -> Load
     """The model on the CPU in the precision that it was written in, with what the comparison reads as outputs."""
     import openvino
 
-    config = {"PERFORMANCE_HINT": "LATENCY", **precision_hint(precision)}
-    config |= {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
     with failing("OpenVINO", f"to load {file.name}", RuntimeError, ValueError):
         core = openvino.Core()
         model = core.read_model(file)
         model.add_outputs(list(CHECKED.values()))
-        compiled = core.compile_model(model, "CPU", config)
+        compiled = core.compile_model(model, "CPU", compile_options(precision, threads))
     names = {"logits": "logits", **CHECKED}
 
     def run(inputs: dict[str, Int64]) -> dict[str, np.ndarray]:

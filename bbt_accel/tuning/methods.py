@@ -88,6 +88,11 @@ class Cma:
     def step_size(self) -> float:
         return float(self._es.sigma)
 
+    @property
+    def mean(self) -> Float64:
+        """Around which the next population is drawn, float64 (d,)."""
+        return np.array(self._es.mean)
+
 
 class SearchMethod(ABC):
     """A search, one generation at a time: ask, evaluate the candidates in `space`, tell."""
