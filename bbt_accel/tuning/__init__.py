@@ -90,11 +90,7 @@ def tune(
     with ExitStack() as held:
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
         job, info, notes = _prepare(bundle, task, data, record, chosen, workspace)
-        _require_same(former, info, workspace.final)
-        killed = workspace.folder.exists()  # before the rename
-        if former is None or former.status != "done" or killed or former.settings.begins(chosen):
-            if former is not None:
-                info.readout = ReadoutRecord(name=former.readout.name, tried=former.readout.tried)
+        if _continue(former, info, workspace):
             _say("\n".join(notes), progress and bool(notes))
             return _run(job, info, workspace, resume, ray, told, progress)
         _say(f"{workspace.final} is complete already; nothing to resume", progress)
@@ -148,11 +144,19 @@ def _resolve(
     return workspace, former, settings
 
 
-def _require_same(former: RunInfo | None, info: RunInfo, place: Path) -> None:
-    """Raises RunError for a run to resume that was of other settings, rows, bundle or engine."""
-    if former is not None and (differences := former.differences(info)):
-        changed = f"{place} cannot be resumed with another {', '.join(differences)}"
+def _continue(former: RunInfo | None, info: RunInfo, workspace: Workspace) -> bool:
+    """Whether there is anything to do; if so, `info` takes over the choice of the readout.
+
+    Raises RunError for a run to resume that was of other settings, rows, bundle or engine.
+    """
+    if former is None:
+        return True
+    if differences := former.differences(info):
+        changed = f"{workspace.final} cannot be resumed with another {', '.join(differences)}"
         raise RunError(f"{changed}; use --overwrite, or another -o")
+    info.readout = ReadoutRecord(name=former.readout.name, tried=former.readout.tried)
+    killed = workspace.folder.exists()  # before the rename
+    return former.status != "done" or killed or former.settings.begins(info.settings)
 
 
 def _prepare(
