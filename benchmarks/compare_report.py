@@ -39,7 +39,7 @@ class Score(Schema):
     score: float
     """The task's metric on the test rows."""
     seconds: float
-    """Wall clock, from loading the model to the last fit; without the test rows."""
+    """Wall clock, from loading the model to the last fit, smaller budgets included; without the test rows."""
     peak_mib: float | None
     """Largest resident memory of its process so far."""
     chosen: str | None = Field(description="What `auto` chose.")

@@ -40,8 +40,9 @@ from bbt_accel.tuning.methods import PromptSpace
 EVERY = 100  # calls between two scores on the dev rows
 TOKENS = 20  # of the prompt
 BASE = "CMA-ES"
-ES = {"sigma": 1.0, "rate": 0.1}
-SPSA = {"size": 0.3, "rate": 0.3}
+# By the dev loss on demo and agnews with the seed 42, of rates from 0.03 to 100 and sizes from 0.1 to 1.
+ES = {"sigma": 1.0, "rate": 1.0}
+SPSA = {"size": 0.3, "rate": 30.0}
 
 
 class Rows:
