@@ -379,6 +379,23 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, tmp_
         assert sorted(p.name for p in resumed.path.iterdir()) == FILES
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_run_killed_on_the_way_to_a_larger_budget_is_still_there_and_continued(start: Tune, tmp_path: Path) -> None:
+    larger, smaller = {**SETTINGS, "budget": 48}, {**SETTINGS, "budget": 24}
+    whole, first = start("whole", larger), prompt_bytes(start("counted", smaller))
+    steps = int(in_a_process(tmp_path, "counted", 0, True).stdout)
+    rng = random.Random(len(whole.history))
+    for number, at in enumerate((1, rng.randrange(2, steps - 8), *range(steps - 4, steps))):
+        output = f"killed-{number}"
+        start(output, smaller)
+        died = in_a_process(tmp_path, output, at, True)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        if (tmp_path / output).exists():  # else it was renamed, and is so again by the next command
+            assert prompt_bytes(Run.read(tmp_path / output)) in (first, prompt_bytes(whole))
+        assert prompt_bytes(start(output, larger, resume=True)) == prompt_bytes(whole)
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(f".{output}.") and p.suffix != ".lock"]
+
+
 @pytest.mark.parametrize("readout", ["verbalizer", "auto"])
 def test_a_run_killed_between_two_generations_resumes_to_the_same_prompt(
     start: Tune, tmp_path: Path, readout: str
