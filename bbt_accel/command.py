@@ -91,6 +91,7 @@ def print_facts(title: str, facts: Mapping[str, object]) -> None:
 
 
 def print_markdown(content: str) -> None:
+    """A report, without its pictures."""
     from rich.markdown import Markdown
 
-    Console().print(Markdown(content))
+    Console().print(Markdown("\n".join(line for line in content.splitlines() if not line.startswith("!["))))

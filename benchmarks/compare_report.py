@@ -163,6 +163,9 @@ def draw(file: Path, report: CompareReport) -> None:
             hover(line, values)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
+        first, last = axes.get_xlim()
+        if last < 10 * first:  # no decade between the ends: only minor ticks have numbers
+            axes.xaxis.set_minor_formatter("{x:,.0f}")
         axes.set(xlabel="forward passes of the train rows", ylabel="mean test score, percent")
         axes.set_title("Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left")
         tidy(axes)
