@@ -139,9 +139,16 @@ def test_failures_are_rows_and_the_other_trials_run(
     assert "- **toy-toy-bundle-dummy-1:** the process was ended by SIGSEGV" in text
     assert sweep(tmp_path / "sweep", resume=True).count("done") == 2
 
-    other = sweep(tmp_path / "sweep", {"seeds": [2], "settings": {"budget": 40}}, resume=True)
-    [trial] = other.trials
-    assert "budget (was 24, is now 40)" in (trial.reason or "")
+    [trial] = sweep(tmp_path / "sweep", {"seeds": [2], "settings": {"budget": 20}}, resume=True).trials
+    assert "budget (was 24, is now 20)" in (trial.reason or "")
+
+
+def test_a_sweep_is_continued_to_a_larger_budget(toy: dict[str, Any], tmp_path: Path) -> None:
+    whole = sweep(tmp_path / "whole", {**toy, "settings": {**FAST, "budget": 40}})
+    sweep(tmp_path / "sweep", toy)
+    larger = sweep(tmp_path / "sweep", {"settings": {"budget": 40}}, resume=True)
+    assert [(t.status, t.calls, t.score) for t in larger.trials] == [("done", t.calls, t.score) for t in whole.trials]
+    assert [t.calls for t in larger.trials] == [40, 40]
 
 
 def test_an_interrupt_keeps_finished_trials(
