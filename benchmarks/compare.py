@@ -196,7 +196,7 @@ class CompareTrial:
         found = [self.measured("without a prompt", 0, plain, 0.0)]
         found.append(self.measured("batch calibration", 0, plain + batch_calibration(plain), 0.0))
         fitted = (name for name in READOUTS if name != "verbalizer")
-        return found + [self.score(name, *self.tune("readouts", "bbt", name, 1)) for name in fitted]
+        return found + [self.score(name, *self.tune(f"readouts:{name}", "bbt", name, 1)) for name in fitted]
 
     def search(self, contender: str) -> list[Score]:
         """For each budget that it can spend: the original search by a method, or one with a fitted readout.
@@ -244,7 +244,7 @@ class CompareTrial:
     ) -> tuple[Run, float]:
         """A run, and its seconds. given: further settings. resume: continue the contender's run."""
         own = {"seed": self.seed, "k_shot": self.options.k_shot, "readout": readout, "budget": budget}
-        place = self.work / f"{self.task.name}-{contender.replace(':', ',')}-{readout}-{self.seed}"
+        place = self.work / f"{self.task.name}-{contender.replace(':', ',')}-{self.seed}"
         started = perf_counter()
         where: dict[str, Any] = {"engine": self.options.engine, "threads": self.threads, "data": self.data}
         again: dict[str, Any] = {"resume": resume, "overwrite": not resume, "progress": False}
