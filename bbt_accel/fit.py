@@ -140,7 +140,7 @@ def require_same(output: Path, task: str, settings: Mapping[str, object]) -> Non
     """Raises RunError for a run of another search, before anything is exported for this one."""
     former = read_info(output)
     wanted = resolve(former.settings.model_dump(), settings)
-    if former.task.name != task or not (wanted == former.settings or former.settings.begins(wanted)):
+    if former.task.name != task or not former.settings.begins(wanted):
         raise RunError(f"{output} is the run of another search; use --overwrite or another -o")
 
 

@@ -71,8 +71,8 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         return calls // self.eval_every > (calls - self.popsize) // self.eval_every
 
     def begins(self, other: Settings) -> bool:
-        """Whether a search with these settings is the first part of one with `other`, which has the larger budget."""
-        return self.budget < other.budget and self == other.model_copy(update={"budget": self.budget})
+        """Whether a search with these settings is the first part of one with `other`: only the budget may differ."""
+        return self.budget <= other.budget and self == other.model_copy(update={"budget": self.budget})
 
     @property
     def fitted(self) -> bool:

@@ -156,7 +156,7 @@ def _continue(former: RunInfo | None, info: RunInfo, workspace: Workspace) -> bo
         raise RunError(f"{changed}; use --overwrite, or another -o")
     info.readout = ReadoutRecord(name=former.readout.name, tried=former.readout.tried)
     killed = workspace.folder.exists()  # before the rename
-    return former.status != "done" or killed or former.settings.begins(info.settings)
+    return former.status != "done" or killed or former.settings != info.settings  # whose budget is larger
 
 
 def _prepare(

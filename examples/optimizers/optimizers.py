@@ -59,7 +59,7 @@ class VkdCmaEs(CmaEs):
     """CMA-ES with a covariance D (I + V Vᵀ) D of low rank (Akimoto and Hansen, GECCO 2016), by pycma."""
 
     def start(self, settings: Settings) -> Any:
-        options = {"popsize": POPSIZE, "seed": settings.seed, "verbose": -9}
+        options = {"popsize": settings.popsize, "seed": settings.seed, "verbose": -9}
         options = GaussVkDSampler.extend_cma_options(options)
         return cma.CMAEvolutionStrategy(np.zeros(settings.intrinsic_dim), settings.sigma, options)
 

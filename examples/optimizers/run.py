@@ -1,6 +1,6 @@
 """CMA-ES and other optimizers: the accuracy of the prompts that they find in 300 calls, on the same rows and engine.
 
-    pip install "../..[cpu,export]"
+    pip install "../..[cpu,export,openvino]"
     python run.py --data DIR -o results    # DIR holds agnews, sst2 and yelpp; the rows of demo are shipped
 
 The loss of a prompt is that of the readout `calibrated`: the cross entropy of the train rows with the label words' own
@@ -215,6 +215,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: one per core")
     parser.add_argument("-o", "--output", type=Path, default=Path("results"))
     given = parser.parse_args()
+    if unknown := set(given.contenders.split(";")) - CONTENDERS.keys():
+        parser.error(f"no contender {min(unknown)!r}; known: {'; '.join(CONTENDERS)}")
+    if given.data is None and given.tasks != "demo":
+        parser.error("--data is missing: the folder with a folder of rows for each task but demo")
     given.output.mkdir(parents=True, exist_ok=True)
     file, scores = given.output / "report.json", list[Score]()
     if file.exists():
