@@ -57,6 +57,11 @@ class Readout:
     token_ids: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
     arrays: dict[str, Float64] = field(default_factory=dict)
 
+    def biased(self, bias: Float64) -> Readout:
+        """The same with a bias (C,) added to its scores; not for the verbalizer, which has no numbers."""
+        name = "radius" if self.name == "prototype" else "bias"
+        return replace(self, arrays=self.arrays | {name: self.arrays[name] + bias})
+
     def class_logits(self, outputs: Outputs) -> Float64:
         """The verbalizer: float64 (…, N, C)."""
         return class_logits(outputs["label_logits"], self.classes)
@@ -319,6 +324,23 @@ def held_out_scores(scores: Callable[[Int64, Int64], Float64], targets: Int64, s
     for rows, others in StratifiedKFold(folds, shuffle=True, random_state=seed).split(targets, targets):
         found[others] = scores(rows, others)
     return found
+
+
+def f1_threshold(scores: Float64) -> float:
+    """The probability of class 1 above which predicting it gives the highest expected F1.
+
+    It is half that F1 (Lipton et al., 2014). With the k most probable rows predicted as class 1, the expected F1 is
+    2 Σ p over these k / (k + Σ p over all rows). The threshold is ½ for scores that are certain and right, and ⅓ for
+    scores that know nothing, where half of the rows are class 1.
+    scores: of rows that the readout was not fitted on, (N, 2).
+    """
+    p = np.sort(np.exp(log_softmax(scores))[:, 1])[::-1]
+    return float((p.cumsum() / (np.arange(1, len(p) + 1) + p.sum())).max())
+
+
+def threshold_bias(threshold: float) -> Float64:
+    """A bias (2,) with which class 1 has the higher score where its probability is above the threshold."""
+    return np.array([0.0, np.log((1 - threshold) / threshold)])
 
 
 def log_loss(scores: Float64, targets: Int64) -> float:

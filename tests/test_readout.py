@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,14 @@ from bbt_accel.readout import (
     Readout,
     batch_calibration,
     class_logits,
+    f1_threshold,
     fit,
     fit_bias,
     fit_temperature,
     held_out,
     log_loss,
     log_softmax,
+    threshold_bias,
 )
 from bbt_accel.run import Run
 from bbt_accel.settings import READOUTS, ReadoutName
@@ -146,6 +150,34 @@ def test_the_temperature_minimizes_the_cross_entropy(seed: int, classes: int, sc
     assert found <= min(log_loss(t * scores, targets) for t in np.geomspace(0.05, 20, 200)) + 1e-9
 
 
+@settings(max_examples=50, deadline=None)
+@given(seed=seeds, rows=st.integers(1, 9), scale=st.floats(0.01, 20))
+def test_no_predictions_have_a_higher_expected_f1_than_those_above_the_threshold(
+    seed: int, rows: int, scale: float
+) -> None:
+    scores = scale * np.random.default_rng(seed).standard_normal((rows, 2))
+    p = np.exp(log_softmax(scores))[:, 1]
+
+    def expected(predicted: Any) -> float:
+        return float(2 * p[predicted].sum() / (predicted.sum() + p.sum()))
+
+    predicted = (scores + threshold_bias(f1_threshold(scores))).argmax(1) == 1
+    every = [np.array(some, bool) for some in product([0, 1], repeat=rows)]
+    # A row exactly at the threshold changes nothing, and rounding decides its class.
+    assert expected(predicted) == pytest.approx(max(map(expected, every)), abs=1e-9)
+
+
+def test_the_threshold_is_a_third_where_nothing_is_known_and_a_half_where_everything_is() -> None:
+    sure = 50.0 * np.eye(2)[np.arange(10) % 2]
+    assert (f1_threshold(np.zeros((10, 2))), f1_threshold(sure)) == pytest.approx((1 / 3, 1 / 2))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_bias_is_added_to_the_scores(name: ReadoutName) -> None:
+    readout, (outputs, _), bias = fit(name, labelled()), rows(1), np.array([0.5, -2.0, 0.0])
+    np.testing.assert_allclose(readout.biased(bias).scores(outputs), readout.scores(outputs) + bias, atol=1e-12)
+
+
 def test_a_class_with_several_words_has_the_mean_of_their_logits() -> None:
     logits = np.array([[1.0, 3.0, 5.0, 9.0]])
     np.testing.assert_array_equal(class_logits(logits, np.array([0, 0, 1])), [[2.0, 5.0]])
@@ -175,6 +207,27 @@ def test_a_run_keeps_its_readout_for_everything_after(start: Any, name: str, tmp
     assert evaluate(run.path)["readout"] == run.readout.name
     answers = predict(run.path, [{"text": "w1 w2"}, {"text": "w3"}])
     assert [sum(a["probabilities"].values()) for a in answers] == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("name", ["auto", "calibrated", "prototype"])
+def test_with_f1_as_the_metric_class_1_is_predicted_above_a_lower_probability(
+    start: Any, name: str, tmp_path: Path
+) -> None:
+    """The search, which minimizes the cross entropy, is the same; so are the odds of two rows."""
+    plain = start("plain", readout=name)
+    file = tmp_path / "data" / "task.toml"
+    file.write_text(file.read_text().replace('"accuracy"', '"f1"'))
+    found = start("f1", readout=name)
+    assert [g.losses for g in found.history] == [g.losses for g in plain.history]
+    threshold = float(re.search(r"class 1 is predicted above a probability of (.*)", found.info.readout.reason)[1])
+    texts = [{"text": f"w{i} w{i + 1}"} for i in range(20)]
+    before, after = (
+        np.array([list(row["probabilities"].values()) for row in predict(run.path, texts)]) for run in (plain, found)
+    )
+    shift = np.log(after[:, 1] / after[:, 0]) - np.log(before[:, 1] / before[:, 0])
+    np.testing.assert_allclose(shift, np.log(1 / threshold - 1), atol=0.03)
+    assert 1 / 3 - 0.01 < threshold < 0.5
+    assert "probability" not in plain.info.readout.reason
 
 
 def test_auto_tries_every_readout(start: Any) -> None:

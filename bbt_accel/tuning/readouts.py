@@ -8,9 +8,18 @@ from time import perf_counter
 
 import numpy as np
 
-from bbt_accel.batch import Float32, Float64
+from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.readout import LabelledRows, Readout, fit, held_out, reads_states, row_losses
+from bbt_accel.readout import (
+    LabelledRows,
+    Readout,
+    f1_threshold,
+    fit,
+    held_out,
+    reads_states,
+    row_losses,
+    threshold_bias,
+)
 from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import READOUTS, ReadoutName
 from bbt_accel.tuning.evaluator import Evaluator, Job
@@ -29,6 +38,7 @@ class ReadoutSearch:
 
     def __init__(self, evaluator: Evaluator, job: Job, start: Float32, former: ReadoutRecord) -> None:
         self.evaluator, self.job = evaluator, job
+        self.f1 = job.objective.metric == "f1"
         self.train, self.dev_rows = np.arange(len(job.train)), np.arange(len(job.train), len(job.rows))
         named = job.settings.readout
         self.names: tuple[ReadoutName, ...] = TRIED if named == "auto" else (named,)
@@ -60,8 +70,8 @@ class ReadoutSearch:
             started = perf_counter()
             scores = held_out(name, self.at_start)
             losses[name] = row_losses(scores, targets)
-            _, metric = self.job.objective.score(scores[None], targets)
-            found = {"log_loss": float(losses[name].mean()), "score": metric[0], "seconds": perf_counter() - started}
+            score = self.score(scores + threshold_bias(f1_threshold(scores)) if self.f1 else scores, targets)
+            found = {"log_loss": float(losses[name].mean()), "score": score, "seconds": perf_counter() - started}
             self.tried.append(TriedReadout(name=name, **found))
         return chosen(losses)
 
@@ -71,9 +81,17 @@ class ReadoutSearch:
         return float(losses.mean()), metric
 
     def dev_losses(self, rows: LabelledRows) -> tuple[Float64, float]:
-        dev = rows[self.dev_rows]
-        scores = fit(self.name, rows[self.train]).scores(dev.outputs)
-        return row_losses(scores, dev.targets), float(self.job.objective.score(scores[None], dev.targets)[1][0])
+        train, dev = rows[self.train], rows[self.dev_rows]
+        scores = fit(self.name, train).scores(dev.outputs)
+        decided = scores + threshold_bias(self.threshold(train)) if self.f1 else scores
+        return row_losses(scores, dev.targets), self.score(decided, dev.targets)
+
+    def threshold(self, rows: LabelledRows) -> float:
+        """For F1: the probability of class 1 above which the readout of these rows predicts it."""
+        return f1_threshold(held_out(self.name, rows))
+
+    def score(self, scores: Float64, targets: Int64) -> float:
+        return float(self.job.objective.score(scores[None], targets)[1][0])
 
     def finish(self, outcome: SearchOutcome, searched: bool) -> tuple[SearchOutcome, Readout, ReadoutRecord]:
         """The readout fitted on all rows, at the prompt that was found or, with `auto`, perhaps at the one before.
@@ -93,8 +111,13 @@ class ReadoutSearch:
                 best, rows = self.start, self.at_start
         if outcome.stopped:
             reason = f"{reason}; it stopped on a plateau"
+        readout = fit(self.name, rows)
+        if self.f1:
+            threshold = self.threshold(rows)
+            readout = readout.biased(threshold_bias(threshold))
+            reason = f"{reason}; for F1, class 1 is predicted above a probability of {threshold:.2f}"
         record = ReadoutRecord(name=self.name, tried=self.tried, searched=best.generation is not None, reason=reason)
-        return replace(outcome, best=best), fit(self.name, rows), record
+        return replace(outcome, best=best), readout, record
 
 
 def chosen(losses: Mapping[ReadoutName, Float64]) -> ReadoutName:
