@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -222,16 +221,17 @@ class CompareTrial:
 
         split = references.Split(self.train, self.dev, self.test)
         if contender == "embeddings":
-            found = references.embeddings(split, self.task.text, self.seed)
-        else:
-            torch.set_num_threads(self.threads)
-            bundle = Bundle.read(self.bundles["bbt exported"])
-            started = perf_counter()
-            trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed)
-            loading = perf_counter() - started
-            found = references.TRAINED[contender](trainer)
-            found = replace(found, seconds=loading + found.seconds)
-        return [self.measured(contender, found.calls, found.scores, found.seconds)]
+            one = references.embeddings(split, self.task.text, self.seed)
+            return [self.measured(contender, one.calls, one.scores, one.seconds)]
+        torch.set_num_threads(self.threads)
+        bundle = Bundle.read(self.bundles["bbt exported"])
+        started = perf_counter()
+        trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed)
+        loading = perf_counter() - started
+        return [
+            self.measured(contender, found.calls, found.scores, loading + found.seconds, budget=found.calls)
+            for found in references.TRAINED[contender](trainer)
+        ]
 
     def tune(
         self,

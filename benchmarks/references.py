@@ -22,7 +22,8 @@ from bbt_accel.errors import MissingDependency
 from bbt_accel.exporters.families import family_of, load_model
 from bbt_accel.readout import fit_linear, word_shares
 
-STEPS, EVERY = 80, 5  # full-batch steps of Adam, and steps between two looks at the dev rows
+TESTED = (5, 10, 20, 40, 80)  # full-batch steps of Adam after which the test rows are scored; the last ends training
+EVERY = 5  # steps between two looks at the dev rows
 ROWS = 32  # per forward pass
 FORWARDS = 3  # a step's forward and backward pass cost about as much as three forward passes
 
@@ -38,7 +39,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Found:
-    """Class scores of the test rows (N, C), and what training took: forward passes of the train rows, and seconds."""
+    """Class scores of the test rows (N, C), and what training took until then: forward passes of the train rows, and
+    seconds."""
 
     scores: Float64
     calls: int
@@ -61,32 +63,42 @@ class Trainer:
         self.words = torch.from_numpy(word_shares(encoder.classes).astype(np.float32))
         """(M, C): a class has the mean of its label words' logits."""
 
-    def train(self, parameters: Sequence[nn.Parameter], rate: float) -> Found:
-        """Adam on the whole train set; the step with the lowest loss on the dev rows is kept."""
-        started, best, kept, taken = perf_counter(), float("inf"), [], 0
+    def train(self, parameters: Sequence[nn.Parameter], rate: float) -> list[Found]:
+        """Adam on the whole train set. The test rows are scored with the step that has the lowest loss on the dev rows
+        so far."""
+        started, seconds, best, kept, found = perf_counter(), 0.0, float("inf"), list[Tensor](), list[Found]()
         targets = {name: torch.from_numpy(self.rows[name].targets) for name in ("train", "dev")}
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(parameters, lr=rate)
-        for step in range(STEPS + 1):
+        for step in range(TESTED[-1] + 1):
             if step % EVERY == 0:
                 with torch.no_grad():
                     loss = float(F.cross_entropy(torch.cat(list(self.logits("dev"))), targets["dev"]))
                 if loss < best:
                     best, kept = loss, [parameter.detach().clone() for parameter in parameters]
-            if step == STEPS:
+            if step in TESTED:
+                seconds += perf_counter() - started
+                found.append(Found(self.test_scores(parameters, kept), FORWARDS * step, seconds))
+                started = perf_counter()
+            if step == TESTED[-1]:
                 break
             optimizer.zero_grad()
             for part, own in zip(self.logits("train"), torch.split(targets["train"], ROWS), strict=True):
                 (F.cross_entropy(part, own, reduction="sum") / len(targets["train"])).backward()
             optimizer.step()
-            taken += 1
-        seconds = perf_counter() - started
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
-            scores = torch.cat(list(self.logits("test"))).double().numpy()
-        return Found(scores, FORWARDS * taken, seconds)
+        return found
+
+    @torch.no_grad()
+    def test_scores(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Float64:
+        """Class scores of the test rows with these values of the parameters, which then get their own back."""
+        own = [parameter.clone() for parameter in parameters]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+        scores = torch.cat(list(self.logits("test"))).double().numpy()
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.copy_(value)
+        return np.asarray(scores)
 
     def logits(self, name: str) -> Any:
         """Label logits of a split, (N, C), some rows at a time."""
@@ -101,12 +113,12 @@ class Trainer:
         return known["label_logits"][0] @ self.words
 
 
-def gradient_prompt(trainer: Trainer) -> Found:
+def gradient_prompt(trainer: Trainer) -> list[Found]:
     """The same soft prompt, by gradients (Lester et al., 2021)."""
     return trainer.train([trainer.prompt], 0.01)
 
 
-def lora(trainer: Trainer) -> Found:
+def lora(trainer: Trainer) -> list[Found]:
     """Low-rank updates of every linear layer (Hu et al., 2022), by peft."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -119,12 +131,16 @@ def lora(trainer: Trainer) -> Found:
     return trainer.train([p for name, p in trainer.model.named_parameters() if "lora_" in name], 2e-3)
 
 
-def full(trainer: Trainer) -> Found:
+def full(trainer: Trainer) -> list[Found]:
     """All parameters of the backbone."""
     return trainer.train(list(dict.fromkeys(trainer.model.parameters())), 1e-4)
 
 
-TRAINED: dict[str, Callable[[Trainer], Found]] = {"gradient-prompt": gradient_prompt, "lora": lora, "fine-tuning": full}
+TRAINED: dict[str, Callable[[Trainer], list[Found]]] = {
+    "gradient-prompt": gradient_prompt,
+    "lora": lora,
+    "fine-tuning": full,
+}
 
 
 def embeddings(split: Split, columns: Sequence[str], seed: int) -> Found:

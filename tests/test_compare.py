@@ -75,7 +75,6 @@ def test_finished_trials_are_kept_unless_the_options_differ(folder: Path, monkey
 def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "lora" and find_spec("peft") is None:
         pytest.skip("peft is not installed")
-    monkeypatch.setattr(references, "STEPS", 10)
     from bbt_accel.benchmarks.steps import compared_rows
     from bbt_accel.bundle import Bundle
     from bbt_accel.data import labels, load_few_shot
@@ -87,11 +86,19 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     bundle, task = Bundle.read(next(folder.glob("bundles/demo-*-20/bbt/exported"))), load_task("demo")
     train, dev = load_few_shot(task, None, resolve({"k_shot": 2}))
     split = references.Split(train, dev, compared_rows(task, None, 32))
-    trainer = references.Trainer(bundle, Encoder(bundle, task), split, 0)
-    before = log_loss(np.concatenate([part.detach().numpy() for part in trainer.logits("test")]), labels(split.test))
-    found = references.TRAINED[name](trainer)
-    assert found.calls == 30
-    assert log_loss(found.scores, labels(split.test)) < before
+
+    def trained(*tested: int) -> tuple[float, list[references.Found]]:
+        monkeypatch.setattr(references, "TESTED", tested)
+        trainer = references.Trainer(bundle, Encoder(bundle, task), split, 0)
+        before = np.concatenate([part.detach().numpy() for part in trainer.logits("test")])
+        return log_loss(before, labels(split.test)), references.TRAINED[name](trainer)
+
+    before, (early, late) = trained(5, 10)
+    assert (early.calls, late.calls) == (15, 30)
+    assert early.seconds < late.seconds
+    assert log_loss(late.scores, labels(split.test)) < before
+    _, (alone,) = trained(10)  # to look at the test rows on the way changes nothing
+    np.testing.assert_array_equal(alone.scores, late.scores)
 
 
 def test_a_difference_pairs_tasks_and_seeds() -> None:
