@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from search_parts import search_bundle
+from sklearn.linear_model import Ridge
 
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.methods import PromptSpace
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "optimizers" / "optimizers.py"
-optimizers = SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
+EXAMPLE = Path(__file__).parents[1] / "examples" / "optimizers"
+optimizers, ridge = (SimpleNamespace(**runpy.run_path(str(EXAMPLE / f"{name}.py"))) for name in ("optimizers", "ridge"))
 SHAPE = (4, 3)  # of the prompts of `search_bundle`
 SETTINGS = Settings(intrinsic_dim=6, seed=3)
 
@@ -53,3 +56,23 @@ def test_an_optimizer_approaches_the_prompt_with_the_lowest_loss(tmp_path: Path,
     found = searched()
     assert losses(found).min() < 0.1 * losses(np.zeros((1, *SHAPE)))[0]
     np.testing.assert_array_equal(found, searched())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), rows=st.integers(4, 20), words=st.integers(1, 30), classes=st.integers(2, 4),
+    penalty=st.floats(0.1, 1000),
+)  # fmt: skip
+def test_the_leave_one_out_error_of_a_ridge_classifier_is_that_of_fits_without_each_row(
+    seed: int, rows: int, words: int, classes: int, penalty: float
+) -> None:
+    x, targets = np.random.default_rng(seed).standard_normal((rows, words)), np.arange(rows) % classes
+    wanted = ridge.signs(targets)
+    errors = []
+    for i in range(rows):
+        others = np.arange(rows) != i
+        model = Ridge(alpha=penalty).fit(x[others], wanted[others])
+        errors.append((model.predict(x[i : i + 1])[0] - wanted[i]) ** 2)
+    assert ridge.leave_one_out(x, targets, penalty) == pytest.approx(np.mean(errors))
+    weight, bias = ridge.fit(x, targets, penalty)
+    np.testing.assert_allclose(x @ weight + bias, Ridge(alpha=penalty).fit(x, wanted).predict(x), atol=1e-8)
