@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from bbt_accel.batch import Float64
 from bbt_accel.errors import RunError
+from bbt_accel.files import write_atomically
 
 
 class Generation(BaseModel, extra="forbid", frozen=True):
@@ -48,10 +49,18 @@ class History:
         self._stream.truncate(file.read_bytes().rfind(b"\n") + 1)
 
     def append(self, generation: Generation) -> None:
-        self._stream.write(json.dumps(generation.model_dump()).encode() + b"\n")
+        self._stream.write(_line(generation))
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self.generations.append(generation)
+
+    def replace(self, generation: Generation) -> None:
+        """Put it in place of the one of its number, in memory and in the file."""
+        self.generations[generation.generation] = generation
+        file = Path(self._stream.name)
+        self._stream.close()
+        write_atomically(file, b"".join(map(_line, self.generations)))
+        self._stream = file.open("ab")
 
     def __len__(self) -> int:
         return len(self.generations)
@@ -62,6 +71,10 @@ class History:
     def __exit__(self, *error: object) -> None:
         with suppress(OSError):  # on a full disk, which `append` has reported, this writes the rest of a line again
             self._stream.close()
+
+
+def _line(generation: Generation) -> bytes:
+    return json.dumps(generation.model_dump()).encode() + b"\n"
 
 
 def fingerprint(candidates: Float64) -> str:

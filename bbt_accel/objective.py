@@ -53,13 +53,13 @@ def uninformed(targets: Int64, classes: int, metric: Metric) -> tuple[float, flo
     """The metric of drawing a class at random, and of always predicting the most frequent one.
 
     accuracy: 1 / C, and that class's share. f1 of class 1 with the share p: p / (p + ½) from the expected counts, and
-    2 p / (p + 1) where class 1 is the most frequent, else 0.
+    2 p / (p + 1) where no class is more frequent than class 1, else 0.
     """
     shares = np.bincount(targets, minlength=classes) / len(targets)
     if metric == "accuracy":
         return 1 / classes, float(shares.max())
     p = float(shares[1])
-    return p / (p + 0.5), 2 * p / (p + 1) if p > shares[0] else 0.0
+    return p / (p + 0.5), 2 * p / (p + 1) if p >= shares[0] else 0.0
 
 
 def wilson(shares: Any, rows: int, z: float = 1.96) -> tuple[Any, Any]:
@@ -77,11 +77,13 @@ class Objective:
         max(0, logit_c - logit_target + 2), over N; `perf`, minus the metric.
     metric: `accuracy`; `f1`, the F1 of class 1 (0 where it has neither a row nor a prediction), which is what GLUE
         reports for MRPC.
+    positive_share: share of class 1 among the rows to predict, where the task tells it. A fitted readout decides by it.
     Raises UsageError for an unknown loss or metric.
     """
 
     loss: Loss = "ce"
     metric: Metric = "accuracy"
+    positive_share: float | None = None
 
     def __post_init__(self) -> None:
         check_known("loss", self.loss, get_args(Loss))

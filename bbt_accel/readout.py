@@ -183,12 +183,12 @@ def held_out(name: ReadoutName, rows: LabelledRows) -> Float64:
 
     A regression's penalty and an ensemble's temperature are chosen by the same scores.
     """
-    if name in FITS:
-        with one_blas_thread():
+    with one_blas_thread():
+        if name in FITS:
             return FITS[name](features(name, rows.outputs, rows.classes), rows.targets, rows.seed)[1]
-    return held_out_scores(
-        lambda some, others: fit(name, rows[some]).scores(rows[others].outputs), rows.targets, rows.seed
-    )
+        return held_out_scores(
+            lambda some, others: fit(name, rows[some]).scores(rows[others].outputs), rows.targets, rows.seed
+        )
 
 
 def fit_bias(logits: Float64, targets: Int64) -> tuple[Float64, float]:
@@ -326,21 +326,23 @@ def held_out_scores(scores: Callable[[Int64, Int64], Float64], targets: Int64, s
     return found
 
 
-def f1_threshold(scores: Float64) -> float:
-    """The probability of class 1 above which predicting it gives the highest expected F1.
+def f1_bias(scores: Float64, targets: Int64, share: float | None = None) -> Float64:
+    """A class bias (2,) with which the higher score is the prediction that has the highest expected F1 of class 1.
 
-    It is half that F1 (Lipton et al., 2014). With the k most probable rows predicted as class 1, the expected F1 is
-    2 Σ p over these k / (k + Σ p over all rows). The threshold is ½ for scores that are certain and right, and ⅓ for
-    scores that know nothing, where half of the rows are class 1.
-    scores: of rows that the readout was not fitted on, (N, 2).
+    Rows are best predicted as class 1 where its probability is above half of that F1 (Lipton et al., 2014); with a set
+    of rows predicted, the expected F1 is 2 Σ p over the set / (its size + Σ p over all rows).
+    scores: of rows that the readout was not fitted on, (N, 2). share: of class 1 where predictions are made; by
+        default that of the targets (N,). Probabilities are for this share, and rows are weighted by it.
     """
-    p = np.sort(np.exp(log_softmax(scores))[:, 1])[::-1]
-    return float((p.cumsum() / (np.arange(1, len(p) + 1) + p.sum())).max())
-
-
-def threshold_bias(threshold: float) -> Float64:
-    """A bias (2,) with which class 1 has the higher score where its probability is above the threshold."""
-    return np.array([0.0, np.log((1 - threshold) / threshold)])
+    own = float(np.mean(targets == 1))
+    share = own if share is None else share
+    prior = np.log(share / (1 - share)) - np.log(own / (1 - own))
+    p = np.exp(log_softmax(scores + np.array([0.0, prior])))[:, 1]
+    weight = np.where(targets == 1, share / own, (1 - share) / (1 - own))
+    order = np.argsort(-p, kind="stable")
+    hits = (weight * p)[order].cumsum()
+    threshold = max(float((hits / (weight[order].cumsum() + hits[-1])).max()), 1e-300)
+    return np.array([0.0, prior + np.log((1 - threshold) / threshold)])
 
 
 def log_loss(scores: Float64, targets: Int64) -> float:

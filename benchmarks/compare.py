@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
+from bbt_accel import __version__
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
 from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_contender
@@ -130,11 +131,15 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
 
 
 def asked(job: PoolJob, data: str) -> dict[str, Any]:
-    """What decides the scores of a trial: options, and what the files that it reads hold. data: their fingerprint."""
+    """What decides the scores of a trial: options, what the files that it reads hold, and the version of bbt-accel.
+
+    data: fingerprint of the rows.
+    """
     given, task = job.arguments, load_task(job.arguments["task"])
     options = {name: given["options"][name] for name in DECISIVE}
     bundles = {method: Bundle.read(path, verify=False).digest for method, path in given["bundles"].items()}
     own = {"contender": given["contender"], "seed": given["seed"], "task": task.model_dump(mode="json")}
+    own["version"] = __version__
     return options | own | {"data": data, "bundles": bundles}
 
 

@@ -129,9 +129,10 @@ def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit, tmp_path: Path)
 
 
 def test_a_larger_budget_continues_a_complete_fit(fit: Fit) -> None:
-    whole = fit("whole", budget=41)
-    assert len(fit(budget=21).run.history) < len(whole.run.history)
-    continued = fit(budget=41)
+    whole = fit("whole", budget=61, readout="verbalizer")
+    assert whole.run.info.best.calls > 20
+    assert len(fit(budget=20, readout="verbalizer").run.history) < len(whole.run.history)
+    continued = fit(budget=61, readout="verbalizer")
     assert continued.run.prompt.tobytes() == whole.run.prompt.tobytes()
     assert (continued.run.info.calls, continued.score) == (whole.run.info.calls, whole.score)
     with pytest.raises(RunError, match="run is the run of another search"):

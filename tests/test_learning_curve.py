@@ -82,8 +82,9 @@ def test_wilsons_interval() -> None:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1"])
-def test_scores_without_information(metric: Any) -> None:
-    targets = np.tile([0, 1, 1, 1, 0, 1], 50)
+@pytest.mark.parametrize("classes", [[0, 1, 1, 1, 0, 1], [0, 1]])
+def test_scores_without_information(metric: Any, classes: list[int]) -> None:
+    targets = np.tile(classes, 300 // len(classes))
     chance, majority = uninformed(targets, 2, metric)
     always = np.tile([0.0, 1.0], (300, 1))
     assert majority == Objective("ce", metric).score(always[None], targets)[1][0]

@@ -12,14 +12,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_parts import search_bundle
+from search_parts import SETTINGS as SEARCH
+from search_parts import search_bundle, task_file
 from sklearn.linear_model import Ridge
 
+from bbt_accel import load_engine, load_task, tune
+from bbt_accel.inference import evaluate
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.methods import PromptSpace
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "optimizers"
-optimizers, ridge = (SimpleNamespace(**runpy.run_path(str(EXAMPLE / f"{name}.py"))) for name in ("optimizers", "ridge"))
+
+
+def script(name: str) -> Any:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(EXAMPLE))
+        return SimpleNamespace(**runpy.run_path(str(EXAMPLE / f"{name}.py")))
+
+
+optimizers, ridge, mean, run = map(script, ("optimizers", "ridge", "mean", "run"))
 SHAPE = (4, 3)  # of the prompts of `search_bundle`
 SETTINGS = Settings(intrinsic_dim=6, seed=3)
 
@@ -76,3 +87,26 @@ def test_the_leave_one_out_error_of_a_ridge_classifier_is_that_of_fits_without_e
     assert ridge.leave_one_out(x, targets, penalty) == pytest.approx(np.mean(errors))
     weight, bias = ridge.fit(x, targets, penalty)
     np.testing.assert_allclose(x @ weight + bias, Ridge(alpha=penalty).fit(x, wanted).predict(x), atol=1e-8)
+
+
+def test_the_prompt_that_a_run_chose_is_chosen_again_without_the_means(tmp_path: Path) -> None:
+    bundle, file = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data" / "toy")
+    own = {**SEARCH, "readout": "verbalizer", "budget": 80, "popsize": 4, "eval_every": 12}
+    tuned = tune(bundle, file, data=file.parent, engine="dummy", output=tmp_path / "run", settings=own, progress=False)
+    data = file.parent.rename(file.parent.with_name(tuned.task.name)).parent
+    scores = {s.contender: s.score for s in mean.contend(tuned, data, [40, 80], 70, 1)}
+    assert len(scores) == 4
+    assert scores["best candidate, 80 calls"] == evaluate(tuned.path, data=data / tuned.task.name)["score"]
+
+
+def test_the_loss_of_a_search_with_a_ridge_classifier_is_its_leave_one_out_error(tmp_path: Path) -> None:
+    bundle, file = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data")
+    prompts = np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)
+    with load_engine(bundle, "dummy") as engine:
+        given = engine, load_task(file), file.parent, Settings(k_shot=5, seed=3), 20
+        rows = run.RidgeRows(*given, words=8, penalty=2.0)
+        x = rows.features(rows.bound[0], prompts)
+        assert x.shape == (3, 10, 8)
+        wanted = [ridge.leave_one_out(own, rows.targets[0], 2.0) for own in x]
+        np.testing.assert_allclose(rows.losses(prompts), wanted)
+        assert 0 <= rows.score(prompts[0]) <= 1

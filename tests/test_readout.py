@@ -19,20 +19,20 @@ from bbt_accel import tune
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import RunError, UsageError
 from bbt_accel.inference import evaluate, predict
+from bbt_accel.objective import Objective
 from bbt_accel.readout import (
     BIAS_PENALTY,
     LabelledRows,
     Readout,
     batch_calibration,
     class_logits,
-    f1_threshold,
+    f1_bias,
     fit,
     fit_bias,
     fit_temperature,
     held_out,
     log_loss,
     log_softmax,
-    threshold_bias,
 )
 from bbt_accel.run import Run
 from bbt_accel.settings import READOUTS, ReadoutName
@@ -151,25 +151,46 @@ def test_the_temperature_minimizes_the_cross_entropy(seed: int, classes: int, sc
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=seeds, rows=st.integers(1, 9), scale=st.floats(0.01, 20))
-def test_no_predictions_have_a_higher_expected_f1_than_those_above_the_threshold(
-    seed: int, rows: int, scale: float
-) -> None:
-    scores = scale * np.random.default_rng(seed).standard_normal((rows, 2))
-    p = np.exp(log_softmax(scores))[:, 1]
+@given(seed=seeds, rows=st.integers(2, 9), scale=st.floats(0.01, 20), share=st.floats(0.01, 0.99))
+def test_no_other_predictions_have_a_higher_expected_f1(seed: int, rows: int, scale: float, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    scores, targets = scale * rng.standard_normal((rows, 2)), rng.permutation(np.arange(rows) % 2)
+    own = targets.mean()
+    weight = np.where(targets == 1, share / own, (1 - share) / (1 - own))
+    odds = np.exp(scores[:, 1] - scores[:, 0]) * share / (1 - share) * (1 - own) / own  # Bayes' rule
+    p = odds / (1 + odds)
 
     def expected(predicted: Any) -> float:
-        return float(2 * p[predicted].sum() / (predicted.sum() + p.sum()))
+        return float(2 * (weight * p)[predicted].sum() / (weight[predicted].sum() + (weight * p).sum()))
 
-    predicted = (scores + threshold_bias(f1_threshold(scores))).argmax(1) == 1
+    predicted = (scores + f1_bias(scores, targets, share)).argmax(1) == 1
     every = [np.array(some, bool) for some in product([0, 1], repeat=rows)]
     # A row exactly at the threshold changes nothing, and rounding decides its class.
     assert expected(predicted) == pytest.approx(max(map(expected, every)), abs=1e-9)
 
 
-def test_the_threshold_is_a_third_where_nothing_is_known_and_a_half_where_everything_is() -> None:
-    sure = 50.0 * np.eye(2)[np.arange(10) % 2]
-    assert (f1_threshold(np.zeros((10, 2))), f1_threshold(sure)) == pytest.approx((1 / 3, 1 / 2))
+def test_class_1_is_predicted_above_a_third_where_nothing_is_known_and_above_half_where_everything_is() -> None:
+    targets = np.arange(10) % 2
+    for scores, threshold in ((np.zeros((10, 2)), 1 / 3), (50.0 * np.eye(2)[targets], 1 / 2)):
+        assert f1_bias(scores, targets)[1] == pytest.approx(np.log(1 / threshold - 1), abs=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.7])
+def test_f1_is_higher_with_the_bias_for_the_share_of_class_1(share: float) -> None:
+    """Fitted on balanced rows, used where class 1 has another share."""
+    rng = np.random.default_rng(0)
+
+    def drawn(count: int, share: float) -> tuple[Any, Any]:
+        targets = (rng.random(count) < share).astype(int)
+        x = rng.standard_normal(count) + targets - 0.5
+        return np.stack([np.zeros(count), x], axis=1), targets  # x is the log-odds of balanced classes
+
+    scores, targets = drawn(20_000, share)
+    f1 = {
+        name: float(Objective("ce", "f1").score((scores + bias)[None], targets)[1][0])
+        for name, bias in {"none": np.zeros(2), "own": f1_bias(*drawn(20_000, 0.5), share)}.items()
+    }
+    assert f1["own"] > f1["none"] + 0.01
 
 
 @pytest.mark.parametrize("name", FITTED)
@@ -219,7 +240,7 @@ def test_with_f1_as_the_metric_class_1_is_predicted_above_a_lower_probability(
     file.write_text(file.read_text().replace('"accuracy"', '"f1"'))
     found = start("f1", readout=name)
     assert [g.losses for g in found.history] == [g.losses for g in plain.history]
-    threshold = float(re.search(r"class 1 is predicted above a probability of (.*)", found.info.readout.reason)[1])
+    threshold = float(re.search(r"its fitted probability was above (.*)", found.info.readout.reason)[1])
     texts = [{"text": f"w{i} w{i + 1}"} for i in range(20)]
     before, after = (
         np.array([list(row["probabilities"].values()) for row in predict(run.path, texts)]) for run in (plain, found)

@@ -90,6 +90,8 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
 
     name: str = Field(pattern=r"^[\w.-]+$")
     metric: Metric = "accuracy"
+    positive_share: float | None = Field(default=None, gt=0, lt=1)
+    """For f1: how many of the rows to classify are class 1, if it is not as many as of the few-shot rows."""
     text: Columns = Field(min_length=1, description="Text columns, in the order of a row without column names.")
     label: str = "label"
     classes: list[str] | None = None
@@ -119,6 +121,8 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
             raise ValueError("separator: takes no placeholder; write {{ and }} for braces")
         if self.metric == "f1" and self.n_classes != 2:
             raise ValueError(f"metric: f1 is for 2 classes, n_classes is {self.n_classes}")
+        if self.metric != "f1" and self.positive_share is not None:
+            raise ValueError("positive_share: is for the metric f1")
         for column in self.text:
             if column in ("mask", "prompt", self.label) or self.text.count(column) > 1:
                 raise ValueError(f"text: {column!r} cannot name a text column here")

@@ -182,7 +182,7 @@ def _prepare(
     if settings.fitted and missing:
         shown = len(encoder.demonstrations)
         raise DataError(f"--demonstrations {shown} leaves class {min(missing)} without a train row; raise --k-shot")
-    objective = Objective(settings.loss, task.metric)
+    objective = Objective(settings.loss, task.metric, task.positive_share)
     rows = encoder.encode([*train, *dev])
     wide = np.concatenate([encoder.label_token_ids, encoder.feature_token_ids(settings.seed)])
     batches = encoder.encode(train), encoder.encode(dev), replace(rows, label_token_ids=wide)
@@ -191,6 +191,10 @@ def _prepare(
         f"label word {word!r} has several tokens, of which the first, {piece!r}, is read; a word of one says more"
         for word, piece in encoder.partial_words.items()
     ]
+    if settings.fitted and task.metric == "f1" and task.positive_share is None:
+        notes.append(
+            "for F1, class 1 is taken to be as frequent as in the few-shot rows; else set positive_share in task.toml"
+        )
     return Job(bundle, engine, settings, objective, *batches, encoder.classes), info, notes
 
 

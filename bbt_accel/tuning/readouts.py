@@ -10,16 +10,7 @@ import numpy as np
 
 from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.readout import (
-    LabelledRows,
-    Readout,
-    f1_threshold,
-    fit,
-    held_out,
-    reads_states,
-    row_losses,
-    threshold_bias,
-)
+from bbt_accel.readout import LabelledRows, Readout, f1_bias, fit, held_out, reads_states, row_losses
 from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import READOUTS, ReadoutName
 from bbt_accel.tuning.evaluator import Evaluator, Job
@@ -70,7 +61,7 @@ class ReadoutSearch:
             started = perf_counter()
             scores = held_out(name, self.at_start)
             losses[name] = row_losses(scores, targets)
-            score = self.score(scores + threshold_bias(f1_threshold(scores)) if self.f1 else scores, targets)
+            score = self.score(scores + self.f1_bias(scores, targets) if self.f1 else scores, targets)
             found = {"log_loss": float(losses[name].mean()), "score": score, "seconds": perf_counter() - started}
             self.tried.append(TriedReadout(name=name, **found))
         return chosen(losses)
@@ -83,12 +74,13 @@ class ReadoutSearch:
     def dev_losses(self, rows: LabelledRows) -> tuple[Float64, float]:
         train, dev = rows[self.train], rows[self.dev_rows]
         scores = fit(self.name, train).scores(dev.outputs)
-        decided = scores + threshold_bias(self.threshold(train)) if self.f1 else scores
-        return row_losses(scores, dev.targets), self.score(decided, dev.targets)
+        losses = row_losses(scores, dev.targets)
+        if self.f1:
+            scores = scores + self.f1_bias(held_out(self.name, train), train.targets)
+        return losses, self.score(scores, dev.targets)
 
-    def threshold(self, rows: LabelledRows) -> float:
-        """For F1: the probability of class 1 above which the readout of these rows predicts it."""
-        return f1_threshold(held_out(self.name, rows))
+    def f1_bias(self, held_out: Float64, targets: Int64) -> Float64:
+        return f1_bias(held_out, targets, self.job.objective.positive_share)
 
     def score(self, scores: Float64, targets: Int64) -> float:
         return float(self.job.objective.score(scores[None], targets)[1][0])
@@ -113,9 +105,9 @@ class ReadoutSearch:
             reason = f"{reason}; it stopped on a plateau"
         readout = fit(self.name, rows)
         if self.f1:
-            threshold = self.threshold(rows)
-            readout = readout.biased(threshold_bias(threshold))
-            reason = f"{reason}; for F1, class 1 is predicted above a probability of {threshold:.2f}"
+            bias = self.f1_bias(held_out(self.name, rows), rows.targets)
+            readout, threshold = readout.biased(bias), 1 / (1 + np.exp(bias[1]))
+            reason = f"{reason}; for F1, class 1 is predicted where its fitted probability was above {threshold:.2f}"
         record = ReadoutRecord(name=self.name, tried=self.tried, searched=best.generation is not None, reason=reason)
         return replace(outcome, best=best), readout, record
 

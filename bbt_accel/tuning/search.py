@@ -120,7 +120,7 @@ def _replay(
     for known in history.generations:
         if not settings.scores_dev(known.generation) and known.generation < total - 1:
             known = known.model_copy(update={"dev_score": None, "dev_loss": None})
-            history.generations[known.generation] = known
+            history.replace(known)
         candidates = method.ask()
         if fingerprint(candidates) != known.candidates:
             raise RunError(

@@ -17,11 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from bbt_accel import Objective, load_engine
+from bbt_accel.batch import Float32, Int64
 from bbt_accel.benchmarks.compare_report import Score, gains, make_report, summary
 from bbt_accel.benchmarks.steps import compared_rows
 from bbt_accel.data import labels, load_few_shot
 from bbt_accel.encoding import Encoder
+from bbt_accel.engines.base import BoundBatch
+from bbt_accel.history import fingerprint
 from bbt_accel.machine import describe_machine
+from bbt_accel.readout import class_logits
 from bbt_accel.reporting import write_report
 from bbt_accel.run import Run
 from bbt_accel.tuning.methods import Cma, PromptSpace
@@ -37,31 +41,43 @@ def contend(run: Run, data: Path, budgets: list[int], test_rows: int, threads: i
     parts = [load_few_shot(task, folder, settings)[1], compared_rows(task, folder, test_rows)]
     best: dict[str, BestPrompt | None] = {CANDIDATE: None, MEAN: None}
     search, space, started = Cma(settings, settings.seed), PromptSpace(bundle, settings), time.perf_counter()
+    ends = {calls // settings.popsize - 1: calls for calls in budgets}
     with load_engine(bundle, run.info.engine.name, threads=threads) as engine:
-        encoder, objective = Encoder(bundle, task), Objective("ce", task.metric)
+        encoder = Encoder(bundle, task, run.info.demonstrations)
         dev, test = ((engine.bind(encoder.encode(rows)), labels(rows)) for rows in parts)
+
+        def scored(prompt: Float32, part: BoundBatch, targets: Int64) -> tuple[float, float]:
+            logits = class_logits(part.label_logits(prompt[None]), encoder.classes)
+            (loss,), (score,) = Objective(settings.loss, task.metric).score(logits, targets)
+            return float(loss), float(score)
+
         for known in run.history:
-            points = search.ask()
+            points, number = search.ask(), known.generation
+            if fingerprint(points) != known.candidates:
+                raise SystemExit(f"{run.path}: CMA-ES asks for other candidates here than when the run was made")
             search.tell(points, np.array(known.losses))
-            if known.dev_score is not None and known.dev_loss is not None:
-                prompt, mean = (space.prompt(0, z) for z in (points[np.argmin(known.losses)], search.mean))
-                found = BestPrompt(prompt, known.generation, known.dev_score, known.dev_loss)
-                (loss,), (score,) = objective.score(dev[0].label_logits(mean[None]), dev[1])
-                best = {name: better(before, found, by_loss=False) for name, before in best.items()}
-                best[MEAN] = better(best[MEAN], BestPrompt(mean, known.generation, score, loss), by_loss=False)
-            for name, chosen in best.items() if known.calls in budgets else ():
-                assert chosen is not None, f"{run.path} has no dev score after {known.calls} calls or fewer"
-                logits = test[0].label_logits(chosen.prompt[None])
+            due, now = settings.scores_dev(number), dict(best)
+            if due or number in ends:
+                prompts = {CANDIDATE: space.prompt(0, points[np.argmin(known.losses)])}
+                prompts[MEAN] = space.prompt(0, search.mean)
+                for name, prompt in prompts.items():
+                    loss, score = scored(prompt, *dev)
+                    found = BestPrompt(prompt, number, score, loss)
+                    for contender in (CANDIDATE, MEAN) if name == CANDIDATE else (MEAN,):
+                        now[contender] = better(now[contender], found, by_loss=False)
+            best = now if due else best  # what is scored because a budget ends is not in the search of a larger one
+            for name, chosen in now.items() if number in ends else ():
+                assert chosen is not None
                 yield Score(
-                    contender=f"{name}, {known.calls:,} calls", task=task.name, metric=task.metric, seed=settings.seed,
-                    budget=None, calls=known.calls, score=objective.score(logits, test[1])[1][0],
+                    contender=f"{name}, {ends[number]:,} calls", task=task.name, metric=task.metric,
+                    seed=settings.seed, budget=None, calls=known.calls, score=scored(chosen.prompt, *test)[1],
                     seconds=time.perf_counter() - started, peak_mib=None, chosen=None,
                 )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder of runs of BBT with --preset paper's readout")
+    parser.add_argument("--runs", type=Path, required=True, help="the runs of a comparison")
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder of rows per task")
     parser.add_argument("--budgets", default="300,1000,4000", help="calls after which the prompts are tested")
     parser.add_argument("--test-rows", type=int, default=600)
@@ -69,14 +85,16 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("mean"))
     given = parser.parse_args()
     budgets, scores = [int(calls) for calls in given.budgets.split(",")], list[Score]()
-    for folder in sorted(path.parent for path in given.runs.glob("*/run.json")):
+    for folder in sorted(path.parent for path in given.runs.glob("*-bbt-*/run.json")):
         run = Run.read(folder)
-        if run.info.readout.name == "verbalizer" and run.info.bundle.method == "bbt":
+        if run.info.readout.name == "verbalizer" and run.info.status == "done":
             scores += contend(run, given.data, budgets, given.test_rows, given.threads)
             print(folder.name, *(f"{score.contender}: {score.score:.3f}" for score in scores[-2:]), flush=True)
+    if not scores:
+        parser.error(f"{given.runs} holds no complete run of BBT, as TASK-bbt-SEED")
     facts, text = {"machine": describe_machine()["cpu"]}, ["# CMA's mean", summary(make_report(scores, {}, {}))]
     for calls in budgets:
-        pair = [score for score in scores if score.calls == calls]
+        pair = [score for score in scores if score.contender.endswith(f" {calls:,} calls")]
         text.append(gains(make_report(pair, {}, facts, reference=f"{MEAN}, {calls:,} calls")))
     given.output.mkdir(parents=True, exist_ok=True)
     write_report(given.output, make_report(scores, {}, facts), "\n\n".join(text) + "\n")
