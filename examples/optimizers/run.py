@@ -107,7 +107,8 @@ class RidgeRows(Rows):
     def __init__(self, engine: Engine, *arguments: Any, words: int, penalty: float) -> None:
         self.words, self.penalty = words, penalty
         super().__init__(engine, *arguments)
-        self.scale = self.logits(self.bound[0], engine.bundle.start_prompt()[None]).std((0, 1))
+        spread = self.logits(self.bound[0], engine.bundle.start_prompt()[None]).std((0, 1))
+        self.scale = np.where(spread > 0, spread, 1.0)
 
     def batch(self, rows: list[Row], settings: Settings) -> Batch:
         drawn = self.encoder.feature_token_ids(settings.seed)[: self.words]
