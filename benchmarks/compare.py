@@ -226,7 +226,7 @@ class CompareTrial:
 
         split = references.Split(self.train, self.dev, self.test)
         if contender == "embeddings":
-            one = references.embeddings(split, self.task.text, self.seed)
+            one = references.embeddings(split, self.task.text, self.seed, self.task.metric == "f1")
             return [self.measured(contender, one.calls, one.scores, one.seconds)]
         torch.set_num_threads(self.threads)
         bundle = Bundle.read(self.bundles["bbt exported"])

