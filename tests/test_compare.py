@@ -120,7 +120,9 @@ def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
     assert "a-lora-0" in markdown(report)
 
 
-def test_a_trial_is_kept_only_for_the_same_rows_task_and_bundles(tmp_path: Path) -> None:
+def test_a_trial_is_kept_only_for_the_same_rows_task_bundles_and_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle, rows = tiny_bundle(tmp_path / "bundle"), tmp_path / "train.jsonl"
     write_info(bundle.path, bundle.info)
     rows.write_text('{"text": "a", "label": 0}')
@@ -135,6 +137,10 @@ def test_a_trial_is_kept_only_for_the_same_rows_task_and_bundles(tmp_path: Path)
     assert read_trial(tmp_path, job.name, asked(job, fingerprint(rows))) is None
     other = bundle.info.model_copy(update={"word_embedding_std": 2.0})
     write_info(bundle.path, other)
+    assert read_trial(tmp_path, job.name, asked(job, wanted["data"])) is None
+    write_info(bundle.path, bundle.info)
+    assert read_trial(tmp_path, job.name, asked(job, wanted["data"])) is not None
+    monkeypatch.setattr("bbt_accel.benchmarks.compare.__version__", "0.0.1")  # which may score otherwise
     assert read_trial(tmp_path, job.name, asked(job, wanted["data"])) is None
     file.write_text("{")
     assert read_trial(tmp_path, job.name, wanted) is None  # damaged: it is run again
