@@ -55,7 +55,7 @@ class History:
         self.generations.append(generation)
 
     def replace(self, generation: Generation) -> None:
-        """Put it in place of the one of its number, in memory and in the file."""
+        """Replace the generation of the same number, in memory and in the file."""
         self.generations[generation.generation] = generation
         file = Path(self._stream.name)
         self._stream.close()

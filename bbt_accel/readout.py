@@ -327,12 +327,12 @@ def held_out_scores(scores: Callable[[Int64, Int64], Float64], targets: Int64, s
 
 
 def f1_bias(scores: Float64, targets: Int64, share: float | None = None) -> Float64:
-    """A class bias (2,) with which the higher score is the prediction that has the highest expected F1 of class 1.
+    """A class bias (2,) with which taking the higher score gives the highest expected F1 of class 1.
 
-    Rows are best predicted as class 1 where its probability is above half of that F1 (Lipton et al., 2014); with a set
-    of rows predicted, the expected F1 is 2 Σ p over the set / (its size + Σ p over all rows).
-    scores: of rows that the readout was not fitted on, (N, 2). share: of class 1 where predictions are made; by
-        default that of the targets (N,). Probabilities are for this share, and rows are weighted by it.
+    F1 is highest when class 1 is predicted above half of that F1 (Lipton et al., 2014). If the k most probable rows are
+    predicted as class 1, the expected F1 is 2 Σ p over these / (k + Σ p over all rows).
+    scores: held-out scores, (N, 2). share: share of class 1 among the rows to predict, by default that of the targets
+        (N,); probabilities and the weights of the rows are corrected for it.
     """
     own = float(np.mean(targets == 1))
     share = own if share is None else share

@@ -90,8 +90,9 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
 
     name: str = Field(pattern=r"^[\w.-]+$")
     metric: Metric = "accuracy"
-    positive_share: float | None = Field(default=None, gt=0, lt=1)
-    """For f1: how many of the rows to classify are class 1, if it is not as many as of the few-shot rows."""
+    positive_share: float | None = Field(
+        default=None, gt=0, lt=1, description="For f1: share of class 1 among the rows to classify."
+    )
     text: Columns = Field(min_length=1, description="Text columns, in the order of a row without column names.")
     label: str = "label"
     classes: list[str] | None = None

@@ -193,7 +193,7 @@ def _prepare(
     ]
     if settings.fitted and task.metric == "f1" and task.positive_share is None:
         notes.append(
-            "for F1, class 1 is taken to be as frequent as in the few-shot rows; else set positive_share in task.toml"
+            "metric f1: class 1 is assumed as frequent as in the few-shot rows; else set the task's positive_share"
         )
     return Job(bundle, engine, settings, objective, *batches, encoder.classes), info, notes
 

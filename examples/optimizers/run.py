@@ -29,6 +29,7 @@ from bbt_accel import Bundle, Objective, export_bundle, load_engine, load_task
 from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, gains, make_report, summary
 from bbt_accel.benchmarks.steps import compared_rows
+from bbt_accel.command import exit_on_error
 from bbt_accel.data import Row, labels, load_few_shot
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import BoundBatch, Engine
@@ -42,13 +43,11 @@ from bbt_accel.tuning.methods import PromptSpace
 EVERY = 100  # calls between two scores on the dev rows
 TOKENS = 20  # of the prompt
 BASE = "CMA-ES"
+RIDGES = ((512, 100), (512, 10_000), (64, 100))  # words and penalties
 # Chosen by the dev loss with the seed 42, on demo, those of SPSA also on agnews: of the rates 0.03, 0.3 and 1 for the
 # strategies, and of eight pairs with rates from 0.1 to 100 and sizes from 0.1 to 1 for SPSA.
 ES = {"sigma": 1.0, "rate": 1.0}
 SPSA = {"size": 0.3, "rate": 30.0}
-
-
-RIDGES = ((512, 100), (512, 10_000), (64, 100))  # words and penalties
 
 
 class Rows:
@@ -291,4 +290,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()
