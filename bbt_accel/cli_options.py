@@ -145,7 +145,6 @@ class TuneOptions(Schema):
     resume: bool = Field(default=False, description="Continue an interrupted run, or one with a smaller budget.")
     overwrite: bool = Field(default=False, description="Replace an existing run.")
     track: list[str] = Field(default=[], description="Experiment trackers: tensorboard, mlflow, wandb, trackio.")
-    tensorboard: bool = Field(default=False, description="The same as --track tensorboard.")
 
 
 class SweepOptions(Schema):

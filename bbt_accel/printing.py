@@ -59,7 +59,7 @@ def print_run(run: Run, as_json: bool) -> None:
     }
     if info.best:
         facts |= {f"dev {info.task.metric}": info.best.dev_score, "dev loss": info.best.dev_loss}
-        facts |= {"best prompt after": f"{info.best.calls} calls"}
+        facts |= {"best prompt at call": info.best.calls}
     if info.baselines is not None:
         facts |= {f"dev, {name.replace('_', ' ')}": value for name, value in info.baselines.model_dump().items()}
     facts["readout"] = info.readout.name + (f"; {info.readout.reason}" if info.readout.reason else "")

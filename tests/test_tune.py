@@ -321,7 +321,7 @@ def test_tensorboard_shows_every_generation(start: Tune) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = start(tensorboard=True)
+    run = start(track=["tensorboard"])
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     shown = [(e.step, e.value) for e in events.Scalars("best_loss")]

@@ -51,7 +51,6 @@ def tune(
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    tensorboard: bool = False,
     track: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
     preset: Preset | None = None,
@@ -70,7 +69,7 @@ def tune(
     overwrite: replace an existing run once the new one is complete.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
-    track: trackers that get every generation, by the names in `callbacks.TRACKERS`; tensorboard: that one.
+    track: trackers that get every generation, by the names in `callbacks.TRACKERS`.
     callbacks: what else is told about the search.
     progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
 
@@ -81,7 +80,7 @@ def tune(
     or cannot be resumed.
     """
     _check(resume, overwrite, engine, workers, ray)
-    told = [*map(tracker, dict.fromkeys((*track, *(["tensorboard"] if tensorboard else [])))), *callbacks]
+    told = [*map(tracker, dict.fromkeys(track)), *callbacks]
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     task = task if isinstance(task, Task) else load_task(task)
     place = engine_spec(engine).device(device)
