@@ -64,6 +64,8 @@ class Cuda:
         """Idle buffers by their size and whether they are for uploads, each list a heap."""
         self.buffers: set[int] = set()
         self.numbers = itertools.count()
+        self.uploads: list[npt.NDArray[Any]] = []
+        """What the stream may still have to read."""
         self.forget: Callable[[], None] = lambda: None
         """Called before idle buffers are freed, to drop the CUDA graphs that use their addresses."""
 
@@ -140,7 +142,8 @@ class Cuda:
         if target.nbytes != array.nbytes:
             raise ValueError(f"{array.nbytes} bytes do not fit into {target.nbytes}")
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        # With pageable memory this returns once the array has been read: the caller may change it right away.
+        # A GPU that reads pageable memory itself, as on Grace, may do so later, when the caller has changed the array.
+        self.uploads.append(array := array.copy())
         self.call("cudaMemcpyAsync", target.address, array.ctypes.data, array.nbytes, kind, self.stream)
         return target
 
@@ -154,6 +157,7 @@ class Cuda:
 
     def synchronize(self) -> None:
         self.call("cudaStreamSynchronize", self.stream)
+        self.uploads.clear()
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
         """An executable CUDA graph of the work that `enqueue` puts on the stream.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from bbt_accel.engine_specs import Backend, DeviceKind, Precision, engine_names, engine_spec
 from bbt_accel.errors import first_line
-from bbt_accel.machine import Machine, dependencies, describe_machine, installed, installed_versions
+from bbt_accel.machine import Machine, dependencies, describe_machine, installed, installed_versions, release
 
 NOTES = (
     "a provider listed by ONNX Runtime may still not work: without its libraries or its device a session falls back to "
@@ -16,6 +16,11 @@ NOTES = (
     "(python -m bbt_accel.benchmarks.gpu_check)",
 )
 INT8_FEATURES = frozenset({"AVX-512 VNNI", "AMX"})
+CUDA = "CUDAExecutionProvider"
+CUDA_13 = {"onnxruntime-gpu": (1, 31), "tensorrt-rtx-cu13": (1, 0)}
+"""Packages → the versions from which they are built for CUDA 13, which needs driver 580 and compute capability 7.5."""
+DATA_CENTRE = ("9.0", "10.0", "10.3")
+"""Compute capabilities that TensorRT for RTX leaves out: H100, H200, B200, B300."""
 Versions = Mapping[str, str | None]
 Recommendation = dict[str, str]  # engine, device, precision, reason, and the command that makes the bundle
 
@@ -49,7 +54,7 @@ def diagnose() -> dict[str, Any]:
     found = versions()
     machine = describe_machine()
     providers, problems = onnxruntime_providers(found)
-    states = engines(found, machine["gpus"])
+    states = engines(found, machine["gpus"], providers)
     return {
         "versions": found,
         "machine": machine,
@@ -68,10 +73,13 @@ def versions() -> dict[str, str | None]:
     return {**dict.fromkeys(("python", "bbt-accel", *dependencies())), **packages, **installed_versions()}
 
 
-def engines(found: Versions, gpus: Collection[str]) -> dict[str, EngineState]:
-    """For each engine and device whether it can run here, why (not), and the command that installs what is missing."""
+def engines(found: Versions, gpus: Sequence[str], providers: Collection[str]) -> dict[str, EngineState]:
+    """For each engine and device whether it can run here, why (not), and the command that installs what is missing.
+
+    providers: of ONNX Runtime.
+    """
     return {
-        label(name, device): _state(backend, device, found, gpus)
+        label(name, device): _state(backend, device, found, gpus, providers)
         for name in engine_names()
         for device, backend in engine_spec(name).backends.items()
     }
@@ -82,18 +90,49 @@ def label(name: str, device: DeviceKind) -> str:
     return f"{name} ({device})" if len(engine_spec(name).backends) > 1 else name
 
 
-def _state(backend: Backend, device: DeviceKind, found: Versions, gpus: Collection[str]) -> EngineState:
-    missing = [need for need in backend.packages if not any(found.get(one) for one in need.split("|"))]
+def _state(
+    backend: Backend, device: DeviceKind, found: Versions, gpus: Sequence[str], providers: Collection[str]
+) -> EngineState:
+    used = {need: next((one for one in need.split("|") if found.get(one)), None) for need in backend.packages}
+    missing = [need for need, package in used.items() if package is None]
     reasons = [f"{' and '.join(missing).replace('|', ' or ')} not installed"] if missing else []
-    if device == "cuda" and not gpus:
-        reasons.append("no NVIDIA GPU found (nvidia-smi)")
     uninstall = f"pip uninstall -y {backend.replaces} && " if found.get(backend.replaces) else ""
     wanted = f'"bbt-accel[{backend.extra}]"' if backend.extra else " ".join(need.split("|")[0] for need in missing)
-    return {
-        "runs": not reasons,
-        "reason": "; ".join(reasons) or "installed",
-        "install": f"{uninstall}pip install {wanted}" if missing else None,
-    }
+    install = f"{uninstall}pip install {wanted}" if missing else None
+    if device == "cuda" and not gpus:
+        reasons.append("no NVIDIA GPU found (nvidia-smi)")
+    elif device == "cuda":
+        for package in filter(None, used.values()):
+            for why, command in unfit(package, found, providers, gpus[0]):
+                reasons.append(why)
+                install = install or command
+    return {"runs": not reasons, "reason": "; ".join(reasons) or "installed", "install": install}
+
+
+def unfit(package: str, found: Versions, providers: Collection[str], gpu: str) -> Iterator[tuple[str, str | None]]:
+    """Why an installed package does not compute on a GPU, and the command that helps, if there is one.
+
+    gpu: as `describe_machine` has it.
+    """
+    version, (driver, capability) = found[package] or "", facts_of(gpu)
+    if package == "torch" and version.endswith("+cpu"):
+        yield "this PyTorch has no CUDA", "pip uninstall -y torch && pip install torch"
+    if package == "onnxruntime-gpu" and CUDA not in providers:
+        both = "pip uninstall -y onnxruntime onnxruntime-gpu"
+        yield f"this ONNX Runtime has no {CUDA}", f'{both} && pip install "bbt-accel[gpu]"'
+    if package in CUDA_13 and release(version) >= CUDA_13[package]:
+        if driver and release(driver) < (580,):
+            yield f"{package} needs NVIDIA's driver 580 or later, not {driver}", None
+        if capability and release(capability) < (7, 5):
+            yield f"{package} needs compute capability 7.5, not {capability}", None
+    if package == "tensorrt-rtx-cu13" and capability in DATA_CENTRE:
+        yield f"TensorRT for RTX does not support compute capability {capability}", "pip install tensorrt"
+
+
+def facts_of(gpu: str) -> tuple[str | None, str | None]:
+    """Driver and compute capability of a GPU as `describe_machine` has it."""
+    _, _, driver, capability, *_ = [*gpu.split(", "), None, None, None, None]
+    return driver, capability
 
 
 def recommend(machine: Machine, states: Mapping[str, EngineState]) -> Recommendation:
@@ -140,12 +179,13 @@ def misfits(found: Versions, providers: Collection[str], gpus: Collection[str]) 
             "onnxruntime-gpu, then pip install either bbt-accel[cpu] or bbt-accel[gpu]"
         )
     elif gpus and cpu:
-        yield 'there is a GPU, but ONNX Runtime has no CUDA: replace it by pip install "bbt-accel[gpu]"'
+        replace = 'pip uninstall -y onnxruntime && pip install "bbt-accel[gpu]"'
+        yield f"there is a GPU, but ONNX Runtime has no CUDA; replace it: {replace}"
     elif not (cpu or gpu):
         yield 'ONNX Runtime is not installed: pip install "bbt-accel[cpu]", or "bbt-accel[gpu]" for an NVIDIA GPU'
-    if gpu and tuple(map(int, gpu.split(".")[:2])) < (1, 31):
-        yield f"onnxruntime-gpu {gpu} runs parts of the graphs on the CPU; 1.31 and later do not"
-    if tensorrt and int(tensorrt.split(".")[0]) > 10 and "TensorrtExecutionProvider" in providers:
+    if gpu and release(gpu) < (1, 31):
+        yield f"onnxruntime-gpu {gpu} has no CUDA graphs here, and runs parts on the CPU; update to 1.31 or later"
+    if tensorrt and release(tensorrt) >= (11,) and "TensorrtExecutionProvider" in providers:
         yield (
             f"ONNX Runtime's TensorRT provider links TensorRT 10 (libnvinfer.so.10), not {tensorrt}; "
             "--engine trt does not use that provider and runs with either"

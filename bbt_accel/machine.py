@@ -82,6 +82,11 @@ def installed(package: str) -> str | None:
         return None
 
 
+def release(version: str) -> tuple[int, ...]:
+    """1.31.0 → (1, 31, 0); of 2.9.0+cpu what comes before the plus."""
+    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
 def installed_versions() -> dict[str, str]:
     """Python, bbt-accel, and whatever of its dependencies is installed."""
     ours = {"python": platform.python_version(), "bbt-accel": bbt_accel.__version__}
@@ -110,10 +115,17 @@ def _memory() -> float | None:
 
 
 def _gpus() -> list[str]:
-    """Name, memory and driver of each NVIDIA GPU, as nvidia-smi reports them."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    """Name, memory, driver and compute capability of each NVIDIA GPU, as nvidia-smi reports them.
+
+    That of a driver before 510 does not know the last.
+    """
+    for fields in ("name,memory.total,driver_version,compute_cap", "name,memory.total,driver_version"):
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        except subprocess.CalledProcessError:
+            continue
+        except (OSError, subprocess.SubprocessError):
+            break
+        return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    return []

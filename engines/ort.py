@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnxruntime
@@ -22,13 +23,17 @@ from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine
 from bbt_accel.errors import EngineError, first_line
-from bbt_accel.machine import installed
+from bbt_accel.machine import installed, release
 from bbt_accel.population import Latent, LayerPrompts
 from bbt_accel.progress import note
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+GRAPHS_SINCE = (1, 31)
+"""The first version in which a CUDA graph copies nothing from host memory that is freed before it is launched. Concat,
+Split and ScatterND did: https://github.com/microsoft/onnxruntime/pull/32121."""
 MAX_GRAPHS = 64  # CUDA graphs at most: ONNX Runtime frees them only with the session
 FATAL = 4  # severity from which ONNX Runtime logs: errors are raised anyway
+Shapes = list[tuple[int, ...]]
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 """The library of NVIDIA's driver, which no Python package installs."""
 
@@ -175,10 +180,18 @@ class OrtCudaEngine(OrtEngine):
     def load(self) -> None:
         self.index = index_of(self.device)
         self.capturing = self.bundle.info.method == "bbt"
-        if not self.capturing:  # there are many stages, and each session keeps the memory of its largest call
+        if self.capturing and release(onnxruntime.__version__) < GRAPHS_SINCE:
+            self.capturing = False
+            wanted = ".".join(map(str, GRAPHS_SINCE))
+            note(f"no CUDA graphs: onnxruntime-gpu before {wanted} frees memory that they read; update it")
+        if (
+            self.bundle.info.method == "bbtv2"
+        ):  # there are many stages, and each session keeps the memory of its largest call
             self.tokens_per_call = 2**14
         self.calls: dict[object, Call] = {}
-        self.seen: dict[object, list[tuple[int, ...]]] = {}  # a call seen once → the shapes of its outputs
+        self.seen: WeakKeyDictionary[Any, dict[object, Shapes]] = WeakKeyDictionary()
+        """Rows → their calls so far that are not captured, and the shapes of the outputs: rows that are bound for one
+        call, as in `predict`, are worth no graph, and later rows may get their addresses."""
         self.places = Places()
         self.called = self.launched = 0
         super().load()
@@ -216,7 +229,8 @@ class OrtCudaEngine(OrtEngine):
         Its memory is freed first: the likely cause is that there was too little.
         """
         self.capturing = False
-        self.calls, self.seen = {}, {}
+        self.calls = {}
+        self.seen.clear()
         del self.sessions[stage]
         self.sessions[stage] = self.open(stage)
 
@@ -244,11 +258,12 @@ class OrtCudaEngine(OrtEngine):
         inputs = {name: self.on_gpu(value) for name, value in given.items()}
         key = (*names, *((value.data_ptr(), *value.shape()) for value in inputs.values()))
         if key not in self.calls:
-            if key not in self.seen or len(self.calls) >= MAX_GRAPHS:
+            seen = self.seen.setdefault(given["input_ids"], {})
+            if key not in seen or len(self.calls) >= MAX_GRAPHS:
                 found = self.once(session, given, names)
-                self.seen[key] = [tuple(value.shape()) for value in found]
+                seen[key] = [tuple(value.shape()) for value in found]
                 return found
-            outputs = [self.new_array(shape) for shape in self.seen[key]]
+            outputs = [self.new_array(shape) for shape in seen.pop(key)]
             binding = self.bind_arrays(session, inputs, dict(zip(names, outputs, strict=True)))
             self.calls[key] = Call(binding, outputs, options_for(len(self.calls) + 1))
         else:
@@ -297,7 +312,8 @@ class OrtCudaEngine(OrtEngine):
         return {"calls": self.called, "captured": len(self.calls), "launched": self.launched}
 
     def close(self) -> None:
-        self.calls, self.seen, self.places = {}, {}, Places()
+        self.calls, self.places = {}, Places()
+        self.seen.clear()
         super().close()
 
 

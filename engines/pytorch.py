@@ -26,6 +26,11 @@ from bbt_accel.population import Latent, Population
 from bbt_accel.projection import Projection
 
 
+def torch_device(device: str) -> torch.device:
+    """PyTorch's own `cuda` is the current GPU of the thread, which an engine on another may have changed."""
+    return torch.device("cuda:0" if device == "cuda" else device)
+
+
 def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
     """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available."""
     if kind_of(device) == "cuda" and index_of(device) >= torch.cuda.device_count():
@@ -33,7 +38,7 @@ def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
     if threads is not None:
         torch.set_num_threads(threads)
     with computing("to load the checkpoint"):
-        return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(device)
+        return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(torch_device(device))
 
 
 @contextmanager
@@ -81,6 +86,7 @@ class TorchEngine(StagedEngine):
         info = self.bundle.info.model_copy(update={"without": off})
         self.bundle = Bundle(self.bundle.path, info)
         super().load()
+        self.place = torch_device(self.device)
         model = load(self.bundle, self.device, self.threads)
         self.backbone = family_of(model.config).compose(model, info)
         self.dtype = DTYPES[info.precision]
@@ -105,7 +111,7 @@ class TorchEngine(StagedEngine):
 
     def to_device(self, array: Float32 | Int64) -> Tensor:
         with computing("to upload an array"):
-            return torch.from_numpy(array).to(self.device)
+            return torch.from_numpy(array).to(self.place)
 
     def to_host(self, array: Tensor) -> Float32:
         with computing("to download an array"):
@@ -131,6 +137,7 @@ class EagerEngine(Engine):
 
     def load(self) -> None:
         self.projections: WeakKeyDictionary[Projection, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+        self.place = torch_device(self.device)
         model = load(self.bundle, self.device, self.threads)
         self.reference = Reference(model, self.bundle.info, self.head_at_readout)
 
@@ -142,9 +149,9 @@ class EagerEngine(Engine):
         """Prompts (P, n, H) on the device; the matrix is uploaded once."""
         projection = prompts.projection
         if projection not in self.projections:
-            matrix, p0 = (torch.from_numpy(a).to(self.device) for a in (projection.matrix, projection.p0))
+            matrix, p0 = (torch.from_numpy(a).to(self.place) for a in (projection.matrix, projection.p0))
             self.projections[projection] = matrix, p0
-        z = torch.from_numpy(prompts.z).to(self.device)
+        z = torch.from_numpy(prompts.z).to(self.place)
         return functional.linear(z, *self.projections[projection]).unflatten(1, projection.prompt_shape)
 
     def versions(self) -> dict[str, str]:
@@ -184,7 +191,7 @@ class EagerBoundBatch(BoundBatch):
         self.engine = engine
         self.projects = kind_of(engine.device) == "cuda"
         with computing("to upload the rows"):
-            self.rows = {name: torch.from_numpy(value).to(engine.device) for name, value in batch.inputs().items()}
+            self.rows = {name: torch.from_numpy(value).to(engine.place) for name, value in batch.inputs().items()}
 
     def _label_logits(self, population: Population) -> Float32:
         return self._outputs(population)["label_logits"]
@@ -196,7 +203,7 @@ class EagerBoundBatch(BoundBatch):
 
     def prompts(self, population: Population) -> Tensor:
         """Whole prompts on the device, (P, n, H) or (P, L, n, H)."""
-        candidates, fixed, device = population.candidates, population.fixed, self.engine.device
+        candidates, fixed, device = population.candidates, population.fixed, self.engine.place
         if not isinstance(candidates, Latent):
             return torch.from_numpy(population.prompts()).to(device)
         projected = self.engine.project(candidates)

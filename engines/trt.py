@@ -18,7 +18,7 @@ from bbt_accel.engines.captured import RESERVE, CapturedCalls
 from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
 from bbt_accel.exporters.plan_building import each_plan
-from bbt_accel.exporters.plans import keys, profile_of
+from bbt_accel.exporters.plans import STEP, keys, profile_of
 from bbt_accel.exporters.trt_api import Api, find_api, new_logger, reason, start
 from bbt_accel.files import write_atomically
 from bbt_accel.progress import note, progress_bar
@@ -47,7 +47,7 @@ class TrtEngine(StagedEngine):
     """
 
     name = "trt"
-    bucket_step = 8
+    bucket_step = STEP
     call_overhead = GPU_CALL
     on_device = True
 

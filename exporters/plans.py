@@ -24,8 +24,11 @@ from bbt_accel.exporters.trt_api import Api, new_logger, reason, start
 from bbt_accel.files import write_atomically
 
 Range = tuple[int, int, int]  # (min, opt, max) of a dynamic axis: what a plan accepts, and what it is tuned for
+STEP = 8
+"""Of the lengths of buckets, by `Batch.aligned`; that of a profile's longest row is rounded up, too."""
 OPTIONS: dict[str, str] = {"strongly_typed": "yes", "tf32": "no", "profiling": "detailed"}
 """Build options. Types are those of the graph; with TF32, fp32 matmuls would round their inputs."""
+INSTALL = "pip install tensorrt"
 USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
 """The builder flag of TensorRT for RTX without which a plan may allocate memory of its own while it runs. The release
 notes of 1.2 require it for stream capture, from which CUDA graphs are made."""
@@ -197,11 +200,7 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key, monitor: Any = None) -
     cache = timing_cache(config, timing)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        hint = ""
-        if key.gpu and api.builds_ahead and not set(key.capability) <= set(api.capabilities()):
-            # As TensorRT for RTX does not support the GPUs of data centres.
-            hint = f"; {api.name} does not support compute capability {key.capability[0]}: pip install tensorrt"
-        raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)}){hint}")
+        raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)})")
     if cache is not None:
         with suppress(OSError):  # a bundle that cannot be written to
             timing.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +239,10 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
     if api.has("BuilderFlag", USER_ALLOCATION):
         config.set_flag(getattr(trt.BuilderFlag, USER_ALLOCATION))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if key.gpu is None:
+    if api.builds_ahead:  # also for this machine's GPU: without it a plan runs on Ampere, Ada and Blackwell alone
+        if key.gpu and (others := [c for c in key.capability if c not in api.capabilities()]):
+            # TensorRT for RTX does not support the GPUs of data centres.
+            raise PlanError(f"{api.name} does not support {key.gpu} (compute capability {others[0]}): {INSTALL}")
         config.num_compute_capabilities = len(key.capability)
         for i, capability in enumerate(key.capability):
             if not config.set_compute_capability(api.capability(capability), i):

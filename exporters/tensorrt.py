@@ -16,7 +16,7 @@ from bbt_accel.encoding import FEATURE_WORDS
 from bbt_accel.errors import EngineError
 from bbt_accel.exporters.calibration import lengths
 from bbt_accel.exporters.plan_building import each_plan
-from bbt_accel.exporters.plans import Record, ShapeProfile, keys
+from bbt_accel.exporters.plans import STEP, Record, ShapeProfile, keys
 from bbt_accel.exporters.trt_api import find_api
 from bbt_accel.progress import Tell
 from bbt_accel.settings import Settings
@@ -26,8 +26,6 @@ TOKENS = 2**17
 """Candidates × rows × tokens of a profile's largest call: bounds the memory of a plan, about 2 GiB at H = 1024."""
 CONTEXT = 512
 """Tokens of a decoder's context that every profile accepts."""
-STEP = 8
-"""Of the lengths of buckets, by `Batch.aligned`; that of the longest row is rounded up, too."""
 
 
 def check_capabilities(text: str | None) -> tuple[str, ...]:

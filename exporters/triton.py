@@ -22,7 +22,7 @@ from bbt_accel.inference_protocol import DIGEST, stage_model
 TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
 """Of a stage's inputs and outputs, which stay fp32 in every precision."""
 BACKENDS = {"onnx": "onnxruntime", "ort": "onnxruntime", "trt": "tensorrt"}  # a bundle's target → its backend
-SMALL = 1024  # bytes up to which a tensor stays inside the graph, as in the bundle
+SMALL = 1024  # bytes up to which a tensor stays inside the graph
 
 
 def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None) -> list[str]:

@@ -29,7 +29,7 @@ def test_the_diagnosis_is_json() -> None:
 
 
 def test_a_bare_installation_names_the_extra_of_each_engine() -> None:
-    engines = doctor.engines(NOTHING, gpus=[])
+    engines = doctor.engines(NOTHING, [], [])
     assert not any(state["runs"] for state in engines.values())
     extras = ("export", "export", "cpu", "gpu", "openvino", "trt", "remote")
     assert [state["install"] for state in engines.values()][: len(extras)] == [
@@ -40,14 +40,46 @@ def test_a_bare_installation_names_the_extra_of_each_engine() -> None:
 
 def test_engines_of_a_machine_with_a_gpu() -> None:
     found = NOTHING | dict.fromkeys(("onnxruntime-gpu", "tensorrt-rtx-cu13", "cuda-python"), "1")
-    engines = doctor.engines(found, gpus=["NVIDIA X"])
+    engines = doctor.engines(found, ["NVIDIA X"], [doctor.CUDA])
     assert {name for name, state in engines.items() if state["runs"]} == {"ort (cpu)", "ort (cuda)", "trt"}
-    without_gpu = doctor.engines(found, gpus=[])
+    without_gpu = doctor.engines(found, [], [])
     assert without_gpu["trt"] == {"runs": False, "reason": "no NVIDIA GPU found (nvidia-smi)", "install": None}
 
 
+@pytest.mark.parametrize(
+    ("engine", "packages", "gpu", "reason", "install"),
+    [
+        ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 9.0", "does not support compute capability 9.0", "tensorrt"),
+        ("trt", {"tensorrt-rtx-cu13": "1.7"}, "570.12, 8.9", "needs NVIDIA's driver 580 or later, not 570.12", None),
+        ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 7.0", "needs compute capability 7.5, not 7.0", None),
+        ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 8.9", "installed", None),
+        ("trt", {"tensorrt-rtx-cu13": "1.7", "tensorrt": "11.4"}, "570.12, 9.0", "installed", None),
+        ("ort (cuda)", {"onnxruntime-gpu": "1.32.0"}, "570.12, 9.0", "needs NVIDIA's driver 580 or later", None),
+        ("ort (cuda)", {"onnxruntime-gpu": "1.26.0"}, "570.12, 9.0", "installed", None),
+        ("torch (cuda)", {"torch": "2.9.0+cpu"}, "580.65, 9.0", "this PyTorch has no CUDA", "torch"),
+        ("torch (cuda)", {"torch": "2.9.0"}, "580.65, 9.0", "installed", None),
+        ("torch (cuda)", {"torch": "2.9.0"}, "470.1", "installed", None),
+    ],
+)
+def test_a_package_that_does_not_suit_the_gpu_does_not_run(
+    engine: str, packages: dict[str, str], gpu: str, reason: str, install: str | None
+) -> None:
+    found = NOTHING | {"transformers": "5", "cuda-python": "13", **packages}
+    state = doctor.engines(found, [f"NVIDIA X, 80 GiB, {gpu}"], [doctor.CUDA])[engine]
+    assert reason in state["reason"]
+    assert state["runs"] == (reason == "installed")
+    assert (state["install"] or "").rpartition(" ")[2] == (install or "")
+
+
+def test_an_onnxruntime_without_cuda_does_not_run_on_a_gpu() -> None:
+    found = NOTHING | {"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"}
+    state = doctor.engines(found, ["X"], ["CPUExecutionProvider"])["ort (cuda)"]
+    assert not state["runs"]
+    assert state["install"] == 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "bbt-accel[gpu]"'
+
+
 def test_the_cpu_package_is_uninstalled_before_the_gpu_package_is_installed() -> None:
-    state = doctor.engines(NOTHING | {"onnxruntime": "1"}, gpus=["X"])["ort (cuda)"]
+    state = doctor.engines(NOTHING | {"onnxruntime": "1"}, ["X"], [])["ort (cuda)"]
     assert state["install"] == 'pip uninstall -y onnxruntime && pip install "bbt-accel[gpu]"'
     [warning] = doctor.misfits(NOTHING | {"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"}, [], [])
     assert "overwrite each other" in warning
@@ -59,7 +91,7 @@ def recommended(
     found: dict[str, Any], features: tuple[str, ...] = (), gpus: tuple[str, ...] = ()
 ) -> doctor.Recommendation:
     machine = Machine(system="", cpu="", cores=1, features=list(features), memory_gb=None, gpus=list(gpus))
-    return doctor.recommend(machine, doctor.engines(NOTHING | found, gpus))
+    return doctor.recommend(machine, doctor.engines(NOTHING | found, gpus, [doctor.CUDA]))
 
 
 @pytest.mark.parametrize(
@@ -102,8 +134,11 @@ def test_a_broken_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
     assert "cannot be imported" in problem
 
 
-def test_gpus_are_those_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("old", [False, True])
+def test_gpus_are_those_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
     def answer(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+        if old and "compute_cap" in str(args):
+            raise subprocess.CalledProcessError(2, [])
         return subprocess.CompletedProcess([], 0, stdout="NVIDIA X, 80 GiB, 580.1\n")
 
     monkeypatch.setattr(subprocess, "run", answer)
@@ -147,14 +182,14 @@ def test_a_fit_runs_on_the_fastest_engine_of_what_is_given(
         ["X"] if gpu else [],
         Machine(system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gb=None, gpus=["X"] if gpu else []),
     )
-    states = doctor.engines(NOTHING | found, gpus)
+    states = doctor.engines(NOTHING | found, gpus, [doctor.CUDA])
     diagnosis = {"recommended": doctor.recommend(machine, states), "engines": states}
     monkeypatch.setattr(bundle_cache, "diagnose", lambda: diagnosis)
     assert bundle_cache.choose(engine, precision)[:3] == wanted
 
 
 def test_a_precision_that_no_engine_here_runs_in_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = doctor.engines(NOTHING, [])
+    states = doctor.engines(NOTHING, [], [])
     monkeypatch.setattr(
         bundle_cache, "diagnose", lambda: {"recommended": {"engine": "ort", "precision": "fp32"}, "engines": states}
     )

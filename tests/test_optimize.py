@@ -24,13 +24,13 @@ from safetensors.numpy import save_file
 
 from bbt_accel import engine_specs
 from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle
-from bbt_accel.data import load_few_shot
+from bbt_accel.data import Row, load_few_shot
 from bbt_accel.demo import BACKBONE, DATA
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import Backend, EngineSpec, Precision
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
-from bbt_accel.exporters import graph, openvino_ir, optimize
+from bbt_accel.exporters import calibration, graph, openvino_ir, optimize
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.convert import convert_checkpoint
 from bbt_accel.exporters.half import to_half
@@ -272,6 +272,18 @@ def test_calibration_rows_are_those_of_the_tasks_preset(exported: Callable[..., 
     np.testing.assert_array_equal(rows.train.input_ids, Encoder(bundle, task).encode(train).input_ids)
     assert len(rows.calibration()) == 2 * task.n_classes
     assert len(default.calibration()) == min(32, len(default.train))
+
+
+def test_the_longest_test_row_counts_wherever_it_is(
+    exported: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "TEST_ROWS", 2)
+    shutil.copy(DATA / "train.jsonl", tmp_path)
+    texts = ["short"] * 5 + ["a longer text of many words, " * 12, "short"]
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": text, "label": 0}) for text in texts))
+    bundle = exported(BACKBONE)
+    row = Encoder(bundle, load_task("demo")).encode([Row({"text": texts[5]}, 0)])
+    assert TaskRows(bundle, "demo", tmp_path).longest() == row.input_ids.shape[1]
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))

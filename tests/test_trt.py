@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -491,6 +492,13 @@ def rtx() -> Api:
     return Api("tensorrt_rtx", module)
 
 
+@pytest.fixture
+def no_gpu() -> None:
+    with contextlib.suppress(EngineError):
+        cuda.Cuda()
+        pytest.skip("this machine has a GPU")
+
+
 def records(bundle: Bundle) -> dict[str, Record]:
     files = (bundle.path / PLANS).glob("*/*.json")
     return {file.stem: Record.model_validate_json(file.read_text()) for file in files}
@@ -643,12 +651,32 @@ def test_a_node_that_the_parser_refuses_is_named(copy: Bundle, rtx: Api) -> None
     assert "Hardmax2 strange" in message
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_a_plan_cannot_be_loaded_without_a_driver_and_says_so(copy: Bundle, rtx: Api) -> None:
     logger = trt_api.new_logger(rtx)
     plan = (copy.path / PLANS / "sm89" / "model.plan").read_bytes()
-    if rtx.module.Runtime(logger).deserialize_cuda_engine(plan) is not None:
-        pytest.skip("this machine has a GPU")
+    assert rtx.module.Runtime(logger).deserialize_cuda_engine(plan) is None
     assert "no NVIDIA GPU" in trt_api.reason(logger.errors)
+
+
+def local_key(bundle: Bundle, api: Api, gpu: str, capability: str) -> Key:
+    return plans.keys(bundle, api, gpu, (capability,), "580.65")["model"]
+
+
+def test_a_plan_for_the_gpu_of_this_machine_is_built_for_its_compute_capability(copy: Bundle, rtx: Api) -> None:
+    """TensorRT for RTX builds for other capabilities than Turing's unless it is told."""
+    builder = trt_api.start(rtx, "Builder", trt_api.new_logger(rtx))
+    config = plans.configure(rtx, builder, local_key(copy, rtx, "NVIDIA GeForce RTX 2080", "7.5"))
+    assert config.num_compute_capabilities == 1
+    assert config.get_compute_capability(0) == rtx.module.ComputeCapability.SM75
+
+
+def test_a_gpu_that_tensorrt_for_rtx_does_not_support_names_the_other_tensorrt(copy: Bundle, rtx: Api) -> None:
+    builder = trt_api.start(rtx, "Builder", trt_api.new_logger(rtx))
+    key = local_key(copy, rtx, "NVIDIA H100 80GB HBM3", "9.0")
+    message = one_line(lambda: plans.configure(rtx, builder, key), PlanError)
+    assert "compute capability 9.0" in message
+    assert message.endswith("pip install tensorrt")
 
 
 def test_out_of_memory_says_what_to_do() -> None:
@@ -658,13 +686,8 @@ def test_out_of_memory_says_what_to_do() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="cuda-python is not installed")
+@pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_optimize_names_the_way_ahead(tiny: Export, rtx: Api, tmp_path: Path) -> None:
-    try:
-        cuda.Cuda()
-    except EngineError:
-        pass
-    else:
-        pytest.skip("this machine has a GPU")
     source = tiny("bert", "bbt", "add").path
     assert "--compute-capability" in one_line(
         lambda: optimize_bundle(source, tmp_path / "made", target="trt"), EngineError
