@@ -14,14 +14,23 @@ if TYPE_CHECKING:
     from bbt_accel.batch import Batch as Batch
     from bbt_accel.bundle import Bundle as Bundle
     from bbt_accel.classifier import PromptClassifier as PromptClassifier
+    from bbt_accel.data import Row as Row
     from bbt_accel.data import few_shot as few_shot
     from bbt_accel.data import load_rows as load_rows
     from bbt_accel.encoding import Encoder as Encoder
+    from bbt_accel.engines.base import BoundBatch as BoundBatch
+    from bbt_accel.engines.base import Engine as Engine
     from bbt_accel.engines.registry import load_engine as load_engine
+    from bbt_accel.errors import BbtError as BbtError
     from bbt_accel.exporters.export import export_bundle as export_bundle
+    from bbt_accel.exporters.optimize import optimize_bundle as optimize_bundle
+    from bbt_accel.inference import evaluate as evaluate
+    from bbt_accel.inference import predict as predict
     from bbt_accel.objective import Objective as Objective
     from bbt_accel.population import Population as Population
     from bbt_accel.projection import Projection as Projection
+    from bbt_accel.readout import class_logits as class_logits
+    from bbt_accel.run import Run as Run
     from bbt_accel.tasks import Task as Task
     from bbt_accel.tasks import load_task as load_task
     from bbt_accel.tuning import tune as tune
@@ -38,19 +47,28 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # 
 
 _HOME = {
     "Batch": "batch",
+    "BbtError": "errors",
+    "BoundBatch": "engines.base",
     "Bundle": "bundle",
     "Callback": "tuning.callbacks",
     "Encoder": "encoding",
+    "Engine": "engines.base",
     "Objective": "objective",
     "Population": "population",
     "Projection": "projection",
     "PromptClassifier": "classifier",
+    "Row": "data",
+    "Run": "run",
     "Task": "tasks",
+    "class_logits": "readout",
+    "evaluate": "inference",
     "export_bundle": "exporters.export",
     "few_shot": "data",
     "load_engine": "engines.registry",
     "load_rows": "data",
     "load_task": "tasks",
+    "optimize_bundle": "exporters.optimize",
+    "predict": "inference",
     "tune": "tuning",
 }
 __all__ = sorted([*_HOME, "__version__"])

@@ -25,13 +25,14 @@ def shape_fits(found: Sequence[int], wanted: Sequence[int | str]) -> bool:
 
 @dataclass(frozen=True)
 class Batch:
-    """N encoded rows of a task, padded to S tokens, and the C label words.
+    """N encoded rows of a task, padded to S tokens, and the M label words of its C classes.
 
     input_ids, attention_mask: int64 (N, S); 1 marks a real token.
     readout: int64 (N,), the position whose logits are read: in `input_ids` for encoders and decoders (in cat mode
         counted without the prompt), in the decoder's input for encoder-decoders.
     targets: int64 (N,), the class of each row, 0 .. C-1.
-    label_token_ids: int64 (C,), the vocabulary id of each class's label word.
+    label_token_ids: int64 (M,), the vocabulary ids of the label words: one for each class, in class order; or more,
+        whose classes `Encoder.classes` has.
     decoder_input_ids: int64 (N, D), to override the decoder input that is derived from the rows, else None.
     context_ids: int64 (K,), a decoder's: tokens between the begin token, if any, and the prompt of every row. `readout`
         does not count them.
@@ -55,7 +56,7 @@ class Batch:
         wanted |= {"label_token_ids": (-1,), "decoder_input_ids": (N, -1), "context_ids": (-1,)}
         if not N or not all(shape_fits(value.shape, wanted[name]) for name, value in self.arrays().items()):
             raise DataError(
-                "a batch needs input_ids and attention_mask (N, S), readout and targets (N,), label_token_ids (C,) and "
+                "a batch needs input_ids and attention_mask (N, S), readout and targets (N,), label_token_ids (M,) and "
                 "perhaps decoder_input_ids (N, D) or context_ids (K,), "
                 f"with N > 0; got {', '.join(str(value.shape) for value in self.arrays().values())}"
             )

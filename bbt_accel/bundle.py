@@ -66,12 +66,12 @@ TokenId = Annotated[int, Field(ge=0, lt=2**26)]
 class SpecialTokens(BaseModel, extra="forbid"):
     """Vocabulary ids that the encoding uses; None where rows of this family have no such token."""
 
-    begin: TokenId | None
-    end: TokenId | None
-    pad: TokenId
-    mask: TokenId | None
+    begin: TokenId | None = Field(description="Begins every row.")
+    end: TokenId | None = Field(description="Ends every row.")
+    pad: TokenId = Field(description="Pads rows on the right.")
+    mask: TokenId | None = Field(description="Where the label word is read; for the group `span` its sentinel.")
     mask_text: str | None = Field(description="The mask token's, e.g. `<mask>`; the sentinel's for the group `span`.")
-    decoder_start: TokenId | None
+    decoder_start: TokenId | None = Field(description="Begins the decoder's input.")
 
 
 class SealedManifest(Manifest):
@@ -103,7 +103,7 @@ def check_files(folder: Path, digests: Mapping[str, str], what: str, error: type
 class BundleInfo(SealedManifest):
     """bundle.json."""
 
-    format: int = 4
+    format: int = Field(default=4, description="Version of this file.")
     backbone: str = Field(description="Hub id, demo, or the path of a local checkpoint.")
     revision: str | None = Field(description="Of the hub: what was asked for, else the commit; None for a local one.")
     license: str | None = Field(default=None, description="Of the checkpoint, as its model card names it.")
@@ -197,6 +197,7 @@ class Bundle:
         return bundle
 
     def verify(self) -> None:
+        """Raises BundleError for a file that is missing or has changed since the bundle was written (sha256)."""
         check_files(self.path, self.info.sha256, "bundle", BundleError, "export it again")
 
     def require(self, method: Method) -> None:

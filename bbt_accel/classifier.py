@@ -40,15 +40,20 @@ LABEL = "label"  # the column of y beside those of X
 class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Adapts a frozen language model to a few labelled texts with forward passes alone.
 
-    backbone: a hub id, a local folder, a .gguf file or `demo`. method, n_prompt_tokens: as in `export_bundle`.
+    backbone: a hub id, a local folder, a .gguf file or `demo`. method: bbt, or bbtv2 for a prompt in every layer.
+    n_prompt_tokens: soft prompt vectors.
     prompt_mode: add, or cat for prompts in front of the text, which `package` needs for PEFT (decoders, T5).
-    engine, precision: `auto` for what `bbt-accel doctor` recommends. readout, budget: as in `Settings`.
+    engine, precision: `auto` for what `bbt-accel doctor` recommends. threads: of the CPU; all cores unless given.
+    readout: `auto` fits several and chooses by cross-validation; or one of `bbt-accel tune --readout`.
+    budget: forward passes of the fit's rows; 1 for a readout without a search.
+    seed: of the split into rows to fit on and to choose by, of the projection and of the search.
     template: how a text is written for the backbone, e.g. "{text} It was {mask} ."; a text's columns are `text`, of
         pairs `text1` and `text2`, of mappings their own names.
     label_words: a word for each class, in the order of `classes_`; the labels themselves unless given.
     k_shot: examples per class to fit on, and as many to choose by; unless given 16, or half of the rarest class.
     callbacks, track: as in `tune`; callbacks are not saved.
 
+    After `fit`: classes_, the labels in the order of `predict_proba`; run_, the `Run`, with what was tried and scored.
     Exported and optimized bundles are kept in the folder `BBT_ACCEL_CACHE`, so that the second fit starts at once.
 
     >>> clf = PromptClassifier("demo", budget=300).fit(texts, labels)
@@ -150,7 +155,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def predict_proba(self, X: Any) -> Float64:
-        """float64 (N, C), in the order of `classes_`."""
+        """Probabilities, float64 (N, C), in the order of `classes_`. X: N texts, as in `fit`.
+
+        Raises sklearn's NotFittedError before `fit`, DataError for other columns than those of `fit`, EngineError.
+        """
         check_is_fitted(self, "run_")
         columns = self.run_.task.text
         rows = as_rows(X, columns)
@@ -159,12 +167,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self._classifier.probabilities(rows) if rows else np.zeros((0, len(self.classes_)))
 
     def predict(self, X: Any) -> Any:
-        """The labels (N,), as they were given to `fit`."""
+        """The labels (N,), as they were given to `fit`. Takes and raises what `predict_proba` does."""
         found = self.predict_proba(X).argmax(1)
         return self.classes_[found]
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that holds everything: the bundle, the prompt with its readout, and the labels."""
+        """Write a new folder that holds everything: the bundle, the prompt with its readout, and the labels.
+
+        Raises BbtError for a folder that exists.
+        """
         check_is_fitted(self, "run_")
         with new_folder(Path(path)) as folder:
             shutil.copytree(self._classifier.engine.bundle.path, folder / "bundle")
@@ -177,12 +188,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def package(
         self, path: str | Path, format: Kind = "onnx", *, int8: bool = False, bundle: str | Path | None = None
     ) -> None:
-        """Write a folder that other tools load: as `bbt-accel package`, compared with `predict`. See `package_run`.
+        """Write a new folder that other tools load, after it was compared with `predict`, as `bbt-accel package` does.
 
+        format: onnx, openvino, peft, triton or web. int8: also where this estimator computes in fp32.
         bundle: of the same backbone, to package in place of this estimator's. Unless given, where the format does not
         take that, it is the one as exported: in the cache, or exported again, which needs the checkpoint. Then the
         labels are compared with those of this estimator, too; a warning says how many differ.
         `package --check` needs the run, which is lost with this estimator unless it is saved.
+        Raises PackageError for what the format cannot hold and for a package that differs from `predict`, BbtError for
+        a folder that exists.
         """
         from bbt_accel.packaging.formats import FORMATS
         from bbt_accel.packaging.package import Options, package_run, suitable

@@ -20,6 +20,7 @@ from bbt_accel.option_types import (
     MAX_RMSE,
     METHOD,
     PROMPT_MODE,
+    PROMPT_TOKENS,
     Budget,
     Count,
     KShot,
@@ -86,7 +87,7 @@ AllCores = Annotated[Threads | None, Field(description="CPU threads (default: al
 class ExportOptions(Schema):
     method: Method = Field(default="bbt", description=METHOD)
     prompt_mode: PromptMode = Field(default="add", description=PROMPT_MODE)
-    n_prompt_tokens: PromptTokens = 50
+    n_prompt_tokens: PromptTokens = PROMPT_TOKENS
     prompt_init: str | None = None
     """Text that the prompt starts from, or a task file with [prompt] init; its length sets --n-prompt-tokens."""
     revision: str | None = Field(default=None, description="Commit, tag or branch on the hub.")

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from bbt_accel.batch import Int64
 from bbt_accel.errors import DataError, UsageError, did_you_mean, first_line
@@ -29,10 +30,10 @@ UNLABELLED = -1  # the label of hub data sets for rows whose label is withheld o
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The text columns of a row, and its class; None if it is unknown."""
+    """The text columns of a row, and its class."""
 
-    fields: dict[str, str]
-    label: int | None = None
+    fields: Annotated[dict[str, str], Field(description="Column → text.")]
+    label: Annotated[int | None, Field(description="0 .. C-1; None if it is unknown.")] = None
 
 
 def labels(rows: Sequence[Row]) -> Int64:
@@ -45,7 +46,8 @@ def load_rows(task: Task, split: Split, data: str | Path | None = None) -> list[
 
     data: a file, or a folder with {train,validation,test} in one of the formats of `tables.READERS`. Without it, the
     shipped rows of the demo task or the task's data set on the hub. `test` is the test file, or the validation file if
-    test has no labels. Rows with the label -1 are skipped. Raises DataError.
+    test has no labels. Rows with the label -1 are skipped. Raises DataError for a missing or malformed file, a missing
+    column, a label that is no class of the task, a split without rows, and a data set that cannot be downloaded.
     """
     if data is None and task.name == "demo" and task.hub is None:
         data = Path(__file__).parent / "demo" / "data"

@@ -62,7 +62,10 @@ class Encoder:
             raise TaskError(f"{problem} of {bundle.path} by {length - self.limit}; shorten it")
 
     def encode(self, rows: Sequence[Row]) -> Batch:
-        """All rows, in order, padded on the right to the longest; the target of a row without a label is 0.
+        """All N rows, in order, padded on the right to the S tokens of the longest.
+
+        input_ids and attention_mask are int64 (N, S), readout and targets (N,). The target of a row without a label is
+        0.
 
         Rows that are too long are truncated at the end of their text columns, the longest column first; what cannot be
         part of a row is cut off before it is tokenized.

@@ -73,11 +73,12 @@ def wilson(shares: Any, rows: int, z: float = 1.96) -> tuple[Any, Any]:
 class Objective:
     """A loss to minimize and a metric to report.
 
-    loss: `ce`, mean cross entropy over the C label words; `hinge`, Σ over rows and wrong classes of
-        max(0, logit_c - logit_target + 2), over N; `perf`, minus the metric.
+    loss: `ce`, the cross entropy of a softmax over the C classes, mean over the rows; `hinge`, Σ over rows and wrong
+        classes of max(0, logit_c - logit_target + 2), over N; `perf`, minus the metric.
     metric: `accuracy`; `f1`, the F1 of class 1 (0 where it has neither a row nor a prediction), which is what GLUE
         reports for MRPC.
-    positive_share: share of class 1 among the rows to predict, where the task tells it. A fitted readout decides by it.
+    positive_share: share of class 1 among the rows to predict, where the task tells it. `score` does not depend on it:
+        a fitted readout sets its threshold for F1 by it.
     Raises UsageError for an unknown loss or metric.
     """
 
@@ -92,14 +93,18 @@ class Objective:
     def score(self, logits: Float32 | Float64, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
         """Losses and metrics of a population.
 
-        logits: (P, N, C); targets: int64 (N,). Returns float64 (P,) and float64 (P,).
+        logits: float32 or float64 (P, N, C), a column for each class; targets: int64 (N,). Returns float64 (P,) twice.
         first: number of the first candidate, where these are a slice of a population.
-        Raises NonFiniteLoss when a candidate's logits are NaN or infinite.
+        Raises UsageError for other shapes and for a target that is not a class, NonFiniteLoss when a candidate's logits
+        are NaN or infinite.
         """
         return self.from_statistics(batch_statistics(logits, targets), targets, first)
 
     def from_statistics(self, found: Float64, targets: Int64, first: int = 0) -> tuple[Float64, Float64]:
-        """Losses and metrics of a population from its batch statistics (P, 5), as `score` gives them."""
+        """Losses and metrics of a population from its batch statistics (P, 5), as `score` gives them.
+
+        Raises NonFiniteLoss when the losses of a candidate are NaN.
+        """
         finite = np.isfinite(found).all(axis=1)
         if not finite.all():
             problem = (

@@ -12,6 +12,8 @@ MAX_THREADS = 1024
 """More than that, and runtimes fail while they start them."""
 MAX_RMSE = 0.05
 """Relative logit RMSE of int8 above which matmuls are kept in fp32."""
+PROMPT_TOKENS = 50
+"""Of the papers."""
 FIT_BUDGET, FIT_PROMPT_TOKENS = 300, 20
 """Of a classifier from a few rows, in minutes on a CPU."""
 

@@ -36,13 +36,19 @@ class Projection:
 
     @classmethod
     def normal(cls, rng: Seed, d: int, n: int, H: int, std: float, p0: npt.ArrayLike | None = None) -> Projection:
-        """A with independent entries N(0, std²); `rng` is a generator or a seed. `prompt_std` gives the papers' std."""
+        """A with independent entries N(0, std²), for d dimensions, n prompt tokens and the hidden size H.
+
+        rng: a generator or a seed. std: `prompt_std` gives the papers'. p0: as in `Projection`.
+        """
         matrix = np.random.default_rng(rng).standard_normal((n * H, d), dtype=np.float32)
         return cls(np.multiply(matrix, np.float32(std), out=matrix), (n, H), p0)
 
     @classmethod
     def uniform(cls, rng: Seed, d: int, n: int, H: int, p0: npt.ArrayLike | None = None) -> Projection:
-        """A with independent entries U(-1/√d, 1/√d), torch's default initialization of a Linear layer."""
+        """A with independent entries U(-1/√d, 1/√d), torch's default initialization of a Linear layer.
+
+        Arguments as in `normal`.
+        """
         matrix = np.random.default_rng(rng).random((n * H, d), dtype=np.float32)
         return cls((2 * matrix - 1) / np.float32(math.sqrt(d)), (n, H), p0)
 

@@ -29,8 +29,14 @@ REGRESSIONS = ("words", "state", "mean", "states")  # logistic regressions on fe
 LINEAR = ("found", *REGRESSIONS, "ensemble")  # features times a weight, plus a bias
 OF_WORDS = ("found", "words")  # whose features are the logits of further words
 FOUND_WORDS = 8  # label words of a class that `found` takes
-STATES_OF = {"state": STATES[:1], "mean": STATES[1:], "states": STATES, "ensemble": STATES}
-"""The hidden states that are the features of a linear readout."""
+STATES_OF = {
+    "prototype": STATES[:1],
+    "state": STATES[:1],
+    "mean": STATES[1:],
+    "states": STATES,
+    "ensemble": STATES,
+}
+"""The hidden states that a readout reads, if any."""
 PROTOTYPE_SIZE = 128  # DecT: dimensions of the space of prototypes
 Outputs = Mapping[str, Float32]
 """What `BoundBatch.outputs` returns, of one prompt: label_logits (N, M), readout_state and mean_state (N, H)."""
@@ -97,7 +103,7 @@ class Readout:
 
 def reads_states(name: ReadoutName) -> bool:
     """Whether a readout needs hidden states besides label logits."""
-    return name not in ("verbalizer", "calibrated", *OF_WORDS)
+    return name in STATES_OF
 
 
 def batch_calibration(logits: Float64) -> Float64:

@@ -29,20 +29,23 @@ ESTIMATOR = "classifier.json"
 """The file that makes a folder a saved PromptClassifier, with the folders `run` and `bundle`."""
 
 
+SAME = "As in bundle.json."
+
+
 class BundleRecord(BaseModel, extra="forbid"):
     """The bundle that a prompt was tuned for."""
 
     path: str = Field(description="Absolute.")
     relative: str = Field(description="From the run's folder, so that both may move together.")
-    digest: str
-    backbone: str
-    revision: str | None
-    license: str | None = None
-    template_group: TemplateGroup | None = None
-    method: Method
-    prompt_mode: PromptMode
-    prompt_init: str | None = Field(default=None, description="The text that the prompt started from.")
-    precision: str
+    digest: str = Field(description="sha256 of its bundle.json.")
+    backbone: str = Field(description=SAME)
+    revision: str | None = Field(description=SAME)
+    license: str | None = Field(default=None, description=SAME)
+    template_group: TemplateGroup | None = Field(default=None, description=SAME)
+    method: Method = Field(description=SAME)
+    prompt_mode: PromptMode = Field(description=SAME)
+    prompt_init: str | None = Field(default=None, description=SAME)
+    precision: str = Field(description=SAME)
 
     @classmethod
     def of(cls, bundle: Bundle, run: Path) -> BundleRecord:
@@ -58,13 +61,13 @@ class BundleRecord(BaseModel, extra="forbid"):
 class EngineRecord(BaseModel, extra="forbid"):
     """The engine that evaluated the candidates."""
 
-    name: str
-    device: str
-    threads: int | None
+    name: str = Field(description="torch, ort, openvino, trt, remote, or that of a plugin.")
+    device: str = Field(description="cpu, cuda or cuda:N.")
+    threads: int | None = Field(description="Of the CPU; None for all cores.")
     workers: int | None = Field(default=None, description="Processes that shared the evaluation, besides the search's.")
     without: list[str] = Field(description="Optimizations that were switched off.")
     url: str | None = Field(default=None, description="Address of the server, for the engine `remote`.")
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default={}, description="Of the libraries that computed, and the device.")
 
     @property
     def remote(self) -> bool:
@@ -77,17 +80,17 @@ class DataRecord(BaseModel, extra="forbid"):
 
     path: str | None = Field(description="What was given as --data, absolute; None for the task's own data set.")
     digest: str = Field(description="sha256 of the train rows, then the dev rows.")
-    train_rows: int
-    dev_rows: int
+    train_rows: int = Field(description="Number of train rows.")
+    dev_rows: int = Field(description="Number of dev rows.")
 
 
 class BestRecord(BaseModel, extra="forbid"):
     """The generation that the saved prompt comes from; None for the prompt without a search."""
 
-    generation: int | None
-    calls: int
-    dev_score: float
-    dev_loss: float
+    generation: int | None = Field(description="Its number, from 0.")
+    calls: int = Field(description="API calls up to and including it.")
+    dev_score: float = Field(description="Metric of the prompt on the dev rows.")
+    dev_loss: float = Field(description="Its loss there.")
 
 
 class Baselines(BaseModel, extra="forbid"):
@@ -102,7 +105,7 @@ class Baselines(BaseModel, extra="forbid"):
 class TriedReadout(BaseModel, extra="forbid"):
     """A readout that `auto` fitted at the prompt without a search, as it scores rows that it was not fitted on."""
 
-    name: ReadoutName
+    name: ReadoutName = Field(description="Its name.")
     log_loss: float = Field(description="Cross-validated, on train and dev rows.")
     score: float = Field(description="The task's metric, likewise.")
     seconds: float = Field(description="To fit it in every fold.")
@@ -111,31 +114,31 @@ class TriedReadout(BaseModel, extra="forbid"):
 class ReadoutRecord(BaseModel, extra="forbid"):
     """The readout of a run, in readout.safetensors, and why it is this one."""
 
-    name: ReadoutName = "verbalizer"
-    tried: list[TriedReadout] = []
+    name: ReadoutName = Field(default="verbalizer", description="Its name.")
+    tried: list[TriedReadout] = Field(default=[], description="What `auto` has compared.")
     searched: bool = Field(default=True, description="Whether the prompt comes from a search.")
-    reason: str | None = None
+    reason: str | None = Field(default=None, description="Why this readout and this prompt.")
     sha256: str = Field(default="", description="Of readout.safetensors.")
 
 
 class RunInfo(Manifest):
     """run.json."""
 
-    format: int = 2
-    status: Literal["running", "interrupted", "done"] = "running"
-    task: Task
-    label_words: list[str]
-    settings: Settings
-    data: DataRecord
+    format: int = Field(default=2, description="Version of this file.")
+    status: Literal["running", "interrupted", "done"] = Field(default="running", description="How far the search is.")
+    task: Task = Field(description="The task, as it was.")
+    label_words: list[str] = Field(description="The first label word of each class.")
+    settings: Settings = Field(description="Settings of the search.")
+    data: DataRecord = Field(description="The rows that it had.")
     demonstrations: list[Row] = Field(default=[], description="Train rows that stand, labelled, in front of every row.")
-    bundle: BundleRecord
-    engine: EngineRecord
+    bundle: BundleRecord = Field(description="What the prompt was tuned for.")
+    engine: EngineRecord = Field(description="What computed.")
     versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")
-    calls: int = 0
-    best: BestRecord | None = None
-    baselines: Baselines | None = None
-    readout: ReadoutRecord = ReadoutRecord()
-    seconds: float = 0.0
+    calls: int = Field(default=0, description="API calls of the search, one per candidate on the train set.")
+    best: BestRecord | None = Field(default=None, description="Where the prompt comes from.")
+    baselines: Baselines | None = Field(default=None, description="Scores on the dev rows without a search.")
+    readout: ReadoutRecord = Field(default=ReadoutRecord(), description="How classes are read.")
+    seconds: float = Field(default=0.0, description="Of the search, with its readouts.")
     prompt_shape: list[int] = Field(default=[], description="Of the prompt in prompt.safetensors.")
     prompt_sha256: str = Field(default="", description="Of that file.")
 

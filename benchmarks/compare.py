@@ -27,7 +27,7 @@ from bbt_accel.objective import Objective
 from bbt_accel.readout import Readout, batch_calibration
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
-from bbt_accel.settings import READOUTS, resolve
+from bbt_accel.settings import FITTED, resolve
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.tasks import load_task
 from bbt_accel.tuning import tune
@@ -199,8 +199,7 @@ class CompareTrial:
             plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, self.test, start))
         found = [self.measured("without a prompt", 0, plain, 0.0)]
         found.append(self.measured("batch calibration", 0, plain + batch_calibration(plain), 0.0))
-        fitted = (name for name in READOUTS if name != "verbalizer")
-        return found + [self.score(name, *self.tune(f"readouts:{name}", "bbt", name, 1)) for name in fitted]
+        return found + [self.score(name, *self.tune(f"readouts:{name}", "bbt", name, 1)) for name in FITTED]
 
     def search(self, contender: str) -> list[Score]:
         """For each budget that it can spend: the original search by a method, or one with a fitted readout.

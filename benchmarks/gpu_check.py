@@ -22,7 +22,7 @@ import numpy as np
 from bbt_accel import processes
 from bbt_accel.benchmarks.bench import Benchmark
 from bbt_accel.benchmarks.bench_report import Measurement
-from bbt_accel.benchmarks.gpu_report import NOISE, EngineCheck, GpuReport, TimedCheck, worst
+from bbt_accel.benchmarks.gpu_report import NOISE, WORKLOAD, EngineCheck, GpuReport, TimedCheck, worst
 from bbt_accel.benchmarks.gpu_state import GpuState, identity, processes_on
 from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors, trace_error, validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
@@ -34,7 +34,9 @@ from bbt_accel.command import comma_separated
 from bbt_accel.engine_specs import EngineSpec, check_device, engine_specs, index_of, kind_of
 from bbt_accel.errors import BbtError, EngineError
 from bbt_accel.machine import describe_machine
+from bbt_accel.option_types import PROMPT_TOKENS
 from bbt_accel.progress import StepProgress
+from bbt_accel.settings import DEFAULTS
 
 VARIANTS = (("bbt", "add"), ("bbtv2", "add"), ("bbt", "cat"))
 METHODS = ("bbt", "bbtv2")  # whose speed is measured
@@ -203,15 +205,15 @@ def of_another_loss(trace: Path) -> bool:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=check_device, default="cuda", help="cuda:N for another; cpu tries the script")
-    parser.add_argument("--backbone", default="roberta-large", help="a shape of make_backbone, a folder, or demo")
+    parser.add_argument("--backbone", default=WORKLOAD["backbone"], help="a shape of make_backbone, a folder, or demo")
     parser.add_argument(
         "--families", type=comma_separated, help='validated with tiny backbones; "" for none (default: all)'
     )
     parser.add_argument("--methods", type=comma_separated, default=list(METHODS), help='timed methods; "" for none')
-    parser.add_argument("--popsize", type=int, default=20, help="candidates per call")
-    parser.add_argument("--k-shot", type=int, default=16, help="examples per class")
-    parser.add_argument("--n-prompt-tokens", type=int, default=50, help="soft prompt vectors")
-    parser.add_argument("--calls", type=int, default=8000, dest="budget", help="API calls of a whole search")
+    parser.add_argument("--popsize", type=int, default=DEFAULTS.popsize, help="candidates per call")
+    parser.add_argument("--k-shot", type=int, default=DEFAULTS.k_shot, help="examples per class")
+    parser.add_argument("--n-prompt-tokens", type=int, default=PROMPT_TOKENS, help="soft prompt vectors")
+    parser.add_argument("--calls", type=int, default=DEFAULTS.budget, dest="budget", help="API calls of a search")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls per engine")
     parser.add_argument("--data", type=Path, help="folder of SST-2's rows, of the targets (default: the shipped rows)")
     parser.add_argument("--golden", type=Path, help="folder of traces of the original program")

@@ -10,12 +10,17 @@ from pydantic import Field
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
 from bbt_accel.benchmarks.gpu_state import GpuState, doubts, peak_of
 from bbt_accel.benchmarks.script import Columns, Outcome, Report, page, rows_table
+from bbt_accel.option_types import PROMPT_TOKENS
 from bbt_accel.reporting import digits, markdown_list, markdown_table, percent, plain
+from bbt_accel.settings import DEFAULTS
 
 GPU, SECONDS, SPEEDUP, SHARE = "H100", 30.0, 12.0, 0.6
 """Targets on one GPU of this name, on `WORKLOAD`: seconds of a search, the ratio to the original's forward (eager
 PyTorch in fp32 without TF32), and the share of the measured fp16 rate by the operations that the torch engine needs."""
-WORKLOAD = {"backbone": "roberta-large", "popsize": 20, "n_prompt_tokens": 50, "budget": 8000}
+WORKLOAD = {
+    "backbone": "roberta-large", "popsize": DEFAULTS.popsize, "n_prompt_tokens": PROMPT_TOKENS,
+    "budget": DEFAULTS.budget,
+}  # fmt: skip
 ROWS = 32  # of SST-2; the targets are for `WORKLOAD` on these rows
 NOISE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.08}
 """Largest noise of label logits, relative to their spread between the labels (`exporters.validate.relative_rmse`); and

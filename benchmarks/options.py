@@ -17,6 +17,7 @@ from bbt_accel.option_types import (
     FIT_PROMPT_TOKENS,
     METHOD,
     PROMPT_MODE,
+    PROMPT_TOKENS,
     Budget,
     Count,
     KShot,
@@ -24,7 +25,7 @@ from bbt_accel.option_types import (
     Threads,
 )
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import DEFAULTS, READOUTS, resolve
+from bbt_accel.settings import DEFAULTS, FITTED, resolve
 from bbt_accel.sweeps.grid import Seeds
 
 Options = TypeVar("Options", bound=BaseModel)
@@ -41,7 +42,7 @@ class BenchOptions(BaseModel):
     )
     method: Method = Field(default="bbt", description=METHOD)
     prompt_mode: PromptMode = Field(default="add", description=PROMPT_MODE)
-    n_prompt_tokens: PromptTokens = 50
+    n_prompt_tokens: PromptTokens = PROMPT_TOKENS
     rows: Count | None = Field(default=None, description="Rows of the timed batch, instead of --k-shot per class.")
     k_shot: KShot = Field(default=DEFAULTS.k_shot, description="Examples per class, in the timed batch and for tuning.")
     test_rows: Count = Field(default=512, description="Maximum of test rows to compare logits and predictions on.")
@@ -69,7 +70,7 @@ def bench_options(**given: Any) -> BenchOptions:
 
 REFERENCES = ("gradient-prompt", "lora", "fine-tuning", "embeddings")
 CONTENDERS = ("readouts", "auto", *get_args(Method), *REFERENCES)
-SEARCHES = ("auto", *get_args(Method), *(name for name in READOUTS if name != "verbalizer"))
+SEARCHES = ("auto", *get_args(Method), *FITTED)
 """Contenders that search, and may have settings of their own: the readouts among them search with bbt."""
 OWN = ("seed", "k_shot", "readout", "budget")
 """Settings that a comparison gives each search."""

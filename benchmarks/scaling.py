@@ -20,6 +20,7 @@ from bbt_accel.benchmarks.steps import SEED
 from bbt_accel.bundle import Bundle
 from bbt_accel.command import comma_separated
 from bbt_accel.progress import StepProgress
+from bbt_accel.settings import DEFAULTS
 from bbt_accel.tuning import tune
 
 
@@ -93,8 +94,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--engines", type=comma_separated, default=["dummy", "ort"])
     parser.add_argument("--workers", type=int, default=2, help="the largest number of workers")
-    parser.add_argument("--popsize", type=int, default=20, help="candidates per generation")
-    parser.add_argument("--k-shot", type=int, default=16, help="examples per class")
+    parser.add_argument("--popsize", type=int, default=DEFAULTS.popsize, help="candidates per generation")
+    parser.add_argument("--k-shot", type=int, default=DEFAULTS.k_shot, help="examples per class")
     parser.add_argument("--repeats", type=int, default=20, help="timed generations per row")
 
 

@@ -40,14 +40,17 @@ class BoundBatch(Closing, ABC):
 
         prompts: float32 (P, n, H), for bbtv2 whole stacks (P, L, n, H); or a `Population`, which for bbtv2 may vary
             one layer alone, so that the layers below it are computed once.
-        Returns float32 (P, N, C). Raises UsageError for prompts of another shape, EngineError when the pass fails.
+        Returns float32 (P, N, M), in the order of `label_token_ids`; `class_logits` makes scores of classes of them.
+        Raises UsageError for prompts of another shape, EngineError when the pass fails.
         """
         return self._label_logits(self._population(prompts))
 
     def statistics(self, prompts: LayerPrompts | Population) -> Float64:
-        """`objective.batch_statistics` of the label logits: float64 (P, 5). Takes what `label_logits` takes.
+        """The sums over the rows from which every loss and metric follows, `objective.COLUMNS`: float64 (P, 5).
 
-        An engine on a GPU sums there, in float32, and the label logits stay there.
+        For tasks with one label word for each class: columns of the logits are compared with `targets`. An engine on a
+        GPU sums there, in float32, and the label logits stay there. Takes and raises what `label_logits` does, and
+        UsageError for a target that is not a class.
         """
         return self._statistics(self._population(prompts))
 
@@ -65,7 +68,7 @@ class BoundBatch(Closing, ABC):
         """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
 
         float32 (L,), over the whole padded batch as in the original program, after five rounds of clipping to
-        mean ± 3 standard deviations (BBTv2, section 4.2).
+        mean ± 3 standard deviations (BBTv2, section 4.2). Raises UsageError from an engine that cannot measure them.
         """
         raise UsageError(f"{type(self).__name__} cannot measure hidden states, which bbtv2 needs")
 
@@ -85,7 +88,10 @@ class BoundBatch(Closing, ABC):
 
 
 class Engine(Closing, ABC):
-    """A backbone that is ready to run. Made by `load_engine`; a context manager."""
+    """A backbone that is ready to run. Made by `load_engine`, whose arguments these are; a context manager.
+
+    without: names of optimizations that are switched off. Raises what `load` raises.
+    """
 
     name: str
 
@@ -100,7 +106,11 @@ class Engine(Closing, ABC):
 
     @abstractmethod
     def bind(self, batch: Batch) -> BoundBatch:
-        """Hold the rows of `batch` for many candidates."""
+        """Hold the rows of `batch` for many candidates.
+
+        Raises UsageError for a token that is not in the vocabulary, DataError for a decoder's row that is read within
+        the prompt, EngineError for rows that a TensorRT plan does not take.
+        """
 
     capturing = False
     """Whether calls that come again become CUDA graphs. May be set to False, to compare."""

@@ -27,8 +27,9 @@ def load_engine(
 
     device: cpu, cuda or cuda:N; trt runs on a GPU in any case. threads: CPU threads (default: all cores). without:
     optimizations to switch off, by the names in `bbt_accel.optimizations`. url: of the server, for the engine `remote`.
-    Raises UsageError for an unknown name, MissingDependency when the engine's library is not installed, EngineError
-    when the device is not available or the bundle was optimized for another engine.
+    Raises UsageError for an unknown name and for options that exclude each other, BundleError for what is not a bundle
+    or is damaged, MissingDependency when the engine's library is not installed, EngineError when the device is not
+    available or the bundle was optimized for another engine.
     """
     spec = engine_spec(name)
     check_threads(threads)

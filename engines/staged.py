@@ -23,6 +23,7 @@ from bbt_accel.objective import COLUMNS, check_targets
 from bbt_accel.optimizations import in_graph
 from bbt_accel.population import Latent, LayerPrompts, Population
 from bbt_accel.projection import Projection
+from bbt_accel.settings import DEFAULTS
 
 Array = Any
 """An array of the engine's own kind, on its device: numpy, torch, OrtValue, device memory."""
@@ -49,7 +50,7 @@ class StagedEngine(Engine):
     fused attention asks for: ONNX Runtime's with a bias takes multiples of 8 alone, and 8 halves are a vector."""
     call_overhead = 0
     """What a call costs beyond its tokens, as a number of tokens (candidates × rows × length)."""
-    candidates = 20
+    candidates = DEFAULTS.popsize
     """Candidates of a typical call, that of the papers' searches."""
     rows_per_call = candidates_per_call = 2**31
     """Rows and candidates per call at most, where compiled code accepts no more."""

@@ -26,6 +26,7 @@ from bbt_accel.exporters.family import FamilySpec
 from bbt_accel.exporters.validate import validate
 from bbt_accel.files import new_folder, require_new
 from bbt_accel.optimizations import check_optimizations, in_graph
+from bbt_accel.option_types import PROMPT_TOKENS
 from bbt_accel.progress import Tell, silent
 from bbt_accel.tasks import load_task
 
@@ -39,7 +40,7 @@ def export_bundle(
     *,
     method: Method = "bbt",
     prompt_mode: PromptMode = "add",
-    n_prompt_tokens: int = 50,
+    n_prompt_tokens: int = PROMPT_TOKENS,
     prompt_init: str | None = None,
     revision: str | None = None,
     without: Collection[str] = (),
@@ -47,12 +48,14 @@ def export_bundle(
 ) -> Bundle:
     """Export a hub id, a local folder, a .gguf file or `demo` into a new bundle folder, and validate it.
 
+    method: bbt for a prompt at the input, bbtv2 for one in every layer. prompt_mode: add, to the embeddings of the
+        first tokens; cat, in front of the input (bbt alone). revision: commit, tag or branch on the hub.
     prompt_init: a text that the prompt starts from, or a task's .toml file whose [prompt] init has it; its tokens
         determine n_prompt_tokens. In cat mode p0 is their embeddings; in add mode the prompt is added to them.
     without: optimizations that the graphs leave out, for an ablation, by the names in `bbt_accel.optimizations`.
     on_progress: called with the current step, the number of steps done, and their total.
     Raises UsageError for a combination that does not exist, ExportError for a checkpoint that cannot be loaded, has
-    no LM head, or whose graphs differ from eager PyTorch by more than `TOLERANCE`.
+    no LM head, or whose graphs differ from eager PyTorch by more than `TOLERANCE`, BbtError for an output that exists.
     """
     check_arguments(method, prompt_mode, n_prompt_tokens)
     off = in_graph(check_optimizations(without))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -172,6 +173,15 @@ def test_the_schema_of_a_task_takes_every_example_and_refuses_a_misspelled_key()
         assert schema.is_valid(task), task["name"]
         assert not schema.is_valid({**task, "metrik": "f1"})
         assert not schema.is_valid({name: value for name, value in task.items() if name != "templates"})
+
+
+@pytest.mark.parametrize("name", re.findall(r"generated: fields (\S+)", PAGES[ROOT / "docs/reference/files.md"]))
+def test_every_field_of_a_file_is_described(name: str) -> None:
+    schema = resolve_name(name).model_json_schema()
+    models = {name: schema, **schema.get("$defs", {})}
+    fields = {f"{m}.{f}": about for m, model in models.items() for f, about in model.get("properties", {}).items()}
+    assert fields
+    assert [field for field, about in fields.items() if not about.get("description")] == []
 
 
 def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:

@@ -33,11 +33,11 @@ class Comparison(BaseModel, extra="forbid"):
 class PackageScore(BaseModel, extra="forbid"):
     """On the task's test rows."""
 
-    metric: str
-    score: float
-    without_prompt: float
-    calibrated: float
-    rows: int
+    metric: str = Field(description="The task's.")
+    score: float = Field(description="Of the package.")
+    without_prompt: float = Field(description="Of the label words, without a prompt.")
+    calibrated: float = Field(description="Of the same with each class's mean log-probability removed.")
+    rows: int = Field(description="Number of test rows.")
 
 
 class Source(BaseModel, extra="forbid"):
@@ -60,26 +60,26 @@ class Source(BaseModel, extra="forbid"):
 class PackageInfo(SealedManifest):
     """bbt_accel.json."""
 
-    format: int = 3
-    kind: Kind
+    format: int = Field(default=3, description="Version of this file.")
+    kind: Kind = Field(description="What it is for, --format.")
     model: str = Field(description="The model's file.")
-    precision: Precision
+    precision: Precision = Field(description="Of the model.")
     quantized: bool = Field(description="Whether int8 was made for the package, from the bundle in fp32.")
-    run: Source
-    bundle: Source
-    task: str
-    architecture: Architecture
-    template_group: TemplateGroup
-    labels: list[str]
+    run: Source = Field(description="The run that it was made from.")
+    bundle: Source = Field(description="The bundle that it was made from.")
+    task: str = Field(description="Name of the task.")
+    architecture: Architecture = Field(description="As in bundle.json.")
+    template_group: TemplateGroup = Field(description="As in bundle.json.")
+    labels: list[str] = Field(description="Names of the classes, in the order of the model's output.")
     columns: list[str] = Field(description="Text columns; of two, the second is the pair's.")
-    readout: str
+    readout: str = Field(description="Name of the readout that is part of the model.")
     max_tokens: int = Field(description="Of all texts of a row together.")
     max_rows: int | None = Field(default=None, description="Rows of each split that are compared at most.")
     calibrated_on: str | None = Field(default=None, description="Of int8: the rows that fixed its ranges.")
-    score: PackageScore | None = None
-    comparison: Comparison
-    versions: dict[str, str]
-    command: str
+    score: PackageScore | None = Field(default=None, description="On the task's test rows, where there are any.")
+    comparison: Comparison = Field(description="With `predict`.")
+    versions: dict[str, str] = Field(description="Of the libraries that wrote it.")
+    command: str = Field(description="The command that repeats it.")
     sha256: dict[str, str] = Field(default={}, description="Of every other file.")
 
 

@@ -23,8 +23,8 @@ GROUPS: tuple[TemplateGroup, ...] = get_args(TemplateGroup)
 class HubData(BaseModel, extra="forbid", frozen=True):
     """A dataset of the Hugging Face hub."""
 
-    path: str
-    config: str | None = None
+    path: str = Field(description="Its id on the hub.")
+    config: str | None = Field(default=None, description="Its configuration, where it has several.")
     test: str = Field(default="test", description="The split to test on, where `test` is without labels `validation`.")
 
 
@@ -40,8 +40,10 @@ TaskPreset = Annotated[dict[str, float | int | str], AfterValidator(_check_setti
 
 
 class Presets(BaseModel, extra="forbid", frozen=True):
-    bbt: TaskPreset = {}
-    bbtv2: TaskPreset = {}
+    """Settings of a search that suit the task; the command line overrides them."""
+
+    bbt: TaskPreset = Field(default={}, description="For bundles of bbt.")
+    bbtv2: TaskPreset = Field(default={}, description="For bundles of bbtv2.")
 
 
 class Context(BaseModel, extra="forbid", frozen=True):
@@ -51,16 +53,19 @@ class Context(BaseModel, extra="forbid", frozen=True):
     of a row they are ordinary text.
     """
 
-    instruction: str = ""
+    instruction: str = Field(default="", description="A text in front of everything.")
     demonstrations: Demonstrations = 0
-    template: str | None = None  # of a demonstration, with {label}; the causal template and the label word unless given
-    separator: str = "\n\n"  # after the instruction and after each demonstration
+    template: str | None = Field(
+        default=None,
+        description="Of a demonstration, with {label}; the causal template and the label word unless given.",
+    )
+    separator: str = Field(default="\n\n", description="After the instruction, and after each demonstration.")
 
 
 class PromptStart(BaseModel, extra="forbid", frozen=True):
     """The text that a prompt starts from, for bundles that are exported with it."""
 
-    init: str
+    init: str = Field(description="The text.")
 
 
 def _every_group(given: object) -> object:
@@ -88,24 +93,29 @@ def _optional_count(schema: dict[str, Any]) -> None:
 class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_count):
     """A classification task, as its TOML file describes it."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
-    metric: Metric = "accuracy"
+    name: str = Field(pattern=r"^[\w.-]+$", description="Name of the task, in reports and of run folders.")
+    metric: Metric = Field(default="accuracy", description="What is reported; f1 is that of class 1.")
     positive_share: float | None = Field(
         default=None, gt=0, lt=1, description="For f1: share of class 1 among the rows to classify."
     )
     text: Columns = Field(min_length=1, description="Text columns, in the order of a row without column names.")
-    label: str = "label"
-    classes: list[str] | None = None
-    """The labels in the data, in class order, where they are not integers from 0."""
+    label: str = Field(default="label", description="The column of labels.")
+    classes: list[str] | None = Field(
+        default=None, description="The labels in the data, in class order, where they are not integers from 0."
+    )
     n_classes: int = Field(ge=2, le=10_000, description="As many as there are `classes`, where those are given.")
-    clean: Literal["newlines"] | None = None  # a backslash and n, in some data sets a line break, become a space
-    separator: str = " . "  # between the initial prompt tokens and the template, where the template has no {prompt}
-    hub: HubData | None = None
+    clean: Literal["newlines"] | None = Field(
+        default=None, description="newlines: a backslash and n, in some data sets a line break, become a space."
+    )
+    separator: str = Field(
+        default=" . ", description="Between the initial prompt tokens and a template without {prompt}."
+    )
+    hub: HubData | None = Field(default=None, description="Where the rows come from without --data.")
     templates: ByGroup[str] = Field(description="How a row is written.")
     label_words: ByGroup[list[str | list[str]]] = Field(description="The word or words of each class, in class order.")
-    context: Context = Context()
-    prompt: PromptStart | None = None
-    presets: Presets = Presets()
+    context: Context = Field(default=Context(), description="What stands in front of every row (decoders).")
+    prompt: PromptStart | None = Field(default=None, description="A text that the prompt starts from.")
+    presets: Presets = Field(default=Presets(), description="Settings of a search.")
 
     @model_validator(mode="before")
     @classmethod

@@ -59,6 +59,7 @@ def tune(
 ) -> Run:
     """Search for a soft prompt for `task` by the method that `bundle` was exported for; returns the run.
 
+    bundle: a folder or `Bundle`. task: a built-in name, the path of a task.toml, or a `Task`.
     data: a file of rows, or a folder with train.jsonl (or csv, parquet, …); the task's own data set unless given.
     engine, device, threads, without, url: as in `load_engine`.
     settings: any of `Settings`; what is not given comes from `preset`, then from the task's preset, in a resumed run
@@ -76,8 +77,8 @@ def tune(
     Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
     there is one (with the verbalizer that of the first generation, else that without a search) nothing is saved, and
     KeyboardInterrupt is raised. So does SIGTERM where it raises KeyboardInterrupt, as in `bbt-accel tune`.
-    Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss; RunError when the output exists
-    or cannot be resumed.
+    Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss, MissingDependency; RunError when
+    the output exists or cannot be resumed.
     """
     _check(resume, overwrite, engine, workers, ray)
     told = [*map(tracker, dict.fromkeys(track)), *callbacks]

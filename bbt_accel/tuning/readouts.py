@@ -12,12 +12,9 @@ from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.errors import NonFiniteLoss
 from bbt_accel.readout import LabelledRows, Readout, f1_bias, fit, held_out, reads_states, row_losses
 from bbt_accel.run import ReadoutRecord, TriedReadout
-from bbt_accel.settings import READOUTS, ReadoutName
+from bbt_accel.settings import FITTED, ReadoutName
 from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.search import BestPrompt, SearchOutcome
-
-TRIED = tuple(name for name in READOUTS if name != "verbalizer")
-"""What `auto` tries: a class bias costs nothing."""
 
 
 class ReadoutSearch:
@@ -32,7 +29,7 @@ class ReadoutSearch:
         self.f1 = job.objective.metric == "f1"
         self.train, self.dev_rows = np.arange(len(job.train)), np.arange(len(job.train), len(job.rows))
         named = job.settings.readout
-        self.names: tuple[ReadoutName, ...] = TRIED if named == "auto" else (named,)
+        self.names: tuple[ReadoutName, ...] = FITTED if named == "auto" else (named,)
         self.at_start = self.rows(start)
         self.tried: list[TriedReadout] = list(former.tried)
         known = former.name if former.tried else None
