@@ -251,7 +251,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         path = fetched(path)
         saved = is_saved_classifier(path)
         if not is_run(path):
-            raise RunError(f"{path} is not a saved PromptClassifier, nor a run")
+            raise RunError(f"{path} is not a saved PromptClassifier, nor a run; save a fitted one there, or tune")
         run = Run.read(path)
         try:
             facts = json.loads((path / ESTIMATOR).read_text(encoding="utf-8")) if saved else of_run(run.info)

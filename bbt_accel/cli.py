@@ -270,7 +270,7 @@ def serve(
     serve_models(path, host=o.host, port=o.port, limits=limits, ready=ready, **execution)
 
 
-@command(MEASURE, "bench --backbone roberta-large --task sst2 --engines torch,ort --precisions fp32,int8 -o report")
+@command(MEASURE, "bench --backbone roberta-large --task sst2 --engines ort,openvino --precisions fp32,int8 -o report")
 def bench(
     options: Annotated[Options, Fields(BenchOptions)], output: shared.Output, as_json: shared.AsJson = False
 ) -> None:

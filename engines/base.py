@@ -70,7 +70,8 @@ class BoundBatch(Closing, ABC):
         float32 (L,), over the whole padded batch as in the original program, after five rounds of clipping to
         mean ± 3 standard deviations (BBTv2, section 4.2). Raises UsageError from an engine that cannot measure them.
         """
-        raise UsageError(f"{type(self).__name__} cannot measure hidden states, which bbtv2 needs")
+        problem = f"{type(self).__name__.removesuffix('BoundBatch')} cannot measure hidden states, which bbtv2 needs"
+        raise UsageError(f"{problem}; use another engine, or a bundle for bbt")
 
     @abstractmethod
     def _label_logits(self, population: Population) -> Float32: ...

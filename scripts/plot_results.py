@@ -52,7 +52,7 @@ def draw_accuracy(axes: Any) -> None:
         line = {"marker": marker, "color": colour, "markersize": 7, "linewidth": 1.5 if len(points) > 1 else 0}
         axes.plot(*zip(*points, strict=True), label=names.get(contender, contender), **line)
     axes.set(xlabel="forward passes", ylabel="test accuracy, %", ylim=(0, 100))
-    axes.set_title("Four tasks, 16 examples per class, 5 seeds", fontsize=11, loc="left")
+    axes.set_title("Four tasks, 32 labelled rows per class, 5 seeds", fontsize=11, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     tidy(axes)
 

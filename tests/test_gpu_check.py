@@ -306,7 +306,7 @@ def test_without_a_gpu_nothing_is_written(
     with pytest.raises(SystemExit, match="1"):
         gpu_check.main(["-o", str(tmp_path / "report")])
     assert capsys.readouterr().err.splitlines() == [
-        "error: there is no NVIDIA GPU here (nvidia-smi finds none): nothing was checked"
+        "error: there is no NVIDIA GPU here (nvidia-smi finds none), and nothing was checked; see bbt-accel doctor"
     ]
     assert list(tmp_path.iterdir()) == []
 

@@ -1,7 +1,6 @@
 """CMA-ES's mean on completed runs of BBT: would it have been the better prompt?
 
-    bbt-accel compare agnews sst2 --data DIR --contenders bbt --budgets 300,1000,4000 -o runs
-    python mean.py --runs runs/runs --budgets 300,1000,4000 --data DIR -o mean
+README.md has the commands.
 
 A search follows from its seed and its losses, so replaying the losses of history.jsonl gives the means without the
 model. Each is then scored on the dev rows where the search scored its best candidate.
