@@ -230,11 +230,12 @@ class CompareTrial:
         torch.set_num_threads(self.threads)
         bundle = Bundle.read(self.bundles["bbt exported"])
         started = perf_counter()
-        trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed)
+        trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed, self.task.metric == "f1")
         loading = perf_counter() - started
         return [
-            self.measured(contender, found.calls, found.scores, loading + found.seconds, budget=found.calls)
+            self.measured(name, found.calls, scores, loading + found.seconds, budget=found.calls)
             for found in references.TRAINED[contender](trainer)
+            for name, scores in ((contender, found.scores), (f"{contender}, ensemble", found.ensemble))
         ]
 
     def tune(

@@ -86,7 +86,9 @@ class GpuCheck:
     def __init__(self, given: argparse.Namespace, work: Path, tell: StepProgress) -> None:
         on_gpu = kind_of(given.device) == "cuda"
         if on_gpu and not describe_machine()["gpus"]:
-            raise EngineError("there is no NVIDIA GPU here (nvidia-smi finds none), and nothing was checked; see bbt-accel doctor")
+            raise EngineError(
+                "there is no NVIDIA GPU here (nvidia-smi finds none), and nothing was checked; see bbt-accel doctor"
+            )
         self.given, self.work, self.tell = given, work, tell
         self.report = GpuReport(rows=[], benchmarks=[], **given.report)
         # Its identity is asked in a process that has ended by then: it would be one that computes on the GPU.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from bbt_accel.batch import Batch, Float64
-from bbt_accel.bundle import Bundle
+from bbt_accel.batch import Batch, Float32, Float64
+from bbt_accel.bundle import STATES, Bundle
 from bbt_accel.data import Row, labels
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import MissingDependency
 from bbt_accel.exporters.families import family_of, load_model
-from bbt_accel.readout import f1_bias, fit_linear, word_shares
+from bbt_accel.readout import LabelledRows, f1_bias, fit, fit_linear, held_out, word_shares
 
 TESTED = (5, 10, 20, 40, 80)  # full-batch steps of Adam after which the test rows are scored; the last ends training
 EVERY = 5  # steps between two looks at the dev rows
@@ -40,19 +40,24 @@ class Split:
 @dataclass(frozen=True)
 class Found:
     """Class scores of the test rows (N, C), and what training took until then: forward passes of the train rows, and
-    seconds."""
+    seconds. ensemble: scores by that readout, fitted on all labelled rows, in place of the label words."""
 
     scores: Float64
     calls: int
     seconds: float
+    ensemble: Float64 | None = None
 
 
 class Trainer:
-    """A backbone in PyTorch and the rows of a trial; trains parameters on the cross entropy of the label words."""
+    """A backbone in PyTorch and the rows of a trial; trains parameters on the cross entropy of the label words.
 
-    def __init__(self, bundle: Bundle, encoder: Encoder, split: Split, seed: int) -> None:
+    f1: give the ensemble the threshold for F1, as `tune` does.
+    """
+
+    def __init__(self, bundle: Bundle, encoder: Encoder, split: Split, seed: int, f1: bool = False) -> None:
         torch.manual_seed(seed)
-        self.split = split
+        self.f1 = f1
+        self.split, self.seed, self.classes = split, seed, encoder.classes
         self.model: Any = load_model(bundle.path)
         self.model.requires_grad_(False)
         self.prompt = nn.Parameter(torch.from_numpy(bundle.start_prompt()), requires_grad=False)
@@ -79,7 +84,8 @@ class Trainer:
                     best, kept = loss, [parameter.detach().clone() for parameter in parameters]
             if step in TESTED:
                 seconds += perf_counter() - started
-                found.append(Found(self.test_scores(parameters, kept), FORWARDS * step, seconds))
+                scores, ensemble = self.test_scores(parameters, kept)
+                found.append(Found(scores, FORWARDS * step, seconds, ensemble))
                 started = perf_counter()
             if step == TESTED[-1]:
                 break
@@ -90,27 +96,44 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def test_scores(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Float64:
-        """Class scores of the test rows with these values of the parameters, which then get their own back."""
+    def test_scores(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> tuple[Float64, Float64]:
+        """Scores of the test rows with these values of the parameters, which then get their own back: by the label
+        words, and by an ensemble."""
         own = [parameter.clone() for parameter in parameters]
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
-        scores = torch.cat(list(self.logits("test"))).double().numpy()
+        train, dev, test = map(self.outputs, ("train", "dev", "test"))
         for parameter, value in zip(parameters, own, strict=True):
             parameter.copy_(value)
-        return np.asarray(scores)
+        shown = {name: np.concatenate([train[name], dev[name]]) for name in train}
+        targets = labels([*self.split.train, *self.split.dev])
+        rows = LabelledRows(shown, targets, self.classes, np.zeros(0, np.int64), self.seed)
+        words, ensemble = fit("verbalizer", rows), fit("ensemble", rows)
+        if self.f1:
+            ensemble = ensemble.biased(f1_bias(held_out("ensemble", rows), targets))
+        return words.scores(test), ensemble.scores(test)
 
-    def logits(self, name: str) -> Any:
-        """Label logits of a split, (N, C), some rows at a time."""
+    def logits(self, name: str) -> Iterator[Tensor]:
+        """Class logits of a split, (N, C), some rows at a time."""
+        for found in self.forwards(name):
+            yield found["label_logits"][0] @ self.words
+
+    def outputs(self, name: str) -> dict[str, Float32]:
+        """What a readout reads of a split: label_logits (N, M), and hidden states (N, H)."""
+        parts = list(self.forwards(name))
+        return {key: torch.cat([part[key][0] for part in parts]).numpy() for key in ("label_logits", *STATES)}
+
+    def forwards(self, name: str) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self.rows[name]), ROWS):
             yield self.forward(self.rows[name].rows(slice(start, start + ROWS)))
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The outputs of a pass with one prompt."""
         arrays = batch.with_decoder_input(self.info).graph_inputs(self.info)
         known = {name: torch.from_numpy(value) for name, value in arrays.items()} | {"prompts": self.prompt[None]}
         for stage in self.backbone.stages("bbt"):
             known |= self.backbone.run(stage, {name: known[name] for name in self.backbone.inputs(stage)})
-        return known["label_logits"][0] @ self.words
+        return known
 
 
 def gradient_prompt(trainer: Trainer) -> list[Found]:

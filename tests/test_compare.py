@@ -97,8 +97,11 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     assert (early.calls, late.calls) == (15, 30)
     assert early.seconds < late.seconds
     assert log_loss(late.scores, labels(split.test)) < before
+    assert late.ensemble is not None
+    assert log_loss(late.ensemble, labels(split.test)) < before
     _, (alone,) = trained(10)  # to look at the test rows on the way changes nothing
     np.testing.assert_array_equal(alone.scores, late.scores)
+    np.testing.assert_array_equal(alone.ensemble, late.ensemble)  # type: ignore[arg-type]
 
 
 def test_a_difference_pairs_tasks_and_seeds() -> None:
