@@ -10,6 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
+import numpy as np
+
 from bbt_accel import __version__
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
@@ -193,11 +195,13 @@ class CompareTrial:
         self.train, self.dev = load_few_shot(self.task, folder, settings)
 
     def readouts(self) -> list[Score]:
-        """Every readout without a search; and what takes no labels."""
+        """Every readout without a search; what takes no labels; and the most frequent class of the test rows."""
         with load_engine(self.bundles["bbt"], self.options.engine, threads=self.threads) as engine:
             encoder, start = Encoder(engine.bundle, self.task), engine.bundle.start_prompt()
             plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, self.test, start))
-        found = [self.measured("without a prompt", 0, plain, 0.0)]
+        majority = np.eye(self.task.n_classes)[np.bincount(labels(self.test)).argmax()]
+        found = [self.measured("majority class", 0, np.tile(majority, (len(self.test), 1)), 0.0)]
+        found.append(self.measured("without a prompt", 0, plain, 0.0))
         found.append(self.measured("batch calibration", 0, plain + batch_calibration(plain), 0.0))
         return found + [self.score(name, *self.tune(f"readouts:{name}", "bbt", name, 1)) for name in FITTED]
 
