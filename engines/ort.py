@@ -184,10 +184,8 @@ class OrtCudaEngine(OrtEngine):
             self.capturing = False
             wanted = ".".join(map(str, GRAPHS_SINCE))
             note(f"no CUDA graphs: onnxruntime-gpu before {wanted} frees memory that they read; update it")
-        if (
-            self.bundle.info.method == "bbtv2"
-        ):  # there are many stages, and each session keeps the memory of its largest call
-            self.tokens_per_call = 2**14
+        if self.bundle.info.method == "bbtv2":
+            self.tokens_per_call = 2**14  # there are many stages, and each session keeps the memory of its largest call
         self.calls: dict[object, Call] = {}
         self.seen: WeakKeyDictionary[Any, dict[object, Shapes]] = WeakKeyDictionary()
         """Rows → their calls so far that are not captured, and the shapes of the outputs: rows that are bound for one

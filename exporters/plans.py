@@ -28,7 +28,6 @@ STEP = 8
 """Of the lengths of buckets, by `Batch.aligned`; that of a profile's longest row is rounded up, too."""
 OPTIONS: dict[str, str] = {"strongly_typed": "yes", "tf32": "no", "profiling": "detailed"}
 """Build options. Types are those of the graph; with TF32, fp32 matmuls would round their inputs."""
-INSTALL = "pip install tensorrt"
 USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
 """The builder flag of TensorRT for RTX without which a plan may allocate memory of its own while it runs. The release
 notes of 1.2 require it for stream capture, from which CUDA graphs are made."""
@@ -242,7 +241,8 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
     if api.builds_ahead:  # also for this machine's GPU: without it a plan runs on Ampere, Ada and Blackwell alone
         if key.gpu and (others := [c for c in key.capability if c not in api.capabilities()]):
             # TensorRT for RTX does not support the GPUs of data centres.
-            raise PlanError(f"{api.name} does not support {key.gpu} (compute capability {others[0]}): {INSTALL}")
+            found = f"{key.gpu} (compute capability {others[0]})"
+            raise PlanError(f"{api.name} does not support {found}: pip install tensorrt")
         config.num_compute_capabilities = len(key.capability)
         for i, capability in enumerate(key.capability):
             if not config.set_compute_capability(api.capability(capability), i):
