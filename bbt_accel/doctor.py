@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
-from bbt_accel.engine_specs import Backend, DeviceKind, Precision, engine_names, engine_spec
+from bbt_accel.engine_specs import ORT_GRAPHS_SINCE, Backend, DeviceKind, Precision, engine_names, engine_spec
 from bbt_accel.errors import first_line
 from bbt_accel.machine import Machine, dependencies, describe_machine, installed, installed_versions, release
 
@@ -183,8 +183,9 @@ def misfits(found: Versions, providers: Collection[str], gpus: Collection[str]) 
         yield f"there is a GPU, but ONNX Runtime has no CUDA; replace it: {replace}"
     elif not (cpu or gpu):
         yield 'ONNX Runtime is not installed: pip install "bbt-accel[cpu]", or "bbt-accel[gpu]" for an NVIDIA GPU'
-    if gpu and release(gpu) < (1, 31):
-        yield f"onnxruntime-gpu {gpu} has no CUDA graphs here, and runs parts on the CPU; update to 1.31 or later"
+    if gpu and release(gpu) < release(ORT_GRAPHS_SINCE):
+        what = f"onnxruntime-gpu {gpu} has no CUDA graphs here, and runs parts on the CPU"
+        yield f"{what}; update to {ORT_GRAPHS_SINCE} or later"
     if tensorrt and release(tensorrt) >= (11,) and "TensorrtExecutionProvider" in providers:
         yield (
             f"ONNX Runtime's TensorRT provider links TensorRT 10 (libnvinfer.so.10), not {tensorrt}; "

@@ -39,6 +39,9 @@ def index_of(device: str) -> int:
 Device = Annotated[str, AfterValidator(check_device)]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 GROUP = "bbt_accel.engines"
+ORT_GRAPHS_SINCE = "1.31"
+"""The first onnxruntime-gpu whose CUDA graphs copy nothing from host memory that is freed before they are launched.
+Concat, Split and ScatterND did: https://github.com/microsoft/onnxruntime/pull/32121."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from bbt_accel.option_types import Budget, Demonstrations, KShot, Seed
 Loss = Literal["ce", "hinge", "perf"]
 ReadoutName = Literal["verbalizer", "calibrated", "found", "prototype", "words", "state", "mean", "states", "ensemble"]
 READOUTS: tuple[ReadoutName, ...] = get_args(ReadoutName)
-FITTED: tuple[ReadoutName, ...] = READOUTS[1:]
-"""All but the verbalizer are fitted on labelled rows."""
+FITTED = tuple(name for name in READOUTS if name != "verbalizer")
+"""Readouts that are fitted on labelled rows."""
 ReadoutChoice = Literal["auto", ReadoutName]
 Preset = Literal["paper"]
 PRESETS: dict[Preset, dict[str, object]] = {"paper": {"readout": "verbalizer"}}
@@ -79,7 +79,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     @property
     def fitted(self) -> bool:
         """Whether the readout is fitted on labelled rows."""
-        return self.readout == "auto" or self.readout in FITTED
+        return self.readout != "verbalizer"
 
 
 DEFAULTS = Settings()

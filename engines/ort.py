@@ -19,7 +19,7 @@ import onnxruntime
 
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS
-from bbt_accel.engine_specs import index_of, kind_of
+from bbt_accel.engine_specs import ORT_GRAPHS_SINCE, index_of, kind_of
 from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine
 from bbt_accel.errors import EngineError, first_line
@@ -28,9 +28,6 @@ from bbt_accel.population import Latent, LayerPrompts
 from bbt_accel.progress import note
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-GRAPHS_SINCE = (1, 31)
-"""The first version in which a CUDA graph copies nothing from host memory that is freed before it is launched. Concat,
-Split and ScatterND did: https://github.com/microsoft/onnxruntime/pull/32121."""
 MAX_GRAPHS = 64  # CUDA graphs at most: ONNX Runtime frees them only with the session
 FATAL = 4  # severity from which ONNX Runtime logs: errors are raised anyway
 Shapes = list[tuple[int, ...]]
@@ -180,10 +177,9 @@ class OrtCudaEngine(OrtEngine):
     def load(self) -> None:
         self.index = index_of(self.device)
         self.capturing = self.bundle.info.method == "bbt"
-        if self.capturing and release(onnxruntime.__version__) < GRAPHS_SINCE:
+        if self.capturing and release(onnxruntime.__version__) < release(ORT_GRAPHS_SINCE):
             self.capturing = False
-            wanted = ".".join(map(str, GRAPHS_SINCE))
-            note(f"no CUDA graphs: onnxruntime-gpu before {wanted} frees memory that they read; update it")
+            note(f"no CUDA graphs: onnxruntime-gpu before {ORT_GRAPHS_SINCE} frees memory that they read; update it")
         if self.bundle.info.method == "bbtv2":
             self.tokens_per_call = 2**14  # there are many stages, and each session keeps the memory of its largest call
         self.calls: dict[object, Call] = {}
