@@ -239,10 +239,8 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
         config.set_flag(getattr(trt.BuilderFlag, USER_ALLOCATION))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if api.builds_ahead:  # also for this machine's GPU: without it a plan runs on Ampere, Ada and Blackwell alone
-        if key.gpu and (others := [c for c in key.capability if c not in api.capabilities()]):
-            # TensorRT for RTX does not support the GPUs of data centres.
-            found = f"{key.gpu} (compute capability {others[0]})"
-            raise PlanError(f"{api.name} does not support {found}: pip install tensorrt")
+        if key.gpu:
+            api.check_gpu(key.gpu, *key.capability)
         config.num_compute_capabilities = len(key.capability)
         for i, capability in enumerate(key.capability):
             if not config.set_compute_capability(api.capability(capability), i):

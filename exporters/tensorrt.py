@@ -31,11 +31,12 @@ CONTEXT = 512
 def check_capabilities(text: str | None) -> tuple[str, ...]:
     """`8.6,8.9` as a tuple; empty for this machine's GPU, whose presence is checked here, before minutes of work.
 
-    Raises UsageError for an unknown capability, EngineError where there is no GPU.
+    Raises UsageError for an unknown capability, EngineError where there is no GPU, PlanError for one without plans.
     """
     if text is None:
-        find_api()
-        local_gpu()
+        api = find_api()
+        name, capability, _ = local_gpu()
+        api.check_gpu(name, *capability)
         return ()
     api = find_api(ahead=True)
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))

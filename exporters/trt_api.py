@@ -54,6 +54,12 @@ class Api:
         numbers = sorted(int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdigit())
         return [f"{number // 10}.{number % 10}" for number in numbers]
 
+    def check_gpu(self, name: str, capability: str) -> None:
+        """Raises PlanError for a GPU without plans: TensorRT for RTX has none for those of data centres."""
+        if self.builds_ahead and capability not in self.capabilities():
+            found = f"{name} (compute capability {capability})"
+            raise PlanError(f"{self.name} does not support {found}: pip install tensorrt")
+
     def capability(self, text: str) -> Any:
         """8.9 → ComputeCapability.SM89. Raises UsageError for one that this TensorRT does not support."""
         if text not in self.capabilities():

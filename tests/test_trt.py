@@ -31,14 +31,14 @@ from bbt_accel import Batch, cuda
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.bundle import PLANS, Bundle
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, PlanError, UsageError
-from bbt_accel.exporters import plan_building, plans, trt_api
+from bbt_accel.exporters import plan_building, plans, tensorrt, trt_api
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.families import families
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.plan_building import each_plan
 from bbt_accel.exporters.plan_layers import Layers, read_layers
 from bbt_accel.exporters.plans import Key, Record, ShapeProfile
-from bbt_accel.exporters.tensorrt import shape_profile
+from bbt_accel.exporters.tensorrt import check_capabilities, shape_profile
 from bbt_accel.exporters.trt_api import Api, find_api
 from bbt_accel.progress import silent
 from bbt_accel.settings import Settings
@@ -677,6 +677,16 @@ def test_a_gpu_that_tensorrt_for_rtx_does_not_support_names_the_other_tensorrt(c
     message = one_line(lambda: plans.configure(rtx, builder, key), PlanError)
     assert "compute capability 9.0" in message
     assert message.endswith("pip install tensorrt")
+
+
+def test_a_gpu_that_is_not_supported_is_refused_before_anything_is_converted(
+    install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "local_gpu", lambda: ("NVIDIA H100 80GB HBM3", ("9.0",), "580.65"))
+    install(tensorrt_rtx="tensorrt_rtx")
+    assert "compute capability 9.0" in one_line(lambda: check_capabilities(None), PlanError)
+    install(tensorrt="tensorrt 11", tensorrt_rtx="tensorrt_rtx")
+    assert check_capabilities(None) == ()
 
 
 def test_out_of_memory_says_what_to_do() -> None:
