@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from bbt_accel.exporters.optimize import optimize_bundle as optimize_bundle
     from bbt_accel.inference import evaluate as evaluate
     from bbt_accel.inference import predict as predict
+    from bbt_accel.logits import class_logits as class_logits
     from bbt_accel.objective import Objective as Objective
     from bbt_accel.population import Population as Population
     from bbt_accel.projection import Projection as Projection
-    from bbt_accel.readout import class_logits as class_logits
     from bbt_accel.run import Run as Run
     from bbt_accel.tasks import Task as Task
     from bbt_accel.tasks import load_task as load_task
@@ -60,7 +60,7 @@ _HOME = {
     "Row": "data",
     "Run": "run",
     "Task": "tasks",
-    "class_logits": "readout",
+    "class_logits": "logits",
     "evaluate": "inference",
     "export_bundle": "exporters.export",
     "few_shot": "data",

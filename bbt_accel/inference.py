@@ -24,8 +24,9 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError, UsageError
+from bbt_accel.logits import class_logits, log_softmax, with_calibrated
 from bbt_accel.objective import Objective, uninformed
-from bbt_accel.readout import Readout, class_logits, log_softmax, reads_states, with_calibrated
+from bbt_accel.readout import Readout, reads_states
 from bbt_accel.run import Run
 
 BATCH_SIZE = 64  # rows that an engine gets at a time

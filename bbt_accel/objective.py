@@ -9,6 +9,7 @@ import numpy as np
 
 from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.errors import NonFiniteLoss, UsageError, check_known
+from bbt_accel.logits import log_softmax
 from bbt_accel.settings import Loss, Metric
 
 MARGIN = 2.0  # of the hinge loss, as in the original
@@ -62,6 +63,25 @@ def uninformed(targets: Int64, classes: int, metric: Metric) -> tuple[float, flo
     return p / (p + 0.5), 2 * p / (p + 1) if p >= shares[0] else 0.0
 
 
+def f1_bias(scores: Float64, targets: Int64, share: float | None = None) -> Float64:
+    """A class bias (2,) with which taking the higher score gives the highest expected F1 of class 1.
+
+    F1 is highest when class 1 is predicted above half of that F1 (Lipton et al., 2014). If the k most probable rows are
+    predicted as class 1, the expected F1 is 2 Σ p over these / (k + Σ p over all rows).
+    scores: held-out scores, (N, 2). share: share of class 1 among the rows to predict, by default that of the targets
+        (N,); probabilities and the weights of the rows are corrected for it.
+    """
+    own = float(np.mean(targets == 1))
+    share = own if share is None else share
+    prior = np.log(share / (1 - share)) - np.log(own / (1 - own))
+    p = np.exp(log_softmax(scores + np.array([0.0, prior])))[:, 1]
+    weight = np.where(targets == 1, share / own, (1 - share) / (1 - own))
+    order = np.argsort(-p, kind="stable")
+    hits = (weight * p)[order].cumsum()
+    threshold = max(float((hits / (weight[order].cumsum() + hits[-1])).max()), 1e-300)
+    return np.array([0.0, prior + np.log((1 - threshold) / threshold)])
+
+
 def wilson(shares: Any, rows: int, z: float = 1.96) -> tuple[Any, Any]:
     """Wilson's score interval of each share of `rows` rows. z: 1.96 for 95 %."""
     centre = (shares + z**2 / (2 * rows)) / (1 + z**2 / rows)
@@ -77,8 +97,7 @@ class Objective:
         classes of max(0, logit_c - logit_target + 2), over N; `perf`, minus the metric.
     metric: `accuracy`; `f1`, the F1 of class 1 (0 where it has neither a row nor a prediction), which is what GLUE
         reports for MRPC.
-    positive_share: share of class 1 among the rows to predict, where the task tells it. `score` does not depend on it:
-        a fitted readout sets its threshold for F1 by it.
+    positive_share: share of class 1 among the rows to predict, where the task tells it; `class_bias` needs it.
     Raises UsageError for an unknown loss or metric.
     """
 
@@ -117,3 +136,12 @@ class Objective:
         else:
             metrics = 2.0 * sums["true_positives"] / np.maximum(sums["positives"] + np.sum(np.equal(targets, 1)), 1)
         return (-metrics if self.loss == "perf" else sums[self.loss] / len(targets)), metrics
+
+    def class_bias(self, held_out: Float64, targets: Int64) -> Float64:
+        """The class bias (C,) with which taking the highest score is best for the metric; 0 for accuracy.
+
+        held_out: scores (N, C) by readouts that were fitted without the row; targets: (N,).
+        """
+        if self.metric == "accuracy":
+            return np.zeros(held_out.shape[1])
+        return f1_bias(held_out, targets, self.positive_share)

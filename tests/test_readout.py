@@ -19,21 +19,10 @@ from bbt_accel import tune
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import RunError, UsageError
 from bbt_accel.inference import evaluate, predict
-from bbt_accel.objective import Objective
-from bbt_accel.readout import (
-    BIAS_PENALTY,
-    LabelledRows,
-    Readout,
-    batch_calibration,
-    class_logits,
-    f1_bias,
-    fit,
-    fit_bias,
-    fit_temperature,
-    held_out,
-    log_loss,
-    log_softmax,
-)
+from bbt_accel.logits import batch_calibration, class_logits, log_loss, log_softmax
+from bbt_accel.objective import Objective, f1_bias
+from bbt_accel.readout import Readout
+from bbt_accel.readout_fitting import BIAS_PENALTY, LabelledRows, fit, fit_bias, fit_for, fit_temperature, held_out
 from bbt_accel.run import Run
 from bbt_accel.settings import READOUTS, ReadoutName
 from bbt_accel.tasks import load_task
@@ -118,7 +107,7 @@ def test_weights_are_for_the_features_as_they_are(classes: int) -> None:
 
 
 def test_the_words_that_are_found_are_those_that_tell_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bbt_accel.readout.FOUND_WORDS", 2)
+    monkeypatch.setattr("bbt_accel.readout_fitting.FOUND_WORDS", 2)
     rng, targets = np.random.default_rng(0), np.arange(60) % 2
     words = rng.standard_normal((60, 30)) + 5 * rng.standard_normal(30)  # some are likely everywhere
     words[:, [3, 17]] += 3 * (targets == 0)[:, None]
@@ -191,6 +180,16 @@ def test_f1_is_higher_with_the_bias_for_the_share_of_class_1(share: float) -> No
         for name, bias in {"none": np.zeros(2), "own": f1_bias(*drawn(20_000, 0.5), share)}.items()
     }
     assert f1["own"] > f1["none"] + 0.01
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_the_bias_for_f1_is_that_of_the_held_out_scores_and_accuracy_needs_none(name: ReadoutName) -> None:
+    shown = labelled(classes=2)
+    for objective in (Objective("ce", "accuracy"), Objective("ce", "f1"), Objective("ce", "f1", 0.05)):
+        readout, bias = fit_for(objective, name, shown)
+        np.testing.assert_array_equal(bias, objective.class_bias(held_out(name, shown), shown.targets))
+        np.testing.assert_array_equal(readout.scores(shown.outputs), fit(name, shown).scores(shown.outputs))
+    assert not fit_for(Objective("ce", "accuracy"), name, shown)[1].any()
 
 
 @pytest.mark.parametrize("name", FITTED)

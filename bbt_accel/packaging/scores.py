@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 
 from bbt_accel.bundle import STATES
+from bbt_accel.logits import one_word_each, word_shares
 from bbt_accel.packaging.builder import Builder
-from bbt_accel.readout import LINEAR, OF_WORDS, STATES_OF, Readout, one_word_each, reads_states, word_shares
+from bbt_accel.readout import LINEAR, OF_WORDS, STATES_OF, Readout, reads_states
 
 EXACT = "float64"
 """Readouts are fitted and applied in float64."""

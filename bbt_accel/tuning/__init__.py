@@ -20,9 +20,10 @@ from bbt_accel.encoding import encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec
 from bbt_accel.errors import DataError, RunError, UsageError
 from bbt_accel.history import Generation
+from bbt_accel.logits import class_logits, with_calibrated
 from bbt_accel.objective import Objective, uninformed
 from bbt_accel.progress import SearchProgress, note, progress_bar
-from bbt_accel.readout import Readout, class_logits, with_calibrated
+from bbt_accel.readout import Readout
 from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
 from bbt_accel.settings import PRESETS, Preset, Settings, resolve
 from bbt_accel.tasks import Task, load_task

@@ -12,10 +12,11 @@ from bbt_accel.batch import Batch, Float32, Float64, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch, Closing, Engine, read
 from bbt_accel.engines.registry import load_engine
+from bbt_accel.logits import class_logits, one_word_each
 from bbt_accel.objective import Objective
 from bbt_accel.population import Population
 from bbt_accel.projection import one_blas_thread
-from bbt_accel.readout import class_logits, fit_bias, one_word_each
+from bbt_accel.readout_fitting import fit_bias
 from bbt_accel.run import EngineRecord
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.methods import PromptSpace

@@ -10,7 +10,9 @@ import numpy as np
 
 from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.readout import LabelledRows, Readout, f1_bias, fit, held_out, reads_states, row_losses
+from bbt_accel.logits import row_losses
+from bbt_accel.readout import Readout, reads_states
+from bbt_accel.readout_fitting import LabelledRows, fit_for, held_out
 from bbt_accel.run import ReadoutRecord, TriedReadout
 from bbt_accel.settings import FITTED, ReadoutName
 from bbt_accel.tuning.evaluator import Evaluator, Job
@@ -26,7 +28,6 @@ class ReadoutSearch:
 
     def __init__(self, evaluator: Evaluator, job: Job, start: Float32, former: ReadoutRecord) -> None:
         self.evaluator, self.job = evaluator, job
-        self.f1 = job.objective.metric == "f1"
         self.train, self.dev_rows = np.arange(len(job.train)), np.arange(len(job.train), len(job.rows))
         named = job.settings.readout
         self.names: tuple[ReadoutName, ...] = FITTED if named == "auto" else (named,)
@@ -58,7 +59,7 @@ class ReadoutSearch:
             started = perf_counter()
             scores = held_out(name, self.at_start)
             losses[name] = row_losses(scores, targets)
-            score = self.score(scores + self.f1_bias(scores, targets) if self.f1 else scores, targets)
+            score = self.score(scores + self.job.objective.class_bias(scores, targets), targets)
             found = {"log_loss": float(losses[name].mean()), "score": score, "seconds": perf_counter() - started}
             self.tried.append(TriedReadout(name=name, **found))
         return chosen(losses)
@@ -70,14 +71,9 @@ class ReadoutSearch:
 
     def dev_losses(self, rows: LabelledRows) -> tuple[Float64, float]:
         train, dev = rows[self.train], rows[self.dev_rows]
-        scores = fit(self.name, train).scores(dev.outputs)
-        losses = row_losses(scores, dev.targets)
-        if self.f1:
-            scores = scores + self.f1_bias(held_out(self.name, train), train.targets)
-        return losses, self.score(scores, dev.targets)
-
-    def f1_bias(self, held_out: Float64, targets: Int64) -> Float64:
-        return f1_bias(held_out, targets, self.job.objective.positive_share)
+        readout, bias = fit_for(self.job.objective, self.name, train)
+        scores = readout.scores(dev.outputs)
+        return row_losses(scores, dev.targets), self.score(scores + bias, dev.targets)
 
     def score(self, scores: Float64, targets: Int64) -> float:
         return float(self.job.objective.score(scores[None], targets)[1][0])
@@ -100,13 +96,12 @@ class ReadoutSearch:
                 best, rows = self.start, self.at_start
         if outcome.stopped:
             reason = f"{reason}; it stopped on a plateau"
-        readout = fit(self.name, rows)
-        if self.f1:
-            bias = self.f1_bias(held_out(self.name, rows), rows.targets)
-            readout, threshold = readout.biased(bias), 1 / (1 + np.exp(bias[1]))
+        readout, bias = fit_for(self.job.objective, self.name, rows)
+        if self.job.objective.metric == "f1":
+            threshold = 1 / (1 + np.exp(bias[1]))
             reason = f"{reason}; for F1, class 1 is predicted where its fitted probability was above {threshold:.2f}"
         record = ReadoutRecord(name=self.name, tried=self.tried, searched=best.generation is not None, reason=reason)
-        return replace(outcome, best=best), readout, record
+        return replace(outcome, best=best), readout.biased(bias), record
 
 
 def chosen(losses: Mapping[ReadoutName, Float64]) -> ReadoutName:

@@ -25,8 +25,8 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.errors import RunError
 from bbt_accel.history import fingerprint
+from bbt_accel.logits import class_logits
 from bbt_accel.machine import describe_machine
-from bbt_accel.readout import class_logits
 from bbt_accel.reporting import write_report
 from bbt_accel.run import Run
 from bbt_accel.tuning.methods import Cma, PromptSpace

@@ -34,8 +34,9 @@ from bbt_accel.data import Row, labels, load_few_shot
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.logits import log_loss
 from bbt_accel.machine import describe_machine
-from bbt_accel.readout import fit_bias, log_loss
+from bbt_accel.readout_fitting import fit_bias
 from bbt_accel.reporting import write_report
 from bbt_accel.settings import Settings, resolve
 from bbt_accel.tuning.methods import PromptSpace
