@@ -82,7 +82,8 @@ def translated(kind: type[BbtError], what: str) -> Iterator[None]:
     except (BbtError, MemoryError, OSError):
         raise
     except Exception as error:
-        raise kind(f"{what} ({type(error).__name__}: {first_line(error):.200})") from error
+        cause = error.__cause__ or error  # PyTorch's own message of a failed export is advice of many lines
+        raise kind(f"{what} ({type(cause).__name__}: {first_line(cause):.200})") from error
 
 
 def first_line(error: BaseException) -> str:

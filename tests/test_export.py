@@ -93,6 +93,16 @@ def test_an_export_is_measured_against_eager_pytorch(whole: tuple[Path, Bundle])
     assert 0 < error < 1e-5
 
 
+def test_a_backbone_that_cannot_be_traced_is_one_line_with_the_reason(
+    checkpoint: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object, *inputs: object) -> None:
+        raise ValueError("an operator of its own")
+
+    monkeypatch.setattr(graph.Traced, "forward", broken)
+    assert refuse(ExportError, checkpoint) == f"cannot trace {checkpoint} (ValueError: an operator of its own)"
+
+
 @pytest.mark.parametrize(
     ("owner", "function", "options"),
     [
