@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from bbt_accel.exporters.graph import MICROSOFT, name_nodes, replace_nodes
-from bbt_accel.exporters.int8 import input_channels, is_transposed, quantizable_matmuls
+from bbt_accel.exporters.matmuls import input_channels, is_transposed, quantizable_matmuls
 
 OPSET = 21
 """The first in which DequantizeLinear takes blocks and 4-bit integers."""

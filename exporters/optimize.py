@@ -24,15 +24,9 @@ from bbt_accel.exporters.convert import graph_on_disk
 from bbt_accel.exporters.device_graphs import write_device_graphs
 from bbt_accel.exporters.half import TYPES, to_half
 from bbt_accel.exporters.int4 import to_int4
-from bbt_accel.exporters.int8 import (
-    CalibratedStage,
-    by_sensitivity,
-    calibrate,
-    frequent,
-    keep_more,
-    make_switchable,
-    to_int8,
-)
+from bbt_accel.exporters.int8 import to_int8
+from bbt_accel.exporters.int8_calibration import CalibratedStage, calibrate, frequent
+from bbt_accel.exporters.sensitivity import by_sensitivity, keep_more, make_switchable
 from bbt_accel.exporters.sessions import limited_threads
 from bbt_accel.exporters.targets import Converted, OptimizeJob, Report, Target
 from bbt_accel.exporters.validate import fidelity, relative_rmse, scaled_error

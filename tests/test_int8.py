@@ -21,28 +21,19 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.errors import UsageError
 from bbt_accel.exporters.calibration import Channels, TaskRows, calibration_prompts
 from bbt_accel.exporters.convert import fuse_for_ort
-from bbt_accel.exporters.int8 import (
+from bbt_accel.exporters.int8 import switch, to_int8
+from bbt_accel.exporters.int8_calibration import CalibratedStage, calibrate, calibrate_graph, fit_ranges, frequent
+from bbt_accel.exporters.openvino_ir import StageReader
+from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.exporters.outlier_channels import SPLIT_SHARE, SplitRange, extra_columns, fit_range, split_weight
+from bbt_accel.exporters.sensitivity import (
     MEASUREMENTS,
-    SPLIT_SHARE,
-    CalibratedStage,
-    SplitRange,
     SwitchableStage,
     by_sensitivity,
-    calibrate,
-    calibrate_graph,
-    extra_columns,
-    fit_range,
-    fit_ranges,
-    frequent,
     keep_more,
     make_switchable,
     run_from,
-    split_weight,
-    switch,
-    to_int8,
 )
-from bbt_accel.exporters.openvino_ir import StageReader
-from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.sessions import Feeds, open_session, run_stages
 from bbt_accel.exporters.validate import relative_rmse
 from bbt_accel.progress import silent
