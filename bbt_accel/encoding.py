@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from string import ascii_uppercase
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bbt_accel.batch import Batch, Int64
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import Row, choose_demonstrations
-from bbt_accel.errors import BundleError, DataError, TaskError, first_line
+from bbt_accel.errors import BundleError, DataError, TaskError
+from bbt_accel.pieces import Fixed, Pieces
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import Task, parse_template
 
 FEATURE_WORDS = 512  # whose logits are features of the readout `words`
 FIRST_PROMPT_ID = 1000  # in the vocabulary, as in the original
-UNKNOWN = ("<unk>", "[UNK]")
 CHARACTERS, MOST_CHARACTERS = 16, 1024  # of a text for each token that a row may have, see `Encoder._beginning`
 EDGE = 256  # characters before the end of a text whose tokens may depend on what would follow
 Fields = Mapping[str, str]
 Text = list[tuple[str, str | None]]  # literal texts, each with the field that follows it
-Fixed = tuple[int, ...]  # token ids that are the same in every row
 
 
 class Encoder:
@@ -288,79 +284,6 @@ class Encoder:
         return np.array(list(owner), dtype=np.int64)
 
 
-class Pieces:
-    """The tokenizer of a bundle, and the tokens of texts and label words. Raises BundleError where it is damaged."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.tokenizer, self._info = _tokenizer(bundle), bundle.info
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. A unigram vocabulary has its special tokens as pieces too; none is let through."""
-        return [i for i in self.tokenizer.encode(text, add_special_tokens=False).ids if i not in self.special]
-
-    def split_special(self, literal: str) -> list[str | Fixed]:
-        """A literal text of a decoder's template, with its special tokens as ids."""
-        special = self.special if self._info.causal else ()
-        names = {str(self.tokenizer.id_to_token(i)): i for i in special}
-        if not names:
-            return [literal]
-        pieces = re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", literal)
-        return [(names[piece],) if piece in names else piece for piece in pieces]
-
-    def of_word(self, word: str, template: str) -> list[int]:
-        """Tokens of a label word behind the text before it: with the space, where the vocabulary has it in the word."""
-        before = template.partition("{mask}")[0]
-        if self._info.template_group == "causal":  # no space behind a line break, or behind a special token
-            *_, last = (" ", *filter(None, self.split_special(before)))
-            spaced = isinstance(last, str) and not last.endswith("\n")
-        else:
-            spaced = not before[-1:].strip(" ")
-        behind, alone = self.encode(f"a {word}"), self.encode("a")
-        if spaced and behind[: len(alone)] == alone:
-            return behind[len(alone) :]
-        return self.encode(word)
-
-    def name(self, token: int) -> str | None:
-        """A token as it is in the vocabulary; None for one that stands for what is not in it."""
-        found = self.tokenizer.id_to_token(token) if token >= 0 else None
-        return None if found is None or found in UNKNOWN else str(found)
-
-
-def distinct_words(bundle: Bundle, template: str, labels: Sequence[str]) -> list[str]:
-    """A label word for each label, so that no two begin with the same token: the label, one of its words, or a letter.
-
-    A letter where the vocabulary does not tell the labels apart, e.g. numbers that begin with the same piece. Raises
-    TaskError where not even letters do.
-    """
-    pieces = Pieces(bundle)
-
-    def candidates(words: Iterable[str]) -> dict[int, str]:
-        """The words that the vocabulary has, by their first token."""
-        found: dict[int, str] = {}
-        for word in words:
-            first, *_ = pieces.of_word(word, template) or [-1]
-            if pieces.name(first) is not None:
-                found.setdefault(first, word)
-        return found
-
-    own = [candidates((label, *re.findall(r"[^\W_]+", label))) for label in labels]
-    letters = candidates(ascii_uppercase)
-    shared = Counter(token for tokens in own for token in tokens)
-    owned, found = set[int](), list[str]()
-    for label, tokens in zip(labels, own, strict=True):
-        ordered = sorted(tokens.items(), key=lambda pair: shared[pair[0]] > 1)  # those of no other label first
-        ordered += [pair for pair in letters.items() if pair[0] not in shared]
-        chosen = next(((token, word) for token, word in ordered if token not in owned), None)
-        if chosen is None:
-            problem = f"no word of label {label!r} begins with a token of its own in {bundle.path}"
-            raise TaskError(f"{problem}; give a label word for each of {', '.join(labels):.200}")
-        owned.add(chosen[0])
-        found.append(chosen[1])
-    return found
-
-
 def encoder_with_demonstrations(
     bundle: Bundle, task: Task, train: Sequence[Row], settings: Settings
 ) -> tuple[Encoder, list[Row]]:
@@ -371,18 +294,6 @@ def encoder_with_demonstrations(
     count = settings.demonstrations if bundle.info.causal else 0
     shown, others = choose_demonstrations(train, task.n_classes, count, settings.seed)
     return Encoder(bundle, task, shown), others
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer:
-    file = bundle.path / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise BundleError(f"cannot read {file} ({first_line(error)}); export the bundle again") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # a text that contains <mask> or </s> is ordinary text
-    return tokenizer
 
 
 def _write(text: Text, fields: Fields) -> str:

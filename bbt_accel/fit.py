@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from bbt_accel.bundle import Bundle, Method, first_problem
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
-from bbt_accel.encoding import distinct_words
 from bbt_accel.errors import DataError, RunError, TaskError, UsageError
 from bbt_accel.inference import evaluate
+from bbt_accel.label_words import distinct_words
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
 from bbt_accel.run import INFO, TASK, Run, read_info

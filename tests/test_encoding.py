@@ -15,8 +15,9 @@ from tiny_bundles import bundle_info, tiny_bundle
 from bbt_accel import encoding
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import Row
-from bbt_accel.encoding import Encoder, distinct_words
+from bbt_accel.encoding import Encoder
 from bbt_accel.errors import BundleError, DataError, TaskError
+from bbt_accel.label_words import distinct_words
 from bbt_accel.tasks import Task, load_task
 
 SHARED = Path(__file__).parents[1].parent / "shared"
