@@ -105,7 +105,9 @@ def difference(scores: Iterable[Score], reference: str, other: str) -> Differenc
 
 def markdown(report: CompareReport) -> str:
     """report.md."""
-    parts = ["# Comparison", summary(report), f"![Accuracy over calls]({PLOT})", "## Differences", gains(report)]
+    parts = ["# Comparison", summary(report), f"![Accuracy over calls]({PLOT})"]
+    if report.differences:
+        parts += ["## Differences", gains(report)]
     if report.failures:
         parts += ["## Failed", markdown_list(report.failures)]
     return "\n\n".join([*parts, "## What was run", markdown_list(report.facts)]) + "\n"

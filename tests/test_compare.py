@@ -120,6 +120,12 @@ def test_a_difference_pairs_tasks_and_seeds() -> None:
     assert difference(scores, "auto 64", "lora") is None
 
 
+def test_a_report_of_one_contender_has_no_differences() -> None:
+    one = [score("auto", "a", 0, 0.5, 64)]
+    assert "## Differences" in markdown(make_report([*one, score("bbt", "a", 0, 0.5, 64)], {}, {}))
+    assert "## Differences" not in markdown(make_report(one, {}, {}))
+
+
 def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
     report = make_report([score("state", "a", 0, 0.5)], {"a-lora-0": "peft is not installed"}, {})
     assert "a-lora-0" in markdown(report)
