@@ -127,7 +127,8 @@ def summary(report: CompareReport) -> str:
         cost.append(digits(max(peaks)) if peaks else "–")
         lines.append([own[0].label, *(mean_and_std(cell, 1, "{} ± {}") for cell in cells), percent(mean, 1), *cost])
     seeds = len({score.seed for score in report.scores})
-    legend = f"Percent on the test rows, mean over {seeds} seeds ± standard deviation. Calls, seconds: mean per search."
+    over = "one seed" if seeds == 1 else f"mean over {seeds} seeds ± standard deviation"
+    legend = f"Percent on the test rows, {over}. Calls, seconds: mean per search."
     return f"{markdown_table(header, lines)}\n\n{legend}"
 
 
