@@ -45,6 +45,7 @@ class LabelledRows:
 
 
 def fit(name: ReadoutName, rows: LabelledRows) -> Readout:
+    """A readout, fitted on all the rows."""
     return fit_once(name, rows)[0]
 
 

@@ -1,8 +1,8 @@
 """Static int8: 8-bit matmuls with activation ranges fixed at calibration and one weight scale per output channel.
 
 Fixed ranges keep the candidates of a population independent: dynamic ones would span the whole batch. Outlier channels
-are split (`outlier_channels`). A decoder's context takes the int8 weights, too, but multiplies in fp32. Where that is
-not enough, some weights stay in fp32 (`sensitivity`).
+are split (`outlier_channels`); where that is not enough, some weights stay in fp32 (`sensitivity`). A decoder's context
+takes the int8 weights, too, but multiplies in fp32.
 """
 
 from __future__ import annotations
