@@ -247,6 +247,7 @@ def test_it_becomes_a_package(fitted: PromptClassifier, rows: tuple[list[str], l
     check_package(tmp_path / "package", threads=1, run=tmp_path / "elsewhere" / "deep" / "saved")
 
 
+@pytest.mark.slow
 def test_a_package_of_another_bundle_is_compared_with_the_estimator_too(
     rows: tuple[list[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_package_in_another_precision_is_warned_of(fitted: PromptClassifier, t
         fitted.package(tmp_path / "package", int8=True)
 
 
+@pytest.mark.slow
 def test_a_prompt_can_stand_in_front_of_the_text(rows: tuple[list[str], list[str]]) -> None:
     estimator = PromptClassifier("demo", engine="ort", precision="fp32", readout="calibrated", budget=1, threads=1)
     estimator.set_params(prompt_mode="cat", n_prompt_tokens=5).fit(*rows)

@@ -46,6 +46,12 @@ every_family = named(VARIANTS + RELATIVES)
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
+def untraced(variant: tuple[str, str, str], engine: str) -> list[Any]:
+    """Without optimizations a graph is an export that no other test needs: a fast test for one of each kind alone."""
+    kinds = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("t5", "bbt", "add"), ("gpt2", "bbt", "cat")]
+    return [] if engine == "torch" or variant in kinds else [pytest.mark.slow]
+
+
 @st.composite
 def shapes(draw: st.DrawFn) -> dict[str, Any]:
     """What a batch may look like; `batch_of` makes one of it for a bundle."""
@@ -194,8 +200,14 @@ def test_logits_do_not_depend_on_how_the_work_is_split(
                 assert_same(bound.label_logits(prompts), wanted)
 
 
-@each_engine
-@all_variants
+@pytest.mark.parametrize(
+    ("name", "method", "mode", "engine"),
+    [
+        pytest.param(*variant, engine, id="-".join((*variant, engine)), marks=untraced(variant, engine))
+        for variant in VARIANTS + LLAMA
+        for engine in ENGINES
+    ],
+)
 def test_each_optimization_gives_the_same_numbers_as_the_naive_computation(
     tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
 ) -> None:
