@@ -54,8 +54,7 @@ def held_out(name: ReadoutName, rows: LabelledRows) -> Float64:
 
     A regression's penalty and an ensemble's temperature are chosen by the same scores.
     """
-    scores = fit_once(name, rows)[1]
-    return refitted(name, rows) if scores is None else scores
+    return fit_with_scores(name, rows)[1] if name in FITS else refitted(name, rows)
 
 
 def fit_for(objective: Objective, name: ReadoutName, rows: LabelledRows) -> tuple[Readout, Float64]:
@@ -80,8 +79,14 @@ def fit_once(name: ReadoutName, rows: LabelledRows) -> tuple[Readout, Float64 | 
             (words,) = features(name, rows.outputs, rows.classes)
             arrays = fit_found(words, rows.targets)
         elif name != "verbalizer":
-            arrays, scores = FITS[name](features(name, rows.outputs, rows.classes), rows.targets, rows.seed)
+            arrays, scores = fit_with_scores(name, rows)
     return Readout(name, rows.classes, rows.token_ids if name in OF_WORDS else rows.token_ids[:0], arrays), scores
+
+
+def fit_with_scores(name: ReadoutName, rows: LabelledRows) -> tuple[dict[str, Float64], Float64]:
+    """The arrays of a readout in `FITS`, and the held-out scores (N, C) that its fit needs anyway."""
+    with one_blas_thread():
+        return FITS[name](features(name, rows.outputs, rows.classes), rows.targets, rows.seed)
 
 
 def refitted(name: ReadoutName, rows: LabelledRows) -> Float64:

@@ -15,12 +15,7 @@ from onnx import helper, numpy_helper
 from bbt_accel.exporters.graph import name_nodes, replace_nodes
 from bbt_accel.exporters.int8_calibration import CalibratedStage
 from bbt_accel.exporters.matmuls import is_transposed
-from bbt_accel.exporters.outlier_channels import (
-    dequantize_weight,
-    pad_activation,
-    quantize_activation,
-    quantize_weight,
-)
+from bbt_accel.exporters.outlier_channels import dequantize_weight, pad_activation, quantize_activation, quantize_weight
 
 
 def to_int8(
