@@ -52,14 +52,17 @@ def run_compare(
     """Compare contenders on tasks, and write report.json, report.md and report.png into the folder `output`.
 
     resume: keep the trials that are there. ray: address of a Ray cluster to run the trials on.
-    A trial that fails is a line of the report. Raises UsageError and TaskError for what does not exist, BbtError when
-    `output` exists.
+    A trial that fails is a line of the report. Raises UsageError, TaskError and DataError for what does not exist,
+    BbtError when `output` exists.
     """
     folder = Path(output).absolute()
     for contender in (*options.contenders, options.reference):
         parse_contender(contender)
     local_engine(options.engine, "compare").target(options.precision)
     named = {load_task(task).name: task for task in tasks}
+    if options.data is not None:  # fail before the bundles are exported, not in every trial
+        for name, task in named.items():
+            load_few_shot(load_task(task), options.data / name, resolve({"k_shot": options.k_shot}))
     with reserved(folder):
         device = kind_of(engine_spec(options.engine).device("cpu"))
         with closing(open_pool(ray, options.jobs, options.threads, device, progress)) as pool:

@@ -207,6 +207,7 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
         ("--engine nosuch", "unknown engine"),
         ("--budgets 64,x", "--budgets"),
         ("--backbone /no/such", "cannot load"),
+        ("--data /no/such", "/no/such/demo is not a folder"),
         ("--engine remote", "compare has no --url"),
         ("--engine openvino --precision fp16", "not in fp16"),
     ],
