@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -72,7 +73,7 @@ def run_compare(
         scores = [score for job in jobs for score in done.get(job.name, [])]
         facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"]}
         report = make_report(scores, failures, facts | {"date": now()}, options.reference)
-        write_report(folder, report, markdown(report), lambda file: draw(file, report))
+        write_report(folder, report, markdown(report), partial(draw, report=report) if scores else None)
     return report
 
 

@@ -25,6 +25,9 @@ from bbt_accel.reporting import (
 )
 from bbt_accel.settings import Metric
 
+Pair = tuple[str, int]
+"""A task and a seed, by which contenders are compared in pairs."""
+
 
 class Score(Schema):
     """One contender on one task, seed and budget."""
@@ -47,6 +50,10 @@ class Score(Schema):
     @property
     def label(self) -> str:
         return self.contender if self.budget is None else f"{self.contender} {self.budget:,}"
+
+    @property
+    def pair(self) -> Pair:
+        return self.task, self.seed
 
 
 class Difference(Schema):
@@ -85,27 +92,33 @@ def make_report(
 
 def difference(scores: Iterable[Score], reference: str, other: str) -> Difference | None:
     """None where no task and seed has both."""
-    found: dict[str, dict[tuple[str, int], float]] = {reference: {}, other: {}}
+    found: dict[str, dict[Pair, float]] = {reference: {}, other: {}}
     for score in scores:
         if score.label in found:
-            found[score.label][score.task, score.seed] = score.score
+            found[score.label][score.pair] = score.score
     pairs = {key: found[reference][key] - found[other][key] for key in found[reference].keys() & found[other].keys()}
     if not pairs:
         return None
-    values = np.array([pairs[key] for key in sorted(pairs)])
-    draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
+    mean, low, high = interval([pairs[key] for key in sorted(pairs)])
     tasks = {task: fmean(value for (name, _), value in pairs.items() if name == task) for task, _ in pairs}
     worst = min(tasks, key=lambda task: tasks[task])
-    low, high = np.quantile(draws, [0.025, 0.975])
     return Difference(
-        reference=reference, other=other, mean=float(values.mean()), interval=(float(low), float(high)),
-        worst_task=worst, worst=tasks[worst],
-    )  # fmt: skip
+        reference=reference, other=other, mean=mean, interval=(low, high), worst_task=worst, worst=tasks[worst]
+    )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and its 95 % interval by 10,000 bootstrap draws."""
+    draws = np.random.default_rng(0).choice(np.array(values), (10_000, len(values))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return fmean(values), float(low), float(high)
 
 
 def markdown(report: CompareReport) -> str:
     """report.md."""
-    parts = ["# Comparison", summary(report), f"![Accuracy over calls]({PLOT})"]
+    parts = ["# Comparison"]
+    if report.scores:
+        parts += [summary(report), f"![Accuracy over calls]({PLOT})"]
     if report.differences:
         parts += ["## Differences", gains(report)]
     if report.failures:

@@ -13,7 +13,7 @@ from tiny_bundles import tiny_bundle
 
 pytest.importorskip("torch")
 
-from bbt_accel.benchmarks import references
+from bbt_accel.benchmarks import differences, references
 from bbt_accel.benchmarks.compare import asked, read_trial, run_compare
 from bbt_accel.benchmarks.compare_report import Score, difference, make_report, markdown
 from bbt_accel.benchmarks.options import CompareOptions, parse_contender
@@ -127,8 +127,61 @@ def test_a_report_of_one_contender_has_no_differences() -> None:
 
 
 def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
-    report = make_report([score("state", "a", 0, 0.5)], {"a-lora-0": "peft is not installed"}, {})
-    assert "a-lora-0" in markdown(report)
+    why = {"a-lora-0": "peft is not installed"}
+    assert "- **a-lora-0:** peft is not installed" in markdown(make_report([score("state", "a", 0, 0.5)], why, {}))
+    assert "mean over" not in markdown(make_report([], why, {}))
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> list[str]:
+    """Two reports: one of `auto`, one of `bbt` and of `lora`, which is tested twice on its way."""
+    auto = [score("auto", "a", seed, 0.8, 1000) for seed in (0, 1)] + [score("auto", "b", 0, 0.5, 1000)]
+    others = [score("auto", "a", 0, 0.1, 1000)]  # also in the first report, which counts
+    others += [score("bbt", "a", seed, 0.7 + 0.15 * seed, 1000) for seed in (0, 1)]
+    for step, (seconds, value) in enumerate([(0.5, 0.2), (1.0, 0.4), (2.0, 0.9)]):
+        one = score("lora", "a", 0, value, 3 * step).model_copy(update={"seconds": seconds})
+        others.append(one)
+    for name, scores in {"one": auto, "other": others}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(make_report(scores, {}, {}).model_dump_json())
+    return [str(tmp_path / "one"), str(tmp_path / "other")]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["auto 1000", "bbt 1000"], "all +2.5 -5.0 to +10.0 1 of 2"),
+        (["auto 1,000", "lora 6"], "all -10.0 -10.0 to -10.0 0 of 1"),
+        (["auto 1000", "lora", "--within-seconds"], "all +40.0 +40.0 to +40.0 1 of 1"),
+    ],
+)
+def test_differences_pair_the_scores_of_several_reports(
+    words: list[str], line: str, reports: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    differences.main([*words, *reports])
+    printed = [
+        " ".join(shown.split()).replace("+0.0", "0.0").replace("-0.0", "0.0")
+        for shown in capsys.readouterr().out.splitlines()
+    ]
+    assert line in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["auto 1000", "bbt 100"], "did you mean bbt 1000"),
+        (["auto 1000", "lara", "--within-seconds"], "did you mean lora"),
+    ],
+)
+def test_differences_of_an_unknown_contender_are_one_line(
+    words: list[str], complaint: str, reports: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        differences.main([*words, *reports])
+    assert complaint in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        differences.main(["auto 1000", "bbt 1000", reports[0] + "s"])
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_a_trial_is_kept_only_for_the_same_rows_task_bundles_and_version(
