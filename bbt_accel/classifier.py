@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -123,9 +124,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             output=folder / "run", settings=settings, progress=False, callbacks=self.callbacks or (),
             track=self.track or (),
         )  # fmt: skip
+        self._load(run, bundle)
         self._folder = place  # the run's, for as long as the estimator lives
-        self.classes_, self.run_ = classes, run
-        self._load(bundle)
+        self.classes_ = classes
         for word, piece in self._classifier.encoder.partial_words.items():
             warnings.warn(f"of label word {word!r} only the first token is read: {piece!r}", stacklevel=2)
         if self.run_.info.status == "interrupted":
@@ -177,12 +178,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises BbtError for a folder that exists.
         """
         check_is_fitted(self, "run_")
+        facts = {"parameters": self.get_params() | {"callbacks": None}, "classes": self.classes_.tolist()}
+        content = json.dumps(facts, indent=1, default=as_json)
         with new_folder(Path(path)) as folder:
             shutil.copytree(self._classifier.engine.bundle.path, folder / "bundle")
             shutil.copytree(self.run_.path, folder / "run")
-            parameters = self.get_params() | {"callbacks": None}
-            facts = {"parameters": parameters, "classes": self.classes_.tolist()}
-            content = json.dumps(facts, indent=1, default=of_numpy)  # numbers of a grid are numpy's
             (folder / ESTIMATOR).write_text(content + "\n", encoding="utf-8")
 
     def package(
@@ -259,12 +259,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             found.classes_ = np.array(facts["classes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a saved PromptClassifier ({type(error).__name__})") from None
-        found.run_, found.threads = run, threads or found.threads
-        found._load(run.open_bundle(bundle), engine, device)
+        found.threads = threads or found.threads
+        found._load(run, run.open_bundle(bundle), engine, device)
         return found
 
-    def _load(self, bundle: Bundle, engine: str | None = None, device: str | None = None) -> None:
-        where = self.run_.info.engine
+    def _load(self, run: Run, bundle: Bundle, engine: str | None = None, device: str | None = None) -> None:
+        """Take over a run, once its engine is loaded."""
+        where = run.info.engine
         name = engine or ("ort" if where.remote else where.name)
         without = where.without if name == where.name else []
         loaded = load_engine(bundle, name, device=device or where.device, threads=self.threads, without=without)
@@ -272,7 +273,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             self._close()
         self._close = weakref.finalize(self, loaded.close)
         self._close.atexit = False
-        self._classifier = Classifier(loaded, self.run_)
+        self.run_, self._classifier = run, Classifier(loaded, run)
 
     def __getstate__(self) -> dict[str, Any]:
         if hasattr(self, "run_"):
@@ -280,11 +281,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return dict(super().__getstate__())
 
 
-def of_numpy(value: Any) -> Any:
-    """For json: numpy's numbers and arrays. Raises TypeError."""
+def as_json(value: Any) -> Any:
+    """For json: numpy's numbers and arrays, as a grid has them, and paths. Raises DataError."""
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
-    raise TypeError(f"{value!r:.50} cannot be saved")
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise DataError(f"{value!r:.50} cannot be saved; give the parameter as text or number")
 
 
 def of_run(info: RunInfo) -> dict[str, Any]:
@@ -319,7 +322,7 @@ def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
         X = X.to_pylist()
     elif hasattr(X, "columns") and hasattr(X, "to_dict"):  # a pandas DataFrame, of which iteration gives the columns
         X = X.to_dict("records")
-    elif isinstance(X, (str, Mapping)) or not isinstance(X, Iterable):
+    elif isinstance(X, (str, Mapping)) or not isinstance(X, Iterable) or getattr(X, "ndim", 1) == 0:
         raise DataError(f"X is {X!r:.50}; give a list of texts, of tuples of texts or of mappings of texts")
     rows: list[dict[str, str]] = []
     for number, value in enumerate(X):
@@ -334,7 +337,7 @@ def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
         if isinstance(value, Mapping) and (other := [name for name in row if not isinstance(row[name], str)]):
             problem = f"row {number + 1} has {row[other[0]]!r:.50} in the column {other[0]!r}, which is no text"
             raise DataError(f"{problem}; X holds the texts alone, so drop a column of labels or numbers")
-        if not row or not all(isinstance(text, str) for text in row.values()):
+        if not row or not all(isinstance(text, str) for text in (*row, *row.values())):
             raise DataError(f"row {number + 1} is {value!r:.50}; give texts, tuples of texts or mappings of texts")
         if rows and row.keys() != rows[0].keys():
             raise DataError(f"row {number + 1} has {', '.join(row)}, the first row {', '.join(rows[0])}")
@@ -346,12 +349,15 @@ def as_labels(y: Any) -> Any:
     """Labels as an array (N,). Raises DataError for None, missing labels and several columns."""
     if y is None:
         raise DataError("this estimator requires y to be passed, but the target y is None")
-    values = np.asarray(y.to_pylist() if hasattr(y, "to_pylist") else y if hasattr(y, "__array__") else list(y))
-    if any(not plain(label) for label in values.ravel().tolist()):
-        raise DataError("y has missing labels (Input contains NaN); remove those rows")
     try:
+        values = np.asarray(y.to_pylist() if hasattr(y, "to_pylist") else y if hasattr(y, "__array__") else list(y))
+        if any(not plain(label) for label in values.ravel().tolist()):
+            raise DataError("y has missing labels (Input contains NaN); remove those rows")
         labels = column_or_1d(values, warn=True)
         check_classification_targets(labels)
-    except ValueError as error:
+        np.unique(labels)  # labels of several kinds have no order
+    except DataError:
+        raise
+    except (TypeError, ValueError) as error:
         raise DataError(f"y is not one class for each text ({first_line(error)})") from None
     return labels

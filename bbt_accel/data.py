@@ -81,15 +81,13 @@ def split_rows(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[
 
 def load_few_shot(task: Task, data: Path | None, settings: Settings) -> tuple[list[Row], list[Row]]:
     """The train and dev rows that a search with these settings uses. Raises DataError."""
-    return few_shot(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)
+    train, dev, _ = load_split(task, data, settings)
+    return train, dev
 
 
-def load_held_out(task: Task, data: Path | None, settings: Settings) -> list[Row]:
-    """The rows of the train file that a search with these settings does not use. Raises DataError if there are none."""
-    rest = split_rows(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)[2]
-    if not rest:
-        raise DataError(f"--k-shot {settings.k_shot} leaves no row to hold out; lower it")
-    return rest
+def load_split(task: Task, data: Path | None, settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
+    """The train and dev rows that a search with these settings uses, and the others of the train file."""
+    return split_rows(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)
 
 
 def has_test_rows(data: Path | None, settings: Settings) -> bool:

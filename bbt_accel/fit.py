@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -166,6 +167,7 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
         if empty:
             what = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
             raise DataError(f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or remove them")
+    check_texts(table, file, text)
     counts = Counter(plain(record[label]) for record in table.records)
     if len(counts) < 2:
         raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")
@@ -176,15 +178,26 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
     return {name: counts[name] for name in sorted(counts, key=by_value)}
 
 
+def check_texts(table: Table, file: Path, columns: Sequence[str]) -> None:
+    """Raises DataError for a value that is no text, UsageError for a column that a template cannot name."""
+    for column in columns:
+        if re.search(r"[{}:!]", column):
+            raise UsageError(f"--text {column}: a template cannot name a column with {{, }}, : or !; rename it")
+        for number, record in enumerate(table.records, 1):
+            if not isinstance(record[column], str):
+                raise DataError(f"{file} row {number}: {column} is {record[column]!r:.50}, not text")
+
+
 def by_value(name: str) -> tuple[float, str]:
     try:
-        return float(name), name
+        value = float(name)
     except ValueError:
-        return float("inf"), name
+        value = float("inf")
+    return (value if math.isfinite(value) else float("inf")), name  # "nan" and "inf" are texts
 
 
 def task_name(file: Path) -> str:
-    return re.sub(r"[^\w.-]+", "-", file.stem) or "task"
+    return re.sub(r"[^\w.-]+", "-", file.stem, flags=re.ASCII).strip(".-") or "task"
 
 
 def make_task(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -15,9 +15,8 @@ from bbt_accel.data import (
     has_test_file,
     has_test_rows,
     labels,
-    load_few_shot,
-    load_held_out,
     load_rows,
+    load_split,
     rows_digest,
 )
 from bbt_accel.encoding import Encoder
@@ -83,31 +82,44 @@ def evaluate(
 def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]) -> list[Row]:
     """The dev rows of a run, or its test rows: of `data`, of its own data, or those that its search left over.
 
-    Raises DataError where a run has no test rows.
+    Raises DataError where a run has no test rows, and where those of its search have changed since.
     """
-    own, settings = run.info.data.path, run.info.settings
-    source = None if data is None and own is None else Path(data or own or "").absolute()
+    own, settings = run.data_path, run.info.settings
+    source = own if data is None else Path(data).resolve()
     if split == "dev":
-        return load_few_shot(run.task, source, settings)[1]
-    if settings.hold_out and (source is None or str(source) == own or searched_on(run, source)):
-        return load_held_out(run.task, source, settings)
-    if str(source) == own and not has_test_rows(source, settings):
-        raise DataError(f"{own} has no test rows; give some with --data, or tune with --hold-out")
+        return searched_split(run, source)[1]
+    same = source == own or (own is not None and source == own.resolve()) or searched_on(run, source)
+    if settings.hold_out and same:
+        rest = searched_split(run, source)[2]
+        if not rest:
+            raise DataError(f"--k-shot {settings.k_shot} leaves no row to hold out; lower it")
+        return rest
+    if same and not has_test_rows(source, settings):
+        raise DataError(f"{source} has no test rows; give some with --data, or tune with --hold-out")
     return load_rows(run.task, "test", source)
 
 
-def searched_on(run: Run, data: Path) -> bool:
+def searched_split(run: Run, data: Path | None) -> tuple[list[Row], list[Row], list[Row]]:
+    """The train and dev rows of a run's search, and those that it left over. Raises DataError for other rows."""
+    train, dev, rest = load_split(run.task, data, run.info.settings)
+    if rows_digest([*train, *dev]) != run.info.data.digest:
+        where = data or f"the data set of task {run.task.name}"
+        raise DataError(f"{where} has other rows than when the prompt was searched for; give those with --data")
+    return train, dev, rest
+
+
+def searched_on(run: Run, data: Path | None) -> bool:
     """Whether these are the rows of a run's search, at another path, and no test rows beside them.
 
     A run from the hub does not know the path of its own.
     """
-    if has_test_file(data):
+    if data is None or has_test_file(data):
         return False
     try:
-        train, dev = load_few_shot(run.task, data, run.info.settings)
+        searched_split(run, data)
     except DataError:
         return False
-    return rows_digest([*train, *dev]) == run.info.data.digest
+    return True
 
 
 def predict(
@@ -157,7 +169,8 @@ class Classifier:
 
 def class_scores(engine: Engine, encoder: Encoder, rows: Sequence[Row], run: Run) -> Float64:
     """Class scores (N, C) of N rows by the prompt and the readout of a run."""
-    return run.readout.scores(outputs(engine, encoder, rows, run.prompt, run.readout))
+    parts = batches(engine, encoder, rows, run.prompt, run.readout)
+    return np.concatenate([run.readout.scores(part) for part in parts])
 
 
 def scores_before(engine: Engine, encoder: Encoder, rows: Sequence[Row]) -> Float64:
@@ -169,18 +182,21 @@ def scores_before(engine: Engine, encoder: Encoder, rows: Sequence[Row]) -> Floa
 def outputs(
     engine: Engine, encoder: Encoder, rows: Sequence[Row], prompt: Float32, readout: Readout | None = None
 ) -> dict[str, Float32]:
-    """What a readout, or else the verbalizer, reads of N rows with a prompt, by name, (N, …).
+    """What a readout, or else the verbalizer, reads of N rows with a prompt, by name, (N, …)."""
+    parts = list(batches(engine, encoder, rows, prompt, readout))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    `BATCH_SIZE` rows at a time.
-    """
-    parts = []
+
+def batches(
+    engine: Engine, encoder: Encoder, rows: Sequence[Row], prompt: Float32, readout: Readout | None = None
+) -> Iterator[dict[str, Float32]]:
+    """The same, `BATCH_SIZE` rows at a time."""
     for start in range(0, len(rows), BATCH_SIZE):
         batch = encoder.encode(rows[start : start + BATCH_SIZE])
         if readout is not None:
             batch = replace(batch, label_token_ids=np.concatenate([batch.label_token_ids, readout.token_ids]))
         with engine.bind(batch) as bound:
-            parts.append(read(bound, prompt, readout is not None and reads_states(readout.name)))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            yield read(bound, prompt, readout is not None and reads_states(readout.name))
 
 
 def _load(run: Run, options: EngineOptions) -> Engine:

@@ -174,7 +174,12 @@ FITS = {**dict.fromkeys(REGRESSIONS, fit_linear), "ensemble": fit_ensemble}
 
 
 def fit_temperature(scores: Float64, targets: Int64) -> float:
-    """The factor in [1/20, 20] that minimizes the cross entropy of the scores (N, C) times it, a convex function."""
+    """The factor in [1/20, 20] that minimizes the cross entropy of the scores (N, C) times it, a convex function.
+
+    1 where all rows are classified rightly: the cross entropy then has no minimum, which says little of a few rows.
+    """
+    if (scores.argmax(1) == targets).all():
+        return 1.0
     low, high = -np.log(20), np.log(20)
     for _ in range(50):  # bisection of the derivative
         t = np.exp((low + high) / 2)

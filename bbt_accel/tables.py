@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -109,7 +109,14 @@ def _separated(file: Path, text: str, encoding: str, separator: str, quoting: An
     # Not pyarrow: every column is text, so that "1984" and "NA" remain texts.
     csv.field_size_limit(2**31 - 1)  # a long text is no error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
+    _distinct(list(filter(None, reader.fieldnames or ())), file)
     return Table(list(_complete(file, reader)), encoding, separator)
+
+
+def _distinct(names: Sequence[str], file: Path) -> None:
+    """Raises DataError for two columns of the same name, of which one would be lost."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{file} has {names.count(twice[0])} columns named {twice[0]!r}; rename or remove one")
 
 
 def _complete(file: Path, reader: csv.DictReader[str]) -> Iterator[Record]:
@@ -176,13 +183,14 @@ def _read_excel(file: Path) -> Table:
     if not rows:
         return Table([])
     names = [plain(name) for name in rows[0]]
+    _distinct(list(filter(None, names)), file)
     cells = ([plain(cell) for cell in row] for row in rows[1:])
     return Table([dict(zip(names, row, strict=True)) for row in cells if any(row)])
 
 
 def plain(value: object) -> str:
     """A cell as text: empty for a missing one (None, NaN), whole numbers without a decimal point."""
-    if value is None or value != value:  # NaN alone differs from itself
+    if value is None or type(value).__name__ == "NAType" or value != value:  # pandas' NA; NaN differs from itself
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 

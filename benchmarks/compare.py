@@ -19,7 +19,7 @@ from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make
 from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_contender
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, load_few_shot
-from bbt_accel.encoding import Encoder
+from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError
@@ -32,6 +32,7 @@ from bbt_accel.readout import Readout
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
 from bbt_accel.settings import FITTED, resolve
+from bbt_accel.sweeps.grid import check_names
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.tasks import load_task
 from bbt_accel.tuning import tune
@@ -60,10 +61,13 @@ def run_compare(
     for contender in (*options.contenders, options.reference):
         parse_contender(contender)
     local_engine(options.engine, "compare").target(options.precision)
-    named = {load_task(task).name: task for task in tasks}
+    found = {path: load_task(path) for path in tasks}
+    check_names("tasks", {path: task.name for path, task in found.items()})
+    named = {task.name: path for path, task in found.items()}
     if options.data is not None:  # fail before the bundles are exported, not in every trial
-        for name, task in named.items():
-            load_few_shot(load_task(task), options.data / name, resolve({"k_shot": options.k_shot}))
+        for task in found.values():
+            load_few_shot(task, options.data / task.name, resolve({"k_shot": options.k_shot}))
+            steps.compared_rows(task, options.data / task.name, options.test_rows)
     with reserved(folder):
         device = kind_of(engine_spec(options.engine).device("cpu"))
         with closing(open_pool(ray, options.jobs, options.threads, device, progress)) as pool:
@@ -197,13 +201,14 @@ class CompareTrial:
         self.objective = Objective("ce", self.task.metric, self.task.positive_share)
         folder = None if data is None else Path(data)
         self.test = steps.compared_rows(self.task, folder, options.test_rows)
-        settings = resolve({"k_shot": options.k_shot, "seed": seed})
-        self.train, self.dev = load_few_shot(self.task, folder, settings)
+        self.settings = resolve(self.task.preset("bbt"), {"k_shot": options.k_shot, "seed": seed})
+        self.train, self.dev = load_few_shot(self.task, folder, self.settings)
 
     def readouts(self) -> list[Score]:
         """Every readout without a search; what takes no labels; and the most frequent class of the test rows."""
         with load_engine(self.bundles["bbt"], self.options.engine, threads=self.threads) as engine:
-            encoder, start = Encoder(engine.bundle, self.task), engine.bundle.start_prompt()
+            encoder, _ = encoder_with_demonstrations(engine.bundle, self.task, self.train, self.settings)
+            start = engine.bundle.start_prompt()
             plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, self.test, start))
         majority = np.eye(self.task.n_classes)[np.bincount(labels(self.test)).argmax()]
         found = [self.measured("majority class", 0, np.tile(majority, (len(self.test), 1)), 0.0)]
@@ -233,20 +238,24 @@ class CompareTrial:
 
         from bbt_accel.benchmarks import references
 
-        split = references.Split(self.train, self.dev, self.test)
+        torch.set_num_threads(self.threads)
         if contender == "embeddings":
+            split = references.Split(self.train, self.dev, self.test)
             one = references.embeddings(split, self.task.text, self.seed, self.objective)
             return [self.measured(contender, one.calls, one.scores, one.seconds)]
-        torch.set_num_threads(self.threads)
         bundle = Bundle.read(self.bundles["bbt exported"])
+        encoder, train = encoder_with_demonstrations(bundle, self.task, self.train, self.settings)
         started = perf_counter()
-        trainer = references.Trainer(bundle, Encoder(bundle, self.task), split, self.seed, self.objective)
+        split = references.Split(train, self.dev, self.test)
+        trainer = references.Trainer(bundle, encoder, split, self.seed, self.objective)
         loading = perf_counter() - started
-        return [
-            self.measured(name, found.calls, scores, loading + found.seconds, budget=found.calls)
-            for found in references.TRAINED[contender](trainer)
-            for name, scores in ((contender, found.scores), (f"{contender}, ensemble", found.ensemble))
-        ]
+        scores = list[Score]()
+        for found in references.TRAINED[contender](trainer):
+            calls, seconds = found.calls, loading + found.seconds
+            scores.append(self.measured(contender, calls, found.scores, seconds, budget=calls))
+            fitted, seconds = found.ensemble, seconds + found.fitting
+            scores.append(self.measured(f"{contender}, ensemble", calls + 1, fitted, seconds, budget=calls))
+        return scores
 
     def tune(
         self,

@@ -9,6 +9,7 @@ All reports must have the same test rows. Where several have a contender with th
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,30 +20,31 @@ from bbt_accel.reporting import JSON, markdown_table
 
 
 def read_scores(folders: Iterable[Path]) -> list[Score]:
-    """The scores of reports, in their order. Raises DataError for a file that is no such report, OSError for none."""
-    scores = list[Score]()
+    """The scores of reports, of equal trials the first. Raises OSError, and DataError for a file of another kind."""
+    scores = dict[tuple[str, Pair], Score]()
     for folder in folders:
         file = folder / JSON
         with translated(DataError, f"{file} is not a report of bbt-accel compare"):
-            scores += CompareReport.model_validate_json(file.read_bytes()).scores
-    return scores
+            for score in CompareReport.model_validate_json(file.read_bytes()).scores:
+                scores.setdefault((score.label, score.pair), score)
+    return list(scores.values())
 
 
-def by_pair(scores: Iterable[Score], label: str) -> dict[Pair, Score]:
+def by_pair(scores: Sequence[Score], label: str) -> dict[Pair, Score]:
     """The scores of a contender, with its budget if it has one ("auto 64"), by task and seed."""
-    scores = list(scores)
-    labels = {score.label.replace(",", ""): score.label for score in scores}
-    check_known("contender", label.replace(",", ""), labels)
-    found = dict[Pair, Score]()
-    for score in scores:
-        if score.label == labels[label.replace(",", "")]:
-            found.setdefault(score.pair, score)
+    found = {score.pair: score for score in scores if plain(score.label) == plain(label)}
+    if not found:
+        check_known("contender", plain(label), {plain(score.label) for score in scores})
     return found
 
 
-def within_seconds(scores: Iterable[Score], contender: str, limits: Mapping[Pair, Score]) -> dict[Pair, Score]:
+def plain(label: str) -> str:
+    """A label as it is typed, without separators of thousands. Those of an ensemble have a comma and a space."""
+    return re.sub(r",(?=\d{3})", "", label)
+
+
+def within_seconds(scores: Sequence[Score], contender: str, limits: Mapping[Pair, Score]) -> dict[Pair, Score]:
     """A contender's last score, of any budget, that took no longer than that in `limits`, by task and seed."""
-    scores = list(scores)
     check_known("contender", contender, {score.contender for score in scores})
     found = dict[Pair, Score]()
     for score in sorted(scores, key=lambda score: score.seconds):

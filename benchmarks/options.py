@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Method, PromptMode, first_problem
 from bbt_accel.engine_specs import Device, Precision
@@ -26,7 +26,7 @@ from bbt_accel.option_types import (
 )
 from bbt_accel.reporting import Schema
 from bbt_accel.settings import DEFAULTS, FITTED, resolve
-from bbt_accel.sweeps.grid import Seeds
+from bbt_accel.sweeps.grid import Names, Seeds, unique
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -97,12 +97,13 @@ class CompareOptions(Schema):
     backbone: str = Field(default="demo", description=BACKBONE)
     data: Path | None = None
     """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
-    contenders: list[str] = Field(
+    contenders: Names = Field(
         default=list(CONTENDERS),
         description=f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, as in auto:alpha=2.",
     )
     reference: str = Field(default="auto", description="Contender that the others are compared with, pair by pair.")
-    budgets: list[Budget] = Field(default=[64, 300, 1000], description="API calls of the searches.")
+    budgets: Annotated[list[Budget], AfterValidator(unique)] = Field(default=[64, 300, 1000])
+    """API calls of the searches."""
     seeds: Seeds = Field(default=[42, 43, 44], description="Of the rows, and of everything drawn at random.")
     k_shot: KShot = Field(
         default=DEFAULTS.k_shot, description="Examples per class to train on, and as many to choose by."

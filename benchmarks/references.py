@@ -22,6 +22,7 @@ from bbt_accel.errors import MissingDependency
 from bbt_accel.exporters.families import family_of, load_model
 from bbt_accel.logits import word_shares
 from bbt_accel.objective import Objective
+from bbt_accel.projection import one_blas_thread
 from bbt_accel.readout_fitting import LabelledRows, fit, fit_for, fit_linear
 
 TESTED = (5, 10, 20, 40, 80)  # full-batch steps of Adam after which the test rows are scored; the last ends training
@@ -42,12 +43,14 @@ class Split:
 @dataclass(frozen=True)
 class Found:
     """Class scores of the test rows (N, C), and what training took until then: forward passes of the train rows, and
-    seconds. ensemble: scores by that readout, fitted on all labelled rows, in place of the label words."""
+    seconds. ensemble: scores by that readout, fitted on all labelled rows, in place of the label words. fitting: the
+    seconds of that fit, and of the pass that it needs."""
 
     scores: Float64
     calls: int
     seconds: float
     ensemble: Float64 | None = None
+    fitting: float = 0.0
 
 
 class Trainer:
@@ -86,8 +89,8 @@ class Trainer:
                     best, kept = loss, [parameter.detach().clone() for parameter in parameters]
             if step in TESTED:
                 seconds += perf_counter() - started
-                scores, ensemble = self.test_scores(parameters, kept)
-                found.append(Found(scores, FORWARDS * step, seconds, ensemble))
+                scores, ensemble, fitting = self.test_scores(parameters, kept)
+                found.append(Found(scores, FORWARDS * step, seconds, ensemble, fitting))
                 started = perf_counter()
             if step == TESTED[-1]:
                 break
@@ -98,20 +101,24 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def test_scores(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> tuple[Float64, Float64]:
+    def test_scores(
+        self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]
+    ) -> tuple[Float64, Float64, float]:
         """Scores of the test rows with these values of the parameters, which then get their own back: by the label
-        words, and by an ensemble."""
+        words, and by an ensemble, with the seconds of its fit."""
         own = [parameter.clone() for parameter in parameters]
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
-        train, dev, test = map(self.outputs, ("train", "dev", "test"))
-        for parameter, value in zip(parameters, own, strict=True):
-            parameter.copy_(value)
+        started = perf_counter()
+        train, dev = map(self.outputs, ("train", "dev"))
         shown = {name: np.concatenate([train[name], dev[name]]) for name in train}
         targets = labels([*self.split.train, *self.split.dev])
         rows = LabelledRows(shown, targets, self.classes, np.zeros(0, np.int64), self.seed)
         ensemble, bias = fit_for(self.objective, "ensemble", rows)
-        return fit("verbalizer", rows).scores(test), ensemble.scores(test) + bias
+        fitting, test = perf_counter() - started, self.outputs("test")
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.copy_(value)
+        return fit("verbalizer", rows).scores(test), ensemble.scores(test) + bias, fitting
 
     def logits(self, name: str) -> Iterator[Tensor]:
         """Class logits of a split, (N, C), some rows at a time."""
@@ -181,7 +188,8 @@ def embeddings(split: Split, columns: Sequence[str], seed: int, objective: Objec
     def embed(rows: Sequence[Row]) -> Float64:
         parts = []
         for start in range(0, len(rows), ROWS):
-            texts = [[row.fields[c] for row in rows[start : start + ROWS]] for c in columns]
+            first, *others = [[row.fields[c] for row in rows[start : start + ROWS]] for c in columns]
+            texts = [first, list(map(" ".join, zip(*others, strict=True)))] if others else [first]  # a text, or a pair
             inputs = tokenizer(*texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
             with torch.inference_mode():
                 states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][:, :, None]
@@ -189,7 +197,8 @@ def embeddings(split: Split, columns: Sequence[str], seed: int, objective: Objec
         return np.concatenate(parts)
 
     shown = [*split.train, *split.dev]
-    arrays, held_out = fit_linear([embed(shown)], labels(shown), seed)
+    with one_blas_thread():
+        arrays, held_out = fit_linear([embed(shown)], labels(shown), seed)
     bias = arrays["bias"] + objective.class_bias(held_out, labels(shown))
     seconds = perf_counter() - started
     return Found(embed(split.test) @ arrays["weight"] + bias, 1, seconds)

@@ -13,12 +13,14 @@ from tiny_bundles import tiny_bundle
 
 pytest.importorskip("torch")
 
+from bbt_accel import tasks
 from bbt_accel.benchmarks import differences, references
 from bbt_accel.benchmarks.compare import asked, read_trial, run_compare
 from bbt_accel.benchmarks.compare_report import Score, difference, make_report, markdown
 from bbt_accel.benchmarks.options import CompareOptions, parse_contender
 from bbt_accel.bundle import write_info
 from bbt_accel.cli import main
+from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, MissingDependency, UsageError
 from bbt_accel.files import fingerprint
 from bbt_accel.objective import Objective
@@ -98,6 +100,7 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     before, (early, late) = trained(5, 10)
     assert (early.calls, late.calls) == (15, 30)
     assert early.seconds < late.seconds
+    assert late.fitting > 0
     assert log_loss(late.scores, labels(split.test)) < before
     assert late.ensemble is not None
     assert log_loss(late.ensemble, labels(split.test)) < before
@@ -134,17 +137,19 @@ def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
 
 @pytest.fixture
 def reports(tmp_path: Path) -> list[str]:
-    """Two reports: one of `auto`, one of `bbt` and of `lora`, which is tested twice on its way."""
+    """Reports of `auto`; of `bbt` and of `lora`, which is tested on its way; and of trials that these have, too."""
     auto = [score("auto", "a", seed, 0.8, 1000) for seed in (0, 1)] + [score("auto", "b", 0, 0.5, 1000)]
     others = [score("auto", "a", 0, 0.1, 1000)]  # also in the first report, which counts
     others += [score("bbt", "a", seed, 0.7 + 0.15 * seed, 1000) for seed in (0, 1)]
     for step, (seconds, value) in enumerate([(0.5, 0.2), (1.0, 0.4), (2.0, 0.9)]):
         one = score("lora", "a", 0, value, 3 * step).model_copy(update={"seconds": seconds})
         others.append(one)
-    for name, scores in {"one": auto, "other": others}.items():
+    others.append(score("lora, ensemble", "a", 0, 0.1, 3))
+    again = [score("lora, ensemble", "a", 0, 0.9, 3), score("auto", "b", 0, 0.9, 1000)]
+    for name, scores in {"one": auto, "other": others, "third": again}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(make_report(scores, {}, {}).model_dump_json())
-    return [str(tmp_path / "one"), str(tmp_path / "other")]
+    return [str(tmp_path / name) for name in ("one", "other", "third")]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +158,7 @@ def reports(tmp_path: Path) -> list[str]:
         (["auto 1000", "bbt 1000"], "all +2.5 -5.0 to +10.0 1 of 2"),
         (["auto 1,000", "lora 6"], "all -10.0 -10.0 to -10.0 0 of 1"),
         (["auto 1000", "lora", "--within-seconds"], "all +40.0 +40.0 to +40.0 1 of 1"),
+        (["bbt 1,000", "lora, ensemble", "--within-seconds"], "all +60.0 +60.0 to +60.0 1 of 1"),
     ],
 )
 def test_differences_pair_the_scores_of_several_reports(
@@ -261,6 +267,9 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
         ("--budgets 64,x", "--budgets"),
         ("--backbone /no/such", "cannot load"),
         ("--data /no/such", "/no/such/demo is not a folder"),
+        ("--data UNTESTED", "has no test"),
+        ("--contenders auto,auto", "listed twice"),
+        ("--budgets 64,64", "listed twice"),
         ("--engine remote", "compare has no --url"),
         ("--engine openvino --precision fp16", "not in fp16"),
     ],
@@ -268,12 +277,23 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
 def test_a_comparison_that_cannot_start_is_one_line_and_leaves_nothing(
     words: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    untested, place = tmp_path / "data", tmp_path / "place"
+    place.mkdir()
+    (untested / "demo").mkdir(parents=True)
+    shutil.copy(DATA / "train.jsonl", untested / "demo")
     with pytest.raises(SystemExit):
-        main(["compare", "demo", *words.split(), "-o", str(tmp_path / "report")])
+        main(["compare", "demo", *words.replace("UNTESTED", str(untested)).split(), "-o", str(place / "report")])
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(place.iterdir()) == []
+
+
+def test_tasks_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.toml").write_text((Path(tasks.__file__).parent / "demo.toml").read_text())
+    with pytest.raises(UsageError, match="two tasks are named demo"):
+        run_compare([str(tmp_path / "one.toml"), str(tmp_path / "other.toml")], tmp_path / "report", SMALL)
 
 
 def test_a_folder_that_is_no_comparison_is_left_alone(tmp_path: Path) -> None:

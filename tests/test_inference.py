@@ -8,7 +8,7 @@ import pytest
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
-from bbt_accel.data import load_held_out, load_rows, split_rows
+from bbt_accel.data import load_rows, split_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError
@@ -16,7 +16,6 @@ from bbt_accel.inference import evaluate, predict, scored_rows
 from bbt_accel.logits import log_softmax
 from bbt_accel.objective import Objective
 from bbt_accel.run import Run
-from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
 TEXTS = [{"text": f"w{i} w{i + 1}"} for i in range(80)]
@@ -118,8 +117,31 @@ def test_a_run_without_test_rows_says_so_before_and_after(tmp_path: Path, capsys
         with pytest.raises(DataError, match="has no test rows; give some with --data, or tune with --hold-out"):
             evaluate(run.path)
         assert evaluate(run.path, split="dev")["rows"] == 6
+        with pytest.raises(DataError, match="has no test rows"):  # the same rows under another name
+            evaluate(run.path, data=shutil.copytree(data, tmp_path / "copy") if data.is_dir() else linked(data))
+    few = {**SETTINGS, "k_shot": 5, "hold_out": True}
+    rows = few_rows(tmp_path / "few.jsonl", 20)
+    run = tune(bundle, task, data=rows, engine="dummy", output=tmp_path / "few", settings=few, progress=False)
     with pytest.raises(DataError, match="--k-shot 5 leaves no row to hold out"):
-        load_held_out(load_task(task), few_rows(tmp_path / "few.jsonl", 20), Settings(k_shot=5))
+        evaluate(run.path)
+
+
+def linked(file: Path) -> Path:
+    link = file.with_name("link.jsonl")
+    link.symlink_to(file)
+    return link
+
+
+def test_rows_that_have_changed_since_the_search_are_not_taken_for_test_rows(tmp_path: Path) -> None:
+    task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
+    data = tmp_path / "data" / "train.jsonl"
+    settings = {**SETTINGS, "hold_out": True}
+    run = tune(bundle, task, data=data, engine="dummy", output=tmp_path / "run", settings=settings, progress=False)
+    with data.open("a") as file:  # the seed draws other rows now, so that those of the search would be test rows
+        file.write('{"text": "w1", "label": 1}\n')
+    for split in ("test", "dev"):
+        with pytest.raises(DataError, match="has other rows than when the prompt was searched for"):
+            evaluate(run.path, split=split)  # type: ignore[arg-type]
 
 
 def few_rows(file: Path, count: int) -> Path:

@@ -18,7 +18,7 @@ from search_parts import search_bundle, task_file
 from bbt_accel import processes
 from bbt_accel.cli import app, main
 from bbt_accel.engines.dummy import DummyBoundBatch
-from bbt_accel.errors import BbtError, BundleError, EngineError, UsageError
+from bbt_accel.errors import BbtError, BundleError, DataError, EngineError, UsageError
 from bbt_accel.run import Run
 from bbt_accel.sweeps import runner
 from bbt_accel.sweeps.cross_evaluation import score_prompts
@@ -118,6 +118,23 @@ def test_an_interrupted_trial_is_resumed(toy: dict[str, Any], tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_rows_that_are_missing_end_a_sweep_before_its_first_search(toy: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--k-shot 500 needs 1000"):
+        sweep(tmp_path / "sweep", {**toy, "settings": {**FAST, "k_shot": 500}})
+    (tmp_path / "data" / "toy" / "test.jsonl").unlink()
+    with pytest.raises(DataError, match="has no test rows"):
+        sweep(tmp_path / "sweep", toy)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_two_trials_of_the_same_name_are_refused(toy: dict[str, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(Path(toy["tasks"][0]).read_text().replace('name = "toy"', 'name = "toy-a"'))
+    bundles = [str(search_bundle(tmp_path / name).path) for name in ("b", "a-b")]
+    with pytest.raises(UsageError, match="2 trials are named toy-a-b-dummy-1; rename"):
+        Sweep(tasks=[*toy["tasks"], str(other)], bundles=bundles, engines=["dummy"], seeds=[1]).trials()
+
+
 def test_failures_are_rows_and_the_other_trials_run(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,8 +463,14 @@ def test_a_failed_cross_evaluation_is_part_of_the_report(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_without_a_finished_trial_there_is_nothing_to_cross_evaluate(toy: dict[str, Any], tmp_path: Path) -> None:
-    report = sweep(tmp_path / "sweep", {**toy, "data": str(tmp_path / "nowhere"), "cross_evaluate": True})
+def test_without_a_finished_trial_there_is_nothing_to_cross_evaluate(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any, **options: Any) -> Run:
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(runner, "tune", failing)
+    report = sweep(tmp_path / "sweep", {**toy, "cross_evaluate": True})
     assert (report.count("failed"), report.cross_evaluation) == (2, None)
 
 

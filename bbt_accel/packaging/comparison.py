@@ -11,10 +11,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bbt_accel.batch import Float64, Int64
-from bbt_accel.data import Row, load_few_shot, load_rows, rows_digest
+from bbt_accel.data import Row, load_rows, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import DataError, PackageError
-from bbt_accel.inference import BATCH_SIZE, scored_rows
+from bbt_accel.inference import BATCH_SIZE, scored_rows, searched_split
 from bbt_accel.packaging.manifest import Comparison
 from bbt_accel.packaging.packaged_run import CHECKED, PackagedRun
 from bbt_accel.packaging.tokenizer import PAD
@@ -53,7 +53,7 @@ def available_rows(run: Run, most: int | None) -> tuple[list[Row], list[Row]]:
 def searchable_rows(run: Run) -> list[Row]:
     """The train file, without the rows of it that are test rows. Raises DataError."""
     if run.info.settings.hold_out:
-        train, dev = load_few_shot(run.task, run.data_path, run.info.settings)
+        train, dev, _ = searched_split(run, run.data_path)
         return [*train, *dev]
     return load_rows(run.task, "train", run.data_path)
 

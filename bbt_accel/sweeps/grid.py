@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from itertools import combinations, product
 from pathlib import Path
@@ -23,7 +24,7 @@ PRESETS = Path(__file__).parent  # the folder of the shipped sweeps
 RUN = "run"  # the folder of the run in the folder of a trial
 
 
-def _unique(values: list[Any]) -> list[Any]:
+def unique(values: list[Any]) -> list[Any]:
     if len(set(values)) < len(values):
         raise ValueError("the same value is listed twice")
     return values
@@ -35,8 +36,8 @@ def _engines(names: list[str]) -> list[str]:
     return names
 
 
-Names = Annotated[list[str], Field(min_length=1), AfterValidator(_unique)]
-Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_unique)]
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(unique)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(unique)]
 
 
 class Sweep(Schema):
@@ -70,12 +71,12 @@ class Sweep(Schema):
             raise UsageError("--cross-evaluate scores on test rows, so it does not go with --hold-out")
         bundles = {path: self._bundle(Path(path)) for path in self.bundles}
         tasks = {path: load_task(path) for path in self.tasks}
-        _check_names("bundles", {path: bundle.path.name for path, bundle in bundles.items()})
-        _check_names("tasks", {path: task.name for path, task in tasks.items()})
+        check_names("bundles", {path: bundle.path.name for path, bundle in bundles.items()})
+        check_names("tasks", {path: task.name for path, task in tasks.items()})
         for bundle, task in product(bundles.values(), tasks.values()):
             method, n_layers = bundle.info.method, bundle.info.n_layers
             resolve(task.preset(method), self.settings).generations(method, n_layers)
-        return [
+        trials = [
             Trial(
                 task=path,
                 task_name=task.name,
@@ -91,6 +92,10 @@ class Sweep(Schema):
             )
             for bundle, engine, (path, task), seed in product(bundles.values(), self.engines, tasks.items(), self.seeds)
         ]
+        for name, times in Counter(trial.name for trial in trials).items():
+            if times > 1:
+                raise UsageError(f"{times} trials are named {name}; rename a bundle's folder")
+        return trials
 
     def absolute(self) -> Sweep:
         """The same sweep with absolute paths, so that it can be resumed from any directory."""
@@ -176,7 +181,8 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _check_names(what: str, names: Mapping[str, str]) -> None:
+def check_names(what: str, names: Mapping[str, str]) -> None:
+    """Raises UsageError for two of the same name. names: path → name."""
     for (path, name), (other, same) in combinations(names.items(), 2):
         if name == same:
             raise UsageError(f"two {what} are named {name} ({path}, {other}); rename one of them")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from bbt_accel.data import has_test_rows, load_few_shot
 from bbt_accel.engine_specs import engine_spec, index_of, kind_of
-from bbt_accel.errors import BbtError, RunError, UsageError, check_known
+from bbt_accel.errors import BbtError, DataError, RunError, UsageError, check_known
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
 from bbt_accel.reporting import write_report
+from bbt_accel.settings import resolve
 from bbt_accel.sweeps.cross_evaluation import cross_evaluate
 from bbt_accel.sweeps.grid import PRESETS, RUN, Sweep, Trial, preset_names, read_sweep
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.sweeps.rendering import draw, markdown
 from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
+from bbt_accel.tasks import load_task
 from bbt_accel.tuning import tune
 
 SWEEP, TRIALS, SCORE = "sweep.json", "trials", "score.json"
@@ -46,7 +49,8 @@ def run_sweep(
     progress: show a bar on a terminal.
 
     A trial that fails is a row of the report. Ctrl-C ends the sweep early, with a report of the finished trials.
-    Raises UsageError, TaskError and BundleError for an invalid sweep, BbtError when `output` exists or is not a sweep.
+    Raises UsageError, TaskError and BundleError for an invalid sweep, DataError for missing rows, and BbtError
+    when `output` exists or is not a sweep.
     """
     folder = Path(output).absolute()
     with reserved(folder):
@@ -54,10 +58,24 @@ def run_sweep(
         if ray is not None and index_of(sweep.device):
             raise UsageError(f"--device {sweep.device}: a trial on Ray gets a GPU of its own; use --device cuda")
         trials = sweep.trials()
+        check_rows(trials)
         on_gpu = any(kind_of(engine_spec(name).device(sweep.device)) == "cuda" for name in sweep.engines)
         with closing(open_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
             _write(folder, sweep)
             return _run(folder, sweep, trials, pool, progress)
+
+
+def check_rows(trials: Sequence[Trial]) -> None:
+    """Raises DataError for train or test rows that are missing in a folder, before anything is searched for."""
+    for trial in {(trial.task, trial.data): trial for trial in trials}.values():
+        if trial.data is not None:
+            task, folder = load_task(trial.task), Path(trial.data)
+            settings = resolve(task.preset(trial.method), trial.settings, {"seed": trial.seed})
+            load_few_shot(task, folder, settings)
+            if not has_test_rows(folder, settings):
+                raise DataError(
+                    f"{folder} has no test rows; add a file of them, or set hold_out in the sweep's [settings]"
+                )
 
 
 def _write(folder: Path, sweep: Sweep) -> None:

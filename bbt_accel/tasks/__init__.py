@@ -93,7 +93,7 @@ def _optional_count(schema: dict[str, Any]) -> None:
 class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_count):
     """A classification task, as its TOML file describes it."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="Name of the task, in reports and of run folders.")
+    name: str = Field(pattern=r"^[\w-][\w.-]*$", description="Name of the task, in reports and of run folders.")
     metric: Metric = Field(default="accuracy", description="What is reported; f1 is that of class 1.")
     positive_share: float | None = Field(
         default=None, gt=0, lt=1, description="For f1: share of class 1 among the rows to classify."

@@ -85,6 +85,8 @@ class ReadoutSearch:
         keeps it if the mean loss of the dev rows fell by more than the standard error of the difference.
         """
         best, rows, reason = outcome.best, self.at_start, "the budget allows no search"
+        if outcome.interrupted:
+            reason = "the search was interrupted"
         if best.generation is not None:
             rows, reason = self.rows(best.prompt), "the search lowered the loss on the dev rows"
         elif searched:

@@ -93,7 +93,11 @@ def search(
     except KeyboardInterrupt:
         if not len(history) and start is None:
             raise
-        return SearchOutcome(best or _score(dev, method, len(history) - 1), interrupted=True)
+        if best is None:  # an interrupted generation may have moved the distribution already
+            method = BbtV2(space, settings) if deep else Bbt(space, settings)
+            _replay(method, history, lambda _: None, None, settings, total)
+            best = _score(dev, method, len(history) - 1)
+        return SearchOutcome(best, interrupted=True)
     assert best is not None  # the last generation is always scored
     return SearchOutcome(best)
 
@@ -118,7 +122,8 @@ def _replay(
     search would not have it that was given the larger budget at first.
     """
     for known in history.generations:
-        if not settings.scores_dev(known.generation) and known.generation < total - 1:
+        due = settings.scores_dev(known.generation) or known.generation == total - 1
+        if known.dev_score is not None and not due:
             known = known.model_copy(update={"dev_score": None, "dev_loss": None})
             history.replace(known)
         candidates = method.ask()
