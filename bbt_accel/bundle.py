@@ -37,6 +37,10 @@ TemplateGroup = Literal["masked", "span", "causal"]
 of a span-corruption model (position 1, behind the start token); at the last real token of a causal LM."""
 
 
+class _Format(BaseModel):
+    format: int
+
+
 class Manifest(BaseModel, extra="forbid"):
     """The JSON file that describes a folder."""
 
@@ -50,14 +54,14 @@ class Manifest(BaseModel, extra="forbid"):
         """
         if not file.is_file():
             raise error(f"{file.parent} is not a {what} (it has no {file.name}); {make}")
+        content, current = file.read_bytes(), cls.model_fields["format"].default
         try:
-            found = cls.model_validate_json(file.read_bytes())
+            found = _Format.model_validate_json(content).format
+            if found != current:  # whose other fields are not known here
+                raise error(f"{file.parent} has {what} format {found}, this version reads {current}; {again}")
+            return cls.model_validate_json(content)
         except ValidationError as problem:
             raise error(f"{file} cannot be read ({first_problem(problem)}); {again}") from None
-        current = cls.model_fields["format"].default
-        if found.format != current:
-            raise error(f"{file.parent} has {what} format {found.format}, this version reads {current}; {again}")
-        return found
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**26)]
@@ -185,7 +189,7 @@ class Bundle:
 
     @classmethod
     def read(cls, path: str | Path, verify: bool = True) -> Bundle:
-        """Read `path`/bundle.json and check its format and the sha256 of every file.
+        """Read `path`/bundle.json and check its format and the sha256 of every file that it names.
 
         Raises BundleError for a folder that is not a bundle or of another format, and for a missing or changed file.
         """
@@ -211,7 +215,7 @@ class Bundle:
         from safetensors.numpy import load_file  # numpy is not needed to read bundle.json
 
         file = self.path / INITIAL_PROMPT
-        if not file.is_file():
+        if INITIAL_PROMPT not in self.info.sha256:  # a file that was added is not read
             return None
         with translated(BundleError, f"{file} cannot be read; export the bundle again"):
             return load_file(file)["prompt"]

@@ -242,7 +242,7 @@ def push(
     if not yes and not interactive:
         raise UsageError(f"push uploads {path} to {repository}; confirm with --yes")
     try:
-        confirmed = yes or typer.confirm(f"Upload {path} to {repository}?")
+        confirmed = yes or typer.confirm(f"Upload {path} to {repository}, in place of what it holds?")
     except typer.Abort:  # Ctrl-C at the question
         raise KeyboardInterrupt from None
     if not confirmed:

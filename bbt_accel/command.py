@@ -79,7 +79,7 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
-    table = Table(*header, title=title, title_justify="left", show_header=bool(header))
+    table = Table(*header, title=Text(title), title_justify="left", show_header=bool(header))
     for row in rows:
         table.add_row(*(Text(plain(value)) for value in row))
     Console().print(table)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from bbt_accel.bundle import PLANS
 from bbt_accel.errors import HubError, UsageError, first_line
 
 PREFIX = "hf://"
@@ -29,11 +30,13 @@ def fetched(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(f"cannot load {text}"):
-        return Path(snapshot_download(found["repo"], revision=found["revision"]))
+        # Plans are programs for a GPU, which no sha256 covers: they are built again where they are needed.
+        plans = [f"{PLANS}/*", f"*/{PLANS}/*"]
+        return Path(snapshot_download(found["repo"], revision=found["revision"], ignore_patterns=plans))
 
 
 def push_folder(folder: Path, repo: str, private: bool, files: Sequence[str] | None = None) -> str:
-    """Create a repository if necessary, and upload a folder to it in one commit; returns the commit's address.
+    """Create a repository if necessary, and replace its files by those of a folder in one commit; returns its address.
 
     files: those to upload, by their names in the folder; all unless given. The token is that of HF_TOKEN or of
     `hf auth login`. Raises UsageError for another form of name, HubError where the hub refuses.
@@ -45,9 +48,13 @@ def push_folder(folder: Path, repo: str, private: bool, files: Sequence[str] | N
     with _hub_errors(f"cannot push to {repo}"):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise HubError(f"{repo} exists and is public; make it private on the hub, or choose another name")
         only = None if files is None else [glob.escape(name) for name in files]
         message = "Upload with bbt-accel"
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=only)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=only, delete_patterns="*"
+        )
         return str(done.commit_url)
 
 
@@ -55,5 +62,7 @@ def push_folder(folder: Path, repo: str, private: bool, files: Sequence[str] | N
 def _hub_errors(what: str) -> Iterator[None]:
     try:
         yield
+    except HubError:
+        raise
     except Exception as error:  # of the hub's client, of requests, and of the file system
         raise HubError(f"{what} ({type(error).__name__}: {first_line(error):.300})") from None

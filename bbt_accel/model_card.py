@@ -7,7 +7,7 @@ from typing import Any
 
 from bbt_accel.backbone_names import backbone_name, hub_id
 from bbt_accel.objective import wilson
-from bbt_accel.reporting import METRICS, percent
+from bbt_accel.reporting import METRICS, cell, percent
 from bbt_accel.run import RunInfo
 
 TEMPLATE = Path(__file__).parent / "model_card.md.j2"
@@ -63,8 +63,3 @@ def facts(info: RunInfo) -> dict[str, Any]:
         "calls": info.calls,
         "seconds": f"{info.seconds:.0f}",
     }
-
-
-def cell(text: str) -> str:
-    """A text in a cell of a table."""
-    return text.replace("\n", "\\n").replace("|", "\\|")

@@ -9,7 +9,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 if TYPE_CHECKING:
     from bbt_accel.history import Generation
@@ -37,10 +45,15 @@ class StderrBar(Progress):
             super().stop()
 
 
+def description() -> TextColumn:
+    """What a bar is about, which may be a path: no brackets in it are markup."""
+    return TextColumn("{task.description}", markup=False)
+
+
 @contextmanager
 def progress_bar(message: str, shown: bool = True) -> Iterator[Tell]:
     """A bar with a message while the block runs, and the function that advances it."""
-    with StderrBar(shown, SpinnerColumn(), "{task.description}", BarColumn(), TimeElapsedColumn()) as bar:
+    with StderrBar(shown, SpinnerColumn(), description(), BarColumn(), TimeElapsedColumn()) as bar:
         task = bar.add_task(message, total=None)
         yield lambda step, done, of: bar.update(task, description=f"{message}: {step}", completed=done, total=of)
 
@@ -53,7 +66,7 @@ class StepProgress(StderrBar):
     """Steps done, and the name of the current one."""
 
     def __init__(self, shown: bool = True) -> None:
-        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), "{task.description}")
+        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), description())
         self._task = self.add_task("", total=None)
         self._begun = 0
 
@@ -89,7 +102,7 @@ class SweepProgress(StderrBar):
     """Trials done, failed and running, and the time left."""
 
     def __init__(self, total: int, done: int, shown: bool = True) -> None:
-        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), "{task.description}")
+        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), description())
         self._task = self.add_task("", total=total, completed=done)
         self._ended, self._failed = 0, 0
         self._running: list[str] = []

@@ -97,8 +97,14 @@ def plain(value: object) -> str:
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     """A Markdown table whose first columns hold text, the others numbers."""
+    lines = [[cell(value) for value in line] for line in lines]
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+
+
+def cell(text: str) -> str:
+    """A text in a cell of a table."""
+    return text.replace("\n", "\\n").replace("|", "\\|")
 
 
 def markdown_list(facts: Mapping[str, object]) -> str:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from bbt_accel.backbone_names import backbone_name, hub_id
-from bbt_accel.bundle import PLANS, Bundle
-from bbt_accel.errors import PackageError
+from bbt_accel.bundle import Bundle
+from bbt_accel.errors import PackageError, RunError, UsageError, translated
 from bbt_accel.hub import push_folder
 from bbt_accel.packaging import manifest
 from bbt_accel.run import (
@@ -37,15 +37,18 @@ def push(path: str | Path, repo: str, *, private: bool = False, with_bundle: boo
     """Upload a run, a package, or what `PromptClassifier.save` wrote to a repository of the hub.
 
     repo: OWNER/NAME, created if necessary. with_bundle: upload a run's bundle too, so that hf://OWNER/NAME works by
-    itself. Returns the commit's address. Raises RunError, BundleError, PackageError for a package whose files have
-    changed or that names a path of this machine, and HubError where the hub refuses.
+    itself. What the repository held is replaced; its earlier commits keep it. Returns the commit's address.
+    Raises UsageError for a saved classifier without its bundle, RunError, BundleError, PackageError for a package whose
+    files have changed or that names a path of this machine, and HubError where the hub refuses.
     """
     path = Path(path)
     if is_package(path):
         info = manifest.read_info(path)  # which verifies its files
         check_base_model(path / manifest.ADAPTER_CONFIG)
         return push_folder(path, repo, private, [manifest.INFO, *info.sha256])
-    bundle = Run.read(path).open_bundle() if with_bundle or is_saved_classifier(path) else None
+    if is_saved_classifier(path) and not with_bundle:
+        raise UsageError(f"{path} is a saved classifier, which needs its bundle; push {path / 'run'} without it")
+    bundle = Run.read(path).open_bundle() if with_bundle else None
     with portable(path, bundle) as copy:
         return push_folder(copy, repo, private)
 
@@ -69,19 +72,18 @@ def portable(path: Path, bundle: Bundle | None = None) -> Iterator[Path]:
         write_info(inside, without_paths(run.info, "../bundle" if saved else "bundle", digest))
         if saved:
             shutil.copyfile(inside / CARD, copy / CARD)
-            facts = json.loads((path / ESTIMATOR).read_text(encoding="utf-8"))
-            facts["parameters"]["backbone"] = public_parameter(facts["parameters"]["backbone"], run.info)
+            with translated(RunError, f"{path / ESTIMATOR} cannot be read; save the classifier again"):
+                facts = json.loads((path / ESTIMATOR).read_text(encoding="utf-8"))
+                facts["parameters"]["backbone"] = public_parameter(facts["parameters"]["backbone"], run.info)
             (copy / ESTIMATOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         yield copy
 
 
 def copy_bundle(bundle: Bundle, folder: Path) -> str:
-    """Copy the files that a bundle names, and its plans; returns its sha256, another where it had a path."""
-    for file in bundle.path.rglob("*"):
-        name = file.relative_to(bundle.path)
-        if file.is_file() and (str(name) in bundle.info.sha256 or name.parts[0] == PLANS):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / name)
+    """Copy the files that a bundle names; returns its sha256, another where it had a path."""
+    for name in bundle.info.sha256:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path / name, folder / name)
     info = bundle.info.model_copy(update={"backbone": backbone_name(bundle.info.backbone)})
     if info == bundle.info:
         shutil.copyfile(bundle.path / "bundle.json", folder / "bundle.json")

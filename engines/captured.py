@@ -11,6 +11,7 @@ from bbt_accel.cuda import Cuda
 RESERVE = 2**29
 """Bytes of the GPU's memory that are left free: every graph has an execution context, and contexts hold memory that the
 shared scratch buffer does not cover."""
+CALLS = 10_000  # that are remembered until they come again
 ATTEMPTS = 2  # to capture the same call: a failure may pass, as when memory was short
 
 
@@ -57,8 +58,10 @@ class CapturedCalls:
 
     def worth_capturing(self, call: object) -> bool:
         """Whether the call came before, and there is memory for its graph, or an idle one's to be freed."""
-        before = self.came.get(call)
+        before = self.came.pop(call, None)  # so that the last one of the dictionary came last
         self.came[call] = self.turn
+        if len(self.came) > CALLS:
+            self.came.pop(next(iter(self.came)))
         if before is None or self.failures[call] >= ATTEMPTS:
             return False
         while self.cuda.free_memory() < RESERVE:

@@ -39,6 +39,8 @@ class OpenVinoEngine(StagedEngine):
             return openvino.Core().compile_model(str(file), "CPU", config).create_infer_request()
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
+        if stage not in self.requests:
+            raise EngineError("this engine is closed; load it again")
         request = self.requests[stage]
         names = [i.get_any_name() for i in request.model_inputs]
         with failing("OpenVINO", f"in {stage}", RuntimeError):

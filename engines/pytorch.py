@@ -87,6 +87,7 @@ class TorchEngine(StagedEngine):
         self.bundle = Bundle(self.bundle.path, info)
         super().load()
         self.place = torch_device(self.device)
+        self.former_threads = torch.get_num_threads()
         model = load(self.bundle, self.device, self.threads)
         self.backbone = family_of(model.config).compose(model, info)
         self.dtype = DTYPES[info.precision]
@@ -97,6 +98,8 @@ class TorchEngine(StagedEngine):
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
+        if not hasattr(self, "backbone"):
+            raise EngineError("this engine is closed; load it again")
         with computing(f"in {stage}"):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
@@ -122,7 +125,8 @@ class TorchEngine(StagedEngine):
 
     def close(self) -> None:
         super().close()
-        vars(self).pop("backbone", None)
+        if vars(self).pop("backbone", None) is not None:
+            torch.set_num_threads(self.former_threads)  # which is the whole process's
 
 
 class EagerEngine(Engine):
@@ -138,6 +142,7 @@ class EagerEngine(Engine):
     def load(self) -> None:
         self.projections: WeakKeyDictionary[Projection, tuple[Tensor, Tensor]] = WeakKeyDictionary()
         self.place = torch_device(self.device)
+        self.former_threads = torch.get_num_threads()
         model = load(self.bundle, self.device, self.threads)
         self.reference = Reference(model, self.bundle.info, self.head_at_readout)
 
@@ -158,7 +163,8 @@ class EagerEngine(Engine):
         return torch_versions(self.device)
 
     def close(self) -> None:
-        vars(self).pop("reference", None)
+        if vars(self).pop("reference", None) is not None:
+            torch.set_num_threads(self.former_threads)
 
 
 class EagerTf32Engine(EagerEngine):

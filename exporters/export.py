@@ -139,9 +139,9 @@ def describe(
     config: Any = model.config
     family = family_of(config)
     longest = family.positions(config) - (n if mode == "cat" and family.prompt_takes_positions else 0)
-    if longest < n + 4:
+    if longest < n + (7 if family.architecture == "decoder" else 4):  # the last check is with a short context
         raise UsageError(f"--n-prompt-tokens {n} leaves no room for text: the backbone has {longest} positions")
-    local = Path(backbone).exists()
+    local = backbone != "demo" and Path(backbone).exists()
     return BundleInfo(
         backbone=str(Path(backbone).resolve()) if local else backbone,
         revision=revision or (None if local else getattr(config, "_commit_hash", None)),
@@ -168,7 +168,7 @@ def describe(
 def embedding_std(model: Any) -> float:
     """Standard deviation of the word embeddings as they enter the model: some families scale them."""
     embedding = model.get_input_embeddings()
-    scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
+    scale = float(getattr(embedding, "embed_scale", 1.0))
     return scale * float(np.std(embedding.weight.numpy(), dtype=np.float64))
 
 
@@ -185,6 +185,9 @@ def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTo
     begin = token(family.begin)[1]
     if family.architecture == "decoder" and begin not in tokenizer("a").input_ids[:1]:
         begin = None
+    start = getattr(config, "decoder_start_token_id", None)
+    if family.architecture == "encoder-decoder" and start is None:
+        raise ExportError("config.json has no decoder_start_token_id, with which a decoder's input begins; add it")
     pads = (config.pad_token_id, tokenizer.pad_token_id, config.eos_token_id, 0)
     return SpecialTokens(
         begin=begin,
@@ -192,7 +195,7 @@ def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTo
         pad=next(p for p in pads if isinstance(p, int) and 0 <= p < config.vocab_size),  # some say -1
         mask=mask,
         mask_text=mask_text,
-        decoder_start=config.decoder_start_token_id if family.architecture == "encoder-decoder" else None,
+        decoder_start=start if family.architecture == "encoder-decoder" else None,
     )
 
 

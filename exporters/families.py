@@ -60,14 +60,14 @@ def family_of(config: Any) -> FamilySpec:
 
 def place(checkpoint: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
     """A checkpoint as transformers' from_pretrained takes it. Raises MissingDependency for a GGUF file without gguf."""
-    path = Path(checkpoint)
+    path, safe = Path(checkpoint), {"trust_remote_code": False}  # unless told not to, transformers asks on a terminal
     if path.suffix != ".gguf":
-        return str(checkpoint), {"revision": revision}
+        return str(checkpoint), safe | {"revision": revision}
     if installed("gguf") is None:
         raise MissingDependency('GGUF files need the package gguf; pip install "bbt-accel[gguf]"')
     if not path.is_file():
         raise ExportError(f"there is no file {checkpoint}")
-    return str(path.parent), {"gguf_file": str(path.absolute())}
+    return str(path.parent), safe | {"gguf_file": str(path.absolute())}
 
 
 def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
@@ -100,7 +100,9 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
     where, options = place(checkpoint, revision)
     kind = family.load_class()
     attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
-    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):  # newer releases keep the weights quantized
+    if "gguf_file" not in options:
+        options["use_safetensors"] = True  # and no pickle
+    elif hasattr(transformers, "GgufConfig"):  # newer releases keep the weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with redirect_stderr(StringIO()):  # transformers draws a progress bar for GGUF files, terminal or not
@@ -110,7 +112,7 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
     except MemoryError:
         raise
     except Exception as error:
-        raise ExportError(f"cannot load the weights of {checkpoint} ({first_line(error).rstrip('.')})") from None
+        raise ExportError(f"cannot load the weights of {checkpoint} ({problem_of(error)})") from None
     missing = sorted(report["missing_keys"])
     if missing:
         found = ", ".join(config.architectures or ["an unnamed class"])
@@ -119,6 +121,15 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
             "use a checkpoint that was saved with its LM head"
         )
     return model.eval().requires_grad_(False)
+
+
+def problem_of(error: Exception) -> str:
+    """Why weights are not loaded, where transformers' own words are advice for its callers."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "they have other sizes than config.json says"
+    if isinstance(error, OSError) and "safetensors" in str(error):
+        return "there is no model.safetensors, and pickles are not read; write one with transformers' save_pretrained"
+    return first_line(error).rstrip(".")
 
 
 def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:

@@ -223,7 +223,8 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
             raise ExportError(f"the {job.precision} bundle has NaN or infinite logits on real rows")
         shortest = np.argsort(lengths(job.batch), kind="stable")[:8]  # which have room for padding, if any have
         rows = job.batch.rows(shortest)
-        width = min(int(lengths(rows).max()) + 16, made.info.max_length)
+        context = 0 if rows.context_ids is None else len(rows.context_ids)
+        width = min(int(lengths(rows).max()) + 16, made.info.max_length - context)
         padded = rows.padded(width, made.info.special.pad)
         leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, shortest])
     if leak > LEAK:

@@ -29,7 +29,7 @@ def sample_rows(bundle: Bundle, count: int = 8, words: int = 40) -> Batch:
     rows, readout = [], []
     for i, text in enumerate(texts):
         kept = words * (1 + i % 4) // 4
-        room = info.max_length - len(prompt) - 3 - (0 if context is None else len(context))
+        room = max(1, info.max_length - len(prompt) - 3 - (0 if context is None else len(context)))
         body = tokenizer.encode(text, add_special_tokens=False).ids[:kept][:room]
         row = ([special.begin] if special.begin is not None else []) + prompt + (body or [5])
         if special.mask is not None:

@@ -111,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
             self.json({"files": modes})
         elif what == "commit":
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "deletedFile":
+                    (folder / line["value"]["path"]).unlink()
                 if line["key"] == "file":
                     file = folder / line["value"]["path"]
                     file.parent.mkdir(parents=True, exist_ok=True)

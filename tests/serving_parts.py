@@ -17,6 +17,7 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 from search_parts import batch
+from starlette.testclient import TestClient
 
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import Bundle
@@ -38,6 +39,11 @@ def app(bundle: Bundle, limits: Limits = LIMITS, token: str | None = None, run: 
 
 def app_of(engine: Engine, limits: Limits = LIMITS, token: str | None = None, run: Run | None = None) -> Any:
     return make_app(make_models(engine, limits, run), limits, token)
+
+
+def local_client(app: Any, **options: Any) -> TestClient:
+    """A client on this machine: without a token the server answers no other."""
+    return TestClient(app, base_url="http://localhost", **options)
 
 
 def rows(seed: int = 0, count: int = 8, readout: int = 1) -> Batch:

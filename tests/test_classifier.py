@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("torch")
@@ -19,7 +20,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from bbt_accel import Callback, PromptClassifier
-from bbt_accel.classifier import as_labels, as_rows
+from bbt_accel.classifier import as_json, as_labels, as_rows
 from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, DataError, EngineError, PackageError, RunError
 from bbt_accel.packaging.package import check_package
@@ -103,7 +104,6 @@ def test_pipeline_grid_search_and_callbacks(rows: tuple[list[str], list[str]]) -
 
 def test_columns_of_other_libraries_are_rows_too() -> None:
     import datasets
-    import pandas as pd
     import pyarrow as pa
 
     texts, two = ["a", "b"], [{"q": "a", "r": "c"}, {"q": "b", "r": "d"}]
@@ -127,6 +127,11 @@ def test_columns_of_other_libraries_are_rows_too() -> None:
         (["a", "", "b"], "missing labels"),
         ([0.5, 1.25, 2.0], "not one class for each text"),
         ([[0, 1], [1, 0]], "not one class for each text"),
+        ([[0, 1], [1]], "not one class for each text"),
+        (np.array(["a", 1, "b"], object), "not one class for each text"),
+        (3, "not one class for each text"),
+        (pd.array(["a", pd.NA, "b"], dtype="string"), "missing labels"),
+        (pd.Series([1, None, 2], dtype="Int64"), "missing labels"),
     ],
 )
 def test_labels_that_are_none_are_one_line(y: Any, complaint: str) -> None:
@@ -134,6 +139,12 @@ def test_labels_that_are_none_are_one_line(y: Any, complaint: str) -> None:
         PromptClassifier().fit(["a", "b", "c"], y)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ValueError)  # which scikit-learn's users catch
+
+
+@pytest.mark.parametrize("X", [np.array("abc"), [{1: "a"}, {1: "b"}], [{"a": "x"}, {2: "x"}], [{"a": 1}], 5, "abc"])
+def test_what_is_no_text_is_one_line(X: Any) -> None:
+    with pytest.raises(DataError, match=r"give (a list of )?texts|is no text"):
+        as_rows(X)
 
 
 def test_rows_of_other_columns_are_refused(fitted: PromptClassifier) -> None:
@@ -153,8 +164,11 @@ def test_a_label_word_of_several_tokens_is_warned_of(rows: tuple[list[str], list
         estimator.fit(*rows)
 
 
-def test_numbers_of_a_grid_are_saved(rows: tuple[list[str], list[str]], tmp_path: Path) -> None:
+def test_numbers_of_a_grid_and_paths_are_saved(rows: tuple[list[str], list[str]], tmp_path: Path) -> None:
     grid = {"budget": np.int64(1), "n_prompt_tokens": np.arange(20, 21)[0], "label_words": np.array(WORDS)}
+    assert json.loads(json.dumps({"backbone": Path("a")}, default=as_json)) == {"backbone": "a"}
+    with pytest.raises(DataError, match="cannot be saved"):
+        json.dumps({"backbone": object()}, default=as_json)
     estimator = PromptClassifier("demo", engine="ort", precision="fp32", readout="calibrated", threads=1)
     estimator.set_params(**grid).fit(*rows).save(tmp_path / "saved")
     parameters = PromptClassifier.load(tmp_path / "saved").get_params()

@@ -85,6 +85,7 @@ def test_bad_rows_are_named(tmp_path: Path, row: object, complaint: str) -> None
         ("train.csv", b"sentence,label\n", "has no rows"),
         ("train.csv", b"text,label\na,1\n", "has no column 'sentence'; it has 'text', 'label'"),
         ("train.csv", b"sentence,label\na,1,2\n", "cannot read"),
+        ("train.csv", b"sentence,label,label\na,1,0\n", "has 2 columns named 'label'; rename or remove one"),
         ("train.jsonl", b'{"text": "a", "label": 1}', "has no column 'sentence'; it has 'text', 'label'"),
         ("train.jsonl", b'{"sentence": "a", ', "line 1 is not JSON"),
         ("train.jsonl", b'{"sentence": "\xff", "label": 1}', "cannot read"),

@@ -208,9 +208,11 @@ def _threads_as_before() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["torch", "eager"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_pytorch_takes_the_threads_that_it_is_given(bundle: Bundle, name: str, threads: int) -> None:
+    before = torch.get_num_threads()
     with load_engine(bundle, name, threads=threads) as engine:
         assert torch.get_num_threads() == threads
         assert f"{threads} threads" in engine.versions()["device"]
+    assert torch.get_num_threads() == before
 
 
 CORES_OF_THREADS = """
@@ -368,6 +370,14 @@ def test_leaving_an_engine_frees_its_model(bundle: Bundle, name: str) -> None:
 def test_rows_that_were_closed_give_an_error_and_no_numbers(bundle: Bundle, loaded: Load, name: str) -> None:
     with loaded(bundle, name).bind(rows()) as bound:
         pass
+    assert "closed" in one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
+
+
+@pytest.mark.parametrize("name", ["torch", "ort", "openvino"])
+def test_an_engine_that_was_closed_gives_an_error_and_no_numbers(bundle: Bundle, name: str) -> None:
+    pytest.importorskip({"ort": "onnxruntime"}.get(name, name))
+    with load_engine(bundle, name, threads=THREADS) as engine:
+        bound = engine.bind(rows())
     assert "closed" in one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
 
 

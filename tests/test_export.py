@@ -16,15 +16,18 @@ pytest.importorskip("torch")
 
 import onnx
 import onnx_ir
+import torch
 import transformers
 from conftest import Export
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, tiny_model
 
 from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
 from bbt_accel.exporters import export, graph
-from bbt_accel.exporters.families import family_of
+from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
 
 SIZE = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Weights that outweigh the graphs, as those of a real backbone do."""
@@ -244,6 +247,51 @@ def test_a_foreign_model_type_is_refused_with_those_that_are_not(refuse: Refuse,
     assert "roberta, xlm-roberta, camembert, bert" in message
 
 
+@pytest.mark.parametrize("kind", ["foo", "bert"])
+def test_code_of_a_checkpoint_is_never_run(
+    refuse: Refuse, checkpoint: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    own = {"AutoConfig": "own.Own", "AutoModelForMaskedLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    for name in ("config.json", "tokenizer_config.json"):
+        facts = json.loads((source / name).read_text()) | {"auto_map": own}
+        kinds = {"model_type": kind} if name == "config.json" and kind == "foo" else {}
+        (source / name).write_text(json.dumps(facts | kinds))
+    (source / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to transformers' question
+    if kind == "foo":
+        refuse(ExportError, source)
+    else:
+        load_model(source)
+        load_tokenizer(source)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_is_not_loaded(refuse: Refuse, checkpoint: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    assert "there is no model.safetensors, and pickles are not read" in refuse(ExportError, source)
+
+
+def test_an_embedding_that_is_scaled_gives_the_scale_of_prompts() -> None:
+    config = transformers.BartConfig(
+        d_model=64, vocab_size=50, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
+        scale_embedding=True,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).requires_grad_(False)
+    entering = model.get_input_embeddings()(torch.arange(50)).std(correction=0)
+    assert export.embedding_std(model) == pytest.approx(float(entering), rel=1e-5)
+
+
+def test_a_decoder_whose_first_token_is_not_known_is_refused() -> None:
+    config = transformers.T5Config(vocab_size=9)
+    if hasattr(config, "decoder_start_token_id"):
+        config.decoder_start_token_id = None
+    with pytest.raises(ExportError, match="no decoder_start_token_id"):
+        export.special_tokens(config, MagicMock(), family_of(config))
+
+
 @pytest.mark.parametrize("backbone", ["no/such/folder", "nobody/no-such-model"])
 def test_a_checkpoint_that_is_not_there_is_named(refuse: Refuse, backbone: str) -> None:
     assert backbone in refuse(ExportError, backbone)
@@ -371,7 +419,13 @@ def edited(copy: Path, **changes: object) -> Path:
 
 def test_a_bundle_of_another_format_is_refused(copy: Path) -> None:
     with pytest.raises(BundleError, match="format 99"):
-        Bundle.read(edited(copy, format=99))
+        Bundle.read(edited(copy, format=99, field_of_a_later_version=1))
+
+
+def test_a_prompt_that_was_added_to_a_bundle_is_not_read(copy: Path) -> None:
+    prompt = Bundle.read(copy).start_prompt()
+    save_file({"prompt": prompt + 1}, copy / "initial_prompt.safetensors")
+    np.testing.assert_array_equal(Bundle.read(copy).start_prompt(), prompt)
 
 
 @pytest.mark.parametrize(

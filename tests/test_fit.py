@@ -18,7 +18,7 @@ from conftest import Export
 
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, RunError, UsageError
-from bbt_accel.fit import FitPlan, Fitted, check_table, default_k_shot, fit_file
+from bbt_accel.fit import FitPlan, Fitted, check_table, default_k_shot, fit_file, task_name
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
 from bbt_accel.tables import Table
@@ -211,6 +211,7 @@ def test_an_engine_may_take_the_bundle_of_another(fit: Fit) -> None:
         ([("a", "x"), (" ", "y"), (None, "y")], "text is empty in 2 rows, first in row 2"),
         ([("a", "x"), ("b", float("nan"))], "label is empty in 1 row, first in row 2"),
         ([("a", "x"), ("b", None)], "label is empty in 1 row"),
+        ([("a", "x"), (5, "y"), ("b", "x"), ("c", "y")], "f.csv row 2: text is 5, not text"),
     ],
 )
 def test_rows_that_cannot_be_fitted_are_one_line(rows: list[tuple[object, object]], complaint: str) -> None:
@@ -220,7 +221,21 @@ def test_rows_that_cannot_be_fitted_are_one_line(rows: list[tuple[object, object
     assert "\n" not in str(caught.value)
 
 
+def test_a_column_that_a_template_cannot_name_is_one_line() -> None:
+    table = Table([{"a:b": text, "label": label} for text, label in zip("abcd", "xyxy", strict=True)])
+    with pytest.raises(UsageError, match="--text a:b: a template cannot name a column"):
+        check_table(table, Path("f.csv"), ["a:b"], "label")
+
+
+def test_a_task_is_named_after_its_file() -> None:
+    names = {"my reviews.csv": "my-reviews", "m².csv": "m", "..csv": "task", "東京.csv": "task", "a.b.csv": "a.b"}
+    assert {name: task_name(Path(name)) for name in names} == names
+
+
 def test_classes_are_sorted_and_numbers_by_value() -> None:
+    for order in (("nan", "b", "a"), ("b", "a", "nan"), ("inf", "nan", "b", "a")):
+        found = check_table(Table([{"t": "a", "y": y} for y in order * 2]), Path("f"), ["t"], "y")
+        assert list(found) == sorted(order)
     rows: list[dict[str, object]] = [{"t": "a", "y": y} for y in (10, 2, 2.0, "10", "x", "x")]
     assert list(check_table(Table(rows), Path("f"), ["t"], "y")) == ["2", "10", "x"]
 

@@ -20,12 +20,12 @@ from bbt_accel import tune
 from bbt_accel.backbone_names import hub_id
 from bbt_accel.bundle import Bundle
 from bbt_accel.bundle import write_info as write_bundle_info
-from bbt_accel.errors import BundleError, PackageError, UsageError
+from bbt_accel.errors import BundleError, PackageError, RunError, UsageError
 from bbt_accel.hub import fetched
 from bbt_accel.inference import predict
 from bbt_accel.model_card import model_card
 from bbt_accel.run import Run, write_info
-from bbt_accel.sharing import portable
+from bbt_accel.sharing import portable, push
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -207,6 +207,38 @@ def test_a_pushed_run_or_classifier_is_used_by_its_address(
         )
         assert done.returncode == 0, done.stderr
         assert np.fromstring(done.stdout.strip(" []\n"), sep=" ") == pytest.approx(probabilities[0], abs=1e-6)
+
+
+def test_a_push_replaces_what_the_repository_held(cli: Cli, hub: FakeHub, run: Run, tmp_path: Path) -> None:
+    former = tmp_path / "hub" / "models" / "me" / "toy"
+    (former / "run").mkdir(parents=True)
+    for name in ("classifier.json", "run/run.json"):  # by which it would be taken for a saved classifier
+        (former / name).write_text("{}")
+    assert cli("push", "run", "me/toy", "--yes").returncode == 0
+    assert not (former / "classifier.json").exists()
+    assert Run.read(former).prompt.tobytes() == run.prompt.tobytes()
+
+
+def test_a_private_push_to_a_public_repository_uploads_nothing(
+    cli: Cli, hub: FakeHub, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "hub" / "models" / "me" / "public").mkdir(parents=True)  # the fake hub's are public
+    found = cli("push", "run", "me/public", "--yes", "--private")
+    assert found.returncode == 1
+    assert found.stderr == "error: me/public exists and is public; make it private on the hub, or choose another name\n"
+    assert list((tmp_path / "hub" / "models" / "me" / "public").iterdir()) == []
+
+
+def test_what_a_saved_classifier_needs_is_not_left_out(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    from bbt_accel import PromptClassifier
+
+    PromptClassifier.load(run.path).save(tmp_path / "saved")
+    with pytest.raises(UsageError, match=r"needs its bundle; push .*run without it"):
+        push(tmp_path / "saved", "me/saved", with_bundle=False)
+    (tmp_path / "saved" / "classifier.json").write_text("{")
+    with pytest.raises(RunError, match=r"classifier\.json cannot be read"):
+        push(tmp_path / "saved", "me/saved")
 
 
 def test_an_adapter_of_a_local_checkpoint_is_not_pushed(tmp_path: Path) -> None:

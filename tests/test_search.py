@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -168,6 +168,41 @@ def test_ctrl_c_before_the_first_score_scores_the_current_prompt(bundle: Bundle,
     assert outcome.best.generation == 0
     assert 0 <= outcome.best.dev_score <= 1
     assert done[0].dev_score is None  # scoring at an interrupt is not part of the search
+
+
+def test_ctrl_c_during_the_first_score_keeps_the_prompt_of_the_last_whole_generation(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SMALL.model_copy(update={"eval_every": 12})
+    until, _ = run(bundle, tmp_path / "until", settings.model_copy(update={"budget": 8}))
+    dev, calls = LocalEvaluator.dev, []
+
+    def interrupted(self: LocalEvaluator, prompt: Any) -> tuple[float, float]:
+        calls.append(prompt)
+        if len(calls) == 1:  # of generation 2, whose losses CMA-ES knows already
+            raise KeyboardInterrupt
+        return dev(self, prompt)
+
+    monkeypatch.setattr(LocalEvaluator, "dev", interrupted)
+    outcome, done = run(bundle, tmp_path / "h", settings)
+    assert (len(done), outcome.best.generation) == (2, 1)
+    assert outcome.best.prompt.tobytes() == until.best.prompt.tobytes()
+
+
+def test_resuming_writes_the_history_again_only_where_a_score_is_dropped(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SMALL.model_copy(update={"budget": 48})
+    run(bundle, tmp_path / "h", small)
+    replaced, replace = [], History.replace
+
+    def noted(self: History, generation: Generation) -> None:
+        replaced.append(generation.generation)
+        replace(self, generation)
+
+    monkeypatch.setattr(History, "replace", noted)
+    run(bundle, tmp_path / "h")
+    assert replaced == [11]  # the last of the smaller budget
 
 
 def test_ctrl_c_before_the_end_of_the_first_generation_is_raised(bundle: Bundle, tmp_path: Path) -> None:

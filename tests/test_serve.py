@@ -35,6 +35,7 @@ from serving_parts import (
     from_json,
     in_binary,
     in_json,
+    local_client,
     prompts,
     row_tensors,
     rows,
@@ -68,7 +69,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def client(plain: Bundle) -> Iterator[TestClient]:
-    with TestClient(app(plain)) as client:
+    with local_client(app(plain)) as client:
         yield client
 
 
@@ -107,7 +108,7 @@ def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
 
 
 def test_json_and_binary_return_the_engines_numbers_bit_for_bit(bundle: Bundle) -> None:
-    with TestClient(app(bundle)) as client:
+    with local_client(app(bundle)) as client:
         assert_correct(client, bundle)
         body, headers = in_binary(whole(bundle))
         answer = client.post(INFER, content=body, headers=headers)
@@ -132,7 +133,7 @@ def test_one_layer_of_bbtv2(tmp_path: Path) -> None:
     bundle = search_bundle(tmp_path / "bundle", "bbtv2")
     stack, candidates = prompts(bundle, 1)[0], prompts(bundle, 5, seed=1)[:, 0]
     own = {"stack": stack, "layer": np.array([1]), "candidates": candidates}
-    with TestClient(app(bundle)) as client, DummyEngine(bundle).bind(rows()) as bound:
+    with local_client(app(bundle)) as client, DummyEngine(bundle).bind(rows()) as bound:
         answer = client.post("/v2/models/backbone_layer/infer", json=in_json(own | row_tensors(rows())))
         np.testing.assert_array_equal(
             from_json(answer)["label_logits"], bound.label_logits(Population(candidates, 1, stack))
@@ -154,7 +155,7 @@ def test_rows_are_referred_to_by_their_hash(client: TestClient, plain: Bundle) -
 
 
 def test_the_least_recently_used_rows_are_dropped_and_may_be_sent_again(plain: Bundle) -> None:
-    with TestClient(app(plain)) as client:
+    with local_client(app(plain)) as client:
 
         def send(seed: int) -> str:
             request = in_json({"prompts": prompts(plain), **row_tensors(rows(seed))})
@@ -363,7 +364,7 @@ def test_rows_that_a_backbone_cannot_process_are_refused_before_it_fails(tiny: E
             answered.append(length)
             assert np.isfinite(from_json(answer)["label_logits"]).all()
 
-    with load_engine(bundle, "ort", threads=1) as engine, TestClient(app_of(engine)) as client:
+    with load_engine(bundle, "ort", threads=1) as engine, local_client(app_of(engine)) as client:
         check()
     assert answered
 
@@ -444,7 +445,7 @@ def test_a_body_is_bounded_after_decompression(client: TestClient, encoding: str
 def test_a_body_that_is_too_large_is_refused(plain: Bundle) -> None:
     body, headers = in_binary(whole(plain))
     limits = Limits(len(body), LIMITS.batch, LIMITS.timeout)
-    with TestClient(app(plain, limits)) as client:
+    with local_client(app(plain, limits)) as client:
         assert client.post(INFER, content=body, headers=headers).status_code == 200
         refused(client.post(INFER, content=body + b" ", headers=headers), 413, "larger")
         in_parts = client.post(INFER, content=iter([body, b" "]), headers=headers)  # chunked: no length is announced
@@ -460,10 +461,37 @@ def assert_correct_binary(client: TestClient, bundle: Bundle) -> None:
 
 
 def test_a_batch_that_is_too_large_is_refused(plain: Bundle) -> None:
-    with TestClient(app(plain)) as client:
+    with local_client(app(plain)) as client:
         for population, status in ((25, 200), (26, 413)):  # of 8 rows; the limit is 200
             answer = client.post(INFER, json=in_json(whole(plain, prompts=prompts(plain, population))))
             assert answer.status_code == status
+
+
+def test_what_a_request_would_make_of_memory_is_refused_before_it_is_bound(plain: Bundle) -> None:
+    small = replace(LIMITS, batch=40, words=30)
+    with local_client(app(plain, small)) as client:
+        found = row_tensors(rows(count=41))
+        refused(client.post(INFER, json=in_json({"prompts": prompts(plain, 1), **found})), 413, "41 rows exceed 40")
+        words = np.zeros(31, np.int64)
+        refused(client.post(INFER, json=in_json(whole(plain, label_token_ids=words))), 413, "31 label words exceed 30")
+    few = replace(LIMITS, batch=1000)
+    with local_client(app(plain, few)) as client:
+        many = whole(plain, prompts=prompts(plain, 100), label_token_ids=np.zeros(2000, np.int64))
+        body, headers = in_binary(many)
+        refused(client.post(INFER, content=body, headers=headers), 413, "8 rows times 2000 label words exceed")
+
+
+def test_without_a_token_no_other_name_than_localhost_is_answered(plain: Bundle) -> None:
+    for host, status in {
+        "localhost": 200, "localhost:8000": 200, "127.0.0.1:8000": 200, "[::1]:8000": 200, "127.9.9.9": 200,
+        "evil.example": 403, "evil.example:8000": 403, "localhost.evil.example": 403, "": 403, "[": 403,
+        "10.0.0.1": 403,
+    }.items():  # fmt: skip
+        with local_client(app(plain)) as client:
+            answer = client.get("/v2", headers={"host": host})
+            assert (host, answer.status_code) == (host, status)
+        with local_client(app(plain, token="secret")) as client:
+            assert client.get("/v2", headers={"host": host, "authorization": "Bearer secret"}).status_code == 200
 
 
 class Waiting(DummyBoundBatch):
@@ -551,7 +579,7 @@ def closed(connection: socket.socket) -> bool:
     return True
 
 
-HEADERS = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode()
+HEADERS = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n".encode()
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v2/hea", HEADERS, HEADERS + b"{"])
@@ -610,7 +638,7 @@ def test_the_bodies_of_all_requests_are_bounded_together(plain: Bundle) -> None:
     body = json.dumps(in_json(whole(plain))).encode()
     size = len(body) + 1
     limits = replace(LIMITS, request_bytes=size, bodies=2, idle=30.0)
-    header = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    header = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode()
     with running(app(plain, limits), limits) as url:
         large = connections(url, 2, header + b" " * (size - 1))
         while (answer := ask(url, "POST", INFER, body))[0] == 200:  # until all of theirs has arrived
@@ -632,7 +660,7 @@ def test_the_bodies_of_all_requests_are_bounded_together(plain: Bundle) -> None:
 def test_a_failed_forward_pass_is_500_and_the_server_stays_up(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
 ) -> None:
-    with TestClient(app(plain), raise_server_exceptions=False) as client:
+    with local_client(app(plain), raise_server_exceptions=False) as client:
         with monkeypatch.context() as patch:
 
             def fail(bound: BoundBatch, population: Population) -> Any:
@@ -647,7 +675,7 @@ def test_logits_that_are_not_finite_are_returned_as_binary_data_only(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DummyBoundBatch, "_label_logits", lambda *_: np.full((5, 8, 2), np.nan, np.float32))
-    with TestClient(app(plain)) as client:
+    with local_client(app(plain)) as client:
         refused(client.post(INFER, json=in_json(whole(plain))), 400, "not finite")
         body, headers = in_binary(whole(plain))
         assert np.isnan(from_binary(client.post(INFER, content=body, headers=headers))["label_logits"]).all()
@@ -657,7 +685,7 @@ def test_logits_that_are_not_finite_are_returned_as_binary_data_only(
 
 
 def test_every_request_except_health_needs_the_token(plain: Bundle) -> None:
-    with TestClient(app(plain, token="secret")) as client:
+    with local_client(app(plain, token="secret")) as client:
         for given_header in (None, "secret", "Bearer wrong", "Bearer secret2", "Basic secret", "Bearer \u00e9"):
             headers = {} if given_header is None else {"Authorization": given_header.encode("latin-1")}
             for method, path in (("GET", "/v2"), ("GET", "/v2/models/backbone"), ("POST", INFER), ("GET", "/x")):
@@ -682,7 +710,7 @@ def run(bundle: Bundle, tmp_path: Path) -> Run:
 def test_the_classifier_returns_what_predict_returns(run: Run) -> None:
     texts = np.array([f"w{i} w{i + 1}" for i in range(70)], object)
     answers = predict(run.path, [{"text": text} for text in texts])
-    with TestClient(app(run.open_bundle(), run=run)) as client:
+    with local_client(app(run.open_bundle(), run=run)) as client:
         assert client.get("/v2").json()["models"][-1] == "classifier"
         for body, headers in (
             (json.dumps(in_json({"text": texts})).encode(), {}),
@@ -710,14 +738,14 @@ def test_the_classifier_returns_what_predict_returns(run: Run) -> None:
     ],
 )
 def test_invalid_texts_are_refused(run: Run, tensors: dict[str, Any], status: int, text: str) -> None:
-    with TestClient(app(run.open_bundle(), run=run)) as client:
+    with local_client(app(run.open_bundle(), run=run)) as client:
         refused(client.post("/v2/models/classifier/infer", json=in_json(tensors)), status, text)
 
 
 def test_a_column_of_texts_is_the_same_as_a_list(run: Run) -> None:
     """Other clients of the protocol send [N, 1]."""
     texts = np.array([f"w{i} w{i + 1}" for i in range(5)], object)
-    with TestClient(app(run.open_bundle(), run=run)) as client:
+    with local_client(app(run.open_bundle(), run=run)) as client:
         path = "/v2/models/classifier/infer"
         answers = [client.post(path, json=in_json({"text": given})).json() for given in (texts, texts[:, None])]
         flat = in_json({"text": texts[:, None]})
@@ -736,7 +764,7 @@ def test_a_column_of_texts_is_the_same_as_a_list(run: Run) -> None:
 def test_malformed_binary_texts_are_refused(run: Run, blob: bytes) -> None:
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(blob)}}
     head = json.dumps({"inputs": [tensor]}).encode()
-    with TestClient(app(run.open_bundle(), run=run)) as client:
+    with local_client(app(run.open_bundle(), run=run)) as client:
         answer = client.post("/v2/models/classifier/infer", content=head + blob, headers={HEADER: str(len(head))})
         refused(answer, 400, "text")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bbt_accel.backbone_names import backbone_name, hub_id
-from bbt_accel.model_card import cell
 from bbt_accel.packaging.configuration import DTYPES
 from bbt_accel.packaging.manifest import PackageInfo
+from bbt_accel.reporting import cell
 from bbt_accel.run import RunInfo
 
 TEMPLATE = """---
@@ -34,13 +34,15 @@ UNKNOWN = "not stated in the checkpoint's files; see where it is from"
 def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
     """The card of a package, in Markdown. usage: a text with the names of `usage_facts` in braces."""
     b = run.bundle
+    from huggingface_hub import ModelCardData
+
     licence, name, base = b.license, backbone_name(b.backbone), hub_id(b.backbone, b.revision)
-    front = [f"license: {licence}"] if licence else []
-    front += ["pipeline_tag: text-classification", "tags: [bbt-accel, prompt-tuning]"]
-    front += [f"base_model: {base}"] if base else []
+    front = ModelCardData(
+        license=licence, base_model=base, pipeline_tag="text-classification", tags=["bbt-accel", "prompt-tuning"]
+    )
     facts = card_facts(info, run) | {"licence of the backbone": licence or UNKNOWN}
     return TEMPLATE.format(
-        front="\n".join(front), task=run.task.name, backbone=name, version=info.versions["bbt-accel"],
+        front=front.to_yaml(), task=run.task.name, backbone=name, version=info.versions["bbt-accel"],
         usage=usage.format(**usage_facts(info, run)),
         facts="\n".join(f"| {key} | {cell(str(value))} |" for key, value in facts.items()),
         comparison=compared(info),

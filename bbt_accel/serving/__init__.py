@@ -15,4 +15,15 @@ class Limits:
     cached_batches: int = 16  # batches of rows in the cache; the least recently used one is dropped first
     requests: int = 64  # inference requests at a time; others get 503
     bodies: int = 4  # of the largest size; together no more bytes than these are held, others get 503
+    words: int = 2**14  # label words of a request, whose weights are gathered
     idle: float = 10.0  # seconds without the next part of a request, or of its response being read
+
+    @property
+    def tokens(self) -> int:
+        """Of one batch of rows, and of all that are in the cache."""
+        return 64 * self.batch
+
+    @property
+    def logits(self) -> int:
+        """Of one request: candidates times rows times label words."""
+        return 1024 * self.batch

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import logging
+import re
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 from starlette.applications import Starlette
@@ -176,6 +178,30 @@ class Token:
         await app(scope, receive, send)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host by this name or address; False for a name that may have any address."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+class Loopback:
+    """Without a token, refuses requests to a name of another machine: a web page could make its own resolve to this."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] == "http":
+            named = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
+            host, _ = re.fullmatch(r"(.*?)(:\d*)?", named, re.DOTALL).groups()  # type: ignore[union-attr]
+            if not is_loopback(host.strip("[]")):
+                error = f"without a token the server answers to localhost alone, not to {clipped(named, 80)!r}"
+                app = JSONResponse({"error": f"{error}; set BBT_ACCEL_TOKEN"}, 403)
+        await app(scope, receive, send)
+
+
 def decompressor(encoding: str) -> Callable[[bytes, int], bytes]:
     """A function from the next part of a body, and the most bytes wanted, to decompressed bytes.
 
@@ -217,7 +243,7 @@ def make_app(models: Sequence[Model], limits: Limits, token: str | None = None) 
     app = Starlette(
         routes=service.routes(),
         lifespan=lifespan,
-        middleware=[Middleware(Token, token=token)] if token else [],
+        middleware=[Middleware(Token, token=token) if token else Middleware(Loopback)],
         exception_handlers={BbtError: refuse, HTTPException: refuse, ClientDisconnect: refuse, Exception: fail},
     )
     app.state.stopped = False  # and so it stays where a second Ctrl-C skips the shutdown

@@ -117,14 +117,24 @@ class RowCache:
             raise RequestError(f"the hash of these rows is {digest}, not {wanted}")
         elif digest not in self.bound:
             self.bound[digest] = self.bind(given)
-            if len(self.bound) > self.limits.cached_batches:
+            while len(self.bound) > self.limits.cached_batches or self.tokens > self.limits.tokens:
                 self.bound.popitem(last=False)[1].close()
         self.bound.move_to_end(digest)
         return digest, self.bound[digest]
 
+    @property
+    def tokens(self) -> int:
+        """Of all rows in the cache: for bbtv2 an engine keeps hidden states of each."""
+        return sum(int(rows.batch.attention_mask.sum()) for rows in self.bound.values())
+
     def bind(self, given: Tensors) -> BoundBatch:
         batch = Batch(**given, targets=np.zeros(len(given["input_ids"]), np.int64))
-        limit = self.engine.bundle.info.max_length
+        limit, most = self.engine.bundle.info.max_length, self.limits
+        if len(batch) > most.batch or int(batch.attention_mask.sum()) > most.tokens:
+            problem = f"{len(batch)} rows exceed {most.batch}, or their tokens {most.tokens}"
+            raise RequestError(f"{problem}; send fewer", 413)
+        if len(batch.label_token_ids) > most.words:
+            raise RequestError(f"{len(batch.label_token_ids)} label words exceed {most.words}; send fewer", 413)
         longest = max(value.shape[1] for value in given.values() if value.ndim == 2)
         longest += len(given.get("context_ids", ()))
         if longest > limit:
@@ -165,6 +175,9 @@ class RowModel(Model):
         if candidates * count > self.limits.batch:
             problem = f"{candidates} candidates times {count} rows exceed {self.limits.batch}"
             raise RequestError(f"{problem}; send fewer", 413)
+        if candidates * count * (words := len(rows.batch.label_token_ids)) > self.limits.logits:
+            problem = f"{candidates} candidates times {count} rows times {words} label words"
+            raise RequestError(f"{problem} exceed {self.limits.logits}; send fewer", 413)
         return self.compute(rows, tensors), {ROWS: digest}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import socket
@@ -15,13 +14,14 @@ import uvicorn
 from starlette.applications import Starlette
 
 from bbt_accel.bundle import Bundle
+from bbt_accel.engine_specs import engine_spec
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.hub import fetched
 from bbt_accel.inference_protocol import TOKEN
 from bbt_accel.run import Run, is_run
 from bbt_accel.serving import Limits
-from bbt_accel.serving.app import make_app
+from bbt_accel.serving.app import is_loopback, make_app
 from bbt_accel.serving.connection import Connection
 from bbt_accel.serving.models import make_models
 
@@ -49,9 +49,10 @@ def serve(
     path = fetched(path)
     run = Run.read(path) if is_run(path) else None
     bundle = Bundle.read(path) if run is None else run.open_bundle()
-    own = None if run is None or run.info.engine.remote else run.info.engine
+    record = None if run is None else run.info.engine
+    own = record if record is not None and engine in (None, record.name) and not record.remote else None
     engine = engine or (own.name if own else "ort")
-    device = device or (own.device if own else "cpu")
+    device = device or (own.device if own else engine_spec(engine).device("cpu"))
     with listen(host, port) as listener, load_engine(bundle, engine, device=device, threads=threads) as loaded:
         models = make_models(loaded, limits, run)
         app = make_app(models, limits, token)
@@ -79,10 +80,7 @@ def configuration(app: Starlette, limits: Limits) -> uvicorn.Config:
 
 def check_host(host: str, token: str | None) -> None:
     """Raises UsageError for an address that other machines can reach, without a token."""
-    loopback = host == "localhost"
-    with suppress(ValueError):  # of another host name, which may have any address
-        loopback = loopback or ipaddress.ip_address(host).is_loopback
-    if not loopback and token is None:
+    if not is_loopback(host) and token is None:
         raise UsageError(f"--host {host} can be reached from other machines: set a bearer token in {TOKEN} first")
 
 
