@@ -173,19 +173,19 @@ def test_ctrl_c_before_the_first_score_scores_the_current_prompt(bundle: Bundle,
 def test_ctrl_c_during_the_first_score_keeps_the_prompt_of_the_last_whole_generation(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SMALL.model_copy(update={"eval_every": 12})
-    until, _ = run(bundle, tmp_path / "until", settings.model_copy(update={"budget": 8}))
+    settings = SMALL.model_copy(update={"eval_every": 16})
+    until, _ = run(bundle, tmp_path / "until", settings.model_copy(update={"budget": 12}))
     dev, calls = LocalEvaluator.dev, []
 
     def interrupted(self: LocalEvaluator, prompt: Any) -> tuple[float, float]:
         calls.append(prompt)
-        if len(calls) == 1:  # of generation 2, whose losses CMA-ES knows already
+        if len(calls) == 1:  # of generation 3, whose losses CMA-ES knows already
             raise KeyboardInterrupt
         return dev(self, prompt)
 
     monkeypatch.setattr(LocalEvaluator, "dev", interrupted)
     outcome, done = run(bundle, tmp_path / "h", settings)
-    assert (len(done), outcome.best.generation) == (2, 1)
+    assert (len(done), outcome.best.generation) == (3, 2)
     assert outcome.best.prompt.tobytes() == until.best.prompt.tobytes()
 
 
