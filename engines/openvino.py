@@ -40,7 +40,7 @@ class OpenVinoEngine(StagedEngine):
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
         if stage not in self.requests:
-            raise EngineError("this engine is closed; load it again")
+            raise EngineError(f"{stage} is not loaded; load the engine again")
         request = self.requests[stage]
         names = [i.get_any_name() for i in request.model_inputs]
         with failing("OpenVINO", f"in {stage}", RuntimeError):

@@ -99,7 +99,7 @@ class TorchEngine(StagedEngine):
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
         if not hasattr(self, "backbone"):
-            raise EngineError("this engine is closed; load it again")
+            raise EngineError(f"{stage} is not loaded; load the engine again")
         with computing(f"in {stage}"):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])

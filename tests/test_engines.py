@@ -378,7 +378,8 @@ def test_an_engine_that_was_closed_gives_an_error_and_no_numbers(bundle: Bundle,
     pytest.importorskip({"ort": "onnxruntime"}.get(name, name))
     with load_engine(bundle, name, threads=THREADS) as engine:
         bound = engine.bind(rows())
-    assert "closed" in one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
+    message = one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
+    assert "is not loaded; load the engine again" in message
 
 
 # What needs nothing ------------------------------------------------------------------------------------------

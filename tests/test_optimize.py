@@ -345,11 +345,12 @@ def test_refuses_a_bundle_that_is_optimized_already(tiny: Tiny, tmp_path: Path) 
         optimize_bundle(tmp_path / "made", tmp_path / "again")
 
 
-def test_rows_that_fill_the_backbone_leave_no_room_for_padding(exported: Export, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "gpt2"])  # a decoder's rows come after a context
+def test_rows_that_fill_the_backbone_leave_no_room_for_padding(exported: Export, tmp_path: Path, name: str) -> None:
     """More of which than it has positions would be no question of the mask."""
     from tiny_backbones import save_recorded_backbone
 
-    bundle = exported(save_recorded_backbone("bert", tmp_path / "bert"), n=20)
+    bundle = exported(save_recorded_backbone(name, tmp_path / name), n=20)
     made = optimize_bundle(bundle.path, tmp_path / "made")
     assert made.info.optimization["padding_error"] < 1e-5  # type: ignore[index, operator]
 

@@ -25,7 +25,7 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.errors import BbtError, PackageError
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.inference import evaluate, predict
-from bbt_accel.packaging import web_page
+from bbt_accel.packaging import card, web_page
 from bbt_accel.packaging.layout import find_layout
 from bbt_accel.packaging.manifest import PackageInfo, read_info
 from bbt_accel.packaging.package import Options, check_package, package_run
@@ -232,6 +232,16 @@ def test_the_card_names_what_a_result_rests_on(demo: tuple[Run, Path, PackageInf
     assert str(run.path.parent.parent) not in (folder / "bbt_accel.json").read_text(encoding="utf-8").replace(
         info.command, ""
     )
+
+
+def test_a_licence_is_quoted_for_the_hub(demo: tuple[Run, Path, PackageInfo]) -> None:
+    from huggingface_hub import ModelCard
+
+    run, _, info = demo
+    for licence in ("other: see LICENSE", "mit\ntags: [x]"):
+        record = run.info.model_copy(update={"bundle": run.info.bundle.model_copy(update={"license": licence})})
+        data = ModelCard(card.model_card(info, record, "")).data
+        assert (data.license, data.tags) == (licence, ["bbt-accel", "prompt-tuning"])
 
 
 def test_the_licence_is_that_of_the_checkpoint(tiny: Export, tmp_path: Path) -> None:
