@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 import numpy as np
 import onnx
 
-from bbt_accel.batch import Float32
+from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
 from bbt_accel.engine_specs import Precision, targets
 from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, translated
@@ -223,11 +223,15 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
             raise ExportError(f"the {job.precision} bundle has NaN or infinite logits on real rows")
         shortest = np.argsort(lengths(job.batch), kind="stable")[:8]  # which have room for padding, if any have
         rows = job.batch.rows(shortest)
-        context = 0 if rows.context_ids is None else len(rows.context_ids)
-        width = min(int(lengths(rows).max()) + 16, made.info.max_length - context)
-        padded = rows.padded(width, made.info.special.pad)
+        padded = rows.padded(padded_length(rows, made.info.max_length), made.info.special.pad)
         leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, shortest])
     if leak > LEAK:
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
     counts = {"rows": len(job.batch), "candidates": len(job.prompts)}
     return {**fidelity(logits, job.reference), "padding_error": leak, **counts}
+
+
+def padded_length(rows: Batch, limit: int) -> int:
+    """16 columns more than the longest row has, where the backbone's positions suffice: a context takes some of them."""
+    context = 0 if rows.context_ids is None else len(rows.context_ids)
+    return min(int(lengths(rows).max()) + 16, limit - context)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from bbt_accel import engine_specs
+from bbt_accel.batch import Batch
 from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle
 from bbt_accel.data import Row, load_few_shot
 from bbt_accel.demo import BACKBONE, DATA
@@ -34,7 +36,7 @@ from bbt_accel.exporters import calibration, graph, openvino_ir, optimize
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.convert import convert_checkpoint
 from bbt_accel.exporters.half import to_half
-from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.exporters.optimize import optimize_bundle, padded_length
 from bbt_accel.exporters.validate import fidelity, sample_rows, scaled_error
 from bbt_accel.tasks import FOLDER, load_task
 
@@ -345,12 +347,18 @@ def test_refuses_a_bundle_that_is_optimized_already(tiny: Tiny, tmp_path: Path) 
         optimize_bundle(tmp_path / "made", tmp_path / "again")
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])  # a decoder's rows come after a context
-def test_rows_that_fill_the_backbone_leave_no_room_for_padding(exported: Export, tmp_path: Path, name: str) -> None:
+def test_padding_and_a_context_fit_the_backbone() -> None:
+    ids, mask = np.full((2, 30), 7), np.ones((2, 30), np.int64)
+    rows = Batch(ids, mask, np.zeros(2, np.int64), np.zeros(2, np.int64), np.array([7]))
+    assert [padded_length(rows, limit) for limit in (100, 40, 30)] == [46, 40, 30]
+    assert padded_length(replace(rows, context_ids=np.arange(60)), 100) == 40
+
+
+def test_rows_that_fill_the_backbone_leave_no_room_for_padding(exported: Export, tmp_path: Path) -> None:
     """More of which than it has positions would be no question of the mask."""
     from tiny_backbones import save_recorded_backbone
 
-    bundle = exported(save_recorded_backbone(name, tmp_path / name), n=20)
+    bundle = exported(save_recorded_backbone("bert", tmp_path / "bert"), n=20)
     made = optimize_bundle(bundle.path, tmp_path / "made")
     assert made.info.optimization["padding_error"] < 1e-5  # type: ignore[index, operator]
 
