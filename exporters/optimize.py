@@ -232,6 +232,6 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
 
 
 def padded_length(rows: Batch, limit: int) -> int:
-    """16 columns more than the longest row has, where the backbone's positions suffice: a context takes some of them."""
+    """16 columns more than the longest row has, if the backbone has so many; a context takes some of them."""
     context = 0 if rows.context_ids is None else len(rows.context_ids)
     return min(int(lengths(rows).max()) + 16, limit - context)
