@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -115,8 +116,9 @@ def _separated(file: Path, text: str, encoding: str, separator: str, quoting: An
 
 def _distinct(names: Sequence[str], file: Path) -> None:
     """Raises DataError for two columns of the same name, of which one would be lost."""
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{file} has {names.count(twice[0])} columns named {twice[0]!r}; rename or remove one")
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise DataError(f"{file} has {times} columns named {name!r:.50}; rename or remove one")
 
 
 def _complete(file: Path, reader: csv.DictReader[str]) -> Iterator[Record]:
