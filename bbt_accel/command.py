@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from bbt_accel.errors import BbtError, clipped, missing_module
@@ -79,7 +79,8 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
-    table = Table(*header, title=Text(title), title_justify="left", show_header=bool(header))
+    columns = [Column(Text(name)) for name in header]  # not markup: names of paths and columns may have brackets
+    table = Table(*columns, title=Text(title), title_justify="left", show_header=bool(header))
     for row in rows:
         table.add_row(*(Text(plain(value)) for value in row))
     Console().print(table)

@@ -22,8 +22,10 @@ from bbt_accel import cli_options
 from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.bundle import Bundle
 from bbt_accel.cli import app, main
+from bbt_accel.command import print_table
 from bbt_accel.errors import BundleError, EngineError
 from bbt_accel.inference import EngineOptions
+from bbt_accel.progress import StepProgress
 from bbt_accel.run import Baselines, ReadoutRecord, TriedReadout
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
@@ -107,6 +109,15 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_help_keeps_brackets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     assert "or a task file with [prompt] init" in run(capsys, "export", "--help")[1]
+
+
+def test_brackets_in_names_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich would take them for markup, and fail over a closing tag."""
+    print_table("out/b[/v1]", [("[red]a", "c")], ["text [b]", "label"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("out/b[/v1]", "[red]a", "text [b]"))
+    with StepProgress() as bar:
+        bar("exporting out/b[/v1]")
 
 
 def test_help_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
