@@ -27,6 +27,8 @@ from bbt_accel.settings import Metric
 
 Pair = tuple[str, int]
 """A task and a seed, by which contenders are compared in pairs."""
+NARROW = 5
+"""Points that the vertical axis of a plot covers at least."""
 
 
 class Score(Schema):
@@ -182,6 +184,10 @@ def draw(file: Path, report: CompareReport) -> None:
         first, last = axes.get_xlim()
         if last < 10 * first:  # no decade between the ends: only minor ticks have numbers
             axes.xaxis.set_minor_formatter("{x:,.0f}")
+        low, high = axes.get_ylim()
+        if high - low < NARROW:  # so that noise does not look like a trend
+            middle = (low + high) / 2
+            axes.set_ylim(middle - NARROW / 2, middle + NARROW / 2)
         axes.set(xlabel="forward passes of the train rows", ylabel="mean test score, percent")
         axes.set_title("Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left")
         tidy(axes)
