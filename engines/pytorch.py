@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -31,12 +31,21 @@ def torch_device(device: str) -> torch.device:
     return torch.device("cuda:0" if device == "cuda" else device)
 
 
-def load(bundle: Bundle, device: str, threads: int | None) -> torch.nn.Module:
+@contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """PyTorch's threads, which are the whole process's, until the engine is closed; None leaves them as they are."""
+    former = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    yield
+    if threads is not None:
+        torch.set_num_threads(former)
+
+
+def load(bundle: Bundle, device: str) -> torch.nn.Module:
     """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available."""
     if kind_of(device) == "cuda" and index_of(device) >= torch.cuda.device_count():
         raise EngineError(f"--device {device}: PyTorch finds no such GPU; use --device cpu or see bbt-accel doctor")
-    if threads is not None:
-        torch.set_num_threads(threads)
     with computing("to load the checkpoint"):
         return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(torch_device(device))
 
@@ -87,8 +96,9 @@ class TorchEngine(StagedEngine):
         self.bundle = Bundle(self.bundle.path, info)
         super().load()
         self.place = torch_device(self.device)
-        self.former_threads = torch.get_num_threads()
-        model = load(self.bundle, self.device, self.threads)
+        self.held = ExitStack()
+        self.held.enter_context(limited_threads(self.threads))
+        model = load(self.bundle, self.device)
         self.backbone = family_of(model.config).compose(model, info)
         self.dtype = DTYPES[info.precision]
         self.on_device = kind_of(self.device) == "cuda"
@@ -98,8 +108,6 @@ class TorchEngine(StagedEngine):
 
     @torch.inference_mode()
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
-        if not hasattr(self, "backbone"):
-            raise EngineError(f"{stage} is not loaded; load the engine again")
         with computing(f"in {stage}"):
             if stage == PROJECT:
                 flat = functional.linear(inputs["z"], inputs["matrix"], inputs["p0"])
@@ -125,8 +133,8 @@ class TorchEngine(StagedEngine):
 
     def close(self) -> None:
         super().close()
-        if vars(self).pop("backbone", None) is not None:
-            torch.set_num_threads(self.former_threads)  # which is the whole process's
+        vars(self).pop("backbone", None)
+        self.held.close()
 
 
 class EagerEngine(Engine):
@@ -142,8 +150,9 @@ class EagerEngine(Engine):
     def load(self) -> None:
         self.projections: WeakKeyDictionary[Projection, tuple[Tensor, Tensor]] = WeakKeyDictionary()
         self.place = torch_device(self.device)
-        self.former_threads = torch.get_num_threads()
-        model = load(self.bundle, self.device, self.threads)
+        self.held = ExitStack()
+        self.held.enter_context(limited_threads(self.threads))
+        model = load(self.bundle, self.device)
         self.reference = Reference(model, self.bundle.info, self.head_at_readout)
 
     def bind(self, batch: Batch) -> EagerBoundBatch:
@@ -163,8 +172,8 @@ class EagerEngine(Engine):
         return torch_versions(self.device)
 
     def close(self) -> None:
-        if vars(self).pop("reference", None) is not None:
-            torch.set_num_threads(self.former_threads)
+        vars(self).pop("reference", None)
+        self.held.close()
 
 
 class EagerTf32Engine(EagerEngine):

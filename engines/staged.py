@@ -122,7 +122,10 @@ class StagedEngine(Engine):
             self.contexts.pop(next(iter(self.contexts)))
         return found
 
+    closed = False
+
     def close(self) -> None:
+        self.closed = True
         self.contexts.clear()
         self.projections.clear()
         self.fixed_prompts.clear()
@@ -202,10 +205,16 @@ class StagedBoundBatch(BoundBatch):
             found[some] += self.engine.to_host(part)
         return found
 
-    def calls(self, population: Population, skip: Collection[str] = STATES) -> Iterator[tuple[Bucket, slice, Arrays]]:
-        """Run the population on every bucket, a few candidates at a time; yields their outputs on the device."""
+    def require_open(self) -> None:
+        """Raises EngineError for rows, or an engine, that were closed."""
+        if self.engine.closed:
+            raise EngineError(f"engine {self.engine.name} is not loaded; load the engine again")
         if not self.buckets:
             raise EngineError("these rows are closed; bind them again")
+
+    def calls(self, population: Population, skip: Collection[str] = STATES) -> Iterator[tuple[Bucket, slice, Arrays]]:
+        """Run the population on every bucket, a few candidates at a time; yields their outputs on the device."""
+        self.require_open()
         if "layer-cache" in self.engine.without:
             population = population.whole()
         uploaded: dict[tuple[int, int], list[Array]] = {}
@@ -272,6 +281,7 @@ class StagedBoundBatch(BoundBatch):
         return self.engine.run("last", {**bucket.inputs, **state, "prompts": prompts[-1]}, skip)
 
     def layer_stds(self) -> Float32:
+        self.require_open()
         buckets = self.upload_buckets(frozenset({"buckets"}), 1)  # the original measures the padded batch
         for bucket in buckets:
             self.add_context(bucket)
