@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path, PurePath
+
+from bbt_accel.files import fingerprint
 
 
 def backbone_name(backbone: str) -> str:
@@ -10,9 +13,19 @@ def backbone_name(backbone: str) -> str:
     return PurePath(backbone).name if PurePath(backbone).is_absolute() else backbone
 
 
+def is_local(backbone: str) -> bool:
+    """Whether it is a checkpoint on this machine; `demo` is the shipped one, whatever is in the working directory."""
+    return backbone != "demo" and Path(backbone).exists()
+
+
+def backbone_digest(backbone: str) -> str:
+    """sha256 (hex) of the name, and of the content of a local checkpoint."""
+    return fingerprint(backbone) if is_local(backbone) else hashlib.sha256(backbone.encode()).hexdigest()
+
+
 def hub_id(backbone: str, revision: str | None) -> str | None:
     """The backbone, if it is a hub id rather than a folder, a file or the shipped one."""
-    local = Path(backbone).exists() or PurePath(backbone).is_absolute() or backbone.startswith(".")
+    local = is_local(backbone) or PurePath(backbone).is_absolute() or backbone.startswith(".")
     local |= "/" not in backbone and revision is None  # a folder's name in what was pushed
     return None if local or backbone == "demo" or backbone.endswith(".gguf") else backbone
 

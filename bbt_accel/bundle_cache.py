@@ -10,11 +10,11 @@ from typing import Literal, NamedTuple
 from filelock import FileLock
 
 import bbt_accel
+from bbt_accel.backbone_names import backbone_digest
 from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode
 from bbt_accel.doctor import RULES, diagnose, label
 from bbt_accel.engine_specs import Device, Precision, engine_spec, local_engine
 from bbt_accel.errors import UsageError
-from bbt_accel.files import fingerprint
 from bbt_accel.progress import Tell, silent
 
 CACHE = "BBT_ACCEL_CACHE"  # the environment variable with the folder of bundles; ~/.cache/bbt-accel unless given
@@ -112,5 +112,5 @@ def cache_folder(backbone: str, method: str, prompt_mode: str, n_prompt_tokens: 
     """
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "bbt-accel")
     formats = bbt_accel.__version__, str(BundleInfo.model_fields["format"].default)
-    content = [fingerprint(backbone), method, prompt_mode, str(n_prompt_tokens), *formats]
+    content = [backbone_digest(backbone), method, prompt_mode, str(n_prompt_tokens), *formats]
     return root / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]

@@ -90,6 +90,15 @@ def load_split(task: Task, data: Path | None, settings: Settings) -> tuple[list[
     return split_rows(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)
 
 
+def check_rows(task: Task, data: Path, settings: Settings) -> None:
+    """Raises DataError for train or test rows that a run with these settings would miss, before it is begun."""
+    load_few_shot(task, data, settings)
+    if not has_test_rows(data, settings):
+        raise DataError(f"{data} has no test rows; add a file of them, or hold out rows of the train file")
+    if not settings.hold_out:
+        load_rows(task, "test", data)
+
+
 def has_test_rows(data: Path | None, settings: Settings) -> bool:
     """Whether a run with these settings can be scored on test rows."""
     return settings.hold_out or data is None or has_test_file(data)

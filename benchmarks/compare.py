@@ -14,11 +14,12 @@ from typing import Any, get_args
 import numpy as np
 
 from bbt_accel import __version__
+from bbt_accel.backbone_names import backbone_digest
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
 from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_contender
 from bbt_accel.bundle import Bundle, Method
-from bbt_accel.data import labels, load_few_shot
+from bbt_accel.data import check_rows, labels, load_few_shot
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
@@ -66,8 +67,7 @@ def run_compare(
     named = {task.name: path for path, task in found.items()}
     if options.data is not None:  # fail before the bundles are exported, not in every trial
         for task in found.values():
-            load_few_shot(task, options.data / task.name, resolve({"k_shot": options.k_shot}))
-            steps.compared_rows(task, options.data / task.name, options.test_rows)
+            check_rows(task, options.data / task.name, resolve({"k_shot": options.k_shot}))
     with reserved(folder):
         device = kind_of(engine_spec(options.engine).device("cpu"))
         with closing(open_pool(ray, options.jobs, options.threads, device, progress)) as pool:
@@ -128,7 +128,7 @@ def _jobs(
 def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     """The bundles of each method in the engine's precision, and as exported, for training in PyTorch."""
     spec, paths = engine_spec(options.engine), {}
-    checkpoint = f"{Path(options.backbone).name}-{fingerprint(options.backbone)[:8]}"
+    checkpoint = f"{Path(options.backbone).name}-{backbone_digest(options.backbone)[:8]}"
     for method in get_args(Method):
         if method == "bbtv2" and method not in (parse_contender(contender)[0] for contender in options.contenders):
             continue

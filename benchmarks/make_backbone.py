@@ -64,12 +64,14 @@ def make_backbone(
 def load_words(folder: Path, spec: Any) -> Any:
     """The vocabulary of any folder, with the special tokens that a family needs."""
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+
+    from bbt_accel.exporters.families import load_tokenizer
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{folder} has no tokenizer.json; give another --tokenizer")
-    source = AutoTokenizer.from_pretrained(str(folder))
+    source = load_tokenizer(folder)
     begin = source.cls_token or source.bos_token or source.eos_token
     end = source.sep_token or source.eos_token
     literal = spec.mask if spec.mask and not hasattr(source, spec.mask) else None

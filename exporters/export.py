@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bbt_accel import processes
+from bbt_accel.backbone_names import is_local
 from bbt_accel.bundle import INITIAL_PROMPT, Bundle, BundleInfo, Method, PromptMode, SpecialTokens, write_info
 from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, first_line, translated
@@ -141,7 +142,7 @@ def describe(
     longest = family.positions(config) - (n if mode == "cat" and family.prompt_takes_positions else 0)
     if longest < n + (7 if family.architecture == "decoder" else 4):  # the last check is with a short context
         raise UsageError(f"--n-prompt-tokens {n} leaves no room for text: the backbone has {longest} positions")
-    local = backbone != "demo" and Path(backbone).exists()
+    local = is_local(backbone)
     return BundleInfo(
         backbone=str(Path(backbone).resolve()) if local else backbone,
         revision=revision or (None if local else getattr(config, "_commit_hash", None)),

@@ -60,7 +60,8 @@ def family_of(config: Any) -> FamilySpec:
 
 def place(checkpoint: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
     """A checkpoint as transformers' from_pretrained takes it. Raises MissingDependency for a GGUF file without gguf."""
-    path, safe = Path(checkpoint), {"trust_remote_code": False}  # unless told not to, transformers asks on a terminal
+    path = Path(checkpoint)
+    safe = {"trust_remote_code": False}  # else transformers asks on a terminal whether to run a checkpoint's code
     if path.suffix != ".gguf":
         return str(checkpoint), safe | {"revision": revision}
     if installed("gguf") is None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from bbt_accel.data import has_test_rows, load_few_shot
+from bbt_accel.data import check_rows
 from bbt_accel.engine_specs import engine_spec, index_of, kind_of
-from bbt_accel.errors import BbtError, DataError, RunError, UsageError, check_known
+from bbt_accel.errors import BbtError, RunError, UsageError, check_known
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
 from bbt_accel.reporting import write_report
@@ -58,24 +58,15 @@ def run_sweep(
         if ray is not None and index_of(sweep.device):
             raise UsageError(f"--device {sweep.device}: a trial on Ray gets a GPU of its own; use --device cuda")
         trials = sweep.trials()
-        check_rows(trials)
+        for trial in {(trial.task, trial.data): trial for trial in trials}.values():
+            if trial.data is not None:  # fail before the first search, not in every trial
+                task = load_task(trial.task)
+                settings = resolve(task.preset(trial.method), trial.settings, {"seed": trial.seed})
+                check_rows(task, Path(trial.data), settings)
         on_gpu = any(kind_of(engine_spec(name).device(sweep.device)) == "cuda" for name in sweep.engines)
         with closing(open_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
             _write(folder, sweep)
             return _run(folder, sweep, trials, pool, progress)
-
-
-def check_rows(trials: Sequence[Trial]) -> None:
-    """Raises DataError for train or test rows that are missing in a folder, before anything is searched for."""
-    for trial in {(trial.task, trial.data): trial for trial in trials}.values():
-        if trial.data is not None:
-            task, folder = load_task(trial.task), Path(trial.data)
-            settings = resolve(task.preset(trial.method), trial.settings, {"seed": trial.seed})
-            load_few_shot(task, folder, settings)
-            if not has_test_rows(folder, settings):
-                raise DataError(
-                    f"{folder} has no test rows; add a file of them, or set hold_out in the sweep's [settings]"
-                )
 
 
 def _write(folder: Path, sweep: Sweep) -> None:
