@@ -22,7 +22,7 @@ from bbt_accel.bundle import Bundle, Method, PromptMode
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.data import Row
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError, DataError, PackageError, RunError, check_known, first_line
+from bbt_accel.errors import BbtError, DataError, PackageError, RunError, check_known, first_line, translated
 from bbt_accel.files import new_folder
 from bbt_accel.fit import default_k_shot, make_task
 from bbt_accel.hub import fetched
@@ -349,15 +349,11 @@ def as_labels(y: Any) -> Any:
     """Labels as an array (N,). Raises DataError for None, missing labels and several columns."""
     if y is None:
         raise DataError("this estimator requires y to be passed, but the target y is None")
-    try:
+    with translated(DataError, "y is not one class for each text"):
         values = np.asarray(y.to_pylist() if hasattr(y, "to_pylist") else y if hasattr(y, "__array__") else list(y))
         if any(not plain(label) for label in values.ravel().tolist()):
             raise DataError("y has missing labels (Input contains NaN); remove those rows")
         labels = column_or_1d(values, warn=True)
         check_classification_targets(labels)
         np.unique(labels)  # labels of several kinds have no order
-    except DataError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise DataError(f"y is not one class for each text ({first_line(error)})") from None
     return labels

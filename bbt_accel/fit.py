@@ -24,7 +24,7 @@ from bbt_accel.progress import progress_bar
 from bbt_accel.run import INFO, TASK, Run, read_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
 from bbt_accel.tables import Table, no_column, plain, read_table
-from bbt_accel.tasks import Task
+from bbt_accel.tasks import Task, can_be_placeholder
 from bbt_accel.tuning import tune
 
 TEMPLATES = {"masked": "{text} This is about {{mask}} .", "span": "text: {{prompt}} {text} This is about {{mask}}"}
@@ -181,8 +181,8 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
 def check_texts(table: Table, file: Path, columns: Sequence[str]) -> None:
     """Raises DataError for a value that is no text, UsageError for a column that a template cannot name."""
     for column in columns:
-        if re.search(r"[{}:!]", column):
-            raise UsageError(f"--text {column}: a template cannot name a column with {{, }}, : or !; rename it")
+        if not can_be_placeholder(column):
+            raise UsageError(f"--text {column}: a template cannot name a column like that; rename it")
         for number, record in enumerate(table.records, 1):
             if not isinstance(record[column], str):
                 raise DataError(f"{file} row {number}: {column} is {record[column]!r:.50}, not text")

@@ -84,11 +84,11 @@ def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]
 
     Raises DataError where a run has no test rows, and where those of its search have changed since.
     """
-    own, settings = run.data_path, run.info.settings
+    own, settings = run.data_path and run.data_path.resolve(), run.info.settings
     source = own if data is None else Path(data).resolve()
     if split == "dev":
         return searched_split(run, source)[1]
-    same = source == own or (own is not None and source == own.resolve()) or searched_on(run, source)
+    same = source == own or searched_on(run, source)
     if settings.hold_out and same:
         rest = searched_split(run, source)[2]
         if not rest:

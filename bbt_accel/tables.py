@@ -110,13 +110,13 @@ def _separated(file: Path, text: str, encoding: str, separator: str, quoting: An
     # Not pyarrow: every column is text, so that "1984" and "NA" remain texts.
     csv.field_size_limit(2**31 - 1)  # a long text is no error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
-    _distinct(list(filter(None, reader.fieldnames or ())), file)
+    _distinct(reader.fieldnames or (), file)
     return Table(list(_complete(file, reader)), encoding, separator)
 
 
 def _distinct(names: Sequence[str], file: Path) -> None:
-    """Raises DataError for two columns of the same name, of which one would be lost."""
-    for name, times in Counter(names).most_common(1):
+    """Raises DataError for two columns of the same name, of which one would be lost; several may have none."""
+    for name, times in Counter(filter(None, names)).most_common(1):
         if times > 1:
             raise DataError(f"{file} has {times} columns named {name!r:.50}; rename or remove one")
 
@@ -185,7 +185,7 @@ def _read_excel(file: Path) -> Table:
     if not rows:
         return Table([])
     names = [plain(name) for name in rows[0]]
-    _distinct(list(filter(None, names)), file)
+    _distinct(names, file)
     cells = ([plain(cell) for cell in row] for row in rows[1:])
     return Table([dict(zip(names, row, strict=True)) for row in cells if any(row)])
 

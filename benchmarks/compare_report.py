@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -92,21 +92,22 @@ def make_report(
     return CompareReport(scores=scores, differences=differences, failures=failures, facts=facts)
 
 
-def difference(scores: Iterable[Score], reference: str, other: str) -> Difference | None:
+def difference(scores: Sequence[Score], reference: str, other: str) -> Difference | None:
     """None where no task and seed has both."""
-    found: dict[str, dict[Pair, float]] = {reference: {}, other: {}}
-    for score in scores:
-        if score.label in found:
-            found[score.label][score.pair] = score.score
-    pairs = {key: found[reference][key] - found[other][key] for key in found[reference].keys() & found[other].keys()}
+    pairs = paired(*({score.pair: score for score in scores if score.label == label} for label in (reference, other)))
     if not pairs:
         return None
-    mean, low, high = interval([pairs[key] for key in sorted(pairs)])
+    mean, low, high = interval(list(pairs.values()))
     tasks = {task: fmean(value for (name, _), value in pairs.items() if name == task) for task, _ in pairs}
     worst = min(tasks, key=lambda task: tasks[task])
     return Difference(
         reference=reference, other=other, mean=mean, interval=(low, high), worst_task=worst, worst=tasks[worst]
     )
+
+
+def paired(own: Mapping[Pair, Score], other: Mapping[Pair, Score]) -> dict[Pair, float]:
+    """The difference of two contenders for each task and seed that has both, in their order."""
+    return {pair: own[pair].score - other[pair].score for pair in sorted(own.keys() & other.keys())}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bbt_accel.benchmarks.compare_report import CompareReport, Pair, Score, interval
+from bbt_accel.benchmarks.compare_report import CompareReport, Pair, Score, interval, paired
 from bbt_accel.command import exit_on_error, print_markdown
 from bbt_accel.errors import DataError, check_known, translated
 from bbt_accel.reporting import JSON, markdown_table
@@ -55,12 +55,12 @@ def within_seconds(scores: Sequence[Score], contender: str, limits: Mapping[Pair
 
 def table(own: Mapping[Pair, Score], other: Mapping[Pair, Score]) -> str:
     """A Markdown table of the differences on each task and on all. Raises DataError where no task and seed has both."""
-    pairs = {pair: own[pair].score - other[pair].score for pair in own if pair in other}
+    pairs = paired(own, other)
     if not pairs:
         raise DataError("no task and seed has a score of both contenders; give further reports")
     lines = []
     for task in [*dict.fromkeys(task for task, _ in pairs), None]:
-        values = [pairs[pair] for pair in sorted(pairs) if task in (None, pair[0])]
+        values = [value for pair, value in pairs.items() if task in (None, pair[0])]
         mean, low, high = (f"{100 * value:+.1f}" for value in interval(values))
         ahead = f"{sum(value > 0 for value in values)} of {len(values)}"
         lines.append([task or "all", mean, f"{low} to {high}", ahead])

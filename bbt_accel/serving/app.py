@@ -195,8 +195,8 @@ class Loopback:
         app = self.app
         if scope["type"] == "http":
             named = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
-            host, _ = re.fullmatch(r"(.*?)(:\d*)?", named, re.DOTALL).groups()  # type: ignore[union-attr]
-            if not is_loopback(host.strip("[]")):
+            host = re.sub(r":\d*\Z", "", named).strip("[]")
+            if not is_loopback(host):
                 error = f"without a token the server answers to localhost alone, not to {clipped(named, 80)!r}"
                 app = JSONResponse({"error": f"{error}; set BBT_ACCEL_TOKEN"}, 403)
         await app(scope, receive, send)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -117,24 +118,21 @@ class RowCache:
             raise RequestError(f"the hash of these rows is {digest}, not {wanted}")
         elif digest not in self.bound:
             self.bound[digest] = self.bind(given)
-            while len(self.bound) > self.limits.cached_batches or self.tokens > self.limits.tokens:
+            while len(self.bound) > self.limits.cached_batches or self.held() > self.limits.tokens:
                 self.bound.popitem(last=False)[1].close()
         self.bound.move_to_end(digest)
         return digest, self.bound[digest]
 
-    @property
-    def tokens(self) -> int:
-        """Of all rows in the cache: for bbtv2 an engine keeps hidden states of each."""
-        return sum(int(rows.batch.attention_mask.sum()) for rows in self.bound.values())
+    def held(self) -> int:
+        """Tokens of all rows in the cache: for bbtv2 an engine keeps hidden states of each."""
+        return sum(tokens(rows.batch) for rows in self.bound.values())
 
     def bind(self, given: Tensors) -> BoundBatch:
         batch = Batch(**given, targets=np.zeros(len(given["input_ids"]), np.int64))
-        limit, most = self.engine.bundle.info.max_length, self.limits
-        if len(batch) > most.batch or int(batch.attention_mask.sum()) > most.tokens:
-            problem = f"{len(batch)} rows exceed {most.batch}, or their tokens {most.tokens}"
-            raise RequestError(f"{problem}; send fewer", 413)
-        if len(batch.label_token_ids) > most.words:
-            raise RequestError(f"{len(batch.label_token_ids)} label words exceed {most.words}; send fewer", 413)
+        at_most(self.limits.batch, rows=len(batch))
+        at_most(self.limits.tokens, tokens=tokens(batch))
+        at_most(self.limits.words, label_words=len(batch.label_token_ids))
+        limit = self.engine.bundle.info.max_length
         longest = max(value.shape[1] for value in given.values() if value.ndim == 2)
         longest += len(given.get("context_ids", ()))
         if longest > limit:
@@ -143,6 +141,17 @@ class RowCache:
             raise RequestError("label_token_ids must have at least one token")
         check_tokens(self.engine.bundle, batch)
         return self.engine.bind(batch)
+
+
+def at_most(limit: int, **factors: int) -> None:
+    """Raises RequestError where the product of these numbers of a request exceeds a limit."""
+    if prod(factors.values()) > limit:
+        product = " times ".join(f"{count} {name.replace('_', ' ')}" for name, count in factors.items())
+        raise RequestError(f"{product} exceed {limit}; send fewer", 413)
+
+
+def tokens(batch: Batch) -> int:
+    return int(batch.attention_mask.sum())
 
 
 def rows_hash(tensors: Tensors) -> str:
@@ -172,12 +181,9 @@ class RowModel(Model):
                 raise RequestError(f"input {spec.name} must have finite numbers, at least one")
         digest, rows = self.cache.find(tensors, parameters)
         candidates, count = len(tensors[self.own[0].name]) if self.own else 1, len(rows.batch)
-        if candidates * count > self.limits.batch:
-            problem = f"{candidates} candidates times {count} rows exceed {self.limits.batch}"
-            raise RequestError(f"{problem}; send fewer", 413)
-        if candidates * count * (words := len(rows.batch.label_token_ids)) > self.limits.logits:
-            problem = f"{candidates} candidates times {count} rows times {words} label words"
-            raise RequestError(f"{problem} exceed {self.limits.logits}; send fewer", 413)
+        words = len(rows.batch.label_token_ids)
+        at_most(self.limits.batch, candidates=candidates, rows=count)
+        at_most(self.limits.logits, candidates=candidates, rows=count, label_words=words)
         return self.compute(rows, tensors), {ROWS: digest}
 
 
@@ -200,8 +206,7 @@ class PromptedClassifier(Model):
         count = len(texts[0])
         if not count or any(len(column) != count for column in texts):
             raise RequestError(f"inputs {', '.join(self.columns)} must have the same number of texts, at least one")
-        if count > self.limits.batch:
-            raise RequestError(f"{count} texts exceed {self.limits.batch}; send fewer", 413)
+        at_most(self.limits.batch, texts=count)
         rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*texts, strict=True)]
         probabilities = self.classifier.probabilities(rows)
         label = probabilities.argmax(axis=1)

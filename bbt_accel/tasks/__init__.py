@@ -135,7 +135,7 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
         if self.metric != "f1" and self.positive_share is not None:
             raise ValueError("positive_share: is for the metric f1")
         for column in self.text:
-            if column in ("mask", "prompt", self.label) or self.text.count(column) > 1:
+            if column == self.label or not can_be_placeholder(column) or self.text.count(column) > 1:
                 raise ValueError(f"text: {column!r} cannot name a text column here")
         for group in GROUPS:
             template, words = self.templates[group], self.label_words[group]
@@ -217,6 +217,14 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 def word_lists(words: list[str | list[str]]) -> list[list[str]]:
     """Several words or one for each class, as lists."""
     return [[own] if isinstance(own, str) else own for own in words]
+
+
+def can_be_placeholder(column: str) -> bool:
+    """Whether a template can name a column: {mask} and {prompt} mean something else, and some characters end a name."""
+    try:
+        return column not in ("mask", "prompt") and parse_template(f"{{{column}}}") == [("", column)]
+    except ValueError:
+        return False
 
 
 def _parsed(key: str, template: str) -> list[tuple[str, str | None]]:

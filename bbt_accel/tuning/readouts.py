@@ -84,9 +84,8 @@ class ReadoutSearch:
         A search minimizes a loss of few rows, so the best of its prompts is better on the dev rows by chance. `auto`
         keeps it if the mean loss of the dev rows fell by more than the standard error of the difference.
         """
-        best, rows, reason = outcome.best, self.at_start, "the budget allows no search"
-        if outcome.interrupted:
-            reason = "the search was interrupted"
+        best, rows = outcome.best, self.at_start
+        reason = "the search was interrupted" if outcome.interrupted else "the budget allows no search"
         if best.generation is not None:
             rows, reason = self.rows(best.prompt), "the search lowered the loss on the dev rows"
         elif searched:

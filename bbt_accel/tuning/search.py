@@ -80,7 +80,8 @@ def search(
     turns = bundle.info.n_layers if deep else 1
     check_history(history.generations, settings.popsize, turns, total, int(settings.fitted))
     space = PromptSpace(bundle, settings, evaluator.layer_stds() if deep else None)
-    method = BbtV2(space, settings) if deep else Bbt(space, settings)
+    kind = BbtV2 if deep else Bbt
+    method = kind(space, settings)
     best = _replay(method, history, observe, start, settings, total)
     try:
         for number in range(len(history), total):
@@ -94,7 +95,7 @@ def search(
         if not len(history) and start is None:
             raise
         if best is None:  # an interrupted generation may have moved the distribution already
-            method = BbtV2(space, settings) if deep else Bbt(space, settings)
+            method = kind(space, settings)
             _replay(method, history, lambda _: None, None, settings, total)
             best = _score(dev, method, len(history) - 1)
         return SearchOutcome(best, interrupted=True)
