@@ -95,9 +95,14 @@ class SealedManifest(Manifest):
 
 
 def check_files(folder: Path, digests: Mapping[str, str], what: str, error: type[BbtError], again: str) -> None:
-    """Raises `error` for a file that is missing or has changed. digests: name → sha256. again: what to do then."""
+    """Raises `error` for a file that is missing, has changed or is elsewhere. digests: name → sha256.
+
+    again: what to do then.
+    """
     for name, wanted in digests.items():
         file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise error(f"{folder} names a file outside of it, {name!r:.80}; {again}")
         if not file.is_file():
             raise error(f"{folder} lacks {name}; {again}")
         if sha256(file) != wanted:

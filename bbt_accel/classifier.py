@@ -30,7 +30,7 @@ from bbt_accel.inference import Classifier
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.packaging.manifest import Kind
 from bbt_accel.run import ESTIMATOR, Run, RunInfo, is_run, is_saved_classifier
-from bbt_accel.settings import ReadoutChoice, resolve
+from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
 from bbt_accel.tables import plain
 from bbt_accel.tuning import tune
 from bbt_accel.tuning.callbacks import Callback
@@ -79,7 +79,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         prompt_mode: PromptMode = "add",
         n_prompt_tokens: int = FIT_PROMPT_TOKENS,
         k_shot: int | None = None,
-        seed: int = 42,
+        seed: int = DEFAULTS.seed,
         threads: int | None = None,
         callbacks: Sequence[Callback] | None = None,
         track: Sequence[str] | None = None,
@@ -259,6 +259,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             found.classes_ = np.array(facts["classes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is not a saved PromptClassifier ({type(error).__name__})") from None
+        if found.classes_.shape != (run.task.n_classes,):
+            raise RunError(f"{path / ESTIMATOR} has classes of the shape {found.classes_.shape}; fit and save again")
         found.threads = threads or found.threads
         found._load(run, run.open_bundle(bundle), engine, device)
         return found
@@ -268,7 +270,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         where = run.info.engine
         name = engine or ("ort" if where.remote else where.name)
         without = where.without if name == where.name else []
-        loaded = load_engine(bundle, name, device=device or where.device, threads=self.threads, without=without)
+        device = device or where.device_for(name)
+        loaded = load_engine(bundle, name, device=device, threads=self.threads, without=without)
         if hasattr(self, "_close"):
             self._close()
         self._close = weakref.finalize(self, loaded.close)

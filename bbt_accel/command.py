@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,8 +58,6 @@ def explain(error: Exception) -> tuple[int, str]:
         return 1, "a file is nested too deeply to be read; correct it"
     if isinstance(error, MemoryError):
         return 1, "out of memory; use a smaller backbone, --popsize or --k-shot"
-    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (source, target, why)
-        return 1, f"cannot copy {len(error.args[0])} files, first {error.args[0][0][2]}"
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         hint = "; free some space" if error.errno == errno.ENOSPC else ""

@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import Field
 
 from bbt_accel.batch import Int64
-from bbt_accel.errors import DataError, UsageError, did_you_mean, first_line
+from bbt_accel.errors import DataError, UsageError, check_known, did_you_mean, first_line
 from bbt_accel.settings import Settings
-from bbt_accel.tables import JSON_LINES, READERS, Record, Table, no_column, parse_object, plain, read_table
+from bbt_accel.tables import JSON_LINES, READERS, Record, Table, as_utf8, no_column, parse_object, plain, read_table
 from bbt_accel.tasks import Task
 
 Split = Literal["train", "test"]
@@ -47,8 +47,10 @@ def load_rows(task: Task, split: Split, data: str | Path | None = None) -> list[
     data: a file, or a folder with {train,validation,test} in one of the formats of `tables.READERS`. Without it, the
     shipped rows of the demo task or the task's data set on the hub. `test` is the test file, or the validation file if
     test has no labels. Rows with the label -1 are skipped. Raises DataError for a missing or malformed file, a missing
-    column, a label that is no class of the task, a split without rows, and a data set that cannot be downloaded.
+    column, a label that is no class of the task, a split without rows, and a data set that cannot be downloaded;
+    UsageError for another split.
     """
+    check_known("split", split, SPLIT_FILES)
     if data is None and task.name == "demo" and task.hub is None:
         data = Path(__file__).parent / "demo" / "data"
     return _from_hub(task, split) if data is None else _from_folder(task, split, Path(data))
@@ -183,7 +185,7 @@ def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
         raise DataError(f"{folder} has no {wanted}; it holds {found}")
     for file in files:
         records = read_table(file).records
-        if file == files[-1] or any(str(record.get(task.label, UNLABELLED)) != str(UNLABELLED) for record in records):
+        if file == files[-1] or any(plain(record.get(task.label)) not in ("", str(UNLABELLED)) for record in records):
             break
     return _rows(task, records, file)
 
@@ -259,7 +261,7 @@ def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
         kind = "missing" if value is None else f"{value!r:.50}, not text"
         raise DataError(f"{where}: {column} is {kind}")
-    return value
+    return as_utf8(value)
 
 
 def _columns(table: Table, columns: Sequence[str], file: Path) -> list[dict[str, str]]:
@@ -273,7 +275,7 @@ def _columns(table: Table, columns: Sequence[str], file: Path) -> list[dict[str,
 def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
     """One row. Raises DataError, naming `where`, when a column is missing."""
     if len(columns) == 1:
-        return {columns[0]: text}
+        return {columns[0]: as_utf8(text)}
     needed = f"the task needs {', '.join(columns)}"
     if text.lstrip().startswith("{"):
         return _parse_object(text, columns, where)
@@ -281,7 +283,7 @@ def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]
     if len(values) != len(columns):
         problem = f"{where} has {len(values)} column(s), {needed}"
         raise DataError(f"{problem}: separate them with tabs, or write a JSON object")
-    return dict(zip(columns, values, strict=True))
+    return dict(zip(columns, map(as_utf8, values), strict=True))
 
 
 def _is_object(line: str, columns: Sequence[str]) -> bool:
@@ -297,4 +299,4 @@ def _parse_object(text: str, columns: Sequence[str], where: str) -> dict[str, st
     for column in columns:
         if not isinstance(record.get(column), str):
             raise DataError(f"{where} has no text {column!r}; the task needs {', '.join(columns)}")
-    return {column: str(record[column]) for column in columns}
+    return {column: as_utf8(str(record[column])) for column in columns}

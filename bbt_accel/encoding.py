@@ -14,6 +14,7 @@ from bbt_accel.data import Row, choose_demonstrations
 from bbt_accel.errors import BundleError, DataError, TaskError
 from bbt_accel.pieces import Fixed, Pieces
 from bbt_accel.settings import Settings
+from bbt_accel.tables import as_utf8
 from bbt_accel.tasks import Task, parse_template
 
 FEATURE_WORDS = 512  # whose logits are features of the readout `words`
@@ -109,8 +110,7 @@ class Encoder:
             text = row.fields[column]
             if self.task.clean == "newlines":
                 text = text.replace("\\n", " ")
-            # A lone surrogate, which JSON can carry, has no UTF-8 form.
-            fields[column] = self._beginning(text.encode("utf-8", "replace").decode("utf-8").strip())
+            fields[column] = self._beginning(as_utf8(text).strip())
         return fields
 
     def _beginning(self, text: str) -> str:
@@ -134,19 +134,20 @@ class Encoder:
 
     def _lay_out(self) -> list[Text | Fixed]:
         info = self.bundle.info
-        template = self.task.template(info.template_group)
+        written = self.task.template(info.template_group)
+        template = parse_template(written)
         if info.prompt_mode == "cat":
-            template = _without_prompt(template)
-        elif "{prompt}" not in template:
-            template = "{prompt}" + self.task.separator + template
+            template = without_prompt(template)
+        elif not any(name == "prompt" for _, name in template):
+            template = [("", "prompt"), *parse_template(self.task.separator + written)]
         begin, end = ((() if token is None else (token,)) for token in (info.special.begin, info.special.end))
         return [begin, *self._parts(template), end]
 
-    def _parts(self, template: str) -> list[Text | Fixed]:
+    def _parts(self, template: Text) -> list[Text | Fixed]:
         """The texts and fixed token ids of a template."""
         parts: list[Text | Fixed] = []
         text: Text = []
-        for literal, name in parse_template(template):
+        for literal, name in template:
             for piece in self._pieces.split_special(literal):
                 if isinstance(piece, tuple):
                     parts, text = [*parts, text, piece], []
@@ -162,13 +163,15 @@ class Encoder:
     def _context_ids(self, demonstrations: Sequence[Row]) -> Int64 | None:
         """Tokens of the instruction and the demonstrations; None if there are neither."""
         context = self.task.context
-        template = _without_prompt(context.template or self._demonstration_template())
-        texts: list[tuple[str, Fields]] = [(context.instruction, {})] if context.instruction else []
+        if demonstrations and "label" in self.task.text:
+            problem = "text: a column of demonstrations cannot have the name 'label'"
+            raise TaskError(f"task {self.task.name}: {problem}; rename it")
+        template = without_prompt(parse_template(context.template or self._demonstration_template()))
+        texts: list[tuple[Text, Fields]] = [([(context.instruction, None)], {})] if context.instruction else []
         texts += [(template, self.fields(row) | {"label": self.label_words[row.label or 0]}) for row in demonstrations]
         parts: list[str | Fixed] = []
         for text, fields in texts:
-            literal = text.replace("{", "{{").replace("}", "}}") if text is context.instruction else text
-            for part in self._parts(literal):
+            for part in self._parts(text):
                 parts.append(part if isinstance(part, tuple) else _write(part, fields))
             parts += self._pieces.split_special(context.separator)
         ids = [i for part in _joined(parts) for i in (part if isinstance(part, tuple) else self._pieces.encode(part))]
@@ -311,8 +314,17 @@ def _spans(text: Text, fields: Fields) -> list[tuple[int, int]]:
     return spans
 
 
-def _without_prompt(template: str) -> str:
-    return template.replace("{prompt} ", "").replace("{prompt}", "")
+def without_prompt(template: Text) -> Text:
+    """A template without the placeholder of the prompt, and without the space behind it."""
+    kept: Text = []
+    text, behind = "", False
+    for literal, name in template:
+        text += literal.removeprefix(" ") if behind else literal
+        behind = name == "prompt"
+        if not behind:
+            kept.append((text, name))
+            text = ""
+    return [*kept, (text, None)]
 
 
 def _joined(parts: Iterable[str | Fixed]) -> list[str | Fixed]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
 from bbt_accel.errors import EngineError, UsageError, check_known
+from bbt_accel.plugins import with_plugins
 
 DeviceKind = Literal["cpu", "cuda"]
 """A kind of device, for which engines have backends."""
@@ -171,13 +171,7 @@ ENGINES = (
 @cache
 def engine_specs() -> dict[str, EngineSpec]:
     """Every engine by name: the built-in ones, then those of installed packages."""
-    found = {spec.name: spec for spec in ENGINES}
-    for entry in entry_points(group=GROUP):
-        spec = entry.load()
-        if not isinstance(spec, EngineSpec):
-            raise EngineError(f"entry point {entry.name} in {GROUP} is {entry.value}, which is not an EngineSpec")
-        found.setdefault(spec.name, spec)
-    return found
+    return with_plugins(ENGINES, GROUP, EngineSpec, "name")
 
 
 def engine_names() -> list[str]:

@@ -178,7 +178,9 @@ def reserved_folder(path: Path) -> Iterator[Path]:
             require_new(path)
             raise
     except OSError as error:
-        problem = f"cannot write {path} ({error.strerror or error})"
-        raise BbtError(f"{problem}; free some space or choose another -o") from error
+        reason = error.strerror or error
+        if isinstance(error, shutil.Error):  # of copytree: (source, target, why) for each file
+            reason = error.args[0][0][2]
+        raise BbtError(f"cannot write {path} ({reason}); free some space or choose another -o") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

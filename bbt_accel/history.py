@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Self
 
@@ -36,6 +36,19 @@ class Generation(BaseModel, extra="forbid", frozen=True):
     evaluations_per_second: FiniteFloat = Field(description="Candidates per second, without CMA-ES and the dev score.")
 
 
+AGAIN = "--resume (fit: the same command)"
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """An OSError while a run is written becomes a RunError that says how the search goes on."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write {folder} ({error.strerror or error})"
+        raise RunError(f"{problem}; free some space, then {AGAIN}") from error
+
+
 class History:
     """Generations, in memory and in a file to which each is appended as soon as it ends. A context manager.
 
@@ -49,18 +62,21 @@ class History:
         self._stream.truncate(file.read_bytes().rfind(b"\n") + 1)
 
     def append(self, generation: Generation) -> None:
-        self._stream.write(_line(generation))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Raises RunError where it cannot be written; the search can be resumed then."""
+        with resumable(Path(self._stream.name).parent):
+            self._stream.write(_line(generation))
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         self.generations.append(generation)
 
     def replace(self, generation: Generation) -> None:
         """Replace the generation of the same number, in memory and in the file."""
         self.generations[generation.generation] = generation
         file = Path(self._stream.name)
-        self._stream.close()
-        write_atomically(file, b"".join(map(_line, self.generations)))
-        self._stream = file.open("ab")
+        with resumable(file.parent):
+            self._stream.close()
+            write_atomically(file, b"".join(map(_line, self.generations)))
+            self._stream = file.open("ab")
 
     def __len__(self) -> int:
         return len(self.generations)

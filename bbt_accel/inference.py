@@ -22,7 +22,7 @@ from bbt_accel.data import (
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import DataError, UsageError
+from bbt_accel.errors import DataError, UsageError, check_known
 from bbt_accel.logits import class_logits, log_softmax, with_calibrated
 from bbt_accel.objective import Objective, uninformed
 from bbt_accel.readout import Readout, reads_states
@@ -32,7 +32,10 @@ BATCH_SIZE = 64  # rows that an engine gets at a time
 
 
 class EngineOptions(TypedDict, total=False):
-    """Where to run a prompt, as in `load_engine`: bundle, engine and device are those of its run unless given."""
+    """Where to run a prompt, as in `load_engine`: bundle, engine and device are those of its run unless given.
+
+    Another engine that does not run on that device runs on the CPU.
+    """
 
     bundle: str | Path | None  # another of the same backbone, e.g. in another precision
     engine: str | None
@@ -86,6 +89,7 @@ def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]
     """
     own, settings = run.data_path and run.data_path.resolve(), run.info.settings
     source = own if data is None else Path(data).resolve()
+    check_known("split", split, ("dev", "test"))
     if split == "dev":
         return searched_split(run, source)[1]
     same = source == own or searched_on(run, source)
@@ -212,7 +216,7 @@ def _load(run: Run, options: EngineOptions) -> Engine:
     return load_engine(
         run.open_bundle(options.get("bundle")),
         name or record.name,
-        device=options.get("device") or record.device,
+        device=options.get("device") or record.device_for(name or record.name),
         threads=options.get("threads"),
         without=record.without if own else (),
         url=url,

@@ -13,6 +13,8 @@ from typing import TypedDict
 
 import bbt_accel
 
+ORT_INT8 = ("session.x64quantprecision", "1")
+"""ONNX Runtime's session option without which products of 8-bit integers overflow on x64 processors without VNNI."""
 FEATURES = {  # instruction sets that matter for speed → the flags of /proc/cpuinfo that announce them
     "AVX2": {"avx2"},
     "AVX-512": {"avx512f"},

@@ -18,7 +18,8 @@ class Latent:
 
     Z: (P, d), cast to float32. Length, shape and slices are those of the prompts, (P, n, H).
     A slice still knows the whole population: `project` multiplies all of it, because the last bits of a matrix product
-    depend on its size. So a candidate gets the same prompt in every slice.
+    depend on its size. So a candidate gets the same prompt in every slice; an engine that projects `z` on its device
+    gets that but for the last bits.
     Raises UsageError when Z does not fit the projection.
     """
 

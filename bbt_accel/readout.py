@@ -30,7 +30,7 @@ STATES_OF = {
 }
 """The hidden states that a readout reads, if any."""
 Outputs = Mapping[str, Float32]
-"""What `BoundBatch.outputs` returns, of one prompt: label_logits (N, M), readout_state and mean_state (N, H)."""
+"""What `BoundBatch.outputs` returns, of one prompt: label_logits (N, M) and states."""
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from safetensors.numpy import load_file, save
 
 from bbt_accel.backbone_names import names_path
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
-from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engine_specs import engine_spec, kind_of
 from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
@@ -73,6 +73,10 @@ class EngineRecord(BaseModel, extra="forbid"):
     def remote(self) -> bool:
         """Whether a server computed. It is asked again only where a user names it: the run may be somebody else's."""
         return engine_spec(self.name).remote
+
+    def device_for(self, name: str) -> str:
+        """Where another engine, or the same, runs what this one ran: on the same device if it can."""
+        return self.device if kind_of(self.device) in engine_spec(name).backends else "cpu"
 
 
 class DataRecord(BaseModel, extra="forbid"):
@@ -141,6 +145,15 @@ class RunInfo(Manifest):
     seconds: float = Field(default=0.0, description="Of the search, with its readouts.")
     prompt_shape: list[int] = Field(default=[], description="Of the prompt in prompt.safetensors.")
     prompt_sha256: str = Field(default="", description="Of that file.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        classes = self.task.n_classes
+        if len(self.label_words) != classes:
+            raise ValueError(f"label_words: {len(self.label_words)} for {classes} classes")
+        if any(row.label is None or not 0 <= row.label < classes for row in self.demonstrations):
+            raise ValueError(f"demonstrations: a label is none of {classes} classes")
+        return self
 
     def differences(self, other: RunInfo) -> list[str]:
         """Differences that keep `other` from continuing this run, with both values. A larger budget is none."""
@@ -212,7 +225,10 @@ class Run:
             prompt = load_file(file)["prompt"]
         if list(prompt.shape) != info.prompt_shape:
             raise RunError(f"{file} has the shape {list(prompt.shape)}, not {info.prompt_shape}; tune again")
-        return cls(path, info, prompt, Readout.load(path / READOUT))
+        readout = Readout.load(path / READOUT)
+        if readout.name != info.readout.name or not np.isin(readout.classes, range(info.task.n_classes)).all():
+            raise RunError(f"{path / READOUT} does not fit {INFO}; tune again")
+        return cls(path, info, prompt, readout)
 
     @property
     def task(self) -> Task:

@@ -99,11 +99,21 @@ def _read_csv(file: Path) -> Table:
 
 
 def _read_tsv(file: Path) -> Table:
+    """With quoted fields, or without, as most TSV files are: there a quote is a character like others.
+
+    Where both fit, quotes that span lines have swallowed rows, so the reading with more of them is right.
+    """
     text, encoding = _decoded(file)
+    plainly = None
+    with suppress(csv.Error, DataError):
+        plainly = _separated(file, text, encoding, "\t", csv.QUOTE_NONE)
     try:
-        return _separated(file, text, encoding, "\t")
-    except (csv.Error, DataError):  # most TSV files have no quoting, so that a quote is a character like others
-        return _separated(file, text, encoding, "\t", csv.QUOTE_NONE)
+        quoted = _separated(file, text, encoding, "\t")
+    except (csv.Error, DataError):
+        if plainly is None:
+            raise
+        return plainly
+    return plainly if plainly is not None and len(plainly.records) > len(quoted.records) else quoted
 
 
 def _separated(file: Path, text: str, encoding: str, separator: str, quoting: Any = csv.QUOTE_MINIMAL) -> Table:
@@ -179,15 +189,20 @@ def _read_excel(file: Path) -> Table:
         raise MissingDependency(f"{file} needs openpyxl: pip install openpyxl, or save it as CSV") from None
     book = load_workbook(file, read_only=True, data_only=True)
     try:
-        rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # what the file says of its size is often wrong
+        cells = [[plain(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
     finally:
         book.close()
-    if not rows:
-        return Table([])
-    names = [plain(name) for name in rows[0]]
+    width = max(map(len, cells), default=0)
+    names, *rows = ([*row, *[""] * (width - len(row))] for row in cells or [[]])
     _distinct(names, file)
-    cells = ([plain(cell) for cell in row] for row in rows[1:])
-    return Table([dict(zip(names, row, strict=True)) for row in cells if any(row)])
+    return Table([dict(zip(names, row, strict=True)) for row in rows if any(row)])
+
+
+def as_utf8(text: str) -> str:
+    """A text with a question mark for every lone surrogate: JSON and arguments can carry one, and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def plain(value: object) -> str:

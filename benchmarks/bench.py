@@ -27,6 +27,7 @@ from bbt_accel.logits import class_logits
 from bbt_accel.machine import describe_machine, physical_cores
 from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
 from bbt_accel.progress import StepProgress
+from bbt_accel.run import Run
 from bbt_accel.settings import PRESETS, resolve
 from bbt_accel.tasks import load_task
 
@@ -100,8 +101,8 @@ class Benchmark:
             settings.check_budget(options.method)
         self.tell(f"exporting {options.backbone}")
         timed = steps.timed_rows(task, options.data, options.k_shot, options.rows)
-        tested = steps.compared_rows(task, options.data, options.test_rows)
-        exported = Bundle.read(self.bundles.exported())
+        self.test_rows = steps.compared_rows(task, options.data, options.test_rows)
+        self.exported = exported = Bundle.read(self.bundles.exported())
         if options.tune:
             settings.generations(options.method, exported.info.n_layers)
         self.rows, self.notes = plan_measurements(options, exported.info)
@@ -112,7 +113,7 @@ class Benchmark:
             shown = choose_demonstrations(few, task.n_classes, settings.demonstrations, SEED)[0]
         encoder = Encoder(exported, task, shown)
         self.classes = encoder.classes
-        self.timed, self.tested = encoder.encode(timed), encoder.encode(tested)
+        self.timed, self.tested = encoder.encode(timed), encoder.encode(self.test_rows)
         steps.save_batch(self.work / "timed.npz", self.timed)
         steps.save_batch(self.work / "tested.npz", self.tested)
         np.save(self.work / "prompt.npy", steps.random_prompts(exported.info, 1, SEED)[0])
@@ -163,7 +164,10 @@ class Benchmark:
             run = self.work / f"run {row.label} {seed}"
             asked = {"task": self.options.task, "data": self.options.data, "settings": self.settings(seed)}
             done.append(processes.call(steps.search, engine=self.engine(row), run=run, **asked))
-            scores.append(score(self.logits(row, run / "prompt.npy"), self.tested.targets, self.task.metric))
+            tested = self.work / f"tested {seed}.npz"  # behind the demonstrations of this search
+            shown = Run.read(run).info.demonstrations
+            steps.save_batch(tested, Encoder(self.exported, self.task, shown).encode(self.test_rows))
+            scores.append(score(self.logits(row, run / "prompt.npy", tested), self.tested.targets, self.task.metric))
             if row is self.original and seed == SEED:
                 shutil.copy(run / "prompt.npy", self.work / "prompt.npy")
         mean, std = fmean(scores), stdev(scores) if len(scores) > 1 else None
@@ -176,14 +180,14 @@ class Benchmark:
         return {**PRESETS["paper"], "seed": seed, **given}
 
     def compare(self, row: Measurement) -> None:
-        logits = self.logits(row, self.work / "prompt.npy")
+        logits = self.logits(row, self.work / "prompt.npy", self.work / "tested.npz")
         if row is self.original:
             self.reference = logits
         row.compare(logits, self.reference, self.tested.targets, self.task.metric)
 
-    def logits(self, row: Measurement, prompt: Path) -> Float32:
+    def logits(self, row: Measurement, prompt: Path, tested: Path) -> Float32:
         """Class logits (N, C) of the test rows for the prompt in a file, by the label words."""
-        found = processes.call(steps.compare, engine=self.engine(row), batch=self.work / "tested.npz", prompt=prompt)
+        found = processes.call(steps.compare, engine=self.engine(row), batch=tested, prompt=prompt)
         return class_logits(found, self.classes).astype(np.float32)
 
     def report(self) -> BenchReport:

@@ -64,7 +64,8 @@ def run_compare(
     local_engine(options.engine, "compare").target(options.precision)
     found = {path: load_task(path) for path in tasks}
     check_names("tasks", {path: task.name for path, task in found.items()})
-    named = {task.name: path for path, task in found.items()}
+    # absolute, because a trial on Ray has another working directory
+    named = {t.name: str(Path(path).absolute()) if path.endswith(".toml") else path for path, t in found.items()}
     if options.data is not None:  # fail before the bundles are exported, not in every trial
         for task in found.values():
             check_rows(task, options.data / task.name, resolve({"k_shot": options.k_shot}))

@@ -96,9 +96,10 @@ def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> L
         raise UsageError("--clients must be at least 1")
     task = load_task(given.task) if run is None else run.task
     shown = [] if run is None else run.info.demonstrations
-    batch = Encoder(bundle, task, shown).encode(timed_rows(task, None, 16, given.rows))
+    data = None if run is None else run.data_path
+    batch = Encoder(bundle, task, shown).encode(timed_rows(task, data, 16, given.rows))
     prompts = random_prompts(bundle.info, given.popsize, SEED)
-    text = None if run is None else timed_rows(task, None, 16, 1)[0].fields
+    text = None if run is None else timed_rows(task, data, 16, 1)[0].fields
     tell("population, no server")
     with load_engine(bundle, given.engine, threads=given.threads) as engine, engine.bind(batch) as bound:
         timings = [summary("population, no server", repeat(lambda: bound.label_logits(prompts), given.seconds))]

@@ -47,7 +47,7 @@ class BenchOptions(BaseModel):
     k_shot: KShot = Field(default=DEFAULTS.k_shot, description="Examples per class, in the timed batch and for tuning.")
     test_rows: Count = Field(default=512, description="Maximum of test rows to compare logits and predictions on.")
     popsize: int = Field(default=DEFAULTS.popsize, ge=2, description="Candidates per call.")
-    repeats: Count = Field(default=5, description="Timed calls per row of the report, after one warm-up call.")
+    repeats: Count = Field(default=5, description="Timed calls per row of the report, after warm-up calls.")
     tune: bool = Field(default=False, description="Also search for soft prompts with every engine, and compare scores.")
     seeds: Count = Field(default=3, description="Searches per engine, with --tune.")
     budget: Budget | None = Field(default=None, description="API calls of a search, with --tune (default: the task's).")

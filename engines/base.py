@@ -57,7 +57,8 @@ class BoundBatch(Closing, ABC):
     def outputs(self, prompts: LayerPrompts | Population) -> dict[str, Float32]:
         """The label logits as `label_logits`, and from the same pass two hidden states of every row.
 
-        `readout_state`, float32 (P, N, H): what the LM head's last matmul takes at the readout position.
+        `readout_state`, float32 (P, N, E): what the LM head's last matmul takes at the readout position; E is H, but
+            for families whose head is narrower (ALBERT, ELECTRA).
         `mean_state`, float32 (P, N, H): what enters the last block (encoder-decoders: what the encoder returns), the
         mean over the row's tokens and the prompt's; of a decoder over the tokens behind the prompt.
         Raises what `label_logits` raises, and UsageError from an engine that returns label logits alone.

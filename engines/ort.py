@@ -19,11 +19,12 @@ import onnxruntime
 
 from bbt_accel.batch import Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS
+from bbt_accel.cuda import GPU_TOKENS
 from bbt_accel.engine_specs import ORT_GRAPHS_SINCE, index_of, kind_of
 from bbt_accel.engines.base import failing
-from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine
+from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine
 from bbt_accel.errors import EngineError, first_line
-from bbt_accel.machine import installed, release
+from bbt_accel.machine import ORT_INT8, installed, release
 from bbt_accel.population import Latent, LayerPrompts
 from bbt_accel.progress import note
 
@@ -74,6 +75,7 @@ class OrtEngine(StagedEngine):
         options.enable_mem_pattern = kind_of(self.device) == "cuda"
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry(*ORT_INT8)
         with failing("ONNX Runtime", f"to load {stage}.onnx"):
             session = self.session(stage, options)
         if session.get_providers()[0] != self.provider:  # it fell back to the CPU silently

@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
+from bbt_accel.cuda import GPU_TOKENS
 from bbt_accel.engine_specs import index_of, kind_of
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens, failing
-from bbt_accel.engines.staged import GPU_CALL, GPU_TOKENS, Arrays, StagedEngine, clipped_std
+from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine, clipped_std
 from bbt_accel.errors import EngineError
 from bbt_accel.exporters.device_graphs import batch_statistics
 from bbt_accel.exporters.families import DTYPES, family_of, load_model
@@ -37,9 +38,11 @@ def limited_threads(threads: int | None) -> Iterator[None]:
     former = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
-    yield
-    if threads is not None:
-        torch.set_num_threads(former)
+    try:
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(former)
 
 
 def load(bundle: Bundle, device: str) -> torch.nn.Module:
@@ -96,9 +99,10 @@ class TorchEngine(StagedEngine):
         self.bundle = Bundle(self.bundle.path, info)
         super().load()
         self.place = torch_device(self.device)
-        self.held = ExitStack()
-        self.held.enter_context(limited_threads(self.threads))
-        model = load(self.bundle, self.device)
+        with ExitStack() as stack:
+            stack.enter_context(limited_threads(self.threads))
+            model = load(self.bundle, self.device)
+            self.held = stack.pop_all()
         self.backbone = family_of(model.config).compose(model, info)
         self.dtype = DTYPES[info.precision]
         self.on_device = kind_of(self.device) == "cuda"
@@ -150,9 +154,10 @@ class EagerEngine(Engine):
     def load(self) -> None:
         self.projections: WeakKeyDictionary[Projection, tuple[Tensor, Tensor]] = WeakKeyDictionary()
         self.place = torch_device(self.device)
-        self.held = ExitStack()
-        self.held.enter_context(limited_threads(self.threads))
-        model = load(self.bundle, self.device)
+        with ExitStack() as stack:
+            stack.enter_context(limited_threads(self.threads))
+            model = load(self.bundle, self.device)
+            self.held = stack.pop_all()
         self.reference = Reference(model, self.bundle.info, self.head_at_readout)
 
     def bind(self, batch: Batch) -> EagerBoundBatch:

@@ -43,15 +43,25 @@ def connect(bundle: Bundle, *, url: str, without: frozenset[str] = frozenset()) 
     BundleError when it has another bundle.
     """
     server = Server(url)
-    if protocol.ROWS_EXTENSION not in server.facts.get("extensions", ()):
-        return TritonEngine(bundle, server, without)
-    if without:
-        raise UsageError("--without does not apply to a bbt-accel server; omit it")
-    return RemoteEngine(bundle, server)
+    try:
+        server.facts = server.ask(server.client.get_server_metadata)
+        if protocol.ROWS_EXTENSION not in server.facts.get("extensions", ()):
+            return TritonEngine(bundle, server, without)
+        if without:
+            raise UsageError("--without does not apply to a bbt-accel server; omit it")
+        return RemoteEngine(bundle, server)
+    except BaseException:
+        server.close()
+        raise
 
 
 class Server:
-    """A server at `http://HOST:PORT[/BASE]`, with `/v2/models/NAME` appended to choose one of several models."""
+    """A server at `http://HOST:PORT[/BASE]`, with `/v2/models/NAME` appended to choose one of several models.
+
+    facts: its metadata.
+    """
+
+    closed = False
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -59,7 +69,9 @@ class Server:
             raise UsageError(f"--url must be http://HOST:PORT or https://HOST:PORT, not {url!r}")
         base, _, name = parts.path.rstrip("/").partition("/v2/models/")
         self.url, self.model, self.patience = url, name or None, patience()
-        gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)  # gevent would print Ctrl-C instead of raising it
+        hub = gevent.get_hub()
+        if KeyboardInterrupt not in hub.NOT_ERROR:  # gevent would print Ctrl-C instead of raising it
+            hub.NOT_ERROR += (KeyboardInterrupt,)
         secure, host = parts.scheme == "https", parts.netloc + base.removesuffix("/v2")
         context = gevent.ssl.create_default_context if secure else None
         options = {"connection_timeout": 10.0, "network_timeout": TIMEOUT, "ssl": secure}
@@ -67,13 +79,15 @@ class Server:
             self.client = triton.InferenceServerClient(host, **options, ssl_context_factory=context)
         except (ValueError, InferenceServerException) as error:
             raise UsageError(f"--url {url!r} is not an address ({error})") from None
-        self.facts = self.ask(self.client.get_server_metadata)
+        self.facts: dict[str, Any] = {}
 
     def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """What a client call returns; it is tried again while the server cannot be reached or is not ready.
 
         Raises EngineError or ServerRefused.
         """
+        if self.closed:
+            raise EngineError(f"the connection to {self.url} is closed; load the engine again")
         token, waits, until = os.environ.get(protocol.TOKEN), chain(WAITS, repeat(WAITS[-1])), None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         while True:
@@ -133,6 +147,7 @@ class Server:
         return {"url": self.url, "server": f"{self.facts.get('name')} {self.facts.get('version')}"}
 
     def close(self) -> None:
+        self.closed = True
         self.client.close()
 
 
@@ -261,6 +276,10 @@ class TritonEngine(StagedEngine):
 
     def __init__(self, bundle: Bundle, server: Server, without: frozenset[str]) -> None:
         super().__init__(bundle, without=without)
+        if bundle.info.target == "trt":
+            from bbt_accel.exporters.plans import profile_of
+
+            self.limit(profile_of(bundle))
         self.server = server
         name = server.model or bundle.path.resolve().name
         self.models = {stage: protocol.stage_model(name, stage) for stage in bundle.info.stages}
@@ -289,4 +308,5 @@ class TritonEngine(StagedEngine):
         return self.server.versions()
 
     def close(self) -> None:
+        super().close()
         self.server.close()

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,14 +25,15 @@ from bbt_accel.population import Latent, LayerPrompts, Population
 from bbt_accel.projection import Projection
 from bbt_accel.settings import DEFAULTS
 
+if TYPE_CHECKING:
+    from bbt_accel.exporters.plans import ShapeProfile
+
 Array = Any
 """An array of the engine's own kind, on its device: numpy, torch, OrtValue, device memory."""
 Arrays = dict[str, Array]
 GPU_CALL = 1024
 """`call_overhead` of a call that is a CUDA graph: what passes between its kernels, and the last wave of each matmul. An
 estimate for RoBERTa-large on an H100 (docs/explanation/gpu.md); `make gpu-check` measures it."""
-GPU_TOKENS = 2**17
-"""`tokens_per_call` on a GPU, where calls have an overhead and memory is the limit: whole populations."""
 CONTEXTS = 4
 """Contexts whose keys and values an engine keeps: those of the train and dev rows, and of another task."""
 
@@ -70,6 +71,12 @@ class StagedEngine(Engine):
         for name in in_graph(self.without):
             if name not in self.bundle.info.without:
                 raise UsageError(f"{name} is part of the graphs of {self.bundle.path}: export --without {name}")
+
+    def limit(self, profile: ShapeProfile) -> None:
+        """Keep to what compiled plans take."""
+        self.longest, self.candidates = profile.tokens[2], profile.candidates[1]
+        self.candidates_per_call, self.rows_per_call = profile.candidates[2], profile.rows[2]
+        self.tokens_per_call = profile.candidates[2] * profile.rows[2] * profile.tokens[2]
 
     @abstractmethod
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
@@ -162,9 +169,10 @@ class StagedBoundBatch(BoundBatch):
     def upload_buckets(self, without: frozenset[str], step: int) -> list[Bucket]:
         engine, aligned = self.engine, step if self.engine.on_device else 1
         limits = engine.tokens_per_call, engine.rows_per_call, engine.call_overhead // engine.candidates
+        most = self.info.max_length - (0 if self.batch.context_ids is None else len(self.batch.context_ids))
         buckets = []
         for rows in bucket_rows(self.info, self.batch, without, step, *limits):
-            part = trim(self.info, self.batch, rows, without, aligned, engine.longest)
+            part = trim(self.info, self.batch, rows, without, aligned, min(engine.longest, most))
             part = part.with_decoder_input(self.info, "short-decoder" not in without)
             arrays: dict[str, Any] = part.graph_inputs(self.info)
             context = b"".join(arrays[name].tobytes() for name in ("context_ids", "context_mask") if name in arrays)

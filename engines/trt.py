@@ -53,10 +53,7 @@ class TrtEngine(StagedEngine):
 
     def load(self) -> None:
         super().load()
-        profile = profile_of(self.bundle)
-        self.longest, self.candidates = profile.tokens[2], profile.candidates[1]
-        self.candidates_per_call, self.rows_per_call = profile.candidates[2], profile.rows[2]
-        self.tokens_per_call = profile.candidates[2] * profile.rows[2] * profile.tokens[2]
+        self.limit(profile_of(self.bundle))
         self.api: Api = find_api()
         self.cuda = Cuda(index_of(self.device))
         self.calls = CapturedCalls(self.cuda)

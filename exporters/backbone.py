@@ -25,7 +25,7 @@ ROWS = ("input_ids", "attention_mask")
 READOUT = ("readout", "label_token_ids")
 """The inputs that describe the rows, and where their logits are read."""
 FOUND = ("label_logits", *STATES)
-"""What the last stage returns, float32: (P, N, C), and twice (P, N, H)."""
+"""What the last stage returns, float32: (P, N, C), and states as `BoundBatch.outputs`."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor, scale: float | None = None) -> Tensor:

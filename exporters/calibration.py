@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle
+from bbt_accel.cuda import GPU_TOKENS
 from bbt_accel.data import load_few_shot, load_rows
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.errors import DataError
@@ -64,9 +65,12 @@ class TaskRows:
         return batch.padded(int(lengths(batch).max()), self.info.special.pad)
 
     def longest(self) -> int:
-        """Tokens of the longest train, dev or test row; the longest that the backbone accepts if there is no task."""
+        """Tokens of the longest train, dev or test row.
+
+        If there is no task, the longest that the backbone takes in a call of a whole population on a GPU.
+        """
         if self.encoder is None:
-            return self.info.max_length
+            return min(self.info.max_length, GPU_TOKENS // self.settings.popsize)
         batches = [self.train, self.encoder.encode(self.dev)]
         with suppress(DataError):  # a task without test rows can be tuned
             rows = load_rows(self.task, "test", self.data)

@@ -21,7 +21,10 @@ BOUNDS = (
 
 
 def check_config(checkpoint: str | Path, config: Any) -> None:
-    """Raises ExportError for sizes that are no numbers or that no checkpoint has."""
+    """Raises ExportError for sizes that are no numbers or that no checkpoint has, and for what transformers ignores."""
+    positions = getattr(config, "position_embedding_type", None)
+    if positions not in (None, "absolute"):  # transformers 5 leaves out the weights of others, without an error
+        raise ExportError(f"{checkpoint} has {positions!r:.40} positions; only absolute ones are supported")
     for most, names in BOUNDS:
         for name in names:
             value = getattr(config, name, None)

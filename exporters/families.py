@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import redirect_stderr
 from functools import cache
-from importlib.metadata import entry_points
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from bbt_accel.exporters.modernbert import MODERNBERT
 from bbt_accel.exporters.mpnet import MPNET
 from bbt_accel.exporters.t5 import MT5, T5
 from bbt_accel.machine import installed
+from bbt_accel.plugins import with_plugins
 
 FAMILIES = (
     ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ALBERT, MPNET, ELECTRA, MODERNBERT, EUROBERT, BART, T5, MT5,
@@ -42,13 +42,7 @@ GROUP = "bbt_accel.families"
 @cache
 def families() -> dict[str, FamilySpec]:
     """Every family by its `model_type`: the built-in ones, then those of installed packages."""
-    found = {spec.model_type: spec for spec in FAMILIES}
-    for entry in entry_points(group=GROUP):
-        spec = entry.load()
-        if not isinstance(spec, FamilySpec):
-            raise ExportError(f"entry point {entry.name} in {GROUP} is {entry.value}, which is not a FamilySpec")
-        found.setdefault(spec.model_type, spec)
-    return found
+    return with_plugins(FAMILIES, GROUP, FamilySpec, "model_type")
 
 
 def family_of(config: Any) -> FamilySpec:

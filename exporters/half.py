@@ -28,9 +28,8 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
     """Convert a graph in place; its inputs and outputs stay fp32. Returns the nodes that stay fp32 lest they overflow.
 
     folder: of the file with the weights that are not inside the graph; each is read when it is converted.
-    A node stays fp32 when an input or output exceeds `LARGEST` on `feeds`; norms do too, whole or written out. The same
-    nodes stay fp32 in BFLOAT16, whose range is that of fp32: those with masks and positions, which it would round
-    coarsely.
+    A node stays fp32 when an input or output exceeds `LARGEST` on `feeds`; norms and positions do too, whole or written
+    out. The same nodes stay fp32 in BFLOAT16, whose range is that of fp32.
     """
     name_nodes(model.graph)
     floats = {i.name for i in model.graph.input if i.type.tensor_type.elem_type == TensorProto.FLOAT}
@@ -51,10 +50,13 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
 
 
 def angles(graph: onnx.GraphProto, floats: set[str]) -> set[str]:
-    """Names of the nodes that compute sines and cosines of positions: half precision has no digits for their turns."""
+    """Names of the nodes that compute with positions: half precision has no digits for their turns and buckets.
+
+    Sines and cosines are of rotary positions, logarithms of relative ones (T5, MPNet).
+    """
     makers = {name: node for node in graph.node for name in node.output}
     found: set[str] = set()
-    waiting = [node for node in graph.node if node.op_type in ("Cos", "Sin")]
+    waiting = [node for node in graph.node if node.op_type in ("Cos", "Sin", "Log")]
     while waiting:
         node = waiting.pop()
         if node.name not in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,9 +143,10 @@ class EuroBertBackbone(Backbone):
         return self.llama.vocabulary()
 
 
-def longest_row(config: Any) -> int:
+def longest_row(config: Any, by_layer: bool = True) -> int:
     """Tokens up to which neither a sliding window nor the scaling of rotary positions for long rows has an effect.
 
+    by_layer: whether transformers' class asks `layer_types` which layers have the window; else all have it.
     Raises ExportError for traits that the backbone does not compute.
     """
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -152,7 +154,7 @@ def longest_row(config: Any) -> int:
     if getattr(config, "use_bidirectional_attention", None):
         raise ExportError(f"this {config.model_type} model is an encoder (use_bidirectional_attention); not supported")
     limits = [int(config.max_position_embeddings)]
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    kinds, window = getattr(config, "layer_types", None) if by_layer else None, getattr(config, "sliding_window", None)
     if window and ("sliding_attention" in kinds if kinds else True):
         limits.append(int(window))
     rope = config.rope_parameters
@@ -191,12 +193,15 @@ LLAMA = FamilySpec(
 )  # fmt: skip
 
 
+WINDOWED = partial(longest_row, by_layer=False)
+
+
 def _kin(model_type: str, model_class: str, backbone: type[Backbone], tiny: dict[str, Any], **more: Any) -> FamilySpec:
     kin = replace(LLAMA, model_type=model_type, model_class=model_class, backbone=backbone, shapes={}, **more)
     return replace(kin, tiny=_TINY | tiny)
 
 
-MISTRAL = _kin("mistral", "MistralForCausalLM", LlamaBackbone, {"head_dim": 16})
+MISTRAL = _kin("mistral", "MistralForCausalLM", LlamaBackbone, {"head_dim": 16}, positions=WINDOWED)
 QWEN2 = replace(
     _kin("qwen2", "Qwen2ForCausalLM", LlamaBackbone, {}),
     shapes={"qwen2.5-0.5b": sizes(24, 896, 14, 4864, 151936, num_key_value_heads=2, tie_word_embeddings=True)},
@@ -209,7 +214,7 @@ QWEN3 = replace(
 )
 SMOLLM3 = _kin("smollm3", "SmolLM3ForCausalLM", SmolLM3Backbone, {"no_rope_layer_interval": 2, "bos_token_id": 2})
 OLMO2 = _kin("olmo2", "Olmo2ForCausalLM", Olmo2Backbone, {})
-PHI3 = _kin("phi3", "Phi3ForCausalLM", Phi3Backbone, {})
+PHI3 = _kin("phi3", "Phi3ForCausalLM", Phi3Backbone, {}, positions=WINDOWED)
 GEMMA3 = _kin("gemma3_text", "Gemma3ForCausalLM", Gemma3Backbone, {"head_dim": 16, "sliding_window": 512})
 EUROBERT = replace(
     LLAMA,

@@ -36,6 +36,8 @@ from bbt_accel.option_types import MAX_RMSE, check_threads
 from bbt_accel.progress import Tell, silent
 
 CALIBRATION_ROWS = 16  # rows, times the prompts of `calibration_prompts`, that activation ranges are read from
+FP32_ERROR = 1e-3
+"""Largest error of fp32 logits, relative to the largest where that exceeds 1; more means a wrong rewrite."""
 LEAK = 0.05
 """Largest change of a row's logits when padding is added, relative to the largest logit; more means a lost mask."""
 TOOLS = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx_cu13", "torch")
@@ -214,7 +216,8 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
     """Fidelity to the source's logits on the job's rows, and the effect of more padding.
 
     logits: of the new bundle, where they are known already.
-    Raises ExportError for logits that are not finite, and when padding changes them by more than `LEAK`.
+    Raises ExportError for logits that are not finite, when padding changes them by more than `LEAK`, and in fp32 when
+    they differ from the source's by more than `FP32_ERROR`.
     """
     with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path) as folder:
         made, label_logits = job.target.emulated(made, Path(folder)), job.target.label_logits
@@ -225,6 +228,9 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
         rows = job.batch.rows(shortest)
         padded = rows.padded(padded_length(rows, made.info.max_length), made.info.special.pad)
         leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, shortest])
+    error = scaled_error(logits, job.reference)
+    if job.precision == "fp32" and error > FP32_ERROR:
+        raise ExportError(f"the fp32 bundle's logits differ by {error:.1e} from those of its source; use that")
     if leak > LEAK:
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
     counts = {"rows": len(job.batch), "candidates": len(job.prompts)}

@@ -49,7 +49,7 @@ class ShapeProfile(BaseModel):
         """The min, opt and max shape of an input, whose dynamic axes are -1 in `shape`."""
         # A decoder's begin token is part of the context, and its prompt's states are apart from the text's.
         tokens = [size - info.prompt_start * info.causal for size in self.tokens]
-        text = [size - info.prefix_columns for size in self.tokens]
+        text = tokens if "prefix-cache" in info.without else [size - info.prefix_columns for size in self.tokens]
         ranges: dict[str | None, Any] = dict(self)
         ranges |= {"tokens": tokens, "text": text, "state": (1, *self.candidates[1:])}
         return [[ranges[AXES[name][i]][k] if size < 0 else size for i, size in enumerate(shape)] for k in range(3)]

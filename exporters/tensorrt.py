@@ -11,7 +11,7 @@ import numpy as np
 
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import PLANS, Bundle, BundleInfo
-from bbt_accel.cuda import Cuda
+from bbt_accel.cuda import GPU_TOKENS, Cuda
 from bbt_accel.encoding import FEATURE_WORDS
 from bbt_accel.errors import EngineError
 from bbt_accel.exporters.calibration import lengths
@@ -22,8 +22,6 @@ from bbt_accel.progress import Tell
 from bbt_accel.settings import Settings
 
 OPERATORS = ("MatMul", "Softmax", "LayerNormalization", "Gelu", "Erf", "Tanh")  # those that the report counts
-TOKENS = 2**17
-"""Candidates × rows × tokens of a profile's largest call: bounds the memory of a plan, about 2 GiB at H = 1024."""
 CONTEXT = 512
 """Tokens of a decoder's context that every profile accepts."""
 
@@ -57,18 +55,20 @@ def local_gpu() -> tuple[str, tuple[str, ...], str]:
 def shape_profile(info: BundleInfo, batch: Batch, longest: int, settings: Settings) -> ShapeProfile:
     """The profile for a task's searches, tuned for the most frequent length of its train rows.
 
-    batch: the train rows. longest: tokens of the longest row to accept. settings: of the search.
+    batch: the train rows. longest: tokens of the longest row to accept. settings: of the search. The largest call has
+    no more candidates × rows × tokens than `GPU_TOKENS`, about 2 GiB at H = 1024.
     """
     shortest, popsize = info.shortest_row, settings.popsize
     longest = max(shortest, min(info.max_length, int(batch.aligned(info, np.array(longest), STEP))))
     rounded = batch.aligned(info, np.clip(lengths(batch), shortest, longest), STEP)
     [(bucket, frequency)] = Counter(rounded.tolist()).most_common(1)
-    rows = max(1, min(len(batch), TOKENS // (popsize * longest)))
+    candidates = max(1, min(popsize, GPU_TOKENS // longest))
+    rows = max(1, min(len(batch), GPU_TOKENS // (candidates * longest)))
     shifted = info.decodes and info.template_group == "masked"
     labels, dim = len(batch.label_token_ids), settings.intrinsic_dim
     context = len(batch.graph_inputs(info).get("context_ids", [0]))
     return ShapeProfile(
-        candidates=(1, popsize, popsize),
+        candidates=(1, candidates, candidates),
         rows=(1, min(frequency, rows), rows),
         tokens=(shortest, min(longest, bucket), longest),
         labels=(1, labels, FEATURE_WORDS + max(512, labels)),

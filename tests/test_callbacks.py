@@ -63,6 +63,15 @@ def test_a_callback_is_told_everything_in_order(start: Tune) -> None:
     assert sum(name == "score" for name, _ in expected) > 2
 
 
+def test_an_error_of_a_callback_is_not_taken_for_a_full_disk(start: Tune) -> None:
+    class Failing(Recorder):
+        def on_generation(self, generation: Generation) -> None:
+            raise ConnectionError("my tracker is down")
+
+    with pytest.raises(ConnectionError, match="my tracker is down"):
+        start(callbacks=[Failing()])
+
+
 def test_a_callback_is_closed_after_an_error(start: Tune) -> None:
     class Failing(Recorder):
         def on_generation(self, generation: Generation) -> None:

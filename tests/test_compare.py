@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 from bbt_accel import tasks
 from bbt_accel.benchmarks import differences, references
 from bbt_accel.benchmarks.compare import asked, read_trial, run_compare
-from bbt_accel.benchmarks.compare_report import Score, difference, make_report, markdown
+from bbt_accel.benchmarks.compare_report import Score, difference, draw, interval, make_report, markdown, summary
 from bbt_accel.benchmarks.options import CompareOptions, parse_contender
 from bbt_accel.bundle import write_info
 from bbt_accel.cli import main
@@ -118,9 +118,32 @@ def test_a_difference_pairs_tasks_and_seeds() -> None:
     found = difference(scores, "auto 64", "bbt 64")
     assert found is not None
     assert found.mean == pytest.approx(0.15)
+    assert found.interval is not None
     assert found.interval[0] <= found.mean <= found.interval[1]
     assert (found.worst_task, found.worst) == ("a", pytest.approx(0.1))
     assert difference(scores, "auto 64", "lora") is None
+
+
+def test_an_interval_holds_the_true_mean_in_95_of_100_cases_even_of_three_values() -> None:
+    assert interval([0.25]) == (0.25, None)
+    mean, limits = interval([1.0, 2.0, 3.0, 4.0])
+    assert (mean, limits) == (2.5, (pytest.approx(0.4457, abs=1e-4), pytest.approx(4.5543, abs=1e-4)))
+    draws = np.random.default_rng(0).standard_normal((2000, 3)).tolist()
+    held = [low <= 0 <= high for _, (low, high) in map(interval, draws)]  # type: ignore[misc]
+    assert 0.94 < np.mean(held) < 0.96
+
+
+def test_a_contender_without_a_score_on_every_task_has_no_mean_and_no_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = [score("auto", "easy", 0, 0.9, 64), score("auto", "hard", 0, 0.5, 64), score("bbt", "easy", 0, 0.9, 64)]
+    report = make_report(scores, {"hard-bbt-0": "out of memory"}, {})
+    lines = [line for line in summary(report).splitlines() if line.startswith(("| auto", "| bbt"))]
+    assert [line.split("|")[4].strip() for line in lines] == ["70.0", "–"]
+    drawn = []
+    monkeypatch.setattr("bbt_accel.benchmarks.compare_report.hover", lambda line, values: drawn.extend(values))
+    draw(tmp_path / "report.svg", report)
+    assert drawn == ["auto 64: 70.0 %, calls 64"]
 
 
 def test_a_report_of_one_contender_has_no_differences() -> None:

@@ -80,6 +80,26 @@ def test_a_template_for_demonstrations_has_the_label_where_it_says(bundle: Bundl
     assert text_of(encoder, encoder.context_ids) == "great: t1\n"
 
 
+def test_escaped_braces_are_no_placeholder(bundle: Bundle, tmp_path: Path) -> None:
+    odd = task(template="{{label}}: {text} {label}", instruction="{{prompt}}", separator=" ; ")
+    odd = odd.model_copy(update={"templates": odd.templates | {"causal": "{{prompt}} {text} is"}})
+    encoder = Encoder(bundle, odd, ROWS[1:2])
+    assert encoder.context_ids is not None
+    assert text_of(encoder, encoder.context_ids) == "{{prompt}} ; {label}: t1 great ; "
+    assert text_of(encoder, encoder.encode([Row({"text": "new"})]).input_ids[0, 1:]) == "{prompt} new is"
+    added = Encoder(tiny_bundle(tmp_path / "add", "llama", "add", max_length=200), odd)
+    n = added.bundle.info.n_prompt_tokens
+    assert text_of(added, added.encode([Row({"text": "new"})]).input_ids[0, 1 + n :]).endswith("{prompt} new is")
+
+
+def test_a_column_named_label_cannot_be_part_of_a_demonstration(bundle: Bundle) -> None:
+    own = task().model_copy(update={"text": ["label"], "label": "y", "templates": {"masked": None, "span": None,
+                                    "causal": "{label} is"}})  # fmt: skip
+    assert Encoder(bundle, own).context_ids is not None
+    with pytest.raises(TaskError, match="a column of demonstrations cannot have the name 'label'; rename it"):
+        Encoder(bundle, own, [Row({"label": "a"}, 1)])
+
+
 def test_no_context_is_none_and_an_encoder_has_none(bundle: Bundle, tmp_path: Path) -> None:
     assert Encoder(bundle, task(instruction="")).encode(ROWS).context_ids is None
     assert Encoder(tiny_bundle(tmp_path / "bert", "bert"), task()).encode(ROWS).context_ids is None

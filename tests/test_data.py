@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
-from bbt_accel.data import Row, few_shot, load_rows, rows_digest
-from bbt_accel.errors import DataError
+from bbt_accel.data import Row, few_shot, load_rows, read_texts, rows_digest
+from bbt_accel.errors import DataError, UsageError
 from bbt_accel.tasks import load_task
 
 SST2 = load_task("sst2")
@@ -46,8 +46,22 @@ def test_test_falls_back_to_validation(tmp_path: Path) -> None:
     assert load_rows(SST2, "test", tmp_path)[0].fields == {"sentence": "v"}
     jsonl(tmp_path / "test.jsonl", [{"sentence": "t"}])
     assert load_rows(SST2, "test", tmp_path)[0].fields == {"sentence": "v"}
+    jsonl(tmp_path / "test.jsonl", [{"sentence": "t", "label": None}])
+    assert load_rows(SST2, "test", tmp_path)[0].fields == {"sentence": "v"}
     jsonl(tmp_path / "test.jsonl", [{"sentence": "t", "label": 0}])
     assert load_rows(SST2, "test", tmp_path)[0].fields == {"sentence": "t"}
+
+
+def test_an_unknown_split_is_named() -> None:
+    with pytest.raises(UsageError, match="unknown split 'dev'; choose from train, test"):
+        load_rows(load_task("demo"), "dev")  # type: ignore[arg-type]
+
+
+def test_lone_surrogates_become_question_marks_where_they_enter(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"sentence": "a \\ud83d b", "label": 1}\n')
+    assert load_rows(SST2, "train", tmp_path)[0].fields == {"sentence": "a ? b"}
+    assert read_texts(["a \udcff"], None, ["sentence"]) == [{"sentence": "a ?"}]
+    assert read_texts(['{"a": "\\ud83d", "b": "x"}'], None, ["a", "b"]) == [{"a": "?", "b": "x"}]
 
 
 def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
 from bbt_accel.exporters import export, graph
 from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
+from bbt_accel.files import sha256
 
 SIZE = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Weights that outweigh the graphs, as those of a real backbone do."""
@@ -408,6 +409,16 @@ def test_a_file_that_has_changed_or_is_gone_is_named(copy: Path, file: str) -> N
         Bundle.read(copy)
     (copy / file).unlink()
     with pytest.raises(BundleError, match=f"lacks {file}"):
+        Bundle.read(copy)
+
+
+@pytest.mark.parametrize("name", ["../out", "sub/../../out", "/etc/hostname"])
+def test_a_bundle_that_names_a_file_outside_of_it_is_refused(copy: Path, name: str) -> None:
+    bundle = Bundle.read(copy)
+    (copy.parent / "out").write_text("x")
+    bundle.info.sha256[name] = sha256(copy.parent / "out")
+    bundle.info.seal(copy / "bundle.json")
+    with pytest.raises(BundleError, match="names a file outside of it"):
         Bundle.read(copy)
 
 

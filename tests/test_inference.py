@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +14,11 @@ from bbt_accel import tune
 from bbt_accel.data import load_rows, split_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.dummy import DummyEngine
-from bbt_accel.errors import BundleError, DataError
+from bbt_accel.errors import BundleError, DataError, RunError, UsageError
 from bbt_accel.inference import evaluate, predict, scored_rows
 from bbt_accel.logits import log_softmax
 from bbt_accel.objective import Objective
-from bbt_accel.run import Run
+from bbt_accel.run import Run, write_info
 from bbt_accel.tasks import load_task
 
 TEXTS = [{"text": f"w{i} w{i + 1}"} for i in range(80)]
@@ -43,6 +46,47 @@ def test_evaluate_scores_every_test_row_with_and_without_the_prompt(run: Run, tm
     dev = evaluate(run.path, split="dev")
     assert run.info.best is not None
     assert (dev["rows"], dev["score"]) == (6, run.info.best.dev_score)
+
+
+def test_an_unknown_split_or_preset_is_named(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown split 'validation'; choose from dev, test"):
+        evaluate(run.path, split="validation")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unknown preset 'papers'; did you mean paper"):
+        tune(run.open_bundle(), run.task, output=tmp_path / "new", preset="papers")  # type: ignore[arg-type]
+
+
+def test_another_engine_runs_on_the_runs_device_only_if_it_can(run: Run) -> None:
+    on_gpu = run.info.engine.model_copy(update={"name": "trt", "device": "cuda:1"})
+    assert [on_gpu.device_for(name) for name in ("trt", "ort", "torch", "openvino", "remote")] == [
+        "cuda:1", "cuda:1", "cuda:1", "cpu", "cpu",
+    ]  # fmt: skip
+    write_info(run.path, run.info.model_copy(update={"engine": on_gpu}))
+    assert evaluate(run.path, engine="dummy")["device"] == "cpu"
+
+
+def damaged(info: dict[str, Any], name: str) -> dict[str, Any]:
+    changes = {
+        "label_words": {"label_words": ["bad"]},
+        "demonstrations": {"demonstrations": [{"fields": {"text": "a"}, "label": 2}]},
+        "readout": {"readout": info["readout"] | {"name": "calibrated"}},
+    }
+    return info | changes[name]
+
+
+@pytest.mark.parametrize("name", ["label_words", "demonstrations", "readout"])
+def test_a_run_whose_parts_do_not_fit_each_other_is_refused(run: Run, name: str) -> None:
+    info = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(json.dumps(damaged(info, name)))
+    with pytest.raises(RunError, match=f"{name}: |does not fit run.json"):
+        Run.read(run.path)
+
+
+def test_a_readout_with_other_classes_than_the_tasks_is_refused(run: Run) -> None:
+    readout = replace(run.readout, classes=np.array([0, 10**10]))
+    record = run.info.readout.model_copy(update={"sha256": readout.save(run.path / "readout.safetensors")})
+    write_info(run.path, run.info.model_copy(update={"readout": record}))
+    with pytest.raises(RunError, match=r"does not fit run\.json; tune again"):
+        Run.read(run.path)
 
 
 def test_predict_returns_labels_and_probabilities_in_order(run: Run) -> None:

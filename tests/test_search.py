@@ -110,7 +110,7 @@ def test_a_full_disk_is_reported_once(bundle: Bundle, tmp_path: Path) -> None:
     with History(tmp_path / "h") as history:
         history._stream.close()
         history._stream = Path("/dev/full").open("wb")  # noqa: SIM115 - closed with the history
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(RunError, match=r"No space left.*free some space, then --resume"):
             history.append(history.generations[0])
 
 
@@ -187,6 +187,24 @@ def test_ctrl_c_during_the_first_score_keeps_the_prompt_of_the_last_whole_genera
     outcome, done = run(bundle, tmp_path / "h", settings)
     assert (len(done), outcome.best.generation) == (3, 2)
     assert outcome.best.prompt.tobytes() == until.best.prompt.tobytes()
+
+
+def test_after_ctrl_c_in_the_first_sweep_the_layers_that_were_not_searched_have_no_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = search_bundle(tmp_path / "bundle", "bbtv2")
+    dev, calls = LocalEvaluator.dev, []
+
+    def interrupted(self: LocalEvaluator, prompt: Any) -> tuple[float, float]:
+        calls.append(prompt)
+        if len(calls) == 1:  # of the third layer's generation, whose prompt the search has already
+            raise KeyboardInterrupt
+        return dev(self, prompt)
+
+    monkeypatch.setattr(LocalEvaluator, "dev", interrupted)
+    outcome, done = run(bundle, tmp_path / "h", SMALL.model_copy(update={"eval_every": 12}))
+    assert (len(done), outcome.best.generation) == (2, 1)
+    assert [bool(layer.any()) for layer in outcome.best.prompt] == [True, True, False]
 
 
 def test_resuming_writes_the_history_again_only_where_a_score_is_dropped(

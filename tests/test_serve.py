@@ -52,6 +52,7 @@ from bbt_accel.inference import predict
 from bbt_accel.population import Population
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
+from bbt_accel.serving.connection import Connection
 from bbt_accel.serving.server import listen, serve
 
 INFER = "/v2/models/backbone/infer"
@@ -474,6 +475,13 @@ def test_what_a_request_would_make_of_memory_is_refused_before_it_is_bound(plain
         refused(client.post(INFER, json=in_json({"prompts": prompts(plain, 1), **found})), 413, "41 rows exceed 40")
         words = np.zeros(31, np.int64)
         refused(client.post(INFER, json=in_json(whole(plain, label_token_ids=words))), 413, "31 label words exceed 30")
+    long = Bundle(plain.path, plain.info.model_copy(update={"max_length": 600}))
+    with local_client(app(long, replace(LIMITS, batch=4))) as client:
+        last = np.zeros((4, 100), np.int64)
+        last[:, -1] = 1  # one token in each row, behind 99 that are computed as well
+        given = {"input_ids": np.ones_like(last), "attention_mask": last, "readout": np.full(4, 99)}
+        given |= {"prompts": prompts(plain, 1), "label_token_ids": np.array([5, 6])}
+        refused(client.post(INFER, json=in_json(given)), 413, "400 tokens exceed 256")
     few = replace(LIMITS, batch=1000)
     with local_client(app(plain, few)) as client:
         many = whole(plain, prompts=prompts(plain, 100), label_token_ids=np.zeros(2000, np.int64))
@@ -591,6 +599,23 @@ def test_silent_connections_block_nobody_and_are_closed_after_a_while(plain: Bun
         begun = time.monotonic()
         assert all(map(closed, silent))
         assert time.monotonic() - begun < 10
+
+
+def test_a_client_that_reads_nothing_and_asks_again_is_closed_after_a_while(
+    plain: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused, pause = threading.Event(), Connection.pause_writing
+    lost, lose = threading.Event(), Connection.connection_lost
+    monkeypatch.setattr(Connection, "pause_writing", lambda self: (pause(self), paused.set()))
+    monkeypatch.setattr(Connection, "connection_lost", lambda self, error: (lose(self, error), lost.set()))
+    limits = replace(LIMITS, idle=1.0, batch=1000)
+    body = json.dumps(in_json(whole(plain, prompts=prompts(plain, 100), label_token_ids=np.full(1000, 5)))).encode()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with running(app(plain, limits), limits) as url:
+        [deaf] = connections(url, 1, head + body)  # to which the answer is more than any buffer takes
+        assert paused.wait(20)
+        deaf.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert lost.wait(10)
 
 
 def test_a_header_in_drops_does_not_keep_a_connection(plain: Bundle) -> None:

@@ -168,6 +168,33 @@ def test_a_sweep_is_continued_to_a_larger_budget(toy: dict[str, Any], tmp_path: 
     assert [t.calls for t in larger.trials] == [40, 40]
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_setting_that_is_gone_from_the_sweep_is_not_taken_from_its_former_runs(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
+    sweep(tmp_path / "sweep", {**toy, "seeds": [1], "settings": {**FAST, "alpha": 2.0}})
+    config = tmp_path / "sweep.toml"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {**toy, "seeds": [1]}.items() if name != "settings"]
+    settings = [f"{name} = {json.dumps(value)}" for name, value in FAST.items()]
+    config.write_text("\n".join([*lines, "[settings]", *settings]))
+    [trial] = run_sweep(tmp_path / "sweep", config=config, resume=True, progress=False).trials
+    assert "alpha (was 2.0, is now 1.0)" in (trial.reason or "")
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("changed", ["task definition", "data"])
+def test_a_trial_of_another_task_or_other_rows_is_not_kept(toy: dict[str, Any], tmp_path: Path, changed: str) -> None:
+    sweep(tmp_path / "sweep", {**toy, "seeds": [1]})
+    if changed == "data":
+        file = tmp_path / "data" / "toy" / "train.jsonl"
+        file.write_text(file.read_text().replace("w1 ", "w2 "))
+    else:
+        file = Path(toy["tasks"][0])
+        file.write_text(file.read_text().replace("it was", "it is"))
+    [trial] = sweep(tmp_path / "sweep", resume=True).trials
+    assert (trial.status, changed in (trial.reason or "")) == ("failed", True)
+
+
 def test_an_interrupt_keeps_finished_trials(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,7 +316,7 @@ def test_presets_are_the_papers_and_say_how_to_make_the_bundle(
     assert words[-1] == found.bundles[0]
     search_bundle(tmp_path / "own", found.method or "")
     given = read_sweep(PRESETS / f"{name}.toml", {"bundles": [str(tmp_path / "own")]})
-    assert {trial.metric for trial in given.trials() if trial.task == "mrpc"} == {"f1"}
+    assert {trial.definition.metric for trial in given.trials() if trial.task == "mrpc"} == {"f1"}
     search_bundle(tmp_path / "own", "bbt" if found.method == "bbtv2" else "bbtv2")
     with pytest.raises(BundleError, match=f"was exported for .*, not {found.method}"):
         given.trials()
@@ -298,8 +325,7 @@ def test_presets_are_the_papers_and_say_how_to_make_the_bundle(
 def made_up(task: str, seed: int) -> Trial:
     return Trial(
         task=task,
-        task_name=task,
-        metric=load_task(task).metric,
+        definition=load_task(task),
         bundle="/b/large",
         digest="",
         method="bbt",
@@ -307,6 +333,7 @@ def made_up(task: str, seed: int) -> Trial:
         seed=seed,
         device="cpu",
         data=None,
+        rows=None,
         settings={},
     )
 
@@ -335,7 +362,7 @@ def test_the_table_is_in_the_form_of_the_papers() -> None:
     assert scores(report).splitlines() == [
         "| method | bundle | engine | sst2 | mrpc (F1) | rte | mean |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
-        "| BBT | large | ort | 89.56 (0.34) | 61.56, 1 failed | failed | – |",
+        "| BBT | large | ort | 89.56 (0.34) | 61.56, 1 of 3 seeds | failed | – |",
         "| no prompt | large | ort | 50.00 | 50.00 | – | – |",
         "| calibrated | large | ort | 60.00 | 60.00 | – | – |",
     ]

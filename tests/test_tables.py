@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,6 +50,16 @@ def test_quotes_in_a_tsv_file_without_quoting_are_characters(tmp_path: Path) -> 
     assert read_table(tmp_path / "t.tsv").records[0] == {"text": '"open, never closed', "label": "1"}
 
 
+def test_quoted_speech_in_a_tsv_file_swallows_no_rows(tmp_path: Path) -> None:
+    lines = ["text\tlabel", '"It is great, he said.\t1', "plain film\t0", 'and left."\t0']
+    (tmp_path / "t.tsv").write_text("\n".join(lines) + "\n")
+    assert [row["text"] for row in read_table(tmp_path / "t.tsv").records] == [
+        line.split("\t")[0] for line in lines[1:]
+    ]
+    (tmp_path / "t.tsv").write_text('text\tlabel\n"two\nlines"\t1\n')
+    assert read_table(tmp_path / "t.tsv").records == [{"text": "two\nlines", "label": "1"}]
+
+
 @pytest.mark.parametrize("form", ["list", "inside", "lines"])
 def test_three_forms_of_json(tmp_path: Path, form: str) -> None:
     texts = {"list": json.dumps(ROWS), "inside": json.dumps({"version": 1, "data": ROWS})}
@@ -64,6 +76,21 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         book.active.append(row)
     book.save(tmp_path / "t.xlsx")
     assert read_table(tmp_path / "t.xlsx").records == ROWS
+
+
+@pytest.mark.parametrize("said", [b'<dimension ref="A1"/>', b'<dimension ref="A1:B2"/>', b""])
+def test_what_an_excel_file_says_of_its_size_is_not_believed(tmp_path: Path, said: bytes) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["review", "stars", "note"], ["a", 5], ["b", 1, "late"], ["c"]):
+        book.active.append(row)
+    book.save(tmp_path / "whole.xlsx")
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "t.xlsx", "w") as other:
+        for name in whole.namelist():
+            other.writestr(name, re.sub(rb"<dimension[^>]*/>", said, whole.read(name)))
+    assert [list(row.values()) for row in read_table(tmp_path / "t.xlsx").records] == [
+        ["a", "5", ""], ["b", "1", "late"], ["c", "", ""],
+    ]  # fmt: skip
 
 
 def test_excel_without_its_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

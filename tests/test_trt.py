@@ -334,7 +334,24 @@ def test_the_longest_row_of_a_profile_is_aligned_with_the_other_keys(tmp_path: P
 def test_a_profile_bounds_the_tokens_of_a_call(tmp_path: Path) -> None:
     info = tiny_bundle(tmp_path, "roberta", max_length=512).info
     found = shape_profile(info, rows_of([500] * 224, 512), 512, Settings())
-    assert found.rows[2] == 2**17 // (20 * 512)
+    assert (found.candidates[2], found.rows[2]) == (20, 2**17 // (20 * 512))
+    long = tiny_bundle(tmp_path / "long", "roberta", max_length=2**15).info
+    found = shape_profile(long, rows_of([500] * 224, 512), 2**15, Settings())
+    assert (found.candidates[2], found.rows[2]) == (4, 1)
+
+
+def test_without_a_task_a_profile_takes_rows_of_which_a_whole_population_fits_a_call(tmp_path: Path) -> None:
+    long = tiny_bundle(tmp_path, "roberta", max_length=2**15)
+    assert TaskRows(long, None).longest() == 2**17 // 20
+
+
+def test_without_its_prefix_cache_a_decoders_states_have_the_prompt_in_every_row(tmp_path: Path) -> None:
+    info = tiny_bundle(tmp_path, "llama", "add").info
+    found = shape_profile(info, rows_of([20, 30], 40), 40, Settings())
+    uncached = info.model_copy(update={"without": ["prefix-cache"]})
+    cached, whole = ([s[2] for s in found.shapes("hidden", (-1, -1, -1, 8), one)] for one in (info, uncached))
+    masks = [s[1] for s in found.shapes("attention_mask", (-1, -1), info)]
+    assert whole == masks == [size + info.n_prompt_tokens for size in cached]
 
 
 def test_a_task_sets_lengths_population_and_labels(exported: Export) -> None:

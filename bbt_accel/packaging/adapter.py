@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.data import Row
+from bbt_accel.encoding import without_prompt
 from bbt_accel.errors import MissingDependency, PackageError
 from bbt_accel.inference import BATCH_SIZE
 from bbt_accel.machine import installed
@@ -22,6 +23,7 @@ from bbt_accel.packaging.comparison import PackageOutput, encoded
 from bbt_accel.packaging.configuration import write_json
 from bbt_accel.packaging.manifest import ADAPTER_CONFIG
 from bbt_accel.packaging.packaged_run import PackagedRun
+from bbt_accel.tasks import parse_template, written
 
 ADAPTER = "adapter_model.safetensors"
 TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
@@ -76,7 +78,7 @@ def write_peft(made: PackagedRun, labels: list[str], folder: Path) -> str:
         "label_token_ids": made.encoder.label_token_ids.tolist(),
         "classes": made.readout.classes.tolist(),
         "bias": None if bias is None else bias.tolist(),
-        "template": made.encoder.task.template(info.template_group),
+        "template": written(without_prompt(parse_template(made.encoder.task.template(info.template_group)))),
         "decoder_input_ids": decoder_start(made),
     }
     write_json(folder / "readout.json", reading)
@@ -113,13 +115,13 @@ def run_peft(made: PackagedRun, folder: Path, model: str, rows: Sequence[Row], t
     import torch
     from peft import PeftModel
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    tuned = PeftModel.from_pretrained(load_backbone(made), str(folder)).eval()
+    from bbt_accel.exporters.sessions import limited_threads
+
     scores = []
-    for start in range(0, len(rows), BATCH_SIZE):
-        batch = made.encoder.encode(rows[start : start + BATCH_SIZE]).with_decoder_input(made.info)
-        with torch.inference_mode():
+    with limited_threads(threads), torch.inference_mode():
+        tuned = PeftModel.from_pretrained(load_backbone(made), str(folder)).eval()
+        for start in range(0, len(rows), BATCH_SIZE):
+            batch = made.encoder.encode(rows[start : start + BATCH_SIZE]).with_decoder_input(made.info)
             scores.append(made.readout.scores({"label_logits": label_logits(made, tuned, batch)}))
     return PackageOutput(encoded(made.encoder, rows), np.concatenate([np.asarray(s, np.float64) for s in scores]))
 

@@ -106,9 +106,11 @@ def card_facts(info: PackageInfo, run: RunInfo) -> dict[str, object]:
 def compared(info: PackageInfo) -> str:
     """What the comparison with `predict` has shown."""
     c = info.comparison
+    # No tokenizer is part of an adapter: its user's reads the texts.
+    same = ", both by bbt-accel's tokenization:" if info.kind == "peft" else ": the token ids are the same,"
     found = (
-        f"{c.rows} texts (sha256 {c.digest}) went through this package and through bbt-accel's `predict`: the token "
-        f"ids are the same, the scores differ by at most {c.largest_error:.1e}."
+        f"{c.rows} texts (sha256 {c.digest}) went through this package and through bbt-accel's `predict`{same} "
+        f"the scores differ by at most {c.largest_error:.1e}."
     )
     if c.labels_differ:
         found += f" {c.labels_differ} texts have another label, of two with almost the same score."

@@ -133,9 +133,9 @@ model = PeftModel.from_pretrained({auto}.from_pretrained("{backbone}"), ".")
 tokenizer = AutoTokenizer.from_pretrained("{backbone}")
 ```
 The input is the template with the text, tokenized without the special tokens in front of it, which the adapter's first
-vectors stand for. `readout.json` holds the template, the vocabulary ids of the label words, in the order of their
-logits, the class of each, and the bias of the classes, if they have one. Of a decoder the last token's logits are read,
-of an encoder-decoder those at the position that stands for the label word."""
+vectors stand for; `{{mask}}` in it is the mask token. `readout.json` holds the template, the vocabulary ids of the
+label words, in the order of their logits, the class of each, and the bias of the classes, if they have one. Of a
+decoder the last token's logits are read, of an encoder-decoder those at the position that stands for the label word."""
 
 TRITON_USAGE = """Triton Inference Server takes this folder as its model repository:
 ```

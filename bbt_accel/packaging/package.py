@@ -15,14 +15,14 @@ import numpy as np
 from bbt_accel import __version__
 from bbt_accel.batch import Float64, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row, labels, load_few_shot
+from bbt_accel.data import Row, labels
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError, PackageError, check_known
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.files import new_folder, sha256
-from bbt_accel.inference import class_scores, scores_before
+from bbt_accel.inference import class_scores, scores_before, searched_split
 from bbt_accel.machine import installed
 from bbt_accel.objective import Objective
 from bbt_accel.packaging import manifest
@@ -101,6 +101,8 @@ def check_package(
     options = Options(info.kind, info.quantized, place, info.max_rows, threads)
     with packaged_bundle(source_run, form, options, on_progress) as (_, packaged):
         made = classifier_of(source_run, packaged)
+        if calibrated_on(packaged) != info.calibrated_on:
+            raise PackageError(f"{folder} was calibrated on {info.calibrated_on}, which are not here; bring them back")
         for name, value in of_run(source_run, made).items():
             if getattr(info, name) != value:
                 raise PackageError(f"{folder / manifest.INFO} has another {name} than its run; package the run again")
@@ -190,9 +192,9 @@ def taken(bundle: Bundle, form: Format, int8: bool) -> tuple[bool, tuple[str, ..
 
 
 def has_rows(run: Run) -> bool:
-    """Whether the rows of its search can be loaded here."""
+    """Whether the rows of its search are here."""
     try:
-        load_few_shot(run.task, run.data_path, run.info.settings)
+        searched_split(run, run.data_path)
     except DataError:
         return False
     return True

@@ -15,7 +15,7 @@ EXACT = "float64"
 
 
 def scores_graph(readout: Readout, hidden_size: int, opset: int) -> onnx.ModelProto:
-    """label_logits (1, N, M) and states (1, N, H) → logits (N, C), float32: `Readout.scores`, whose softmax gives the
+    """label_logits (1, N, M) and states (1, N, …) → logits (N, C), float32: `Readout.scores`, whose softmax gives the
     probabilities."""
     g = Builder()
     words = len(readout.token_ids) + len(readout.classes)

@@ -91,7 +91,8 @@ def fetch(folder: Path) -> list[Path]:
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[0]
         raise PackageError(f"npm cannot fetch {', '.join(names)} ({reason:.200}); is the network there?")
-    return [folder / entry["filename"] for entry in json.loads(done.stdout)]
+    files = (entry["filename"] for entry in json.loads(done.stdout))
+    return [folder / file.removeprefix("@").replace("/", "-") for file in files]  # npm 8 writes the package's name
 
 
 def integrity(archive: Path) -> str:

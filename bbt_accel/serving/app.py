@@ -28,6 +28,7 @@ from bbt_accel.inference_protocol import ROWS_EXTENSION
 from bbt_accel.serving import Limits
 from bbt_accel.serving.models import Model
 from bbt_accel.serving.protocol import HEADER_LENGTH, read_request, write_response
+from bbt_accel.tables import as_utf8
 
 EXTENSIONS = ["binary_tensor_data", "parameters", "model_configuration", ROWS_EXTENSION]
 LAST_CALL = 3.0  # seconds for which the shutdown waits for a running call of the engine
@@ -259,7 +260,7 @@ async def refuse(request: Request, error: Exception) -> Response:
         status = 400
     if status == 500:
         log.error("%s: %s", request.url.path, error)
-    text = clipped(str(error), LONGEST_ERROR).encode("utf-8", "replace").decode("utf-8")  # for lone surrogates
+    text = as_utf8(clipped(str(error), LONGEST_ERROR))
     return JSONResponse({"error": text or "the client disconnected"}, status)
 
 

@@ -35,7 +35,7 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if not self.waits:
+        if not self.waits and not self.flow.write_paused:  # a client may send more requests and read no response
             self._in_time()
 
     def on_response_complete(self) -> None:

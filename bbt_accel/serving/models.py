@@ -1,4 +1,4 @@
-"""The models of the server: the backbone, and a tuned prompt. Everything here runs in the engine's one thread."""
+"""The models of the server: the backbone, and a tuned prompt. What computes here runs in the engine's one thread."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from bbt_accel.backbone_names import backbone_name
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import STATES
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
+from bbt_accel.engines.bucketing import row_lengths
 from bbt_accel.errors import RequestError
 from bbt_accel.inference import Classifier
 from bbt_accel.inference_protocol import (
@@ -125,12 +126,17 @@ class RowCache:
 
     def held(self) -> int:
         """Tokens of all rows in the cache: for bbtv2 an engine keeps hidden states of each."""
-        return sum(tokens(rows.batch) for rows in self.bound.values())
+        return sum(self.tokens(rows.batch) for rows in self.bound.values())
+
+    def tokens(self, batch: Batch) -> int:
+        """Tokens of the rows that are computed: masked ones before the last that is needed are, too."""
+        decoded = 0 if batch.decoder_input_ids is None else batch.decoder_input_ids.size
+        return int(row_lengths(self.engine.bundle.info, batch, frozenset()).sum()) + decoded
 
     def bind(self, given: Tensors) -> BoundBatch:
         batch = Batch(**given, targets=np.zeros(len(given["input_ids"]), np.int64))
         at_most(self.limits.batch, rows=len(batch))
-        at_most(self.limits.tokens, tokens=tokens(batch))
+        at_most(self.limits.tokens, tokens=self.tokens(batch))
         at_most(self.limits.words, label_words=len(batch.label_token_ids))
         limit = self.engine.bundle.info.max_length
         longest = max(value.shape[1] for value in given.values() if value.ndim == 2)
@@ -148,10 +154,6 @@ def at_most(limit: int, **factors: int) -> None:
     if prod(factors.values()) > limit:
         product = " times ".join(f"{count} {name.replace('_', ' ')}" for name, count in factors.items())
         raise RequestError(f"{product} exceed {limit}; send fewer", 413)
-
-
-def tokens(batch: Batch) -> int:
-    return int(batch.attention_mask.sum())
 
 
 def rows_hash(tensors: Tensors) -> str:
@@ -221,14 +223,14 @@ def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[
     """The models of a bundle, and of a run on it.
 
     For both methods label logits (P, N, C) of prompts (P, n, H) or (P, L, n, H), and in another model hidden states
-    (P, N, H) besides, as `BoundBatch.outputs`; for bbtv2 also label logits of candidates
+    besides, as `BoundBatch.outputs`; for bbtv2 also label logits of candidates
     (P, n, H) for one layer of a stack (L, n, H) whose other layers are fixed, and the standard deviations (L,) of the
     hidden states that enter each block when all prompts are zero.
     """
     cache, info = RowCache(engine, limits), engine.bundle.info
     logits = TensorSpec("label_logits", "FP32", (-1, -1, -1))
     prompts = TensorSpec("prompts", "FP32", (-1, *info.prompt_shape))
-    states = tuple(TensorSpec(name, "FP32", (-1, -1, info.hidden_size)) for name in STATES)
+    states = tuple(TensorSpec(name, "FP32", (-1, -1, -1)) for name in STATES)
 
     def label_logits(rows: BoundBatch, given: Tensors) -> Tensors:
         return {"label_logits": rows.label_logits(given["prompts"])}

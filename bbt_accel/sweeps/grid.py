@@ -15,10 +15,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from bbt_accel.bundle import Bundle, Method, first_problem
 from bbt_accel.engine_specs import Device, local_engine
 from bbt_accel.errors import BundleError, UsageError, check_known, first_line
+from bbt_accel.files import fingerprint
 from bbt_accel.option_types import Seed
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import Metric, resolve
-from bbt_accel.tasks import load_task
+from bbt_accel.settings import resolve
+from bbt_accel.tasks import Task, load_task
 
 PRESETS = Path(__file__).parent  # the folder of the shipped sweeps
 RUN = "run"  # the folder of the run in the folder of a trial
@@ -73,21 +74,23 @@ class Sweep(Schema):
         tasks = {path: load_task(path) for path in self.tasks}
         check_names("bundles", {path: bundle.path.name for path, bundle in bundles.items()})
         check_names("tasks", {path: task.name for path, task in tasks.items()})
+        folders = {task.name: self.data and str(Path(self.data, task.name)) for task in tasks.values()}
+        rows = {name: folder and fingerprint(folder) for name, folder in folders.items()}
         for bundle, task in product(bundles.values(), tasks.values()):
             method, n_layers = bundle.info.method, bundle.info.n_layers
             resolve(task.preset(method), self.settings).generations(method, n_layers)
         trials = [
             Trial(
                 task=path,
-                task_name=task.name,
-                metric=task.metric,
+                definition=task,
                 bundle=str(bundle.path.absolute()),
                 digest=bundle.digest,
                 method=bundle.info.method,
                 engine=engine,
                 seed=seed,
                 device=self.device,
-                data=None if self.data is None else str(Path(self.data, task.name)),
+                data=folders[task.name],
+                rows=rows[task.name],
                 settings=self.settings,
             )
             for bundle, engine, (path, task), seed in product(bundles.values(), self.engines, tasks.items(), self.seeds)
@@ -118,8 +121,7 @@ class Trial(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     task: str
-    task_name: str
-    metric: Metric
+    definition: Task = Field(description="The task, as it was.")
     bundle: str
     digest: str = Field(description="sha256 of the bundle.")
     method: Method
@@ -127,7 +129,12 @@ class Trial(BaseModel):
     seed: int
     device: Device
     data: str | None
+    rows: str | None = Field(description="Digest of the files in `data`.")
     settings: dict[str, float | int | str]
+
+    @property
+    def task_name(self) -> str:
+        return self.definition.name
 
     @property
     def bundle_name(self) -> str:

@@ -56,7 +56,8 @@ def scores(report: SweepReport) -> str:
     header = ["method", "bundle", "engine", *titles, *(["mean"] if several else [])]
     lines = []
     for row in report.rows:
-        tuned = [*map(_cell, row.cells), *([percent(row.mean)] if several else [])]
+        seeds = len(report.sweep.seeds)
+        tuned = [*(_cell(cell, seeds) for cell in row.cells), *([percent(row.mean)] if several else [])]
         lines.append([METHODS[row.method], row.bundle, row.engine, *tuned])
         for name, column in (("no prompt", "without_prompt"), ("calibrated", "calibrated")):
             values = [getattr(cell, column) for cell in (*row.cells, *([row] if several else []))]
@@ -120,11 +121,11 @@ def _draw_row(axes: Any, row: SweepRow, offset: float, step: float, colour: str,
             label = "_"  # one entry per row in the legend
 
 
-def _cell(cell: ScoreCell) -> str:
-    """89.56 (0.25), and how many trials failed."""
+def _cell(cell: ScoreCell, seeds: int) -> str:
+    """89.56 (0.25), and how many trials it has, where some are missing or have failed."""
     if cell.mean is None:
         return "failed" if cell.failed else "–"
-    return mean_and_std(cell.scores) + (f", {cell.failed} failed" if cell.failed else "")
+    return mean_and_std(cell.scores) + (f", {len(cell.seeds)} of {seeds} seeds" if len(cell.seeds) < seeds else "")
 
 
 def _cross_evaluation(found: CrossEvaluation) -> list[str]:

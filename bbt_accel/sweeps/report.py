@@ -154,7 +154,7 @@ def _cell(trials: Sequence[Trial], results: Mapping[str, TrialResult], failures:
     scores = [result.score for result in done]
     return ScoreCell(
         task=trials[0].task_name,
-        metric=trials[0].metric,
+        metric=trials[0].definition.metric,
         seeds=[result.trial.seed for result in done],
         scores=scores,
         mean=statistics.fmean(scores) if scores else None,

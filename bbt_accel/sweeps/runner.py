@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bbt_accel.bundle import Bundle
 from bbt_accel.data import check_rows
 from bbt_accel.engine_specs import engine_spec, index_of, kind_of
 from bbt_accel.errors import BbtError, RunError, UsageError, check_known
@@ -137,7 +138,7 @@ def run_trial(trial: dict[str, Any], folder: str, threads: int | None) -> dict[s
         threads=threads,
         output=place / RUN,
         resume=True,
-        settings={**t.settings, "seed": t.seed},
+        settings=every_setting(t),
         progress=False,
     )
     if run.info.status != "done" or run.info.best is None:
@@ -157,6 +158,17 @@ def run_trial(trial: dict[str, Any], folder: str, threads: int | None) -> dict[s
     )
     write_atomically(place / SCORE, result.model_dump_json(indent=1).encode() + b"\n")
     return result.model_dump(mode="json")
+
+
+def every_setting(trial: Trial) -> dict[str, Any]:
+    """The trial's settings and its task's presets: a resumed run that is not given one keeps its own.
+
+    Without those of a preset that do not apply here, and that `tune` therefore refuses where they are given.
+    """
+    settings = resolve(trial.definition.preset(trial.method), trial.settings, {"seed": trial.seed})
+    causal = Bundle.read(trial.bundle, verify=False).info.causal
+    unused = {"loss"} if settings.fitted else set()
+    return settings.model_dump(exclude=unused if causal else unused | {"demonstrations"}) | trial.settings
 
 
 def read_result(trial: Trial, folder: Path) -> TrialResult | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -146,8 +146,6 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
                 raise ValueError(f"{'templates' if template is None else 'label_words'}.{group}: missing")
         if not any(self.templates.values()):
             raise ValueError(f"templates: give at least one of {', '.join(GROUPS)}")
-        if "label" in self.text and self.context.demonstrations:
-            raise ValueError("text: a column of demonstrations cannot have the name 'label'")
         if self.context.template is not None:
             self._check_template("context.template", self.context.template, {"label": 1})
         return self
@@ -212,6 +210,12 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
             raise ValueError(f"a placeholder is a name alone, not {{{name}{spec or ''}...}}")
         parts.append((literal, name))
     return parts
+
+
+def written(template: Sequence[tuple[str, str | None]]) -> str:
+    """The template of which `parse_template` gives these pairs."""
+    braces = str.maketrans({"{": "{{", "}": "}}"})
+    return "".join(literal.translate(braces) + (f"{{{name}}}" if name else "") for literal, name in template)
 
 
 def word_lists(words: list[str | list[str]]) -> list[list[str]]:

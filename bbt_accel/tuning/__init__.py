@@ -18,7 +18,7 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.data import has_test_rows, load_few_shot, rows_digest
 from bbt_accel.encoding import encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec
-from bbt_accel.errors import DataError, RunError, UsageError
+from bbt_accel.errors import DataError, RunError, UsageError, check_known
 from bbt_accel.history import Generation
 from bbt_accel.logits import class_logits, with_calibrated
 from bbt_accel.objective import Objective, uninformed
@@ -87,6 +87,8 @@ def tune(
     task = task if isinstance(task, Task) else load_task(task)
     place = engine_spec(engine).device(device)
     record = EngineRecord(name=engine, device=place, threads=threads, workers=workers, without=sorted(without), url=url)
+    if preset is not None:
+        check_known("preset", preset, PRESETS)
     given = (PRESETS[preset] if preset else {}) | {k: v for k, v in (settings or {}).items() if v is not None}
     with ExitStack() as held:
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)

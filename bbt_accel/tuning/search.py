@@ -95,6 +95,7 @@ def search(
         if not len(history) and start is None:
             raise
         if best is None:  # an interrupted generation may have moved the distribution already
+            space.stack[:] = 0
             method = kind(space, settings)
             _replay(method, history, lambda _: None, None, settings, total)
             best = _score(dev, method, len(history) - 1)

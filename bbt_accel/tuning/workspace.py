@@ -11,7 +11,7 @@ from typing import Self
 
 from bbt_accel.errors import RunError
 from bbt_accel.files import remove_leftovers, rename_new, reserved, write_atomically
-from bbt_accel.history import History, read_history
+from bbt_accel.history import AGAIN, History, read_history, resumable
 from bbt_accel.model_card import model_card
 from bbt_accel.readout import Readout
 from bbt_accel.run import (
@@ -32,8 +32,6 @@ from bbt_accel.run import (
 from bbt_accel.tasks import to_toml
 from bbt_accel.tuning.learning_curve import draw_curve
 from bbt_accel.tuning.search import SearchOutcome
-
-AGAIN = "--resume (fit: the same command)"
 
 
 class Workspace:
@@ -79,23 +77,25 @@ class Workspace:
     def open(self, info: RunInfo, resume: bool) -> Iterator[History]:
         """The history in the hidden folder: that of the run to resume, else an empty one.
 
-        The folder is removed if the block fails before the first generation. An OSError in it becomes a RunError.
+        The folder is removed if the block fails before the first generation. RunError where it cannot be written.
         """
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
-        with self._resumable():
+        with resumable(self.folder):
             if not self.folder.exists():
                 self._create(info, self.final if resume and self.final.exists() else None)
-            with History(self.folder / HISTORY) as history:
-                complete = False
-                try:
+            history = History(self.folder / HISTORY)
+        with history:
+            complete = False
+            try:
+                with resumable(self.folder):
                     remove_leftovers(self.folder)
                     write_info(self.folder, info)
-                    yield history
-                    complete = True
-                finally:
-                    if not len(history) and not complete:
-                        shutil.rmtree(self.folder, ignore_errors=True)
+                yield history
+                complete = True
+            finally:
+                if not len(history) and not complete:
+                    shutil.rmtree(self.folder, ignore_errors=True)
 
     def finish(
         self,
@@ -110,7 +110,7 @@ class Workspace:
         report: called with a line if the curve cannot be written. Raises RunError for whatever else cannot; the search
         can then be resumed.
         """
-        with self._resumable():
+        with resumable(self.folder):
             self._complete(info, outcome, readout, record, report)
             if self._replaced:
                 os.rename(self.final, self._old)
@@ -151,14 +151,6 @@ class Workspace:
             (self.folder / CURVE).unlink(missing_ok=True)
             report(f"{self.final} has no {CURVE}, which could not be written ({error.strerror or error})")
         write_info(self.folder, info)
-
-    @contextmanager
-    def _resumable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            problem = f"cannot write {self.folder} ({error.strerror or error})"
-            raise RunError(f"{problem}; free some space, then {AGAIN}") from error
 
     def _create(self, info: RunInfo, source: Path | None) -> None:
         """Make the folder atomically, with run.json and the history of `source`, if any."""

@@ -88,12 +88,11 @@ def searched(
     made = bundle(given, task, method)
     options: Any = {"engine": given.engine, "threads": given.threads, "resume": True}
     run = tune(made, task, data=folder, output=output, settings=settings, **options)
-    rows = given.output / "rows" / task
-    if not rows.exists():
-        rows.mkdir(parents=True)
-        lines = [json.dumps({**row.fields, load_task(task).label: row.label}) for row in test_rows(given, task)]
-        (rows / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    score = evaluate(run.path, data=rows, threads=given.threads)
+    rows = given.output / "rows" / task / "test.jsonl"
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({**row.fields, load_task(task).label: row.label}) for row in test_rows(given, task)]
+    write_atomically(rows, "\n".join(lines).encode())
+    score = evaluate(run.path, data=rows.parent, threads=given.threads)
     return {"score": score["score"], "seconds": run.info.seconds, "calls": run.info.calls}
 
 
@@ -118,9 +117,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("results"))
     given = parser.parse_args()
     file = given.output / "results.json"
-    found: dict[str, Any] = {"machine": describe_machine(), "results": {}}
+    decisive = {"engine": given.engine, "precision": given.precision, "test_rows": given.test_rows}
+    found: dict[str, Any] = {"machine": describe_machine(), "options": decisive, "results": {}}
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("options") != decisive:
+            parser.error(f"{file} is of {found.get('options')}; choose another -o")
     for task, seed in ((task, int(seed)) for task in given.tasks.split(",") for seed in given.seeds.split(",")):
         shown = [int(count) for count in split(given.demonstrations)]
         wanted: list[Any] = [(f"{k} demonstrations" if k else "instruction", zero_shot, (k,)) for k in shown]

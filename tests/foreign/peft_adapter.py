@@ -22,7 +22,7 @@ def probabilities(case):
     bias = torch.tensor(reading["bias"] or [0.0] * len(reading["labels"]))
     rows = []
     for text in case["texts"]:
-        before, _, behind = reading["template"].replace("{prompt} ", "").partition("{mask}")
+        before, _, behind = reading["template"].partition("{mask}")
         ids = tokenizer(before.format(text=text).strip(), add_special_tokens=False).input_ids
         if start is not None:
             ids += [start[1], *tokenizer(behind, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
