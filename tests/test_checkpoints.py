@@ -20,6 +20,7 @@ from bbt_accel import export_bundle
 from bbt_accel.errors import ExportError, MissingDependency
 from bbt_accel.exporters import export, families, validate
 from bbt_accel.exporters.checkpoint import check_config
+from bbt_accel.exporters.llama import MISTRAL, PHI3, QWEN2
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +110,21 @@ def test_a_configuration_of_nonsense_is_one_line(checkpoint: Path, name: str, va
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     refused(checkpoint, ".")
+
+
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+def test_relative_positions_whose_weights_transformers_leaves_out_are_refused(kind: str) -> None:
+    check_config("checkpoint", SimpleNamespace(position_embedding_type="absolute"))
+    with pytest.raises(ExportError, match=f"has '{kind}' positions; only absolute ones are supported"):
+        check_config("checkpoint", SimpleNamespace(position_embedding_type=kind))
+
+
+def test_a_window_that_every_layer_has_bounds_the_rows_whatever_layer_types_says() -> None:
+    rope = {"rope_type": "default"}
+    config = SimpleNamespace(
+        max_position_embeddings=4096, sliding_window=64, layer_types=["full_attention"] * 2, rope_parameters=rope
+    )
+    assert (MISTRAL.positions(config), PHI3.positions(config), QWEN2.positions(config)) == (64, 64, 4096)
 
 
 @pytest.mark.parametrize("size", ["inner_group_num", "num_hidden_groups", "encoder_attention_heads", "type_vocab_size"])

@@ -25,7 +25,7 @@ from conftest import THREADS, Export, Load
 from tiny_backbones import POSITIONS, VARIANTS, VOCABULARY
 
 from bbt_accel import Batch, Bundle, Population, load_engine, load_task
-from bbt_accel.errors import EngineError, MissingDependency, UsageError
+from bbt_accel.errors import BbtError, EngineError, MissingDependency, UsageError
 from bbt_accel.exporters.validate import sample_rows
 
 ROOT = Path(__file__).parents[1]
@@ -248,6 +248,16 @@ def test_a_thread_may_use_any_core_so_that_processes_do_not_share_one(bundle: Bu
     assert found.stdout == "True\n"
 
 
+@pytest.mark.usefixtures("_threads_as_before")
+@pytest.mark.parametrize("name", ["torch", "eager"])
+def test_a_load_that_fails_leaves_pytorchs_threads_as_they_were(tiny: Export, tmp_path: Path, name: str) -> None:
+    bundle = Bundle(tmp_path, tiny("roberta").info)  # without a checkpoint
+    before = torch.get_num_threads()
+    with pytest.raises(BbtError):
+        load_engine(bundle, name, threads=before + 1)
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(("threads", "wanted"), [(1, 1), (2, 2), (None, 0)])
 def test_onnxruntime_takes_the_threads_that_it_is_given(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, wanted: int
@@ -256,12 +266,12 @@ def test_onnxruntime_takes_the_threads_that_it_is_given(
     seen, session = [], onnxruntime.InferenceSession
 
     def watched(path: str, options: Any, **more: Any) -> Any:
-        seen.append(options.intra_op_num_threads)
+        seen.append((options.intra_op_num_threads, options.get_session_config_entry("session.x64quantprecision")))
         return session(path, options, **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
     load_engine(bundle, "ort", threads=threads).close()
-    assert set(seen) == {wanted}
+    assert set(seen) == {(wanted, "1")}, "and products of 8-bit integers that fit their sums on every processor"
 
 
 def test_no_threads_at_all_is_wrong_usage(bundle: Bundle) -> None:

@@ -363,6 +363,15 @@ def test_rows_that_fill_the_backbone_leave_no_room_for_padding(exported: Export,
     assert made.info.optimization["padding_error"] < 1e-5  # type: ignore[index, operator]
 
 
+def test_a_graph_in_fp32_that_computes_something_else_is_not_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimize, "FP32_ERROR", -1.0)
+    with pytest.raises(ExportError, match=r"the fp32 bundle's logits differ by .* from those of its source"):
+        optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_graph_that_loses_its_mask_is_not_written(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

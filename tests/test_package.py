@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,20 @@ def test_int8_without_the_runs_rows_is_calibrated_on_the_shipped_texts(made: Mak
     record["data"]["path"] = str(tmp_path / "gone")
     (moved / "run.json").write_text(json.dumps(record), encoding="utf-8")
     assert package(Run.read(moved), tmp_path, int8=True)[1].calibrated_on == "shipped texts"
+
+
+def test_an_int8_package_is_not_compared_with_one_of_another_calibration(made: MakeRun, tmp_path: Path) -> None:
+    data, moved = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(made("roberta").path, moved)
+    record = json.loads((moved / "run.json").read_text(encoding="utf-8"))
+    shutil.copytree(record["data"]["path"], data)
+    record["data"]["path"] = str(data)
+    (moved / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    folder, _ = package(Run.read(moved), tmp_path, int8=True)
+    train = data / "train.jsonl"
+    train.write_text(train.read_text(encoding="utf-8").replace("good", "nice").replace("it", "that"), encoding="utf-8")
+    with pytest.raises(PackageError, match="was calibrated on the run's rows, which are not here; bring them back"):
+        check_package(folder, threads=1, run=moved)
 
 
 # The folder --------------------------------------------------------------------------------------------------
@@ -488,6 +503,14 @@ def test_the_page_needs_no_file_of_another_host(made: MakeRun, npm: Path, tmp_pa
     assert "onnxruntime" not in library
     assert "Copyright (c) Microsoft" in (folder / "vendor" / "ort.LICENSE").read_text(encoding="utf-8")
     assert check_package(folder, threads=1) == info
+
+
+def test_the_file_names_of_older_npms_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["@huggingface/transformers-4.3.1.tgz", "huggingface-transformers-4.3.1.tgz"]
+    answer = SimpleNamespace(returncode=0, stdout=json.dumps([{"filename": name} for name in names]), stderr="")
+    monkeypatch.setattr(web_page.shutil, "which", lambda name: name)
+    monkeypatch.setattr(web_page.subprocess, "run", lambda *given, **options: answer)
+    assert web_page.fetch(tmp_path) == [tmp_path / "huggingface-transformers-4.3.1.tgz"] * 2
 
 
 def test_an_archive_with_another_hash_is_refused(made: MakeRun, npm: Path, tmp_path: Path) -> None:

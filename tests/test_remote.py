@@ -227,6 +227,14 @@ def server(plain: Bundle) -> Iterator[Server]:
         found.close()
 
 
+def test_an_engine_that_was_closed_gives_an_error_and_no_numbers(plain: Bundle) -> None:
+    with running(app(plain)) as url:
+        with load_engine(plain, "remote", url=url) as engine, engine.bind(rows()) as bound:
+            pass
+        with pytest.raises(EngineError, match=r"connection to .* is closed; load the engine again"):
+            bound.label_logits(prompts(plain))
+
+
 def failing(*errors: Exception) -> tuple[Callable[[dict[str, str]], str], list[int]]:
     """A call that raises these errors in turn and then answers; and the numbers of its attempts."""
     left, attempts = list(errors), []
@@ -429,6 +437,27 @@ def test_the_model_of_a_plain_triton_may_be_named(tiny: Export, monkeypatch: pyt
                 load_engine(bundle, "remote", url=url)
             with load_engine(bundle, "remote", url=f"{url}/v2/models/mine") as far, far.bind(rows()) as bound:
                 assert bound.label_logits(prompts(bundle)).shape == (5, 8, 2)
+
+
+def test_plans_on_a_plain_triton_get_no_larger_calls_than_they_take(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = tiny("roberta")
+    profile = {"candidates": [1, 2, 2], "rows": [1, 3, 3], "tokens": [5, 20, 30]}
+    planned = Bundle(
+        bundle.path, bundle.info.model_copy(update={"target": "trt", "optimization": {"profile": profile}})
+    )
+    with load_engine(bundle, "ort", threads=1) as local:
+        assert isinstance(local, StagedEngine)
+        seen, run = [], local.run
+        monkeypatch.setattr(local, "run", lambda *given: (seen.append(given[1]), run(*given))[1])
+        with plain_triton(local, monkeypatch, bundle.path.name) as url:  # noqa: SIM117
+            with load_engine(planned, "remote", url=url) as far, far.bind(rows()) as there:
+                assert there.label_logits(prompts(bundle)).shape == (5, 8, 2)
+    sizes = {(len(given["prompts"]), len(given["input_ids"])) for given in seen}
+    assert max(sizes) <= (2, 3)
+    assert max(n for _, n in sizes) <= 3
 
 
 def test_a_plain_triton_with_another_bundle_is_refused(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
