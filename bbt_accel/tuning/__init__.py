@@ -81,14 +81,12 @@ def tune(
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss, MissingDependency; RunError when
     the output exists or cannot be resumed.
     """
-    _check(resume, overwrite, engine, workers, ray)
+    _check(resume, overwrite, engine, workers, ray, preset)
     told = [*map(tracker, dict.fromkeys(track)), *callbacks]
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     task = task if isinstance(task, Task) else load_task(task)
     place = engine_spec(engine).device(device)
     record = EngineRecord(name=engine, device=place, threads=threads, workers=workers, without=sorted(without), url=url)
-    if preset is not None:
-        check_known("preset", preset, PRESETS)
     given = (PRESETS[preset] if preset else {}) | {k: v for k, v in (settings or {}).items() if v is not None}
     with ExitStack() as held:
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
@@ -100,8 +98,12 @@ def tune(
         return Run.read(workspace.final)
 
 
-def _check(resume: bool, overwrite: bool, engine: str, workers: int | None, ray: str | None) -> None:
-    """Raises UsageError for arguments that exclude each other."""
+def _check(
+    resume: bool, overwrite: bool, engine: str, workers: int | None, ray: str | None, preset: str | None
+) -> None:
+    """Raises UsageError for arguments that exclude each other, and for an unknown preset."""
+    if preset is not None:
+        check_known("preset", preset, PRESETS)
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other; choose one")
     if ray is not None and workers is None:
