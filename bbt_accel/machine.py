@@ -13,8 +13,6 @@ from typing import TypedDict
 
 import bbt_accel
 
-ORT_INT8 = ("session.x64quantprecision", "1")
-"""ONNX Runtime's session option without which products of 8-bit integers overflow on x64 processors without VNNI."""
 FEATURES = {  # instruction sets that matter for speed → the flags of /proc/cpuinfo that announce them
     "AVX2": {"avx2"},
     "AVX-512": {"avx512f"},
@@ -35,15 +33,21 @@ class Machine(TypedDict):
 
 def describe_machine() -> Machine:
     info = _cpuinfo()
-    flags = set(info.get("flags", info.get("Features", "")).split())
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "cores": len(_allowed_cpus()),
-        "features": [name for name, wanted in FEATURES.items() if wanted & flags],
+        "features": features(),
         "memory_gb": _memory(),
         "gpus": _gpus(),
     }
+
+
+def features() -> list[str]:
+    """Instruction sets of `FEATURES`; none where the system does not list them."""
+    info = _cpuinfo()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return [name for name, wanted in FEATURES.items() if wanted & flags]
 
 
 def physical_cores() -> int:

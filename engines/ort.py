@@ -24,7 +24,8 @@ from bbt_accel.engine_specs import ORT_GRAPHS_SINCE, index_of, kind_of
 from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine
 from bbt_accel.errors import EngineError, first_line
-from bbt_accel.machine import ORT_INT8, installed, release
+from bbt_accel.machine import installed, release
+from bbt_accel.ort_sessions import inference_session
 from bbt_accel.population import Latent, LayerPrompts
 from bbt_accel.progress import note
 
@@ -75,7 +76,6 @@ class OrtEngine(StagedEngine):
         options.enable_mem_pattern = kind_of(self.device) == "cuda"
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_session_config_entry(*ORT_INT8)
         with failing("ONNX Runtime", f"to load {stage}.onnx"):
             session = self.session(stage, options)
         if session.get_providers()[0] != self.provider:  # it fell back to the CPU silently
@@ -83,8 +83,7 @@ class OrtEngine(StagedEngine):
         return session
 
     def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
-        file = str(self.bundle.path / f"{stage}.onnx")
-        return onnxruntime.InferenceSession(file, options, providers=providers or [self.provider])
+        return inference_session(self.bundle.path / f"{stage}.onnx", options, providers or [self.provider])
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
         if stage not in self.sessions:  # closed, or it could not be opened again

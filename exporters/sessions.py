@@ -18,7 +18,7 @@ from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle, BundleInfo
 from bbt_accel.errors import ExportError
 from bbt_accel.exporters.openvino_ir import StageReader, compile_options
-from bbt_accel.machine import ORT_INT8
+from bbt_accel.ort_sessions import inference_session
 
 Feeds = dict[str, Any]
 """Inputs or outputs of a stage by name, numpy."""
@@ -76,10 +76,9 @@ def open_session(file: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised anyway
     options.intra_op_num_threads = _THREADS.get() or 0  # 0: all cores
-    options.add_session_config_entry(*ORT_INT8)
     # Folding constants would transpose all weights in memory; without it, matmuls take them as they are.
     folding = ["ConstantFolding"]
-    return onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"], disabled_optimizers=folding)
+    return inference_session(file, options, ["CPUExecutionProvider"], disabled_optimizers=folding)
 
 
 @contextmanager

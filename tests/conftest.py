@@ -24,6 +24,27 @@ Export = Callable[..., Bundle]
 Load = Callable[..., Engine]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves() -> Iterator[None]:
+    """The plot of a search takes longer than the search itself here; test_learning_curve.py draws it."""
+
+    def write(file: Path, *given: object) -> None:
+        file.write_bytes(b"\x89PNG")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bbt_accel.tuning.workspace.draw_curve", write)
+        yield
+
+
+@pytest.fixture
+def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports without their graphs, which PyTorch does not read: tracing takes most of the time."""
+    from bbt_accel.exporters import export
+
+    monkeypatch.setattr(export, "trace", lambda *given: [])
+    monkeypatch.setattr(export, "validated", lambda folder: 0.0)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of this test run share."""

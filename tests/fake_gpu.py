@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from enum import Enum, IntEnum
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,7 +197,7 @@ def session(file: str) -> Any:
 class Network:
     file: str
 
-    @property
+    @cached_property
     def session(self) -> Any:
         return session(self.file)
 

@@ -29,7 +29,7 @@ few = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 seeds = st.integers(0, 2**32 - 1)
-candidates = st.integers(1, 4)
+candidates = st.integers(1, 7)
 
 
 def named(variants: list[tuple[str, str, str]]) -> Any:
@@ -48,7 +48,7 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 def untraced(variant: tuple[str, str, str], engine: str) -> list[Any]:
     """Without optimizations a graph is an export that no other test needs: a fast test for one of each kind alone."""
-    kinds = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("t5", "bbt", "add"), ("gpt2", "bbt", "cat")]
+    kinds = [("roberta", "bbt", "add"), ("t5", "bbt", "add"), ("gpt2", "bbt", "cat")]
     return [] if engine == "torch" or variant in kinds else [pytest.mark.slow]
 
 
@@ -145,6 +145,8 @@ def test_logits_and_states_are_those_of_the_naive_forward(
         for engine in ENGINES:
             with loaded(bundle, engine).bind(rows) as bound:
                 found = bound.outputs(prompts)
+                logits = bound.label_logits(prompts)
+            assert_same(logits, wanted["label_logits"], engine)
             for name, value in wanted.items():
                 assert_same(found[name], value, (engine, name))
 
@@ -163,34 +165,13 @@ def test_label_logits_are_the_same_without_the_states(
         np.testing.assert_array_equal(bound.label_logits(prompts), bound.outputs(prompts)["label_logits"])
 
 
-@each_engine
 @all_variants
-def test_a_candidate_does_not_depend_on_its_population(
-    tiny: Export, loaded: Load, name: str, method: str, mode: str, engine: str
-) -> None:
-    bundle = tiny(name, method, mode)
-
-    @few
-    @given(shape=shapes(), count=st.integers(2, 7), seed=seeds)
-    def check(shape: dict[str, Any], count: int, seed: int) -> None:
-        prompts = random_prompts(bundle, count, seed)
-        with loaded(bundle, engine).bind(batch_of(bundle, shape)) as bound:
-            together = bound.label_logits(prompts)
-            for alone, wanted in zip(prompts, together, strict=True):
-                assert_same(bound.label_logits(alone[None]), wanted[None])
-
-    check()
-
-
-@each_engine
-@all_variants
-def test_logits_do_not_depend_on_how_the_work_is_split(
-    tiny: Export, name: str, method: str, mode: str, engine: str
-) -> None:
+def test_logits_do_not_depend_on_how_the_work_is_split(tiny: Export, name: str, method: str, mode: str) -> None:
+    """Which is decided once for all engines; here ONNX Runtime."""
     bundle = tiny(name, method, mode)
     shape = {"rows": 7, "text": 12, "labels": 2, "padding": "right", "decoder": None, "context": 3, "seed": 5}
     rows, prompts = batch_of(bundle, shape), random_prompts(bundle, 5, 1)
-    with load_engine(bundle, engine, threads=THREADS) as one:
+    with load_engine(bundle, "ort", threads=THREADS) as one:
         assert isinstance(one, StagedEngine)
         with one.bind(rows) as bound:
             wanted = bound.label_logits(prompts)
@@ -266,16 +247,15 @@ def test_searching_one_layer_gives_the_numbers_of_whole_stacks_in_any_order(
     check()
 
 
-@each_engine
 @deep_variants
 def test_the_layers_below_the_searched_one_are_computed_once(
-    tiny: Export, name: str, method: str, mode: str, engine: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Export, name: str, method: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tiny(name, method, mode)
     last = bundle.info.n_layers - 1
     shape = {"rows": 3, "text": 6, "labels": 2, "padding": "none", "decoder": None, "context": 3, "seed": 0}
     stack, fresh = random_prompts(bundle, 1, 0)[0], random_prompts(bundle, 4, 1)[:, last]
-    with load_engine(bundle, engine, threads=THREADS) as one:
+    with load_engine(bundle, "ort", threads=THREADS) as one:
         assert isinstance(one, StagedEngine)
         ran, run = [], one.run
         monkeypatch.setattr(one, "run", lambda stage, *given: ran.append(stage) or run(stage, *given))

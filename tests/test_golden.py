@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 from conftest import THREADS, Export
 from tiny_backbones import N_PROMPT, PARITY, VARIANTS
 
-from bbt_accel import Batch, Bundle, Objective, Population, Projection, load_engine
+from bbt_accel import Batch, Bundle, Objective, Population, Projection, export_bundle, load_engine
 from bbt_accel.benchmarks.gpu_steps import traced_batch
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -25,17 +25,16 @@ N = 10
 Trace = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=TRACES or [None], ids=lambda path: path.stem if path else "none")
-def trace(request: pytest.FixtureRequest, exported: Export) -> Trace:
+def read_trace(file: Path | None, export: Export) -> Trace:
     """A trace of the original program as a dict, with the bundle of its backbone."""
-    if request.param is None:
+    if file is None:
         pytest.skip(f"the original's traces are not here ({GOLDEN})")
-    with np.load(request.param) as file:
-        arrays = {name: file[name] for name in file.files}
-    backbone, *words = request.param.stem.split("_")
+    with np.load(file) as content:
+        arrays = {name: content[name] for name in content.files}
+    backbone, *words = file.stem.split("_")
     checkpoint = min((GOLDEN / "models").glob(f"{backbone}*"))
     method = "bbt" if len(arrays["A"]) == 1 else "bbtv2"
-    bundle = exported(checkpoint, method, "cat" if "cat" in words else "add", N)
+    bundle = export(checkpoint, method, "cat" if "cat" in words else "add", N)
     objective = Objective(next((word for word in words if word in ("hinge", "perf")), "ce"))  # type: ignore[arg-type]
     return {**arrays, "bundle": bundle, "batch": traced_batch(arrays, bundle.info), "objective": objective}
 
@@ -45,8 +44,26 @@ def projections(trace: Trace) -> list[Projection]:
     return [Projection(A, (N, A.shape[0] // N), p0) for A in trace["A"]]
 
 
-@pytest.mark.parametrize("engine", ["torch", "ort"])
-def test_the_losses_of_the_original_are_reproduced(trace: Trace, engine: str) -> None:
+each_trace = pytest.mark.parametrize("file", TRACES or [None], ids=lambda file: file.stem if file else "none")
+
+
+@each_trace
+@pytest.mark.usefixtures("without_graphs")
+def test_the_losses_of_the_original_are_reproduced(file: Path | None, tmp_path: Path) -> None:
+    def export(checkpoint: Path, method: str, mode: str, n: int) -> Bundle:
+        options: Any = {"method": method, "prompt_mode": mode, "n_prompt_tokens": n}
+        return export_bundle(checkpoint, tmp_path / "bundle", **options)
+
+    assert_reproduced(read_trace(file, export), "torch")
+
+
+@each_trace
+@pytest.mark.slow
+def test_the_losses_of_the_original_are_those_of_the_graphs(file: Path | None, exported: Export) -> None:
+    assert_reproduced(read_trace(file, exported), "ort")
+
+
+def assert_reproduced(trace: Trace, engine: str) -> None:
     losses = []
     layers = projections(trace)
     best = [(np.inf, np.zeros(layer.prompt_shape, np.float32)) for layer in layers]

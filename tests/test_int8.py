@@ -15,9 +15,11 @@ pytest.importorskip("torch")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import SessionOptions
 from tiny_backbones import N_PROMPT, save_tokenizer, tiny_model
 
 from bbt_accel.bundle import Bundle
+from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import UsageError
 from bbt_accel.exporters.calibration import Channels, TaskRows, calibration_prompts
 from bbt_accel.exporters.convert import fuse_for_ort
@@ -35,7 +37,8 @@ from bbt_accel.exporters.sensitivity import (
     run_from,
 )
 from bbt_accel.exporters.sessions import Feeds, open_session, run_stages
-from bbt_accel.exporters.validate import relative_rmse
+from bbt_accel.exporters.validate import relative_rmse, sample_rows
+from bbt_accel.ort_sessions import WIDE_SUMS, warn
 from bbt_accel.progress import silent
 
 few = settings(
@@ -171,8 +174,31 @@ Tiny = Callable[[str, str, str], Bundle]
 
 
 @pytest.mark.parametrize(
+    ("variant", "converted"), [(("roberta", "bbt", "add"), True), (("llama", "bbt", "cat"), False)]
+)
+def test_without_vnni_sums_are_wide_where_onnxruntime_can_convert_the_weights(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    variant: tuple[str, str, str], wanted: list[str],
+) -> None:  # fmt: skip
+    """Here a processor that overflows is only pretended, so that all numbers are right in any case."""
+    made = optimize_bundle(tiny(*variant).path, tmp_path / "made", precision="int8", max_rmse=1)
+    prompts, rows = np.zeros((2, *made.info.prompt_shape), np.float32), sample_rows(made, 4)
+    found, asked, add = [], [], SessionOptions.add_session_config_entry
+    monkeypatch.setattr(SessionOptions, "add_session_config_entry", lambda *e: (asked.append(e[1:]), add(*e))[1])
+    warn.cache_clear()
+    for known in (["AVX2", "AVX-512 VNNI"], ["AVX2"]):
+        monkeypatch.setattr("bbt_accel.ort_sessions.features", lambda known=known: known)
+        with load_engine(made, "ort", threads=1) as engine, engine.bind(rows) as bound:
+            found.append(bound.label_logits(prompts))
+        states = [value for name, value in asked if name == WIDE_SUMS]
+        assert states == ([] if len(found) == 1 else wanted)
+    assert ("has no VNNI" in capsys.readouterr().err) == ("0" in wanted)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("variant", "target"),
-    [(("roberta", "bbt", "add"), "ort"), (("bart", "bbtv2", "add"), "ort"), (("roberta", "bbt", "add"), "openvino")],
+    [(("roberta", "bbt", "add"), "ort"), (("roberta", "bbtv2", "add"), "ort"), (("roberta", "bbt", "add"), "openvino")],
 )
 def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
     tiny: Tiny, tmp_path: Path, variant: tuple[str, str, str], target: str

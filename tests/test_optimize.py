@@ -354,6 +354,7 @@ def test_padding_and_a_context_fit_the_backbone() -> None:
     assert padded_length(replace(rows, context_ids=np.arange(60)), 100) == 40
 
 
+@pytest.mark.slow
 def test_rows_that_fill_the_backbone_leave_no_room_for_padding(exported: Export, tmp_path: Path) -> None:
     """More of which than it has positions would be no question of the mask."""
     from tiny_backbones import save_recorded_backbone

@@ -83,8 +83,9 @@ def test_in_cat_mode_p0_gives_the_logits_of_the_text_in_front(root: Path, loaded
     np.testing.assert_allclose(found, logits[:, [7, 8, 9]].numpy(), atol=1e-4)
 
 
+@pytest.mark.usefixtures("without_graphs")
 def test_in_add_mode_the_text_stands_where_the_prompt_is_added(root: Path) -> None:
-    _, bundle = made(root, "roberta", "add")
+    _, bundle = made(root / "untraced", "roberta", "add")
     assert bundle.initial_prompt() is None
     encoder = Encoder(bundle, load_task("demo"))
     (row,) = encoder.encode([_row("a")]).input_ids.tolist()
@@ -121,10 +122,11 @@ init = "go to"
 """
 
 
+@pytest.mark.usefixtures("without_graphs")
 def test_a_task_file_may_have_the_text(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "mood.toml"
     file.write_text(TASK)
-    checkpoint, other = made(root, "gpt2", "cat")
+    checkpoint, other = made(root / "untraced", "gpt2", "cat")
     bundle = export_bundle(checkpoint, tmp_path / "bundle", prompt_mode="cat", prompt_init=str(file))
     assert bundle.info.prompt_init == "go to"
     with pytest.raises(UsageError, match="task mood starts from a text; export the bundle with --prompt-init"):
@@ -134,7 +136,7 @@ def test_a_task_file_may_have_the_text(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [("", "has no tokens"), ("demo.toml", "no \\[prompt\\] init")])
 def test_what_cannot_start_a_prompt_is_refused(root: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "demo.toml").write_text(TASK.split("[prompt]")[0])
-    checkpoint, _ = made(root, "gpt2", "cat")
+    checkpoint = save_backbone("gpt2", tmp_path / "gpt2")
     given = str(tmp_path / text) if text else text
     with pytest.raises(UsageError, match=message):
         export_bundle(checkpoint, tmp_path / "bundle", prompt_mode="cat", prompt_init=given)

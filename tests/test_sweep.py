@@ -23,7 +23,7 @@ from bbt_accel.run import Run
 from bbt_accel.sweeps import runner
 from bbt_accel.sweeps.cross_evaluation import score_prompts
 from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
-from bbt_accel.sweeps.pools import Pool, PoolJob, ProcessPool
+from bbt_accel.sweeps.pools import Pool, PoolJob
 from bbt_accel.sweeps.rendering import markdown, scores
 from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
 from bbt_accel.sweeps.runner import run_sweep
@@ -73,6 +73,7 @@ def test_every_combination_is_tuned_scored_and_in_the_table(toy: dict[str, Any],
     assert not list((tmp_path / "sweep").rglob(".*"))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_finished_trials_are_not_run_again_and_more_can_be_added(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,13 +82,13 @@ def test_finished_trials_are_not_run_again_and_more_can_be_added(
     with pytest.raises(BbtError, match="can be continued with --resume"):
         sweep(folder, toy)
     started: list[str] = []
-    start = ProcessPool.start
+    start = InProcess.start
 
-    def recorded(self: ProcessPool, job: PoolJob) -> None:
+    def recorded(self: InProcess, job: PoolJob) -> None:
         started.append(job.name)
         start(self, job)
 
-    monkeypatch.setattr(ProcessPool, "start", recorded)
+    monkeypatch.setattr(InProcess, "start", recorded)
     again = sweep(folder, resume=True)
     assert (started, again.trials) == ([], first.trials)
     more = sweep(folder, {"seeds": [1, 2]}, resume=True)
@@ -96,6 +97,7 @@ def test_finished_trials_are_not_run_again_and_more_can_be_added(
     assert more.count("done") == 2
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_interrupted_trial_is_resumed(toy: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     first = sweep(folder, {**toy, "seeds": [1]})
@@ -160,6 +162,7 @@ def test_failures_are_rows_and_the_other_trials_run(
     assert "budget (was 24, is now 20)" in (trial.reason or "")
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_sweep_is_continued_to_a_larger_budget(toy: dict[str, Any], tmp_path: Path) -> None:
     whole = sweep(tmp_path / "whole", {**toy, "settings": {**FAST, "budget": 40}})
     sweep(tmp_path / "sweep", toy)
@@ -195,13 +198,14 @@ def test_a_trial_of_another_task_or_other_rows_is_not_kept(toy: dict[str, Any], 
     assert (trial.status, changed in (trial.reason or "")) == ("failed", True)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_interrupt_keeps_finished_trials(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = ProcessPool.wait
+    wait = InProcess.wait
     ended = 0
 
-    def interrupted(self: ProcessPool) -> Any:
+    def interrupted(self: InProcess) -> Any:
         nonlocal ended
         if ended:
             raise KeyboardInterrupt
@@ -209,7 +213,7 @@ def test_an_interrupt_keeps_finished_trials(
         return wait(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ProcessPool, "wait", interrupted)
+        patch.setattr(InProcess, "wait", interrupted)
         report = sweep(tmp_path / "sweep", toy)
     assert report.interrupted
     assert [t.status for t in report.trials] == ["done", "not run"]

@@ -131,7 +131,6 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(
     run = start(settings=settings)
     assert run.info.status == "interrupted"
     assert Run.read(run.path).info.calls == first + 20
-    assert (run.path / "curve.png").stat().st_size > 10_000
     interrupt(4)  # and again, counted from where it continues
     assert start(settings=settings, resume=True).info.calls == first + 32
     interrupt(-1)
@@ -362,6 +361,7 @@ def in_a_process(tmp_path: Path, output: str, at: int, resume: bool) -> subproce
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@pytest.mark.parametrize("bundle", ["bbtv2"], indirect=True)
 def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, tmp_path: Path) -> None:
     settings = {**SETTINGS, "budget": 48}
     whole = start("whole", settings)
@@ -382,6 +382,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, tmp_
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@pytest.mark.parametrize("bundle", ["bbt"], indirect=True)
 def test_a_run_killed_on_the_way_to_a_larger_budget_is_still_there_and_continued(start: Tune, tmp_path: Path) -> None:
     larger, smaller = {**SETTINGS, "budget": 48}, {**SETTINGS, "budget": 24}
     whole, first = start("whole", larger), prompt_bytes(start("counted", smaller))

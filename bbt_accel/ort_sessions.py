@@ -1,0 +1,36 @@
+"""Sessions of ONNX Runtime whose products of 8-bit integers are right on every processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bbt_accel.machine import features
+from bbt_accel.progress import note
+
+WIDE_SUMS = "session.x64quantprecision"
+"""The session option that has signed weights converted to unsigned ones. Without VNNI the product of unsigned
+activations and signed weights is added up in pairs of 16 bits, which overflow."""
+
+
+def inference_session(file: str | Path, options: Any, providers: Sequence[Any], **more: Any) -> Any:
+    """An `onnxruntime.InferenceSession` with these options."""
+    import onnxruntime
+
+    found = features()
+    if "AVX2" in found and "AVX-512 VNNI" not in found:
+        options.add_session_config_entry(WIDE_SUMS, "1")
+        try:
+            return onnxruntime.InferenceSession(str(file), options, providers, **more)
+        except Exception:  # a weight with two uses, which ONNX Runtime 1.23 to 1.32 converts twice
+            options.add_session_config_entry(WIDE_SUMS, "0")
+            warn()
+    return onnxruntime.InferenceSession(str(file), options, providers, **more)
+
+
+@cache
+def warn() -> None:
+    """Once in a process."""
+    note("this processor has no VNNI, so sums of this int8 graph may overflow; use --engine openvino, or fp32")
