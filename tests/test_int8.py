@@ -174,7 +174,11 @@ Tiny = Callable[[str, str, str], Bundle]
 
 
 @pytest.mark.parametrize(
-    ("variant", "wanted"), [(("roberta", "bbt", "add"), ["1"]), (("llama", "bbt", "cat"), ["1", "1", "0"])]
+    ("variant", "wanted"),
+    [
+        (("roberta", "bbt", "add"), ["1"]),
+        pytest.param(("llama", "bbt", "cat"), ["1", "1", "0"], marks=pytest.mark.slow),
+    ],
 )
 def test_without_vnni_sums_are_wide_where_onnxruntime_can_convert_the_weights(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
