@@ -169,10 +169,12 @@ class StagedBoundBatch(BoundBatch):
     def upload_buckets(self, without: frozenset[str], step: int) -> list[Bucket]:
         engine, aligned = self.engine, step if self.engine.on_device else 1
         limits = engine.tokens_per_call, engine.rows_per_call, engine.call_overhead // engine.candidates
-        most = self.info.max_length - (0 if self.batch.context_ids is None else len(self.batch.context_ids))
+        longest = engine.longest
+        if longest == self.info.max_length and self.batch.context_ids is not None:  # plans count rows without a context
+            longest -= len(self.batch.context_ids)
         buckets = []
         for rows in bucket_rows(self.info, self.batch, without, step, *limits):
-            part = trim(self.info, self.batch, rows, without, aligned, min(engine.longest, most))
+            part = trim(self.info, self.batch, rows, without, aligned, longest)
             part = part.with_decoder_input(self.info, "short-decoder" not in without)
             arrays: dict[str, Any] = part.graph_inputs(self.info)
             context = b"".join(arrays[name].tobytes() for name in ("context_ids", "context_mask") if name in arrays)

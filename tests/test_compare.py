@@ -178,10 +178,10 @@ def reports(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["auto 1000", "bbt 1000"], "all +2.5 -5.0 to +10.0 1 of 2"),
-        (["auto 1,000", "lora 6"], "all -10.0 -10.0 to -10.0 0 of 1"),
-        (["auto 1000", "lora", "--within-seconds"], "all +40.0 +40.0 to +40.0 1 of 1"),
-        (["bbt 1,000", "lora, ensemble", "--within-seconds"], "all +60.0 +60.0 to +60.0 1 of 1"),
+        (["auto 1000", "bbt 1000"], "all +2.5 -92.8 to +97.8 1 of 2"),
+        (["auto 1,000", "lora 6"], "all -10.0 – 0 of 1"),
+        (["auto 1000", "lora", "--within-seconds"], "all +40.0 – 1 of 1"),
+        (["bbt 1,000", "lora, ensemble", "--within-seconds"], "all +60.0 – 1 of 1"),
     ],
 )
 def test_differences_pair_the_scores_of_several_reports(
