@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ def inference_session(file: str | Path, options: Any, providers: Sequence[Any], 
     import onnxruntime
 
     found = features()
-    if "AVX2" in found and "AVX-512 VNNI" not in found:
+    overflows = "AVX2" in found and "AVX-512 VNNI" not in found
+    if overflows:
         options.add_session_config_entry(WIDE_SUMS, "1")
-        try:
+        with suppress(Exception):  # of a weight with two uses, which ONNX Runtime 1.32 cannot convert
             return onnxruntime.InferenceSession(str(file), options, providers, **more)
-        except Exception:  # a weight with two uses, which ONNX Runtime 1.23 to 1.32 converts twice
-            options.add_session_config_entry(WIDE_SUMS, "0")
-            warn()
-    return onnxruntime.InferenceSession(str(file), options, providers, **more)
+        options.add_session_config_entry(WIDE_SUMS, "0")
+    session = onnxruntime.InferenceSession(str(file), options, providers, **more)
+    if overflows:
+        warn()
+    return session
 
 
 @cache
