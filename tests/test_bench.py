@@ -19,7 +19,9 @@ from bbt_accel.benchmarks.bench_report import BenchReport
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.bundle import write_info
 from bbt_accel.cli import app
+from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, DataError, EngineError, ExportError, MissingDependency, UsageError
+from bbt_accel.tasks import load_task, to_toml
 
 SMALL: dict[str, Any] = {"backbone": "demo", "task": "demo", "rows": 4, "popsize": 2, "repeats": 1, "test_rows": 8}
 
@@ -225,6 +227,34 @@ def test_tune(inside: Inside, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "tuned score" in text
     assert "one tuned prompt" in text
+
+
+def test_prompts_are_scored_behind_the_demonstrations_of_their_own_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = dict[str, bytes]()
+
+    class Decoder(Inside):
+        def __call__(self, step: Callable[..., Any], **arguments: Any) -> Any:
+            if step is steps.compare:
+                context = steps.load_batch(str(arguments["batch"])).context_ids
+                assert context is not None
+                contexts[Path(arguments["batch"]).stem] = context.tobytes()
+            return super().__call__(step, **arguments)
+
+        def write(self, folder: Path) -> None:
+            bundle = tiny_bundle(folder, "llama", "cat", max_length=400)
+            write_info(folder, bundle.info.model_copy(update={"stages": []}))
+
+    monkeypatch.setattr(processes, "call", Decoder())
+    machine(monkeypatch)
+    demo = load_task("demo")
+    own = demo.model_copy(update={"name": "own", "context": demo.context.model_copy(update={"demonstrations": 2})})
+    (tmp_path / "own.toml").write_text(to_toml(own))
+    changes = {"task": str(tmp_path / "own.toml"), "data": DATA, "engines": ["ort"], "precisions": ["fp32"]}
+    report = bench(tmp_path / "out", **changes, prompt_mode="cat", tune=True, seeds=2, budget=4, popsize=4, k_shot=4)
+    assert [row.tuned.seeds for row in report.rows if row.tuned] == [[42, 43]] * 2
+    assert contexts["tested 42"] == contexts["tested"] != contexts["tested 43"]
 
 
 def test_a_budget_that_cannot_be(inside: Inside, tmp_path: Path) -> None:

@@ -617,6 +617,22 @@ def test_rows_of_sst2_are_computed_in_few_calls(
             assert all(len([*bound.chunks(20, bucket)]) == 1 for bucket in bound.buckets)
 
 
+@pytest.mark.parametrize("context", [0, 5])
+def test_rows_are_not_padded_beyond_the_positions_that_a_context_leaves(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch, context: int
+) -> None:
+    source = tiny("gpt2", "bbt", "add")
+    limit = 30
+    bundle = Bundle(source.path, source.info.model_copy(update={"max_length": limit}))
+    ids = np.ones((2, limit - context), np.int64)
+    last = np.full(2, limit - context - 1)
+    batch = Batch(ids, ids, last, last * 0, np.arange(2), context_ids=np.arange(context) if context else None)
+    monkeypatch.setattr(pytorch, "kind_of", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with load_engine(bundle, "torch", device="cpu", threads=1) as loaded, loaded.bind(batch) as bound:
+        assert [bucket.length for bucket in bound.buckets] == [limit - context]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("mode", ["add", "cat"])
 def test_rows_on_a_device_are_as_long_as_fused_attention_asks(made: Callable[..., Bundle], mode: str) -> None:
     bundle = made("roberta", "bbt", mode)
