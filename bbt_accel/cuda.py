@@ -21,9 +21,9 @@ from bbt_accel.errors import EngineError, MissingDependency, first_line
 
 LAYOUTS = ("cuda.bindings.runtime", "cuda.cudart")  # cuda-python's modules with the runtime, the current one first
 ALIGNMENT = 256
+"""TensorRT's alignment of device memory in bytes; buffer sizes are multiples of it, so that buffers can be reused."""
 GPU_TOKENS = 2**17
 """Candidates × rows × tokens of a call on a GPU, where calls have an overhead and memory is the limit."""
-"""TensorRT's alignment of device memory in bytes; buffer sizes are multiples of it, so that buffers can be reused."""
 Buffer = tuple[int, int]  # its number, in the order in which they were made, and its address
 
 

@@ -274,8 +274,9 @@ def _columns(table: Table, columns: Sequence[str], file: Path) -> list[dict[str,
 
 def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
     """One row. Raises DataError, naming `where`, when a column is missing."""
+    text = as_utf8(text)
     if len(columns) == 1:
-        return {columns[0]: as_utf8(text)}
+        return {columns[0]: text}
     needed = f"the task needs {', '.join(columns)}"
     if text.lstrip().startswith("{"):
         return _parse_object(text, columns, where)
@@ -283,7 +284,7 @@ def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]
     if len(values) != len(columns):
         problem = f"{where} has {len(values)} column(s), {needed}"
         raise DataError(f"{problem}: separate them with tabs, or write a JSON object")
-    return dict(zip(columns, map(as_utf8, values), strict=True))
+    return dict(zip(columns, values, strict=True))
 
 
 def _is_object(line: str, columns: Sequence[str]) -> bool:

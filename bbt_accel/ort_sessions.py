@@ -20,17 +20,22 @@ def inference_session(file: str | Path, options: Any, providers: Sequence[Any], 
     """An `onnxruntime.InferenceSession` with these options."""
     import onnxruntime
 
-    found = features()
-    overflows = "AVX2" in found and "AVX-512 VNNI" not in found
-    if overflows:
+    if lacks_vnni():
         options.add_session_config_entry(WIDE_SUMS, "1")
         with suppress(Exception):  # of a weight with two uses, which ONNX Runtime 1.32 cannot convert
             return onnxruntime.InferenceSession(str(file), options, providers, **more)
         options.add_session_config_entry(WIDE_SUMS, "0")
     session = onnxruntime.InferenceSession(str(file), options, providers, **more)
-    if overflows:
+    if lacks_vnni():
         warn()
     return session
+
+
+@cache
+def lacks_vnni() -> bool:
+    """Whether this processor adds up products of 8-bit integers in 16 bits."""
+    found = features()
+    return "AVX2" in found and "AVX-512 VNNI" not in found
 
 
 @cache

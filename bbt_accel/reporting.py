@@ -72,6 +72,12 @@ def percent(value: float | None, decimals: int = 2) -> str:
     return "–" if value is None else f"{100 * value:.{decimals}f}"
 
 
+def mean_if_complete(values: Sequence[float | None]) -> float | None:
+    """The mean; None where one is missing, or all."""
+    found = [value for value in values if value is not None]
+    return fmean(found) if found and len(found) == len(values) else None
+
+
 def mean_and_std(values: Sequence[float], decimals: int = 2, form: str = "{} ({})") -> str:
     """The mean of shares in percent, and the standard deviation of several; a dash for none."""
     if len(values) < 2:

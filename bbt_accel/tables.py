@@ -104,16 +104,15 @@ def _read_tsv(file: Path) -> Table:
     Where both fit, quotes that span lines have swallowed rows, so the reading with more of them is right.
     """
     text, encoding = _decoded(file)
-    plainly = None
-    with suppress(csv.Error, DataError):
-        plainly = _separated(file, text, encoding, "\t", csv.QUOTE_NONE)
-    try:
-        quoted = _separated(file, text, encoding, "\t")
-    except (csv.Error, DataError):
-        if plainly is None:
-            raise
-        return plainly
-    return plainly if plainly is not None and len(plainly.records) > len(quoted.records) else quoted
+    found, problems = list[Table](), list[Exception]()
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE) if '"' in text else (csv.QUOTE_MINIMAL,):
+        try:
+            found.append(_separated(file, text, encoding, "\t", quoting))
+        except (csv.Error, DataError) as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    return max(found, key=lambda table: len(table.records))  # the first of as many, with quoting
 
 
 def _separated(file: Path, text: str, encoding: str, separator: str, quoting: Any = csv.QUOTE_MINIMAL) -> Table:

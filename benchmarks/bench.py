@@ -164,9 +164,10 @@ class Benchmark:
             run = self.work / f"run {row.label} {seed}"
             asked = {"task": self.options.task, "data": self.options.data, "settings": self.settings(seed)}
             done.append(processes.call(steps.search, engine=self.engine(row), run=run, **asked))
-            tested = self.work / f"tested {seed}.npz"  # behind the demonstrations of this search
-            shown = Run.read(run).info.demonstrations
-            steps.save_batch(tested, Encoder(self.exported, self.task, shown).encode(self.test_rows))
+            tested = self.work / f"tested {seed}.npz"
+            if not tested.exists():  # behind the demonstrations that the seed draws, for every engine the same
+                shown = Run.read(run).info.demonstrations
+                steps.save_batch(tested, Encoder(self.exported, self.task, shown).encode(self.test_rows))
             scores.append(score(self.logits(row, run / "prompt.npy", tested), self.tested.targets, self.task.metric))
             if row is self.original and seed == SEED:
                 shutil.copy(run / "prompt.npy", self.work / "prompt.npy")

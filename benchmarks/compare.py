@@ -35,7 +35,7 @@ from bbt_accel.run import Run
 from bbt_accel.settings import FITTED, resolve
 from bbt_accel.sweeps.grid import check_names
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
-from bbt_accel.tasks import load_task
+from bbt_accel.tasks import absolute_file, load_task
 from bbt_accel.tuning import tune
 
 TRIALS, BUNDLES, RUNS = "trials", "bundles", "runs"  # folders: of finished trials, of bundles, of runs
@@ -64,8 +64,7 @@ def run_compare(
     local_engine(options.engine, "compare").target(options.precision)
     found = {path: load_task(path) for path in tasks}
     check_names("tasks", {path: task.name for path, task in found.items()})
-    # absolute, because a trial on Ray has another working directory
-    named = {t.name: str(Path(path).absolute()) if path.endswith(".toml") else path for path, t in found.items()}
+    named = {task.name: absolute_file(path) for path, task in found.items()}  # a trial on Ray runs elsewhere
     if options.data is not None:  # fail before the bundles are exported, not in every trial
         for task in found.values():
             check_rows(task, options.data / task.name, resolve({"k_shot": options.k_shot}))

@@ -19,6 +19,7 @@ from bbt_accel.reporting import (
     markdown_list,
     markdown_table,
     mean_and_std,
+    mean_if_complete,
     percent,
     tidy,
     with_metric,
@@ -113,7 +114,7 @@ def paired(own: Mapping[Pair, Score], other: Mapping[Pair, Score]) -> dict[Pair,
 def interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
     """The mean, and its 95 % interval by Student's t; None for a single value.
 
-    Not by the bootstrap: its intervals of three normal values hold the true mean in 76 of 100 cases, of five in 84.
+    Not by the bootstrap: of three normal values its intervals cover the true mean in 76 % of cases, of five in 84 %.
     """
     mean = fmean(values)
     if len(values) < 2:
@@ -171,9 +172,8 @@ def gains(report: CompareReport) -> str:
 
 def mean_of_tasks(scores: Sequence[Score], tasks: Sequence[str]) -> float | None:
     """The mean over tasks of the means over seeds; None unless every task has a score."""
-    means = [fmean(own) if (own := [s.score for s in scores if s.task == task]) else None for task in tasks]
-    found = [mean for mean in means if mean is not None]
-    return fmean(found) if len(found) == len(tasks) else None
+    of_task = ([score.score for score in scores if score.task == task] for task in tasks)
+    return mean_if_complete([fmean(own) if own else None for own in of_task])
 
 
 def by_label(scores: Sequence[Score]) -> dict[str, list[Score]]:

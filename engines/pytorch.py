@@ -45,12 +45,17 @@ def limited_threads(threads: int | None) -> Iterator[None]:
             torch.set_num_threads(former)
 
 
-def load(bundle: Bundle, device: str) -> torch.nn.Module:
-    """The bundle's checkpoint on a device, in its precision. Raises EngineError where the device is not available."""
+def load(bundle: Bundle, device: str, threads: int | None) -> tuple[torch.nn.Module, ExitStack]:
+    """The bundle's checkpoint on a device, in its precision, and what holds PyTorch to the threads until it is closed.
+
+    Raises EngineError where the device is not available.
+    """
     if kind_of(device) == "cuda" and index_of(device) >= torch.cuda.device_count():
         raise EngineError(f"--device {device}: PyTorch finds no such GPU; use --device cpu or see bbt-accel doctor")
-    with computing("to load the checkpoint"):
-        return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(torch_device(device))
+    with ExitStack() as stack, computing("to load the checkpoint"):
+        stack.enter_context(limited_threads(threads))
+        model = load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(torch_device(device))
+        return model, stack.pop_all()
 
 
 @contextmanager
@@ -99,10 +104,7 @@ class TorchEngine(StagedEngine):
         self.bundle = Bundle(self.bundle.path, info)
         super().load()
         self.place = torch_device(self.device)
-        with ExitStack() as stack:
-            stack.enter_context(limited_threads(self.threads))
-            model = load(self.bundle, self.device)
-            self.held = stack.pop_all()
+        model, self.held = load(self.bundle, self.device, self.threads)
         self.backbone = family_of(model.config).compose(model, info)
         self.dtype = DTYPES[info.precision]
         self.on_device = kind_of(self.device) == "cuda"
@@ -154,10 +156,7 @@ class EagerEngine(Engine):
     def load(self) -> None:
         self.projections: WeakKeyDictionary[Projection, tuple[Tensor, Tensor]] = WeakKeyDictionary()
         self.place = torch_device(self.device)
-        with ExitStack() as stack:
-            stack.enter_context(limited_threads(self.threads))
-            model = load(self.bundle, self.device)
-            self.held = stack.pop_all()
+        model, self.held = load(self.bundle, self.device, self.threads)
         self.reference = Reference(model, self.bundle.info, self.head_at_readout)
 
     def bind(self, batch: Batch) -> EagerBoundBatch:

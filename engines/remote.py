@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, repeat
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,7 +45,6 @@ def connect(bundle: Bundle, *, url: str, without: frozenset[str] = frozenset()) 
     """
     server = Server(url)
     try:
-        server.facts = server.ask(server.client.get_server_metadata)
         if protocol.ROWS_EXTENSION not in server.facts.get("extensions", ()):
             return TritonEngine(bundle, server, without)
         if without:
@@ -56,10 +56,7 @@ def connect(bundle: Bundle, *, url: str, without: frozenset[str] = frozenset()) 
 
 
 class Server:
-    """A server at `http://HOST:PORT[/BASE]`, with `/v2/models/NAME` appended to choose one of several models.
-
-    facts: its metadata.
-    """
+    """A server at `http://HOST:PORT[/BASE]`, with `/v2/models/NAME` appended to choose one of several models."""
 
     closed = False
 
@@ -79,7 +76,12 @@ class Server:
             self.client = triton.InferenceServerClient(host, **options, ssl_context_factory=context)
         except (ValueError, InferenceServerException) as error:
             raise UsageError(f"--url {url!r} is not an address ({error})") from None
-        self.facts: dict[str, Any] = {}
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Its metadata. Raises what `ask` raises."""
+        found: dict[str, Any] = self.ask(self.client.get_server_metadata)
+        return found
 
     def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """What a client call returns; it is tried again while the server cannot be reached or is not ready.

@@ -154,7 +154,8 @@ def longest_row(config: Any, by_layer: bool = True) -> int:
     if getattr(config, "use_bidirectional_attention", None):
         raise ExportError(f"this {config.model_type} model is an encoder (use_bidirectional_attention); not supported")
     limits = [int(config.max_position_embeddings)]
-    kinds, window = getattr(config, "layer_types", None) if by_layer else None, getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) if by_layer else None
+    window = getattr(config, "sliding_window", None)
     if window and ("sliding_attention" in kinds if kinds else True):
         limits.append(int(window))
     rope = config.rope_parameters

@@ -228,8 +228,7 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
         rows = job.batch.rows(shortest)
         padded = rows.padded(padded_length(rows, made.info.max_length), made.info.special.pad)
         leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, shortest])
-    error = scaled_error(logits, job.reference)
-    if job.precision == "fp32" and error > FP32_ERROR:
+    if job.precision == "fp32" and (error := scaled_error(logits, job.reference)) > FP32_ERROR:
         raise ExportError(f"the fp32 bundle's logits differ by {error:.1e} from those of its source; use that")
     if leak > LEAK:
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")

@@ -38,7 +38,7 @@ from bbt_accel.exporters.sensitivity import (
 )
 from bbt_accel.exporters.sessions import Feeds, open_session, run_stages
 from bbt_accel.exporters.validate import relative_rmse, sample_rows
-from bbt_accel.ort_sessions import WIDE_SUMS, warn
+from bbt_accel.ort_sessions import WIDE_SUMS, lacks_vnni, warn
 from bbt_accel.progress import silent
 
 few = settings(
@@ -190,6 +190,7 @@ def test_without_vnni_sums_are_wide_where_onnxruntime_can_convert_the_weights(
     found, asked, add = [], [], SessionOptions.add_session_config_entry
     monkeypatch.setattr(SessionOptions, "add_session_config_entry", lambda *e: (asked.append(e[1:]), add(*e))[1])
     warn.cache_clear()
+    monkeypatch.setattr("bbt_accel.ort_sessions.lacks_vnni", lacks_vnni.__wrapped__)
     for known in (["AVX2", "AVX-512 VNNI"], ["AVX2"]):
         monkeypatch.setattr("bbt_accel.ort_sessions.features", lambda known=known: known)
         with load_engine(made, "ort", threads=1) as engine, engine.bind(rows) as bound:

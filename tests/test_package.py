@@ -168,7 +168,10 @@ def test_an_int8_package_is_not_compared_with_one_of_another_calibration(made: M
     folder, _ = package(Run.read(moved), tmp_path, int8=True)
     train = data / "train.jsonl"
     train.write_text(train.read_text(encoding="utf-8").replace("good", "nice").replace("it", "that"), encoding="utf-8")
-    with pytest.raises(PackageError, match="was calibrated on the run's rows, which are not here; bring them back"):
+    with pytest.raises(
+        PackageError,
+        match="was calibrated on the run's rows, here that would be on shipped texts; package the run again",
+    ):
         check_package(folder, threads=1, run=moved)
 
 

@@ -102,7 +102,8 @@ def check_package(
     with packaged_bundle(source_run, form, options, on_progress) as (_, packaged):
         made = classifier_of(source_run, packaged)
         if calibrated_on(packaged) != info.calibrated_on:
-            raise PackageError(f"{folder} was calibrated on {info.calibrated_on}, which are not here; bring them back")
+            here = f"here that would be on {calibrated_on(packaged)}"
+            raise PackageError(f"{folder} was calibrated on {info.calibrated_on}, {here}; package the run again")
         for name, value in of_run(source_run, made).items():
             if getattr(info, name) != value:
                 raise PackageError(f"{folder / manifest.INFO} has another {name} than its run; package the run again")

@@ -18,8 +18,8 @@ from bbt_accel.errors import BundleError, UsageError, check_known, first_line
 from bbt_accel.files import fingerprint
 from bbt_accel.option_types import Seed
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import resolve
-from bbt_accel.tasks import Task, load_task
+from bbt_accel.settings import Settings, resolve
+from bbt_accel.tasks import Task, absolute_file, load_task
 
 PRESETS = Path(__file__).parent  # the folder of the shipped sweeps
 RUN = "run"  # the folder of the run in the folder of a trial
@@ -103,7 +103,7 @@ class Sweep(Schema):
     def absolute(self) -> Sweep:
         """The same sweep with absolute paths, so that it can be resumed from any directory."""
         bundles = [str(Path(path).absolute()) for path in self.bundles]
-        tasks = [str(Path(task).absolute()) if task.endswith(".toml") else task for task in self.tasks]
+        tasks = list(map(absolute_file, self.tasks))
         data = None if self.data is None else str(Path(self.data).absolute())
         return self.model_copy(update={"bundles": bundles, "tasks": tasks, "data": data})
 
@@ -135,6 +135,11 @@ class Trial(BaseModel):
     @property
     def task_name(self) -> str:
         return self.definition.name
+
+    @property
+    def search_settings(self) -> Settings:
+        """Every setting of its search."""
+        return resolve(self.definition.preset(self.method), self.settings, {"seed": self.seed})
 
     @property
     def bundle_name(self) -> str:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from bbt_accel.bundle import Method
 from bbt_accel.machine import installed_versions
-from bbt_accel.reporting import Schema, now
+from bbt_accel.reporting import Schema, mean_if_complete, now
 from bbt_accel.settings import Metric
 from bbt_accel.sweeps.grid import Sweep, Trial
 
@@ -136,7 +136,7 @@ def make_report(
     for (method, bundle, engine), group in groupby(trials, lambda t: (t.method, t.bundle_name, t.engine)):
         cells = [_cell(list(some), results, failures) for _, some in groupby(group, lambda t: t.task_name)]
         names = ("mean", "without_prompt", "calibrated")
-        means = {name: _mean_if_complete([getattr(cell, name) for cell in cells]) for name in names}
+        means = {name: mean_if_complete([getattr(cell, name) for cell in cells]) for name in names}
         rows.append(SweepRow(method=method, bundle=bundle, engine=engine, cells=cells, **means))
     versions = installed_versions()
     return SweepReport(
@@ -163,11 +163,6 @@ def _cell(trials: Sequence[Trial], results: Mapping[str, TrialResult], failures:
         calibrated=statistics.fmean(result.calibrated for result in done) if done else None,
         failed=sum(t.name in failures for t in trials),
     )
-
-
-def _mean_if_complete(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return statistics.fmean(found) if found and len(found) == len(values) else None
 
 
 def _trial_row(trial: Trial, result: TrialResult | None, failure: str | None) -> TrialRow:

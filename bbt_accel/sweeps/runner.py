@@ -16,13 +16,11 @@ from bbt_accel.errors import BbtError, RunError, UsageError, check_known
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
 from bbt_accel.reporting import write_report
-from bbt_accel.settings import resolve
 from bbt_accel.sweeps.cross_evaluation import cross_evaluate
 from bbt_accel.sweeps.grid import PRESETS, RUN, Sweep, Trial, preset_names, read_sweep
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.sweeps.rendering import draw, markdown
 from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
-from bbt_accel.tasks import load_task
 from bbt_accel.tuning import tune
 
 SWEEP, TRIALS, SCORE = "sweep.json", "trials", "score.json"
@@ -61,9 +59,7 @@ def run_sweep(
         trials = sweep.trials()
         for trial in {(trial.task, trial.data): trial for trial in trials}.values():
             if trial.data is not None:  # fail before the first search, not in every trial
-                task = load_task(trial.task)
-                settings = resolve(task.preset(trial.method), trial.settings, {"seed": trial.seed})
-                check_rows(task, Path(trial.data), settings)
+                check_rows(trial.definition, Path(trial.data), trial.search_settings)
         on_gpu = any(kind_of(engine_spec(name).device(sweep.device)) == "cuda" for name in sweep.engines)
         with closing(open_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
             _write(folder, sweep)
@@ -131,7 +127,7 @@ def run_trial(trial: dict[str, Any], folder: str, threads: int | None) -> dict[s
     place.mkdir(parents=True, exist_ok=True)
     run = tune(
         t.bundle,
-        t.task,
+        t.definition,
         data=t.data,
         engine=t.engine,
         device=t.device,
@@ -165,7 +161,7 @@ def every_setting(trial: Trial) -> dict[str, Any]:
 
     Without those of a preset that do not apply here, and that `tune` therefore refuses where they are given.
     """
-    settings = resolve(trial.definition.preset(trial.method), trial.settings, {"seed": trial.seed})
+    settings = trial.search_settings
     causal = Bundle.read(trial.bundle, verify=False).info.causal
     unused = {"loss"} if settings.fitted else set()
     return settings.model_dump(exclude=unused if causal else unused | {"demonstrations"}) | trial.settings

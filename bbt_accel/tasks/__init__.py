@@ -259,6 +259,11 @@ def task_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
+def absolute_file(task: str) -> str:
+    """What `load_task` takes, from any working directory: of a file its absolute path."""
+    return str(Path(task).absolute()) if task.endswith(".toml") else task
+
+
 def load_task(name_or_path: str | Path) -> Task:
     """A built-in task by name, or a user's own by the path of a .toml file. Raises TaskError, in one line."""
     name, names = str(name_or_path), task_names()

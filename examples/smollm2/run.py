@@ -89,9 +89,10 @@ def searched(
     options: Any = {"engine": given.engine, "threads": given.threads, "resume": True}
     run = tune(made, task, data=folder, output=output, settings=settings, **options)
     rows = given.output / "rows" / task / "test.jsonl"
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({**row.fields, load_task(task).label: row.label}) for row in test_rows(given, task)]
-    write_atomically(rows, "\n".join(lines).encode())
+    if not rows.is_file():
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({**row.fields, load_task(task).label: row.label}) for row in test_rows(given, task)]
+        write_atomically(rows, "\n".join(lines).encode())
     score = evaluate(run.path, data=rows.parent, threads=given.threads)
     return {"score": score["score"], "seconds": run.info.seconds, "calls": run.info.calls}
 
