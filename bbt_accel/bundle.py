@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
+INFO = "bundle.json"
 PLANS = "plans"
 """Folder of TensorRT plans: a cache that machines add to, so it is not part of a bundle's sha256."""
 PROJECT, STATISTICS = "project", "statistics"
@@ -65,6 +66,7 @@ class Manifest(BaseModel, extra="forbid"):
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**26)]
+StageName = Annotated[str, Field(pattern=r"^\w+$")]  # names files, which must lie in the bundle
 
 
 class SpecialTokens(BaseModel, extra="forbid"):
@@ -140,7 +142,7 @@ class BundleInfo(SealedManifest):
     target: str = Field(description="`onnx` as exported, else the engine that it was optimized for.")
     without: list[str] = Field(default=[], description="Names of `OPTIMIZATIONS` that the graphs leave out.")
     opset: int = Field(description="ONNX opset of the graphs.")
-    stages: list[str] = Field(
+    stages: list[StageName] = Field(
         description="Graphs in the order in which they run: model for bbt; embed, block_00, …, last for bbtv2; before "
         "them, context for a decoder."
     )
@@ -198,7 +200,7 @@ class Bundle:
 
         Raises BundleError for a folder that is not a bundle or of another format, and for a missing or changed file.
         """
-        file, make = Path(path) / "bundle.json", "create one with bbt-accel export"
+        file, make = Path(path) / INFO, "create one with bbt-accel export"
         bundle = cls(Path(path), BundleInfo.read(file, "bundle", BundleError, make, "export it again"))
         bundle.info.check_seal(file, BundleError, "export the bundle again")
         if verify:
@@ -235,7 +237,7 @@ class Bundle:
     @property
     def digest(self) -> str:
         """sha256 of bundle.json, which names the sha256 of every other file."""
-        return sha256(self.path / "bundle.json")
+        return sha256(self.path / INFO)
 
     @property
     def size(self) -> int:
@@ -246,9 +248,9 @@ class Bundle:
 def write_info(folder: Path, info: BundleInfo) -> BundleInfo:
     """Hash every file of `folder`, but for plans, into `info` and write bundle.json."""
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    hashes = {name: sha256(p) for name, p in files.items() if p.name != "bundle.json" and Path(name).parts[0] != PLANS}
+    hashes = {name: sha256(p) for name, p in files.items() if p.name != INFO and Path(name).parts[0] != PLANS}
     info = info.model_copy(update={"sha256": hashes})
-    info.seal(folder / "bundle.json")
+    info.seal(folder / INFO)
     return info
 
 

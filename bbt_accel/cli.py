@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -265,7 +266,13 @@ def serve(
     if (engine := execution.get("engine")) and engine_spec(engine).remote:
         raise UsageError(f"a server cannot use --engine {engine}; choose the engine that runs the backbone here")
     o = shared.ServeOptions(**options)
-    limits = Limits(o.max_request_mib * 2**20, o.max_batch, o.timeout, o.keep_rows)
+    limits = Limits(
+        request_bytes=o.max_request_mib * 2**20,
+        batch=o.max_batch,
+        timeout=o.timeout,
+        cached_batches=o.keep_rows,
+        keep_alive=o.keep_alive,
+    )
     ready = partial(printing.print_serving, as_json=as_json)
     serve_models(path, host=o.host, port=o.port, limits=limits, ready=ready, **execution)
 
@@ -313,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for word in words[:end] if word != "--debug"] + words[end:]
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is no failure
     logging.disable(logging.NOTSET if debug else logging.WARNING)  # the libraries' warnings address developers
     try:
         with warnings.catch_warnings(action=None if debug else "ignore"), exit_on_error(debug):

@@ -172,18 +172,25 @@ class PackageOptions(Schema):
 class PushOptions(Schema):
     private: bool = Field(default=False, description="Create the repository as a private one.")
     without_bundle: bool = Field(default=False, description="Upload a run alone; others then need a bundle for it.")
-    yes: bool = Field(default=False, description="Do not ask.")
+    yes: bool = Field(default=False, description="Skip the confirmation.")
 
 
 class ServeOptions(Schema):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 for any free one.")
-    max_request_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB.")
-    max_batch: int = Field(default=16384, ge=1, description="Most rows times candidates per request.")
+    max_request_mib: int = Field(
+        default=Limits.request_bytes // 2**20, ge=1, description="Largest request body, in MiB."
+    )
+    max_batch: int = Field(default=Limits.batch, ge=1, description="Most rows times candidates per request.")
     keep_rows: int = Field(
         default=Limits.cached_batches, ge=1, description="Batches of rows cached for later requests."
     )
-    timeout: float = Field(default=300.0, ge=0.1, description="Seconds until a request times out.")
+    timeout: float = Field(default=Limits.timeout, ge=0.1, description="Seconds until a request times out.")
+    keep_alive: float = Field(
+        default=Limits.keep_alive,
+        ge=1,
+        description="Seconds until a connection without a request is closed; a proxy must close its own sooner.",
+    )
 
 
 class Execution(Schema):

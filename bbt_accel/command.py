@@ -6,6 +6,7 @@ import errno
 import json
 import sys
 import traceback
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -35,7 +36,7 @@ def exit_on_error(debug: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         code, message = explain(error)
-        print("error:", clipped(" ".join(message.split()), LONGEST_LINE), file=sys.stderr)
+        print("error:", clipped(printable(" ".join(message.split())), LONGEST_LINE), file=sys.stderr)
         sys.exit(code)
 
 
@@ -70,16 +71,22 @@ def comma_separated(text: str) -> list[str]:
     return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
+def printable(text: str) -> str:
+    """A text without control characters, by which a name in somebody else's file could steer the terminal."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
 def print_json(value: object) -> None:
-    """One JSON value on one line; paths become strings."""
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+    """One JSON value on one line; paths become strings. Escaped where the output's encoding is not UTF-8."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not unicode, default=str), flush=True)
 
 
 def print_table(title: str, rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
     columns = [Column(Text(name)) for name in header]  # not markup: names of paths and columns may have brackets
     table = Table(*columns, title=Text(title), title_justify="left", show_header=bool(header))
     for row in rows:
-        table.add_row(*(Text(plain(value)) for value in row))
+        table.add_row(*(Text(printable(plain(value))) for value in row))
     Console().print(table)
 
 

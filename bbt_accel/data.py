@@ -17,8 +17,20 @@ from pydantic import Field
 
 from bbt_accel.batch import Int64
 from bbt_accel.errors import DataError, UsageError, check_known, did_you_mean, first_line
+from bbt_accel.progress import note_once
 from bbt_accel.settings import Settings
-from bbt_accel.tables import JSON_LINES, READERS, Record, Table, as_utf8, no_column, parse_object, plain, read_table
+from bbt_accel.tables import (
+    JSON_LINES,
+    READERS,
+    Record,
+    Table,
+    as_utf8,
+    distinct,
+    no_column,
+    parse_object,
+    plain,
+    read_table,
+)
 from bbt_accel.tasks import Task
 
 Split = Literal["train", "test"]
@@ -88,8 +100,16 @@ def load_few_shot(task: Task, data: Path | None, settings: Settings) -> tuple[li
 
 
 def load_split(task: Task, data: Path | None, settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
-    """The train and dev rows that a search with these settings uses, and the others of the train file."""
-    return split_rows(load_rows(task, "train", data), task.n_classes, settings.k_shot, settings.seed)
+    """The train and dev rows that a search with these settings uses, and the others of the train file.
+
+    Where those others are test rows, each text counts once: a copy of a train row would be no test.
+    """
+    rows = load_rows(task, "train", data)
+    if settings.hold_out:
+        rows, given = distinct(rows, lambda row: tuple(row.fields.values())), len(rows)
+        if len(rows) < given:
+            note_once(f"{given - len(rows):,} of {given:,} rows repeat the text of another and are left out")
+    return split_rows(rows, task.n_classes, settings.k_shot, settings.seed)
 
 
 def check_rows(task: Task, data: Path, settings: Settings) -> None:
@@ -157,7 +177,7 @@ def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) 
         raise UsageError("give a text, --file FILE, or lines on standard input")
     name = "standard input" if file is None or standard else str(file)
     try:
-        content = sys.stdin.read() if file is None or standard else file.read_text("utf-8-sig")
+        content = sys.stdin.read().removeprefix("\ufeff") if file is None or standard else file.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{name} is not UTF-8 text") from None
     except OSError as error:

@@ -71,6 +71,8 @@ class EngineSpec:
     benched: precisions that `bench` measures by default.
     remote: computes on a server: needs a `--url`, and neither takes a device nor threads.
     internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
+    baseline: PyTorch as one would use it without bbt-accel; `bench` measures them first, in the order of `ENGINES`.
+    counts_flops: PyTorch can count the operations of its forward.
     """
 
     name: str
@@ -81,6 +83,8 @@ class EngineSpec:
     benched: tuple[Precision, ...] = ()
     remote: bool = False
     internal: bool = False
+    baseline: bool = False
+    counts_flops: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -112,26 +116,47 @@ class EngineSpec:
         return device
 
 
-def _pytorch(name: str) -> dict[DeviceKind, Backend]:
+def _pytorch(loader: str) -> dict[DeviceKind, Backend]:
     """The backends of a class that runs PyTorch."""
-    backend = Backend(f"bbt_accel.engines.pytorch:{name}", ("torch", "transformers"), "export")
+    backend = Backend(f"bbt_accel.engines.{loader}", ("torch", "transformers"), "export")
     return {"cpu": backend, "cuda": backend}
+
+
+def _baseline(
+    name: str,
+    loader: str,
+    benched: tuple[Precision, ...] = ("fp32", "fp16", "bf16"),
+    only: DeviceKind | None = None,
+    counts_flops: bool = True,
+) -> EngineSpec:
+    """A baseline, which reads a checkpoint. only: the kind of device that it is for."""
+    backends = {kind: backend for kind, backend in _pytorch(loader).items() if only in (None, kind)}
+    return EngineSpec(
+        name,
+        backends,
+        reads=("onnx", "torch"),
+        benched=benched,
+        internal=True,
+        baseline=True,
+        counts_flops=counts_flops,
+    )
 
 
 ENGINES = (
     EngineSpec(
         "torch",
-        _pytorch("TorchEngine"),
+        _pytorch("pytorch:TorchEngine"),
         reads=("onnx", "torch"),
         optimized=("bf16", "fp16"),
         converter="bbt_accel.exporters.targets:TorchTarget",
         benched=("fp32", "bf16"),
+        counts_flops=True,
     ),
     EngineSpec(
         "ort",
         {
             "cpu": Backend("bbt_accel.engines.ort:OrtEngine", ("onnxruntime|onnxruntime-gpu",), "cpu"),
-            "cuda": Backend("bbt_accel.engines.ort:OrtCudaEngine", ("onnxruntime-gpu",), "gpu", "onnxruntime"),
+            "cuda": Backend("bbt_accel.engines.ort_cuda:OrtCudaEngine", ("onnxruntime-gpu",), "gpu", "onnxruntime"),
         },
         reads=("onnx", "ort"),
         optimized=("fp32", "fp16", "int8", "int4"),
@@ -160,10 +185,10 @@ ENGINES = (
         reads=("onnx", "torch", "ort", "openvino", "trt"),
         remote=True,
     ),
-    EngineSpec("eager", _pytorch("EagerEngine"), reads=("onnx", "torch"), internal=True),
-    EngineSpec("eager-tf32", _pytorch("EagerTf32Engine"), reads=("onnx", "torch"), internal=True),
-    EngineSpec("eager-readout", _pytorch("EagerReadoutEngine"), reads=("onnx", "torch"), internal=True),
-    EngineSpec("compiled", _pytorch("CompiledEngine"), reads=("onnx", "torch"), internal=True),
+    _baseline("eager", "baselines:EagerEngine"),
+    _baseline("eager-tf32", "baselines:EagerTf32Engine", benched=("fp32",), only="cuda"),
+    _baseline("eager-readout", "baselines:EagerReadoutEngine"),
+    _baseline("compiled", "baselines:CompiledEngine", counts_flops=False),
     EngineSpec("dummy", {"cpu": Backend("bbt_accel.engines.dummy:DummyEngine")}, internal=True),
 )
 

@@ -23,7 +23,7 @@ from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
 from bbt_accel.run import INFO, TASK, Run, read_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
-from bbt_accel.tables import Table, no_column, plain, read_table
+from bbt_accel.tables import Record, Table, distinct, no_column, plain, read_table
 from bbt_accel.tasks import Task, can_be_placeholder
 from bbt_accel.tuning import tune
 
@@ -36,7 +36,7 @@ class FitPlan:
     """What `fit_file` has chosen, and the commands that do the same in steps."""
 
     table: Table
-    counts: dict[str, int]  # rows of each class
+    counts: dict[str, int]  # different texts of each class
     choice: Choice
     bundle: Bundle
     task: Task
@@ -48,9 +48,11 @@ class FitPlan:
         form = "" if self.table.encoding is None else f", {self.table.encoding}"
         form += "" if self.table.separator is None else f", separated by {self.table.separator!r}"
         group, k = self.bundle.info.template_group, self.settings["k_shot"]
-        rest = sum(self.counts.values()) - 2 * k * len(self.counts)
+        used = sum(self.counts.values())
+        rest = used - 2 * k * len(self.counts)
         return {
-            "rows": f"{sum(self.counts.values()):,}{form}",
+            "rows": f"{len(self.table.records):,}{form}",
+            "distinct texts": None if used == len(self.table.records) else f"{used:,}; repeated ones are left out",
             "text": self.task.text,
             "label": f"{self.task.label}: {', '.join(f'{name} {count:,}' for name, count in self.counts.items()):.300}",
             "backbone": self.bundle.info.backbone,
@@ -114,7 +116,9 @@ def fit_file(
         raise RunError(f"{output} exists already and is no run; choose another -o")
     file, columns = Path(file), [text] if isinstance(text, str) else list(text)
     table = read_table(file)
-    counts = check_table(table, file, columns, label)
+    check_table(table, file, columns, label)
+    rows = distinct(table.records, lambda record: tuple(record[column] for column in columns))
+    counts = class_counts(rows, file, label)
     k = default_k_shot(min(counts.values())) if k_shot is None else k_shot
     chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
     if min(counts.values()) < 2 * k:
@@ -153,8 +157,8 @@ def default_k_shot(fewest: int, parts: int = 3) -> int:
     return max(1, min(DEFAULTS.k_shot, fewest // parts))
 
 
-def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> dict[str, int]:
-    """Rows of each class, in the order of their names: numbers by value. Raises DataError, in one line."""
+def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> None:
+    """Raises DataError, in one line, for a column that is missing or has gaps."""
     if not table.records:
         raise DataError(f"{file} has no rows")
     for column in (*text, label):
@@ -168,7 +172,11 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
             what = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
             raise DataError(f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or remove them")
     check_texts(table, file, text)
-    counts = Counter(plain(record[label]) for record in table.records)
+
+
+def class_counts(rows: Sequence[Record], file: Path, label: str) -> dict[str, int]:
+    """Rows of each class, in the order of their names: numbers by value. Raises DataError, in one line."""
+    counts = Counter(plain(record[label]) for record in rows)
     if len(counts) < 2:
         raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")
     rarest, fewest = min(counts.items(), key=lambda item: item[1])

@@ -17,9 +17,10 @@ activations and signed weights is added up in pairs of 16 bits, which overflow."
 
 
 def inference_session(file: str | Path, options: Any, providers: Sequence[Any], **more: Any) -> Any:
-    """An `onnxruntime.InferenceSession` with these options."""
+    """An `onnxruntime.InferenceSession` with these options, on these providers or not at all."""
     import onnxruntime
 
+    more["enable_fallback"] = 0  # it would print the error to standard output, and load the graph on the CPU
     if lacks_vnni():
         options.add_session_config_entry(WIDE_SUMS, "1")
         with suppress(Exception):  # of a weight with two uses, which ONNX Runtime 1.32 cannot convert

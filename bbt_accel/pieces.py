@@ -18,8 +18,7 @@ class Pieces:
 
     def __init__(self, bundle: Bundle) -> None:
         self.tokenizer, self._info = read_tokenizer(bundle), bundle.info
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special = {i for i, token in added.items() if token.special and token.content not in UNKNOWN}
+        self.special = special_ids(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. A unigram vocabulary has its special tokens as pieces too; none is let through."""
@@ -59,7 +58,20 @@ def read_tokenizer(bundle: Bundle) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"cannot read {file} ({first_line(error)}); export the bundle again") from None
+    return ordinary(tokenizer)
+
+
+def ordinary(tokenizer: Tokenizer, special_tokens: bool = False) -> Tokenizer:
+    """The tokenizer without the truncation and padding that its file may ask for.
+
+    special_tokens: find them in texts; otherwise a text that contains <mask> or </s> is ordinary text.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # a text that contains <mask> or </s> is ordinary text
+    tokenizer.encode_special_tokens = not special_tokens
     return tokenizer
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    added = tokenizer.get_added_tokens_decoder()
+    return {i for i, token in added.items() if token.special and token.content not in UNKNOWN}

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save
 
 from bbt_accel.backbone_names import names_path
 from bbt_accel.batch import Float32
+from bbt_accel.bundle import INFO as BUNDLE_INFO
 from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
 from bbt_accel.engine_specs import engine_spec, kind_of
@@ -253,11 +254,12 @@ class Run:
             places = [self.path.absolute() / record.relative, Path(record.path)]
             if is_saved_classifier(self.path.absolute().parent):
                 places.insert(0, self.path.absolute().parent / "bundle")
+            place = next((place for place in places if is_bundle(place, record.digest)), None)
+            if place is not None:
+                return Bundle.read(place)
             bundle = Bundle.read(next((place for place in places if place.exists()), places[1]))
-            if bundle.digest != record.digest:
-                problem = f"{bundle.path} is not the bundle that {self.path} was tuned for"
-                raise BundleError(f"{problem}; pass one with --bundle")
-            return bundle
+            problem = f"{bundle.path} is not the bundle that {self.path} was tuned for"
+            raise BundleError(f"{problem}; pass one with --bundle")
         bundle = Bundle.read(override)
         for name in ("backbone", "revision", "method", "prompt_mode", "prompt_init"):
             found, wanted = getattr(bundle.info, name), getattr(record, name)
@@ -266,6 +268,11 @@ class Run:
         if bundle.info.prompt_shape != self.prompt.shape:
             raise BundleError(f"{override} takes prompts {bundle.info.prompt_shape}, not {self.prompt.shape}")
         return bundle
+
+
+def is_bundle(path: Path, digest: str) -> bool:
+    """Whether a folder holds the bundle with this digest."""
+    return (path / BUNDLE_INFO).is_file() and sha256(path / BUNDLE_INFO) == digest
 
 
 def is_saved_classifier(path: Path) -> bool:

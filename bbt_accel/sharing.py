@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from bbt_accel.backbone_names import backbone_name, hub_id
+from bbt_accel.bundle import INFO as BUNDLE_INFO
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import PackageError, RunError, UsageError, translated
 from bbt_accel.hub import push_folder
@@ -86,9 +87,9 @@ def copy_bundle(bundle: Bundle, folder: Path) -> str:
         shutil.copyfile(bundle.path / name, folder / name)
     info = bundle.info.model_copy(update={"backbone": backbone_name(bundle.info.backbone)})
     if info == bundle.info:
-        shutil.copyfile(bundle.path / "bundle.json", folder / "bundle.json")
+        shutil.copyfile(bundle.path / BUNDLE_INFO, folder / BUNDLE_INFO)
     else:
-        info.seal(folder / "bundle.json")
+        info.seal(folder / BUNDLE_INFO)
     return Bundle(folder, info).digest
 
 

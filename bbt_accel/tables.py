@@ -6,16 +6,17 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bbt_accel.errors import DataError, MissingDependency, did_you_mean, first_line
 
 Record = dict[str, object]
+T = TypeVar("T")
 SEPARATORS = ",;\t|"
 WESTERN = 0.15  # largest share of bytes outside ASCII in a text of a Western language
 PEEKED = 20  # rows of a CSV file by which its separator is detected
@@ -50,6 +51,14 @@ def read_table(file: Path) -> Table:
         raise DataError(f"cannot read {file} ({error.strerror or first_line(error)})") from None
     except Exception as error:  # pyarrow and openpyxl raise errors of many kinds
         raise DataError(f"cannot read {file} ({first_line(error):.200})") from None
+
+
+def distinct(rows: Sequence[T], key: Callable[[T], Hashable]) -> list[T]:
+    """The first of the rows with each key, in their order."""
+    found: dict[Hashable, T] = {}
+    for row in rows:
+        found.setdefault(key(row), row)
+    return list(found.values())
 
 
 def no_column(name: str, columns: list[str], source: object) -> DataError:
@@ -119,7 +128,8 @@ def _separated(file: Path, text: str, encoding: str, separator: str, quoting: An
     # Not pyarrow: every column is text, so that "1984" and "NA" remain texts.
     csv.field_size_limit(2**31 - 1)  # a long text is no error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
-    _distinct(reader.fieldnames or (), file)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]  # no option can name a space in front
+    _distinct(reader.fieldnames, file)
     return Table(list(_complete(file, reader)), encoding, separator)
 
 
@@ -142,14 +152,17 @@ def _decoded(file: Path) -> tuple[str, str]:
     """The text of a file, and its encoding: UTF-8, by a byte order mark UTF-16, else what the bytes make likely.
 
     Statistics of characters need long texts, but most old files of Western languages are Windows-1252, and few of their
-    bytes are outside ASCII.
+    bytes are outside ASCII. Raises DataError for UTF-8 with damaged bytes: any other encoding would garble every text.
     """
     content = file.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16"), "utf-16"
     try:
         return content.decode("utf-8-sig"), "utf-8"
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        repaired = content.decode("utf-8", "replace")
+        if sum(character > "\x7f" for character in repaired) > 2 * repaired.count("\ufffd"):
+            raise DataError(f"{file} is UTF-8 but for byte {error.start:,}; repair it, or save it as UTF-8") from None
         if sum(byte > 127 for byte in content) < WESTERN * len(content):
             with suppress(UnicodeDecodeError):
                 return content.decode("cp1252"), "cp1252"

@@ -31,10 +31,7 @@ from bbt_accel.run import Run
 from bbt_accel.settings import PRESETS, resolve
 from bbt_accel.tasks import load_task
 
-BASELINES = ("eager", "eager-tf32", "eager-readout", "compiled")
-"""PyTorch as one would use it without bbt-accel, the plainest first; TF32 is for GPUs."""
 COMPILERS = ("c++", "g++", "clang++")  # one of these must be there for torch.compile
-COUNTED = ("eager", "eager-tf32", "eager-readout", "torch")  # engines whose operations PyTorch counts
 
 
 def run_bench(options: BenchOptions, output: str | Path, progress: bool = True) -> BenchReport:
@@ -147,7 +144,7 @@ class Benchmark:
             # Baselines take their candidates one by one: two give the same time per candidate as twenty.
             popsize=min(self.options.popsize, 2) if row.baseline else self.options.popsize,
             repeats=self.options.repeats,
-            flops=row.engine in COUNTED,
+            flops=engine_spec(row.engine).counts_flops,
         )
         return measured
 
@@ -233,21 +230,21 @@ def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Mea
         notes.append(f"no torch.compile: there is no C++ compiler ({', '.join(COMPILERS)})")
     half = [*(["fp16"] if gpu else []), *(["bf16"] if bf16 else [])]
     baselines = [
-        Measurement(engine=name, precision=precision, baseline=True)
-        for name in BASELINES
-        for precision in ("fp32", *(half if name != "eager-tf32" else []))
-        if (compiles or name != "compiled") and (gpu or name != "eager-tf32")
+        Measurement(engine=spec.name, precision=precision, baseline=True)
+        for spec in engine_specs().values()
+        if spec.baseline and kind_of(options.device) in spec.backends and (compiles or spec.name != "compiled")
+        for precision in spec.benched
+        if precision in ("fp32", *half)
     ]
     return [*baselines, *_engine_rows(options, info, bf16)], notes
 
 
 def _engine_rows(options: BenchOptions, info: BundleInfo, bf16: bool) -> Iterator[Measurement]:
     """The rows after the baselines. A pair that does not exist is a row if engine and precision were both asked for."""
-    asked = [name for name in dict.fromkeys(options.engines) if name not in BASELINES]
-    specs = [engine_spec(name) for name in asked] if options.engines else engine_specs().values()
+    specs = list(map(engine_spec, dict.fromkeys(options.engines))) or engine_specs().values()
     off = sorted(options.without)
     for spec in specs:
-        if not (spec.benched or options.engines):
+        if spec.baseline or not (spec.benched or options.engines):
             continue
         default = [name for name in spec.benched or spec.precisions if bf16 or name != "bf16"]
         wanted = dict.fromkeys(options.precisions or default)

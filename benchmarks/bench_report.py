@@ -44,7 +44,7 @@ class Measurement(Outcome, Timed):
 
     engine: str = Field(description="Name of the engine.")
     precision: str = Field(description="fp32, fp16, bf16, int8 or int4.")
-    baseline: bool = Field(default=False, description="PyTorch without bbt-accel's optimizations (`bench.BASELINES`).")
+    baseline: bool = Field(default=False, description="PyTorch without bbt-accel (`EngineSpec.baseline`).")
     without: list[str] = Field(default=[], description="Optimizations that were switched off.")
     ablation: bool = Field(default=False, description="Measured to find what an optimization contributes; not tuned.")
     bundle_mib: float | None = Field(default=None, description="Size of the bundle that was read, tokenizer included.")

@@ -95,7 +95,8 @@ class Engine(Closing, ABC):
     without: names of optimizations that are switched off. Raises what `load` raises.
     """
 
-    name: str
+    name = ""
+    """The name that it was loaded by."""
 
     def __init__(
         self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()

@@ -32,8 +32,6 @@ class DummyBoundBatch(BoundBatch):
 class DummyEngine(Engine):
     """Deterministic, and each candidate independent of the rest of the population, as a real engine is."""
 
-    name = "dummy"
-
     def bind(self, batch: Batch) -> DummyBoundBatch:
         return DummyBoundBatch(self.bundle, batch)
 

@@ -18,8 +18,6 @@ ONNX = b"\x08"  # the first byte of an ONNX file: the tag of its version
 class OpenVinoEngine(StagedEngine):
     """The bundle's stages in OpenVINO, from its own format or from ONNX, in the bundle's precision."""
 
-    name = "openvino"
-
     def load(self) -> None:
         super().load()
         with failing("OpenVINO", "to map the weights", ValueError):  # of an empty file

@@ -55,4 +55,6 @@ def load_engine(
     except ImportError as error:  # it is there, e.g. without the memory that it needs
         raise EngineError(f"engine {name}: {missing_module(error)}; see bbt-accel doctor") from None
     options = {"url": url} if spec.remote else {"device": place, "threads": threads}
-    return make(opened, without=check_optimizations(without), **options)
+    engine = make(opened, without=check_optimizations(without), **options)
+    engine.name = name
+    return engine

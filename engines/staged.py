@@ -218,7 +218,7 @@ class StagedBoundBatch(BoundBatch):
     def require_open(self) -> None:
         """Raises EngineError for rows, or an engine, that were closed."""
         if self.engine.closed:
-            raise EngineError(f"engine {self.engine.name} is not loaded; load the engine again")
+            raise EngineError("the engine is closed; load it again")
         if not self.buckets:
             raise EngineError("these rows are closed; bind them again")
 
@@ -268,7 +268,8 @@ class StagedBoundBatch(BoundBatch):
             return self.engine.run("embed", bucket.inputs)
         layer, fixed = population.layer, population.fixed
         if not (0 <= bucket.layer <= layer and bucket.key == fixed[: bucket.layer].tobytes()):
-            bucket.layer, bucket.state = -1, {}  # its memory is free again, as in the first sweep over the layers
+            # Its memory is free again, as in the first sweep over the layers; a call that fails leaves no key behind.
+            bucket.layer, bucket.key, bucket.state = -1, b"", {}
             bucket.layer, bucket.state = 0, self.engine.run("embed", bucket.inputs)
         while bucket.layer < layer:
             prompt = self.engine.upload_fixed(bucket.layer, fixed[bucket.layer], 1)

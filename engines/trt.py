@@ -46,7 +46,6 @@ class TrtEngine(StagedEngine):
     time with the same shapes and addresses is captured as a CUDA graph, and launched as such from then on.
     """
 
-    name = "trt"
     bucket_step = STEP
     call_overhead = GPU_CALL
     on_device = True

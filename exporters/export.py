@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
 
 from bbt_accel import processes
@@ -28,6 +29,7 @@ from bbt_accel.exporters.validate import validate
 from bbt_accel.files import new_folder, require_new
 from bbt_accel.optimizations import check_optimizations, in_graph
 from bbt_accel.option_types import PROMPT_TOKENS
+from bbt_accel.pieces import ordinary, special_ids
 from bbt_accel.progress import Tell, silent
 from bbt_accel.tasks import load_task
 
@@ -67,7 +69,7 @@ def export_bundle(
     require_new(output)
     on_progress("loading the checkpoint", 0, 1)
     model, tokenizer = load_model(checkpoint, revision), load_tokenizer(checkpoint, revision)
-    text, ids = initial_text(prompt_init, tokenizer)
+    text, ids = initial_text(prompt_init, tokenizer, family_of(model.config).architecture == "decoder")
     with translated(ExportError, f"cannot export {backbone}, whose files do not fit each other"):
         info = describe(model, tokenizer, str(backbone), revision, method, prompt_mode, len(ids) or n_prompt_tokens)
     found = {"license": license_of(checkpoint, revision), "prompt_init": text, "prompt_ids": ids or None}
@@ -105,15 +107,20 @@ def check_arguments(method: str, prompt_mode: str, n_prompt_tokens: int) -> None
         raise UsageError(f"--n-prompt-tokens must be at least 1, not {n_prompt_tokens}")
 
 
-def initial_text(prompt_init: str | None, tokenizer: Any) -> tuple[str | None, list[int]]:
-    """The text that a prompt starts from, and its token ids. Raises UsageError for one without tokens."""
+def initial_text(prompt_init: str | None, tokenizer: Any, causal: bool) -> tuple[str | None, list[int]]:
+    """The text that a prompt starts from, and its token ids. Raises UsageError for one without tokens.
+
+    As in rows, only a decoder's text may have special tokens: a second mask token would become the readout position.
+    """
     text = prompt_init
     if text is not None and text.endswith(".toml"):
         task = load_task(text)
         if task.prompt is None:
             raise UsageError(f"--prompt-init {text}: the task file has no [prompt] init")
         text = task.prompt.init
-    ids = [] if text is None else list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    own = ordinary(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), special_tokens=causal)
+    dropped = set() if causal else special_ids(own)
+    ids = [] if text is None else [i for i in own.encode(text, add_special_tokens=False).ids if i not in dropped]
     if text is not None and not ids:
         raise UsageError("--prompt-init has no tokens; give a text")
     return text, ids

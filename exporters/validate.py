@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.demo import DATA
+from bbt_accel.pieces import read_tokenizer
 
 
 def sample_rows(bundle: Bundle, count: int = 8, words: int = 40) -> Batch:
@@ -21,7 +21,7 @@ def sample_rows(bundle: Bundle, count: int = 8, words: int = 40) -> Batch:
     The five label words are plain vocabulary ids: no task is needed, so a bundle with any vocabulary can be checked.
     """
     info, special = bundle.info, bundle.info.special
-    tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
+    tokenizer = read_tokenizer(bundle)
     lines = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     texts = [json.loads(line)["text"] for line in lines]
     prompt = [] if info.prompt_mode == "cat" else [5 + i % (info.vocab_size - 5) for i in range(info.n_prompt_tokens)]

@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import Engine
-from bbt_accel.engines.dummy import DummyEngine
+from bbt_accel.engines.registry import load_engine
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.app import make_app
@@ -34,7 +34,7 @@ HEADER = "Inference-Header-Content-Length"
 
 
 def app(bundle: Bundle, limits: Limits = LIMITS, token: str | None = None, run: Run | None = None) -> Any:
-    return app_of(DummyEngine(bundle), limits, token, run)
+    return app_of(load_engine(bundle, "dummy"), limits, token, run)
 
 
 def app_of(engine: Engine, limits: Limits = LIMITS, token: str | None = None, run: Run | None = None) -> Any:

@@ -107,15 +107,16 @@ def test_two_onnxruntimes_that_broke_each_other_are_told(bundle: Bundle, monkeyp
     [
         ("ort", "ort", "onnxruntime", "cpu"),
         ("torch", "pytorch", "torch", "export"),
-        ("eager", "pytorch", "torch", "export"),
+        ("eager", "baselines", "torch", "export"),
         ("openvino", "openvino", "openvino", "openvino"),
-        ("remote", "remote", "gevent", "remote"),
+        ("remote", "client", "gevent", "remote"),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, module: str, library: str, extra: str
 ) -> None:
-    monkeypatch.delitem(sys.modules, f"bbt_accel.engines.{module}", raising=False)
+    for loaded in (module, name):
+        monkeypatch.delitem(sys.modules, f"bbt_accel.engines.{loaded}", raising=False)
     monkeypatch.setitem(sys.modules, library, None)  # type: ignore[arg-type]
     options = {"url": "http://127.0.0.1:8000"} if name == "remote" else {}
     message = one_line(lambda: load_engine(bundle, name, **options), MissingDependency)  # type: ignore[arg-type]
@@ -249,6 +250,16 @@ def test_a_thread_may_use_any_core_so_that_processes_do_not_share_one(bundle: Bu
 
 
 @pytest.mark.usefixtures("_threads_as_before")
+def test_engines_that_are_closed_in_any_order_leave_pytorchs_threads_as_they_were(bundle: Bundle) -> None:
+    before = torch.get_num_threads()
+    first, second = (load_engine(bundle, "torch", threads=before + more) for more in (1, 2))
+    first.close()
+    assert torch.get_num_threads() == before + 2
+    second.close()
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.usefixtures("_threads_as_before")
 @pytest.mark.parametrize("name", ["torch", "eager"])
 def test_a_load_that_fails_leaves_pytorchs_threads_as_they_were(tiny: Export, tmp_path: Path, name: str) -> None:
     bundle = Bundle(tmp_path, tiny("roberta").info)  # without a checkpoint
@@ -265,9 +276,9 @@ def test_onnxruntime_takes_the_threads_that_it_is_given(
     """0 is ONNX Runtime's word for all cores."""
     seen, session = [], onnxruntime.InferenceSession
 
-    def watched(path: str, options: Any, *more: Any) -> Any:
+    def watched(path: str, options: Any, *more: Any, **named: Any) -> Any:
         seen.append(options.intra_op_num_threads)
-        return session(path, options, *more)
+        return session(path, options, *more, **named)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
     load_engine(bundle, "ort", threads=threads).close()
@@ -389,7 +400,26 @@ def test_an_engine_that_was_closed_gives_an_error_and_no_numbers(bundle: Bundle,
     with load_engine(bundle, name, threads=THREADS) as engine:
         bound = engine.bind(rows())
     message = one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
-    assert "is not loaded; load the engine again" in message
+    assert "load it again" in message
+
+
+def test_a_call_that_fails_leaves_no_layer_in_the_cache(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the states of one stack would be taken for those of another."""
+    deep, rng = tiny("electra", "bbtv2", "add"), np.random.default_rng(0)
+    one, other = rng.standard_normal((2, *deep.info.prompt_shape)).astype(np.float32)
+    some = rng.standard_normal((2, *deep.info.prompt_shape[1:])).astype(np.float32)
+    with load_engine(deep, "ort", threads=THREADS) as engine, engine.bind(rows()) as bound:
+        wanted, run = bound.label_logits(Population(some, 1, one)), engine.run  # type: ignore[attr-defined]
+
+        def failing(stage: str, *given: Any) -> Any:
+            if stage == "block_01":
+                raise EngineError("out of memory")
+            return run(stage, *given)
+
+        monkeypatch.setattr(engine, "run", failing)
+        one_line(lambda: bound.label_logits(Population(some, 2, other)), EngineError)
+        monkeypatch.setattr(engine, "run", run)
+        np.testing.assert_array_equal(bound.label_logits(Population(some, 1, one)), wanted)
 
 
 # What needs nothing ------------------------------------------------------------------------------------------
@@ -453,7 +483,7 @@ for name in sys.argv[1:]:
         for name, library in failed
         if not name.startswith(("bbt_accel.exporters.", "bbt_accel.packaging."))
         and name.removeprefix("bbt_accel.")
-        not in ("engines.pytorch", "benchmarks.make_backbone", "benchmarks.references")
+        not in ("engines.pytorch", "engines.baselines", "benchmarks.make_backbone", "benchmarks.references")
         and library.split(".")[0] not in absent
     ]
     assert strange == []

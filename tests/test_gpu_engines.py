@@ -35,10 +35,12 @@ from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors
 from bbt_accel.benchmarks.steps import generation, measure, save_batch
 from bbt_accel.bundle import write_info
 from bbt_accel.engine_specs import engine_spec
-from bbt_accel.engines import captured, ort, pytorch, trt
+from bbt_accel.engines import captured, ort_cuda, pytorch, trt
+from bbt_accel.engines.baselines import EagerEngine, EagerTf32Engine
 from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.engines.captured import CapturedCalls
-from bbt_accel.engines.ort import OrtCudaEngine
+from bbt_accel.engines.ort_cuda import Call, OrtCudaEngine
+from bbt_accel.engines.pytorch import TorchEngine
 from bbt_accel.engines.staged import StagedBoundBatch
 from bbt_accel.engines.trt import TrtEngine
 from bbt_accel.errors import EngineError, PlanError, UsageError
@@ -75,9 +77,9 @@ def made(tiny: Export, gpu: Any, tmp_path: Path) -> Callable[..., Bundle]:
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine for CUDA with the CPU as its device."""
-    monkeypatch.setitem(ort.PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(OrtCudaEngine, "provider", "CPUExecutionProvider")
     monkeypatch.setattr(OrtCudaEngine, "memory", "cpu")
-    monkeypatch.setattr(ort, "find_cuda", lambda: None)
+    monkeypatch.setattr(ort_cuda, "find_cuda", lambda: None)
     monkeypatch.setattr(OrtCudaEngine, "providers", lambda self, more: ["CPUExecutionProvider"])
 
 
@@ -734,11 +736,12 @@ def test_calls_of_bbt_that_come_again_have_fixed_arrays(tiny: Export) -> None:
     with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         assert isinstance(engine, OrtCudaEngine)
         bound.label_logits(candidates(bundle))
-        assert len(engine.calls) == 0
+        assert engine.live() == 0
         for _ in range(3):
             bound.label_logits(candidates(bundle))
-        assert len(engine.calls) == len(bound.buckets)  # type: ignore[attr-defined]
-        numbers = [call.options.get_run_config_entry("gpu_graph_id") for call in engine.calls.values()]
+        assert engine.live() == engine.captured == len(bound.buckets)  # type: ignore[attr-defined]
+        calls = [call for calls in engine.seen.values() for call in calls.values() if isinstance(call, Call)]
+        numbers = [call.options.get_run_config_entry("gpu_graph_id") for call in calls]
         assert len(set(numbers)) == len(numbers)
 
 
@@ -751,7 +754,25 @@ def test_rows_that_are_bound_for_one_call_become_no_graph(tiny: Export) -> None:
         for _ in range(8):
             with engine.bind(sample_rows(bundle, 12)) as bound:
                 bound.label_logits(candidates(bundle))
-        assert engine.calls == {}
+        assert engine.captured == 0
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_graphs_of_rows_that_were_closed_make_room_for_others(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a server, which binds and closes rows for as long as it runs."""
+    monkeypatch.setattr(ort_cuda, "MAX_GRAPHS", 8)
+    bundle = tiny("roberta", "bbt", "add")
+    prompts = candidates(bundle)
+    with load_engine(bundle, "ort", device="cuda", threads=1) as engine:
+        assert isinstance(engine, OrtCudaEngine)
+        for turn in range(12):
+            with engine.bind(sample_rows(bundle, 12)) as bound:
+                found = [bound.label_logits(prompts) for _ in range(4)]
+                launched = engine.launched
+                bound.label_logits(prompts)
+                assert engine.launched > launched, turn
+                np.testing.assert_array_equal(found[0], found[3])
+            assert engine.held <= 8
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -770,7 +791,7 @@ def test_a_graph_that_cannot_be_captured_runs_without(
 ) -> None:
     real = onnxruntime.InferenceSession
 
-    def session(file: str, options: Any, providers: Any) -> Any:
+    def session(file: str, options: Any, providers: Any, **more: Any) -> Any:
         if "enable_cuda_graph" in providers:
             raise RuntimeError("This session cannot use the graph capture feature")
         return real(file, options, providers=["CPUExecutionProvider"])
@@ -789,7 +810,7 @@ def test_a_call_that_fails_as_a_graph_has_its_session_opened_again(
     real = OrtCudaEngine.replay
 
     def replay(self: Any, session: Any, given: Any, names: Any) -> Any:
-        if self.calls:
+        if self.live():
             raise RuntimeError("CUDA error 906: capture was invalidated")
         return real(self, session, given, names)
 
@@ -872,7 +893,7 @@ def test_fp32_is_fp32_beside_an_engine_with_tf32_and_whatever_the_process_has_se
     tiny: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, seen = tiny("roberta", "bbt", "add"), dict[str, str]()
-    names = ("torch", "eager-tf32", "eager")
+    classes = {"torch": TorchEngine, "eager-tf32": EagerTf32Engine, "eager": EagerEngine}
 
     def recorded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given, **named: (
@@ -884,8 +905,10 @@ def test_fp32_is_fp32_beside_an_engine_with_tf32_and_whatever_the_process_has_se
     torch.set_float32_matmul_precision("medium")
     try:
         with ExitStack() as live:
-            engines: list[Any] = [live.enter_context(load_engine(bundle, name, threads=1)) for name in names]
-            for name, engine in zip(names, engines, strict=True):
+            engines: dict[str, Any] = {
+                name: live.enter_context(engine(bundle, threads=1)) for name, engine in classes.items()
+            }
+            for name, engine in engines.items():
                 computes = engine.backbone if name == "torch" else engine.reference
                 monkeypatch.setattr(computes, "run", recorded(name, computes.run))
                 live.enter_context(engine.bind(sample_rows(bundle, 2))).label_logits(candidates(bundle, 1))
@@ -936,11 +959,11 @@ def test_an_engine_takes_a_gpu_by_its_number_and_needs_none_without_a_cpu() -> N
 def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, seen = tiny("roberta", "bbt", "add"), list[Any]()
 
-    def session(file: str, options: Any, providers: Any) -> Any:
+    def session(file: str, options: Any, providers: Any, **more: Any) -> Any:
         seen.extend(providers)
         raise RuntimeError("no device")
 
-    monkeypatch.setattr(ort, "find_cuda", lambda: None)
+    monkeypatch.setattr(ort_cuda, "find_cuda", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
@@ -955,7 +978,7 @@ def test_ort_without_a_driver_is_one_line_that_names_the_cpu(
 ) -> None:
     bundle = tiny("roberta", method, "add")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(ort, "DRIVER", "libno.so.1")
+    monkeypatch.setattr(ort_cuda, "DRIVER", "libno.so.1")
     message = one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
     assert "no NVIDIA GPU" in message
     assert "--device cpu" in message

@@ -36,8 +36,6 @@ ENGINE = EngineSpec(
 from bbt_accel.engines.dummy import DummyEngine
 
 class ToyEngine(DummyEngine):
-    name = "toy"
-
     def versions(self):
         return {"toy": "1.0"}
 """,

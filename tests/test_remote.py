@@ -24,10 +24,11 @@ from serving_parts import LIMITS, app, app_of, prompts, row_tensors, rows, rows_
 
 from bbt_accel import Population, load_engine, tune
 from bbt_accel.bundle import Bundle
-from bbt_accel.engines import remote
+from bbt_accel.engines import client, remote
+from bbt_accel.engines.client import Server
 from bbt_accel.engines.dummy import DummyEngine
-from bbt_accel.engines.remote import Server, TritonEngine
 from bbt_accel.engines.staged import StagedEngine
+from bbt_accel.engines.triton import TritonEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
@@ -39,7 +40,7 @@ from bbt_accel.serving.protocol import HEADER_LENGTH, TensorSpec
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS", (0.0,))
+    monkeypatch.setattr(client, "WAITS", (0.0,))
     monkeypatch.setenv("BBT_ACCEL_PATIENCE", "0.2")
     monkeypatch.delenv("BBT_ACCEL_TOKEN", raising=False)
 
@@ -249,13 +250,13 @@ def failing(*errors: Exception) -> tuple[Callable[[dict[str, str]], str], list[i
 
 
 def refusal(status: str, message: str = "no") -> Exception:
-    return remote.InferenceServerException(message, status=status)
+    return client.InferenceServerException(message, status=status)
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        ConnectionRefusedError(), ConnectionResetError(), BrokenPipeError(), remote.HTTPConnectionClosed(),
+        ConnectionRefusedError(), ConnectionResetError(), BrokenPipeError(), client.HTTPConnectionClosed(),
         OSError(113, "No route to host"), refusal("503"), refusal("502"),
         refusal("404", "Request for unknown model: 'bundle' has no available versions"),
         refusal("400", "model 'bundle' is not ready"),
@@ -277,7 +278,7 @@ def test_patience_ends(server: Server, error: Exception, kind: str, clock: list[
         server.ask(call)
     assert sum(clock) == 55.5  # the next wait would be longer than what is left of the minute
     assert clock[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
-    if isinstance(error, remote.InferenceServerException):
+    if isinstance(error, client.InferenceServerException):
         assert getattr(caught.value, "status", None) == 503
 
 
@@ -285,8 +286,8 @@ def test_patience_ends(server: Server, error: Exception, kind: str, clock: list[
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits; time passes only in them."""
     waited: list[float] = []
-    monkeypatch.setattr(remote, "WAITS", (0.5, 1.0, 2.0, 4.0, 8.0))
-    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waited.append, monotonic=lambda: sum(waited)))
+    monkeypatch.setattr(client, "WAITS", (0.5, 1.0, 2.0, 4.0, 8.0))
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=waited.append, monotonic=lambda: sum(waited)))
     return waited
 
 
@@ -351,7 +352,7 @@ main(["serve", sys.argv[1], "--engine", "dummy", "--port", sys.argv[2], "--json"
 
 def test_a_search_outlives_its_server(plain: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose process dies in the middle of a call, and is started again."""
-    monkeypatch.setattr(remote, "WAITS", (0.1,))
+    monkeypatch.setattr(client, "WAITS", (0.1,))
     monkeypatch.setenv("BBT_ACCEL_PATIENCE", "60")
 
     def start(port: int, calls: int) -> subprocess.Popen[str]:

@@ -56,7 +56,7 @@ def bundle_info(
         precision="fp32",
         target="onnx",
         opset=20,
-        stages=["model.onnx"],
+        stages=["model"],
         versions={},
     )
 

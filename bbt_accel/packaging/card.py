@@ -68,7 +68,7 @@ def usage_facts(info: PackageInfo, run: RunInfo) -> dict[str, str]:
         "file": info.model,
         "name": Path(info.model).name,
         "task": run.task.name,
-        "backbone": run.bundle.backbone,
+        "backbone": f'"{run.bundle.backbone}"' + (f', revision="{run.bundle.revision}"' if run.bundle.revision else ""),
         "auto": "AutoModelForSeq2SeqLM" if info.architecture == "encoder-decoder" else "AutoModelForCausalLM",
         "javascript": PIPELINE if info.architecture == "encoder" else CUSTOM.replace("DTYPE", dtype),
         "hint": "bf16" if info.precision == "bf16" else "f32",
@@ -88,7 +88,7 @@ def card_facts(info: PackageInfo, run: RunInfo) -> dict[str, object]:
         "label words": "; ".join(", ".join(own) for own in run.task.all_words(info.template_group)),
         "labels": ", ".join(f"{i} = {label}" for i, label in enumerate(info.labels)),
         "readout": info.readout,
-        "longest text": f"{info.max_tokens} tokens; more is cut off",
+        "longest text": f"{info.max_tokens} tokens; longer texts are truncated",
         "rows": f"{data.train_rows} train, {data.dev_rows} dev; sha256 {data.digest}",
         "forward passes of the search": f"{run.calls} calls, {run.seconds:.1f} s on {run.engine.name}",
     }

@@ -94,7 +94,7 @@ def write_triton(made: PackagedRun, labels: list[str], folder: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
-ONNX_USAGE = """With optimum-onnx (`{file}`; texts longer than the model reads are cut off):
+ONNX_USAGE = """With optimum-onnx (`{file}`; texts longer than the model reads are truncated):
 ```python
 from optimum.onnxruntime import ORTModelForSequenceClassification
 from transformers import AutoTokenizer, pipeline
@@ -129,8 +129,8 @@ import torch
 from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 
-model = PeftModel.from_pretrained({auto}.from_pretrained("{backbone}"), ".")
-tokenizer = AutoTokenizer.from_pretrained("{backbone}")
+model = PeftModel.from_pretrained({auto}.from_pretrained({backbone}), ".")
+tokenizer = AutoTokenizer.from_pretrained({backbone})
 ```
 The input is the template with the text, tokenized without the special tokens in front of it, which the adapter's first
 vectors stand for; `{{mask}}` in it is the mask token. `readout.json` holds the template, the vocabulary ids of the
@@ -148,7 +148,7 @@ WEB_USAGE = """Serve the folder with any web server and open it in a browser:
 ```
 python -m http.server
 ```
-The page asks nothing of any other host, and no text leaves it. `vendor/` holds transformers.js (Apache-2.0) and
+The page makes no request to another host, and no text leaves it. `vendor/` holds transformers.js (Apache-2.0) and
 onnxruntime-web (MIT) as npm has them, and their licences; `model/` is a package for transformers.js."""
 
 FORMATS = {

@@ -39,6 +39,12 @@ class PackageScore(BaseModel, extra="forbid"):
     calibrated: float = Field(description="Of the same with each class's mean log-probability removed.")
     rows: int = Field(description="Number of test rows.")
 
+    def near(self, other: PackageScore) -> bool:
+        """Whether the scores are the same, but for some rows that another processor rounds to another class."""
+        own = (self.score, self.without_prompt, self.calibrated)
+        pairs = zip(own, (other.score, other.without_prompt, other.calibrated), strict=True)
+        return self.rows == other.rows and all(abs(one - stated) <= 0.02 for one, stated in pairs)
+
 
 class Source(BaseModel, extra="forbid"):
     """A run or a bundle that a package was made from."""

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from bbt_accel import __version__
 from bbt_accel.batch import Float64, Int64
+from bbt_accel.bundle import INFO as BUNDLE_INFO
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import Row, labels
 from bbt_accel.encoding import Encoder
@@ -32,9 +33,11 @@ from bbt_accel.packaging.formats import FORMATS, Format
 from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, PackageScore, Source
 from bbt_accel.packaging.packaged_run import PackagedRun
 from bbt_accel.progress import Tell, silent
+from bbt_accel.run import CARD, Run
 from bbt_accel.run import INFO as RUN_INFO
-from bbt_accel.run import Run
 
+WEIGHTS = (".onnx", ".data", ".xml", ".bin", ".safetensors")
+"""Files of a model, whose bytes depend on the versions of libraries. The comparison with `predict` judges them."""
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tokenizers")
 
 
@@ -78,7 +81,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, on_p
             comparison=comparison, versions=versions(), command=command(run_path, output, options),
             **of_run(run, made),
         )  # fmt: skip
-        (folder / "README.md").write_text(model_card(info, run.info, form.usage), encoding="utf-8")
+        (folder / CARD).write_text(model_card(info, run.info, form.usage), encoding="utf-8")
         return manifest.write_info(folder, info)
 
 
@@ -92,7 +95,8 @@ def check_package(
     """Verify the sha256 of every file of a package, and compare it with `predict` again.
 
     run, bundle: those that it was made from, where they are not near it. Returns its info with the new comparison.
-    Raises PackageError for a changed or an added file, a run or bundle that is gone or has changed, and a difference.
+    Raises PackageError for a changed or an added file, a run or bundle that is gone or has changed, a difference, and
+    for anything but the model that packaging the run again writes otherwise.
     """
     folder = Path(path)
     info = manifest.read_info(folder)
@@ -107,10 +111,30 @@ def check_package(
         for name, value in of_run(source_run, made).items():
             if getattr(info, name) != value:
                 raise PackageError(f"{folder / manifest.INFO} has another {name} than its run; package the run again")
-        on_progress("comparing with predict", 0, 1)
-        comparison, _ = compared(source_run, made, form, folder, info.model, options)
+        on_progress("composing the graph", 0, 2)
+        check_beside(folder, info, form, made, source_run.info.class_names)
+        on_progress("comparing with predict", 1, 2)
+        comparison, score = compared(source_run, made, form, folder, info.model, options)
         comparison.estimator_differs = info.comparison.estimator_differs  # which the estimator alone can count
-    return info.model_copy(update={"comparison": comparison})
+    if score is not None and info.score is not None and not score.near(info.score):
+        stated = f"{info.score.metric} {info.score.score:.4f}, here it has {score.score:.4f}"
+        raise PackageError(f"{folder} states a test {stated}; package the run again")
+    return info.model_copy(update={"comparison": comparison, "score": score})
+
+
+def check_beside(folder: Path, info: PackageInfo, form: Format, made: PackagedRun, labels: list[str]) -> None:
+    """Raises PackageError where what lies beside the model, which loaders read too, is not what this run gives."""
+    with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
+        again = Path(place)
+        model = form.write(made, labels, again)
+        wanted = {name: sha256(again / name) for name in manifest.files_of(again)}
+    if model != info.model:
+        raise PackageError(f"{folder} names the model {info.model!r:.80}, not {model}; package the run again")
+    found = {name: digest for name, digest in info.sha256.items() if name != CARD}
+    for name in sorted(wanted.keys() | found.keys()):
+        weights = PurePath(name).suffix in WEIGHTS and name in found and name in wanted
+        if not weights and found.get(name) != wanted.get(name):
+            raise PackageError(f"{folder / name} is not what packaging its run writes; package the run again")
 
 
 def of_run(run: Run, made: PackagedRun) -> dict[str, Any]:
@@ -143,7 +167,7 @@ def find_bundle(info: PackageInfo, folder: Path, run: Run, given: str | Path | N
 
     Raises PackageError, and BundleError where the run has none.
     """
-    near = info.bundle.near(folder, "bundle.json") if given is None else None
+    near = info.bundle.near(folder, BUNDLE_INFO) if given is None else None
     if near is not None:
         return near
     bundle = run.open_bundle(given)
@@ -209,7 +233,7 @@ def calibrated_on(bundle: Bundle) -> str | None:
 
 def exported_beside(bundle: Bundle) -> Bundle | None:
     """The bundle that this one was optimized from, if it lies in the same folder."""
-    for info in sorted(bundle.path.absolute().parent.glob("*/bundle.json")):
+    for info in sorted(bundle.path.absolute().parent.glob(f"*/{BUNDLE_INFO}")):
         if bundle.info.source == sha256(info):
             return Bundle.read(info.parent)
     return None
@@ -254,5 +278,6 @@ def command(run: str | Path, output: Path, options: Options) -> str:
     words = ["bbt-accel", "package", options.shown or named(run), "-o", named(output)]
     words += ["--format", options.format] if options.format != "onnx" else []
     words += ["--int8"] if options.int8 else []
+    words += ["--max-rows", str(options.max_rows)] if options.max_rows is not None else []
     words += ["--bundle", named(options.bundle)] if options.bundle is not None else []
     return shlex.join(words)

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 class Limits:
     """Limits of one request, and of the server's cache."""
 
-    request_bytes: int
-    batch: int  # rows times candidates
-    timeout: float  # seconds for the body to arrive, and again for the response to be ready
+    request_bytes: int = 64 * 2**20
+    batch: int = 16384  # rows times candidates
+    timeout: float = 300.0  # seconds for the body to arrive, and again for the response to be ready
     cached_batches: int = 16  # batches of rows in the cache; the least recently used one is dropped first
     requests: int = 64  # inference requests at a time; others get 503
     bodies: int = 4  # of the largest size; together no more bytes than these are held, others get 503
     words: int = 2**14  # label words of a request, whose weights are gathered
     idle: float = 10.0  # seconds without the next part of a request, or of its response being read
+    keep_alive: float = 75.0  # seconds without a request; proxies keep connections for 60, and must close them first
 
     @property
     def tokens(self) -> int:

@@ -12,18 +12,21 @@ MAX_CONNECTIONS = 512
 
 
 class Connection(H11Protocol):
-    """uvicorn's, closed when its client sends no complete header, or does not read, for `timeout_keep_alive` seconds.
+    """uvicorn's, closed when its client sends no complete header, or does not read, for `idle` seconds.
 
-    The time does not begin again with a part of a header. Beyond `MAX_CONNECTIONS`, the one that has waited longest for
+    Between two requests it is kept for `timeout_keep_alive` seconds. The time does not begin again with a part of a
+    header. Beyond `MAX_CONNECTIONS`, the one that has waited longest for
     a request is closed. The body's time is limited by the application, which knows what it waits for.
     """
 
+    idle = 10.0
     timer: asyncio.TimerHandle | None = None
     since = 0.0
+    kept = False  # whether nothing of the next request has arrived
 
     @property
     def waits(self) -> bool:
-        """Whether no request is under way."""
+        """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -34,15 +37,19 @@ class Connection(H11Protocol):
             min(waiting, key=lambda one: one.since, default=self).transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        if self.kept:
+            self._within(self.transport.close)
         super().data_received(data)
         if not self.waits and not self.flow.write_paused:  # a client may send more requests and read no response
             self._in_time()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.waits:  # and no further request had arrived already
-            # A close would wait until the client has read everything.
-            self._within(self.transport.abort if self.flow.write_paused else self.transport.close)
+        if self.waits and self.flow.write_paused:  # a close would wait until the client has read everything
+            self._within(self.transport.abort)
+        elif self.waits:  # and no further request had arrived already
+            self._within(self.transport.close, self.timeout_keep_alive)
+            self.kept = True
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -56,12 +63,13 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._in_time()
 
-    def _within(self, otherwise: Callable[[], None]) -> None:
+    def _within(self, otherwise: Callable[[], None], seconds: float | None = None) -> None:
         self._in_time()
         self.since = self.loop.time()
-        self.timer = self.loop.call_later(self.timeout_keep_alive, otherwise)
+        self.timer = self.loop.call_later(self.idle if seconds is None else seconds, otherwise)
 
     def _in_time(self) -> None:
+        self.kept = False
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -190,16 +191,17 @@ class RowModel(Model):
 
 
 class PromptedClassifier(Model):
-    """A tuned prompt: from one tensor of texts per text column of its task to label, label word and probabilities."""
+    """A tuned prompt: from one tensor of texts per text column of its task to what `predict` returns."""
 
     def __init__(self, engine: Engine, limits: Limits, run: Run) -> None:
         super().__init__(CLASSIFIER, engine, limits)
         self.classifier = Classifier(engine, run)
-        self.columns, self.words = run.task.text, self.classifier.words
+        self.columns, self.words, self.names = run.task.text, self.classifier.words, run.info.class_names
         self.inputs = tuple(TensorSpec(column, "BYTES", (-1,)) for column in self.columns)
         self.outputs = (
             TensorSpec("label", "INT64", (-1,)),
             TensorSpec("word", "BYTES", (-1,)),
+            TensorSpec("class", "BYTES", (-1,)),
             TensorSpec("probabilities", "FP32", (-1, len(self.words))),
         )
 
@@ -212,11 +214,15 @@ class PromptedClassifier(Model):
         rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*texts, strict=True)]
         probabilities = self.classifier.probabilities(rows)
         label = probabilities.argmax(axis=1)
-        word = np.array(self.words, object)[label]
-        return {"label": label, "word": word, "probabilities": probabilities.astype(np.float32)}, {}
+        named = {"word": np.array(self.words, object)[label], "class": np.array(self.names, object)[label]}
+        return {"label": label, **named, "probabilities": probabilities.astype(np.float32)}, {}
 
     def facts(self) -> dict[str, str]:
-        return super().facts() | {"task": self.classifier.task.name, "words": ", ".join(self.words)}
+        return super().facts() | {
+            "task": self.classifier.task.name,
+            "words": ", ".join(self.words),
+            "classes": json.dumps(self.names),
+        }
 
 
 def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[Model]:

@@ -67,12 +67,12 @@ def serve(
 def configuration(app: Starlette, limits: Limits) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=type("Connection", (Connection,), {"idle": limits.idle}),
         log_config=None,
         access_log=False,
         lifespan="on",
         ws="none",
-        timeout_keep_alive=math.ceil(limits.idle),
+        timeout_keep_alive=math.ceil(limits.keep_alive),
         timeout_graceful_shutdown=5,  # seconds for running requests to finish
         server_header=False,
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from bbt_accel.bundle import Bundle, Method, first_problem
+from bbt_accel.bundle import INFO, Bundle, Method, first_problem
 from bbt_accel.engine_specs import Device, local_engine
 from bbt_accel.errors import BundleError, UsageError, check_known, first_line
 from bbt_accel.files import fingerprint
@@ -108,7 +108,7 @@ class Sweep(Schema):
         return self.model_copy(update={"bundles": bundles, "tasks": tasks, "data": data})
 
     def _bundle(self, path: Path) -> Bundle:
-        if not (path / "bundle.json").is_file() and self.needs is not None:
+        if not (path / INFO).is_file() and self.needs is not None:
             raise BundleError(f"bundle {path} does not exist; create it with {self.needs}, or pass yours as --bundles")
         bundle = Bundle.read(path)
         if self.method is not None:
@@ -181,7 +181,7 @@ def read_sweep(file: Path | None, given: Mapping[str, Any]) -> Sweep:
 def _read(file: Path) -> dict[str, Any]:
     parse = json.loads if file.suffix == ".json" else tomllib.loads
     try:
-        found: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = parse(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read the sweep {file} ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -271,7 +271,7 @@ def load_task(name_or_path: str | Path) -> Task:
         raise TaskError(f"unknown task {name!r}; {did_you_mean(name, names)} (or give the path of a .toml file)")
     file = FOLDER / f"{name}.toml" if name in names else Path(name)
     try:
-        return Task.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        return Task.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise TaskError(f"cannot read the task file {file} ({error.strerror})") from None
     except ValidationError as error:
