@@ -1,0 +1,19 @@
+"""The program `bbt-accel`, also as `python -m bbt_accel`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends it in one line even while it is imported."""
+    try:
+        from bbt_accel.cli import main as run
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()
