@@ -24,7 +24,7 @@ from bbt_accel.data import Row
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, DataError, PackageError, RunError, check_known, first_line, translated
 from bbt_accel.files import new_folder
-from bbt_accel.fit import default_k_shot, make_task
+from bbt_accel.fit import make_task
 from bbt_accel.hub import fetched
 from bbt_accel.inference import Classifier
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
@@ -51,7 +51,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     template: how a text is written for the backbone, e.g. "{text} It was {mask} ."; a text's columns are `text`, of
         pairs `text1` and `text2`, of mappings their own names.
     label_words: a word for each class, in the order of `classes_`; the labels themselves unless given.
-    k_shot: examples per class to fit on, and as many to choose by; unless given 16, or half of the rarest class.
+    k_shot: examples per class to fit on, and as many to choose by; unless given 16, or half of a class that has fewer
+        rows.
+    balanced: take all classes for equally frequent; otherwise `predict_proba` expects them as frequent as in y.
     callbacks, track: as in `tune`; callbacks are not saved.
 
     After `fit`: classes_, the labels in the order of `predict_proba`; run_, the `Run`, with what was tried and scored.
@@ -79,6 +81,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         prompt_mode: PromptMode = "add",
         n_prompt_tokens: int = FIT_PROMPT_TOKENS,
         k_shot: int | None = None,
+        balanced: bool = False,
         seed: int = DEFAULTS.seed,
         threads: int | None = None,
         callbacks: Sequence[Callback] | None = None,
@@ -86,7 +89,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ) -> None:
         self.backbone, self.engine, self.precision, self.readout = backbone, engine, precision, readout
         self.budget, self.template, self.label_words, self.method = budget, template, label_words, method
-        self.prompt_mode = prompt_mode
+        self.prompt_mode, self.balanced = prompt_mode, balanced
         self.n_prompt_tokens, self.k_shot, self.seed, self.threads = n_prompt_tokens, k_shot, seed, threads
         self.callbacks, self.track = callbacks, track
 
@@ -114,7 +117,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         bundle = self._prepared(choice)
         names = [str(label).strip() for label in classes]
         words = () if self.label_words is None else list(self.label_words)  # of a numpy grid, an array
-        task = make_task("classifier", list(rows[0]), LABEL, names, bundle, self.template, words)
+        shares = None if self.balanced else np.bincount(targets).tolist()
+        task = make_task("classifier", list(rows[0]), LABEL, names, bundle, self.template, words, shares)
         place = tempfile.TemporaryDirectory(prefix="bbt-accel-")
         folder = Path(place.name)
         lines = [json.dumps({**row, LABEL: names[target]}) for row, target in zip(rows, targets, strict=True)]
@@ -135,12 +139,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _settings(self, fewest: int) -> dict[str, object]:
         """Of the search, checked before anything is exported. fewest: rows of the rarest class."""
-        k_shot = default_k_shot(fewest, 2) if self.k_shot is None else self.k_shot
         settings: dict[str, object] = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
-        settings["k_shot"] = k_shot
+        settings |= {"k_shot": self.k_shot, "allow_rare_classes": self.k_shot is None}
         found = resolve(settings)
         found.check_budget(self.method)
-        if fewest < 2 * found.k_shot:
+        if self.k_shot is not None and fewest < 2 * found.k_shot:
             need = f"k_shot {found.k_shot} needs {2 * found.k_shot}"
             raise DataError(f"the rarest class has {fewest} rows, {need}; lower it or leave it out")
         return settings
@@ -353,7 +356,10 @@ def as_labels(y: Any) -> Any:
     if y is None:
         raise DataError("this estimator requires y to be passed, but the target y is None")
     with translated(DataError, "y is not one class for each text"):
-        values = np.asarray(y.to_pylist() if hasattr(y, "to_pylist") else y if hasattr(y, "__array__") else list(y))
+        given = y.to_pylist() if hasattr(y, "to_pylist") else y if hasattr(y, "__array__") else list(y)
+        values = np.asarray(given)
+        if values.dtype.kind == "U" and not hasattr(given, "dtype"):  # numpy makes texts of NaN and of numbers beside
+            values = np.array(given, object)
         if any(not plain(label) for label in values.ravel().tolist()):
             raise DataError("y has missing labels (Input contains NaN); remove those rows")
         labels = column_or_1d(values, warn=True)

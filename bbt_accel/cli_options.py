@@ -128,7 +128,8 @@ class FitOptions(Schema):
     readout: ReadoutChoice = Field(default="auto", description="How classes are read, as in tune.")
     budget: Budget = FIT_BUDGET
     k_shot: KShot | None = None
-    """Examples per class to search with, and as many to choose by (default: 16, or a third of the rarest class)."""
+    """Examples per class to search with, and as many to choose by (default: 16, or a third of a class with fewer)."""
+    balanced: bool = Field(default=False, description="Take all classes for equally frequent (default: as in FILE).")
     seed: Seed = DEFAULTS.seed
     threads: AllCores = None
     overwrite: bool = Field(default=False, description="Replace an existing run.")

@@ -74,23 +74,36 @@ def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[li
     return train, dev
 
 
-def split_rows(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
-    """The train and dev rows of `few_shot`, and all other rows in their order."""
+def split_rows(
+    rows: Sequence[Row], n_classes: int, k: int, seed: int, parts: int | None = None
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """The train and dev rows of `few_shot`, and all other rows in their order. parts: see `examples`."""
     train: list[Row] = []
     dev: list[Row] = []
     rest = set(range(len(rows)))
+    counts = Counter(row.label for row in rows)
+    wanted = {label: examples(counts[label], k, parts) for label in range(n_classes)}
+    for label, own in wanted.items():
+        if counts[label] < 2 * own:
+            needed = f"--k-shot {k} needs {2 * k} (train and dev)" if parts is None else "two are needed"
+            raise DataError(f"class {label} has {counts[label]} rows, {needed}; add rows or lower --k-shot")
     seen = Counter[int | None]()
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
         row = rows[index]
         seen[row.label] += 1
-        if row.label is not None and seen[row.label] <= 2 * k:
-            (train if seen[row.label] <= k else dev).append(row)
+        if row.label is not None and seen[row.label] <= 2 * wanted[row.label]:
+            (train if seen[row.label] <= wanted[row.label] else dev).append(row)
             rest.remove(index)
-    for label in range(n_classes):
-        if seen[label] < 2 * k:
-            needed = f"--k-shot {k} needs {2 * k} (train and dev)"
-            raise DataError(f"class {label} has {seen[label]} rows, {needed}; add rows or lower --k-shot")
     return train, dev, [rows[index] for index in sorted(rest)]
+
+
+def examples(count: int, k: int, parts: int | None) -> int:
+    """Examples of a class with `count` rows to search with, and as many to choose by: k, or no more than a part.
+
+    parts: into how many parts its rows are divided at least, 3 where the last are to be test rows; None for k in any
+    case.
+    """
+    return k if parts is None else max(1, min(k, count // parts))
 
 
 def load_few_shot(task: Task, data: Path | None, settings: Settings) -> tuple[list[Row], list[Row]]:
@@ -109,7 +122,8 @@ def load_split(task: Task, data: Path | None, settings: Settings) -> tuple[list[
         rows, given = distinct(rows, lambda row: tuple(row.fields.values())), len(rows)
         if len(rows) < given:
             note_once(f"{given - len(rows):,} of {given:,} rows repeat the text of another and are left out")
-    return split_rows(rows, task.n_classes, settings.k_shot, settings.seed)
+    parts = (3 if settings.hold_out else 2) if settings.allow_rare_classes else None
+    return split_rows(rows, task.n_classes, settings.k_shot, settings.seed, parts)
 
 
 def check_rows(task: Task, data: Path, settings: Settings) -> None:

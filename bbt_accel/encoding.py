@@ -107,10 +107,7 @@ class Encoder:
         for column in self.task.text:
             if column not in row.fields:
                 raise DataError(f"a row has no {column!r}; task {self.task.name} needs {', '.join(self.task.text)}")
-            text = row.fields[column]
-            if self.task.clean == "newlines":
-                text = text.replace("\\n", " ")
-            fields[column] = self._beginning(as_utf8(text).strip())
+            fields[column] = self._beginning(as_utf8(self.task.cleaned(row.fields[column])).strip())
         return fields
 
     def _beginning(self, text: str) -> str:

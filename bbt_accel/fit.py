@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from bbt_accel.bundle import Bundle, Method, first_problem
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
+from bbt_accel.data import examples
 from bbt_accel.errors import DataError, RunError, TaskError, UsageError
 from bbt_accel.inference import evaluate
 from bbt_accel.label_words import distinct_words
@@ -43,13 +44,19 @@ class FitPlan:
     settings: dict[str, Any]
     commands: list[list[str]]
 
+    @property
+    def left(self) -> int:
+        """Rows that the search does not use."""
+        k, parts = self.settings["k_shot"], 3 if self.settings["allow_rare_classes"] else None
+        return sum(count - 2 * examples(count, k, parts) for count in self.counts.values())
+
     def facts(self) -> dict[str, object]:
         """For a reader."""
         form = "" if self.table.encoding is None else f", {self.table.encoding}"
         form += "" if self.table.separator is None else f", separated by {self.table.separator!r}"
         group, k = self.bundle.info.template_group, self.settings["k_shot"]
         used = sum(self.counts.values())
-        rest = used - 2 * k * len(self.counts)
+        most = "up to " if (used - self.left) < 2 * k * len(self.counts) else ""
         return {
             "rows": f"{len(self.table.records):,}{form}",
             "distinct texts": None if used == len(self.table.records) else f"{used:,}; repeated ones are left out",
@@ -59,7 +66,7 @@ class FitPlan:
             "engine": f"{self.choice.engine} on {self.choice.device}, {self.choice.precision} ({self.choice.reason})",
             "template": self.task.template(group),
             "label words": ", ".join(self.task.words(group))[:300],
-            "split": f"{k} examples per class to search with, {k} to choose by, {rest:,} left to test on",
+            "split": f"{most}{k} examples per class to search with, as many to choose by, {self.left:,} to test on",
             "budget": f"{self.settings['budget']:,} calls, readout {self.settings['readout']}",
         }
 
@@ -91,6 +98,7 @@ def fit_file(
     readout: ReadoutChoice = "auto",
     budget: int = FIT_BUDGET,
     k_shot: int | None = None,
+    balanced: bool = False,
     seed: int = DEFAULTS.seed,
     method: Method = "bbt",
     n_prompt_tokens: int = FIT_PROMPT_TOKENS,
@@ -104,7 +112,8 @@ def fit_file(
     file: CSV, TSV, JSON, JSON lines, Parquet or Excel. text: its column of texts, or several. label: its column of
     labels, of any kind. template: how a row is written for the backbone, e.g. "{review} It was {mask} ."; label_words:
     one for each label, in their sorted order; taken from the labels unless given. engine, precision: `auto` for what
-    `doctor` finds. k_shot: as in `Settings`; unless given its default, or a third of the rarest class.
+    `doctor` finds. k_shot: as in `Settings`; unless given its default, or a third of a class that has fewer rows.
+    balanced: take all classes for equally frequent; otherwise they are as frequent as in the file.
     overwrite: replace an existing run; otherwise an unfinished or interrupted one is continued, a complete one too if
     the budget is larger, and a complete one of the same search scored again.
     announce: called with the plan before the search.
@@ -119,9 +128,10 @@ def fit_file(
     check_table(table, file, columns, label)
     rows = distinct(table.records, lambda record: tuple(record[column] for column in columns))
     counts = class_counts(rows, file, label)
-    k = default_k_shot(min(counts.values())) if k_shot is None else k_shot
+    k = DEFAULTS.k_shot if k_shot is None else k_shot
     chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
-    if min(counts.values()) < 2 * k:
+    chosen["allow_rare_classes"] = k_shot is None
+    if k_shot is not None and min(counts.values()) < 2 * k:
         raise DataError(f"class {min(counts, key=lambda c: counts[c])!r} has fewer than {2 * k} rows; lower --k-shot")
     if (output / INFO).is_file() and not overwrite:
         require_same(output, task_name(file), chosen)
@@ -129,7 +139,8 @@ def fit_file(
     settings.check_budget(method)
     with progress_bar(f"preparing {backbone}", progress) as tell:
         bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell, threads=threads)
-    task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words)
+    shares = None if balanced else list(counts.values())
+    task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words, shares)
     words = commands(file, output, backbone, bundle, choice, chosen, threads)
     plan = FitPlan(table, counts, choice, bundle, task, chosen, words)
     announce(plan)
@@ -137,7 +148,7 @@ def fit_file(
         bundle, task, data=file, engine=choice.engine, device=choice.device, threads=threads, output=output,
         resume=not overwrite, overwrite=overwrite, settings=chosen, progress=progress,
     )  # fmt: skip
-    tested = run.info.status == "done" and sum(counts.values()) > 2 * k * len(counts)
+    tested = run.info.status == "done" and plan.left > 0
     return Fitted(plan, run, evaluate(run.path, threads=threads) if tested else None)
 
 
@@ -147,14 +158,6 @@ def require_same(output: Path, task: str, settings: Mapping[str, object]) -> Non
     wanted = resolve(former.settings.model_dump(), settings)
     if former.task.name != task or not former.settings.begins(wanted):
         raise RunError(f"{output} is the run of another search; use --overwrite or another -o")
-
-
-def default_k_shot(fewest: int, parts: int = 3) -> int:
-    """Examples per class to search with, and as many to choose by: the setting's default where the rows suffice.
-
-    fewest: rows of the rarest class. parts: 3 keeps a third of them to test on; 2 keeps none.
-    """
-    return max(1, min(DEFAULTS.k_shot, fewest // parts))
 
 
 def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> None:
@@ -216,6 +219,7 @@ def make_task(
     bundle: Bundle,
     template: str | None = None,
     label_words: Sequence[str] = (),
+    class_shares: Sequence[float] | None = None,
 ) -> Task:
     """The task of a table, for the template group of a bundle. Raises TaskError.
 
@@ -228,6 +232,7 @@ def make_task(
         return Task(
             name=name, text=list(text), label=label, classes=list(classes), n_classes=len(classes),
             templates={group: template}, label_words={group: words},
+            class_shares=None if class_shares is None else list(map(float, class_shares)),
         )  # fmt: skip
     except ValidationError as error:
         raise TaskError(f"task {name}: {first_problem(error)}") from None
@@ -251,8 +256,9 @@ def commands(
         flag = [] if choice.precision == "fp32" else [f"--{choice.precision}"]
         steps.append(["optimize", exported, "-o", made, "--target", choice.target, *flag])
     place = ["--engine", choice.engine, *([] if choice.device == "cpu" else ["--device", choice.device]), *cpu]
-    chosen = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "hold_out"]
-    data = ["--task", f"{output / TASK}", "--data", str(file), "--hold-out"]
+    options = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value is not False}
+    chosen = [name if value is True else f"{name}={value}" for name, value in options.items()]
+    data = ["--task", f"{output / TASK}", "--data", str(file)]
     again = f"{output}-again"
     steps.append(
         ["tune", "--bundle", exported if choice.target == "onnx" else made, *data, *place, *chosen, "-o", again]

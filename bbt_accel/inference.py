@@ -63,7 +63,7 @@ def evaluate(
     rows = scored_rows(run, data, split)
     with _load(run, options) as loaded:
         encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
-        logits = np.stack([class_scores(loaded, encoder, rows, run), *scores_before(loaded, encoder, rows)])
+        logits = scores_and_before(loaded, encoder, rows, run)
         _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, labels(rows))
         chance, majority = uninformed(labels(rows), run.task.n_classes, run.task.metric)
         return {
@@ -181,6 +181,15 @@ def scores_before(engine: Engine, encoder: Encoder, rows: Sequence[Row]) -> Floa
     """Class scores (2, N, C) of N rows before a search: the label words without a prompt, and the same calibrated."""
     found = outputs(engine, encoder, rows, engine.bundle.start_prompt())
     return with_calibrated(class_logits(found["label_logits"], encoder.classes))
+
+
+def scores_and_before(engine: Engine, encoder: Encoder, rows: Sequence[Row], run: Run) -> Float64:
+    """Class scores (3, N, C) of N rows: of a run, and before its search; by one pass where the run kept no prompt."""
+    if not np.array_equal(run.prompt, engine.bundle.start_prompt()):
+        return np.stack([class_scores(engine, encoder, rows, run), *scores_before(engine, encoder, rows)])
+    found = outputs(engine, encoder, rows, run.prompt, run.readout)
+    before = with_calibrated(class_logits(found["label_logits"], encoder.classes))
+    return np.stack([run.readout.scores(found), *before])
 
 
 def outputs(

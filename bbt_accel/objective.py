@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -57,10 +58,17 @@ def uninformed(targets: Int64, classes: int, metric: Metric) -> tuple[float, flo
     2 p / (p + 1) where no class is more frequent than class 1, else 0.
     """
     shares = np.bincount(targets, minlength=classes) / len(targets)
+    frequent = most_frequent(targets, classes, metric)
     if metric == "accuracy":
-        return 1 / classes, float(shares.max())
+        return 1 / classes, float(shares[frequent])
     p = float(shares[1])
-    return p / (p + 0.5), 2 * p / (p + 1) if p >= shares[0] else 0.0
+    return p / (p + 0.5), 2 * p / (p + 1) if frequent == 1 else 0.0
+
+
+def most_frequent(targets: Int64, classes: int, metric: Metric) -> int:
+    """The class of most rows; of equally many the first, for F1 class 1."""
+    counts = np.bincount(targets, minlength=classes)
+    return int(counts.argmax()) if metric == "accuracy" or counts[1] < counts[0] else 1
 
 
 def f1_bias(scores: Float64, targets: Int64, share: float | None = None) -> Float64:
@@ -97,13 +105,13 @@ class Objective:
         classes of max(0, logit_c - logit_target + 2), over N; `perf`, minus the metric.
     metric: `accuracy`; `f1`, the F1 of class 1 (0 where it has neither a row nor a prediction), which is what GLUE
         reports for MRPC.
-    positive_share: share of class 1 among the rows to predict, where the task tells it; `class_bias` needs it.
+    class_shares: how frequent each class is among the rows to predict, in proportion, where the task tells it.
     Raises UsageError for an unknown loss or metric.
     """
 
     loss: Loss = "ce"
     metric: Metric = "accuracy"
-    positive_share: float | None = None
+    class_shares: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         check_known("loss", self.loss, get_args(Loss))
@@ -144,4 +152,15 @@ class Objective:
         """
         if self.metric == "accuracy":
             return np.zeros(held_out.shape[1])
-        return f1_bias(held_out, targets, self.positive_share)
+        share = None if self.class_shares is None else self.class_shares[1] / sum(self.class_shares)
+        return f1_bias(held_out, targets, share)
+
+    def prior_bias(self, targets: Int64, classes: int) -> Float64:
+        """The class bias (C,) from rows with these targets to rows with `class_shares`; 0 for F1, whose bias has it.
+
+        By Bayes' rule: of a class that is more frequent, every probability is higher in proportion.
+        """
+        if self.metric != "accuracy" or self.class_shares is None:
+            return np.zeros(classes)
+        own = np.bincount(targets, minlength=classes) / len(targets)
+        return np.asarray(np.log(np.asarray(self.class_shares) / sum(self.class_shares)) - np.log(own))

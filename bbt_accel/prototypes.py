@@ -17,8 +17,14 @@ def prototype_scores(arrays: Mapping[str, Float64], state: npt.ArrayLike, logits
     """−‖norm(W h) − z_k‖ + r_k + λ L_k for states (…, N, H) and calibrated logits (…, N, C)."""
     h = np.asarray(state, np.float64) @ arrays["weight"]
     h = h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), 1e-12)
-    distance = np.linalg.norm(h[..., None, :] - arrays["prototypes"], axis=-1)
-    return np.asarray(arrays["radius"] - distance + arrays["share"] * (logits + arrays["bias"]))
+    radius = arrays["radius"] - distances(h, arrays["prototypes"])
+    return np.asarray(radius + arrays["share"] * (logits + arrays["bias"]))
+
+
+def distances(h: Float64, z: Float64) -> Float64:
+    """‖h_i − z_k‖, (…, N, C), without an array of N × C differences: of many classes that would be large."""
+    square = (h * h).sum(-1, keepdims=True) - 2 * h @ z.T + (z * z).sum(1)
+    return np.asarray(np.sqrt(np.maximum(square, 0)))
 
 
 def fit_prototypes(state: Float64, logits: Float64, targets: Int64, seed: int) -> dict[str, Float64]:
@@ -58,7 +64,7 @@ def prototype_gradients(
     h = state @ arrays["weight"]
     length = np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
     h = h / length
-    difference = h[:, None] - arrays["prototypes"]
-    towards = difference / np.maximum(np.linalg.norm(difference, axis=2, keepdims=True), 1e-12)
-    of_h = -(found[:, :, None] * towards).sum(1)
+    z = arrays["prototypes"]
+    pull = found / np.maximum(distances(h, z), 1e-12)
+    of_h = pull @ z - h * pull.sum(1, keepdims=True)
     return state.T @ ((of_h - h * (of_h * h).sum(1, keepdims=True)) / length), found.sum(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -190,7 +190,16 @@ def fit_temperature(scores: Float64, targets: Int64) -> float:
 
 
 def fit_regression(x: Float64, targets: Int64, seed: int) -> tuple[Float64, Float64, Float64]:
-    """A logistic regression: weight (F, C) and bias (C,); and the held-out scores (N, C) that choose its penalty."""
+    """A logistic regression: weight (F, C) and bias (C,); and the held-out scores (N, C) that choose its penalty.
+
+    The last ones are kept: `auto` tries several readouts with the same regressions on the same rows.
+    """
+    return _regression(np.asarray(x, np.float64).tobytes(), x.shape, np.asarray(targets, np.int64).tobytes(), seed)
+
+
+@lru_cache(maxsize=8)
+def _regression(content: bytes, shape: tuple[int, int], classes: bytes, seed: int) -> tuple[Float64, Float64, Float64]:
+    x, targets = np.frombuffer(content, np.float64).reshape(shape), np.frombuffer(classes, np.int64)
     tried = {
         penalty: held_out_scores(partial(linear_scores, x, targets, penalty), targets, seed) for penalty in PENALTIES
     }
@@ -228,10 +237,16 @@ def held_out_scores(scores: Callable[[Int64, Int64], Float64], targets: Int64, s
     """
     from sklearn.model_selection import StratifiedKFold
 
-    folds = min(FOLDS, int(np.bincount(targets).min()))
-    found = np.zeros((len(targets), targets.max() + 1))
-    if folds < 2:  # one example of a class: nothing to hold out
-        return scores(np.arange(len(targets)), np.arange(len(targets)))
-    for rows, others in StratifiedKFold(folds, shuffle=True, random_state=seed).split(targets, targets):
-        found[others] = scores(rows, others)
+    counts = np.bincount(targets)
+    folds, single = min(FOLDS, int(counts.max())), np.flatnonzero(counts[targets] == 1)
+    every, several = np.arange(len(targets)), np.flatnonzero(counts[targets] > 1)
+    found = np.zeros((len(targets), len(counts)))
+    if folds < 2:  # one example of each class: nothing to hold out
+        return scores(every, every)
+    with warnings.catch_warnings(action="ignore"):  # of classes with fewer rows than folds
+        splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(several, targets[several]))
+    for rows, others in splits:
+        found[several[others]] = scores(np.concatenate([several[rows], single]), several[others])
+    if single.size:  # without it there would be no fit of its class
+        found[single] = scores(every, single)
     return found

@@ -39,6 +39,9 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     seed: Seed = 42
     demonstrations: Demonstrations = 0
     readout: ReadoutChoice = Field(default="auto", description=f"How classes are read: auto, {', '.join(READOUTS)}.")
+    allow_rare_classes: bool = Field(
+        default=False, description="Take fewer than --k-shot examples of a class that has too few rows."
+    )
     hold_out: bool = Field(default=False, description="Test rows are the train rows that the search does not use.")
     covariance: Literal["full", "diagonal"] = Field(
         default="full", description="What CMA-ES adapts; diagonal (separable CMA-ES) has d numbers to learn, full d²/2."

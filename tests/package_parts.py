@@ -51,7 +51,8 @@ def task_file(
     for split, count in (("train", 16), ("test", 6)):
         rows = []
         for i in range(count):
-            texts = [TEXTS[(i + k) % len(TEXTS)] for k in range(len(columns))]
+            again = f" {i}" if i >= len(TEXTS) else ""  # held-out rows are of different texts
+            texts = [TEXTS[(i + k) % len(TEXTS)] + again for k in range(len(columns))]
             rows.append(dict(zip(columns, texts, strict=True)) | {"label": i % 2})
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder / "task.toml"

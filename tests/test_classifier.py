@@ -55,6 +55,19 @@ def test_it_learns_from_texts_and_string_labels(fitted: PromptClassifier, rows: 
     assert fitted.score(*rows) > 0.7
 
 
+def test_classes_are_as_frequent_as_in_y_unless_balanced(rows: tuple[list[str], list[str]]) -> None:
+    texts, labels = rows
+    kept = [i for i, label in enumerate(labels) if label != WORDS[0] or labels[:i].count(label) < 4]
+    X, y = [texts[i] for i in kept], [labels[i] for i in kept]
+    options = {"engine": "ort", "precision": "fp32", "budget": 1, "threads": 1}
+    found, balanced = (PromptClassifier("demo", balanced=b, **options).fit(X, y) for b in (False, True))  # type: ignore[arg-type]
+    assert found.run_.info.data.train_rows > 3 * 4 + 2  # the rare class alone gives fewer examples
+    own = np.array([2 * min(16, y.count(label) // 2) for label in found.classes_])
+    prior = np.log([y.count(label) for label in found.classes_]) - np.log(own)
+    shift = np.log(found.predict_proba(texts[:5])) - np.log(balanced.predict_proba(texts[:5])) - prior
+    np.testing.assert_allclose(shift - shift[:, :1], 0, atol=1e-9)
+
+
 def test_a_saved_classifier_holds_everything(
     fitted: PromptClassifier, rows: tuple[list[str], list[str]], tmp_path: Path
 ) -> None:

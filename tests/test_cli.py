@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from bbt_accel import cli_options
 from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.bundle import Bundle
 from bbt_accel.cli import app, main
-from bbt_accel.command import print_table
-from bbt_accel.errors import BundleError, EngineError
+from bbt_accel.command import exit_on_error, print_table
+from bbt_accel.errors import BbtError, BundleError, EngineError
 from bbt_accel.inference import EngineOptions
 from bbt_accel.progress import StepProgress
 from bbt_accel.run import Baselines, ReadoutRecord, TriedReadout
@@ -118,6 +119,25 @@ def test_brackets_in_names_are_printed(capsys: pytest.CaptureFixture[str]) -> No
     assert all(name in printed for name in ("out/b[/v1]", "[red]a", "text [b]"))
     with StepProgress() as bar:
         bar("exporting out/b[/v1]")
+
+
+def test_control_characters_of_foreign_files_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("t", [("a", "\x1b]52;c;eA==\x07\x1b[2J \u00e9")])
+    with pytest.raises(SystemExit), exit_on_error():
+        raise BbtError("no such \x1b[31mfile")
+    printed = "".join(capsys.readouterr())
+    assert "\x1b]" not in printed
+    assert "\x1b[31m" not in printed
+    assert "\u00e9" in printed
+
+
+def test_a_terminal_without_unicode_gets_escapes(tmp_path: Path) -> None:
+    code = "from bbt_accel.cli import main; from bbt_accel.command import print_json; import bbt_accel.cli as c\n"
+    code += "c.app = lambda **_: print('\u6771') or print_json({'a': '\u6771'})\nmain(['x'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["\\u6771", '{"a": "\\u6771"}'])
 
 
 def test_help_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:

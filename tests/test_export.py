@@ -422,6 +422,11 @@ def test_a_bundle_that_names_a_file_outside_of_it_is_refused(copy: Path, name: s
         Bundle.read(copy)
 
 
+def test_a_stage_outside_of_its_bundle_is_refused(copy: Path) -> None:
+    with pytest.raises(BundleError, match=r"stages\.0: String should match pattern"):
+        Bundle.read(edited(copy, stages=["../victim"]))
+
+
 def edited(copy: Path, **changes: object) -> Path:
     manifest = copy / "bundle.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))

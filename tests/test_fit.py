@@ -17,8 +17,9 @@ pytest.importorskip("onnxruntime")
 from conftest import Export
 
 from bbt_accel.cli import main
+from bbt_accel.data import examples
 from bbt_accel.errors import BbtError, RunError, UsageError
-from bbt_accel.fit import FitPlan, Fitted, check_table, default_k_shot, fit_file, task_name
+from bbt_accel.fit import FitPlan, Fitted, check_table, fit_file, task_name
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
 from bbt_accel.tables import Table
@@ -78,18 +79,19 @@ def test_a_file_becomes_a_run_that_is_scored_on_the_rows_left_over(fit: Fit) -> 
     found = fit()
     assert found.plan.counts == {"down": 16, "up": 24}
     assert (found.run.task.classes, found.run.task.text, found.run.task.label) == (["down", "up"], ["review"], "mood")
-    assert (found.run.info.data.train_rows, found.run.info.data.dev_rows) == (10, 10)  # a third of 16 of each class
+    assert (found.run.info.data.train_rows, found.run.info.data.dev_rows) == (13, 13)  # a third of 16 and of 24
+    assert found.run.task.class_shares == [16, 24]
     assert found.score is not None
-    assert (found.score["rows"], found.score["chance"], found.score["majority"]) == (20, 0.5, 14 / 20)
+    assert (found.score["rows"], found.score["chance"], found.score["majority"]) == (14, 0.5, 8 / 14)
     assert evaluate(found.run.path)["score"] == found.score["score"]
     assert load_task(found.run.path / "task.toml") == found.run.task
     prediction = predict(found.run.path, [{"review": "text"}])[0]
     assert prediction["class"] in prediction["probabilities"].keys() == {"down", "up"}
 
 
-@pytest.mark.parametrize(("fewest", "k"), [(2, 1), (3, 1), (16, 5), (48, 16), (25_000, 16)])
-def test_a_search_uses_a_third_of_the_rarest_class_but_at_most_16_rows(fewest: int, k: int) -> None:
-    assert default_k_shot(fewest) == k
+@pytest.mark.parametrize(("count", "k"), [(2, 1), (3, 1), (16, 5), (48, 16), (25_000, 16)])
+def test_a_class_gives_a_third_of_its_rows_but_at_most_16(count: int, k: int) -> None:
+    assert examples(count, 16, parts=3) == k
 
 
 def test_the_commands_that_it_prints_give_the_same_run(fit: Fit) -> None:

@@ -152,6 +152,17 @@ def test_a_run_with_held_out_rows_is_scored_on_them(tmp_path: Path) -> None:
         assert scored_rows(run, copy, "test") == rest  # and not the rows of the search
 
 
+def test_a_text_that_comes_again_is_held_out_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
+    data = tmp_path / "data" / "train.jsonl"
+    data.write_text(data.read_text() * 3)
+    settings = {**SETTINGS, "hold_out": True}
+    run = tune(bundle, task, data=data, engine="dummy", output=tmp_path / "run", settings=settings, progress=False)
+    assert "60 of 90 rows repeat the text of another and are left out" in capsys.readouterr().err
+    texts = [row.fields["text"] for split in ("dev", "test") for row in scored_rows(run, None, split)]  # type: ignore[arg-type]
+    assert len(texts) == len(set(texts)) == 30 - 6
+
+
 def test_a_run_without_test_rows_says_so_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
     for data in (tmp_path / "data", tmp_path / "data" / "train.jsonl"):

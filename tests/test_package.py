@@ -28,7 +28,7 @@ from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.packaging import card, web_page
 from bbt_accel.packaging.layout import find_layout
-from bbt_accel.packaging.manifest import PackageInfo, read_info
+from bbt_accel.packaging.manifest import PackageInfo, read_info, write_info
 from bbt_accel.packaging.package import Options, check_package, package_run
 from bbt_accel.run import Run
 from bbt_accel.settings import READOUTS
@@ -325,6 +325,27 @@ def test_check_refuses_an_added_file(demo: tuple[Run, Path, PackageInfo], tmp_pa
     for check in (check_package, lambda path: push(path, "me/mood")):
         with pytest.raises(PackageError, match=r"onnx/model.onnx_data was added since the package was written"):
             check(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("change", ["labels", "model", "score"])
+def test_check_finds_what_somebody_else_has_sealed(
+    demo: tuple[Run, Path, PackageInfo], tmp_path: Path, change: str
+) -> None:
+    folder = shutil.copytree(demo[1], tmp_path / "copy")
+    info = read_info(folder)
+    if change == "labels":
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["id2label"]["0"] = "another"
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    elif change == "model":
+        shutil.copyfile(folder / info.model, folder / "onnx" / "other.onnx")
+        info.model = "onnx/other.onnx"
+    elif info.score is not None:
+        info.score.score -= 0.5
+    write_info(folder, info)
+    said = {"labels": "config.json is not what", "model": "names the model 'onnx/other.onnx'", "score": "states a test"}
+    with pytest.raises(PackageError, match=said[change]):
+        check_package(folder, threads=1, run=demo[0].path)
 
 
 def test_the_card_names_the_file_that_transformers_js_loads(made: MakeRun, tmp_path: Path) -> None:

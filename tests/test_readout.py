@@ -189,11 +189,34 @@ def test_f1_is_higher_with_the_bias_for_the_share_of_class_1(share: float) -> No
 @pytest.mark.parametrize("name", FITTED)
 def test_the_bias_for_f1_is_that_of_the_held_out_scores_and_accuracy_needs_none(name: ReadoutName) -> None:
     shown = labelled(classes=2)
-    for objective in (Objective("ce", "accuracy"), Objective("ce", "f1"), Objective("ce", "f1", 0.05)):
+    for objective in (Objective("ce", "accuracy"), Objective("ce", "f1"), Objective("ce", "f1", (95, 5))):
         readout, bias = fit_for(objective, name, shown)
         np.testing.assert_array_equal(bias, objective.class_bias(held_out(name, shown), shown.targets))
         np.testing.assert_array_equal(readout.scores(shown.outputs), fit(name, shown).scores(shown.outputs))
     assert not fit_for(Objective("ce", "accuracy"), name, shown)[1].any()
+
+
+def test_the_prior_bias_is_that_of_bayes_rule() -> None:
+    """Scores of rows with equally many of each class become those of rows with other shares."""
+    targets, shares = np.array([0, 0, 1, 1, 2, 2]), np.array([0.7, 0.2, 0.1])
+    likelihood = np.random.default_rng(0).uniform(0.1, 1, (6, 3))
+    bias = Objective(class_shares=[7, 2, 1]).prior_bias(targets, 3)
+    wanted = likelihood * shares / (likelihood * shares).sum(1, keepdims=True)
+    np.testing.assert_allclose(np.exp(log_softmax(np.log(likelihood) + bias)), wanted)
+    assert not Objective().prior_bias(targets, 3).any()
+    assert not Objective(metric="f1", class_shares=[7, 3]).prior_bias(targets % 2, 2).any()
+
+
+@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("rare", [1, 2])
+def test_rare_classes_are_held_out_as_far_as_they_can_be(name: ReadoutName, rare: int) -> None:
+    shown = labelled(classes=3)
+    counts = {0: 99, 1: 9, 2: rare}
+    kept = np.concatenate([np.flatnonzero(shown.targets == c)[: counts[c]] for c in counts])
+    scores = held_out(name, shown[kept])
+    assert scores.shape == (len(kept), 3)
+    assert np.isfinite(scores).all()
+    assert (scores[shown.targets[kept] == 0].argmax(1) == 0).mean() > 0.5
 
 
 @pytest.mark.parametrize("name", FITTED)

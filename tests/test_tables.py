@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -38,6 +39,19 @@ def test_a_long_cyrillic_text_is_recognized(tmp_path: Path) -> None:
     text = "Фильм оказался очень хорошим, актёры играют прекрасно, музыка великолепна; сюжет захватывает сразу."
     (tmp_path / "t.csv").write_bytes(f'review,stars\n"{text * 5}",5\n'.encode("cp1251"))
     assert read_table(tmp_path / "t.csv") == Table([{"review": text * 5, "stars": "5"}], "cp1251", ",")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b.replace(b"1 ", b"\xe9 ", 1), lambda b: b[: b.rindex(b"\xc3") + 1]])
+def test_utf8_with_a_damaged_byte_is_not_taken_for_another_encoding(tmp_path: Path, damage: Any) -> None:
+    content = "text,label\n" + "".join(f"{i} Züge über die Brücke,{i % 2}\n" for i in range(9))
+    (tmp_path / "t.csv").write_bytes(damage(content.encode()))
+    with pytest.raises(DataError, match=r"t\.csv is UTF-8 but for byte \d+; repair it"):
+        read_table(tmp_path / "t.csv")
+
+
+def test_names_of_columns_have_no_spaces_around_them(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id, review ,stars\n1,good,5\n")
+    assert read_table(tmp_path / "t.csv").records == [{"id": "1", "review": "good", "stars": "5"}]
 
 
 def test_one_column_is_not_split_at_a_character_of_its_texts(tmp_path: Path) -> None:

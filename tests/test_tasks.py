@@ -145,17 +145,14 @@ def test_a_written_task_file_is_the_same_task(name: str, tmp_path: Path) -> None
     assert load_task(tmp_path / "written.toml") == task
 
 
-def test_the_share_of_class_1_is_for_f1(tmp_path: Path) -> None:
+def test_class_shares_are_a_number_for_each_class(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     words = 'n_classes = 2\n[templates]\nmasked = "{review} {mask}"\n[label_words]\nmasked = ["bad", "good"]'
-    file.write_text(f'name = "mine"\ntext = "review"\nmetric = "f1"\npositive_share = 0.05\n{words}')
-    assert load_task(file).positive_share == 0.05
-    for wrong, complaint in (
-        ("positive_share = 0.05", "positive_share: is for the metric f1"),
-        ('metric = "f1"\npositive_share = 5', "positive_share: .*less than 1"),
-    ):
-        file.write_text(f'name = "mine"\ntext = "review"\n{wrong}\n{words}')
-        with pytest.raises(TaskError, match=complaint):
+    file.write_text(f'name = "mine"\ntext = "review"\nclass_shares = [95, 5]\n{words}')
+    assert load_task(file).class_shares == [95, 5]
+    for wrong, complaint in (("[1, 2, 3]", "has 3 numbers for 2 classes"), ("[1, 0]", "greater than 0")):
+        file.write_text(f'name = "mine"\ntext = "review"\nclass_shares = {wrong}\n{words}')
+        with pytest.raises(TaskError, match=f"class_shares.*{complaint}"):
             load_task(file)
 
 

@@ -95,8 +95,9 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
 
     name: str = Field(pattern=r"^[\w-][\w.-]*$", description="Name of the task, in reports and of run folders.")
     metric: Metric = Field(default="accuracy", description="What is reported; f1 is that of class 1.")
-    positive_share: float | None = Field(
-        default=None, gt=0, lt=1, description="For f1: share of class 1 among the rows to classify."
+    class_shares: list[Annotated[float, Field(gt=0, lt=float("inf"))]] | None = Field(
+        default=None,
+        description="How frequent each class is among the rows to classify, in proportion; few-shot rows do not tell.",
     )
     text: Columns = Field(min_length=1, description="Text columns, in the order of a row without column names.")
     label: str = Field(default="label", description="The column of labels.")
@@ -132,8 +133,8 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
             raise ValueError("separator: takes no placeholder; write {{ and }} for braces")
         if self.metric == "f1" and self.n_classes != 2:
             raise ValueError(f"metric: f1 is for 2 classes, n_classes is {self.n_classes}")
-        if self.metric != "f1" and self.positive_share is not None:
-            raise ValueError("positive_share: is for the metric f1")
+        if self.class_shares is not None and len(self.class_shares) != self.n_classes:
+            raise ValueError(f"class_shares: has {len(self.class_shares)} numbers for {self.n_classes} classes")
         for column in self.text:
             if column == self.label or not can_be_placeholder(column) or self.text.count(column) > 1:
                 raise ValueError(f"text: {column!r} cannot name a text column here")
@@ -178,6 +179,10 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
         every = [word for of_class in word_lists(words) for word in of_class]
         if not all(word_lists(words)) or len(set(every)) != len(every) or not all(word.strip() for word in every):
             raise ValueError(f"{key}: each class needs a word of its own")
+
+    def cleaned(self, text: str) -> str:
+        """A text of the data as it is read."""
+        return text.replace("\\n", " ") if self.clean == "newlines" else text
 
     def template(self, group: TemplateGroup) -> str:
         """The template of a group. Raises TaskError when the task has none."""

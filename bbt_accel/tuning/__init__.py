@@ -187,7 +187,7 @@ def _prepare(
     if settings.fitted and missing:
         shown = len(encoder.demonstrations)
         raise DataError(f"--demonstrations {shown} leaves class {min(missing)} without a train row; raise --k-shot")
-    objective = Objective(settings.loss, task.metric, task.positive_share)
+    objective = Objective(settings.loss, task.metric, task.class_shares)
     rows = encoder.encode([*train, *dev])
     wide = np.concatenate([encoder.label_token_ids, encoder.feature_token_ids(settings.seed)])
     batches = encoder.encode(train), encoder.encode(dev), replace(rows, label_token_ids=wide)
@@ -196,9 +196,9 @@ def _prepare(
         f"label word {word!r} has several tokens, of which the first, {piece!r}, is read; a word of one says more"
         for word, piece in encoder.partial_words.items()
     ]
-    if settings.fitted and task.metric == "f1" and task.positive_share is None:
+    if settings.fitted and task.metric == "f1" and task.class_shares is None:
         notes.append(
-            "metric f1: class 1 is assumed as frequent as in the few-shot rows; else set the task's positive_share"
+            "metric f1: class 1 is assumed as frequent as in the few-shot rows; else set the task's class_shares"
         )
     return Job(bundle, engine, settings, objective, *batches, encoder.classes), info, notes
 

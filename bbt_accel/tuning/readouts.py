@@ -23,7 +23,7 @@ class ReadoutSearch:
     """What surrounds a search whose readout is fitted: the choice of the readout, dev scores, and the last fit.
 
     start: the prompt without a search. Its outputs take the first call.
-    former: the record of the run that is continued, if any, whose choice stands.
+    former: the record of the run that is continued, if any, whose choice is kept.
     """
 
     def __init__(self, evaluator: Evaluator, job: Job, start: Float32, former: ReadoutRecord) -> None:
@@ -93,7 +93,9 @@ class ReadoutSearch:
         if best.generation is not None and self.job.settings.readout == "auto":
             fall, error = mean_and_error(self.start_losses - self.dev_losses(rows)[0])
             reason = f"the search changed the loss on the dev rows by {-fall:+.3f} (standard error {error:.3f})"
-            if fall <= error:
+            kept = fall > error
+            reason += "; its prompt is kept" if kept else "; the prompt without a search is kept"
+            if not kept:
                 best, rows = self.start, self.at_start
         if outcome.stopped:
             reason = f"{reason}; it stopped on a plateau"
@@ -101,6 +103,7 @@ class ReadoutSearch:
         if self.job.objective.metric == "f1":
             threshold = 1 / (1 + np.exp(bias[1]))
             reason = f"{reason}; for F1, class 1 is predicted where its fitted probability was above {threshold:.2f}"
+        bias = bias + self.job.objective.prior_bias(rows.targets, len(bias))
         record = ReadoutRecord(name=self.name, tried=self.tried, searched=best.generation is not None, reason=reason)
         return replace(outcome, best=best), readout.biased(bias), record
 
