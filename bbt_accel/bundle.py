@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from bbt_accel.engine_specs import Precision
-from bbt_accel.errors import BbtError, BundleError, translated
+from bbt_accel.errors import BundleError, translated
 from bbt_accel.files import sha256
+from bbt_accel.manifests import SealedManifest, check_files
 from bbt_accel.option_types import METHOD, PROMPT_MODE, PromptTokens
 
 if TYPE_CHECKING:
@@ -38,33 +36,6 @@ TemplateGroup = Literal["masked", "span", "causal"]
 of a span-corruption model (position 1, behind the start token); at the last real token of a causal LM."""
 
 
-class _Format(BaseModel):
-    format: int
-
-
-class Manifest(BaseModel, extra="forbid"):
-    """The JSON file that describes a folder."""
-
-    format: int
-
-    @classmethod
-    def read(cls, file: Path, what: str, error: type[BbtError], make: str, again: str) -> Self:
-        """Raises `error` when the file is missing, malformed or of another format than this version's.
-
-        what: the kind of folder. make, again: how to get one, and how to get it again.
-        """
-        if not file.is_file():
-            raise error(f"{file.parent} is not a {what} (it has no {file.name}); {make}")
-        content, current = file.read_bytes(), cls.model_fields["format"].default
-        try:
-            found = _Format.model_validate_json(content).format
-            if found != current:  # whose other fields are not known here
-                raise error(f"{file.parent} has {what} format {found}, this version reads {current}; {again}")
-            return cls.model_validate_json(content)
-        except ValidationError as problem:
-            raise error(f"{file} cannot be read ({first_problem(problem)}); {again}") from None
-
-
 TokenId = Annotated[int, Field(ge=0, lt=2**26)]
 StageName = Annotated[str, Field(pattern=r"^\w+$")]  # names files, which must lie in the bundle
 
@@ -78,37 +49,6 @@ class SpecialTokens(BaseModel, extra="forbid"):
     mask: TokenId | None = Field(description="Where the label word is read; for the group `span` its sentinel.")
     mask_text: str | None = Field(description="The mask token's, e.g. `<mask>`; the sentinel's for the group `span`.")
     decoder_start: TokenId | None = Field(description="Begins the decoder's input.")
-
-
-class SealedManifest(Manifest):
-    """One that has the sha256 of its other fields."""
-
-    facts: str = Field(default="", description="sha256 of the other fields of this file.")
-
-    def seal(self, file: Path) -> None:
-        """Set `facts`, and write the file."""
-        self.facts = facts_digest(self.model_dump_json().encode())
-        file.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    def check_seal(self, file: Path, error: type[BbtError], again: str) -> None:
-        """Raises `error` where the file has been changed since it was sealed. again: what to do then."""
-        if facts_digest(file.read_bytes()) != self.facts:
-            raise error(f"{file} has been changed by hand (sha256); {again}")
-
-
-def check_files(folder: Path, digests: Mapping[str, str], what: str, error: type[BbtError], again: str) -> None:
-    """Raises `error` for a file that is missing, has changed or is elsewhere. digests: name → sha256.
-
-    again: what to do then.
-    """
-    for name, wanted in digests.items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise error(f"{folder} names a file outside of it, {name!r:.80}; {again}")
-        if not file.is_file():
-            raise error(f"{folder} lacks {name}; {again}")
-        if sha256(file) != wanted:
-            raise error(f"{file} has changed since the {what} was written (sha256); {again}")
 
 
 class BundleInfo(SealedManifest):
@@ -157,6 +97,11 @@ class BundleInfo(SealedManifest):
         """Shape of one candidate's prompt: (n, H) for bbt, (L, n, H) for bbtv2."""
         one = (self.n_prompt_tokens, self.hidden_size)
         return one if self.method == "bbt" else (self.n_layers, *one)
+
+    @property
+    def searched_layers(self) -> int:
+        """Layers whose prompts are searched for: 1 for bbt, L for bbtv2."""
+        return 1 if self.method == "bbt" else self.n_layers
 
     @property
     def decodes(self) -> bool:
@@ -254,16 +199,21 @@ def write_info(folder: Path, info: BundleInfo) -> BundleInfo:
     return info
 
 
-def facts_digest(content: bytes) -> str:
-    """sha256 of the content of a bundle.json, however it is formatted, without the field `facts`."""
-    facts = {name: value for name, value in json.loads(content).items() if name != "facts"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def block_stage(layer: int) -> str:
+    """Name of the graph of one block, of bbtv2."""
+    return f"block_{layer:02d}"
 
 
-def first_problem(error: Exception) -> str:
-    """The first problem of a validation error, in one line."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        return f"{where}: {message}" if where else message
-    return str(error).splitlines()[0]
+def block_of(stage: str) -> int:
+    """The block of a graph with such a name."""
+    return int(stage.removeprefix("block_"))
+
+
+def output_name(state: str) -> str:
+    """Name of a block's output that the next block takes as `state`: a graph has no two tensors of one name."""
+    return f"{state}_out"
+
+
+def state_name(output: str) -> str:
+    """Name of the next stage's input that a stage's output is."""
+    return output.removesuffix("_out")

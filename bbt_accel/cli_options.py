@@ -10,7 +10,7 @@ from pydantic import Field
 
 from bbt_accel.bundle import Method, PromptMode
 from bbt_accel.bundle_cache import PrecisionChoice
-from bbt_accel.engine_specs import ENGINES, check_device, engine_names, engine_spec, targets
+from bbt_accel.engine_specs import DEFAULT_ENGINE, ENGINES, check_device, engine_names, engine_spec, targets
 from bbt_accel.model_options import Fields
 from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
 from bbt_accel.option_types import (
@@ -36,7 +36,6 @@ from bbt_accel.sweeps.grid import preset_names
 from bbt_accel.tasks import task_names
 
 EXECUTION, SEARCH = "Execution", "Search settings"  # panels of --help
-TASK_PRESETS = ("budget", "sigma", "alpha", "loss")
 
 
 def _check_engine(context: typer.Context, name: str | None) -> str | None:
@@ -64,6 +63,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle written by export.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by tune, or hf://OWNER/NAME.")]
+TASK_PRESETS = ("budget", "sigma", "alpha", "loss", "demonstrations")  # which built-in tasks, or their context, set
 SearchSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, task_presets=TASK_PRESETS)]
 SweepSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, exclude=("seed",), task_presets=TASK_PRESETS)]
 
@@ -99,7 +99,9 @@ class OptimizeOptions(Schema):
     bf16: bool = Field(default=False, description="bfloat16, for GPUs, and CPUs with AVX512_BF16 or AMX.")
     int8: bool = Field(default=False, description="8-bit integers, for CPUs.")
     int4: bool = Field(default=False, description="Weights alone in 4 bits, for less memory.")
-    target: Annotated[str, _TARGET, Field(description=f"Engine to optimize for: {_TARGETS}, or a plug-in's.")] = "ort"
+    target: Annotated[str, _TARGET, Field(description=f"Engine to optimize for: {_TARGETS}, or a plug-in's.")] = (
+        DEFAULT_ENGINE
+    )
     calibrate: Annotated[str | None, _TASK] = None
     """Task, or run, whose few-shot rows calibrate int8 ranges and TensorRT shape profiles (default: shipped texts)."""
     data: Data = None
@@ -207,7 +209,7 @@ class Execution(Schema):
 
 
 class TuneExecution(Execution):
-    engine: Annotated[str, _ENGINE] = Field(default="ort", description=_RUNS)
+    engine: Annotated[str, _ENGINE] = Field(default=DEFAULT_ENGINE, description=_RUNS)
     device: Annotated[str, _DEVICE] = Field(default="cpu", description=_WHERE)
     without: list[str] = Field(default=[], description=_WITHOUT + ", ".join(OPTIMIZATIONS))
     workers: Count | None = Field(default=None, description="Processes that share each population.")

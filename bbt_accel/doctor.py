@@ -68,8 +68,7 @@ def diagnose() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Python, bbt-accel, its dependencies, and what the engines need; None for what is not installed."""
-    backends = [backend for name in engine_names() for backend in engine_spec(name).backends.values()]
-    packages = {one: installed(one) for backend in backends for need in backend.packages for one in need.split("|")}
+    packages = {one: installed(one) for name in engine_names() for one in engine_spec(name).packages}
     return {**dict.fromkeys(("python", "bbt-accel", *dependencies())), **packages, **installed_versions()}
 
 

@@ -39,6 +39,7 @@ def index_of(device: str) -> int:
 Device = Annotated[str, AfterValidator(check_device)]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 GROUP = "bbt_accel.engines"
+DEFAULT_ENGINE = "ort"
 ORT_GRAPHS_SINCE = "1.31"
 """The first onnxruntime-gpu whose CUDA graphs copy nothing from host memory that is freed before they are launched.
 Concat, Split and ScatterND did: https://github.com/microsoft/onnxruntime/pull/32121."""
@@ -85,6 +86,12 @@ class EngineSpec:
     internal: bool = False
     baseline: bool = False
     counts_flops: bool = False
+
+    @property
+    def packages(self) -> list[str]:
+        """Every distribution that a backend may need, alternatives too."""
+        needs = (need for backend in self.backends.values() for need in backend.packages)
+        return list(dict.fromkeys(one for need in needs for one in need.split("|")))
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

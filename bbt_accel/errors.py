@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+from pydantic import ValidationError
+
 
 class BbtError(Exception):
     """Base of every error that bbt-accel raises on purpose; the command line prints it and exits with `exit_code`."""
@@ -114,3 +116,12 @@ def check_known(what: str, name: str, known: Collection[str], error: type[Except
     """Raises `error` for a name that is not among those known, and suggests the closest one."""
     if name not in known:
         raise error(f"unknown {what} {name!r}; {did_you_mean(name, known)}")
+
+
+def first_problem(error: Exception) -> str:
+    """The first problem of a validation error, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    return str(error).splitlines()[0]

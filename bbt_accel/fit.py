@@ -14,17 +14,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bbt_accel.bundle import Bundle, Method, first_problem
+from bbt_accel.bundle import Bundle, Method
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.data import examples
-from bbt_accel.errors import DataError, RunError, TaskError, UsageError
+from bbt_accel.errors import DataError, RunError, TaskError, UsageError, first_problem
 from bbt_accel.inference import evaluate
 from bbt_accel.label_words import distinct_words
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
 from bbt_accel.run import INFO, TASK, Run, read_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
-from bbt_accel.tables import Record, Table, distinct, no_column, plain, read_table
+from bbt_accel.tables import Table, distinct, no_column, plain, read_table
 from bbt_accel.tasks import Task, can_be_placeholder
 from bbt_accel.tuning import tune
 
@@ -125,9 +125,7 @@ def fit_file(
         raise RunError(f"{output} exists already and is no run; choose another -o")
     file, columns = Path(file), [text] if isinstance(text, str) else list(text)
     table = read_table(file)
-    check_table(table, file, columns, label)
-    rows = distinct(table.records, lambda record: tuple(record[column] for column in columns))
-    counts = class_counts(rows, file, label)
+    counts = check_table(table, file, columns, label)
     k = DEFAULTS.k_shot if k_shot is None else k_shot
     chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
     chosen["allow_rare_classes"] = k_shot is None
@@ -160,8 +158,8 @@ def require_same(output: Path, task: str, settings: Mapping[str, object]) -> Non
         raise RunError(f"{output} is the run of another search; use --overwrite or another -o")
 
 
-def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> None:
-    """Raises DataError, in one line, for a column that is missing or has gaps."""
+def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> dict[str, int]:
+    """Different texts of each class, in the order of their names: numbers by value. Raises DataError, in one line."""
     if not table.records:
         raise DataError(f"{file} has no rows")
     for column in (*text, label):
@@ -175,10 +173,7 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> No
             what = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
             raise DataError(f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or remove them")
     check_texts(table, file, text)
-
-
-def class_counts(rows: Sequence[Record], file: Path, label: str) -> dict[str, int]:
-    """Rows of each class, in the order of their names: numbers by value. Raises DataError, in one line."""
+    rows = distinct(table.records, lambda record: tuple(record[column] for column in text))
     counts = Counter(plain(record[label]) for record in rows)
     if len(counts) < 2:
         raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")

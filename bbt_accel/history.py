@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 from bbt_accel.batch import Float64
 from bbt_accel.errors import RunError
 from bbt_accel.files import write_atomically
+from bbt_accel.settings import Settings
 
 
 class Generation(BaseModel, extra="forbid", frozen=True):
@@ -116,20 +117,18 @@ def read_history(file: Path) -> list[Generation]:
     return generations
 
 
-def check_history(
-    generations: Sequence[Generation], popsize: int, layers: int, most: int, calls_before: int = 0
-) -> None:
-    """Raises RunError for generations that no search makes with this population, number of layers and budget.
+def check_history(generations: Sequence[Generation], settings: Settings, layers: int, most: int) -> None:
+    """Raises RunError for generations that no search makes with these settings and as many searched layers.
 
-    most: generations within the budget. calls_before: API calls before the first generation.
+    most: generations within the budget.
     """
     if len(generations) > most:
         raise RunError(f"the run cannot be resumed: it has {len(generations)} generations, its budget {most}")
     for g in generations:
         unscored = g.generation == most - 1 and g.dev_score is None
         for name, wanted, found in (
-            ("losses", popsize, len(g.losses)),
-            ("calls", popsize * (g.generation + 1) + calls_before, g.calls),
+            ("losses", settings.popsize, len(g.losses)),
+            ("calls", settings.calls(g.generation + 1), g.calls),
             ("layer", g.generation % layers, g.layer),
             ("dev_loss", g.dev_score is None, g.dev_loss is None),
             ("dev_score", False, unscored),

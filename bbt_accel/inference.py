@@ -23,7 +23,7 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError, UsageError, check_known
-from bbt_accel.logits import class_logits, log_softmax, with_calibrated
+from bbt_accel.logits import class_logits, log_softmax, require_finite, with_calibrated
 from bbt_accel.objective import Objective, uninformed
 from bbt_accel.readout import Readout, reads_states
 from bbt_accel.run import Run
@@ -167,7 +167,7 @@ class Classifier:
         """
         rows = [Row({column: text[column] for column in self.task.text}) for text in texts]
         scores = class_scores(self.engine, self.encoder, rows, self.run)
-        Objective().score(scores[None], np.zeros(len(rows), np.int64))  # raises NonFiniteLoss
+        require_finite(scores, "a score", "use a bundle in fp32")
         return np.asarray(np.exp(log_softmax(scores)))
 
 

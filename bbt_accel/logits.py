@@ -6,6 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bbt_accel.batch import Float64, Int64
+from bbt_accel.errors import NonFiniteLoss
+
+
+def require_finite(values: npt.ArrayLike, what: str, hint: str) -> None:
+    """Raises NonFiniteLoss for NaN and infinite values."""
+    if not np.isfinite(values).all():
+        raise NonFiniteLoss(f"{what} is NaN or infinite; {hint}")
 
 
 def log_softmax(scores: npt.ArrayLike) -> Float64:

@@ -16,6 +16,16 @@ WIDE_SUMS = "session.x64quantprecision"
 activations and signed weights is added up in pairs of 16 bits, which overflow."""
 
 
+def session_options(threads: int | None = None) -> Any:
+    """Options of a session. threads: all cores unless given."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # fatal; errors are raised anyway
+    options.intra_op_num_threads = threads or 0
+    return options
+
+
 def inference_session(file: str | Path, options: Any, providers: Sequence[Any], **more: Any) -> Any:
     """An `onnxruntime.InferenceSession` with these options, on these providers or not at all."""
     import onnxruntime

@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save
 from bbt_accel.backbone_names import names_path
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import INFO as BUNDLE_INFO
-from bbt_accel.bundle import Bundle, Manifest, Method, PromptMode, TemplateGroup
+from bbt_accel.bundle import Bundle, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
 from bbt_accel.engine_specs import engine_spec, kind_of
 from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.hub import fetched
+from bbt_accel.manifests import Manifest
 from bbt_accel.readout import Readout
 from bbt_accel.settings import ReadoutName, Settings
 from bbt_accel.tasks import Task

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from bbt_accel.bundle import Method, first_problem
-from bbt_accel.errors import UsageError, check_known
+from bbt_accel.bundle import Method
+from bbt_accel.errors import UsageError, check_known, first_problem
 from bbt_accel.option_types import Budget, Demonstrations, KShot, Seed
 
 Loss = Literal["ce", "hinge", "perf"]
@@ -48,32 +48,35 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     )
     random_proj: Literal["normal", "uniform"] = Field(default="normal", description="The projection's distribution.")
 
-    def generations(self, method: Method, n_layers: int) -> int:
-        """Generations within the budget (bbtv2: of whole sweeps over the layers).
+    def generations(self, layers: int) -> int:
+        """Generations within the budget, in whole sweeps over the layers that are searched.
 
         A fitted readout takes the first call, and needs no search. Without one, raises UsageError if there are none.
         """
-        turn = self.turn(method, n_layers)
+        turn = self.turn(layers)
         if self.fitted:
-            return (self.budget - 1) // turn * (turn // self.popsize)
+            return (self.budget - 1) // turn * layers
         if self.budget < turn:
-            need = f"popsize {self.popsize}" + ("" if method == "bbt" else f" times {n_layers} layers")
-            raise UsageError(f"budget {self.budget} is too small: {method} needs at least {turn} calls ({need})")
-        return self.budget // turn * (turn // self.popsize)
+            need = f"popsize {self.popsize}" + ("" if layers == 1 else f" times {layers} layers")
+            raise UsageError(f"budget {self.budget} is too small: the search needs at least {turn} calls ({need})")
+        return self.budget // turn * layers
 
     def check_budget(self, method: Method) -> None:
         """Raises UsageError for a budget without a generation, before an export; of bbtv2 the layers must be known."""
         if method == "bbt":
-            self.generations(method, 1)
+            self.generations(1)
 
-    def turn(self, method: Method, n_layers: int) -> int:
-        """Calls of one generation (bbtv2: of one sweep over the layers), the least that a search can spend."""
-        return self.popsize if method == "bbt" else self.popsize * n_layers
+    def turn(self, layers: int) -> int:
+        """Calls of one generation for each layer that is searched, the least that a search can spend."""
+        return self.popsize * layers
+
+    def calls(self, generations: int) -> int:
+        """Calls after so many generations."""
+        return generations * self.popsize + self.fitted
 
     def scores_dev(self, number: int) -> bool:
         """Whether generation `number`, counted from 0, is due for a dev score: it passes a multiple of eval_every."""
-        calls = (number + 1) * self.popsize
-        return calls // self.eval_every > (calls - self.popsize) // self.eval_every
+        return self.calls(number + 1) // self.eval_every > self.calls(number) // self.eval_every
 
     def begins(self, other: Settings) -> bool:
         """Whether a search with these settings is the first part of one with `other`: only the budget may differ."""

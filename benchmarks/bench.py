@@ -101,7 +101,7 @@ class Benchmark:
         self.test_rows = steps.compared_rows(task, options.data, options.test_rows)
         self.exported = exported = Bundle.read(self.bundles.exported())
         if options.tune:
-            settings.generations(options.method, exported.info.n_layers)
+            settings.generations(exported.info.searched_layers)
         self.rows, self.notes = plan_measurements(options, exported.info)
         self.tell.expect(4 + 2 * len(self.rows) + (1 + options.seeds) * sum(map(self.tunes, self.rows)))
         shown: list[Row] = []

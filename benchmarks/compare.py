@@ -228,7 +228,7 @@ class CompareTrial:
         scores, total = list[Score](), 0.0
         for budget in sorted({*([1] if name == "auto" else []), *self.options.budgets}):
             settings = resolve(self.task.preset(info.method), given, {"readout": readout, "budget": budget})
-            if settings.fitted or budget >= settings.turn(info.method, info.n_layers):
+            if settings.fitted or budget >= settings.turn(info.searched_layers):
                 run, seconds = self.tune(contender, method, readout, budget, given, resume=bool(scores))
                 total += seconds
                 scores.append(self.score(contender, run, total, budget))

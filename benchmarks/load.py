@@ -32,6 +32,7 @@ from bbt_accel.benchmarks.script import Report, Timed, numbers, run_script
 from bbt_accel.benchmarks.steps import SEED, random_prompts, timed_rows
 from bbt_accel.bundle import Bundle
 from bbt_accel.encoding import Encoder
+from bbt_accel.engine_specs import DEFAULT_ENGINE
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import EngineError, UsageError
 from bbt_accel.inference_protocol import BACKBONE, CLASSIFIER, ROWS, TOKEN
@@ -222,7 +223,7 @@ def served(path: Path, engine: str, threads: int | None) -> Iterator[str]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a bundle, or a run that tune has written")
     parser.add_argument("--task", default="demo", help="task of the rows that are sent, for a bundle (default: demo)")
-    parser.add_argument("--engine", default="ort")
+    parser.add_argument("--engine", default=DEFAULT_ENGINE)
     parser.add_argument("--threads", type=int, help="CPU threads of the server's engine")
     parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8], help="(default: 1,2,4,8)")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds per row of the report (default: 5)")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from bbt_accel.bundle import Method, PromptMode, first_problem
-from bbt_accel.engine_specs import Device, Precision
-from bbt_accel.errors import UsageError, check_known
+from bbt_accel.bundle import Method, PromptMode
+from bbt_accel.engine_specs import DEFAULT_ENGINE, Device, Precision
+from bbt_accel.errors import UsageError, check_known, first_problem
 from bbt_accel.option_types import (
     BACKBONE,
     FIT_PROMPT_TOKENS,
@@ -110,7 +110,7 @@ class CompareOptions(Schema):
     )
     n_prompt_tokens: PromptTokens = FIT_PROMPT_TOKENS
     test_rows: Count = Field(default=800, description="Maximum of test rows.")
-    engine: str = Field(default="ort", description="Engine of the readouts and the searches.")
+    engine: str = Field(default=DEFAULT_ENGINE, description="Engine of the readouts and the searches.")
     precision: Precision = Field(default="fp32", description="Its precision.")
     threads: Threads | None = Field(default=None, description="CPU threads per trial (default: its share).")
     jobs: Count | None = Field(default=None, description="Trials at a time (default: 1).")

@@ -48,8 +48,8 @@ class ScalingReport(Report):
 def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -> ScalingReport:
     """Search with every engine here, in 1 … `workers` workers of one thread each, and here with as many threads."""
     info, most = Bundle.read(given.bundle).info, int(given.workers)
-    turn = info.n_layers if info.method == "bbtv2" else 1
-    calls = given.popsize * turn * ceil((given.repeats + 1) / turn)
+    layers = info.searched_layers
+    calls = given.popsize * layers * ceil((given.repeats + 1) / layers)
     asked = {"popsize": given.popsize, "k_shot": given.k_shot, "budget": calls, "eval_every": calls, "seed": SEED}
     shared = {
         "data": given.data,

@@ -174,8 +174,7 @@ def random_prompts(info: BundleInfo, count: int, seed: int) -> Float32:
 def search_space(bound: BoundBatch, popsize: int) -> tuple[PromptSpace, Float64]:
     """The space of a search, the same in every process, and candidates for each of its layers, (L or 1, P, d)."""
     info, settings = bound.bundle.info, resolve()
-    deep = info.method == "bbtv2"
-    layers = info.n_layers if deep else 1
+    layers, deep = info.searched_layers, info.method == "bbtv2"
     space = PromptSpace(bound.bundle, settings, np.full(layers, info.word_embedding_std, np.float32) if deep else None)
     return space, np.random.default_rng(0).standard_normal((layers, popsize, settings.intrinsic_dim))
 

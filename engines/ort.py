@@ -12,9 +12,7 @@ from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import EngineError
 from bbt_accel.machine import installed
-from bbt_accel.ort_sessions import inference_session
-
-FATAL = 4  # severity from which ONNX Runtime logs: errors are raised anyway
+from bbt_accel.ort_sessions import inference_session, session_options
 
 
 @functools.cache
@@ -51,9 +49,7 @@ class OrtEngine(StagedEngine):
             raise EngineError(f"{found}; see bbt-accel doctor for what to install")
 
     def open(self, stage: str) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = FATAL
-        options.intra_op_num_threads = self.threads or 0
+        options = session_options(self.threads)
         options.enable_mem_pattern = self.memory_patterns
         share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")

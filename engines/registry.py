@@ -7,7 +7,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from bbt_accel.bundle import Bundle
-from bbt_accel.engine_specs import engine_spec, kind_of
+from bbt_accel.engine_specs import DEFAULT_ENGINE, engine_spec, kind_of
 from bbt_accel.engines.base import Engine
 from bbt_accel.errors import EngineError, MissingDependency, UsageError, missing_module
 from bbt_accel.optimizations import check_optimizations
@@ -16,7 +16,7 @@ from bbt_accel.option_types import check_threads
 
 def load_engine(
     bundle: str | Path | Bundle,
-    name: str = "ort",
+    name: str = DEFAULT_ENGINE,
     *,
     device: str = "cpu",
     threads: int | None = None,

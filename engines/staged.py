@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from bbt_accel.batch import Batch, Float32, Float64, Int64
-from bbt_accel.bundle import PROJECT, STATES, STATISTICS
+from bbt_accel.bundle import PROJECT, STATES, STATISTICS, block_stage, state_name
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.errors import EngineError, UsageError
@@ -280,8 +280,8 @@ class StagedBoundBatch(BoundBatch):
 
     def run_block(self, layer: int, bucket: Bucket, state: Arrays, prompts: Array) -> Arrays:
         """Block `layer` with its prompts (P or 1, n, H)."""
-        out = self.engine.run(f"block_{layer:02d}", {**bucket.inputs, **state, "prompts": prompts})
-        return {name.removesuffix("_out"): value for name, value in out.items()}
+        out = self.engine.run(block_stage(layer), {**bucket.inputs, **state, "prompts": prompts})
+        return {state_name(name): value for name, value in out.items()}
 
     def run_from(
         self, layer: int, bucket: Bucket, state: Arrays, prompts: list[Array], skip: Collection[str]

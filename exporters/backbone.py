@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bbt_accel.bundle import STATES, BundleInfo
+from bbt_accel.bundle import STATES, BundleInfo, block_of, block_stage, output_name
 
 MASKED = -10000.0
 """Added to the attention score of a padded key: exp() of it is 0 in fp32, and twice of it is finite in fp16."""
@@ -159,7 +159,7 @@ class Backbone(nn.Module, ABC):
         """
         if method == "bbt":
             return ["model"]
-        return ["embed", *(f"block_{i:02d}" for i in range(self.layers - 1)), "last"]
+        return ["embed", *(block_stage(i) for i in range(self.layers - 1)), "last"]
 
     def inputs(self, stage: str) -> tuple[str, ...]:
         """Names of a stage's inputs."""
@@ -174,7 +174,7 @@ class Backbone(nn.Module, ABC):
         """Names of a stage's outputs. A block's are those of its state with `_out`."""
         if stage in ("model", "last"):
             return FOUND
-        return self.state if stage == "embed" else tuple(f"{name}_out" for name in self.state)
+        return self.state if stage == "embed" else tuple(map(output_name, self.state))
 
     def run(self, stage: str, inputs: Inputs) -> Inputs:
         """One stage by its name, from inputs by name to outputs by name."""
@@ -186,8 +186,8 @@ class Backbone(nn.Module, ABC):
         rest: Inputs = {name: value for name, value in inputs.items() if name not in state}
         if stage == "last":
             return self.last(state=state, **rest)
-        moved = self.step(int(stage.removeprefix("block_")), state=state, **rest)
-        return {f"{name}_out": value for name, value in moved.items()}
+        moved = self.step(block_of(stage), state=state, **rest)
+        return {output_name(name): value for name, value in moved.items()}
 
     # The computation, the same for all ------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from bbt_accel.batch import Batch, Float32, Int64
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import Bundle, state_name
 from bbt_accel.cuda import GPU_TOKENS
 from bbt_accel.data import load_few_shot, load_rows
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
@@ -131,7 +131,7 @@ def channels(file: Path, feeds: list[Feeds], names: dict[str, int]) -> tuple[dic
     found, results = dict[str, Channels](), []
     for feed in feeds:
         values = dict(zip(outputs, session.run(None, {k: feed[k] for k in inputs}), strict=True))
-        results.append({name.removesuffix("_out"): values[name] for name in own})
+        results.append({state_name(name): values[name] for name in own})
         for name in names:
             low, high = values[f"{name}_low"], values[f"{name}_high"]
             tokens = int(values[f"{name}_rows"].sum())

@@ -16,7 +16,7 @@ import onnx
 
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
-from bbt_accel.engine_specs import Precision, targets
+from bbt_accel.engine_specs import DEFAULT_ENGINE, Precision, targets
 from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, translated
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, calibration_prompts, lengths, stage_feeds
@@ -36,12 +36,12 @@ from bbt_accel.option_types import MAX_RMSE, check_threads
 from bbt_accel.progress import Tell, silent
 
 CALIBRATION_ROWS = 16  # rows, times the prompts of `calibration_prompts`, that activation ranges are read from
+TOOLS = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "torch")
+"""Distributions that conversions use, besides those of the engine."""
 FP32_ERROR = 1e-3
 """Largest error of fp32 logits, relative to the largest where that exceeds 1; more means a wrong rewrite."""
 LEAK = 0.05
 """Largest change of a row's logits when padding is added, relative to the largest logit; more means a lost mask."""
-TOOLS = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt", "tensorrt_rtx_cu13", "torch")
-"""Distributions whose versions the bundle records."""
 
 
 def optimize_bundle(
@@ -49,7 +49,7 @@ def optimize_bundle(
     output: str | Path,
     *,
     precision: Precision = "fp32",
-    target: str = "ort",
+    target: str = DEFAULT_ENGINE,
     calibrate: str | None = None,
     data: Path | None = None,
     max_rmse: float = MAX_RMSE,
@@ -88,7 +88,8 @@ def optimize_bundle(
         if (bundle.path / INITIAL_PROMPT).exists():
             shutil.copyfile(bundle.path / INITIAL_PROMPT, folder / INITIAL_PROMPT)
         report, logits = converter.convert(job, folder) or to_graphs(job, folder)
-        versions = {name: version for name in TOOLS if (version := installed(name))}
+        used = (*spec.packages, *TOOLS)
+        versions = {name: version for name in used if (version := installed(name))}
         changes = {"precision": precision, "target": target, "source": bundle.digest}
         info = bundle.info.model_copy(update=changes | {"versions": bundle.info.versions | versions})
         made = Bundle(folder, write_info(folder, info))

@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import Bundle, BundleInfo
+from bbt_accel.bundle import Bundle, BundleInfo, block_of, state_name
 from bbt_accel.errors import ExportError
 from bbt_accel.exporters.openvino_ir import StageReader, compile_options
-from bbt_accel.ort_sessions import inference_session
+from bbt_accel.ort_sessions import inference_session, session_options
 
 Feeds = dict[str, Any]
 """Inputs or outputs of a stage by name, numpy."""
@@ -60,7 +60,7 @@ def onnx_stage(file: Path) -> RunStage:
     """A graph in ONNX Runtime."""
     session = open_session(file)
     inputs = [i.name for i in session.get_inputs()]
-    outputs = [o.name.removesuffix("_out") for o in session.get_outputs()]
+    outputs = [state_name(o.name) for o in session.get_outputs()]
 
     def run(feeds: Feeds) -> Feeds:
         if missing := set(inputs) - feeds.keys():
@@ -71,11 +71,7 @@ def onnx_stage(file: Path) -> RunStage:
 
 
 def open_session(file: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised anyway
-    options.intra_op_num_threads = _THREADS.get() or 0  # 0: all cores
+    options = session_options(_THREADS.get())
     # Folding constants would transpose all weights in memory; without it, matmuls take them as they are.
     folding = ["ConstantFolding"]
     return inference_session(file, options, ["CPUExecutionProvider"], disabled_optimizers=folding)
@@ -100,7 +96,7 @@ def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
 
     def run(feeds: Feeds, reader: StageReader = reader) -> Feeds:  # the reader lives as long as the model
         found = model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs})
-        return {o.get_any_name().removesuffix("_out"): np.array(found[o]) for o in model.outputs}
+        return {state_name(o.get_any_name()): np.array(found[o]) for o in model.outputs}
 
     return run
 
@@ -128,5 +124,5 @@ def prompt_feeds(info: BundleInfo, stage: str, prompts: Float32) -> Feeds:
         return {}
     if info.method == "bbt":
         return {"prompts": prompts}
-    layer = info.n_layers - 1 if stage == "last" else int(stage.removeprefix("block_"))
+    layer = info.n_layers - 1 if stage == "last" else block_of(stage)
     return {"prompts": np.ascontiguousarray(prompts[:, layer])}

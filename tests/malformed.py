@@ -36,12 +36,12 @@ from pyarrow import parquet
 from search_parts import SETTINGS, TASK, search_bundle, task_file
 
 from bbt_accel import Bundle, Encoder, load_engine, load_task, tune
-from bbt_accel.bundle import facts_digest
 from bbt_accel.command import explain
 from bbt_accel.data import load_rows
 from bbt_accel.errors import ExportError
 from bbt_accel.fit import check_table
 from bbt_accel.inference import predict
+from bbt_accel.manifests import facts_digest
 from bbt_accel.packaging.manifest import INFO, Comparison, PackageInfo, Source, read_info, write_info
 from bbt_accel.run import Run
 from bbt_accel.sweeps.grid import read_sweep

@@ -601,6 +601,17 @@ def test_silent_connections_block_nobody_and_are_closed_after_a_while(plain: Bun
         assert time.monotonic() - begun < 10
 
 
+def test_a_connection_is_kept_between_requests_as_long_as_it_was_asked_for(plain: Bundle) -> None:
+    """Longer than a proxy keeps it, which would otherwise send a request to a connection that is being closed."""
+    limits = replace(LIMITS, idle=0.2, keep_alive=2.0)
+    with running(app(plain, limits), limits) as url:
+        [kept] = connections(url, 1, b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert kept.recv(2**16)
+        begun = time.monotonic()
+        assert closed(kept)
+        assert time.monotonic() - begun > 1.5
+
+
 def test_a_client_that_reads_nothing_and_asks_again_is_closed_after_a_while(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,19 +44,26 @@ def test_a_misspelt_name_suggests_the_right_one() -> None:
 
 def test_generations_never_exceed_the_budget() -> None:
     settings = Settings(readout="verbalizer", popsize=20, budget=110)
-    assert settings.generations("bbt", 12) == 5
-    assert settings.generations("bbtv2", 2) == 4  # two sweeps of two layers, 80 calls
-    assert Settings(readout="verbalizer").generations("bbt", 24) == 400
+    assert settings.generations(1) == 5
+    assert settings.generations(2) == 4  # two sweeps of two layers, 80 calls
+    assert Settings(readout="verbalizer").generations(1) == 400
 
 
 def test_a_fitted_readout_takes_one_call_and_needs_no_search() -> None:
-    assert Settings(readout="states", popsize=20, budget=100).generations("bbt", 12) == 4
-    assert Settings(readout="auto", popsize=20, budget=101).generations("bbt", 12) == 5
-    assert Settings(budget=1).generations("bbtv2", 24) == 0
+    assert Settings(readout="states", popsize=20, budget=100).generations(1) == 4
+    assert Settings(readout="auto", popsize=20, budget=101).generations(1) == 5
+    assert Settings(budget=1).generations(24) == 0
+
+
+def test_a_generation_that_passes_a_multiple_of_eval_every_is_scored() -> None:
+    for name in ("verbalizer", "calibrated"):
+        settings = Settings(readout=name, popsize=20, eval_every=101)  # type: ignore[arg-type]
+        due = [settings.calls(number + 1) for number in range(12) if settings.scores_dev(number)]
+        assert due == ([120, 220] if name == "verbalizer" else [101, 221])
 
 
 def test_a_budget_below_one_generation_or_sweep_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 20 calls"):
-        Settings(readout="verbalizer", budget=19).generations("bbt", 2)
+        Settings(readout="verbalizer", budget=19).generations(1)
     with pytest.raises(UsageError, match="at least 240 calls"):
-        Settings(readout="verbalizer", budget=100).generations("bbtv2", 12)
+        Settings(readout="verbalizer", budget=100).generations(12)

@@ -9,10 +9,11 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from bbt_accel.bundle import Architecture, SealedManifest, TemplateGroup, check_files
+from bbt_accel.bundle import Architecture, TemplateGroup
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import PackageError
 from bbt_accel.files import sha256
+from bbt_accel.manifests import SealedManifest, check_files
 
 INFO, ADAPTER_CONFIG = "bbt_accel.json", "adapter_config.json"
 Kind = Literal["onnx", "openvino", "peft", "triton", "web"]

@@ -11,6 +11,7 @@ import onnx
 from bbt_accel.batch import Int64
 from bbt_accel.engine_specs import Precision
 from bbt_accel.engines.base import failing
+from bbt_accel.ort_sessions import session_options
 from bbt_accel.packaging.comparison import LoadedModel
 from bbt_accel.packaging.compose import save
 from bbt_accel.packaging.packaged_run import CHECKED, PackagedRun
@@ -29,9 +30,7 @@ def open_onnx(file: Path, precision: Precision, threads: int | None) -> LoadedMo
     model = onnx.load(file, load_external_data=False)
     for name in CHECKED.values():
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised anyway
-    options.intra_op_num_threads = threads or 0
+    options = session_options(threads)
     options.add_session_config_entry(EXTERNAL_FOLDER, str(file.parent))
     with failing("ONNX Runtime", f"to load {file.name}"):
         session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from bbt_accel.batch import Int64
+from bbt_accel.bundle import state_name
 from bbt_accel.engine_specs import Precision
 from bbt_accel.engines.base import failing
 from bbt_accel.exporters.openvino_ir import StageReader, compile_options
@@ -45,7 +46,7 @@ def joined(made: PackagedRun, reader: StageReader) -> Any:
     for stage, constants in made.stages().items():
         model = reader.read(stage)
         connect(model, known, constants)
-        known |= {name.removesuffix("_out"): value for name, value in outputs_of(model).items()}
+        known |= {state_name(name): value for name, value in outputs_of(model).items()}
     back = converted(made.back())
     connect(back, known, {})
     logits = outputs_of(back)["logits"]

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from bbt_accel.batch import Float32, Int64
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import Bundle, state_name
 from bbt_accel.data import Row
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import PackageError
@@ -79,7 +79,7 @@ class PackagedRun:
             model = onnx.load(self.bundle.path / f"{name}.onnx", load_external_data=False)
             own = {i.name for i in model.graph.input}
             used = {name: value for name, value in constants.items() if name in own}
-            states = {o.name: o.name.removesuffix("_out") for o in model.graph.output}
+            states = {o.name: state_name(o.name) for o in model.graph.output}
             parts.append(Part(name, model, used, states))
         parts.append(Part("scores", self.back()))
         classes = int(self.readout.classes.max()) + 1

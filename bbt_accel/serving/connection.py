@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 512
@@ -47,6 +48,8 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if self.waits and self.flow.write_paused:  # a close would wait until the client has read everything
             self._within(self.transport.abort)
+        elif self.waits and self.conn.their_state is h11.SEND_BODY:  # it was answered before its body had arrived
+            self._within(self.transport.close)
         elif self.waits:  # and no further request had arrived already
             self._within(self.transport.close, self.timeout_keep_alive)
             self.kept = True

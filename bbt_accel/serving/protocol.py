@@ -17,8 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from bbt_accel.batch import shape_fits
-from bbt_accel.bundle import first_problem
-from bbt_accel.errors import RequestError, clipped
+from bbt_accel.errors import RequestError, clipped, first_problem
 
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON object that binary data follows
 DTYPES: dict[str, Any] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "BYTES": np.dtype(object)}

@@ -14,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from bbt_accel.bundle import Bundle
-from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engine_specs import DEFAULT_ENGINE, engine_spec
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.hub import fetched
@@ -51,7 +51,7 @@ def serve(
     bundle = Bundle.read(path) if run is None else run.open_bundle()
     record = None if run is None else run.info.engine
     own = record if record is not None and engine in (None, record.name) and not record.remote else None
-    engine = engine or (own.name if own else "ort")
+    engine = engine or (own.name if own else DEFAULT_ENGINE)
     device = device or (own.device if own else engine_spec(engine).device("cpu"))
     with listen(host, port) as listener, load_engine(bundle, engine, device=device, threads=threads) as loaded:
         models = make_models(loaded, limits, run)

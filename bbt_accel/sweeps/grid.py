@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from bbt_accel.bundle import INFO, Bundle, Method, first_problem
-from bbt_accel.engine_specs import Device, local_engine
-from bbt_accel.errors import BundleError, UsageError, check_known, first_line
+from bbt_accel.bundle import INFO, Bundle, Method
+from bbt_accel.engine_specs import DEFAULT_ENGINE, Device, local_engine
+from bbt_accel.errors import BundleError, UsageError, check_known, first_line, first_problem
 from bbt_accel.files import fingerprint
 from bbt_accel.option_types import Seed
 from bbt_accel.reporting import Schema
@@ -46,7 +46,7 @@ class Sweep(Schema):
 
     tasks: Names = Field(description="Built-in tasks or paths of .toml files.")
     bundles: Names = Field(description="Bundle folders, of different names.")
-    engines: Annotated[Names, AfterValidator(_engines)] = Field(default=["ort"])
+    engines: Annotated[Names, AfterValidator(_engines)] = Field(default=[DEFAULT_ENGINE])
     """Engines that run the backbones."""
     seeds: Seeds = Field(default=[42], description="Seeds of the few-shot rows, the projection and the search.")
     device: Device = Field(default="cpu", description="Device of all engines.")
@@ -77,8 +77,7 @@ class Sweep(Schema):
         folders = {task.name: self.data and str(Path(self.data, task.name)) for task in tasks.values()}
         rows = {name: folder and fingerprint(folder) for name, folder in folders.items()}
         for bundle, task in product(bundles.values(), tasks.values()):
-            method, n_layers = bundle.info.method, bundle.info.n_layers
-            resolve(task.preset(method), self.settings).generations(method, n_layers)
+            resolve(task.preset(bundle.info.method), self.settings).generations(bundle.info.searched_layers)
         trials = [
             Trial(
                 task=path,

@@ -38,7 +38,7 @@ def summary(report: SweepReport) -> str:
     hint = " Interrupted; resume with --resume." if report.interrupted else ""
     seeds = len(report.sweep.seeds)
     mean = f"mean over {seeds} seeds and (standard deviation, n − 1)" if seeds > 1 else "one seed"
-    legend = f"Percent on the test rows, {mean}. `no prompt` is the same bundle with a zero prompt, "
+    legend = f"Percent on the test rows, {mean}. `no prompt` is the same bundle before the search, "
     legend += "`calibrated` the same with the label bias removed."
     parts = [f"{len(report.trials)} trials: {', '.join(counts)}.{hint}", scores(report), legend]
     failures = {trial.name: trial.reason for trial in report.trials if trial.reason}

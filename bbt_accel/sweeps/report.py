@@ -21,7 +21,7 @@ class TrialResult(Schema):
 
     trial: Trial
     score: float = Field(description="Test score of the tuned prompt, by the task's metric.")
-    without_prompt: float = Field(description="Test score of a zero prompt.")
+    without_prompt: float = Field(description="Test score of the label words before the search.")
     calibrated: float = Field(description="The same with the label bias removed, without labels.")
     dev_score: float = Field(description="Dev score of the tuned prompt, by which it was chosen.")
     test_rows: int = Field(description="Test rows behind score and without_prompt.")
@@ -42,7 +42,7 @@ class TrialRow(Schema):
     status: Literal["done", "failed", "not run"] = Field(description="not run: the sweep was interrupted.")
     reason: str | None = Field(default=None, description="Why it failed, in one line.")
     score: float | None = Field(default=None, description="Test score of the tuned prompt.")
-    without_prompt: float | None = Field(default=None, description="Test score of a zero prompt.")
+    without_prompt: float | None = Field(default=None, description="Test score of the label words before the search.")
     calibrated: float | None = Field(default=None, description="The same with the label bias removed, without labels.")
     dev_score: float | None = Field(default=None, description="Dev score of the tuned prompt, by which it was chosen.")
     test_rows: int | None = Field(default=None, description="Test rows behind score and without_prompt.")
@@ -61,7 +61,7 @@ class ScoreCell(Schema):
     scores: list[float] = Field(description="Test scores, in the order of the seeds.")
     mean: float | None = Field(description="Mean of the scores; None without any.")
     std: float | None = Field(description="Standard deviation of the scores (n − 1); None for fewer than two.")
-    without_prompt: float | None = Field(description="Mean test score of a zero prompt.")
+    without_prompt: float | None = Field(description="Mean test score of the label words before the search.")
     calibrated: float | None = Field(description="The same with the label bias removed, without labels.")
     failed: int = Field(description="Trials that failed.")
 
@@ -74,8 +74,8 @@ class SweepRow(Schema):
     engine: str = Field(description="Engine of the searches and of the tests.")
     cells: list[ScoreCell] = Field(description="One per task.")
     mean: float | None = Field(description="Mean of the cells' means; None unless every task has one.")
-    without_prompt: float | None = Field(description="The same for a zero prompt.")
-    calibrated: float | None = Field(description="The same for a zero prompt with the label bias removed.")
+    without_prompt: float | None = Field(description="The same before the search.")
+    calibrated: float | None = Field(description="The same before the search, with the label bias removed.")
 
 
 class CrossScore(Schema):

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from bbt_accel.bundle import Method, TemplateGroup, first_problem
-from bbt_accel.errors import TaskError, UsageError, check_known, did_you_mean
+from bbt_accel.bundle import Method, TemplateGroup
+from bbt_accel.errors import TaskError, UsageError, check_known, did_you_mean, first_problem
 from bbt_accel.option_types import Demonstrations
 from bbt_accel.settings import Metric, resolve
 

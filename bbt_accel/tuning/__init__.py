@@ -17,7 +17,7 @@ from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle
 from bbt_accel.data import has_test_rows, load_few_shot, rows_digest
 from bbt_accel.encoding import encoder_with_demonstrations
-from bbt_accel.engine_specs import engine_spec
+from bbt_accel.engine_specs import DEFAULT_ENGINE, engine_spec
 from bbt_accel.errors import DataError, RunError, UsageError, check_known
 from bbt_accel.history import Generation
 from bbt_accel.logits import class_logits, with_calibrated
@@ -42,7 +42,7 @@ def tune(
     task: str | Path | Task,
     *,
     data: str | Path | None = None,
-    engine: str = "ort",
+    engine: str = DEFAULT_ENGINE,
     device: str = "cpu",
     threads: int | None = None,
     without: Sequence[str] = (),
@@ -143,7 +143,7 @@ def _resolve(
         raise UsageError(f"--loss {given['loss']} is for --readout verbalizer; others minimize the cross entropy")
     if settings.fitted:  # whatever the task's preset says
         settings = settings.model_copy(update={"loss": "ce"})
-    settings.generations(method, bundle.info.n_layers)  # raises before anything is loaded
+    settings.generations(bundle.info.searched_layers)  # raises before anything is loaded
     if engine.workers is not None:
         check_workers(engine.workers, settings.popsize)
     return workspace, former, settings
@@ -227,7 +227,7 @@ def _search(
 ) -> tuple[Run, SearchOutcome]:
     """Load the engine, search in the workspace, and complete the run."""
     settings, bundle = job.settings, job.bundle
-    calls = settings.generations(bundle.info.method, bundle.info.n_layers) * settings.popsize + settings.fitted
+    calls = settings.calls(settings.generations(bundle.info.searched_layers))
     with ExitStack() as stack:
         evaluator = stack.enter_context(_evaluator(job, ray, progress))
         info.engine.versions = evaluator.versions()

@@ -9,8 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from bbt_accel.batch import Float32, Float64, Int64
-from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.logits import row_losses
+from bbt_accel.logits import require_finite, row_losses
 from bbt_accel.readout import Readout, reads_states
 from bbt_accel.readout_fitting import LabelledRows, fit_for, held_out
 from bbt_accel.run import ReadoutRecord, TriedReadout
@@ -44,10 +43,8 @@ class ReadoutSearch:
     def rows(self, prompt: Float32) -> LabelledRows:
         """All rows with a prompt, and of the outputs what the readouts need. Raises NonFiniteLoss."""
         outputs = self.evaluator.outputs(prompt, any(map(reads_states, self.names)))
-        if not all(np.isfinite(value).all() for value in outputs.values()):
-            raise NonFiniteLoss(
-                "a logit or a hidden state is NaN or infinite; use an fp32 bundle, or a smaller --sigma"
-            )
+        for value in outputs.values():
+            require_finite(value, "a logit or a hidden state", "use a bundle in fp32, or a smaller --sigma")
         batch, classes = self.job.rows, self.job.classes
         words = batch.label_token_ids[len(classes) :]
         return LabelledRows(outputs, batch.targets, classes, words, self.job.settings.seed)

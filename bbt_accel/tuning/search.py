@@ -73,12 +73,12 @@ def search(
     Raises NonFiniteLoss, EngineError, UsageError for a budget below one generation, RunError for the history of
     another search.
     """
-    total, deep = settings.generations(bundle.info.method, bundle.info.n_layers), bundle.info.method == "bbtv2"
+    layers, deep = bundle.info.searched_layers, bundle.info.method == "bbtv2"
+    total = settings.generations(layers)
     if not total and start is not None:
         return SearchOutcome(start)
     dev = dev or evaluator.dev
-    turns = bundle.info.n_layers if deep else 1
-    check_history(history.generations, settings.popsize, turns, total, int(settings.fitted))
+    check_history(history.generations, settings, layers, total)
     space = PromptSpace(bundle, settings, evaluator.layer_stds() if deep else None)
     kind = BbtV2 if deep else Bbt
     method = kind(space, settings)
@@ -155,7 +155,7 @@ def _generation(
     best = int(np.argmin(losses))
     generation = Generation(
         generation=number,
-        calls=(number + 1) * settings.popsize + settings.fitted,
+        calls=settings.calls(number + 1),
         layer=layer,
         candidates=fingerprint(candidates),
         losses=losses.tolist(),
