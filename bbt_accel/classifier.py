@@ -25,7 +25,7 @@ from bbt_accel.engine_specs import DEFAULT_ENGINE
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, DataError, PackageError, RunError, check_known, first_line, translated
 from bbt_accel.files import new_folder
-from bbt_accel.fit import make_task
+from bbt_accel.fit import examples_per_class, make_task
 from bbt_accel.hub import fetched
 from bbt_accel.inference import Classifier
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
@@ -113,12 +113,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             found = f"{len(classes)} classes, the rarest with {fewest} rows"
             raise DataError(f"y has {found}; at least two classes of two rows are needed")
         check_columns(rows, labels)
-        settings = self._settings(fewest)
+        names = [str(label).strip() for label in classes]
+        counts = dict(zip(names, np.bincount(targets).tolist(), strict=True))
+        settings = self._settings(counts)
         choice = choose(self.engine, self.precision)
         bundle = self._prepared(choice)
-        names = [str(label).strip() for label in classes]
         words = () if self.label_words is None else list(self.label_words)  # of a numpy grid, an array
-        shares = None if self.balanced else np.bincount(targets).tolist()
+        shares = None if self.balanced else list(counts.values())
         task = make_task("classifier", list(rows[0]), LABEL, names, bundle, self.template, words, shares)
         place = tempfile.TemporaryDirectory(prefix="bbt-accel-")
         folder = Path(place.name)
@@ -138,16 +139,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise KeyboardInterrupt
         return self
 
-    def _settings(self, fewest: int) -> dict[str, object]:
-        """Of the search, checked before anything is exported. fewest: rows of the rarest class."""
+    def _settings(self, counts: Mapping[str, int]) -> dict[str, object]:
+        """Of the search, checked before anything is exported. counts: rows of each class."""
         settings: dict[str, object] = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
-        settings |= {"k_shot": self.k_shot, "allow_rare_classes": self.k_shot is None}
-        found = resolve(settings)
-        found.check_budget(self.method)
-        if self.k_shot is not None and fewest < 2 * found.k_shot:
-            need = f"k_shot {found.k_shot} needs {2 * found.k_shot}"
-            raise DataError(f"the rarest class has {fewest} rows, {need}; lower it or leave it out")
-        return settings
+        settings |= {} if self.k_shot is None else {"k_shot": self.k_shot}
+        resolve(settings).check_budget(self.method)
+        return settings | examples_per_class(counts, self.k_shot)
 
     def _prepared(self, choice: Choice) -> Bundle:
         return prepared_bundle(

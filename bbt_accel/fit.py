@@ -126,11 +126,7 @@ def fit_file(
     file, columns = Path(file), [text] if isinstance(text, str) else list(text)
     table = read_table(file)
     counts = check_table(table, file, columns, label)
-    k = DEFAULTS.k_shot if k_shot is None else k_shot
-    chosen = {"k_shot": k, "budget": budget, "seed": seed, "readout": readout, "hold_out": True}
-    chosen["allow_rare_classes"] = k_shot is None
-    if k_shot is not None and min(counts.values()) < 2 * k:
-        raise DataError(f"class {min(counts, key=lambda c: counts[c])!r} has fewer than {2 * k} rows; lower --k-shot")
+    chosen = examples_per_class(counts, k_shot) | {"budget": budget, "seed": seed, "readout": readout, "hold_out": True}
     if (output / INFO).is_file() and not overwrite:
         require_same(output, task_name(file), chosen)
     settings, choice = resolve(chosen), choose(engine, precision)
@@ -148,6 +144,20 @@ def fit_file(
     )  # fmt: skip
     tested = run.info.status == "done" and plan.left > 0
     return Fitted(plan, run, evaluate(run.path, threads=threads) if tested else None)
+
+
+def examples_per_class(counts: Mapping[str, int], k_shot: int | None) -> dict[str, Any]:
+    """The settings of how many examples a class gives: the default, or what it has; or exactly `k_shot`.
+
+    counts: rows of each class. Raises DataError where one has too few for `k_shot`.
+    """
+    if k_shot is None:
+        return {"k_shot": DEFAULTS.k_shot, "allow_rare_classes": True}
+    rarest = min(counts, key=lambda name: counts[name])
+    if counts[rarest] < 2 * k_shot:
+        problem = f"class {rarest!r} has {counts[rarest]} rows, --k-shot {k_shot} needs {2 * k_shot} (train and dev)"
+        raise DataError(f"{problem}; lower it or leave it out")
+    return {"k_shot": k_shot, "allow_rare_classes": False}
 
 
 def require_same(output: Path, task: str, settings: Mapping[str, object]) -> None:
@@ -251,9 +261,10 @@ def commands(
         flag = [] if choice.precision == "fp32" else [f"--{choice.precision}"]
         steps.append(["optimize", exported, "-o", made, "--target", choice.target, *flag])
     place = ["--engine", choice.engine, *([] if choice.device == "cpu" else ["--device", choice.device]), *cpu]
-    options = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value is not False}
+    given = {name: value for name, value in settings.items() if value is not False and name != "hold_out"}
+    options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
     chosen = [name if value is True else f"{name}={value}" for name, value in options.items()]
-    data = ["--task", f"{output / TASK}", "--data", str(file)]
+    data = ["--task", f"{output / TASK}", "--data", str(file), "--hold-out"]
     again = f"{output}-again"
     steps.append(
         ["tune", "--bundle", exported if choice.target == "onnx" else made, *data, *place, *chosen, "-o", again]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, variance
 
 from pydantic import Field
 from scipy.stats import t
@@ -28,6 +29,8 @@ from bbt_accel.settings import Metric
 
 Pair = tuple[str, int]
 """A task and a seed, by which contenders are compared in pairs."""
+PAIRS = "Points, over pairs of the same task and seed; the intervals are of the mean over these tasks, not of others."
+"""What the tables of differences show."""
 NARROW = 5
 """Points that the vertical axis of a plot covers at least."""
 
@@ -66,7 +69,7 @@ class Difference(Schema):
     other: str
     mean: float
     interval: tuple[float, float] | None
-    """95 %, of the mean difference, by Student's t over the pairs; None for a single pair."""
+    """95 %, of the mean over these tasks, by Student's t; None where a task has a single pair."""
     worst_task: str
     worst: float
     """The task with the lowest difference, and that difference, mean over seeds."""
@@ -98,7 +101,7 @@ def difference(scores: Sequence[Score], reference: str, other: str) -> Differenc
     pairs = paired(*({score.pair: score for score in scores if score.label == label} for label in (reference, other)))
     if not pairs:
         return None
-    mean, limits = interval(list(pairs.values()))
+    mean, limits = interval(pairs)
     tasks = {task: fmean(value for (name, _), value in pairs.items() if name == task) for task, _ in pairs}
     worst = min(tasks, key=lambda task: tasks[task])
     return Difference(
@@ -111,15 +114,23 @@ def paired(own: Mapping[Pair, Score], other: Mapping[Pair, Score]) -> dict[Pair,
     return {pair: own[pair].score - other[pair].score for pair in sorted(own.keys() & other.keys())}
 
 
-def interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """The mean, and its 95 % interval by Student's t; None for a single value.
+def interval(pairs: Mapping[Pair, float]) -> tuple[float, tuple[float, float] | None]:
+    """The mean over tasks of values by task and seed, and its 95 % interval; None for a task with a single value.
 
-    Not by the bootstrap: of three normal values its intervals cover the true mean in 76 % of cases, of five in 84 %.
+    By Student's t, from the deviations within each task, with Satterthwaite's degrees of freedom: of these tasks, with
+    other seeds; of other tasks it says nothing. Not by the bootstrap, whose intervals of so few values are too narrow.
     """
-    mean = fmean(values)
-    if len(values) < 2:
+    by_task = defaultdict[str, list[float]](list)
+    for (task, _), value in pairs.items():
+        by_task[task].append(value)
+    tasks = list(by_task.values())
+    mean = fmean(map(fmean, tasks))
+    if min(map(len, tasks)) < 2:
         return mean, None
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    parts = [variance(own) / len(own) / len(tasks) ** 2 for own in tasks]
+    total = sum(parts)
+    freedom = total**2 / sum(part**2 / (len(own) - 1) for part, own in zip(parts, tasks, strict=True)) if total else 1
+    half = float(t.ppf(0.975, freedom)) * total**0.5
     return mean, (mean - half, mean + half)
 
 
@@ -165,7 +176,7 @@ def gains(report: CompareReport) -> str:
     for d in report.differences:
         worst = f"{d.worst_task} {100 * d.worst:+.1f}"
         lines.append([d.reference, d.other, *points(d.mean, d.interval), worst])
-    legend = "Points, over pairs of the same task and seed; in the last column the task where the first gains least."
+    legend = f"{PAIRS} In the last column the task where the first gains least."
     header = ["contender", "minus", "mean", "95 % interval", "least"]
     return f"{markdown_table(header, lines, text_columns=2)}\n\n{legend}"
 

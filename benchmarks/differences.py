@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bbt_accel.benchmarks.compare_report import CompareReport, Pair, Score, interval, paired, points
+from bbt_accel.benchmarks.compare_report import PAIRS, CompareReport, Pair, Score, interval, paired, points
 from bbt_accel.command import exit_on_error, print_markdown
 from bbt_accel.errors import DataError, check_known, translated
 from bbt_accel.reporting import JSON, markdown_table
@@ -60,9 +60,9 @@ def table(own: Mapping[Pair, Score], other: Mapping[Pair, Score]) -> str:
         raise DataError("no task and seed has a score of both contenders; give further reports")
     lines = []
     for task in [*dict.fromkeys(task for task, _ in pairs), None]:
-        values = [value for pair, value in pairs.items() if task in (None, pair[0])]
-        ahead = f"{sum(value > 0 for value in values)} of {len(values)}"
-        lines.append([task or "all", *points(*interval(values)), ahead])
+        own = {pair: value for pair, value in pairs.items() if task in (None, pair[0])}
+        ahead = f"{sum(value > 0 for value in own.values())} of {len(own)}"
+        lines.append([task or "all", *points(*interval(own)), ahead])
     return markdown_table(["task", "mean", "95 % interval", "ahead"], lines)
 
 
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         own = by_pair(scores, given.contender)
         other = within_seconds(scores, given.other, own) if given.within_seconds else by_pair(scores, given.other)
         title = f"# {given.contender} minus {given.other}"
-        legend = "Points, over pairs of the same task and seed."
+        legend = PAIRS
         if missing := len(own) - len(own.keys() & other.keys()):
             legend += f" {missing} of {len(own)} scores of {given.contender} have no counterpart and are left out."
         print_markdown(f"{title}\n\n{table(own, other)}\n\n{legend}")

@@ -124,13 +124,28 @@ def test_a_difference_pairs_tasks_and_seeds() -> None:
     assert difference(scores, "auto 64", "lora") is None
 
 
+AT_ONE = [("a", seed) for seed in range(3)]
+
+
 def test_an_interval_holds_the_true_mean_in_95_of_100_cases_even_of_three_values() -> None:
-    assert interval([0.25]) == (0.25, None)
-    mean, limits = interval([1.0, 2.0, 3.0, 4.0])
+    assert interval({("a", 0): 0.25}) == (0.25, None)
+    assert interval({("a", 0): 0.25, ("a", 1): 0.5, ("b", 0): 1.0})[1] is None
+    mean, limits = interval({("a", seed): value for seed, value in enumerate([1.0, 2.0, 3.0, 4.0])})
     assert (mean, limits) == (2.5, (pytest.approx(0.4457, abs=1e-4), pytest.approx(4.5543, abs=1e-4)))
     draws = np.random.default_rng(0).standard_normal((2000, 3)).tolist()
-    held = [low <= 0 <= high for _, (low, high) in map(interval, draws)]  # type: ignore[misc]
+    held = [low <= 0 <= high for _, (low, high) in (interval(dict(zip(AT_ONE, own, strict=True))) for own in draws)]  # type: ignore[misc]
     assert 0.94 < np.mean(held) < 0.96
+
+
+def test_an_interval_of_several_tasks_is_of_their_own_mean() -> None:
+    """How far the tasks are from each other does not widen it; other tasks are not drawn."""
+    rng, effects = np.random.default_rng(0), {"a": -2.0, "b": 0.0, "c": 3.0, "d": 7.0}
+    held = []
+    for _ in range(1000):
+        pairs = {(task, seed): effect + rng.standard_normal() for task, effect in effects.items() for seed in range(5)}
+        low, high = interval(pairs)[1] or (0.0, 0.0)
+        held.append(low <= 2 <= high)
+    assert 0.93 < np.mean(held) < 0.97
 
 
 def test_a_contender_without_a_score_on_every_task_has_no_mean_and_no_point(

@@ -114,7 +114,7 @@ def test_what_is_given_is_taken(fit: Fit) -> None:
     assert found.run.task.template("masked") == given["template"]
     assert found.run.info.label_words == ["x", "y"]
     assert (found.run.info.settings.k_shot, found.run.info.readout.name) == (8, "verbalizer")
-    assert "8 examples per class to search with, 8 to choose by, 8 left" in str(found.plan.facts()["split"])
+    assert "8 examples per class to search with, as many to choose by, 8 to test on" in str(found.plan.facts()["split"])
 
 
 def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_an_interrupted_fit_is_continued_by_the_same_call(fit: Fit, monkeypatch:
         ({"text": "reviews"}, "has no column 'reviews'; it has 'review', 'mood'; did you mean review"),
         ({"label": "stars"}, "has no column 'stars'"),
         ({"text": "mood"}, "must name different columns"),
-        ({"k_shot": 9}, "'down' has fewer than 18 rows"),
+        ({"k_shot": 9}, "'down' has 16 rows, --k-shot 9 needs 18"),
         ({"label_words": ["x"]}, "1 words for 2 classes"),
         ({"template": "{text} {mask}"}, "unknown placeholder {text}"),
         ({"engine": "tf"}, "unknown engine 'tf'"),
@@ -257,5 +257,5 @@ def test_the_command_prints_what_was_chosen_and_the_score(
     with pytest.raises(SystemExit):
         main([*words, "-o", "other", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["score"]["rows"] == 20
+    assert report["score"]["rows"] == 14
     assert report["classes"] == {"down": 16, "up": 24}
