@@ -82,7 +82,7 @@ lint: .venv/.lint
 
 # mypy and import-linter do not follow the editable install's map of folders to packages: they read an installed copy.
 types: .venv/.lint
-	@rm -rf build
+	@rm -rf build/types build/lib build/bdist.*
 	@$(BIN)/pip install --quiet --no-deps --target build/types .
 	cd build/types && MYPY_CACHE_DIR=../../.mypy_cache ../../$(BIN)/mypy --config-file ../../pyproject.toml -p bbt_accel
 	cd build/types && ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
@@ -90,7 +90,7 @@ types: .venv/.lint
 # The site, in build/site. The API comes from an installed copy, as for mypy. Running the tutorial and the notebooks is
 # part of it, and nothing but pip uses the network.
 docs: .venv/.docs
-	@rm -rf build
+	@rm -rf build/docs build/site build/lib build/bdist.*
 	@$(BIN)/pip install --quiet --no-deps --target build/docs .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"

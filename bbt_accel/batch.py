@@ -131,7 +131,7 @@ class Batch:
         return replace(self, decoder_input_ids=ids[:, : self.readout.max() + 1] if short else ids)
 
     def padded(self, length: int, pad: int) -> Batch:
-        """The same rows with padding on the right up to `length` columns, or cut to them."""
+        """The same rows with padding on the right up to `length` columns, or trimmed to them."""
         missing = ((0, 0), (0, max(0, length - self.input_ids.shape[1])))
         ids = np.pad(self.input_ids[:, :length], missing, constant_values=pad)
         return replace(self, input_ids=ids, attention_mask=np.pad(self.attention_mask[:, :length], missing))

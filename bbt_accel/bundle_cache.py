@@ -108,7 +108,7 @@ def prepared_bundle(
 def cache_folder(backbone: str, method: str, prompt_mode: str, n_prompt_tokens: int) -> Path:
     """Where the exported bundle of a backbone is kept: by name, and for a local checkpoint by its content.
 
-    A hub id is known by its name alone, so that a fit asks nothing of the hub: later commits are not seen.
+    A hub id is known by its name alone, so that a fit sends no request to the hub: later commits are not seen.
     """
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "bbt-accel")
     formats = bbt_accel.__version__, str(BundleInfo.model_fields["format"].default)

@@ -58,7 +58,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     callbacks, track: as in `tune`; callbacks are not saved.
 
     After `fit`: classes_, the labels in the order of `predict_proba`; run_, the `Run`, with what was tried and scored.
-    Exported and optimized bundles are kept in the folder `BBT_ACCEL_CACHE`, so that the second fit starts at once.
+    Exported and optimized bundles are kept in the folder `BBT_ACCEL_CACHE`, so later fits skip the export.
 
     >>> clf = PromptClassifier("demo", budget=300).fit(texts, labels)
     >>> clf.predict(["The striker scored twice in the final"])
@@ -192,7 +192,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Write a new folder that other tools load, after it was compared with `predict`, as `bbt-accel package` does.
 
         format: onnx, openvino, peft, triton or web. int8: also where this estimator computes in fp32.
-        bundle: of the same backbone, to package in place of this estimator's. Unless given, where the format does not
+        bundle: of the same backbone, to package instead of this estimator's. Unless given, where the format does not
         take that, it is the one as exported: in the cache, or exported again, which needs the checkpoint. Then the
         labels are compared with those of this estimator, too; a warning says how many differ.
         `package --check` needs the run, which is lost with this estimator unless it is saved.

@@ -220,7 +220,7 @@ def package(
     if run is not None and not check:
         raise UsageError("--run is for --check; a run to package is the argument")
     if check and (own := [name for name in options if name not in ("threads", "bundle")]):
-        raise UsageError(f"--{own[0].replace('_', '-')} is for packaging; a package has its own")
+        raise UsageError(f"--{own[0].replace('_', '-')} cannot be used with --check; the package fixes it")
     with progress_bar(f"{'checking' if check else 'packaging'} {path}") as tell:
         if output is None:
             info = check_package(path, options.get("threads"), tell, run, options.get("bundle"))
@@ -243,7 +243,7 @@ def push(
     if not yes and not interactive:
         raise UsageError(f"push uploads {path} to {repository}; confirm with --yes")
     try:
-        confirmed = yes or typer.confirm(f"Upload {path} to {repository}, in place of what it holds?")
+        confirmed = yes or typer.confirm(f"Upload {path} to {repository}, replacing its contents?")
     except typer.Abort:  # Ctrl-C at the question
         raise KeyboardInterrupt from None
     if not confirmed:

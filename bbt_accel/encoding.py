@@ -65,7 +65,7 @@ class Encoder:
         0.
 
         Rows that are too long are truncated at the end of their text columns, the longest column first; what cannot be
-        part of a row is cut off before it is tokenized.
+        part of a row is truncated before it is tokenized.
         Raises DataError for no rows, and for a row without one of the columns.
         """
         pad, limit = self.bundle.info.special.pad, self.limit

@@ -70,7 +70,7 @@ class EngineSpec:
     optimized: precisions that `optimize --target NAME` converts a bundle to, for this engine.
     converter: `module:name` of the class that writes those bundles, of `bbt_accel.exporters.targets`.
     benched: precisions that `bench` measures by default.
-    remote: computes on a server: needs a `--url`, and neither takes a device nor threads.
+    remote: computes on a server: needs a `--url`, and takes neither a device nor threads.
     internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
     baseline: PyTorch as one would use it without bbt-accel; `bench` measures them first, in the order of `ENGINES`.
     counts_flops: PyTorch can count the operations of its forward.

@@ -1,4 +1,4 @@
-"""A function call in a process of its own, so that its memory is its own and a crash is a result.
+"""A function call in a separate process, so that its memory is measured alone and a crash becomes a result.
 
 The child runs `python -m bbt_accel.processes PARENT MODULE:FUNCTION REQUEST REPLY`: keyword arguments come as a JSON
 file, the result or the error goes back as another. It ends with its parent, whose process id is PARENT.

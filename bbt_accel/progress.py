@@ -1,4 +1,4 @@
-"""What a user is told meanwhile: lines on standard error, and progress bars where that is a terminal."""
+"""Messages on standard error, and progress bars where that is a terminal."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def hover(artist: Artist, values: Sequence[str]) -> None:
 def report_page(markdown: str, plot: str | None = None, plot_name: str = "") -> str:
     """A page of a report's Markdown, without other tags than Markdown's.
 
-    plot: the SVG that stands in the place of the image `plot_name`.
+    plot: the SVG that replaces the image `plot_name`.
     """
     from markdown_it import MarkdownIt
 

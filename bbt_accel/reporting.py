@@ -35,7 +35,7 @@ def write_report(folder: Path, report: Schema, markdown: str, draw: Callable[[Pa
     """Write report.json, report.md, report.html and, with `draw`, report.png, each in one step.
 
     draw: writes the plot in the format of the file's suffix, .png or .svg. What was measured is worth more than its
-    pictures: where the disk is full there may be no page and no plot, and a line says so.
+    pictures: where the disk is full there may be no page and no plot; a warning is printed.
     """
     write_atomically(folder / JSON, report.model_dump_json(indent=1).encode() + b"\n")
     write_atomically(folder / TABLE, markdown.encode())

@@ -91,7 +91,7 @@ class GpuCheck:
             )
         self.given, self.work, self.tell = given, work, tell
         self.report = GpuReport(rows=[], benchmarks=[], **given.report)
-        # Its identity is asked in a process that has ended by then: it would be one that computes on the GPU.
+        # Queried in a short-lived process; otherwise this one would count as computing on the GPU.
         self.others = processes_on(processes.call(identity, index=index_of(given.device))) if on_gpu else None
 
     def run(self) -> GpuReport:

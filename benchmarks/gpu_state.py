@@ -137,11 +137,11 @@ def peak_of(name: str) -> Peak | None:
 def doubts(gpu: GpuState | None, rates: Mapping[str, float]) -> list[str]:
     """Why the measured ceilings, 10⁹/s by their names, are not to be compared with: one line each."""
     if gpu is None:
-        return ["nvidia-smi does not describe the GPU: its ceilings cannot be judged"]
+        return ["nvidia-smi does not describe the GPU: its ceilings cannot be checked"]
     found = [f"{gpu.others} other processes computed on the GPU"] if gpu.others else []
     peak = peak_of(gpu.name)
     if peak is None:
-        return [*found, f"the peak of {gpu.name} is not known (gpu_state.PEAKS): its ceilings cannot be judged"]
+        return [*found, f"the peak of {gpu.name} is not known (gpu_state.PEAKS): its ceilings cannot be checked"]
     low, high = PLAUSIBLE
     for rate, figure in CEILINGS.items():
         share = rates.get(rate, 0.0) / getattr(peak, figure)

@@ -104,7 +104,7 @@ class CompareOptions(Schema):
     reference: str = Field(default="auto", description="Contender that the others are compared with, pair by pair.")
     budgets: Annotated[list[Budget], AfterValidator(unique)] = Field(default=[64, 300, 1000])
     """API calls of the searches."""
-    seeds: Seeds = Field(default=[42, 43, 44], description="Of the rows, and of everything drawn at random.")
+    seeds: Seeds = Field(default=[42, 43, 44], description="Seeds of the rows and of every random draw.")
     k_shot: KShot = Field(
         default=DEFAULTS.k_shot, description="Examples per class to train on, and as many to choose by."
     )

@@ -44,7 +44,7 @@ class Split:
 @dataclass(frozen=True)
 class Found:
     """Class scores of the test rows (N, C), and what training took until then: forward passes of the train rows, and
-    seconds. ensemble: scores by that readout, fitted on all labelled rows, in place of the label words. fitting: the
+    seconds. ensemble: scores by that readout, fitted on all labelled rows, instead of the label words. fitting: the
     seconds of that fit, and of the pass that it needs."""
 
     scores: Float64
@@ -105,7 +105,7 @@ class Trainer:
     def test_scores(
         self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]
     ) -> tuple[Float64, Float64, float]:
-        """Scores of the test rows with these values of the parameters, which then get their own back: by the label
+        """Scores of the test rows with these values of the parameters, which are restored afterwards: by the label
         words, and by an ensemble, with the seconds of its fit."""
         own = [parameter.clone() for parameter in parameters]
         for parameter, value in zip(parameters, values, strict=True):

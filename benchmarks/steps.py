@@ -180,7 +180,7 @@ def search_space(bound: BoundBatch, popsize: int) -> tuple[PromptSpace, Float64]
 
 
 def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
-    """What a search asks of an engine between two steps of CMA-ES, from z to the statistics; returns the candidates.
+    """What a search needs from an engine between two CMA-ES updates, from z to the statistics; returns the candidates.
 
     For bbtv2 a generation of every layer, which then keeps its first candidate.
     """

@@ -57,7 +57,7 @@ class StagedEngine(Engine):
     """Rows and candidates per call at most, where compiled code accepts no more."""
     on_device = False
     """Whether `run` also runs the graphs `project` and `statistics`: then projection matrices and targets are uploaded
-    once, z is sent in place of prompts, and batch statistics come back in place of label logits."""
+    once, z is sent instead of prompts, and batch statistics come back instead of label logits."""
 
     def load(self) -> None:
         self.longest = self.bundle.info.max_length
@@ -99,7 +99,7 @@ class StagedEngine(Engine):
         return self.run(PROJECT, inputs)["prompts"]
 
     def overwrite(self, array: Array | None, prompts: Float32) -> Array:
-        """Upload prompts in place of others: into the same array where CUDA graphs depend on its address."""
+        """Upload prompts, replacing others: into the same array where CUDA graphs depend on its address."""
         return self.upload_prompts(prompts)
 
     def upload_fixed(self, layer: int, prompt: Float32, population: int) -> Array:

@@ -24,7 +24,7 @@ class FamilySpec:
         a prompt; the module whose output the bbt prompt is added to; and the first module of the LM head.
     arguments: changes those of the naive forward, where a family needs other ones to take the prompt.
     begin, end, mask: the special tokens of a row, as attributes of the tokenizer or as text; None for none. The prompt
-        stands behind the begin token, but in cat mode of encoders. A decoder has it where its tokenizer adds it.
+        follows the begin token, except in cat mode of encoders. A decoder has it where its tokenizer adds it.
     positions: the longest row that the positions allow, from the configuration; ExportError for what is not computed.
     prompt_takes_positions: whether a cat-mode prompt counts towards that limit, as it does when it stands in front of
         the token embeddings.

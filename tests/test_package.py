@@ -570,8 +570,8 @@ def test_the_command_takes_an_output_or_check(arguments: list[str], capsys: pyte
     ("arguments", "complaint"),
     [
         (["run", "-o", "x", "--run", "y"], "--run is for --check"),
-        (["x", "--check", "--max-rows", "3"], "--max-rows is for packaging; a package has its own"),
-        (["x", "--check", "--int8"], "--int8 is for packaging"),
+        (["x", "--check", "--max-rows", "3"], "--max-rows cannot be used with --check; the package fixes it"),
+        (["x", "--check", "--int8"], "--int8 cannot be used with --check"),
     ],
 )
 def test_options_of_packaging_and_of_the_check_are_not_mixed(

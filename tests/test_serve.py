@@ -662,7 +662,7 @@ def test_further_requests_than_the_limit_are_refused_and_health_is_not(plain: Bu
     with running(app(plain, limits), limits) as url:
         slow = connections(url, 3, HEADERS)
         status, answer = ask(url, "POST", INFER, b"{}")
-        assert (status, answer["error"]) == (503, "3 requests are under way; try again later")
+        assert (status, answer["error"]) == (503, "3 requests are in progress; try again later")
         assert ask(url, "GET", "/v2/health/ready")[0] == 200
         for connection in slow:
             connection.close()

@@ -1,4 +1,4 @@
-"""One graph from the rows, a bundle's stages with constants in place of their other inputs, and the readout."""
+"""One graph from the rows, a bundle's stages with constants instead of their other inputs, and the readout."""
 
 from __future__ import annotations
 

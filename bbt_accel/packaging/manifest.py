@@ -80,7 +80,7 @@ class PackageInfo(SealedManifest):
     labels: list[str] = Field(description="Names of the classes, in the order of the model's output.")
     columns: list[str] = Field(description="Text columns; of two, the second is the pair's.")
     readout: str = Field(description="Name of the readout that is part of the model.")
-    max_tokens: int = Field(description="Of all texts of a row together.")
+    max_tokens: int = Field(description="Most tokens of all texts of a row together.")
     max_rows: int | None = Field(default=None, description="Rows of each split that are compared at most.")
     calibrated_on: str | None = Field(default=None, description="Of int8: the rows that fixed its ranges.")
     score: PackageScore | None = Field(default=None, description="On the task's test rows, where there are any.")

@@ -1,7 +1,7 @@
 """The first part of a package's graph: from the ids of texts to the rows that the backbone reads.
 
 Each id is scattered to its place in a row: `Layout.pieces` at places that depend on the texts' lengths, texts between
-them. What has no place (marks, padding, what is truncated) goes to one more column, which is cut off.
+them. What has no place (marks, padding, what is truncated) goes to one more column, which is dropped.
 """
 
 from __future__ import annotations

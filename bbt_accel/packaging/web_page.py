@@ -1,7 +1,7 @@
 """Packages for the browser: a static folder with a page, the model, and the libraries that run it.
 
 The page tokenizes with transformers.js and runs the graph in onnxruntime-web, which npm fetches at these versions. Both
-are files of the folder, so the page asks nothing of another host.
+are files of the folder, so the page makes no request to another host.
 """
 
 from __future__ import annotations

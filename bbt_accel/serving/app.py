@@ -89,7 +89,7 @@ class Service:
     async def infer(self, request: Request) -> Response:
         model = self.model(request)
         if self.running >= self.limits.requests:
-            raise RequestError(f"{self.running} requests are under way; try again later", 503)
+            raise RequestError(f"{self.running} requests are in progress; try again later", 503)
         self.running += 1
         request.state.held = 0
         try:

@@ -47,7 +47,7 @@ class Presets(BaseModel, extra="forbid", frozen=True):
 
 
 class Context(BaseModel, extra="forbid", frozen=True):
-    """What stands in front of every row of a decoder: an instruction, then demonstrations.
+    """What precedes every row of a decoder: an instruction, then demonstrations.
 
     The tokenizer's special tokens, e.g. of a chat template, may be written here and in the causal template; in the text
     of a row they are ordinary text.
@@ -86,7 +86,7 @@ ByGroup = Annotated[dict[str, T | None], BeforeValidator(_every_group)]  # a val
 
 
 def _optional_count(schema: dict[str, Any]) -> None:
-    """In a file `classes` may stand for `n_classes`."""
+    """In a file `classes` may replace `n_classes`."""
     schema["required"].remove("n_classes")
 
 
@@ -114,7 +114,7 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
     hub: HubData | None = Field(default=None, description="Where the rows come from without --data.")
     templates: ByGroup[str] = Field(description="How a row is written.")
     label_words: ByGroup[list[str | list[str]]] = Field(description="The word or words of each class, in class order.")
-    context: Context = Field(default=Context(), description="What stands in front of every row (decoders).")
+    context: Context = Field(default=Context(), description="What precedes every row (decoders).")
     prompt: PromptStart | None = Field(default=None, description="A text that the prompt starts from.")
     presets: Presets = Field(default=Presets(), description="Settings of a search.")
 

@@ -72,7 +72,7 @@ def tune(
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
     track: trackers that get every generation, by the names in `callbacks.TRACKERS`.
-    callbacks: what else is told about the search.
+    callbacks: further observers of the search.
     progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
 
     Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before

@@ -1,4 +1,4 @@
-"""What is told about a search while it runs: the interface, and experiment trackers behind it."""
+"""Callbacks that observe a search: the interface, and the experiment trackers."""
 
 from __future__ import annotations
 

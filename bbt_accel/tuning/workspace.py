@@ -105,7 +105,7 @@ class Workspace:
         record: ReadoutRecord,
         report: Callable[[str], object] = lambda _: None,
     ) -> Run:
-        """Add prompt, readout, curve and the final run.json, and give the folder its name, in place of a former run.
+        """Add prompt, readout, curve and the final run.json, and give the folder its name, replacing a former run.
 
         report: called with a line if the curve cannot be written. Raises RunError for whatever else cannot; the search
         can then be resumed.
