@@ -214,7 +214,7 @@ def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
         raise DataError(f"--data {folder} is not a folder, or a file of rows; {wanted}")
     files = split_files(split, folder)
     if not files:
-        wanted = " or ".join(f"{name}.{{jsonl,csv,parquet}}" for name in SPLIT_FILES[split])
+        wanted = " or ".join(f"{name}.jsonl" for name in SPLIT_FILES[split]) + f" (or {FORMS})"
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"{folder} has no {wanted}; it holds {found}")
     for file in files:
@@ -248,7 +248,7 @@ def _from_hub(task: Task, split: Split) -> list[Row]:
     except Exception as error:  # the hub's client raises errors of many libraries
         raise DataError(
             f"cannot load {source} from the hub ({type(error).__name__}: {first_line(error):.200}); "
-            "pass --data DIR with {train,test}.{jsonl,csv,parquet}"
+            "pass --data DIR with train.jsonl and test.jsonl (or {FORMS})"
         ) from None
     return _rows(task, records, source)
 

@@ -5,6 +5,9 @@ The protocol is the Open Inference Protocol of KServe and Triton (version 2 of t
 
 from __future__ import annotations
 
+from bbt_accel.backbone_names import backbone_name
+from bbt_accel.bundle import Bundle
+
 # The models.
 BACKBONE = "backbone"  # from prompts to label logits
 OUTPUTS = "backbone_outputs"  # from prompts to label logits and hidden states
@@ -18,6 +21,13 @@ UNKNOWN_ROWS = 409  # status of a request that refers to rows which the server d
 DIGEST = "bundle"  # the parameter of a model's configuration that holds the sha256 of its bundle.json
 TOKEN = "BBT_ACCEL_TOKEN"  # the environment variable with the bearer token, on both sides
 PATIENCE = "BBT_ACCEL_PATIENCE"  # that with the seconds for which a client tries again to reach a server; default 60
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, str]:
+    """The parameters of a model's configuration by which clients recognize its bundle."""
+    info = bundle.info
+    own = {"backbone": backbone_name(info.backbone), "method": info.method, "precision": info.precision}
+    return {DIGEST: bundle.digest, **own}
 
 
 def stage_model(name: str, stage: str) -> str:

@@ -26,9 +26,7 @@ PromptTokens = Annotated[int, Field(ge=1, le=2**16, description="Soft prompt vec
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
 KShot = Annotated[int, Field(ge=1, description="Examples per class in the train set, and again in the dev set.")]
 Budget = Annotated[int, Field(ge=1, description="API calls of the search, one per candidate on the train set.")]
-Seed = Annotated[
-    int, Field(ge=0, le=2**32 - 1, description="Seed of the rows, the projection and the search.")
-]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of the rows, the projection and the search.")]
 Demonstrations = Annotated[int, Field(ge=0, description="Labelled train rows in front of each row (decoders).")]
 
 

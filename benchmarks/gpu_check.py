@@ -39,7 +39,7 @@ from bbt_accel.progress import StepProgress
 from bbt_accel.settings import DEFAULTS
 
 VARIANTS = (("bbt", "add"), ("bbtv2", "add"), ("bbt", "cat"))
-METHODS = ("bbt", "bbtv2")  # whose speed is measured
+METHODS = get_args(Method)  # whose speed is measured
 N_PROMPT, TRACE_PROMPT = 5, 10  # prompt tokens of the tiny backbones, and of the recorded traces
 TIMED = "fp16"  # the precision that is timed
 SIZES = ("popsize", "k_shot", "n_prompt_tokens", "budget", "repeats")  # go to the benchmark as they are

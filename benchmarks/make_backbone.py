@@ -66,7 +66,7 @@ def load_words(folder: Path, spec: Any) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from bbt_accel.exporters.families import load_tokenizer
+    from bbt_accel.exporters.loading import load_tokenizer
 
     file = folder / "tokenizer.json"
     if not file.is_file():

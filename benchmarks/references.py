@@ -19,7 +19,8 @@ from bbt_accel.bundle import STATES, Bundle
 from bbt_accel.data import Row, labels
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import MissingDependency
-from bbt_accel.exporters.families import family_of, load_model
+from bbt_accel.exporters.families import family_of
+from bbt_accel.exporters.loading import load_model
 from bbt_accel.logits import word_shares
 from bbt_accel.objective import Objective
 from bbt_accel.projection import one_blas_thread

@@ -18,7 +18,8 @@ from bbt_accel.engines.base import failing
 from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine
 from bbt_accel.errors import EngineError
 from bbt_accel.exporters.device_graphs import batch_statistics
-from bbt_accel.exporters.families import DTYPES, family_of, load_model
+from bbt_accel.exporters.families import family_of
+from bbt_accel.exporters.loading import DTYPES, load_model
 from bbt_accel.optimizations import in_graph
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bbt_accel.errors import ExportError, first_line
 from bbt_accel.exporters import graph
-from bbt_accel.exporters.families import DTYPES
+from bbt_accel.exporters.loading import DTYPES
 
 Fused = tuple[ir.Model, dict[str, int]]
 """A graph, and how many operators of each kind were fused."""

@@ -23,8 +23,9 @@ from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, 
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.checkpoint import license_of
 from bbt_accel.exporters.device_graphs import write_device_graphs
-from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
+from bbt_accel.exporters.families import family_of
 from bbt_accel.exporters.family import FamilySpec
+from bbt_accel.exporters.loading import load_model, load_tokenizer
 from bbt_accel.exporters.validate import validate
 from bbt_accel.files import new_folder, require_new
 from bbt_accel.optimizations import check_optimizations, in_graph

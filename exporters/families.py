@@ -1,23 +1,14 @@
-"""The families, and how a checkpoint of one is loaded."""
+"""The families that can be exported."""
 
 from __future__ import annotations
 
-from contextlib import redirect_stderr
 from functools import cache
-from io import StringIO
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer
-
-from bbt_accel.errors import ExportError, MissingDependency, first_line
+from bbt_accel.errors import ExportError
 from bbt_accel.exporters.albert import ALBERT
 from bbt_accel.exporters.bart import BART
 from bbt_accel.exporters.bert import BERT, CAMEMBERT, ELECTRA, ROBERTA, XLM_ROBERTA
-from bbt_accel.exporters.checkpoint import check_config, check_shards
 from bbt_accel.exporters.distilbert import DISTILBERT
 from bbt_accel.exporters.family import FamilySpec
 from bbt_accel.exporters.gpt2 import GPT2
@@ -26,15 +17,12 @@ from bbt_accel.exporters.llama import EUROBERT, GEMMA3, LLAMA, MISTRAL, OLMO2, P
 from bbt_accel.exporters.modernbert import MODERNBERT
 from bbt_accel.exporters.mpnet import MPNET
 from bbt_accel.exporters.t5 import MT5, T5
-from bbt_accel.machine import installed
 from bbt_accel.plugins import with_plugins
 
 FAMILIES = (
     ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ALBERT, MPNET, ELECTRA, MODERNBERT, EUROBERT, BART, T5, MT5,
     GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3, GEMMA3,
 )  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""A bundle's precision → the dtype of its checkpoint."""
 GROUP = "bbt_accel.families"
 """The entry-point group by which installed packages add a `FamilySpec`."""
 
@@ -50,92 +38,3 @@ def family_of(config: Any) -> FamilySpec:
     if config.model_type not in families():
         raise ExportError(f"{config.model_type} models are not supported; supported are {', '.join(families())}")
     return families()[config.model_type]
-
-
-def place(checkpoint: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
-    """A checkpoint as transformers' from_pretrained takes it. Raises MissingDependency for a GGUF file without gguf."""
-    path = Path(checkpoint)
-    safe = {"trust_remote_code": False}  # else transformers asks on a terminal whether to run a checkpoint's code
-    if path.suffix != ".gguf":
-        return str(checkpoint), safe | {"revision": revision}
-    if installed("gguf") is None:
-        raise MissingDependency('GGUF files need the package gguf; pip install "bbt-accel[gguf]"')
-    if not path.is_file():
-        raise ExportError(f"there is no file {checkpoint}")
-    return str(path.parent), safe | {"gguf_file": str(path.absolute())}
-
-
-def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
-    """The configuration of a hub id, a local folder or a GGUF file.
-
-    Raises ExportError if there is none, or of another family; MissingDependency for a GGUF file without gguf.
-    """
-    families()  # installed packages register their configurations with transformers
-    where, options = place(checkpoint, revision)
-    check_shards(Path(where))
-    try:
-        config = AutoConfig.from_pretrained(where, **options)
-    except Exception as error:  # of a damaged file, any
-        raise ExportError(
-            f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder, a hub id or a GGUF file"
-        ) from None
-    family_of(config)
-    check_config(checkpoint, config)
-    return config
-
-
-def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The family's own transformers class with sdpa attention where it has that, ready for inference.
-
-    Raises ExportError for a checkpoint without an LM head, whose logits would be random.
-    """
-    transformers.logging.disable_progress_bar()
-    config = load_config(checkpoint, revision)
-    family = family_of(config)
-    where, options = place(checkpoint, revision)
-    kind = family.load_class()
-    attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
-    if "gguf_file" not in options:
-        options["use_safetensors"] = True  # and no pickle
-    elif hasattr(transformers, "GgufConfig"):  # newer releases keep the weights quantized
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        with redirect_stderr(StringIO()):  # transformers draws a progress bar for GGUF files, terminal or not
-            model, report = kind.from_pretrained(
-                where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
-            )
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ExportError(f"cannot load the weights of {checkpoint} ({problem_of(error)})") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        found = ", ".join(config.architectures or ["an unnamed class"])
-        raise ExportError(
-            f"{checkpoint} ({found}) has no {family.class_name} head: {missing[0]} is missing; "
-            "use a checkpoint that was saved with its LM head"
-        )
-    return model.eval().requires_grad_(False)
-
-
-def problem_of(error: Exception) -> str:
-    """Why weights are not loaded, where transformers' own words are advice for its callers."""
-    if "ignore_mismatched_sizes" in str(error):
-        return "they have other sizes than config.json says"
-    if isinstance(error, OSError) and "safetensors" in str(error):
-        return "there is no model.safetensors, and pickles are not read; write one with transformers' save_pretrained"
-    return first_line(error).rstrip(".")
-
-
-def load_tokenizer(checkpoint: str | Path, revision: str | None = None) -> Any:
-    """The checkpoint's fast tokenizer. Raises ExportError if there is none."""
-    where, options = place(checkpoint, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
-    except Exception as error:
-        raise ExportError(f"cannot load the tokenizer of {checkpoint} ({first_line(error).rstrip('.')})") from None
-    if not tokenizer.is_fast:
-        raise ExportError(f"{checkpoint} has no fast tokenizer (tokenizer.json), which bundles need")
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up from the configuration
-        raise ExportError(f"{checkpoint} has no tokenizer; save its tokenizer.json beside the weights")
-    return tokenizer

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import onnx
 
-from bbt_accel.backbone_names import backbone_name
 from bbt_accel.bundle import PLANS, Bundle
 from bbt_accel.errors import BbtError, BundleError, UsageError, translated
 from bbt_accel.files import new_folder
-from bbt_accel.inference_protocol import DIGEST, stage_model
+from bbt_accel.inference_protocol import bundle_facts, stage_model
 
 TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
 """Of a stage's inputs and outputs, which stay fp32 in every precision."""
@@ -100,8 +99,7 @@ def config(bundle: Bundle, graph: onnx.GraphProto, name: str, backend: str) -> l
     platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[backend]
     lines = [f"name: {json.dumps(name)}", f'platform: "{platform}"', f'backend: "{backend}"', "max_batch_size: 0"]
     lines += [*tensors("input", graph.input), *tensors("output", graph.output)]
-    facts = {DIGEST: bundle.digest, "backbone": backbone_name(bundle.info.backbone), "method": bundle.info.method}
-    for key, value in (facts | {"precision": bundle.info.precision}).items():
+    for key, value in bundle_facts(bundle).items():
         lines.append(f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}')
     return lines
 

@@ -75,7 +75,7 @@ def reference_logits(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
     """Label logits (P, N, C) of transformers' own class in the bundle's precision, one candidate at a time."""
     import torch
 
-    from bbt_accel.exporters.families import DTYPES, load_model
+    from bbt_accel.exporters.loading import DTYPES, load_model
     from bbt_accel.exporters.reference import Reference
 
     reference = Reference(load_model(bundle.path, dtype=DTYPES[bundle.info.precision]), bundle.info)

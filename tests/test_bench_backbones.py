@@ -10,7 +10,8 @@ from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.errors import DataError, UsageError
 from bbt_accel.exporters import families as module
 from bbt_accel.exporters.export import special_tokens
-from bbt_accel.exporters.families import families, load_config, load_model, load_tokenizer
+from bbt_accel.exporters.families import families
+from bbt_accel.exporters.loading import load_config, load_model, load_tokenizer
 
 
 @pytest.mark.parametrize("model_type", families())

@@ -18,7 +18,7 @@ from tiny_backbones import save_tokenizer, tiny_model
 
 from bbt_accel import export_bundle
 from bbt_accel.errors import ExportError, MissingDependency
-from bbt_accel.exporters import export, families, validate
+from bbt_accel.exporters import export, loading, validate
 from bbt_accel.exporters.checkpoint import check_config
 from bbt_accel.exporters.llama import MISTRAL, PHI3, QWEN2
 
@@ -46,7 +46,7 @@ def test_a_checkpoint_in_half_precision_is_exported_in_fp32(tmp_path: Path, dtyp
     bundle = export_bundle(tmp_path / "llama", tmp_path / "bundle", n_prompt_tokens=3)
     assert bundle.info.max_error is not None
     assert bundle.info.max_error < 1e-4
-    exported = families.load_model(bundle.path).get_input_embeddings().weight  # type: ignore[operator]
+    exported = loading.load_model(bundle.path).get_input_embeddings().weight  # type: ignore[operator]
     assert exported.dtype == torch.float32
     assert torch.equal(exported, model.get_input_embeddings().weight.float())
 
@@ -200,7 +200,7 @@ def test_a_gguf_file_is_exported_with_its_tokenizer(tmp_path: Path) -> None:
     bundle = export_bundle(tmp_path / "tiny.gguf", tmp_path / "bundle", n_prompt_tokens=3)
     assert (bundle.info.family, bundle.info.vocab_size) == ("llama", 300)
     assert (bundle.info.backbone, bundle.info.license) == (str(tmp_path / "tiny.gguf"), "mit")
-    weight = families.load_model(bundle.path).get_input_embeddings().weight  # type: ignore[operator]
+    weight = loading.load_model(bundle.path).get_input_embeddings().weight  # type: ignore[operator]
     np.testing.assert_array_equal(weight.numpy(), tensors["token_embd"])
 
 
@@ -218,6 +218,6 @@ def test_a_missing_gguf_file_or_package_is_named(tmp_path: Path, monkeypatch: py
     if find_spec("gguf"):
         with pytest.raises(ExportError, match=r"there is no file .*none\.gguf"):
             export_bundle(tmp_path / "none.gguf", tmp_path / "bundle")
-    monkeypatch.setattr(families, "installed", lambda name: None)
+    monkeypatch.setattr(loading, "installed", lambda name: None)
     with pytest.raises(MissingDependency, match=r'pip install "bbt-accel\[gguf\]"'):
         export_bundle(tmp_path / "none.gguf", tmp_path / "bundle")

@@ -27,7 +27,8 @@ from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, tiny_model
 from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
 from bbt_accel.exporters import export, graph
-from bbt_accel.exporters.families import family_of, load_model, load_tokenizer
+from bbt_accel.exporters.families import family_of
+from bbt_accel.exporters.loading import load_model, load_tokenizer
 from bbt_accel.files import sha256
 
 SIZE = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}

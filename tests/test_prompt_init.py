@@ -20,7 +20,7 @@ from bbt_accel.demo import DATA
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import UsageError
 from bbt_accel.exporters import export, validate
-from bbt_accel.exporters.families import load_model
+from bbt_accel.exporters.loading import load_model
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.tasks import load_task
 from bbt_accel.tuning.methods import PromptSpace

@@ -94,7 +94,7 @@ def decoder_start(made: PackagedRun) -> list[int] | None:
 
 
 def load_backbone(made: PackagedRun) -> Any:
-    from bbt_accel.exporters.families import load_model
+    from bbt_accel.exporters.loading import load_model
 
     return load_model(made.bundle.path)
 

@@ -151,7 +151,7 @@ python -m http.server
 The page makes no request to another host, and no text leaves it. `vendor/` holds transformers.js (Apache-2.0) and
 onnxruntime-web (MIT) as npm has them, and their licences; `model/` is a package for transformers.js."""
 
-FORMATS = {
+FORMATS: dict[Kind, Format] = {
     "onnx": Format("ort", ("onnx", "ort"), write_graph, run_with(open_onnx), ONNX_USAGE),
     "openvino": Format("openvino", ("onnx", "openvino"), write_ir, run_with(open_openvino), OPENVINO_USAGE),
     "peft": Format("ort", ("onnx", "ort"), write_peft, run_peft, PEFT_USAGE),

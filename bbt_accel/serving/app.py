@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import bbt_accel
 from bbt_accel.errors import BbtError, DataError, RequestError, UsageError, clipped
-from bbt_accel.inference_protocol import ROWS_EXTENSION
+from bbt_accel.inference_protocol import ROWS_EXTENSION, TOKEN
 from bbt_accel.serving import Limits
 from bbt_accel.serving.models import Model
 from bbt_accel.serving.protocol import HEADER_LENGTH, read_request, write_response
@@ -199,7 +199,7 @@ class Loopback:
             host = re.sub(r":\d*\Z", "", named).strip("[]")
             if not is_loopback(host):
                 error = f"without a token the server answers to localhost alone, not to {clipped(named, 80)!r}"
-                app = JSONResponse({"error": f"{error}; set BBT_ACCEL_TOKEN"}, 403)
+                app = JSONResponse({"error": f"{error}; set {TOKEN}"}, 403)
         await app(scope, receive, send)
 
 

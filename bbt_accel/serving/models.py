@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 import bbt_accel
-from bbt_accel.backbone_names import backbone_name
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import STATES
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
@@ -24,12 +23,12 @@ from bbt_accel.inference import Classifier
 from bbt_accel.inference_protocol import (
     BACKBONE,
     CLASSIFIER,
-    DIGEST,
     LAYER,
     OUTPUTS,
     ROWS,
     STDS,
     UNKNOWN_ROWS,
+    bundle_facts,
 )
 from bbt_accel.population import Population
 from bbt_accel.run import Run
@@ -86,12 +85,8 @@ class Model(ABC):
         }
 
     def facts(self) -> dict[str, str]:
-        info, versions = self.engine.bundle.info, self.engine.versions()
-        return {
-            DIGEST: self.engine.bundle.digest,
-            "backbone": backbone_name(info.backbone),
-            "method": info.method,
-            "precision": info.precision,
+        versions = self.engine.versions()
+        return bundle_facts(self.engine.bundle) | {
             "bbt-accel": bbt_accel.__version__,
             "engine": " ".join([self.engine.name, *(f"{name} {version}" for name, version in versions.items())]),
             "max_batch": str(self.limits.batch),
