@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.script import run_script
 from bbt_accel.benchmarks.steps import Bundles
-from bbt_accel.bundle import Bundle, BundleInfo
+from bbt_accel.bundle import Bundle, BundleInfo, Method
 from bbt_accel.command import comma_separated
 from bbt_accel.engine_specs import EngineSpec, check_device, engine_specs, index_of, kind_of
 from bbt_accel.errors import BbtError, EngineError

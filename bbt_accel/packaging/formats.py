@@ -16,6 +16,7 @@ from bbt_accel.exporters.triton import config as triton_config
 from bbt_accel.packaging.adapter import run_peft, write_peft
 from bbt_accel.packaging.comparison import LoadedModel, PackageOutput, run_package
 from bbt_accel.packaging.configuration import DTYPES, classifier_config, write_json
+from bbt_accel.packaging.manifest import Kind
 from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
 from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
 from bbt_accel.packaging.packaged_run import PackagedRun
