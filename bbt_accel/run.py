@@ -15,7 +15,7 @@ from bbt_accel.batch import Float32
 from bbt_accel.bundle import INFO as BUNDLE_INFO
 from bbt_accel.bundle import Bundle, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
-from bbt_accel.engine_specs import engine_spec, kind_of
+from bbt_accel.engine_specs import Precision, engine_spec, kind_of
 from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import sha256, write_atomically
 from bbt_accel.history import Generation, read_history
@@ -47,7 +47,7 @@ class BundleRecord(BaseModel, extra="forbid"):
     method: Method = Field(description=SAME)
     prompt_mode: PromptMode = Field(description=SAME)
     prompt_init: str | None = Field(default=None, description=SAME)
-    precision: str = Field(description=SAME)
+    precision: Precision = Field(description=SAME)
 
     @classmethod
     def of(cls, bundle: Bundle, run: Path) -> BundleRecord:

@@ -60,9 +60,9 @@ def table(own: Mapping[Pair, Score], other: Mapping[Pair, Score]) -> str:
         raise DataError("no task and seed has a score of both contenders; give further reports")
     lines = []
     for task in [*dict.fromkeys(task for task, _ in pairs), None]:
-        own = {pair: value for pair, value in pairs.items() if task in (None, pair[0])}
-        ahead = f"{sum(value > 0 for value in own.values())} of {len(own)}"
-        lines.append([task or "all", *points(*interval(own)), ahead])
+        some = {pair: value for pair, value in pairs.items() if task in (None, pair[0])}
+        ahead = f"{sum(value > 0 for value in some.values())} of {len(some)}"
+        lines.append([task or "all", *points(*interval(some)), ahead])
     return markdown_table(["task", "mean", "95 % interval", "ahead"], lines)
 
 

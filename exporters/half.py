@@ -52,7 +52,8 @@ def to_half(model: onnx.ModelProto, feeds: list[Feeds], folder: Path, dtype: int
 def angles(graph: onnx.GraphProto, floats: set[str]) -> set[str]:
     """Names of the nodes that compute with positions: half precision has no digits for their turns and buckets.
 
-    Sines and cosines are of rotary positions, logarithms of relative ones (T5, MPNet).
+    Sines and cosines are of rotary positions, logarithms of relative ones (T5, MPNet), whose buckets follow by
+    arithmetic until they become integers.
     """
     makers = {name: node for node in graph.node for name in node.output}
     found: set[str] = set()
@@ -62,6 +63,11 @@ def angles(graph: onnx.GraphProto, floats: set[str]) -> set[str]:
         if node.name not in found:
             found.add(node.name)
             waiting += [makers[name] for name in node.input if name in makers and name in floats]
+    logarithms = {name for node in graph.node if node.op_type == "Log" for name in node.output}
+    for node in graph.node:  # in the order of computation
+        if node.op_type in ("Add", "Cast", "Div", "Mul", "Sub") and logarithms & {*node.input}:
+            found.add(node.name)
+            logarithms |= floats & {*node.output}
     return found
 
 

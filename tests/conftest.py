@@ -125,3 +125,11 @@ def cluster() -> Iterator[None]:
 
     with connect("local", 4):
         yield
+
+
+def one_line(call: Callable[[], object], error: type[Exception]) -> str:
+    """The message of an error, which has one line."""
+    with pytest.raises(error) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

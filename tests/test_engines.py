@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ pytest.importorskip("onnxruntime")
 
 import onnxruntime
 import torch
-from conftest import THREADS, Export, Load
+from conftest import THREADS, Export, Load, one_line
 from tiny_backbones import POSITIONS, VARIANTS, VOCABULARY
 
 from bbt_accel import Batch, Bundle, Population, load_engine, load_task
@@ -45,13 +45,6 @@ def deep(tiny: Export) -> Bundle:
 def rows(count: int = 3, tokens: int = 9) -> Batch:
     ids = np.random.default_rng(0).integers(5, VOCABULARY, (count, tokens))
     return Batch(ids, np.ones_like(ids), np.full(count, 6), np.zeros(count), np.array([7, 8]))  # type: ignore[arg-type]
-
-
-def one_line(call: Callable[[], object], error: type[Exception]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def like(bundle: Bundle, **changes: object) -> Bundle:

@@ -25,7 +25,7 @@ pytest.importorskip("onnxscript")
 import fake_gpu
 import onnxruntime
 import torch
-from conftest import Export
+from conftest import Export, one_line
 from onnx.reference import ReferenceEvaluator
 from tiny_backbones import VARIANTS
 from torch.nn import functional
@@ -156,13 +156,6 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
 def assert_statistics(found: Any, logits: Any, rows: Batch) -> None:
     """The sums from the device are those of the same engine's logits."""
     np.testing.assert_allclose(found, batch_statistics(logits, rows.targets), rtol=1e-4, atol=1e-4)
-
-
-def one_line(call: Callable[[], object], error: type[Exception]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # TensorRT on the tests' own GPU ------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
 from bbt_accel.exporters import calibration, graph, openvino_ir, optimize
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.convert import convert_checkpoint
-from bbt_accel.exporters.half import to_half
+from bbt_accel.exporters.half import angles, to_half
 from bbt_accel.exporters.optimize import optimize_bundle, padded_length
 from bbt_accel.exporters.validate import fidelity, sample_rows, scaled_error
 from bbt_accel.tasks import FOLDER, load_task
@@ -197,6 +197,23 @@ def test_a_weight_file_holds_each_content_once(contents: list[bytes], align: int
         assert place % align == 0
         assert stored[place : place + len(content)] == content
     assert len(stored) <= sum(len(content) + align - 1 for content in set(contents))
+
+
+def test_the_arithmetic_of_relative_positions_stays_in_fp32() -> None:
+    """Half precision would put distances into the wrong buckets, at the edges of these."""
+    make = helper.make_node
+    nodes = [
+        make("Cast", ["distance"], ["x"], "to_float", to=TensorProto.FLOAT),
+        make("Log", ["x"], ["log"], "log"),
+        make("Div", ["log", "c"], ["ratio"], "div"),
+        make("Mul", ["ratio", "c"], ["bucket"], "mul"),
+        make("Cast", ["bucket"], ["index"], "to_int", to=TensorProto.INT64),
+        make("Gather", ["table", "index"], ["bias"], "gather"),
+        make("Add", ["bias", "bias"], ["out"], "add"),
+    ]
+    graph = helper.make_graph(nodes, "g", [], [])
+    floats = {"x", "log", "c", "ratio", "bucket", "table", "bias", "out"}
+    assert angles(graph, floats) == {"to_float", "log", "div", "mul", "to_int"}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

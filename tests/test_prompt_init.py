@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 import torch
 from conftest import Load
 from tiny_backbones import save_backbone
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from bbt_accel import Batch, Bundle, export_bundle, tune
@@ -20,7 +21,7 @@ from bbt_accel.demo import DATA
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import UsageError
 from bbt_accel.exporters import export, validate
-from bbt_accel.exporters.loading import load_model
+from bbt_accel.exporters.loading import load_model, load_tokenizer
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.tasks import load_task
 from bbt_accel.tuning.methods import PromptSpace
@@ -146,3 +147,24 @@ def _row(text: str) -> Any:
     from bbt_accel.data import Row
 
     return Row({"text": text}, 0)
+
+
+def test_a_mask_token_in_the_text_is_ordinary_text(root: Path) -> None:
+    """As a second mask token it would be where every row is read, within the prompt; a decoder's text may have some."""
+    save_backbone("roberta", root / "masked")
+    tokenizer = load_tokenizer(root / "masked")
+    _, ids = export.initial_text("go <mask> to", tokenizer, causal=False)
+    assert tokenizer.mask_token_id not in ids
+    assert ids[0] == export.initial_text("go", tokenizer, causal=False)[1][0]
+    assert tokenizer.mask_token_id in export.initial_text("go <mask> to", tokenizer, causal=True)[1]
+
+
+def test_padding_and_truncation_of_a_tokenizer_file_are_not_applied_to_the_text(root: Path) -> None:
+    save_backbone("roberta", root / "padded")
+    _, ids = export.initial_text("go to it", load_tokenizer(root / "padded"), causal=False)
+    file = root / "padded" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_padding(length=12)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(file))
+    assert export.initial_text("go to it", load_tokenizer(root / "padded"), causal=False)[1] == ids

@@ -21,7 +21,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 import onnx
-from conftest import Export
+from conftest import Export, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_backbones import VARIANTS
@@ -47,13 +47,6 @@ SURFACES = json.loads((Path(__file__).parent / "fixtures" / "trt_api.json").read
 """What real modules have: class → names, of tensorrt 10.12 and 11.4 and of tensorrt_rtx 1.7."""
 PROFILE = ShapeProfile(candidates=(1, 20, 20), rows=(1, 8, 32), tokens=(5, 16, 64))
 KEY = Key(graph="a", runtime="tensorrt 11.4", gpu="GPU", capability=("9.0",), driver="580.1", profile=PROFILE)
-
-
-def one_line(call: Callable[[], object], error: type[Exception]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # Which TensorRT ----------------------------------------------------------------------------------------------
