@@ -21,14 +21,14 @@ from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
 from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
 from bbt_accel.packaging.packaged_run import PackagedRun
 from bbt_accel.packaging.tokenizer import configuration
-from bbt_accel.packaging.web_page import write_page
+from bbt_accel.packaging.web_page import add_libraries, write_page
 
 
 @dataclass(frozen=True)
 class Format:
     """engine: whose bundles it takes (their targets), and that `predict` runs for the comparison.
 
-    write: the files of a package; returns the name of the model's.
+    write: the files of a package; returns the name of the model's. libraries: adds those that come from the network.
     run: the package as its loaders run it: the model of a folder on rows, with a number of threads or all cores.
     usage: how a loader takes the folder, for the card.
     """
@@ -38,6 +38,7 @@ class Format:
     write: Callable[[PackagedRun, list[str], Path], str]
     run: Callable[[PackagedRun, Path, str, Sequence[Row], int | None], PackageOutput]
     usage: str
+    libraries: Callable[[Path], None] | None = None
 
 
 def run_with(open_model: Callable[[Path, Precision, int | None], LoadedModel], texts: str = ".") -> Any:
@@ -71,7 +72,7 @@ def write_ir(made: PackagedRun, labels: list[str], folder: Path) -> str:
 
 
 def write_web(made: PackagedRun, labels: list[str], folder: Path) -> str:
-    """The page, its libraries in vendor/, and the classifier in model/."""
+    """The page, and the classifier in model/."""
     (folder / "model").mkdir()
     model = write_graph(made, labels, folder / "model")
     write_page(folder, folder / "model" / model)
@@ -157,5 +158,5 @@ FORMATS: dict[Kind, Format] = {
     "openvino": Format("openvino", ("onnx", "openvino"), write_ir, run_with(open_openvino), OPENVINO_USAGE),
     "peft": Format("ort", ("onnx", "ort"), write_peft, run_peft, PEFT_USAGE),
     "triton": Format("ort", ("onnx", "ort"), write_triton, run_with(open_onnx), TRITON_USAGE),
-    "web": Format("ort", ("onnx", "ort"), write_web, run_with(open_onnx, "model"), WEB_USAGE),
+    "web": Format("ort", ("onnx", "ort"), write_web, run_with(open_onnx, "model"), WEB_USAGE, add_libraries),
 }

@@ -32,12 +32,13 @@ from bbt_accel.packaging.comparison import available_rows, compare, edge_rows
 from bbt_accel.packaging.formats import FORMATS, Format
 from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, PackageScore, Source
 from bbt_accel.packaging.packaged_run import PackagedRun
+from bbt_accel.packaging.web_page import VENDOR
 from bbt_accel.progress import Tell, silent
 from bbt_accel.run import CARD, Run
 from bbt_accel.run import INFO as RUN_INFO
 
-WEIGHTS = (".onnx", ".data", ".xml", ".bin", ".safetensors")
-"""Files of a model, whose bytes depend on the versions of libraries. The comparison with `predict` judges them."""
+WEIGHTS = (".onnx", ".onnx_data", ".data", ".xml", ".bin", ".safetensors")
+"""Files of a model, whose bytes depend on the versions of libraries; these are compared by what they compute."""
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tokenizers")
 
 
@@ -72,6 +73,8 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, on_p
         made = classifier_of(run, bundle)
         on_progress("composing the graph", 0, 2)
         model = form.write(made, run.info.class_names, folder)
+        if form.libraries is not None:
+            form.libraries(folder)
         on_progress("comparing with predict", 1, 2)
         comparison, score = compared(run, made, form, folder, model, options)
         info = PackageInfo(
@@ -123,7 +126,10 @@ def check_package(
 
 
 def check_beside(folder: Path, info: PackageInfo, form: Format, made: PackagedRun, labels: list[str]) -> None:
-    """Raises PackageError where what lies beside the model, which loaders read too, is not what this run gives."""
+    """Raises PackageError where what lies beside the model, which loaders read too, is not what this run gives.
+
+    Libraries of a page come from elsewhere, by a pinned hash; they are compared with nothing here.
+    """
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         again = Path(place)
         model = form.write(made, labels, again)
@@ -131,6 +137,8 @@ def check_beside(folder: Path, info: PackageInfo, form: Format, made: PackagedRu
     if model != info.model:
         raise PackageError(f"{folder} names the model {info.model!r:.80}, not {model}; package the run again")
     found = {name: digest for name, digest in info.sha256.items() if name != CARD}
+    if form.libraries is not None:
+        found = {name: digest for name, digest in found.items() if name in wanted or not name.startswith(f"{VENDOR}/")}
     for name in sorted(wanted.keys() | found.keys()):
         weights = PurePath(name).suffix in WEIGHTS and name in found and name in wanted
         if not weights and found.get(name) != wanted.get(name):

@@ -58,16 +58,17 @@ IMPORTS = {'from"onnxruntime-web/webgpu"': 'from"./ort.js"', 'from"onnxruntime-c
 
 
 def write_page(folder: Path, model: Path) -> None:
-    """Write the page and its libraries into a folder that has the model.
-
-    Raises PackageError for a model that is too large for a browser and where npm fails; MissingDependency without npm.
-    """
+    """Write the page into a folder that has the model. Raises PackageError for one that is too large for a browser."""
     if sum(file.stat().st_size for file in model.parent.iterdir()) > LARGEST:
         raise PackageError("the model is larger than the 2 GiB that a browser takes; use --int8 or a smaller backbone")
     for file in (file for file in PAGE.rglob("*") if file.is_file()):  # copytree would copy a folder's read-only mode
         target = folder / file.relative_to(PAGE)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+
+
+def add_libraries(folder: Path) -> None:
+    """Add the libraries of the page to its folder. Raises PackageError where npm fails, MissingDependency without it."""
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         for package, archive in zip(PACKAGES, fetch(Path(place)), strict=True):
             unpack(package, archive, folder / VENDOR)
