@@ -52,8 +52,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     template: how a text is written for the backbone, e.g. "{text} It was {mask} ."; a text's columns are `text`, of
         pairs `text1` and `text2`, of mappings their own names.
     label_words: a word for each class, in the order of `classes_`; the labels themselves unless given.
-    k_shot: examples per class to fit on, and as many to choose by; unless given 16, or half of a class that has fewer
-        rows.
+    k_shot: examples per class to fit on, and as many to choose by; unless given 16, but at most half of a class.
     balanced: take all classes for equally frequent; otherwise `predict_proba` expects them as frequent as in y.
     callbacks, track: as in `tune`; callbacks are not saved.
 
@@ -301,7 +300,8 @@ def of_run(info: RunInfo) -> dict[str, Any]:
         "backbone": bundle.backbone, "engine": info.engine.name, "precision": bundle.precision,
         "method": bundle.method, "prompt_mode": bundle.prompt_mode, "n_prompt_tokens": info.prompt_shape[-2],
         "template": group and info.task.template(group), "label_words": group and info.task.words(group),
-        "readout": settings.readout, "budget": settings.budget, "k_shot": settings.k_shot, "seed": settings.seed,
+        "readout": settings.readout, "budget": settings.budget, "seed": settings.seed,
+        "k_shot": None if settings.allow_rare_classes else settings.k_shot, "balanced": info.task.class_shares is None,
     }  # fmt: skip
     return {"parameters": parameters, "classes": info.class_names}
 

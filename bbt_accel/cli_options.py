@@ -130,7 +130,7 @@ class FitOptions(Schema):
     readout: ReadoutChoice = Field(default="auto", description="How classes are read, as in tune.")
     budget: Budget = FIT_BUDGET
     k_shot: KShot | None = None
-    """Examples per class to search with, and as many to choose by (default: 16, or a third of a class with fewer)."""
+    """Examples per class to search with, and as many to choose by (default: 16, but at most a third of a class)."""
     balanced: bool = Field(default=False, description="Take all classes for equally frequent (default: as in FILE).")
     seed: Seed = DEFAULTS.seed
     threads: AllCores = None
@@ -192,7 +192,7 @@ class ServeOptions(Schema):
     keep_alive: float = Field(
         default=Limits.keep_alive,
         ge=1,
-        description="Seconds until a connection without a request is closed; a proxy must close its own sooner.",
+        description="Seconds between two requests until a connection is closed; a proxy must close its own sooner.",
     )
 
 

@@ -86,7 +86,8 @@ def split_rows(
     for label, own in wanted.items():
         if counts[label] < 2 * own:
             needed = f"--k-shot {k} needs {2 * k} (train and dev)" if parts is None else "two are needed"
-            raise DataError(f"class {label} has {counts[label]} rows, {needed}; add rows or lower --k-shot")
+            hint = "add rows or lower --k-shot" if parts is None else "add rows"
+            raise DataError(f"class {label} has {counts[label]} rows, {needed}; {hint}")
     seen = Counter[int | None]()
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
         row = rows[index]

@@ -112,7 +112,7 @@ def fit_file(
     file: CSV, TSV, JSON, JSON lines, Parquet or Excel. text: its column of texts, or several. label: its column of
     labels, of any kind. template: how a row is written for the backbone, e.g. "{review} It was {mask} ."; label_words:
     one for each label, in their sorted order; taken from the labels unless given. engine, precision: `auto` for what
-    `doctor` finds. k_shot: as in `Settings`; unless given its default, or a third of a class that has fewer rows.
+    `doctor` finds. k_shot: as in `Settings`; unless given its default, but at most a third of a class's rows.
     balanced: take all classes for equally frequent; otherwise they are as frequent as in the file.
     overwrite: replace an existing run; otherwise an unfinished or interrupted one is continued, a complete one too if
     the budget is larger, and a complete one of the same search scored again.
@@ -155,7 +155,7 @@ def examples_per_class(counts: Mapping[str, int], k_shot: int | None) -> dict[st
         return {"k_shot": DEFAULTS.k_shot, "allow_rare_classes": True}
     rarest = min(counts, key=lambda name: counts[name])
     if counts[rarest] < 2 * k_shot:
-        problem = f"class {rarest!r} has {counts[rarest]} rows, --k-shot {k_shot} needs {2 * k_shot} (train and dev)"
+        problem = f"class {rarest!r} has {counts[rarest]} rows, k_shot {k_shot} needs {2 * k_shot} (train and dev)"
         raise DataError(f"{problem}; lower it or leave it out")
     return {"k_shot": k_shot, "allow_rare_classes": False}
 
@@ -189,7 +189,7 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
         raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")
     rarest, fewest = min(counts.items(), key=lambda item: item[1])
     if fewest < 2:
-        problem = f"{file}: {label} has {len(counts)} classes, and {rarest!r:.50} has {fewest} row"
+        problem = f"{file}: {label} has {len(counts)} classes, and {rarest!r:.50} has {fewest} different text"
         raise DataError(f"{problem}; each needs two, one to search with and one to choose by")
     return {name: counts[name] for name in sorted(counts, key=by_value)}
 

@@ -34,7 +34,7 @@ def note(line: str) -> None:
 
 
 note_once = cache(note)
-"""A note that a process repeats in vain."""
+"""A note that is printed once per process."""
 
 
 class StderrBar(Progress):

@@ -231,7 +231,8 @@ def logistic_regression(x: Float64, targets: Int64, penalty: float) -> tuple[Flo
 
 
 def held_out_scores(scores: Callable[[Int64, Int64], Float64], targets: Int64, seed: int) -> Float64:
-    """Scores (N, C) of every row by a readout that was fitted without it: `FOLDS` folds, stratified by class.
+    """Scores (N, C) of every row by a readout that was fitted without it: `FOLDS` folds, stratified by class. The only
+    row of a class is scored by a fit that has it.
 
     scores: from the indices of the rows to fit on, and of those to score, to the scores of the latter.
     """

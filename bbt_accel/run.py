@@ -114,7 +114,7 @@ class TriedReadout(BaseModel, extra="forbid"):
     name: ReadoutName = Field(description="Its name.")
     log_loss: float = Field(description="Cross-validated, on train and dev rows.")
     score: float = Field(description="The task's metric, likewise.")
-    seconds: float = Field(description="To fit it in every fold.")
+    seconds: float = Field(description="To fit it in every fold, but for what earlier ones have fitted.")
 
 
 class ReadoutRecord(BaseModel, extra="forbid"):
@@ -130,7 +130,7 @@ class ReadoutRecord(BaseModel, extra="forbid"):
 class RunInfo(Manifest):
     """run.json."""
 
-    format: int = Field(default=2, description="Version of this file.")
+    format: int = Field(default=3, description="Version of this file.")
     status: Literal["running", "interrupted", "done"] = Field(default="running", description="How far the search is.")
     task: Task = Field(description="The task, as it was.")
     label_words: list[str] = Field(description="The first label word of each class.")

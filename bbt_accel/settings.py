@@ -40,7 +40,8 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     demonstrations: Demonstrations = 0
     readout: ReadoutChoice = Field(default="auto", description=f"How classes are read: auto, {', '.join(READOUTS)}.")
     allow_rare_classes: bool = Field(
-        default=False, description="Take fewer than --k-shot examples of a class that has too few rows."
+        default=False,
+        description="Take at most a third of a class (half without --hold-out), if --k-shot is more.",
     )
     hold_out: bool = Field(default=False, description="Test rows are the train rows that the search does not use.")
     covariance: Literal["full", "diagonal"] = Field(

@@ -143,9 +143,9 @@ class OrtCudaEngine(OrtEngine):
     def call(self, stage: str, given: Arrays, names: list[str]) -> list[Any]:
         self.called += stage == "model"
         if self.captures(stage):
-            if self.held >= MAX_GRAPHS and self.live() <= MAX_GRAPHS // 2:
-                self.reopen(stage)
             try:
+                if self.held >= MAX_GRAPHS and self.live() <= MAX_GRAPHS // 2:
+                    self.reopen(stage)
                 return self.replay(self.sessions[stage], given, names)
             except Exception as error:
                 note(f"no CUDA graphs from here on, because a call failed as one: {first_line(error)}")
@@ -168,7 +168,7 @@ class OrtCudaEngine(OrtEngine):
         """Free every graph, which ONNX Runtime does with the session alone."""
         self.held = 0
         self.seen.clear()
-        del self.sessions[stage]
+        self.sessions.pop(stage, None)
         self.sessions[stage] = self.open(stage)
 
     def once(self, session: Any, given: Arrays, names: list[str], place: Any = None) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -29,27 +30,32 @@ def torch_device(device: str) -> torch.device:
 
 
 class TorchThreads:
-    """PyTorch's threads, which are the whole process's, until it is closed; None leaves them as they are.
+    """A limit of PyTorch's threads, which are the whole process's, until it is closed or collected; None sets none.
 
     Of several, the last that is open decides.
     """
 
-    opened: ClassVar[list[tuple[object, int]]] = []  # and at first what the process had
+    limits: ClassVar[dict[object, int]] = {}  # in their order; the first is what the process had
 
     def __init__(self, threads: int | None) -> None:
+        key = object()
+        self._close = weakref.finalize(self, self.release, key)
+        self._close.atexit = False
         if threads is not None:
-            if not self.opened:
-                self.opened.append((None, torch.get_num_threads()))
-            self.opened.append((self, threads))
+            self.limits.setdefault(None, torch.get_num_threads())
+            self.limits[key] = threads
             torch.set_num_threads(threads)
 
+    @classmethod
+    def release(cls, key: object) -> None:
+        if key in cls.limits:
+            del cls.limits[key]
+            torch.set_num_threads(list(cls.limits.values())[-1])
+        if len(cls.limits) == 1:
+            cls.limits.clear()
+
     def close(self) -> None:
-        own = [entry for entry in self.opened if entry[0] is self]
-        for entry in own:
-            self.opened.remove(entry)
-            torch.set_num_threads(self.opened[-1][1])
-        if len(self.opened) == 1:
-            self.opened.clear()
+        self._close()
 
 
 def load(bundle: Bundle, device: str, threads: int | None) -> tuple[torch.nn.Module, TorchThreads]:

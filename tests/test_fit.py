@@ -163,7 +163,7 @@ def test_an_interrupted_fit_is_continued_by_the_same_call(fit: Fit, monkeypatch:
         ({"text": "reviews"}, "has no column 'reviews'; it has 'review', 'mood'; did you mean review"),
         ({"label": "stars"}, "has no column 'stars'"),
         ({"text": "mood"}, "must name different columns"),
-        ({"k_shot": 9}, "'down' has 16 rows, --k-shot 9 needs 18"),
+        ({"k_shot": 9}, "'down' has 16 rows, k_shot 9 needs 18"),
         ({"label_words": ["x"]}, "1 words for 2 classes"),
         ({"template": "{text} {mask}"}, "unknown placeholder {text}"),
         ({"engine": "tf"}, "unknown engine 'tf'"),
@@ -208,7 +208,7 @@ def test_an_engine_may_take_the_bundle_of_another(fit: Fit) -> None:
     [
         ([], "has no rows"),
         ([("a", "x"), ("b", "x")], "label is 'x' in every row; at least two classes"),
-        ([("a", "x"), ("b", "x"), ("c", "y")], "label has 2 classes, and 'y' has 1 row; each needs two"),
+        ([("a", "x"), ("b", "x"), ("c", "y")], "label has 2 classes, and 'y' has 1 different text; each needs two"),
         ([("a", "x"), ("", "y")], "text is empty in 1 row, first in row 2"),
         ([("a", "x"), (" ", "y"), (None, "y")], "text is empty in 2 rows, first in row 2"),
         ([("a", "x"), ("b", float("nan"))], "label is empty in 1 row, first in row 2"),

@@ -146,7 +146,7 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
         (timed_as(identical=False), "launched and enqueued calls differ"),
         ({"gpu": GpuState(name="NVIDIA GeForce RTX 4090")}, "on an H100; this was NVIDIA GeForce RTX 4090"),
         ({"gpu": GpuState(name="NVIDIA GeForce RTX 9090")}, "the peak of NVIDIA GeForce RTX 9090 is not known"),
-        ({"gpu": None}, "its ceilings cannot be judged"),
+        ({"gpu": None}, "its ceilings cannot be checked"),
         ({"gpu": GpuState(name="NVIDIA H100 80GB HBM3", others=2)}, "2 other processes"),
         (goal(rates={"fp16 PyTorch": 300e3}), "30% of the peak of NVIDIA H100"),
         (goal(rates={"copy, bytes": 900.0}), "27% of the peak of NVIDIA H100"),

@@ -18,6 +18,7 @@ from bbt_accel.errors import BundleError, DataError, RunError, UsageError
 from bbt_accel.inference import evaluate, predict, scored_rows
 from bbt_accel.logits import log_softmax
 from bbt_accel.objective import Objective
+from bbt_accel.progress import note_once
 from bbt_accel.run import Run, write_info
 from bbt_accel.tasks import load_task
 
@@ -156,6 +157,7 @@ def test_a_text_that_comes_again_is_held_out_from_nothing(tmp_path: Path, capsys
     task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
     data = tmp_path / "data" / "train.jsonl"
     data.write_text(data.read_text() * 3)
+    note_once.cache_clear()
     settings = {**SETTINGS, "hold_out": True}
     run = tune(bundle, task, data=data, engine="dummy", output=tmp_path / "run", settings=settings, progress=False)
     assert "60 of 90 rows repeat the text of another and are left out" in capsys.readouterr().err

@@ -308,7 +308,7 @@ def test_a_damaged_run_is_refused(start: Tune, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be read"):
         Run.read(damaged("run.json", b"{"))
     with pytest.raises(RunError, match="run format 99"):
-        Run.read(damaged("run.json", (run.path / "run.json").read_bytes().replace(b'"format": 2', b'"format": 99')))
+        Run.read(damaged("run.json", (run.path / "run.json").read_bytes().replace(b'"format": 3', b'"format": 99')))
     with pytest.raises(RunError, match=r"has no prompt\.safetensors"):
         Run.read(damaged("prompt.safetensors", None))
     save_file({"prompt": run.prompt + 1}, tmp_path / "other")

@@ -34,7 +34,7 @@ from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, PackageS
 from bbt_accel.packaging.packaged_run import PackagedRun
 from bbt_accel.packaging.web_page import VENDOR
 from bbt_accel.progress import Tell, silent
-from bbt_accel.run import CARD, Run
+from bbt_accel.run import CARD, Run, RunInfo
 from bbt_accel.run import INFO as RUN_INFO
 
 WEIGHTS = (".onnx", ".onnx_data", ".data", ".xml", ".bin", ".safetensors")
@@ -115,28 +115,29 @@ def check_package(
             if getattr(info, name) != value:
                 raise PackageError(f"{folder / manifest.INFO} has another {name} than its run; package the run again")
         on_progress("composing the graph", 0, 2)
-        check_beside(folder, info, form, made, source_run.info.class_names)
+        check_beside(folder, info, form, made, source_run.info)
         on_progress("comparing with predict", 1, 2)
         comparison, score = compared(source_run, made, form, folder, info.model, options)
         comparison.estimator_differs = info.comparison.estimator_differs  # which the estimator alone can count
     if score is not None and info.score is not None and not score.near(info.score):
         stated = f"{info.score.metric} {info.score.score:.4f}, here it has {score.score:.4f}"
         raise PackageError(f"{folder} states a test {stated}; package the run again")
-    return info.model_copy(update={"comparison": comparison, "score": score})
+    return info.model_copy(update={"comparison": comparison, "score": score or info.score})
 
 
-def check_beside(folder: Path, info: PackageInfo, form: Format, made: PackagedRun, labels: list[str]) -> None:
+def check_beside(folder: Path, info: PackageInfo, form: Format, made: PackagedRun, run: RunInfo) -> None:
     """Raises PackageError where what lies beside the model, which loaders read too, is not what this run gives.
 
     Libraries of a page come from elsewhere, by a pinned hash; they are compared with nothing here.
     """
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         again = Path(place)
-        model = form.write(made, labels, again)
+        model = form.write(made, run.class_names, again)
+        (again / CARD).write_text(model_card(info, run, form.usage), encoding="utf-8")
         wanted = {name: sha256(again / name) for name in manifest.files_of(again)}
     if model != info.model:
         raise PackageError(f"{folder} names the model {info.model!r:.80}, not {model}; package the run again")
-    found = {name: digest for name, digest in info.sha256.items() if name != CARD}
+    found = info.sha256
     if form.libraries is not None:
         found = {name: digest for name, digest in found.items() if name in wanted or not name.startswith(f"{VENDOR}/")}
     for name in sorted(wanted.keys() | found.keys()):

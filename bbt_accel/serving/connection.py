@@ -16,8 +16,8 @@ class Connection(H11Protocol):
     """uvicorn's, closed when its client sends no complete header, or does not read, for `idle` seconds.
 
     Between two requests it is kept for `timeout_keep_alive` seconds. The time does not begin again with a part of a
-    header. Beyond `MAX_CONNECTIONS`, the one that has waited longest for
-    a request is closed. The body's time is limited by the application, which knows what it waits for.
+    header. Beyond `MAX_CONNECTIONS`, the one that has waited longest for a request is closed. The body's time is
+    limited by the application, which knows what it waits for.
     """
 
     idle = 10.0
@@ -46,11 +46,15 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        """For the next request, where no further one has arrived already."""
         if self.waits and self.flow.write_paused:  # a close would wait until the client has read everything
             self._within(self.transport.abort)
         elif self.waits and self.conn.their_state is h11.SEND_BODY:  # it was answered before its body had arrived
             self._within(self.transport.close)
-        elif self.waits:  # and no further request had arrived already
+        elif self.waits:
             self._within(self.transport.close, self.timeout_keep_alive)
             self.kept = True
 
@@ -60,7 +64,7 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._within(self.transport.close) if self.waits else self._in_time()
+        self._wait() if self.waits else self._in_time()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
