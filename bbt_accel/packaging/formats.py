@@ -92,7 +92,7 @@ def write_triton(made: PackagedRun, labels: list[str], folder: Path) -> str:
         file.parent.mkdir()
         file = files.rename(file) / "model.onnx"
     lines = triton_config(made.bundle, graph, name, "onnxruntime")
-    lines = [line for line in lines if f'"{DIGEST}"' not in line]  # of an int8 bundle that is not kept
+    lines = [line for line in lines if f'key: "{DIGEST}"' not in line]  # of an int8 bundle that is not kept
     lines.append(f'parameters {{ key: "labels" value {{ string_value: {json.dumps(json.dumps(labels))} }} }}')
     (folder / name / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file.relative_to(folder).as_posix()
