@@ -28,6 +28,7 @@ from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.manifests import facts_digest
 from bbt_accel.packaging import card, web_page
+from bbt_accel.packaging.formats import FORMATS
 from bbt_accel.packaging.layout import find_layout
 from bbt_accel.packaging.manifest import PackageInfo, read_info, write_info
 from bbt_accel.packaging.package import Options, check_package, package_run
@@ -343,6 +344,7 @@ def test_check_finds_what_somebody_else_has_sealed(
         info.model = "onnx/other.onnx"
     elif info.score is not None:
         info.score.score -= 0.5
+        (folder / "README.md").write_text(card.model_card(info, demo[0].info, FORMATS["onnx"].usage), encoding="utf-8")
     write_info(folder, info)
     said = {"labels": "config.json is not what", "model": "names the model 'onnx/other.onnx'", "score": "states a test"}
     with pytest.raises(PackageError, match=said[change]):
