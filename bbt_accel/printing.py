@@ -48,9 +48,9 @@ def print_run(run: Run, as_json: bool) -> None:
         print_json({"path": run.path, **info.model_dump(mode="json")})
         return
     workers = f", {info.engine.workers} workers" if info.engine.workers else ""
-    rows = f"{'up to ' if info.settings.allow_rare_classes else ''}{info.settings.k_shot} examples per class"
+    examples = f"{'up to ' if info.settings.allow_rare_classes else ''}{info.settings.k_shot} examples per class"
     facts: dict[str, object] = {
-        "task": f"{info.task.name}, {rows}, seed {info.settings.seed}",
+        "task": f"{info.task.name}, {examples}, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
         "engine": f"{info.engine.name} on {info.engine.url or info.engine.device}{workers}",
         "status": info.status if info.status == "done" else f"{info.status}; resume with --resume",
