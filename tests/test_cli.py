@@ -273,7 +273,7 @@ def test_optimize(
 def finished(status: str = "done") -> SimpleNamespace:
     info = SimpleNamespace(
         task=load_task("sst2"),
-        settings=SimpleNamespace(k_shot=16, seed=42),
+        settings=SimpleNamespace(k_shot=16, seed=42, allow_rare_classes=False),
         bundle=SimpleNamespace(backbone="tiny", method="bbt", precision="fp32"),
         engine=SimpleNamespace(name="ort", device="cpu", workers=None, url=None),
         status=status,
