@@ -11,7 +11,7 @@ def main() -> None:
         from bbt_accel.cli import main as run
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # command.INTERRUPTED, which may be what was being imported
     run()
 
 

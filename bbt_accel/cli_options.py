@@ -131,7 +131,7 @@ class FitOptions(Schema):
     budget: Budget = FIT_BUDGET
     k_shot: KShot | None = None
     """Examples per class to search with, and as many to choose by (default: 16, but at most a third of a class)."""
-    balanced: bool = Field(default=False, description="Take all classes for equally frequent (default: as in FILE).")
+    balanced: bool = Field(default=False, description="Treat all classes as equally frequent (default: as in FILE).")
     seed: Seed = DEFAULTS.seed
     threads: AllCores = None
     overwrite: bool = Field(default=False, description="Replace an existing run.")

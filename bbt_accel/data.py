@@ -123,8 +123,7 @@ def load_split(task: Task, data: Path | None, settings: Settings) -> tuple[list[
         rows, given = distinct(rows, lambda row: tuple(row.fields.values())), len(rows)
         if len(rows) < given:
             note_once(f"{given - len(rows):,} of {given:,} rows repeat the text of another and are left out")
-    parts = (3 if settings.hold_out else 2) if settings.allow_rare_classes else None
-    return split_rows(rows, task.n_classes, settings.k_shot, settings.seed, parts)
+    return split_rows(rows, task.n_classes, settings.k_shot, settings.seed, settings.parts)
 
 
 def check_rows(task: Task, data: Path, settings: Settings) -> None:

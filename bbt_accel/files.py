@@ -26,6 +26,11 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def has_digest(file: Path, digest: str) -> bool:
+    """Whether this is a file with that sha256; False for a name that no file can have."""
+    return os.path.isfile(file) and sha256(file) == digest
+
+
 def fingerprint(name: str | Path) -> str:
     """sha256 of a name, and of the content of the file or of all files in the folder that it names, if any."""
     place = Path(name)

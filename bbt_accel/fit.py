@@ -47,8 +47,8 @@ class FitPlan:
     @property
     def left(self) -> int:
         """Rows that the search does not use."""
-        k, parts = self.settings["k_shot"], 3 if self.settings["allow_rare_classes"] else None
-        return sum(count - 2 * examples(count, k, parts) for count in self.counts.values())
+        s = resolve(self.settings)
+        return sum(count - 2 * examples(count, s.k_shot, s.parts) for count in self.counts.values())
 
     def facts(self) -> dict[str, object]:
         """For a reader."""
@@ -113,7 +113,7 @@ def fit_file(
     labels, of any kind. template: how a row is written for the backbone, e.g. "{review} It was {mask} ."; label_words:
     one for each label, in their sorted order; taken from the labels unless given. engine, precision: `auto` for what
     `doctor` finds. k_shot: as in `Settings`; unless given its default, but at most a third of a class's rows.
-    balanced: take all classes for equally frequent; otherwise they are as frequent as in the file.
+    balanced: treat all classes as equally frequent; otherwise as frequent as in the file.
     overwrite: replace an existing run; otherwise an unfinished or interrupted one is continued, a complete one too if
     the budget is larger, and a complete one of the same search scored again.
     announce: called with the plan before the search.

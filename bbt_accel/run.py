@@ -17,7 +17,7 @@ from bbt_accel.bundle import Bundle, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
 from bbt_accel.engine_specs import Precision, engine_spec, kind_of
 from bbt_accel.errors import BundleError, RunError, translated
-from bbt_accel.files import sha256, write_atomically
+from bbt_accel.files import has_digest, sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.hub import fetched
 from bbt_accel.manifests import Manifest
@@ -221,7 +221,7 @@ class Run:
             raise RunError(f"{path} has no {PROMPT}; tune again")
         if sha256(file) != info.prompt_sha256:
             raise RunError(f"{file} is not the prompt that {INFO} describes (sha256); tune again")
-        if not (path / READOUT).is_file() or sha256(path / READOUT) != info.readout.sha256:
+        if not has_digest(path / READOUT, info.readout.sha256):
             raise RunError(f"{path / READOUT} is not the readout that {INFO} describes (sha256); tune again")
         with translated(RunError, f"{file} cannot be read; tune again"):
             prompt = load_file(file)["prompt"]
@@ -255,7 +255,7 @@ class Run:
             places = [self.path.absolute() / record.relative, Path(record.path)]
             if is_saved_classifier(self.path.absolute().parent):
                 places.insert(0, self.path.absolute().parent / "bundle")
-            place = next((place for place in places if is_bundle(place, record.digest)), None)
+            place = next((place for place in places if has_digest(place / BUNDLE_INFO, record.digest)), None)
             if place is not None:
                 return Bundle.read(place)
             bundle = Bundle.read(next((place for place in places if place.exists()), places[1]))
@@ -269,11 +269,6 @@ class Run:
         if bundle.info.prompt_shape != self.prompt.shape:
             raise BundleError(f"{override} takes prompts {bundle.info.prompt_shape}, not {self.prompt.shape}")
         return bundle
-
-
-def is_bundle(path: Path, digest: str) -> bool:
-    """Whether a folder holds the bundle with this digest."""
-    return (path / BUNDLE_INFO).is_file() and sha256(path / BUNDLE_INFO) == digest
 
 
 def is_saved_classifier(path: Path) -> bool:

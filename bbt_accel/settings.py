@@ -84,6 +84,11 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         return self.budget <= other.budget and self == other.model_copy(update={"budget": self.budget})
 
     @property
+    def parts(self) -> int | None:
+        """Into how many parts the rows of a rare class are divided: train, dev and test rows; see `data.examples`."""
+        return (3 if self.hold_out else 2) if self.allow_rare_classes else None
+
+    @property
     def fitted(self) -> bool:
         """Whether the readout is fitted on labelled rows."""
         return self.readout != "verbalizer"

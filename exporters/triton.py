@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import onnx
@@ -63,7 +63,7 @@ def write_model(bundle: Bundle, stage: str, name: str, target: Path) -> None:
     backend = BACKENDS[bundle.info.target]
     graph = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False)
     found = plans(bundle, stage) if backend == "tensorrt" else {}
-    lines = config(bundle, graph.graph, name, backend)
+    lines = config(graph.graph, name, backend, bundle_facts(bundle))
     lines += [f'cc_model_filenames {{ key: "{cc}" value: "sm{cc}.plan" }}' for cc in found]
     (target / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (target / "1").mkdir()
@@ -94,12 +94,12 @@ def plans(bundle: Bundle, stage: str) -> dict[str, Path]:
     return found
 
 
-def config(bundle: Bundle, graph: onnx.GraphProto, name: str, backend: str) -> list[str]:
+def config(graph: onnx.GraphProto, name: str, backend: str, parameters: Mapping[str, str]) -> list[str]:
     """The lines of config.pbtxt. Rows and candidates are separate axes, so Triton must not batch (size 0)."""
     platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[backend]
     lines = [f"name: {json.dumps(name)}", f'platform: "{platform}"', f'backend: "{backend}"', "max_batch_size: 0"]
     lines += [*tensors("input", graph.input), *tensors("output", graph.output)]
-    for key, value in bundle_facts(bundle).items():
+    for key, value in parameters.items():
         lines.append(f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}')
     return lines
 

@@ -13,7 +13,7 @@ import onnx
 from bbt_accel.data import Row
 from bbt_accel.engine_specs import Precision
 from bbt_accel.exporters.triton import config as triton_config
-from bbt_accel.inference_protocol import DIGEST
+from bbt_accel.inference_protocol import DIGEST, bundle_facts
 from bbt_accel.packaging.adapter import run_peft, write_peft
 from bbt_accel.packaging.comparison import LoadedModel, PackageOutput, run_package
 from bbt_accel.packaging.configuration import DTYPES, classifier_config, write_json
@@ -91,9 +91,9 @@ def write_triton(made: PackagedRun, labels: list[str], folder: Path) -> str:
         files = file.parent.rename(folder / "files")
         file.parent.mkdir()
         file = files.rename(file) / "model.onnx"
-    lines = triton_config(made.bundle, graph, name, "onnxruntime")
-    lines = [line for line in lines if f'key: "{DIGEST}"' not in line]  # of an int8 bundle that is not kept
-    lines.append(f'parameters {{ key: "labels" value {{ string_value: {json.dumps(json.dumps(labels))} }} }}')
+    # Without the digest: an int8 bundle that is made for a package is not kept.
+    facts = {key: value for key, value in bundle_facts(made.bundle).items() if key != DIGEST}
+    lines = triton_config(graph, name, "onnxruntime", facts | {"labels": json.dumps(labels)})
     (folder / name / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file.relative_to(folder).as_posix()
 

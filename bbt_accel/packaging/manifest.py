@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, Field
 from bbt_accel.bundle import Architecture, TemplateGroup
 from bbt_accel.engine_specs import Precision
 from bbt_accel.errors import PackageError
-from bbt_accel.files import sha256
+from bbt_accel.files import has_digest, sha256
 from bbt_accel.manifests import SealedManifest, check_files
 
 INFO, ADAPTER_CONFIG = "bbt_accel.json", "adapter_config.json"
@@ -62,7 +61,7 @@ class Source(BaseModel, extra="forbid"):
         around = package.absolute().parents[:2]
         pattern = f"*/{glob.escape(self.name)}"
         places = (place for base in around for place in (base / self.name, *sorted(base.glob(pattern))))
-        return next((p for p in places if os.path.isfile(p / file) and sha256(p / file) == self.digest), None)
+        return next((place for place in places if has_digest(place / file, self.digest)), None)
 
 
 class PackageInfo(SealedManifest):
