@@ -118,8 +118,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         choice = choose(self.engine, self.precision)
         bundle = self._prepared(choice)
         words = () if self.label_words is None else list(self.label_words)  # of a numpy grid, an array
-        shares = None if self.balanced else list(counts.values())
-        task = make_task("classifier", list(rows[0]), LABEL, names, bundle, self.template, words, shares)
+        shares = [1 if self.balanced else count for count in counts.values()]
+        task = make_task("classifier", list(rows[0]), LABEL, names, bundle, self.template, words, class_shares=shares)
         place = tempfile.TemporaryDirectory(prefix="bbt-accel-")
         folder = Path(place.name)
         lines = [json.dumps({**row, LABEL: names[target]}) for row, target in zip(rows, targets, strict=True)]
@@ -301,7 +301,8 @@ def of_run(info: RunInfo) -> dict[str, Any]:
         "method": bundle.method, "prompt_mode": bundle.prompt_mode, "n_prompt_tokens": info.prompt_shape[-2],
         "template": group and info.task.template(group), "label_words": group and info.task.words(group),
         "readout": settings.readout, "budget": settings.budget, "seed": settings.seed,
-        "k_shot": None if settings.allow_rare_classes else settings.k_shot, "balanced": info.task.class_shares is None,
+        "k_shot": None if settings.allow_rare_classes and settings.k_shot == DEFAULTS.k_shot else settings.k_shot,
+        "balanced": len(set(info.task.class_shares or [1])) == 1,
     }  # fmt: skip
     return {"parameters": parameters, "classes": info.class_names}
 

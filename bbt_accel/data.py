@@ -7,17 +7,16 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from bbt_accel.batch import Int64
 from bbt_accel.errors import DataError, UsageError, check_known, did_you_mean, first_line
-from bbt_accel.progress import note_once
 from bbt_accel.settings import Settings
 from bbt_accel.tables import (
     JSON_LINES,
@@ -48,6 +47,15 @@ class Row:
     label: Annotated[int | None, Field(description="0 .. C-1; None if it is unknown.")] = None
 
 
+class FewShot(NamedTuple):
+    """The rows of a search, and those of the train file that it leaves over. repeated: left out by `load_split`."""
+
+    train: list[Row]
+    dev: list[Row]
+    rest: list[Row]
+    repeated: int = 0
+
+
 def labels(rows: Sequence[Row]) -> Int64:
     """The classes of labelled rows, int64 (N,)."""
     return np.array([row.label for row in rows], np.int64)
@@ -70,24 +78,29 @@ def load_rows(task: Task, split: Split, data: str | Path | None = None) -> list[
 
 def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Train and dev rows, k per class in each, after a shuffle by `seed`. DataError for a class with fewer than 2 k."""
-    train, dev, _ = split_rows(rows, n_classes, k, seed)
-    return train, dev
+    found = split_rows(rows, n_classes, k, seed)
+    return found.train, found.dev
 
 
 def split_rows(
-    rows: Sequence[Row], n_classes: int, k: int, seed: int, parts: int | None = None
-) -> tuple[list[Row], list[Row], list[Row]]:
-    """The train and dev rows of `few_shot`, and all other rows in their order. parts: see `examples`."""
+    rows: Sequence[Row],
+    n_classes: int,
+    k: int,
+    seed: int,
+    parts: int | None = None,
+    names: Sequence[str] | None = None,
+) -> FewShot:
+    """The train and dev rows of `few_shot`, and all other rows in their order.
+
+    parts: see `examples`. names: of the classes, for the error.
+    """
     train: list[Row] = []
     dev: list[Row] = []
     rest = set(range(len(rows)))
     counts = Counter(row.label for row in rows)
+    of_names = dict(zip(names or map(str, range(n_classes)), map(counts.__getitem__, range(n_classes)), strict=True))
+    require_examples(of_names, k, parts, "lower it, add rows or pass --allow-rare-classes")
     wanted = {label: examples(counts[label], k, parts) for label in range(n_classes)}
-    for label, own in wanted.items():
-        if counts[label] < 2 * own:
-            needed = f"--k-shot {k} needs {2 * k} (train and dev)" if parts is None else "two are needed"
-            hint = "add rows or lower --k-shot" if parts is None else "add rows"
-            raise DataError(f"class {label} has {counts[label]} rows, {needed}; {hint}")
     seen = Counter[int | None]()
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
         row = rows[index]
@@ -95,7 +108,7 @@ def split_rows(
         if row.label is not None and seen[row.label] <= 2 * wanted[row.label]:
             (train if seen[row.label] <= wanted[row.label] else dev).append(row)
             rest.remove(index)
-    return train, dev, [rows[index] for index in sorted(rest)]
+    return FewShot(train, dev, [rows[index] for index in sorted(rest)])
 
 
 def examples(count: int, k: int, parts: int | None) -> int:
@@ -107,23 +120,34 @@ def examples(count: int, k: int, parts: int | None) -> int:
     return k if parts is None else max(1, min(k, count // parts))
 
 
+def require_examples(counts: Mapping[str, int], k: int, parts: int | None, hint: str) -> None:
+    """Raises DataError for the rarest class if it has too few rows for train and dev. hint: how to help where k asks
+    for them."""
+    name = min(counts, key=lambda name: counts[name])
+    if (count := counts[name]) < 2 * examples(count, k, parts):
+        needed = f"--k-shot {k} needs {2 * k} (train and dev); {hint}"
+        if parts is not None:
+            needed = "two are needed, one to search with and one to choose by; add rows"
+        raise DataError(f"class {name!r} has {count} rows, {needed}")
+
+
 def load_few_shot(task: Task, data: Path | None, settings: Settings) -> tuple[list[Row], list[Row]]:
     """The train and dev rows that a search with these settings uses. Raises DataError."""
-    train, dev, _ = load_split(task, data, settings)
-    return train, dev
+    found = load_split(task, data, settings)
+    return found.train, found.dev
 
 
-def load_split(task: Task, data: Path | None, settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
+def load_split(task: Task, data: Path | None, settings: Settings) -> FewShot:
     """The train and dev rows that a search with these settings uses, and the others of the train file.
 
-    Where those others are test rows, each text counts once: a copy of a train row would be no test.
+    Where those others are test rows, each text counts once, without the white space around it: a copy of a train
+    row would be no test.
     """
-    rows = load_rows(task, "train", data)
+    given = rows = load_rows(task, "train", data)
     if settings.hold_out:
-        rows, given = distinct(rows, lambda row: tuple(row.fields.values())), len(rows)
-        if len(rows) < given:
-            note_once(f"{given - len(rows):,} of {given:,} rows repeat the text of another and are left out")
-    return split_rows(rows, task.n_classes, settings.k_shot, settings.seed, settings.parts)
+        rows = distinct(rows, lambda row: tuple(task.cleaned(text).strip() for text in row.fields.values()))
+    found = split_rows(rows, task.n_classes, settings.k_shot, settings.seed, settings.parts, task.classes)
+    return found._replace(repeated=len(given) - len(rows))
 
 
 def check_rows(task: Task, data: Path, settings: Settings) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
-from bbt_accel.data import examples
+from bbt_accel.data import examples, require_examples
 from bbt_accel.errors import DataError, RunError, TaskError, UsageError, first_problem
 from bbt_accel.inference import evaluate
 from bbt_accel.label_words import distinct_words
@@ -133,8 +133,9 @@ def fit_file(
     settings.check_budget(method)
     with progress_bar(f"preparing {backbone}", progress) as tell:
         bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell, threads=threads)
-    shares = None if balanced else list(counts.values())
-    task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words, shares)
+    named = Counter(plain(record[label]) for record in table.records)
+    shares = [1 if balanced else named[name] for name in counts]
+    task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words, class_shares=shares)
     words = commands(file, output, backbone, bundle, choice, chosen, threads)
     plan = FitPlan(table, counts, choice, bundle, task, chosen, words)
     announce(plan)
@@ -153,10 +154,7 @@ def examples_per_class(counts: Mapping[str, int], k_shot: int | None) -> dict[st
     """
     if k_shot is None:
         return {"k_shot": DEFAULTS.k_shot, "allow_rare_classes": True}
-    rarest = min(counts, key=lambda name: counts[name])
-    if counts[rarest] < 2 * k_shot:
-        problem = f"class {rarest!r} has {counts[rarest]} rows, k_shot {k_shot} needs {2 * k_shot} (train and dev)"
-        raise DataError(f"{problem}; lower it or leave it out")
+    require_examples(counts, k_shot, None, "lower it or leave it out")
     return {"k_shot": k_shot, "allow_rare_classes": False}
 
 
@@ -183,13 +181,16 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
             what = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
             raise DataError(f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or remove them")
     check_texts(table, file, text)
-    rows = distinct(table.records, lambda record: tuple(record[column] for column in text))
-    counts = Counter(plain(record[label]) for record in rows)
+    counts = Counter(dict.fromkeys((plain(record[label]) for record in table.records), 0))
+    counts.update(
+        plain(record[label]) for record in distinct(table.records, lambda r: tuple(r[c].strip() for c in text))
+    )
     if len(counts) < 2:
         raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")
     rarest, fewest = min(counts.items(), key=lambda item: item[1])
     if fewest < 2:
-        problem = f"{file}: {label} has {len(counts)} classes, and {rarest!r:.50} has {fewest} different text"
+        texts = "1 text" if fewest else "no text"
+        problem = f"{file}: {label} has {len(counts)} classes, and {rarest!r:.50} has {texts} of its own"
         raise DataError(f"{problem}; each needs two, one to search with and one to choose by")
     return {name: counts[name] for name in sorted(counts, key=by_value)}
 
@@ -224,7 +225,8 @@ def make_task(
     bundle: Bundle,
     template: str | None = None,
     label_words: Sequence[str] = (),
-    class_shares: Sequence[float] | None = None,
+    *,
+    class_shares: Sequence[float],
 ) -> Task:
     """The task of a table, for the template group of a bundle. Raises TaskError.
 
@@ -237,7 +239,7 @@ def make_task(
         return Task(
             name=name, text=list(text), label=label, classes=list(classes), n_classes=len(classes),
             templates={group: template}, label_words={group: words},
-            class_shares=None if class_shares is None else list(map(float, class_shares)),
+            class_shares=list(map(float, class_shares)),
         )  # fmt: skip
     except ValidationError as error:
         raise TaskError(f"task {name}: {first_problem(error)}") from None

@@ -11,6 +11,7 @@ import numpy as np
 
 from bbt_accel.batch import Float32, Float64
 from bbt_accel.data import (
+    FewShot,
     Row,
     has_test_file,
     has_test_rows,
@@ -53,6 +54,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the prompt of a run on the task's test rows, or on the dev rows of its search.
 
+    A fitted readout was fitted on the dev rows, too: its score there says less than the dev score in run.json.
     data: that of the run unless given; a folder, or a file of test rows. Returns split, metric, score, rows, engine,
     device, bundle (its path), readout; chance and majority, the scores of a random class and of the most frequent one;
     and of the same bundle before the search, without_prompt: the label words' logits as they are, and calibrated: the
@@ -64,6 +66,7 @@ def evaluate(
     with _load(run, options) as loaded:
         encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
         logits = scores_and_before(loaded, encoder, rows, run)
+        require_finite(logits, "a score", "use a bundle in fp32")
         _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, labels(rows))
         chance, majority = uninformed(labels(rows), run.task.n_classes, run.task.metric)
         return {
@@ -91,25 +94,25 @@ def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]
     source = own if data is None else Path(data).resolve()
     check_known("split", split, ("dev", "test"))
     if split == "dev":
-        return searched_split(run, source)[1]
+        return searched_split(run, source).dev
     same = source == own or searched_on(run, source)
     if settings.hold_out and same:
-        rest = searched_split(run, source)[2]
-        if not rest:
-            raise DataError(f"--k-shot {settings.k_shot} leaves no row to hold out; lower it")
-        return rest
+        if rest := searched_split(run, source).rest:
+            return rest
+        hint = "add rows" if settings.allow_rare_classes else f"lower --k-shot {settings.k_shot}"
+        raise DataError(f"the search leaves no row to hold out; {hint}")
     if same and not has_test_rows(source, settings):
         raise DataError(f"{source} has no test rows; give some with --data, or tune with --hold-out")
     return load_rows(run.task, "test", source)
 
 
-def searched_split(run: Run, data: Path | None) -> tuple[list[Row], list[Row], list[Row]]:
+def searched_split(run: Run, data: Path | None) -> FewShot:
     """The train and dev rows of a run's search, and those that it left over. Raises DataError for other rows."""
-    train, dev, rest = load_split(run.task, data, run.info.settings)
-    if rows_digest([*train, *dev]) != run.info.data.digest:
+    found = load_split(run.task, data, run.info.settings)
+    if rows_digest([*found.train, *found.dev]) != run.info.data.digest:
         where = data or f"the data set of task {run.task.name}"
         raise DataError(f"{where} has other rows than when the prompt was searched for; give those with --data")
-    return train, dev, rest
+    return found
 
 
 def searched_on(run: Run, data: Path | None) -> bool:

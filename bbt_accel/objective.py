@@ -14,6 +14,8 @@ from bbt_accel.logits import log_softmax
 from bbt_accel.settings import Loss, Metric
 
 MARGIN = 2.0  # of the hinge loss, as in the original
+PRIOR_PENALTY = 0.01
+"""λ of a bias for other class frequencies."""
 COLUMNS = ("ce", "hinge", "correct", "true_positives", "positives")
 """Columns of the batch statistics: sums over the rows of the cross entropy, of the hinge loss, of correct predictions,
 of those of class 1, and of all predictions of class 1."""
@@ -90,6 +92,31 @@ def f1_bias(scores: Float64, targets: Int64, share: float | None = None) -> Floa
     return np.array([0.0, prior + np.log((1 - threshold) / threshold)])
 
 
+def prior_bias(scores: Float64, targets: Int64, shares: Float64) -> Float64:
+    """A class bias (C,) from the frequencies of the classes among these rows to `shares`, which sum to 1.
+
+    By Bayes' rule log(shares / own) corrects scores whose prior is that of the rows. Regularized fits have it only
+    roughly, and an ensemble has it several times. So the bias is b = log(shares / own) + c, where c minimizes
+    CE(scores + b, y) + λ‖c‖², and each row counts as much more as its class is more frequent. 0 where all classes are
+    equally frequent in both. scores: held-out scores, (N, C).
+    """
+    from scipy.optimize import minimize
+
+    own = np.bincount(targets, minlength=len(shares)) / len(targets)
+    if len({*own, *shares}) == 1:
+        return np.zeros(len(shares))
+    prior, weight = np.log(shares / own), (shares / own)[targets] / len(targets)
+    wanted = np.bincount(targets, weight, len(shares))
+
+    def loss(c: Float64) -> tuple[float, Float64]:
+        likely = log_softmax(scores + prior + c)
+        gradient = weight @ np.exp(likely) - wanted + 2 * PRIOR_PENALTY * c
+        return float(PRIOR_PENALTY * c @ c - weight @ likely[np.arange(len(targets)), targets]), gradient
+
+    found = minimize(loss, np.zeros(len(shares)), jac=True, method="L-BFGS-B", options={"ftol": 1e-14, "gtol": 1e-9})
+    return np.asarray(prior + found.x)
+
+
 def wilson(shares: Any, rows: int, z: float = 1.96) -> tuple[Any, Any]:
     """Wilson's score interval of each share of `rows` rows. z: 1.96 for 95 %."""
     centre = (shares + z**2 / (2 * rows)) / (1 + z**2 / rows)
@@ -145,22 +172,17 @@ class Objective:
             metrics = 2.0 * sums["true_positives"] / np.maximum(sums["positives"] + np.sum(np.equal(targets, 1)), 1)
         return (-metrics if self.loss == "perf" else sums[self.loss] / len(targets)), metrics
 
+    @property
+    def biased(self) -> bool:
+        """Whether the scores of a readout need a class bias."""
+        return self.metric == "f1" or self.class_shares is not None
+
     def class_bias(self, held_out: Float64, targets: Int64) -> Float64:
-        """The class bias (C,) with which taking the highest score is best for the metric; 0 for accuracy.
+        """The class bias (C,) with which taking the highest score is best for the metric and the class shares.
 
         held_out: scores (N, C) by readouts that were fitted without the row; targets: (N,).
         """
-        if self.metric == "accuracy":
-            return np.zeros(held_out.shape[1])
-        share = None if self.class_shares is None else self.class_shares[1] / sum(self.class_shares)
-        return f1_bias(held_out, targets, share)
-
-    def prior_bias(self, targets: Int64, classes: int) -> Float64:
-        """The class bias (C,) from rows with these targets to rows with `class_shares`; 0 for F1, whose bias has it.
-
-        By Bayes' rule: of a class that is more frequent, every probability is higher in proportion.
-        """
-        if self.metric != "accuracy" or self.class_shares is None:
-            return np.zeros(classes)
-        own = np.bincount(targets, minlength=classes) / len(targets)
-        return np.asarray(np.log(np.asarray(self.class_shares) / sum(self.class_shares)) - np.log(own))
+        shares = None if self.class_shares is None else np.asarray(self.class_shares) / sum(self.class_shares)
+        if self.metric == "f1":
+            return f1_bias(held_out, targets, None if shares is None else float(shares[1]))
+        return np.zeros(held_out.shape[1]) if shares is None else prior_bias(held_out, targets, shares)

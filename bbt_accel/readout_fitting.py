@@ -58,9 +58,9 @@ def held_out(name: ReadoutName, rows: LabelledRows) -> Float64:
 
 
 def fit_for(objective: Objective, name: ReadoutName, rows: LabelledRows) -> tuple[Readout, Float64]:
-    """A readout, and the class bias (C,) that its scores need to decide best for the metric."""
+    """A readout, and the class bias (C,) that its scores need; see `Objective.class_bias`."""
     readout, scores = fit_once(name, rows)
-    if objective.metric == "accuracy":  # which needs no bias, so no held-out scores
+    if not objective.biased:  # so that no held-out scores are needed
         return readout, np.zeros(rows.classes.max() + 1)
     return readout, objective.class_bias(refitted(name, rows) if scores is None else scores, rows.targets)
 
@@ -163,8 +163,8 @@ def fit_ensemble(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[
     )
     experts = [(np.eye(logits.shape[1]), fit_bias(logits, targets)[0], scores)]
     experts += [fit_regression(x, targets, seed) for x in states]
-    held = np.sum([log_softmax(scores) for *_, scores in experts], axis=0)
-    t = fit_temperature(held, targets)
+    held, apart = np.sum([log_softmax(scores) for *_, scores in experts], axis=0), held_apart(targets)
+    t = fit_temperature(held[apart], targets[apart])
     weight, bias = np.concatenate([own for own, _, _ in experts]), np.sum([own for _, own, _ in experts], axis=0)
     return {"weight": t * weight, "bias": t * bias}, t * held
 
@@ -203,7 +203,8 @@ def _regression(content: bytes, shape: tuple[int, int], classes: bytes, seed: in
     tried = {
         penalty: held_out_scores(partial(linear_scores, x, targets, penalty), targets, seed) for penalty in PENALTIES
     }
-    best = min(tried, key=lambda penalty: log_loss(tried[penalty], targets))
+    apart = held_apart(targets)
+    best = min(tried, key=lambda penalty: log_loss(tried[penalty][apart], targets[apart]))
     return *logistic_regression(x, targets, best), tried[best]
 
 
@@ -228,6 +229,12 @@ def logistic_regression(x: Float64, targets: Int64, penalty: float) -> tuple[Flo
         weight, bias = weight * [-0.5, 0.5], bias * np.array([-0.5, 0.5])
     weight = weight / std[:, None]
     return weight, bias - mean @ weight
+
+
+def held_apart(targets: Int64) -> Int64:
+    """Indices of the rows that `held_out_scores` scores by a fit without them; all rows where there are none."""
+    counts = np.bincount(targets)
+    return np.flatnonzero((counts[targets] > 1) | (counts.max() == 1))
 
 
 def held_out_scores(scores: Callable[[Int64, Int64], Float64], targets: Int64, seed: int) -> Float64:

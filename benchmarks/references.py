@@ -201,7 +201,6 @@ def embeddings(split: Split, task: Task, seed: int, objective: Objective) -> Fou
     shown = [*split.train, *split.dev]
     with one_blas_thread():
         arrays, held_out = fit_linear([embed(shown)], labels(shown), seed)
-    bias = objective.class_bias(held_out, labels(shown))
-    bias += arrays["bias"] + objective.prior_bias(labels(shown), len(bias))
+    bias = arrays["bias"] + objective.class_bias(held_out, labels(shown))
     seconds = perf_counter() - started
     return Found(embed(split.test) @ arrays["weight"] + bias, 1, seconds)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from search_parts import SETTINGS, search_bundle, task_file
 
-from bbt_accel import tune
+from bbt_accel import readout_fitting, tune
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import RunError, UsageError
 from bbt_accel.inference import evaluate, predict
@@ -44,14 +44,18 @@ def rows(seed: int, count: int = 48, classes: int = 3, hidden: int = 12, signal:
 
 
 def labelled(seed: int = 0, classes: int = 3) -> LabelledRows:
-    outputs, targets = rows(seed, classes=classes)
-    return LabelledRows(outputs, targets, np.arange(classes), np.arange(100, 120), seed=0)
+    return labelled_rows(*rows(seed, classes=classes))
+
+
+def labelled_rows(outputs: Any, targets: Any) -> LabelledRows:
+    return LabelledRows(outputs, targets, np.arange(targets.max() + 1), np.arange(100, 120), seed=0)
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, classes=st.integers(2, 5), scale=st.floats(0.1, 30))
 def test_the_class_bias_minimizes_the_penalized_cross_entropy(seed: int, classes: int, scale: float) -> None:
-    rng, targets = np.random.default_rng(seed), np.arange(4 * classes) % classes
+    rng = np.random.default_rng(seed)
+    targets = np.concatenate([np.arange(classes), rng.integers(0, classes, 3 * classes)])
     logits = scale * rng.standard_normal((len(targets), classes))
     bias, loss = fit_bias(logits, targets)
     start = batch_calibration(logits)
@@ -88,13 +92,29 @@ def test_a_readout_is_stored_and_read_back(name: ReadoutName, tmp_path: Path) ->
     assert again.name == name
 
 
-def test_held_out_scores_do_not_know_the_label_of_their_row() -> None:
+@pytest.mark.parametrize("name", [name for name in FITTED if name != "calibrated"])
+def test_held_out_scores_do_not_know_the_label_of_their_row(name: ReadoutName) -> None:
     """With labels drawn at random, the rows that a readout was fitted on look better than chance, others do not."""
-    outputs, _ = rows(3, count=60, classes=2, hidden=200, signal=0.0)
-    targets = np.random.default_rng(0).permutation(np.arange(60) % 2)
-    shown = LabelledRows(outputs, targets, np.arange(2), np.arange(20), seed=0)
-    assert (fit("state", shown).scores(outputs).argmax(1) == targets).mean() > 0.9
-    assert (held_out("state", shown).argmax(1) == targets).mean() < 0.7
+    rng, targets = np.random.default_rng(3), np.random.default_rng(0).permutation(np.arange(60) % 2)
+    outputs = {"label_logits": 0.1 * rng.standard_normal((60, 402))}
+    outputs |= {state: rng.standard_normal((60, 200)) for state in ("readout_state", "mean_state")}
+    shown = LabelledRows(outputs, targets, np.arange(2), np.arange(400), seed=0)
+    assert (fit(name, shown).scores(outputs).argmax(1) == targets).mean() > 0.8
+    assert (held_out(name, shown).argmax(1) == targets).mean() < 0.7
+
+
+def test_the_held_out_scores_of_the_calibrated_readout_are_by_biases_of_the_other_folds() -> None:
+    shown = labelled()
+    biases = held_out("calibrated", shown) - class_logits(shown.outputs["label_logits"], shown.classes)
+    assert 2 < len({bias.tobytes() for bias in biases.round(9)}) <= readout_fitting.FOLDS
+    whole = fit("calibrated", shown).arrays["bias"]
+    assert not np.isclose(biases, whole, atol=1e-9).all(1).any()
+
+
+def test_two_states_have_the_mean_of_the_scores_by_each() -> None:
+    shown = labelled()
+    both, *each = (fit(name, shown).scores(shown.outputs) for name in ("states", "state", "mean"))
+    np.testing.assert_allclose(both, np.mean(each, axis=0), atol=1e-12)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -196,15 +216,46 @@ def test_the_bias_for_f1_is_that_of_the_held_out_scores_and_accuracy_needs_none(
     assert not fit_for(Objective("ce", "accuracy"), name, shown)[1].any()
 
 
-def test_the_prior_bias_is_that_of_bayes_rule() -> None:
-    """Scores of rows with equally many of each class become those of rows with other shares."""
-    targets, shares = np.array([0, 0, 1, 1, 2, 2]), np.array([0.7, 0.2, 0.1])
-    likelihood = np.random.default_rng(0).uniform(0.1, 1, (6, 3))
-    bias = Objective(class_shares=[7, 2, 1]).prior_bias(targets, 3)
-    wanted = likelihood * shares / (likelihood * shares).sum(1, keepdims=True)
-    np.testing.assert_allclose(np.exp(log_softmax(np.log(likelihood) + bias)), wanted)
-    assert not Objective().prior_bias(targets, 3).any()
-    assert not Objective(metric="f1", class_shares=[7, 3]).prior_bias(targets % 2, 2).any()
+def test_the_bias_for_other_class_frequencies_is_that_of_bayes_rule() -> None:
+    """Scores with the rows' own frequencies as their prior become those of rows with other shares."""
+    rng, shares = np.random.default_rng(0), np.array([0.7, 0.2, 0.1])
+    targets = np.arange(6000) % 3
+    x = rng.standard_normal((6000, 3)) + np.eye(3)[targets]  # whose log-likelihood ratios are x itself
+    bias = Objective(class_shares=[7, 2, 1]).class_bias(x, targets)
+    np.testing.assert_allclose(bias - bias.mean(), np.log(shares) - np.log(shares).mean(), atol=0.05)
+    assert not Objective().class_bias(x, targets).any()
+    assert not Objective(class_shares=[5, 5, 5]).class_bias(x, targets).any()
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_readout_of_unequally_frequent_classes_can_be_used_for_equally_frequent_ones(name: ReadoutName) -> None:
+    drawn = labelled_rows(*rows(0, count=2000, classes=2, signal=0.4))
+    shown, others = drawn[np.r_[0:128:2, 1:17:2]], drawn[np.arange(128, 2000)]  # 64 rows and 8
+    targets = others.targets
+    for shares in ([1, 1], [8, 1]):
+        readout, bias = fit_for(Objective(class_shares=shares), name, shown)
+        scores = readout.scores(others.outputs) + bias
+        weight = np.array(shares)[targets] / np.array(shares)[targets].sum()
+        mean = float(weight @ np.exp(log_softmax(scores))[:, 1])
+        assert mean == pytest.approx(shares[1] / sum(shares), abs=0.12)
+        if shares == [1, 1]:
+            assert (scores.argmax(1) == targets).mean() > 0.6  # not always the same class
+
+
+def test_the_only_row_of_a_class_has_no_say_in_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, targets = np.random.default_rng(0), np.array([0] * 16 + [1] * 16 + list(range(2, 10)))
+    x = rng.standard_normal((len(targets), 40)) + 0.5 * rng.standard_normal((10, 40))[targets]
+
+    def loss() -> float:
+        readout_fitting._regression.cache_clear()
+        _, _, scores = readout_fitting.fit_regression(x, targets, seed=0)
+        return log_loss(scores[:32], targets[:32])
+
+    chosen, by_penalty = loss(), []
+    for penalty in readout_fitting.PENALTIES:
+        monkeypatch.setattr(readout_fitting, "PENALTIES", (penalty,))
+        by_penalty.append(loss())
+    assert chosen == min(by_penalty)
 
 
 @pytest.mark.parametrize("name", FITTED)

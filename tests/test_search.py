@@ -19,7 +19,7 @@ from bbt_accel.objective import Objective
 from bbt_accel.population import Population
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import LocalEvaluator
-from bbt_accel.tuning.methods import Cma
+from bbt_accel.tuning.methods import Cma, PromptSpace
 from bbt_accel.tuning.search import SearchOutcome, search
 
 SMALL = Settings(readout="verbalizer", intrinsic_dim=6, popsize=4, budget=96, eval_every=10, seed=3)
@@ -44,7 +44,12 @@ def test_the_loss_falls_within_the_budget(bundle: Bundle, tmp_path: Path) -> Non
     outcome, done = run(bundle, tmp_path / "h")
     assert done[-1].calls == 96
     assert [g.calls for g in done] == list(range(4, 100, 4))
-    assert min(g.best_loss for g in done[-6:]) < done[0].mean_loss
+    draws = PromptSpace(bundle, SMALL, np.ones(3, np.float32) if bundle.info.method == "bbtv2" else None)
+    Z = np.random.default_rng(0).standard_normal((96, 6))
+    by_chance, _ = Objective().score(
+        DummyEngine(bundle).bind(TRAIN).label_logits(draws.population(0, Z)), TRAIN.targets
+    )
+    assert np.mean([g.mean_loss for g in done[-6:]]) < np.quantile(by_chance, 0.25)  # CMA-ES moves there
     assert outcome.best.prompt.shape == bundle.info.prompt_shape
     assert not outcome.interrupted
 
@@ -223,6 +228,17 @@ def test_resuming_writes_the_history_again_only_where_a_score_is_dropped(
     assert replaced == [11]  # the last of the smaller budget
 
 
+def test_ctrl_c_while_a_complete_search_is_extended_keeps_its_best_prompt(bundle: Bundle, tmp_path: Path) -> None:
+    rare = SMALL.model_copy(update={"eval_every": 1000})  # so that the score at the end of 24 calls is not due later
+    complete, _ = run(bundle, tmp_path / "h", rare.model_copy(update={"budget": 24}))
+    outcome, done = run(bundle, tmp_path / "h", rare, CountingEngine(bundle, interrupt_at=1))
+    assert (outcome.interrupted, len(done), done[5].dev_score) == (True, 7, None)
+    assert outcome.best.prompt.tobytes() == complete.best.prompt.tobytes()
+    whole, _ = run(bundle, tmp_path / "whole", rare)
+    resumed, _ = run(bundle, tmp_path / "h", rare)
+    assert resumed.best.prompt.tobytes() == whole.best.prompt.tobytes()
+
+
 def test_ctrl_c_before_the_end_of_the_first_generation_is_raised(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(bundle, tmp_path / "h", engine=CountingEngine(bundle, interrupt_at=0))
@@ -254,6 +270,40 @@ def test_bbtv2_scales_each_layer_by_its_hidden_states(tmp_path: Path) -> None:
     run(engine.bundle, tmp_path / "h", SMALL.model_copy(update={"intrinsic_dim": 100}), engine)
     spread = [float(candidates.std()) for _, _, candidates in engine.layers[:3]]
     assert spread == pytest.approx([1.0, 10.0, 0.1], rel=0.5)  # layer 0 by the word embeddings
+
+
+def test_alpha_is_the_scale_of_the_prompts(tmp_path: Path) -> None:
+    bundle, z = search_bundle(tmp_path / "bundle"), np.random.default_rng(0).standard_normal(6)
+    once, twice = (PromptSpace(bundle, SMALL.model_copy(update={"alpha": a})).prompt(0, z) for a in (1.0, 2.0))
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
+
+
+def test_a_uniform_projection_has_entries_within_its_bounds(tmp_path: Path) -> None:
+    bundle, units = search_bundle(tmp_path / "bundle"), np.eye(50)
+    settings = SMALL.model_copy(update={"intrinsic_dim": 50, "random_proj": "uniform"})
+    spaces = PromptSpace(bundle, settings), PromptSpace(bundle, settings.model_copy(update={"random_proj": "normal"}))
+    uniform, normal = (np.abs(np.concatenate([space.prompt(0, z) for z in units])).max() for space in spaces)
+    assert 0.9 / np.sqrt(50) < uniform <= 1 / np.sqrt(50) < normal
+
+
+def test_the_layers_of_bbtv2_share_neither_projection_nor_candidates(tmp_path: Path) -> None:
+    bundle, z = search_bundle(tmp_path / "bundle", "bbtv2"), np.random.default_rng(0).standard_normal(6)
+    space = PromptSpace(bundle, SMALL, np.ones(3, np.float32))
+    assert len({space.prompt(layer, z).tobytes() for layer in range(3)}) == 3
+    _, done = run(bundle, tmp_path / "h", SMALL.model_copy(update={"budget": 12}))
+    assert len({generation.candidates for generation in done}) == 3
+
+
+def test_a_diagonal_covariance_is_another_search() -> None:
+    kinds = (
+        Cma(Settings(intrinsic_dim=12, popsize=6), 1),
+        Cma(Settings(intrinsic_dim=12, popsize=6, covariance="diagonal"), 1),
+    )
+    for _ in range(3):
+        (Z, other) = (cma.ask() for cma in kinds)
+        for cma, own in zip(kinds, (Z, other), strict=True):
+            cma.tell(own, (own**2 @ np.arange(12)))
+    assert not np.allclose(Z, other)
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])

@@ -53,7 +53,7 @@ def available_rows(run: Run, most: int | None) -> tuple[list[Row], list[Row]]:
 def searchable_rows(run: Run) -> list[Row]:
     """The train file, without the rows of it that are test rows. Raises DataError."""
     if run.info.settings.hold_out:
-        train, dev, _ = searched_split(run, run.data_path)
+        train, dev, *_ = searched_split(run, run.data_path)
         return [*train, *dev]
     return load_rows(run.task, "train", run.data_path)
 

@@ -95,7 +95,7 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
 
     name: str = Field(pattern=r"^[\w-][\w.-]*$", description="Name of the task, in reports and of run folders.")
     metric: Metric = Field(default="accuracy", description="What is reported; f1 is that of class 1.")
-    class_shares: list[Annotated[float, Field(gt=0, lt=float("inf"))]] | None = Field(
+    class_shares: list[Annotated[float, Field(ge=1e-6, le=1e9)]] | None = Field(
         default=None,
         description="How frequent each class is among the rows to classify, in proportion; few-shot rows do not tell.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,8 +16,8 @@ import numpy as np
 import bbt_accel
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import has_test_rows, load_few_shot, rows_digest
-from bbt_accel.encoding import encoder_with_demonstrations
+from bbt_accel.data import FewShot, has_test_rows, load_split, rows_digest
+from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import DEFAULT_ENGINE, engine_spec
 from bbt_accel.errors import DataError, RunError, UsageError, check_known
 from bbt_accel.history import Generation
@@ -169,9 +170,9 @@ def _prepare(
 ) -> tuple[Job, RunInfo, list[str]]:
     """Load and encode the rows, and describe the run; and what its user should know before it begins."""
     folder = None if data is None else Path(data).absolute()
-    train, dev = load_few_shot(task, folder, settings)
-    digest = rows_digest([*train, *dev])
-    encoder, train = encoder_with_demonstrations(bundle, task, train, settings)
+    split = load_split(task, folder, settings)
+    digest, dev = rows_digest([*split.train, *split.dev]), split.dev
+    encoder, train = encoder_with_demonstrations(bundle, task, split.train, settings)
     packages = {name: version(name) for name in ("cma", "numpy")}
     info = RunInfo(
         task=task,
@@ -186,21 +187,31 @@ def _prepare(
     missing = set(range(task.n_classes)) - {row.label for row in train}
     if settings.fitted and missing:
         shown = len(encoder.demonstrations)
-        raise DataError(f"--demonstrations {shown} leaves class {min(missing)} without a train row; raise --k-shot")
+        hint = "add rows or lower --demonstrations" if settings.allow_rare_classes else "raise --k-shot"
+        raise DataError(f"--demonstrations {shown} leaves class {min(missing)} without a train row; {hint}")
     objective = Objective(settings.loss, task.metric, task.class_shares)
     rows = encoder.encode([*train, *dev])
     wide = np.concatenate([encoder.label_token_ids, encoder.feature_token_ids(settings.seed)])
     batches = encoder.encode(train), encoder.encode(dev), replace(rows, label_token_ids=wide)
     notes = [] if has_test_rows(folder, settings) else [NO_TEST_ROWS.format(folder)]
-    notes += [
+    notes += _notes(task, settings, split, encoder)
+    return Job(bundle, engine, settings, objective, *batches, encoder.classes), info, notes
+
+
+def _notes(task: Task, settings: Settings, split: FewShot, encoder: Encoder) -> list[str]:
+    """What is assumed of the rows and the label words, where that may be wrong."""
+    notes = [
         f"label word {word!r} has several tokens, of which the first, {piece!r}, is read; a word of one says more"
         for word, piece in encoder.partial_words.items()
     ]
-    if settings.fitted and task.metric == "f1" and task.class_shares is None:
-        notes.append(
-            "metric f1: class 1 is assumed as frequent as in the few-shot rows; else set the task's class_shares"
-        )
-    return Job(bundle, engine, settings, objective, *batches, encoder.classes), info, notes
+    if split.repeated:
+        rows = sum(map(len, split[:3])) + split.repeated
+        notes.append(f"{split.repeated:,} of {rows:,} rows repeat the text of another and are left out")
+    unequal = len({*Counter(row.label for row in split.dev).values()}) > 1
+    if settings.fitted and task.class_shares is None and (task.metric == "f1" or unequal):
+        what = "classes are assumed as frequent as in the few-shot rows"
+        notes.append(f"{what}; if they are not, set the task's class_shares")
+    return notes
 
 
 def _run(

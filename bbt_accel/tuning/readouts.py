@@ -27,6 +27,8 @@ class ReadoutSearch:
 
     def __init__(self, evaluator: Evaluator, job: Job, start: Float32, former: ReadoutRecord) -> None:
         self.evaluator, self.job = evaluator, job
+        self.few_shot = replace(job.objective, class_shares=None)
+        """Scores the few-shot rows, whose classes are as frequent as they are there."""
         self.train, self.dev_rows = np.arange(len(job.train)), np.arange(len(job.train), len(job.rows))
         named = job.settings.readout
         self.names: tuple[ReadoutName, ...] = FITTED if named == "auto" else (named,)
@@ -56,7 +58,7 @@ class ReadoutSearch:
             started = perf_counter()
             scores = held_out(name, self.at_start)
             losses[name] = row_losses(scores, targets)
-            score = self.score(scores + self.job.objective.class_bias(scores, targets), targets)
+            score = self.score(scores + self.few_shot.class_bias(scores, targets), targets)
             found = {"log_loss": float(losses[name].mean()), "score": score, "seconds": perf_counter() - started}
             self.tried.append(TriedReadout(name=name, **found))
         return chosen(losses)
@@ -68,12 +70,12 @@ class ReadoutSearch:
 
     def dev_losses(self, rows: LabelledRows) -> tuple[Float64, float]:
         train, dev = rows[self.train], rows[self.dev_rows]
-        readout, bias = fit_for(self.job.objective, self.name, train)
+        readout, bias = fit_for(self.few_shot, self.name, train)
         scores = readout.scores(dev.outputs)
         return row_losses(scores, dev.targets), self.score(scores + bias, dev.targets)
 
     def score(self, scores: Float64, targets: Int64) -> float:
-        return float(self.job.objective.score(scores[None], targets)[1][0])
+        return float(self.few_shot.score(scores[None], targets)[1][0])
 
     def finish(self, outcome: SearchOutcome, searched: bool) -> tuple[SearchOutcome, Readout, ReadoutRecord]:
         """The readout fitted on all rows, at the prompt that was found or, with `auto`, perhaps at the one before.
@@ -85,7 +87,7 @@ class ReadoutSearch:
         reason = "the search was interrupted" if outcome.interrupted else "the budget allows no search"
         if best.generation is not None:
             rows, reason = self.rows(best.prompt), "the search lowered the loss on the dev rows"
-        elif searched:
+        elif searched and not outcome.interrupted:
             reason = "the search did not lower the loss on the dev rows"
         if best.generation is not None and self.job.settings.readout == "auto":
             fall, error = mean_and_error(self.start_losses - self.dev_losses(rows)[0])
@@ -100,7 +102,6 @@ class ReadoutSearch:
         if self.job.objective.metric == "f1":
             threshold = 1 / (1 + np.exp(bias[1]))
             reason = f"{reason}; for F1, class 1 is predicted where its fitted probability was above {threshold:.2f}"
-        bias = bias + self.job.objective.prior_bias(rows.targets, len(bias))
         record = ReadoutRecord(name=self.name, tried=self.tried, searched=best.generation is not None, reason=reason)
         return replace(outcome, best=best), readout.biased(bias), record
 

@@ -82,7 +82,7 @@ def search(
     space = PromptSpace(bundle, settings, evaluator.layer_stds() if deep else None)
     kind = BbtV2 if deep else Bbt
     method = kind(space, settings)
-    best = _replay(method, history, observe, start, settings, total)
+    best, undue = _replay(method, history, observe, start, settings, total)
     try:
         for number in range(len(history), total):
             if start is not None and best is not None and settings.readout == "auto" and on_plateau(history, start):
@@ -94,6 +94,8 @@ def search(
     except KeyboardInterrupt:
         if not len(history) and start is None:
             raise
+        if undue is not None:
+            best = better(best, undue, settings.fitted)
         if best is None:  # an interrupted generation may have moved the distribution already
             space.stack[:] = 0
             method = kind(space, settings)
@@ -117,17 +119,15 @@ def _replay(
     best: BestPrompt | None,
     settings: Settings,
     total: int,
-) -> BestPrompt | None:
+) -> tuple[BestPrompt | None, BestPrompt | None]:
     """Repeat the asks and tells of the history, without the engine. best: the prompt to surpass.
 
     The last generation of a smaller budget was scored in any case. That score is dropped where it is not due, as a
-    search would not have it that was given the larger budget at first.
+    search would not have it that was given the larger budget at first. Returns the best prompt, and the one whose score
+    was dropped.
     """
+    undue = None
     for known in history.generations:
-        due = settings.scores_dev(known.generation) or known.generation == total - 1
-        if known.dev_score is not None and not due:
-            known = known.model_copy(update={"dev_score": None, "dev_loss": None})
-            history.replace(known)
         candidates = method.ask()
         if fingerprint(candidates) != known.candidates:
             raise RunError(
@@ -137,9 +137,13 @@ def _replay(
         method.tell(candidates, np.array(known.losses))
         if known.dev_score is not None and known.dev_loss is not None:
             scored = BestPrompt(method.prompt(), known.generation, known.dev_score, known.dev_loss)
-            best = better(best, scored, settings.fitted)
+            if settings.scores_dev(known.generation) or known.generation == total - 1:
+                best = better(best, scored, settings.fitted)
+            else:
+                undue, known = scored, known.model_copy(update={"dev_score": None, "dev_loss": None})
+                history.replace(known)
         observe(known)
-    return best
+    return best, undue
 
 
 def _generation(
