@@ -49,7 +49,8 @@ def test_the_loss_falls_within_the_budget(bundle: Bundle, tmp_path: Path) -> Non
     by_chance, _ = Objective().score(
         DummyEngine(bundle).bind(TRAIN).label_logits(draws.population(0, Z)), TRAIN.targets
     )
-    assert np.mean([g.mean_loss for g in done[-6:]]) < np.quantile(by_chance, 0.25)  # CMA-ES moves there
+    halfway = (by_chance.mean() + by_chance.min()) / 2
+    assert np.mean([g.mean_loss for g in done[-6:]]) < halfway  # so CMA-ES has moved
     assert outcome.best.prompt.shape == bundle.info.prompt_shape
     assert not outcome.interrupted
 
