@@ -36,7 +36,8 @@ def connect(address: str = "local", cpus: int | None = None) -> Iterator[ModuleT
     if ray.is_initialized():
         yield ray
         return
-    folder = tempfile.mkdtemp(prefix="bbt-ray-")  # sockets and logs
+    # Of sockets and logs; a socket's path has 107 bytes at most, which TMPDIR of a batch system would exceed.
+    folder = tempfile.mkdtemp(prefix="bbt-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
     with _silent():
         former = signal.getsignal(signal.SIGTERM)
         try:

@@ -247,9 +247,14 @@ def transpose(graph: ir.Graph, value: ir.Value, rows: ir.Value) -> None:
 
 
 def from_proto(model: onnx.ModelProto, folder: Path) -> ir.Model:
-    """A converted graph, perhaps with weights in a temporary file of the folder."""
+    """A graph with weights in files of the folder, which may be links, as in the hub's cache: ir follows none."""
     made = ir.from_proto(model)
     ir.external_data.set_base_dir(made.graph, folder)
+    for value in made.graph.initializers.values():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor) and (folder / tensor.location).is_symlink():
+            file = (folder / tensor.location).resolve()
+            place = {"name": tensor.name, "shape": tensor.shape, "base_dir": file.parent}
+            value.const_value = ir.ExternalTensor(file.name, tensor.offset, tensor.length, tensor.dtype, **place)
     return made
 
 

@@ -99,7 +99,10 @@ def test_every_way_to_compute(made: MakeRun, tmp_path: Path, name: str, method: 
 @pytest.mark.parametrize("name", ["bert", "roberta", "t5", "gpt2"])
 def test_a_pair_of_texts(made: MakeRun, tmp_path: Path, name: str) -> None:
     run = made(name, pair=True)
-    agrees(run, *package(run, tmp_path), PAIRS)
+    folder, info = package(run, tmp_path)
+    agrees(run, folder, info, PAIRS)
+    usage = (folder / "README.md").read_text(encoding="utf-8")
+    assert 'tokenizer(["one"], { text_pair: ["another"], padding: true, truncation: true })' in usage
 
 
 def test_both_texts_of_a_pair_have_a_space_in_front_or_neither(made: MakeRun, tmp_path: Path) -> None:
@@ -233,8 +236,22 @@ def test_weights_that_one_file_cannot_hold_are_beside_it(
     folder, info = package(run, tmp_path / "onnx")
     assert {"onnx/model.onnx", "onnx/model.onnx_data"} <= info.sha256.keys()
     agrees(run, folder, info, TEXTS)
+    found = {"dtype": "fp32", "use_external_data_format": True}
+    assert json.loads((folder / "config.json").read_text())["transformers.js_config"] == found
     folder, info = package(run, tmp_path / "triton", format="triton")  # which takes several files as a folder
     assert {"mood/1/model.onnx/model.onnx", "mood/1/model.onnx/model.onnx_data"} <= info.sha256.keys()
+    agrees(run, folder, info, TEXTS)
+
+
+def test_a_bundle_of_links_as_in_the_cache_of_the_hub_is_packaged(made: MakeRun, tmp_path: Path) -> None:
+    run = made()
+    bundle, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    shutil.copytree(run.open_bundle().path, bundle)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(bundle.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("..", "blobs", str(number)))
+    folder, info = package(run, tmp_path / "onnx", bundle=bundle)
     agrees(run, folder, info, TEXTS)
 
 
@@ -257,10 +274,10 @@ def test_the_card_names_what_a_result_rests_on(demo: tuple[Run, Path, PackageInf
 def test_a_licence_is_quoted_for_the_hub(demo: tuple[Run, Path, PackageInfo]) -> None:
     from huggingface_hub import ModelCard
 
-    run, _, info = demo
+    run, folder, info = demo
     for licence in ("other: see LICENSE", "mit\ntags: [x]"):
         record = run.info.model_copy(update={"bundle": run.info.bundle.model_copy(update={"license": licence})})
-        data = ModelCard(card.model_card(info, record, "")).data
+        data = ModelCard(card.model_card(info, record, "", folder)).data
         assert (data.license, data.tags) == (licence, ["bbt-accel", "prompt-tuning"])
 
 
@@ -344,7 +361,9 @@ def test_check_finds_what_somebody_else_has_sealed(
         info.model = "onnx/other.onnx"
     elif info.score is not None:
         info.score.score -= 0.5
-        (folder / "README.md").write_text(card.model_card(info, demo[0].info, FORMATS["onnx"].usage), encoding="utf-8")
+        (folder / "README.md").write_text(
+            card.model_card(info, demo[0].info, FORMATS["onnx"].usage, folder), encoding="utf-8"
+        )
     write_info(folder, info)
     said = {"labels": "config.json is not what", "model": "names the model 'onnx/other.onnx'", "score": "states a test"}
     with pytest.raises(PackageError, match=said[change]):
@@ -356,7 +375,7 @@ def test_the_card_names_the_file_that_transformers_js_loads(made: MakeRun, tmp_p
     bundle = optimize_bundle(run.open_bundle().path, tmp_path / "fp16", precision="fp16")
     folder, info = package(run, tmp_path, bundle=bundle.path)
     assert info.model == "onnx/model_fp16.onnx"
-    assert '"transformers.js_config": { dtype: "fp16" }' in (folder / "README.md").read_text(encoding="utf-8")
+    assert '"transformers.js_config": {"dtype": "fp16"} });' in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_check_finds_a_changed_file(demo: tuple[Run, Path, PackageInfo], tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from bbt_accel.backbone_names import backbone_name, hub_id
-from bbt_accel.packaging.configuration import DTYPES
+from bbt_accel.packaging.compose import has_data_file
+from bbt_accel.packaging.configuration import javascript_options
 from bbt_accel.packaging.manifest import PackageInfo
 from bbt_accel.reporting import cell
 from bbt_accel.run import RunInfo
@@ -31,7 +33,7 @@ for with forward passes alone, and a template; a readout turns what the model re
 UNKNOWN = "not stated in the checkpoint's files; see where it is from"
 
 
-def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
+def model_card(info: PackageInfo, run: RunInfo, usage: str, folder: Path) -> str:
     """The card of a package, in Markdown. usage: a text with the names of `usage_facts` in braces."""
     b = run.bundle
     from huggingface_hub import ModelCardData
@@ -43,34 +45,43 @@ def model_card(info: PackageInfo, run: RunInfo, usage: str) -> str:
     facts = card_facts(info, run) | {"licence of the backbone": licence or UNKNOWN}
     return TEMPLATE.format(
         front=front.to_yaml(), task=run.task.name, backbone=name, version=info.versions["bbt-accel"],
-        usage=usage.format(**usage_facts(info, run)),
+        usage=usage.format(**usage_facts(info, run, folder)),
         facts="\n".join(f"| {key} | {cell(str(value))} |" for key, value in facts.items()),
         comparison=compared(info),
     )  # fmt: skip
 
 
+MODEL = """import { AutoModelForSequenceClassification, AutoTokenizer, softmax } from "@huggingface/transformers";
+const tokenizer = await AutoTokenizer.from_pretrained(".");
+const model = await AutoModelForSequenceClassification.from_pretrained(".");
+const { logits } = await model(tokenizer(TEXTS, OPTIONS));
+softmax(logits.tolist()[0]);"""
 PIPELINE = """import { pipeline } from "@huggingface/transformers";
 const classify = await pipeline("text-classification", ".");
 await classify("a text");"""
 CUSTOM = """// It lists no decoders as classifiers, nor all encoder-decoders, but runs any graph as a "custom" model.
 import { AutoModel, AutoTokenizer, PretrainedConfig, softmax } from "@huggingface/transformers";
-const config = new PretrainedConfig({ model_type: "custom", "transformers.js_config": { dtype: "DTYPE" } });
+const config = new PretrainedConfig({ model_type: "custom", "transformers.js_config": FOUND });
 const [tokenizer, model] = [await AutoTokenizer.from_pretrained("."), await AutoModel.from_pretrained(".", { config })];
-const { logits } = await model(tokenizer(["a text"], { padding: true, truncation: true }));
+const { logits } = await model(tokenizer(TEXTS, OPTIONS));
 softmax(logits.tolist()[0]);"""
-"""How transformers.js takes a package."""
+"""How transformers.js takes a package: its pipeline of this task takes no pairs of texts."""
 
 
-def usage_facts(info: PackageInfo, run: RunInfo) -> dict[str, str]:
+def usage_facts(info: PackageInfo, run: RunInfo, folder: Path) -> dict[str, str]:
     """What the examples of a format's usage name."""
-    pair, dtype = len(info.columns) > 1, DTYPES.get(info.precision, "fp32")
+    pair, encoder = len(info.columns) > 1, info.architecture == "encoder"
+    found = json.dumps(javascript_options(info.precision, has_data_file(folder / info.model)))
+    javascript = CUSTOM.replace("FOUND", found) if not encoder else MODEL if pair else PIPELINE
+    texts, second = ('["one"]', 'text_pair: ["another"], ') if pair else ('["a text"]', "")
+    options = f"{{ {second}padding: true, truncation: true }}"
     return {
         "file": info.model,
         "name": Path(info.model).name,
         "task": run.task.name,
         "backbone": f'"{run.bundle.backbone}"' + (f', revision="{run.bundle.revision}"' if run.bundle.revision else ""),
         "auto": "AutoModelForSeq2SeqLM" if info.architecture == "encoder-decoder" else "AutoModelForCausalLM",
-        "javascript": PIPELINE if info.architecture == "encoder" else CUSTOM.replace("DTYPE", dtype),
+        "javascript": javascript.replace("TEXTS", texts).replace("OPTIONS", options),
         "hint": "bf16" if info.precision == "bf16" else "f32",
         "example": '{"text": "one", "text_pair": "another"}' if pair else '"a text"',
     }

@@ -62,13 +62,14 @@ def edge_rows(encoder: Encoder) -> list[Row]:
     """Rows at the edges of what a text can be: empty, white space, special tokens, emoji, and longer than a row."""
     special = " ".join(sorted(filter(None, map(encoder.token_text, encoder.special)))[:16])
     texts = ["", " \t\n", f"{special} it was", "it was [MASK] </s> <mask> \\n great", "an emoji 👩‍🚀🎉 é, 東京"]
+    texts += ["private use \ue000 is \ue001 it \ue002 was"]
     texts += [" \nit was great ", "東京 7"]
     long = "it was great, and a little too long. " * (encoder.limit // 4)
     columns = encoder.task.text
     rows = [Row(dict.fromkeys(columns, text)) for text in (*texts, long)]
     if len(columns) > 1:
         pairs = [("", texts[3]), (texts[4], ""), (long, "short"), ("short", long), (long, ""), ("", long)]
-        pairs += [(long.replace("it", "7"), long), (long, long.replace("it", "7"))]
+        pairs += [(long.replace("it", "7"), long), (long, long.replace("it", "7")), ("it \ue000 was", "\ue001 great")]
         rows += [Row(dict(zip(columns, pair, strict=True))) for pair in pairs]
     return rows
 

@@ -20,6 +20,7 @@ from bbt_accel.packaging.rows import INPUTS
 
 Constants = Mapping[str, npt.NDArray[np.generic]]
 LARGEST = 2**31 - 2**20
+DATA = "_data"
 """Bytes that a protobuf message may have, with room for what is no weight."""
 UNLIMITED = 2**62
 
@@ -87,12 +88,18 @@ def folded(
     return model
 
 
+def has_data_file(file: Path) -> bool:
+    """Whether the weights of a saved graph are in a file beside it."""
+    return file.with_name(f"{file.name}{DATA}").exists()
+
+
 def save(model: ir.Model, file: Path) -> None:
     """Write the graph with its weights in one file, or beside it as FILE_data, the name that loaders look for."""
+    data = f"{file.name}{DATA}"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     file.parent.mkdir(parents=True, exist_ok=True)
     if size > LARGEST:
-        ir.save(model, file, external_data=f"{file.name}_data")
+        ir.save(model, file, external_data=data)
     else:
         ir.save(ir.external_data.load_to_model(model), file)
     for written in file.parent.iterdir():

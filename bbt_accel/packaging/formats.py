@@ -16,7 +16,8 @@ from bbt_accel.exporters.triton import config as triton_config
 from bbt_accel.inference_protocol import DIGEST, bundle_facts
 from bbt_accel.packaging.adapter import run_peft, write_peft
 from bbt_accel.packaging.comparison import LoadedModel, PackageOutput, run_package
-from bbt_accel.packaging.configuration import DTYPES, classifier_config, write_json
+from bbt_accel.packaging.compose import has_data_file
+from bbt_accel.packaging.configuration import classifier_config, write_json
 from bbt_accel.packaging.manifest import Kind
 from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
 from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
@@ -51,18 +52,18 @@ def run_with(open_model: Callable[[Path, Precision, int | None], LoadedModel], t
     return run
 
 
-def write_texts(made: PackagedRun, labels: list[str], folder: Path, dtype: str = "fp32") -> None:
-    """config.json, tokenizer.json and tokenizer_config.json."""
-    write_json(folder / "config.json", classifier_config(made, labels, dtype))
+def write_texts(made: PackagedRun, labels: list[str], folder: Path, external: bool = False) -> None:
+    """config.json, tokenizer.json and tokenizer_config.json. external: the model's weights are in another file."""
+    write_json(folder / "config.json", classifier_config(made, labels, external))
     write_json(folder / "tokenizer.json", made.layout.tokenizer)
     write_json(folder / "tokenizer_config.json", configuration(made.layout.tokenizer, made.layout.max_length))
 
 
 def write_graph(made: PackagedRun, labels: list[str], folder: Path) -> str:
-    dtype = DTYPES.get(made.info.precision, "fp32")
-    name = {"q8": "onnx/model_quantized.onnx", "fp16": "onnx/model_fp16.onnx"}.get(dtype, "onnx/model.onnx")
-    write_texts(made, labels, folder, dtype)
+    suffix = {"int8": "_quantized", "fp16": "_fp16"}.get(made.info.precision, "")  # as transformers.js looks for it
+    name = f"onnx/model{suffix}.onnx"
     write_onnx(made, folder / name)
+    write_texts(made, labels, folder, has_data_file(folder / name))
     return name
 
 
@@ -101,10 +102,10 @@ def write_triton(made: PackagedRun, labels: list[str], folder: Path) -> str:
 ONNX_USAGE = """With optimum-onnx (`{file}`; texts longer than the model reads are truncated):
 ```python
 from optimum.onnxruntime import ORTModelForSequenceClassification
-from transformers import AutoTokenizer, pipeline
+from transformers import PreTrainedTokenizerFast, pipeline
 
 model = ORTModelForSequenceClassification.from_pretrained(".", subfolder="onnx", file_name="{name}")
-classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained("."))
+classify = pipeline("text-classification", model=model, tokenizer=PreTrainedTokenizerFast.from_pretrained("."))
 classify({example})
 ```
 With transformers.js:
@@ -118,10 +119,10 @@ token."""
 OPENVINO_USAGE = """With optimum-intel; the hint keeps OpenVINO from computing in a lower precision than was compared:
 ```python
 from optimum.intel import OVModelForSequenceClassification
-from transformers import AutoTokenizer, pipeline
+from transformers import PreTrainedTokenizerFast, pipeline
 
 model = OVModelForSequenceClassification.from_pretrained(".", ov_config={{"INFERENCE_PRECISION_HINT": "{hint}"}})
-classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained("."))
+classify = pipeline("text-classification", model=model, tokenizer=PreTrainedTokenizerFast.from_pretrained("."))
 classify({example})
 ```
 Inputs are `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; the output is `logits` (N, C);

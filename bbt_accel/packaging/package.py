@@ -84,7 +84,7 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, on_p
             comparison=comparison, versions=versions(), command=command(run_path, output, options),
             **of_run(run, made),
         )  # fmt: skip
-        (folder / CARD).write_text(model_card(info, run.info, form.usage), encoding="utf-8")
+        (folder / CARD).write_text(model_card(info, run.info, form.usage, folder), encoding="utf-8")
         return manifest.write_info(folder, info)
 
 
@@ -133,7 +133,7 @@ def check_beside(folder: Path, info: PackageInfo, form: Format, made: PackagedRu
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         again = Path(place)
         model = form.write(made, run.class_names, again)
-        (again / CARD).write_text(model_card(info, run, form.usage), encoding="utf-8")
+        (again / CARD).write_text(model_card(info, run, form.usage, again), encoding="utf-8")
         wanted = {name: sha256(again / name) for name in manifest.files_of(again)}
     if model != info.model:
         raise PackageError(f"{folder} names the model {info.model!r:.80}, not {model}; package the run again")

@@ -2,7 +2,7 @@
 
 The template is in the graph, so the tokenizer adds no special token but a mark in front of each text, which tells the
 graph where one begins, and without which an empty text would have no ids at all. A text can hold no special token: one
-that is spelled out is ordinary text. Marks and padding are private-use characters. What the encoding does to a text
+that is spelled out is ordinary text. Marks and padding have names that no text has. What the encoding does to a text
 before it is tokenized (cleaning, strip, the space in front of it) are normalizers, because loaders read no other code.
 """
 
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 Spec = dict[str, Any]
 """A parsed tokenizer.json."""
-MARK, PAD, RENAMED = "\ue000", "\ue001", "\ue002"
+MARK, PAD, RENAMED = "\ue000bbt-accel text\ue000", "\ue000bbt-accel padding\ue000", "\ue000bbt-accel special\ue000"
 WHITESPACE = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 """What Python's str.strip removes; other languages' white space differs from it in a few characters."""
 BEGIN, END = r"(?<![\s\S])", r"(?![\s\S])"

@@ -13,7 +13,7 @@ await withPage(executablePath, url, problems, async (page) => {
   const loaded = Date.now();
   await page.goto(url);
   await page.waitForFunction(() => document.getElementById("status").textContent !== ""
-    && !document.getElementById("status").textContent.startsWith("Loading"), null, { timeout: 120000 });
+    && !/^(Loading|If this line)/.test(document.getElementById("status").textContent), null, { timeout: 120000 });
   const loadTime = Date.now() - loaded;
   const status = () => page.textContent("#status");
   if ((await status()) !== "Ready.") problems.push(`status: ${await status()}`);

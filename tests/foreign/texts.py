@@ -4,7 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
-from transformers import AutoTokenizer, logging, pipeline
+from transformers import PreTrainedTokenizerFast, logging, pipeline
 
 
 def classify_all(load, versions, request, reply):
@@ -20,7 +20,7 @@ def classify_all(load, versions, request, reply):
         classify = pipeline(
             "text-classification",
             model=model,
-            tokenizer=AutoTokenizer.from_pretrained(case["folder"]),
+            tokenizer=PreTrainedTokenizerFast.from_pretrained(case["folder"]),
             top_k=None,
         )
         labels = [model.config.id2label[i] for i in range(len(model.config.id2label))]

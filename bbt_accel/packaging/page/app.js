@@ -5,7 +5,14 @@ import { InferenceSession, Tensor, env } from "./vendor/ort.js";
 env.wasm.wasmPaths = { wasm: new URL("./vendor/ort-wasm-simd-threaded.wasm", import.meta.url).href };
 
 const element = (id) => document.getElementById(id);
-const json = async (file) => (await fetch(file)).json();
+
+async function get(file) {
+  const response = await fetch(file);
+  if (!response.ok) throw new Error(`${file} is missing (${response.status})`);
+  return response;
+}
+
+const json = async (file) => (await get(file)).json();
 
 /** A new element with a class, attributes and text. */
 function make(tag, { text, ...attributes } = {}) {
@@ -22,8 +29,7 @@ function say(text, isError = false) {
 
 /** The bytes of a file; tells how many of them have arrived. */
 async function download(file) {
-  const response = await fetch(file);
-  if (!response.ok) throw new Error(`${file} is missing (${response.status})`);
+  const response = await get(file);
   const size = Number(response.headers.get("Content-Length")) || 0;
   const parts = [];
   let done = 0;
@@ -32,7 +38,8 @@ async function download(file) {
     if (ended) break;
     parts.push(value);
     done += value.length;
-    if (size) say(`Loading the model, ${Math.floor((100 * done) / size)} %…`);
+    // Of a compressed answer, the size is that of the compressed bytes.
+    if (size) say(`Loading the model, ${Math.min(99, Math.floor((100 * done) / size))} %…`);
   }
   return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
@@ -110,6 +117,14 @@ function work(begins) {
   element("results-section").setAttribute("aria-busy", begins);
 }
 
+function show(entries) {
+  element("results").replaceChildren(...entries);
+  element("results-section").hidden = !entries.length;
+  for (const text of document.querySelectorAll(".text")) {
+    if (text.scrollHeight > text.clientHeight) text.tabIndex = 0; // a long one is scrolled by keyboard
+  }
+}
+
 async function classify(classifier) {
   if (busy) return;
   const { columns, labels } = classifier.info;
@@ -119,18 +134,16 @@ async function classify(classifier) {
     const given = rows(columns);
     for (const texts of given) {
       say(`Classifying text ${entries.length + 1} of ${given.length}…`);
+      await new Promise((painted) => setTimeout(painted)); // the model computes in this thread
       const start = performance.now();
       const found = await classifier.probabilities(texts);
       entries.push(result(texts, labels, found, performance.now() - start));
     }
-    element("results").replaceChildren(...entries);
-    element("results-section").hidden = false;
-    for (const text of document.querySelectorAll(".text")) {
-      if (text.scrollHeight > text.clientHeight) text.tabIndex = 0; // a long one is scrolled by keyboard
-    }
+    show(entries);
     say(`${entries.length === 1 ? "1 text" : `${entries.length} texts`} classified. The results are below.`);
   } catch (error) {
-    say(`This text could not be classified (${error.message}).`, true);
+    show(entries);
+    say(`Text ${entries.length + 1} could not be classified (${error.message}).`, true);
   } finally {
     work(false);
   }
@@ -148,6 +161,7 @@ function showForm(info) {
 }
 
 try {
+  say("Loading the model…");
   showForm(await json("bbt_accel.json"));
   const classifier = await Classifier.load();
   element("form").addEventListener("submit", (event) => {
@@ -160,5 +174,5 @@ try {
   element("classify").disabled = false;
   say("Ready.");
 } catch (error) {
-  say(`The model could not be loaded (${error.message}). Serve this folder over HTTP: python -m http.server`, true);
+  say(`The model could not be loaded (${error.message}).`, true);
 }
