@@ -21,7 +21,6 @@ from bbt_accel.batch import Float64, Int64
 from bbt_accel.bundle import Bundle, Method, PromptMode
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.data import Row
-from bbt_accel.engine_specs import DEFAULT_ENGINE
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, DataError, PackageError, RunError, check_known, first_line, translated
 from bbt_accel.files import new_folder
@@ -267,10 +266,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _load(self, run: Run, bundle: Bundle, engine: str | None = None, device: str | None = None) -> None:
         """Take over a run, once its engine is loaded."""
-        where = run.info.engine
-        name = engine or (DEFAULT_ENGINE if where.remote else where.name)
-        without = where.without if name == where.name else []
-        device = device or where.device_for(name)
+        name, device, without = run.info.engine.used_with(engine, device)
         loaded = load_engine(bundle, name, device=device, threads=self.threads, without=without)
         if hasattr(self, "_close"):
             self._close()

@@ -94,7 +94,8 @@ class Cuda:
         """Create the stream. Raises EngineError."""
         if self.stream is None:
             self.enter()
-            self.stream = self.call("cudaStreamCreate")
+            # Not one that waits for the default stream: another library's call there would end a capture.
+            self.stream = self.call("cudaStreamCreateWithFlags", self.runtime.cudaStreamNonBlocking)
 
     def enter(self) -> None:
         """Make the GPU the current one of this thread, on which memory is allocated and TensorRT launches kernels.

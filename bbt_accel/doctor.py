@@ -17,7 +17,9 @@ NOTES = (
 )
 INT8_FEATURES = frozenset({"AVX-512 VNNI", "AMX"})
 CUDA = "CUDAExecutionProvider"
-CUDA_13 = {"onnxruntime-gpu": (1, 31), "tensorrt-rtx-cu13": (1, 0)}
+CUDA_13 = {
+    "onnxruntime-gpu": (1, 31), "tensorrt-rtx-cu13": (1, 0), "tensorrt": (10, 13, 3), "cuda-python": (13, 0)
+}  # fmt: skip
 """Packages → the versions from which they are built for CUDA 13, which needs driver 580 and compute capability 7.5."""
 DATA_CENTRE = ("9.0", "10.0", "10.3")
 """Compute capabilities that TensorRT for RTX leaves out: H100, H200, B200, B300."""
@@ -121,7 +123,8 @@ def unfit(package: str, found: Versions, providers: Collection[str], gpu: str) -
         yield f"this ONNX Runtime has no {CUDA}", f'{both} && pip install "bbt-accel[gpu]"'
     if package in CUDA_13 and release(version) >= CUDA_13[package]:
         if driver and release(driver) < (580,):
-            yield f"{package} needs NVIDIA's driver 580 or later, not {driver}", None
+            older = 'pip install "tensorrt<10.13.3" "cuda-python<13"' if found.get("tensorrt") else None
+            yield f"{package} needs NVIDIA's driver 580 or later, not {driver}", older
         if capability and release(capability) < (7, 5):
             yield f"{package} needs compute capability 7.5, not {capability}", None
     if package == "tensorrt-rtx-cu13" and capability in DATA_CENTRE:

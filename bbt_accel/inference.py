@@ -220,16 +220,16 @@ def _load(run: Run, options: EngineOptions) -> Engine:
 
     Only a URL that the caller gives is asked: that of a run from somebody else would get the caller's texts and token.
     """
-    record, name, url = run.info.engine, options.get("engine"), options.get("url")
-    own = name in (None, record.name)
-    if own and record.remote and url is None:
+    record, url = run.info.engine, options.get("url")
+    name, device, without = record.used_with(options.get("engine") or record.name, options.get("device"))
+    if name == record.name and record.remote and url is None:
         where = record.url or "URL"
         raise UsageError(f"the search asked a server: pass --url {where} to send texts there, or --engine ort")
     return load_engine(
         run.open_bundle(options.get("bundle")),
-        name or record.name,
-        device=options.get("device") or record.device_for(name or record.name),
+        name,
+        device=device,
         threads=options.get("threads"),
-        without=record.without if own else (),
+        without=without,
         url=url,
     )

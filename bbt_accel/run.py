@@ -15,7 +15,7 @@ from bbt_accel.batch import Float32
 from bbt_accel.bundle import INFO as BUNDLE_INFO
 from bbt_accel.bundle import Bundle, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
-from bbt_accel.engine_specs import Precision, engine_spec, kind_of
+from bbt_accel.engine_specs import DEFAULT_ENGINE, Precision, engine_spec, kind_of
 from bbt_accel.errors import BundleError, RunError, translated
 from bbt_accel.files import has_digest, sha256, write_atomically
 from bbt_accel.history import Generation, read_history
@@ -76,9 +76,16 @@ class EngineRecord(BaseModel, extra="forbid"):
         """Whether a server computed. It is asked again only where a user names it: the run may be somebody else's."""
         return engine_spec(self.name).remote
 
-    def device_for(self, name: str) -> str:
-        """Where another engine, or the same, runs what this one ran: on the same device if it can."""
-        return self.device if kind_of(self.device) in engine_spec(name).backends else "cpu"
+    def used_with(self, name: str | None, device: str | None) -> tuple[str, str, list[str]]:
+        """The engine, its device and what is switched off, to use the prompt: as in the search unless given.
+
+        Another engine runs on the same device if it can. Without a name, what a server computed is computed by the
+        default engine.
+        """
+        chosen = name or (DEFAULT_ENGINE if self.remote else self.name)
+        spec = engine_spec(chosen)
+        there = self.device if kind_of(self.device) in spec.backends else spec.device("cpu")
+        return chosen, device or there, self.without if chosen == self.name else []
 
 
 class DataRecord(BaseModel, extra="forbid"):

@@ -130,6 +130,8 @@ class OrtCudaEngine(OrtEngine):
             try:
                 return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
+                if "graph capture" not in str(error):  # a damaged file, a driver that is too old, too little memory
+                    raise
                 self.capturing = False
                 note(f"no CUDA graphs: {first_line(error)}")
         return super().session(stage, options, self.providers({}))

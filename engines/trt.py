@@ -220,10 +220,10 @@ class TrtEngine(StagedEngine):
         return {"calls": self.called, "captured": self.calls.captured, "launched": self.calls.launched}
 
     def close(self) -> None:
-        if self.plans and self.cache is not None:
+        if self.plans and self.cache is not None and (kernels := self.cache.serialize()) is not None:
             with suppress(OSError):
                 self.kernels.parent.mkdir(parents=True, exist_ok=True)  # plans built ahead have another folder
-                write_atomically(self.kernels, bytes(self.cache.serialize()))
+                write_atomically(self.kernels, bytes(kernels))
         super().close()
         with suppress(EngineError):  # as in `Cuda.close`
             self.cuda.enter()

@@ -199,7 +199,8 @@ class Backbone(nn.Module, ABC):
         """In cat mode the mask gets ones for the prompt."""
         if not self.cat:
             return attention_mask
-        return F.pad(attention_mask, (self.n, 0), value=1)
+        ones = attention_mask.new_ones((attention_mask.shape[0], self.n))
+        return torch.cat([ones, attention_mask], dim=1)  # ONNX Runtime pads no integers on CUDA
 
     def join(self, prompts: Tensor, tokens: Tensor) -> Tensor:
         """bbt: (P, n, H) and (N, S, H) → (P·N, T, H), ready for block 0."""

@@ -28,6 +28,7 @@ STEP = 8
 """Of the lengths of buckets, by `Batch.aligned`; that of a profile's longest row is rounded up, too."""
 OPTIONS: dict[str, str] = {"strongly_typed": "yes", "tf32": "no", "profiling": "detailed"}
 """Build options. Types are those of the graph; with TF32, fp32 matmuls would round their inputs."""
+STRICT_NANS = "STRICT_NANS"
 USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
 """The builder flag of TensorRT for RTX without which a plan may allocate memory of its own while it runs. The release
 notes of 1.2 require it for stream capture, from which CUDA graphs are made."""
@@ -200,10 +201,10 @@ def build(api: Api, bundle: Bundle, stage: str, key: Key, monitor: Any = None) -
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise PlanError(f"TensorRT cannot build {stage} ({reason(logger.errors)})")
-    if cache is not None:
+    if cache is not None and (timings := cache.serialize()) is not None:
         with suppress(OSError):  # a bundle that cannot be written to
             timing.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(timing, bytes(cache.serialize()))
+            write_atomically(timing, bytes(timings))
     content = bytes(plan)
     outputs = [tensor_of(network.get_output(i)) for i in range(network.num_outputs)]
     facts: dict[str, Any] = {"layers": network.num_layers, "inputs": inputs, "outputs": outputs}
@@ -235,6 +236,8 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
     trt, config = api.module, builder.create_builder_config()
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
+    if api.has("BuilderFlag", STRICT_NANS):  # a loss that is NaN stays so: 0 · x is not taken for 0
+        config.set_flag(getattr(trt.BuilderFlag, STRICT_NANS))
     if api.has("BuilderFlag", USER_ALLOCATION):
         config.set_flag(getattr(trt.BuilderFlag, USER_ALLOCATION))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

@@ -93,7 +93,10 @@ class FakeRuntime:
     def cudaGetErrorString(self, status: Any) -> tuple[Any, ...]:
         return Status.cudaSuccess, b"in words"
 
-    def cudaStreamCreate(self) -> tuple[Any, ...]:
+    cudaStreamNonBlocking = 1
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
+        assert flags == self.cudaStreamNonBlocking
         return Status.cudaSuccess, FIRST_STREAM + self.device
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:

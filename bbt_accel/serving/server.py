@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -39,7 +40,8 @@ def serve(
 ) -> None:
     """Serve a bundle, or the prompt of a run and its bundle, until Ctrl-C or SIGTERM.
 
-    engine, device: those of the run unless given; ort on the cpu for a bundle. port: 0 for any free one. ready: called
+    engine, device: those of the run unless given; for a bundle the engine that it was made for, on the cpu if it can.
+    port: 0 for any free one. ready: called
     with the server's address and the names of its models once it listens. The bearer token is that of BBT_ACCEL_TOKEN.
     Raises UsageError for an address that others can reach if there is no token, BbtError when the port is in use, and
     what reading and loading raise.
@@ -49,11 +51,13 @@ def serve(
     path = fetched(path)
     run = Run.read(path) if is_run(path) else None
     bundle = Bundle.read(path) if run is None else run.open_bundle()
-    record = None if run is None else run.info.engine
-    own = record if record is not None and engine in (None, record.name) and not record.remote else None
-    engine = engine or (own.name if own else DEFAULT_ENGINE)
-    device = device or (own.device if own else engine_spec(engine).device("cpu"))
-    with listen(host, port) as listener, load_engine(bundle, engine, device=device, threads=threads) as loaded:
+    options: dict[str, Any] = {"threads": threads}
+    if run is not None:
+        engine, options["device"], options["without"] = run.info.engine.used_with(engine, device)
+    else:
+        engine = engine or (DEFAULT_ENGINE if bundle.info.target == "onnx" else bundle.info.target)
+        options["device"] = device or engine_spec(engine).device("cpu")
+    with listen(host, port) as listener, load_engine(bundle, engine, **options) as loaded:
         models = make_models(loaded, limits, run)
         app = make_app(models, limits, token)
         ready(address(listener), [model.name for model in models])
