@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,7 @@ def fit_file(
     settings.check_budget(method)
     with progress_bar(f"preparing {backbone}", progress) as tell:
         bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell, threads=threads)
-    named = Counter(plain(record[label]) for record in table.records)
-    shares = [1 if balanced else named[name] for name in counts]
+    shares = [1] * len(counts) if balanced else class_shares(table, label, counts)
     task = make_task(task_name(file), columns, label, list(counts), bundle, template, label_words, class_shares=shares)
     words = commands(file, output, backbone, bundle, choice, chosen, threads)
     plan = FitPlan(table, counts, choice, bundle, task, chosen, words)
@@ -162,7 +161,7 @@ def require_same(output: Path, task: str, settings: Mapping[str, object]) -> Non
     """Raises RunError for a run of another search, before anything is exported for this one."""
     former = read_info(output)
     wanted = resolve(former.settings.model_dump(), settings)
-    if former.task.name != task or not former.settings.begins(wanted):
+    if former.task.name != task or former.settings.differences(wanted):
         raise RunError(f"{output} is the run of another search; use --overwrite or another -o")
 
 
@@ -181,10 +180,7 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
             what = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
             raise DataError(f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or remove them")
     check_texts(table, file, text)
-    counts = Counter(dict.fromkeys((plain(record[label]) for record in table.records), 0))
-    counts.update(
-        plain(record[label]) for record in distinct(table.records, lambda r: tuple(r[c].strip() for c in text))
-    )
+    counts = count_texts(table, text, label)
     if len(counts) < 2:
         raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")
     rarest, fewest = min(counts.items(), key=lambda item: item[1])
@@ -193,6 +189,20 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
         problem = f"{file}: {label} has {len(counts)} classes, and {rarest!r:.50} has {texts} of its own"
         raise DataError(f"{problem}; each needs two, one to search with and one to choose by")
     return {name: counts[name] for name in sorted(counts, key=by_value)}
+
+
+def count_texts(table: Table, text: Sequence[str], label: str) -> Counter[str]:
+    """Texts of each class that no row before has, 0 where there are none."""
+    counts = Counter(dict.fromkeys((plain(record[label]) for record in table.records), 0))
+    rows = distinct(table.records, lambda record: tuple(plain(record[column]) for column in text))
+    counts.update(plain(record[label]) for record in rows)
+    return counts
+
+
+def class_shares(table: Table, label: str, classes: Iterable[str]) -> list[int]:
+    """Rows of each class, repeated texts included."""
+    counts = Counter(plain(record[label]) for record in table.records)
+    return [counts[name] for name in classes]
 
 
 def check_texts(table: Table, file: Path, columns: Sequence[str]) -> None:

@@ -24,10 +24,10 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import DataError, UsageError, check_known
-from bbt_accel.logits import class_logits, log_softmax, require_finite, with_calibrated
-from bbt_accel.objective import Objective, uninformed
+from bbt_accel.logits import log_softmax, require_finite, scores_without_search
+from bbt_accel.objective import Objective
 from bbt_accel.readout import Readout, reads_states
-from bbt_accel.run import Run
+from bbt_accel.run import Baselines, Run
 
 BATCH_SIZE = 64  # rows that an engine gets at a time
 
@@ -67,16 +67,13 @@ def evaluate(
         encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
         logits = scores_and_before(loaded, encoder, rows, run)
         require_finite(logits, "a score", "use a bundle in fp32")
-        _, (score, without, calibrated) = Objective("ce", run.task.metric).score(logits, labels(rows))
-        chance, majority = uninformed(labels(rows), run.task.n_classes, run.task.metric)
+        targets, metric = labels(rows), run.task.metric
+        _, (score,) = Objective("ce", metric).score(logits[:1], targets)
         return {
             "split": split,
-            "metric": run.task.metric,
+            "metric": metric,
             "score": float(score),
-            "chance": chance,
-            "majority": majority,
-            "without_prompt": float(without),
-            "calibrated": float(calibrated),
+            **Baselines.of(logits[1:], targets, metric).model_dump(),
             "readout": run.readout.name,
             "rows": len(rows),
             "engine": loaded.name,
@@ -183,7 +180,7 @@ def class_scores(engine: Engine, encoder: Encoder, rows: Sequence[Row], run: Run
 def scores_before(engine: Engine, encoder: Encoder, rows: Sequence[Row]) -> Float64:
     """Class scores (2, N, C) of N rows before a search: the label words without a prompt, and the same calibrated."""
     found = outputs(engine, encoder, rows, engine.bundle.start_prompt())
-    return with_calibrated(class_logits(found["label_logits"], encoder.classes))
+    return scores_without_search(found["label_logits"], encoder.classes)
 
 
 def scores_and_before(engine: Engine, encoder: Encoder, rows: Sequence[Row], run: Run) -> Float64:
@@ -191,8 +188,7 @@ def scores_and_before(engine: Engine, encoder: Encoder, rows: Sequence[Row], run
     if not np.array_equal(run.prompt, engine.bundle.start_prompt()):
         return np.stack([class_scores(engine, encoder, rows, run), *scores_before(engine, encoder, rows)])
     found = outputs(engine, encoder, rows, run.prompt, run.readout)
-    before = with_calibrated(class_logits(found["label_logits"], encoder.classes))
-    return np.stack([run.readout.scores(found), *before])
+    return np.stack([run.readout.scores(found), *scores_without_search(found["label_logits"], encoder.classes)])
 
 
 def outputs(

@@ -40,15 +40,16 @@ def batch_calibration(logits: Float64) -> Float64:
     return np.asarray(-log_softmax(logits).mean(-2))
 
 
-def with_calibrated(logits: Float64) -> Float64:
-    """(N, C) → (2, N, C): logits as they are, and with batch calibration."""
-    return np.stack([logits, logits + batch_calibration(logits)])
-
-
 def class_logits(label_logits: npt.ArrayLike, classes: Int64) -> Float64:
     """(…, N, M or more) → (…, N, C): the mean over the words of each class."""
     words = np.asarray(label_logits, np.float64)[..., : len(classes)]
     return words if one_word_each(classes) else np.asarray(words @ word_shares(classes))
+
+
+def scores_without_search(label_logits: npt.ArrayLike, classes: Int64) -> Float64:
+    """Class scores (2, N, C) from label logits (N, M or more): as they are, and with batch calibration."""
+    logits = class_logits(label_logits, classes)
+    return np.stack([logits, logits + batch_calibration(logits)])
 
 
 def word_shares(classes: Int64) -> Float64:

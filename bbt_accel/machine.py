@@ -27,7 +27,7 @@ class Machine(TypedDict):
     cpu: str
     cores: int
     features: list[str]
-    memory_gb: float | None
+    memory_gib: float | None
     gpus: list[str]
 
 
@@ -38,7 +38,7 @@ def describe_machine() -> Machine:
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "cores": len(_allowed_cpus()),
         "features": features(),
-        "memory_gb": _memory(),
+        "memory_gib": _memory(),
         "gpus": _gpus(),
     }
 

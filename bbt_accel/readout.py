@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save
 
@@ -18,17 +19,19 @@ from bbt_accel.logits import class_logits
 from bbt_accel.prototypes import prototype_scores
 from bbt_accel.settings import ReadoutName
 
-REGRESSIONS = ("words", "state", "mean", "states")  # logistic regressions on features
-LINEAR = ("found", *REGRESSIONS, "ensemble")  # features times a weight, plus a bias
-OF_WORDS = ("found", "words")  # whose features are the logits of further words
-STATES_OF = {
-    "prototype": STATES[:1],
-    "state": STATES[:1],
-    "mean": STATES[1:],
-    "states": STATES,
-    "ensemble": STATES,
+READS: dict[ReadoutName, tuple[str, ...]] = {
+    "verbalizer": ("class_logits",),
+    "calibrated": ("class_logits",),
+    "found": ("word_logits",),
+    "prototype": ("readout_state", "class_logits"),
+    "words": ("word_logits",),
+    "state": ("readout_state",),
+    "mean": ("mean_state",),
+    "states": ("readout_state", "mean_state"),
+    "ensemble": ("class_logits", "readout_state", "mean_state"),
 }
-"""The hidden states that a readout reads, if any."""
+"""What each readout reads of a forward pass, in the order of its weights: states of the bundle's `STATES`, the logits
+of further words, or those of the classes, the mean over their label words."""
 Outputs = Mapping[str, Float32]
 """What `BoundBatch.outputs` returns, of one prompt: label_logits (N, M) and states."""
 
@@ -52,20 +55,17 @@ class Readout:
         name = "radius" if self.name == "prototype" else "bias"
         return replace(self, arrays=self.arrays | {name: self.arrays[name] + bias})
 
-    def class_logits(self, outputs: Outputs) -> Float64:
-        """The verbalizer: float64 (…, N, C)."""
-        return class_logits(outputs["label_logits"], self.classes)
-
     def scores(self, outputs: Outputs) -> Float64:
-        """Class scores, float64 (…, N, C), whose softmax gives the probabilities."""
-        if self.name == "verbalizer":
-            return self.class_logits(outputs)
-        if self.name == "calibrated":
-            return self.class_logits(outputs) + self.arrays["bias"]
+        """Class scores, float64 (…, N, C), whose softmax gives the probabilities.
+
+        What it reads, side by side; times its weight and plus its bias where it has them. Prototypes are apart.
+        """
+        blocks = features(self.name, outputs, self.classes)
         if self.name == "prototype":
-            return prototype_scores(self.arrays, outputs["readout_state"], self.class_logits(outputs))
-        x = np.concatenate(features(self.name, outputs, self.classes), axis=-1)
-        return x @ self.arrays["weight"] + self.arrays["bias"]
+            return prototype_scores(self.arrays, *blocks)
+        x = np.concatenate(blocks, axis=-1) if len(blocks) > 1 else blocks[0]
+        x = x @ self.arrays["weight"] if "weight" in self.arrays else x
+        return x + self.arrays["bias"] if "bias" in self.arrays else x
 
     def save(self, file: Path) -> str:
         """Write it as safetensors; returns the file's sha256."""
@@ -85,14 +85,21 @@ class Readout:
             raise RunError(f"cannot read {file} ({first_line(error)}); tune again") from None
 
 
+def reads_words(name: ReadoutName) -> bool:
+    """Whether a readout needs the logits of further words."""
+    return "word_logits" in READS[name]
+
+
 def reads_states(name: ReadoutName) -> bool:
     """Whether a readout needs hidden states besides label logits."""
-    return name in STATES_OF
+    return not {*STATES}.isdisjoint(READS[name])
 
 
-def features(name: str, outputs: Outputs, classes: Int64) -> list[Float64]:
-    """The blocks of features that a linear readout takes, each float64 (…, N, F)."""
-    if name in OF_WORDS:
-        return [np.asarray(outputs["label_logits"][..., len(classes) :], np.float64)]
-    states = [np.asarray(outputs[state], np.float64) for state in STATES_OF[name]]
-    return [class_logits(outputs["label_logits"], classes), *states] if name == "ensemble" else states
+def features(name: ReadoutName, outputs: Outputs, classes: Int64) -> list[Float64]:
+    """The blocks that a readout reads, each float64 (…, N, F)."""
+    labels = outputs["label_logits"]
+    found: dict[str, Callable[[], npt.ArrayLike]] = {
+        "class_logits": lambda: class_logits(labels, classes),
+        "word_logits": lambda: labels[..., len(classes) :],
+    }
+    return [np.asarray(found[block]() if block in found else outputs[block], np.float64) for block in READS[name]]

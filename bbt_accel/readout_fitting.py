@@ -10,11 +10,11 @@ from functools import lru_cache, partial
 import numpy as np
 
 from bbt_accel.batch import Float64, Int64
-from bbt_accel.logits import batch_calibration, class_logits, log_loss, log_softmax
+from bbt_accel.logits import batch_calibration, log_loss, log_softmax
 from bbt_accel.objective import Objective
 from bbt_accel.projection import one_blas_thread
 from bbt_accel.prototypes import fit_prototypes
-from bbt_accel.readout import OF_WORDS, REGRESSIONS, Outputs, Readout, features
+from bbt_accel.readout import Outputs, Readout, features, reads_words
 from bbt_accel.settings import ReadoutName
 
 BIAS_PENALTY = 0.05
@@ -23,6 +23,12 @@ PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """Of a linear readout's squared weights, for standardized features; cross-validation chooses."""
 FOLDS = 8
 FOUND_WORDS = 8  # label words of a class that `found` takes
+
+
+Blocks = Sequence[Float64]
+Arrays = dict[str, Float64]
+Fit = tuple[Arrays, Float64 | None]
+"""What a fit returns: the arrays of a readout, and held-out scores (N, C) where it has them anyway."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ def held_out(name: ReadoutName, rows: LabelledRows) -> Float64:
 
     A regression's penalty and an ensemble's temperature are chosen by the same scores.
     """
-    return fit_with_scores(name, rows)[1] if name in FITS else refitted(name, rows)
+    scores = fit_once(name, rows)[1]
+    return refitted(name, rows) if scores is None else scores
 
 
 def fit_for(objective: Objective, name: ReadoutName, rows: LabelledRows) -> tuple[Readout, Float64]:
@@ -67,26 +74,9 @@ def fit_for(objective: Objective, name: ReadoutName, rows: LabelledRows) -> tupl
 
 def fit_once(name: ReadoutName, rows: LabelledRows) -> tuple[Readout, Float64 | None]:
     """A fitted readout; and the held-out scores (N, C), where its fit has them as a by-product."""
-    arrays, scores = dict[str, Float64](), None
     with one_blas_thread():  # several are slower on so few rows, and their number would decide the last bits
-        logits = class_logits(rows.outputs["label_logits"], rows.classes)
-        if name == "calibrated":
-            arrays["bias"] = fit_bias(logits, rows.targets)[0]
-        elif name == "prototype":
-            state = np.asarray(rows.outputs["readout_state"], np.float64)
-            arrays = fit_prototypes(state, logits, rows.targets, rows.seed)
-        elif name == "found":
-            (words,) = features(name, rows.outputs, rows.classes)
-            arrays = fit_found(words, rows.targets)
-        elif name != "verbalizer":
-            arrays, scores = fit_with_scores(name, rows)
-    return Readout(name, rows.classes, rows.token_ids if name in OF_WORDS else rows.token_ids[:0], arrays), scores
-
-
-def fit_with_scores(name: ReadoutName, rows: LabelledRows) -> tuple[dict[str, Float64], Float64]:
-    """The arrays of a readout in `FITS`, and the held-out scores (N, C) that its fit needs anyway."""
-    with one_blas_thread():
-        return FITS[name](features(name, rows.outputs, rows.classes), rows.targets, rows.seed)
+        arrays, scores = FITS[name](features(name, rows.outputs, rows.classes), rows.targets, rows.seed)
+    return Readout(name, rows.classes, rows.token_ids if reads_words(name) else rows.token_ids[:0], arrays), scores
 
 
 def refitted(name: ReadoutName, rows: LabelledRows) -> Float64:
@@ -125,22 +115,34 @@ def fit_bias(logits: Float64, targets: Int64) -> tuple[Float64, float]:
     return start + bias, value
 
 
-def fit_found(words: Float64, targets: Int64) -> dict[str, Float64]:
+def fit_calibrated(blocks: Blocks, targets: Int64, seed: int) -> Fit:
+    """A class bias (C,)."""
+    return {"bias": fit_bias(blocks[0], targets)[0]}, None
+
+
+def fit_prototype(blocks: Blocks, targets: Int64, seed: int) -> Fit:
+    """DecT's prototypes, on the state and the class logits."""
+    state, logits = blocks
+    return fit_prototypes(state, logits, targets, seed), None
+
+
+def fit_found(blocks: Blocks, targets: Int64, seed: int) -> Fit:
     """Label words found on the rows: for each class the `FOUND_WORDS` with the highest mean log-probability in its
     rows, compared with that in all rows, as in BBT-RGB (Sun et al., 2023); and a class bias.
 
-    words: logits (N, F). A class's score is the mean logit of its words: weight (F, C) and bias (C,).
+    blocks: word logits (N, F). A class's score is the mean logit of its words: weight (F, C) and bias (C,).
     """
+    (words,) = blocks
     likely = log_softmax(words)
     gain = np.stack([likely[targets == c].mean(0) for c in range(targets.max() + 1)], axis=1) - likely.mean(0)[:, None]
     weight = np.zeros_like(gain)
     count = min(FOUND_WORDS, len(gain))
     for c, best in enumerate(np.argsort(-gain, axis=0, kind="stable")[:count].T):
         weight[best, c] = 1 / count
-    return {"weight": weight, "bias": fit_bias(words @ weight, targets)[0]}
+    return {"weight": weight, "bias": fit_bias(words @ weight, targets)[0]}, None
 
 
-def fit_linear(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[dict[str, Float64], Float64]:
+def fit_linear(blocks: Blocks, targets: Int64, seed: int) -> tuple[Arrays, Float64]:
     """The mean of one logistic regression on each block of features (N, F): weight (ΣF, C) and bias (C,).
 
     And the held-out scores (N, C), by which the penalty of each block is chosen.
@@ -150,7 +152,7 @@ def fit_linear(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[di
     return arrays, np.mean(scores, axis=0)
 
 
-def fit_ensemble(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[dict[str, Float64], Float64]:
+def fit_ensemble(blocks: Blocks, targets: Int64, seed: int) -> tuple[Arrays, Float64]:
     """The product of the probabilities of calibrated label words, and of a logistic regression on each hidden state,
     with a temperature that minimizes the held-out loss: weight (C + ΣH, C) and bias (C,); and the held-out scores.
 
@@ -169,8 +171,18 @@ def fit_ensemble(blocks: Sequence[Float64], targets: Int64, seed: int) -> tuple[
     return {"weight": t * weight, "bias": t * bias}, t * held
 
 
-FITS = {**dict.fromkeys(REGRESSIONS, fit_linear), "ensemble": fit_ensemble}
-"""Readouts whose fit has held-out scores as a by-product."""
+FITS: dict[ReadoutName, Callable[[Blocks, Int64, int], Fit]] = {
+    "verbalizer": lambda blocks, targets, seed: ({}, None),
+    "calibrated": fit_calibrated,
+    "found": fit_found,
+    "prototype": fit_prototype,
+    "words": fit_linear,
+    "state": fit_linear,
+    "mean": fit_linear,
+    "states": fit_linear,
+    "ensemble": fit_ensemble,
+}
+"""How each readout is fitted, from what it reads (`READS`), the targets (N,) and the seed."""
 
 
 def fit_temperature(scores: Float64, targets: Int64) -> float:

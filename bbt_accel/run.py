@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field, model_validator
 from safetensors.numpy import load_file, save
 
 from bbt_accel.backbone_names import names_path
-from bbt_accel.batch import Float32
+from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.bundle import INFO as BUNDLE_INFO
-from bbt_accel.bundle import Bundle, Method, PromptMode, TemplateGroup
+from bbt_accel.bundle import PROMPT_FACTS, Bundle, Method, PromptMode, TemplateGroup
 from bbt_accel.data import Row
 from bbt_accel.engine_specs import DEFAULT_ENGINE, Precision, engine_spec, kind_of
 from bbt_accel.errors import BundleError, RunError, translated
@@ -21,8 +21,9 @@ from bbt_accel.files import has_digest, sha256, write_atomically
 from bbt_accel.history import Generation, read_history
 from bbt_accel.hub import fetched
 from bbt_accel.manifests import Manifest
+from bbt_accel.objective import Objective, uninformed
 from bbt_accel.readout import Readout
-from bbt_accel.settings import ReadoutName, Settings
+from bbt_accel.settings import Metric, ReadoutName, Settings
 from bbt_accel.tasks import Task
 
 INFO, PROMPT, READOUT, HISTORY = "run.json", "prompt.safetensors", "readout.safetensors", "history.jsonl"
@@ -107,12 +108,19 @@ class BestRecord(BaseModel, extra="forbid"):
 
 
 class Baselines(BaseModel, extra="forbid"):
-    """Scores on the dev rows that take no search."""
+    """Scores of rows that take no search."""
 
     chance: float = Field(description="Of a class drawn at random.")
     majority: float = Field(description="Of always predicting the most frequent class.")
     without_prompt: float = Field(description="Of the label words, without a prompt.")
     calibrated: float = Field(description="Of the same with each class's mean log-probability removed.")
+
+    @classmethod
+    def of(cls, scores: Float64, targets: Int64, metric: Metric) -> Self:
+        """scores: `scores_without_search` (2, N, C); targets: (N,)."""
+        _, (without_prompt, calibrated) = Objective("ce", metric).score(scores, targets)
+        chance, majority = uninformed(targets, scores.shape[2], metric)
+        return cls(chance=chance, majority=majority, without_prompt=without_prompt, calibrated=calibrated)
 
 
 class TriedReadout(BaseModel, extra="forbid"):
@@ -166,8 +174,8 @@ class RunInfo(Manifest):
 
     def differences(self, other: RunInfo) -> list[str]:
         """Differences that keep `other` from continuing this run, with both values. A larger budget is none."""
-        pairs = {name: (getattr(self.settings, name), getattr(other.settings, name)) for name in Settings.model_fields}
-        pairs |= {
+        settings = self.settings.differences(other.settings)
+        pairs = settings | {
             "bundle": (self.bundle.digest[:12], other.bundle.digest[:12]),
             "task": (self.task.name, other.task.name),
             "engine": (self.engine.name, other.engine.name),
@@ -175,10 +183,8 @@ class RunInfo(Manifest):
             "without": (self.engine.without, other.engine.without),
             "cma": (self.versions.get("cma"), other.versions.get("cma")),
         }
-        if all(pairs[name][0] == pairs[name][1] for name in ("seed", "k_shot")):  # which choose the rows
+        if not {"seed", "k_shot"} & settings.keys():  # which choose the rows
             pairs["data"] = (self.data.digest[:12], other.data.digest[:12])
-        if self.settings.budget < other.settings.budget:
-            del pairs["budget"]
         found = [f"{name} (was {was}, is now {now})" for name, (was, now) in pairs.items() if was != now]
         if self.task.name == other.task.name and self.task != other.task:
             found.append("task definition")
@@ -269,7 +275,7 @@ class Run:
             problem = f"{bundle.path} is not the bundle that {self.path} was tuned for"
             raise BundleError(f"{problem}; pass one with --bundle")
         bundle = Bundle.read(override)
-        for name in ("backbone", "revision", "method", "prompt_mode", "prompt_init"):
+        for name in PROMPT_FACTS:
             found, wanted = getattr(bundle.info, name), getattr(record, name)
             if found != wanted and not (name == "backbone" and names_path(found, wanted)):
                 raise BundleError(f"{override} has the {name} {found}, the prompt of {self.path} needs {wanted}")

@@ -79,9 +79,11 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         """Whether generation `number`, counted from 0, is due for a dev score: it passes a multiple of eval_every."""
         return self.calls(number + 1) // self.eval_every > self.calls(number) // self.eval_every
 
-    def begins(self, other: Settings) -> bool:
-        """Whether a search with these settings is the first part of one with `other`: only the budget may differ."""
-        return self.budget <= other.budget and self == other.model_copy(update={"budget": self.budget})
+    def differences(self, other: Settings) -> dict[str, tuple[object, object]]:
+        """Values of both that keep a search with `other` from continuing one with these: a larger budget does not."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in Settings.model_fields}
+        larger = self.budget < other.budget
+        return {n: (was, now) for n, (was, now) in pairs.items() if was != now and not (larger and n == "budget")}
 
     @property
     def parts(self) -> int | None:

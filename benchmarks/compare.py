@@ -25,11 +25,9 @@ from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError
 from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_folder, write_atomically
-from bbt_accel.inference import class_scores, outputs
-from bbt_accel.logits import batch_calibration
+from bbt_accel.inference import class_scores, scores_before
 from bbt_accel.machine import describe_machine
 from bbt_accel.objective import Objective, most_frequent
-from bbt_accel.readout import Readout
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
 from bbt_accel.settings import FITTED, resolve
@@ -208,13 +206,12 @@ class CompareTrial:
         """Every readout without a search; what takes no labels; and the most frequent class of the test rows."""
         with load_engine(self.bundles["bbt"], self.options.engine, threads=self.threads) as engine:
             encoder, _ = encoder_with_demonstrations(engine.bundle, self.task, self.train, self.settings)
-            start = engine.bundle.start_prompt()
-            plain = Readout("verbalizer", encoder.classes).scores(outputs(engine, encoder, self.test, start))
+            plain, calibrated = scores_before(engine, encoder, self.test)
         frequent = most_frequent(labels(self.test), self.task.n_classes, self.task.metric)
         majority = np.eye(self.task.n_classes)[frequent]
         found = [self.measured("majority class", 0, np.tile(majority, (len(self.test), 1)), 0.0)]
         found.append(self.measured("without a prompt", 0, plain, 0.0))
-        found.append(self.measured("batch calibration", 0, plain + batch_calibration(plain), 0.0))
+        found.append(self.measured("batch calibration", 0, calibrated, 0.0))
         return found + [self.score(name, *self.tune(f"readouts:{name}", "bbt", name, 1)) for name in FITTED]
 
     def search(self, contender: str) -> list[Score]:

@@ -54,7 +54,7 @@ def test_engines_of_a_machine_with_a_gpu() -> None:
         ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 7.0", "needs compute capability 7.5, not 7.0", None),
         ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 8.9", "installed", None),
         ("trt", {"tensorrt": "11.4"}, "580.65, 9.0", "installed", None),
-        ("trt", {"tensorrt": "11.4"}, "570.12, 9.0", "tensorrt needs NVIDIA's driver 580", '"tensorrt<10.13.3"'),
+        ("trt", {"tensorrt": "11.4"}, "570.12, 9.0", "tensorrt needs NVIDIA's driver 580", '"cuda-python<13"'),
         ("trt", {"tensorrt": "10.9", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
         ("ort (cuda)", {"onnxruntime-gpu": "1.32.0"}, "570.12, 9.0", "needs NVIDIA's driver 580 or later", None),
         ("ort (cuda)", {"onnxruntime-gpu": "1.26.0"}, "570.12, 9.0", "installed", None),
@@ -92,7 +92,7 @@ def test_the_cpu_package_is_uninstalled_before_the_gpu_package_is_installed() ->
 def recommended(
     found: dict[str, Any], features: tuple[str, ...] = (), gpus: tuple[str, ...] = ()
 ) -> doctor.Recommendation:
-    machine = Machine(system="", cpu="", cores=1, features=list(features), memory_gb=None, gpus=list(gpus))
+    machine = Machine(system="", cpu="", cores=1, features=list(features), memory_gib=None, gpus=list(gpus))
     return doctor.recommend(machine, doctor.engines(NOTHING | found, gpus, [doctor.CUDA]))
 
 
@@ -182,7 +182,7 @@ def test_a_fit_runs_on_the_fastest_engine_of_what_is_given(
     found = CPU | ({"onnxruntime": None, "onnxruntime-gpu": "1.32"} if gpu else {})
     gpus, machine = (
         ["X"] if gpu else [],
-        Machine(system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gb=None, gpus=["X"] if gpu else []),
+        Machine(system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gib=None, gpus=["X"] if gpu else []),
     )
     states = doctor.engines(NOTHING | found, gpus, [doctor.CUDA])
     diagnosis = {"recommended": doctor.recommend(machine, states), "engines": states}

@@ -57,9 +57,14 @@ def test_an_unknown_split_or_preset_is_named(run: Run, tmp_path: Path) -> None:
 
 def test_another_engine_runs_on_the_runs_device_only_if_it_can(run: Run) -> None:
     on_gpu = run.info.engine.model_copy(update={"name": "trt", "device": "cuda:1"})
-    assert [on_gpu.device_for(name) for name in ("trt", "ort", "torch", "openvino", "remote")] == [
-        "cuda:1", "cuda:1", "cuda:1", "cpu", "cpu",
-    ]  # fmt: skip
+    names = ("trt", "ort", "torch", "openvino", "remote")
+    assert [on_gpu.used_with(name, None)[1] for name in names] == ["cuda:1", "cuda:1", "cuda:1", "cpu", "cpu"]
+    on_cpu = run.info.engine.model_copy(update={"name": "ort", "without": ["buckets"]})
+    assert on_cpu.used_with(None, None) == ("ort", "cpu", ["buckets"])
+    assert on_cpu.used_with("trt", None) == ("trt", "cuda", [])  # which runs nowhere else
+    assert on_cpu.used_with(None, "cuda:1") == ("ort", "cuda:1", ["buckets"])
+    served = run.info.engine.model_copy(update={"name": "remote"})
+    assert served.used_with(None, None) == ("ort", "cpu", [])
     write_info(run.path, run.info.model_copy(update={"engine": on_gpu}))
     assert evaluate(run.path, engine="dummy")["device"] == "cpu"
 

@@ -21,7 +21,7 @@ from bbt_accel.errors import RunError, UsageError
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.logits import batch_calibration, class_logits, log_loss, log_softmax
 from bbt_accel.objective import Objective, f1_bias
-from bbt_accel.readout import Readout
+from bbt_accel.readout import READS, Readout
 from bbt_accel.readout_fitting import BIAS_PENALTY, LabelledRows, fit, fit_bias, fit_for, fit_temperature, held_out
 from bbt_accel.run import Run
 from bbt_accel.settings import READOUTS, ReadoutName
@@ -279,6 +279,10 @@ def test_a_bias_is_added_to_the_scores(name: ReadoutName) -> None:
 def test_a_class_with_several_words_has_the_mean_of_their_logits() -> None:
     logits = np.array([[1.0, 3.0, 5.0, 9.0]])
     np.testing.assert_array_equal(class_logits(logits, np.array([0, 0, 1])), [[2.0, 5.0]])
+
+
+def test_what_every_readout_reads_and_how_it_is_fitted_is_known() -> None:
+    assert list(READS) == list(readout_fitting.FITS) == list(READOUTS)
 
 
 # In a run ----------------------------------------------------------------------------------------------------

@@ -23,12 +23,13 @@ from bbt_accel.packaging.comparison import PackageOutput, encoded
 from bbt_accel.packaging.configuration import write_json
 from bbt_accel.packaging.manifest import ADAPTER_CONFIG
 from bbt_accel.packaging.packaged_run import PackagedRun
+from bbt_accel.readout import READS
 from bbt_accel.tasks import parse_template, written
 
 ADAPTER = "adapter_model.safetensors"
 TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 """Architecture → PEFT's type of task, of which masked language models have none."""
-READABLE = ("verbalizer", "calibrated")
+READABLE = tuple(name for name, blocks in READS.items() if blocks == ("class_logits",))
 """Readouts that take no more than label logits: the adapter's user adds the bias, if there is one."""
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from bbt_accel import __version__
 from bbt_accel.batch import Float64, Int64
 from bbt_accel.bundle import INFO as BUNDLE_INFO
@@ -34,7 +32,7 @@ from bbt_accel.packaging.manifest import Comparison, Kind, PackageInfo, PackageS
 from bbt_accel.packaging.packaged_run import PackagedRun
 from bbt_accel.packaging.web_page import VENDOR
 from bbt_accel.progress import Tell, silent
-from bbt_accel.run import CARD, Run, RunInfo
+from bbt_accel.run import CARD, Baselines, Run, RunInfo
 from bbt_accel.run import INFO as RUN_INFO
 
 WEIGHTS = (".onnx", ".onnx_data", ".data", ".xml", ".bin", ".safetensors")
@@ -267,10 +265,11 @@ def score_of(run: Run, engine: Engine, encoder: Encoder, test: list[Row], scores
     """The task's metric on the test rows: of the package, and of the same backbone before the search."""
     if not test:
         return None
-    stack = np.stack([scores, *scores_before(engine, encoder, test)])
-    _, found = Objective("ce", run.task.metric).score(stack, labels(test))
-    of: tuple[float, float, float] = tuple(map(float, found))  # type: ignore[assignment]
-    return PackageScore(metric=run.task.metric, score=of[0], without_prompt=of[1], calibrated=of[2], rows=len(test))
+    metric, targets = run.task.metric, labels(test)
+    _, (score,) = Objective("ce", metric).score(scores[None], targets)
+    before = Baselines.of(scores_before(engine, encoder, test), targets, metric)
+    kept = before.model_dump(include={"without_prompt", "calibrated"})
+    return PackageScore(metric=metric, score=score, rows=len(test), **kept)
 
 
 def versions() -> dict[str, str]:

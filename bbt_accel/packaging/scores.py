@@ -8,7 +8,7 @@ import onnx
 from bbt_accel.bundle import STATES
 from bbt_accel.logits import one_word_each, word_shares
 from bbt_accel.packaging.builder import Builder
-from bbt_accel.readout import LINEAR, OF_WORDS, STATES_OF, Readout, reads_states
+from bbt_accel.readout import READS, Readout, reads_states
 
 EXACT = "float64"
 """Readouts are fitted and applied in float64."""
@@ -23,14 +23,8 @@ def scores_graph(readout: Readout, hidden_size: int, opset: int) -> onnx.ModelPr
     if reads_states(readout.name):
         inputs |= dict.fromkeys(STATES, ("float32", (1, "batch_size", hidden_size)))
     given = {name: g.cast(g.op("Squeeze", name, g.constant([0])), EXACT) for name in inputs}
-    if readout.name in LINEAR:
-        found = linear(g, readout, given)
-    elif readout.name == "prototype":
-        found = prototypes(g, readout, given)
-    else:
-        found = class_logits(g, readout, given["label_logits"])
-        if readout.name == "calibrated":
-            found = g.op("Add", found, g.constant(readout.arrays["bias"], EXACT))
+    blocks = [features(g, readout, given, block) for block in READS[readout.name]]
+    found = prototypes(g, readout, *blocks) if readout.name == "prototype" else linear(g, readout, blocks)
     g.op("Cast", found, to=onnx.TensorProto.FLOAT, name="logits")
     classes = int(readout.classes.max()) + 1
     return g.model("scores", inputs, {"logits": ("float32", ("batch_size", classes))}, opset)
@@ -48,28 +42,31 @@ def columns(g: Builder, value: str, begin: int, end: int) -> str:
     return g.op("Slice", value, g.constant([begin]), g.constant([end]), g.constant([1]))
 
 
-def linear(g: Builder, readout: Readout, given: dict[str, str]) -> str:
-    """Features times weight, plus bias."""
-    if readout.name in OF_WORDS:
-        words = len(readout.classes)
-        features = columns(g, given["label_logits"], words, words + len(readout.token_ids))
-    else:
-        parts = [given[name] for name in STATES_OF[readout.name]]
-        if readout.name == "ensemble":
-            parts.insert(0, class_logits(g, readout, given["label_logits"]))
-        features = parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
-    weight, bias = (g.constant(readout.arrays[name], EXACT) for name in ("weight", "bias"))
-    return g.op("Add", g.op("MatMul", features, weight), bias)
+def features(g: Builder, readout: Readout, given: dict[str, str], block: str) -> str:
+    """One of the blocks that the readout reads, (N, F)."""
+    words = len(readout.classes)
+    if block == "word_logits":
+        return columns(g, given["label_logits"], words, words + len(readout.token_ids))
+    return class_logits(g, readout, given["label_logits"]) if block == "class_logits" else given[block]
 
 
-def prototypes(g: Builder, readout: Readout, given: dict[str, str]) -> str:
+def linear(g: Builder, readout: Readout, blocks: list[str]) -> str:
+    """The blocks side by side, times the weight and plus the bias where there are any."""
+    found = blocks[0] if len(blocks) == 1 else g.op("Concat", *blocks, axis=1)
+    for kind, name in (("MatMul", "weight"), ("Add", "bias")):
+        if name in readout.arrays:
+            found = g.op(kind, found, g.constant(readout.arrays[name], EXACT))
+    return found
+
+
+def prototypes(g: Builder, readout: Readout, state: str, logits: str) -> str:
     """−‖norm(W h) − z_k‖ + r_k + λ L_k, as `readout.prototype_scores`."""
     a = {name: g.constant(value, EXACT) for name, value in readout.arrays.items()}
-    h = g.op("MatMul", given[STATES[0]], a["weight"])
+    h = g.op("MatMul", state, a["weight"])
     length = g.op("Max", norm(g, h, -1, keepdims=1), g.constant(np.array(1e-12), EXACT))
     h = g.op("Unsqueeze", g.op("Div", h, length), g.constant([1]))
     distance = norm(g, g.op("Sub", h, a["prototypes"]), -1, keepdims=0)
-    logits = g.op("Add", class_logits(g, readout, given["label_logits"]), a["bias"])
+    logits = g.op("Add", logits, a["bias"])
     return g.op("Add", g.op("Sub", a["radius"], distance), g.op("Mul", a["share"], logits))
 
 

