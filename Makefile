@@ -69,11 +69,20 @@ test-lowest:
 	$(LOWEST)/pip install --quiet -r .venv-lowest/requirements.txt torch --editable .
 	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Compares the GPU engines with the CPU and measures them. PYTHON is one that has torch for CUDA, onnxruntime-gpu, TensorRT,
-# cuda-python and bbt-accel: nothing is installed. SST-2's rows and traces of the original program are used if they are here.
+# Compares the GPU engines with the CPU and measures them: by PYTHON if bbt-accel is installed there, else in .venv-gpu, with
+# PyTorch for CUDA, onnxruntime-gpu and GPU_TRT, which is what --engine trt needs on this GPU (docs/how-to/gpus.md). SST-2's
+# rows and traces of the original program are used if they are here. -P: what is installed is imported, not this folder.
 GPU_OPTIONS ?= $(addprefix --data ,$(wildcard ../shared/data/sst2)) $(addprefix --golden ,$(wildcard ../shared/golden))
+GPU_TRT ?= tensorrt cuda-python
 gpu-check:
-	$(PYTHON) -m bbt_accel.benchmarks.gpu_check -o gpu-check $(GPU_OPTIONS)
+	@if $(PYTHON) -P -c 'import bbt_accel.benchmarks' 2>/dev/null; then python=$(PYTHON); \
+	else $(MAKE) --no-print-directory .venv-gpu/.installed && python=.venv-gpu/bin/python; fi && \
+	$$python -P -m bbt_accel.benchmarks.gpu_check -o gpu-check $(GPU_OPTIONS)
+
+.venv-gpu/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet --editable '.[export,gpu]' $(GPU_TRT)
+	@touch $@
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
@@ -96,5 +105,5 @@ docs: .venv/.docs
 	@echo "open build/site/index.html"
 
 clean:
-	rm -rf .venv .venv-lowest build demo-run *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-gpu build demo-run *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

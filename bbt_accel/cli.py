@@ -117,7 +117,7 @@ def fit(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder to create.")],
     as_json: shared.AsJson = False,
 ) -> None:
-    """From one file of labelled texts to a classifier and its score on the rows that the search does not use."""
+    """Build a classifier from one file of labelled texts, and score it on the rows that the search does not use."""
     from bbt_accel.fit import fit_file
 
     announce = (lambda _: None) if as_json else printing.print_plan
@@ -134,7 +134,7 @@ def tune(
     execution: Annotated[Options, Fields(shared.TuneExecution, shared.EXECUTION)],
     as_json: shared.AsJson = False,
 ) -> None:
-    """Search for a soft prompt for a task with CMA-ES."""
+    """Fit a readout for a task, and search for a soft prompt with CMA-ES."""
     from bbt_accel.tuning import tune as tune_prompt
 
     run = tune_prompt(**options, **execution, settings=settings, progress=not as_json)

@@ -62,7 +62,9 @@ _TASK = typer.Option(metavar="TASK", autocompletion=task_names)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle written by export.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by tune, or hf://OWNER/NAME.")]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder of fit or tune, saved classifier, or hf://OWNER/NAME.")
+]
 TASK_PRESETS = ("budget", "sigma", "alpha", "loss", "demonstrations")  # which built-in tasks, or their context, set
 SearchSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, task_presets=TASK_PRESETS)]
 SweepSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, exclude=("seed",), task_presets=TASK_PRESETS)]
@@ -70,7 +72,7 @@ SweepSettings = Annotated[dict[str, Any], Fields(Settings, SEARCH, exclude=("see
 Data = Annotated[
     Path | None,
     Field(
-        description="File of rows, or folder with {train,validation,test}.{jsonl,csv,parquet,...} "
+        description="File of rows, or folder with train.* and test.* (or validation.*) in jsonl, csv, parquet, ... "
         "(default: the task's dataset)."
     ),
 ]
@@ -159,7 +161,7 @@ class SweepOptions(Schema):
 
 class EvaluateOptions(Schema):
     data: Data = None
-    split: Literal["test", "dev"] = Field(default="test", description="Rows to score.")
+    split: Literal["test", "dev"] = Field(default="test", description="Rows to score; readouts are fitted on dev.")
 
 
 class PackageOptions(Schema):

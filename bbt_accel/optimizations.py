@@ -29,14 +29,18 @@ class Optimization:
 
 
 OPTIMIZATIONS = {
-    "population": Optimization("all candidates in one call"),
+    "population": Optimization("several candidates in one forward pass, as many as the engine's token limit allows"),
     "buckets": Optimization("rows of similar length together, so that padding is not computed"),
     "layer-cache": Optimization("bbtv2: the layers below the searched one are computed once", methods=("bbtv2",)),
-    "context-cache": Optimization("the begin token's and the context's states once per search", False, ("decoder",)),
+    "context-cache": Optimization(
+        "the states of the begin token and the context are computed once per search", False, ("decoder",)
+    ),
     "short-decoder": Optimization("the decoder ends at the readout position", architectures=("encoder-decoder",)),
     "label-head": Optimization("the LM head at the readout position, for the label words alone", in_graph=True),
     "last-block": Optimization("the last block at the readout position alone", in_graph=True),
-    "prefix-cache": Optimization("the prompt's states once per candidate, not per row", True, ("decoder",)),
+    "prefix-cache": Optimization(
+        "the prompt's states are computed once per candidate, not per row", True, ("decoder",)
+    ),
     "shared-first": Optimization("the parts of the first block that candidates or rows share, once", in_graph=True),
 }
 

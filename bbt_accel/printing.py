@@ -53,7 +53,7 @@ def print_run(run: Run, as_json: bool) -> None:
         "task": f"{info.task.name}, {examples}, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
         "engine": f"{info.engine.name} on {info.engine.url or info.engine.device}{workers}",
-        "status": info.status if info.status == "done" else f"{info.status}; resume with --resume",
+        "status": info.status if info.status == "done" else f"{info.status}; continue with --resume",
         "calls": info.calls,
         "seconds": info.seconds,
         "calls/s": info.calls / info.seconds if info.seconds else None,
@@ -126,8 +126,8 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
         "labels": ", ".join(info["labels"]),
         "readout": info["readout"],
         "compared with predict": f"{found['rows']} texts, largest error of scores {found['largest_error']:.1e}",
-        "other labels than predict's own bundle": found["estimator_differs"],
-        "other labels within rounding": found["labels_differ"] or None,
+        "labels that differ from the estimator's": found["estimator_differs"],
+        "labels that differ by rounding": found["labels_differ"] or None,
     }
     if score is not None:
         facts |= {f"test {score['metric']}": score["score"], "without prompt": score["without_prompt"]}

@@ -151,7 +151,7 @@ class RunInfo(Manifest):
     label_words: list[str] = Field(description="The first label word of each class.")
     settings: Settings = Field(description="Settings of the search.")
     data: DataRecord = Field(description="The rows that it had.")
-    demonstrations: list[Row] = Field(default=[], description="Train rows that stand, labelled, in front of every row.")
+    demonstrations: list[Row] = Field(default=[], description="Labelled train rows that precede every row.")
     bundle: BundleRecord = Field(description="What the prompt was tuned for.")
     engine: EngineRecord = Field(description="What computed.")
     versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")
@@ -199,7 +199,7 @@ class RunInfo(Manifest):
         """In words, which of the baselines the result does not surpass on the dev rows; None if it surpasses all."""
         if self.best is None or self.baselines is None:
             return None
-        score, b, hint = self.best.dev_score, self.baselines, "more --k-shot or another backbone may help"
+        score, b, hint = self.best.dev_score, self.baselines, "a larger --k-shot or another backbone may help"
         if score <= max(b.chance, b.majority):
             return f"at or below chance on the dev rows: this classifier has learned nothing; {hint}"
         if score <= b.without_prompt:

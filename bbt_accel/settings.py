@@ -34,16 +34,16 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     sigma: FiniteFloat = Field(default=1.0, gt=0, description="Initial step size of CMA-ES.")
     alpha: FiniteFloat = Field(default=1.0, gt=0, description="Scale of the random projection.")
     bound: FiniteFloat = Field(default=0.0, ge=0, description="Half width of the box that z is kept in; 0 for none.")
-    loss: Loss = Field(default="ce", description="What is minimized with --readout verbalizer; others minimize ce.")
+    loss: Loss = Field(default="ce", description="Loss to minimize with --readout verbalizer; every other uses ce.")
     eval_every: int = Field(default=100, ge=1, description="API calls between two evaluations on the dev set.")
     seed: Seed = 42
     demonstrations: Demonstrations = 0
     readout: ReadoutChoice = Field(default="auto", description=f"How classes are read: auto, {', '.join(READOUTS)}.")
     allow_rare_classes: bool = Field(
         default=False,
-        description="Take at most a third of a class (half without --hold-out), if --k-shot is more.",
+        description="Of a class with too few rows for --k-shot, use at most a third of them (half without --hold-out).",
     )
-    hold_out: bool = Field(default=False, description="Test rows are the train rows that the search does not use.")
+    hold_out: bool = Field(default=False, description="Use the train rows that the search leaves over as test rows.")
     covariance: Literal["full", "diagonal"] = Field(
         default="full", description="What CMA-ES adapts; diagonal (separable CMA-ES) has d numbers to learn, full d²/2."
     )

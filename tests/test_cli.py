@@ -338,7 +338,7 @@ def test_an_interrupted_search_exits_with_130(program: Program, capsys: pytest.C
     program.result = finished("interrupted")
     code, out, err = run(capsys, "tune", "--bundle", "b", "--task", "sst2")
     assert (code, err) == (130, "interrupted\n")
-    assert "resume with --resume" in out
+    assert "continue with --resume" in out
     assert json.loads(run(capsys, "tune", "--bundle", "b", "--task", "sst2", "--json")[1])["status"] == "interrupted"
 
 

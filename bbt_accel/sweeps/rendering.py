@@ -35,7 +35,7 @@ def markdown(report: SweepReport, plot: bool = True) -> str:
 def summary(report: SweepReport) -> str:
     """The table of scores, what failed, and the cross-evaluation."""
     counts = [f"{report.count(status)} {status}" for status in ("done", "failed", "not run") if report.count(status)]
-    hint = " Interrupted; resume with --resume." if report.interrupted else ""
+    hint = " Interrupted; continue with --resume." if report.interrupted else ""
     seeds = len(report.sweep.seeds)
     mean = f"mean over {seeds} seeds and (standard deviation, n − 1)" if seeds > 1 else "one seed"
     legend = f"Percent on the test rows, {mean}. `no prompt` is the same bundle before the search, "

@@ -138,7 +138,7 @@ def run_trial(trial: dict[str, Any], folder: str, threads: int | None) -> dict[s
         progress=False,
     )
     if run.info.status != "done" or run.info.best is None:
-        raise RunError(f"interrupted after {run.info.calls} calls; resume with --resume")
+        raise RunError(f"interrupted after {run.info.calls} calls; continue with --resume")
     score = evaluate(run.path, data=t.data, threads=threads)
     result = TrialResult(
         trial=t,
