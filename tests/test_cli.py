@@ -28,6 +28,7 @@ from bbt_accel.errors import BbtError, BundleError, EngineError
 from bbt_accel.inference import EngineOptions
 from bbt_accel.progress import StepProgress
 from bbt_accel.run import Baselines, ReadoutRecord, TriedReadout
+from bbt_accel.serving import Limits
 from bbt_accel.settings import Settings
 from bbt_accel.tasks import load_task
 
@@ -392,10 +393,15 @@ def test_serve(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "serve", "r", "--engine", "ort", "--port", "0", "--max-request-mib", "2", "--json")[0] == 0
     assert program.calls[0][0] == (Path("r"),)
     limits, ready = program.options.pop("limits"), program.options.pop("ready")
-    assert (limits.request_bytes, limits.batch, limits.timeout, limits.cached_batches) == (2 * 2**20, 16384, 300.0, 16)
+    assert limits == Limits(2 * 2**20, 16384, 300.0, 16, requests=64, bodies=4, idle=10.0, keep_alive=75.0)
     assert program.options == {"engine": "ort", "host": "127.0.0.1", "port": 0}
     ready("http://127.0.0.1:8000", ["backbone"])
     assert json.loads(capsys.readouterr().out) == {"url": "http://127.0.0.1:8000", "models": ["backbone"]}
+
+
+def test_limits_of_a_server_are_options(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "serve", "r", "--keep-alive", "5", "--max-batch", "8", "--timeout", "3", "--keep-rows", "2")
+    assert program.options["limits"] == Limits(64 * 2**20, 8, 3.0, 2, keep_alive=5.0)
 
 
 def test_bench(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

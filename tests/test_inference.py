@@ -11,6 +11,7 @@ import pytest
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
+from bbt_accel.bundle import write_info as write_bundle_info
 from bbt_accel.data import load_rows, split_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.dummy import DummyEngine
@@ -134,6 +135,23 @@ def test_a_bundle_that_changed_is_refused_unless_it_is_named(run: Run, tmp_path:
 def test_a_bundle_of_the_other_method_is_refused(run: Run, tmp_path: Path) -> None:
     other = search_bundle(tmp_path / "other", "bbtv2" if run.info.bundle.method == "bbt" else "bbt")
     with pytest.raises(BundleError, match="method"):
+        predict(run.path, TEXTS[:1], bundle=other.path)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("backbone", "another"),
+        ("revision", "abc"),
+        ("prompt_mode", "cat"),
+        ("prompt_init", "Classify"),
+        ("n_prompt_tokens", 5),
+    ],
+)
+def test_a_bundle_that_takes_other_prompts_is_refused(run: Run, tmp_path: Path, fact: str, value: Any) -> None:
+    other = search_bundle(tmp_path / "other", run.info.bundle.method)
+    write_bundle_info(other.path, other.info.model_copy(update={fact: value}))
+    with pytest.raises(BundleError, match="prompts \\[" if fact == "n_prompt_tokens" else f"has the {fact} {value}"):
         predict(run.path, TEXTS[:1], bundle=other.path)
 
 

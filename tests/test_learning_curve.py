@@ -46,7 +46,8 @@ def test_the_curve_shows_no_path(run: Run, tmp_path: Path, monkeypatch: pytest.M
     ("score", "words"),
     [
         (0.25, "at or below chance"),
-        (0.3, "no better on the dev rows than the label words without a prompt"),
+        (0.4, "at or below chance"),  # the most frequent class
+        (0.45, "no better on the dev rows than the label words without a prompt"),
         (0.5, "no better on the dev rows than the label words without a prompt"),
         (0.6, "calibrated without a search; --readout auto begins there"),
         (0.7, None),
@@ -54,7 +55,7 @@ def test_the_curve_shows_no_path(run: Run, tmp_path: Path, monkeypatch: pytest.M
 )
 def test_a_search_that_was_not_worth_it_is_told_in_words(score: float, words: str | None) -> None:
     best = BestRecord(generation=3, calls=80, dev_score=score, dev_loss=1.0)
-    baselines = Baselines(chance=0.25, majority=0.25, without_prompt=0.5, calibrated=0.6)
+    baselines = Baselines(chance=0.25, majority=0.4, without_prompt=0.5, calibrated=0.6)
     info: Any = SimpleNamespace(best=best, baselines=baselines, settings=SimpleNamespace(fitted=False))
     found = RunInfo.verdict(info)
     assert (found is None) == (words is None)

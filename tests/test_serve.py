@@ -738,6 +738,7 @@ def test_every_request_except_health_needs_the_token(plain: Bundle) -> None:
 @pytest.fixture
 def run(bundle: Bundle, tmp_path: Path) -> Run:
     task = task_file(tmp_path / "data")
+    task.write_text(task.read_text().replace("n_classes = 2", 'classes = ["0", "1"]'))  # other than the label words
     return tune(
         bundle, task, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS, progress=False
     )
@@ -759,6 +760,7 @@ def test_the_classifier_returns_what_predict_returns(run: Run) -> None:
             found = from_json(client.post("/v2/models/classifier/infer", content=body, headers=headers))
             assert found["label"].tolist() == [answer["label"] for answer in answers]
             assert found["word"].tolist() == [answer["word"] for answer in answers]
+            assert found["class"].tolist() == [answer["class"] for answer in answers]
             for row, answer in zip(found["probabilities"], answers, strict=True):
                 assert row.tolist() == pytest.approx(list(answer["probabilities"].values()), rel=1e-6)
 
