@@ -126,12 +126,15 @@ def _gpus() -> list[str]:
     That of a driver before 510 does not know the last.
     """
     for fields in ("name,memory.total,driver_version,compute_cap", "name,memory.total,driver_version"):
-        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        try:
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        except subprocess.CalledProcessError:
-            continue
-        except (OSError, subprocess.SubprocessError):
-            break
-        return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+        if found := nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader"):
+            return list(map(", ".join, found))
     return []
+
+
+def nvidia_smi(*arguments: str) -> list[list[str]]:
+    """The cells of nvidia-smi's answer in CSV; none where it fails or is missing."""
+    try:
+        answer = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[value.strip() for value in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]

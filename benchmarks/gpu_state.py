@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from bbt_accel.machine import nvidia_smi
 from bbt_accel.reporting import Schema
 
 PLAUSIBLE = (0.45, 1.05)
@@ -93,19 +93,9 @@ def identity(index: int) -> str:
     return str(index)
 
 
-def nvidia_smi(gpu: str, *query: str) -> list[list[str]]:
-    """Lines of nvidia-smi's answer for a GPU by its `identity`, by commas; none where it fails."""
-    command = ["nvidia-smi", "-i", gpu, *query, "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [[value.strip() for value in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
-
-
 def read_gpu(gpu: str) -> GpuState | None:
     """The GPU's present state; None without nvidia-smi."""
-    lines = nvidia_smi(gpu, f"--query-gpu={','.join(QUERY.values())}")
+    lines = nvidia_smi("-i", gpu, "--format=csv,noheader,nounits", f"--query-gpu={','.join(QUERY.values())}")
     if not lines or len(lines[0]) != len(QUERY):
         return None
     known = [None if value.startswith("[") else value for value in lines[0]]  # [N/A], [Not Supported]
@@ -114,7 +104,7 @@ def read_gpu(gpu: str) -> GpuState | None:
 
 def processes_on(gpu: str) -> int:
     """Processes that compute on the GPU."""
-    return len(nvidia_smi(gpu, "--query-compute-apps=pid"))
+    return len(nvidia_smi("-i", gpu, "--format=csv,noheader", "--query-compute-apps=pid"))
 
 
 def read_under_load(call: Callable[[], object], gpu: str) -> GpuState | None:

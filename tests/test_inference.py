@@ -151,7 +151,7 @@ def test_a_bundle_of_the_other_method_is_refused(run: Run, tmp_path: Path) -> No
 def test_a_bundle_that_takes_other_prompts_is_refused(run: Run, tmp_path: Path, fact: str, value: Any) -> None:
     other = search_bundle(tmp_path / "other", run.info.bundle.method)
     write_bundle_info(other.path, other.info.model_copy(update={fact: value}))
-    with pytest.raises(BundleError, match="prompts \\[" if fact == "n_prompt_tokens" else f"has the {fact} {value}"):
+    with pytest.raises(BundleError, match="takes prompts" if fact == "n_prompt_tokens" else f"has the {fact} {value}"):
         predict(run.path, TEXTS[:1], bundle=other.path)
 
 
