@@ -76,7 +76,6 @@ def reserved(path: Path) -> Iterator[None]:
     file = path.with_name(f".{path.name}.lock")
     made = [parent for parent in file.parents if not parent.exists()]
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         held = _lock(file)
     except OSError as error:
         raise BbtError(f"cannot write to {path.parent} ({error.strerror}); choose another -o") from None
@@ -97,6 +96,7 @@ def _lock(file: Path) -> IO[bytes] | None:
     """The open and locked file; None if another process keeps it locked for longer than `PATIENCE`."""
     until = time.monotonic() + PATIENCE
     while True:
+        file.parent.mkdir(parents=True, exist_ok=True)  # again: another command may have removed it, as it was empty
         stream = file.open("ab")
         try:
             if _locks(stream) and _is_named(stream, file):

@@ -47,12 +47,13 @@ from bbt_accel import load_engine, tune
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
-from bbt_accel.errors import BbtError, EngineError, UsageError
+from bbt_accel.errors import BbtError, EngineError, RequestError, UsageError
 from bbt_accel.inference import predict
 from bbt_accel.population import Population
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.connection import Connection
+from bbt_accel.serving.models import make_models
 from bbt_accel.serving.server import listen, serve
 
 INFER = "/v2/models/backbone/infer"
@@ -492,6 +493,7 @@ def test_what_a_request_would_make_of_memory_is_refused_before_it_is_bound(plain
 def test_without_a_token_no_other_name_than_localhost_is_answered(plain: Bundle) -> None:
     for host, status in {
         "localhost": 200, "localhost:8000": 200, "127.0.0.1:8000": 200, "[::1]:8000": 200, "127.9.9.9": 200,
+        "LOCALHOST": 200, "localhost.:8000": 200,
         "evil.example": 403, "evil.example:8000": 403, "localhost.evil.example": 403, "": 403, "[": 403,
         "10.0.0.1": 403,
     }.items():  # fmt: skip
@@ -500,6 +502,15 @@ def test_without_a_token_no_other_name_than_localhost_is_answered(plain: Bundle)
             assert (host, answer.status_code) == (host, status)
         with local_client(app(plain, token="secret")) as client:
             assert client.get("/v2", headers={"host": host, "authorization": "Bearer secret"}).status_code == 200
+
+
+def test_without_a_token_no_page_of_another_host_is_answered(plain: Bundle) -> None:
+    """A browser sends it with the Host of this machine, and the page's own as its Origin."""
+    with local_client(app(plain)) as client:
+        for origin, status in {
+            "http://localhost:8000": 200, "http://127.0.0.1": 200, "https://evil.example": 403, "null": 403,
+        }.items():  # fmt: skip
+            assert client.get("/v2", headers={"origin": origin}).status_code == status
 
 
 class Waiting(DummyBoundBatch):
@@ -729,7 +740,8 @@ def test_every_request_except_health_needs_the_token(plain: Bundle) -> None:
                 refused(answer, 401, "token")
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert client.get("/v2/health/live").status_code == 200
-        assert client.get("/v2", headers={"Authorization": "Bearer secret"}).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            assert client.get("/v2", headers={"Authorization": f"{scheme} secret"}).status_code == 200
 
 
 # A tuned prompt ----------------------------------------------------------------------------------------------
@@ -742,6 +754,17 @@ def run(bundle: Bundle, tmp_path: Path) -> Run:
     return tune(
         bundle, task, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS, progress=False
     )
+
+
+def test_a_classifier_ends_between_batches_once_nobody_waits(run: Run) -> None:
+    with DummyEngine(run.open_bundle()) as engine:
+        model, dropped = make_models(engine, LIMITS, run)[-1], threading.Event()
+        texts = {"text": np.array(["w1 w2"] * 130, object)}
+        assert len(model.infer(texts, {}, dropped)[0]["label"]) == 130
+        dropped.set()
+        with pytest.raises(RequestError, match="nobody waits") as caught:
+            model.infer(texts, {}, dropped)
+        assert caught.value.status == 503
 
 
 def test_the_classifier_returns_what_predict_returns(run: Run) -> None:

@@ -42,6 +42,8 @@ def check_peft(made: PackagedRun) -> None:
         why = "PEFT has no prompt tuning for masked language models; use --format onnx"
     elif info.prompt_mode != "cat":
         why = "the prompt is added to tokens, prompt tuning puts it in front of them; export with --prompt-mode cat"
+    elif info.backbone.endswith(".gguf"):
+        why = "PEFT loads no GGUF files; export the checkpoint that it was made from"
     elif made.readout.name not in READABLE:
         why = f"the readout {made.readout.name} reads more than label words' logits; tune with --readout verbalizer"
     elif info.precision != "fp32" or info.target == "openvino":

@@ -104,14 +104,18 @@ class Service:
         async with self.timeout("the request took more than {} seconds to arrive", 408):
             body = await self.body(request)
         length = request.headers.get(HEADER_LENGTH)
-        async with self.timeout("the server is busy: no result within {} seconds", 503):
-            # At the timeout a running call continues, a waiting one is dropped.
-            run = asyncio.get_running_loop().run_in_executor
-            read = await run(self.parsers, read_request, body, length, model.inputs, model.outputs)
-            del body
-            outputs, parameters = await run(self.engine_thread, model.infer, read.tensors, read.parameters)
-            written = (model.name, read, outputs, model.outputs, parameters)
-            content, headers = await run(self.parsers, write_response, *written)
+        dropped = threading.Event()
+        try:
+            async with self.timeout("the server is busy: no result within {} seconds", 503):
+                # At the timeout a running call ends where its model looks for that, a waiting one is dropped.
+                run = asyncio.get_running_loop().run_in_executor
+                read = await run(self.parsers, read_request, body, length, model.inputs, model.outputs)
+                del body
+                outputs, parameters = await run(self.engine_thread, model.infer, read.tensors, read.parameters, dropped)
+                written = (model.name, read, outputs, model.outputs, parameters)
+                content, headers = await run(self.parsers, write_response, *written)
+        finally:
+            dropped.set()
         return Response(content, headers=headers)
 
     def model(self, request: Request) -> Model:
@@ -168,13 +172,13 @@ class Token:
     """Requires `Authorization: Bearer TOKEN` of every request except health checks."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app, self.expected = app, f"Bearer {token}".encode()
+        self.app, self.expected = app, token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
         if scope["type"] == "http" and not scope["path"].startswith("/v2/health/"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.expected):
                 app = JSONResponse({"error": "a valid bearer token is required"}, 401, {"www-authenticate": "Bearer"})
         await app(scope, receive, send)
 
@@ -183,11 +187,12 @@ def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a host by this name or address; False for a name that may have any address."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+    return host.lower().removesuffix(".") == "localhost"
 
 
 class Loopback:
-    """Without a token, refuses requests to a name of another machine: a web page could make its own resolve to this."""
+    """Without a token, refuses requests to a name of another machine, which a web page could make resolve to this one,
+    and those that a browser sends for a page of another machine."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -195,11 +200,12 @@ class Loopback:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
         if scope["type"] == "http":
-            named = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
-            host = re.sub(r":\d*\Z", "", named).strip("[]")
-            if not is_loopback(host):
-                error = f"without a token the server answers to localhost alone, not to {clipped(named, 80)!r}"
-                app = JSONResponse({"error": f"{error}; set {TOKEN}"}, 403)
+            headers = dict(scope["headers"])
+            for name in (b"host", b"origin"):
+                given = headers.get(name, b"localhost").decode("latin-1")
+                if not is_loopback(re.sub(r"^https?://|:\d*\Z", "", given).strip("[]")):
+                    error = f"without a token the server answers to localhost alone, not to {clipped(given, 80)!r}"
+                    app = JSONResponse({"error": f"{error}; set {TOKEN}"}, 403)
         await app(scope, receive, send)
 
 

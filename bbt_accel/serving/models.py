@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from bbt_accel.bundle import STATES
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.bucketing import row_lengths
 from bbt_accel.errors import RequestError
-from bbt_accel.inference import Classifier
+from bbt_accel.inference import BATCH_SIZE, Classifier
 from bbt_accel.inference_protocol import (
     BACKBONE,
     CLASSIFIER,
@@ -53,8 +54,8 @@ class Model(ABC):
         self.name, self.engine, self.limits = name, engine, limits
 
     @abstractmethod
-    def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
-        """Outputs by name, and the parameters of the response.
+    def infer(self, tensors: Tensors, parameters: dict[str, Any], dropped: Event) -> tuple[Tensors, dict[str, str]]:
+        """Outputs by name, and the parameters of the response. dropped: set once nobody waits for them.
 
         Raises RequestError, UsageError or DataError for an invalid request, EngineError when the forward pass fails.
         """
@@ -173,7 +174,7 @@ class RowModel(Model):
         self.inputs = (*own, *(spec for name, spec in ROW_INPUTS.items() if OPTIONAL.get(name, here) == here))
         self.outputs = outputs
 
-    def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
+    def infer(self, tensors: Tensors, parameters: dict[str, Any], dropped: Event) -> tuple[Tensors, dict[str, str]]:
         for spec in self.own:
             if not self.require(tensors, spec.name).size or not np.isfinite(tensors[spec.name]).all():
                 raise RequestError(f"input {spec.name} must have finite numbers, at least one")
@@ -182,6 +183,9 @@ class RowModel(Model):
         words = len(rows.batch.label_token_ids)
         at_most(self.limits.batch, candidates=candidates, rows=count)
         at_most(self.limits.logits, candidates=candidates, rows=count, label_words=words)
+        if any(spec.name in STATES for spec in self.outputs):
+            hidden = len(STATES) * self.engine.bundle.info.hidden_size
+            at_most(self.limits.logits, candidates=candidates, rows=count, numbers_of_a_state=hidden)
         return self.compute(rows, tensors), {ROWS: digest}
 
 
@@ -200,14 +204,19 @@ class PromptedClassifier(Model):
             TensorSpec("probabilities", "FP32", (-1, len(self.words))),
         )
 
-    def infer(self, tensors: Tensors, parameters: dict[str, Any]) -> tuple[Tensors, dict[str, str]]:
+    def infer(self, tensors: Tensors, parameters: dict[str, Any], dropped: Event) -> tuple[Tensors, dict[str, str]]:
         texts = [self.require(tensors, column) for column in self.columns]
         count = len(texts[0])
         if not count or any(len(column) != count for column in texts):
             raise RequestError(f"inputs {', '.join(self.columns)} must have the same number of texts, at least one")
         at_most(self.limits.batch, texts=count)
         rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*texts, strict=True)]
-        probabilities = self.classifier.probabilities(rows)
+        parts = []
+        for start in range(0, count, BATCH_SIZE):
+            if dropped.is_set():
+                raise RequestError("nobody waits for the result", 503)
+            parts.append(self.classifier.probabilities(rows[start : start + BATCH_SIZE]))
+        probabilities = np.concatenate(parts)
         label = probabilities.argmax(axis=1)
         named = {"word": np.array(self.words, object)[label], "class": np.array(self.names, object)[label]}
         return {"label": label, **named, "probabilities": probabilities.astype(np.float32)}, {}

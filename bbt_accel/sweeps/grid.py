@@ -94,8 +94,8 @@ class Sweep(Schema):
             )
             for bundle, engine, (path, task), seed in product(bundles.values(), self.engines, tasks.items(), self.seeds)
         ]
-        for name, times in Counter(trial.name for trial in trials).items():
-            if times > 1:
+        for name, times in Counter(trial.name.casefold() for trial in trials).items():
+            if times > 1:  # also on a system that does not tell upper case from lower
                 raise UsageError(f"{times} trials are named {name}; rename a bundle's folder")
         return trials
 
@@ -195,5 +195,5 @@ def _read(file: Path) -> dict[str, Any]:
 def check_names(what: str, names: Mapping[str, str]) -> None:
     """Raises UsageError for two of the same name. names: path → name."""
     for (path, name), (other, same) in combinations(names.items(), 2):
-        if name == same:
+        if name.casefold() == same.casefold():
             raise UsageError(f"two {what} are named {name} ({path}, {other}); rename one of them")

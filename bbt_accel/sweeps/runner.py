@@ -102,7 +102,7 @@ def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: 
         for t in trials
         if t.name not in results
     ]
-    interrupted, crossed = False, None
+    interrupted, crossed = True, None
     try:
         for name, reply in pool.run(waiting, len(results), progress):
             if "error" in reply:
@@ -114,10 +114,12 @@ def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: 
         if sweep.cross_evaluate and results:
             done = [trial for trial in trials if trial.name in results]
             crossed = cross_evaluate(done, folder / TRIALS, pool, progress)
+        interrupted = False
     except KeyboardInterrupt:
-        interrupted = True
-    report = make_report(sweep, trials, results, failures, interrupted, crossed)
-    write_report(folder, report, markdown(report), lambda file: draw(file, report))
+        pass
+    finally:  # also where the cluster is lost
+        report = make_report(sweep, trials, results, failures, interrupted, crossed)
+        write_report(folder, report, markdown(report), lambda file: draw(file, report))
     return report
 
 
