@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -498,6 +499,21 @@ def test_an_adapter_for_peft(made: MakeRun, tmp_path: Path, name: str, options: 
     assert config["num_virtual_tokens"] >= 3
     assert info.comparison.largest_error < 1e-5
     assert check_package(folder, threads=1) == info
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "llama"])
+def test_the_code_on_an_adapters_card_predicts_what_predict_does(
+    made: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pytest.importorskip("peft")
+    run = made(name, "bbt", "cat", readout="calibrated")
+    folder, _ = package(run, tmp_path, format="peft")
+    code = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
+    columns = dict.fromkeys(run.task.text, "a text")
+    assert printed == pytest.approx(predict(run.path, [columns], threads=1)[0]["probabilities"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

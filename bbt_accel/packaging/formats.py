@@ -130,17 +130,28 @@ their softmax gives the probabilities."""
 
 PEFT_USAGE = """With PEFT, on the same checkpoint:
 ```python
+import json
+
 import torch
 from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 
-model = PeftModel.from_pretrained({auto}.from_pretrained({backbone}), ".")
+model = PeftModel.from_pretrained({auto}.from_pretrained({backbone}), ".").eval()
 tokenizer = AutoTokenizer.from_pretrained({backbone})
+reading = json.load(open("readout.json", encoding="utf-8"))
+
+{inputs}
+with torch.inference_mode():
+    words = model(**inputs).logits[0, -1, reading["label_token_ids"]]
+of_class = torch.tensor(reading["classes"])
+scores = torch.stack([words[of_class == c].mean() for c in range(len(reading["labels"]))])
+scores += torch.tensor(reading["bias"] or 0.0)
+print(dict(zip(reading["labels"], scores.softmax(0).tolist())))
 ```
-The input is the template with the text, tokenized without the special tokens in front of it, which the adapter's first
-vectors stand for; `{{mask}}` in it is the mask token. `readout.json` holds the template, the vocabulary ids of the
-label words, in the order of their logits, the class of each, and the bias of the classes, if they have one. Of a
-decoder the last token's logits are read, of an encoder-decoder those at the position that stands for the label word."""
+The input is the template with the stripped text, one at a time. A decoder's begin token and context are the first of
+the adapter's vectors, so its text is tokenized without special tokens. `readout.json` holds the template, the
+vocabulary ids of the label words, the class of each, of which the mean logit is the class's score, and the bias of the
+classes, if they have one."""
 
 TRITON_USAGE = """Triton Inference Server takes this folder as its model repository:
 ```
