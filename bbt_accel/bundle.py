@@ -23,9 +23,9 @@ PLANS = "plans"
 PROJECT, STATISTICS = "project", "statistics"
 """Graphs from z to prompts and from label logits to batch statistics, for engines on a GPU; not backbone stages."""
 STATES = ("readout_state", "mean_state")
+"""What the last stage returns besides `label_logits`: see `BoundBatch.outputs`."""
 PROMPT_FACTS = ("backbone", "revision", "method", "prompt_mode", "prompt_init")
 """What bundles have in common, with the prompt's shape, that take the same prompts."""
-"""What the last stage returns besides `label_logits`: see `BoundBatch.outputs`."""
 OPENVINO_WEIGHTS = "weights.bin"
 """The constants of all stages of an OpenVINO bundle, each once."""
 INITIAL_PROMPT = "initial_prompt.safetensors"

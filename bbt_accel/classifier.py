@@ -298,7 +298,7 @@ def of_run(info: RunInfo) -> dict[str, Any]:
         "template": group and info.task.template(group), "label_words": group and info.task.words(group),
         "readout": settings.readout, "budget": settings.budget, "seed": settings.seed,
         "k_shot": None if settings.allow_rare_classes and settings.k_shot == DEFAULTS.k_shot else settings.k_shot,
-        "balanced": len(set(info.task.class_shares or [1])) == 1,
+        "balanced": set(info.task.class_shares or [1]) == {1},  # `fit` counts two rows of each class at least
     }  # fmt: skip
     return {"parameters": parameters, "classes": info.class_names}
 

@@ -123,9 +123,10 @@ def unfit(package: str, found: Versions, providers: Collection[str], gpu: str) -
         yield f"this ONNX Runtime has no {CUDA}", f'{both} && pip install "bbt-accel[gpu]"'
     if package in CUDA_13 and release(version) >= CUDA_13[package]:
         if driver and release(driver) < (580,):
-            older = 'pip install "tensorrt<10.13.3" "cuda-python<13"' if found.get("tensorrt") else None
+            trt = package in ("tensorrt", "cuda-python") and found.get("tensorrt")
+            older = 'pip install "tensorrt<10.13.3" "cuda-python<13"' if trt else None
             yield f"{package} needs NVIDIA's driver 580 or later, not {driver}", older
-        if capability and release(capability) < (7, 5):
+        if capability and release(capability) < (7, 5) and package != "cuda-python":
             yield f"{package} needs compute capability 7.5, not {capability}", None
     if package == "tensorrt-rtx-cu13" and capability in DATA_CENTRE:
         yield f"TensorRT for RTX does not support compute capability {capability}", "pip install tensorrt"

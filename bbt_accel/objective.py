@@ -97,13 +97,13 @@ def prior_bias(scores: Float64, targets: Int64, shares: Float64) -> Float64:
 
     By Bayes' rule log(shares / own) corrects scores whose prior is that of the rows. Regularized fits have it only
     roughly, and an ensemble has it several times. So the bias is b = log(shares / own) + c, where c minimizes
-    CE(scores + b, y) + λ‖c‖², and each row counts as much more as its class is more frequent. 0 where all classes are
-    equally frequent in both. scores: held-out scores, (N, C).
+    CE(scores + b, y) + λ‖c‖², and each row counts as much more as its class is more frequent. 0, without a fit of c,
+    where all classes are equally frequent in both. scores: held-out scores, (N, C).
     """
     from scipy.optimize import minimize
 
     own = np.bincount(targets, minlength=len(shares)) / len(targets)
-    if len({*own, *shares}) == 1:
+    if np.ptp(own) < 1e-9 and np.ptp(shares) < 1e-9:
         return np.zeros(len(shares))
     prior, weight = np.log(shares / own), (shares / own)[targets] / len(targets)
     wanted = np.bincount(targets, weight, len(shares))

@@ -29,6 +29,7 @@ STEP = 8
 OPTIONS: dict[str, str] = {"strongly_typed": "yes", "tf32": "no", "profiling": "detailed"}
 """Build options. Types are those of the graph; with TF32, fp32 matmuls would round their inputs."""
 STRICT_NANS = "STRICT_NANS"
+"""The builder flag without which 0 · NaN may be 0: a NaN loss has to stay NaN."""
 USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
 """The builder flag of TensorRT for RTX without which a plan may allocate memory of its own while it runs. The release
 notes of 1.2 require it for stream capture, from which CUDA graphs are made."""
@@ -113,7 +114,11 @@ class Tensor(BaseModel):
 
 def build_options(api: Api) -> dict[str, str]:
     """The build options of a plan by this TensorRT."""
-    return OPTIONS | ({"user_allocation": "required"} if api.has("BuilderFlag", USER_ALLOCATION) else {})
+    wanted = {USER_ALLOCATION: {"user_allocation": "required"}, STRICT_NANS: {"strict_nans": "yes"}}
+    found = OPTIONS
+    for flag, option in wanted.items():
+        found = found | (option if api.has("BuilderFlag", flag) else {})
+    return found
 
 
 class Record(BaseModel):
@@ -236,10 +241,9 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
     trt, config = api.module, builder.create_builder_config()
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
-    if api.has("BuilderFlag", STRICT_NANS):  # a loss that is NaN stays so: 0 · x is not taken for 0
-        config.set_flag(getattr(trt.BuilderFlag, STRICT_NANS))
-    if api.has("BuilderFlag", USER_ALLOCATION):
-        config.set_flag(getattr(trt.BuilderFlag, USER_ALLOCATION))
+    for flag in (STRICT_NANS, USER_ALLOCATION):
+        if api.has("BuilderFlag", flag):
+            config.set_flag(getattr(trt.BuilderFlag, flag))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if api.builds_ahead:  # also for this machine's GPU: without it a plan runs on Ampere, Ada and Blackwell alone
         if key.gpu:

@@ -71,15 +71,15 @@ softmax(logits.tolist()[0]);"""
 
 ADAPTER_INPUTS: dict[TemplateGroup, str] = {}
 """How the inputs of an adapter are made, so that the last position is the one to read."""
-ADAPTER_INPUTS["causal"] = """text = reading["template"].format(TEXTS)
+ADAPTER_INPUTS["causal"] = """text = reading["template"].format(**texts)
 inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")"""
-ADAPTER_INPUTS["masked"] = """text = reading["template"].replace("{mask}", tokenizer.mask_token).format(TEXTS)
+ADAPTER_INPUTS["masked"] = """text = reading["template"].replace("{mask}", tokenizer.mask_token).format(**texts)
 ids = tokenizer(text).input_ids
 read = [model.config.decoder_start_token_id, *ids[: ids.index(tokenizer.mask_token_id)]]  # up to the mask
 inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([read])}"""
-ADAPTER_INPUTS["span"] = """before, _, after = reading["template"].partition("{mask}")
+ADAPTER_INPUTS["span"] = """before, after = (part.format(**texts) for part in reading["template"].split("{mask}"))
 start = reading["decoder_input_ids"]  # the decoder's first token, and the one that stands for the label word
-ids = tokenizer(before.format(TEXTS).strip(), add_special_tokens=False).input_ids
+ids = tokenizer(before.strip(), add_special_tokens=False).input_ids
 ids += [start[1], *tokenizer(after, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([start])}"""
 
@@ -89,7 +89,6 @@ def usage_facts(info: PackageInfo, run: RunInfo, folder: Path) -> dict[str, str]
     pair, encoder = len(info.columns) > 1, info.architecture == "encoder"
     found = json.dumps(javascript_options(info.precision, has_data_file(folder / info.model)))
     javascript = CUSTOM.replace("FOUND", found) if not encoder else MODEL if pair else PIPELINE
-    named = ", ".join(f'{column}="a text"' for column in info.columns)
     texts, second = ('["one"]', 'text_pair: ["another"], ') if pair else ('["a text"]', "")
     options = f"{{ {second}padding: true, truncation: true }}"
     return {
@@ -98,7 +97,7 @@ def usage_facts(info: PackageInfo, run: RunInfo, folder: Path) -> dict[str, str]
         "task": run.task.name,
         "backbone": f'"{run.bundle.backbone}"' + (f', revision="{run.bundle.revision}"' if run.bundle.revision else ""),
         "auto": "AutoModelForSeq2SeqLM" if info.architecture == "encoder-decoder" else "AutoModelForCausalLM",
-        "inputs": ADAPTER_INPUTS[info.template_group].replace("TEXTS", named),
+        "inputs": f"texts = {json.dumps(dict.fromkeys(info.columns, 'a text'))}\n{ADAPTER_INPUTS[info.template_group]}",
         "javascript": javascript.replace("TEXTS", texts).replace("OPTIONS", options),
         "hint": "bf16" if info.precision == "bf16" else "f32",
         "example": '{"text": "one", "text_pair": "another"}' if pair else '"a text"',

@@ -20,9 +20,9 @@ from bbt_accel.packaging.rows import INPUTS
 
 Constants = Mapping[str, npt.NDArray[np.generic]]
 LARGEST = 2**31 - 2**20
-DATA = "_data"
 """Bytes that a protobuf message may have, with room for what is no weight."""
 UNLIMITED = 2**62
+DATA = "_data"  # the end of the name of the file beside a graph
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def javascript_options(precision: Precision, external: bool) -> dict[str, object
     return found | ({"use_external_data_format": True} if external else {})
 
 
-def classifier_config(made: PackagedRun, labels: list[str], external: bool) -> dict[str, Any]:
-    """The backbone's own fields stay, by which loaders choose their classes."""
+def classifier_config(made: PackagedRun, labels: list[str], javascript: dict[str, object]) -> dict[str, Any]:
+    """The backbone's own fields stay, by which loaders choose their classes. javascript: `javascript_options`."""
     config = json.loads((Path(made.bundle.path) / "config.json").read_text(encoding="utf-8"))
     head = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", (config.get("architectures") or ["Model"])[0])
     config = {name: value for name, value in config.items() if name not in OTHER_HEADS}
@@ -31,7 +31,7 @@ def classifier_config(made: PackagedRun, labels: list[str], external: bool) -> d
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
         "problem_type": "single_label_classification",
-        "transformers.js_config": javascript_options(made.info.precision, external),
+        "transformers.js_config": javascript,
     }
 
 

@@ -17,7 +17,7 @@ from bbt_accel.inference_protocol import DIGEST, bundle_facts
 from bbt_accel.packaging.adapter import run_peft, write_peft
 from bbt_accel.packaging.comparison import LoadedModel, PackageOutput, run_package
 from bbt_accel.packaging.compose import has_data_file
-from bbt_accel.packaging.configuration import classifier_config, write_json
+from bbt_accel.packaging.configuration import classifier_config, javascript_options, write_json
 from bbt_accel.packaging.manifest import Kind
 from bbt_accel.packaging.onnx_model import open_onnx, write_onnx
 from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
@@ -52,9 +52,10 @@ def run_with(open_model: Callable[[Path, Precision, int | None], LoadedModel], t
     return run
 
 
-def write_texts(made: PackagedRun, labels: list[str], folder: Path, external: bool = False) -> None:
-    """config.json, tokenizer.json and tokenizer_config.json. external: the model's weights are in another file."""
-    write_json(folder / "config.json", classifier_config(made, labels, external))
+def write_texts(made: PackagedRun, labels: list[str], folder: Path, model: Path | None = None) -> None:
+    """config.json, tokenizer.json and tokenizer_config.json. model: the file that transformers.js will load."""
+    found = javascript_options(made.info.precision if model else "fp32", model is not None and has_data_file(model))
+    write_json(folder / "config.json", classifier_config(made, labels, found))
     write_json(folder / "tokenizer.json", made.layout.tokenizer)
     write_json(folder / "tokenizer_config.json", configuration(made.layout.tokenizer, made.layout.max_length))
 
@@ -63,7 +64,7 @@ def write_graph(made: PackagedRun, labels: list[str], folder: Path) -> str:
     suffix = {"int8": "_quantized", "fp16": "_fp16"}.get(made.info.precision, "")  # as transformers.js looks for it
     name = f"onnx/model{suffix}.onnx"
     write_onnx(made, folder / name)
-    write_texts(made, labels, folder, has_data_file(folder / name))
+    write_texts(made, labels, folder, folder / name)
     return name
 
 

@@ -192,7 +192,7 @@ def is_loopback(host: str) -> bool:
 
 class Loopback:
     """Without a token, refuses requests to a name of another machine, which a web page could make resolve to this one,
-    and those that a browser sends for a page of another machine."""
+    and those with the Origin of a page of another machine."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -183,9 +183,6 @@ class RowModel(Model):
         words = len(rows.batch.label_token_ids)
         at_most(self.limits.batch, candidates=candidates, rows=count)
         at_most(self.limits.logits, candidates=candidates, rows=count, label_words=words)
-        if any(spec.name in STATES for spec in self.outputs):
-            hidden = len(STATES) * self.engine.bundle.info.hidden_size
-            at_most(self.limits.logits, candidates=candidates, rows=count, numbers_of_a_state=hidden)
         return self.compute(rows, tensors), {ROWS: digest}
 
 

@@ -94,9 +94,10 @@ class Sweep(Schema):
             )
             for bundle, engine, (path, task), seed in product(bundles.values(), self.engines, tasks.items(), self.seeds)
         ]
-        for name, times in Counter(trial.name.casefold() for trial in trials).items():
-            if times > 1:  # also on a system that does not tell upper case from lower
-                raise UsageError(f"{times} trials are named {name}; rename a bundle's folder")
+        counts = Counter(trial.name.casefold() for trial in trials)
+        for trial in trials:
+            if (times := counts[trial.name.casefold()]) > 1:  # file systems may not tell upper case from lower
+                raise UsageError(f"{times} trials are named {trial.name}; rename a bundle's folder")
         return trials
 
     def absolute(self) -> Sweep:

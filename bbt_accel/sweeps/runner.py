@@ -102,7 +102,7 @@ def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: 
         for t in trials
         if t.name not in results
     ]
-    interrupted, crossed = True, None
+    interrupted, crossed = False, None
     try:
         for name, reply in pool.run(waiting, len(results), progress):
             if "error" in reply:
@@ -114,12 +114,10 @@ def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: 
         if sweep.cross_evaluate and results:
             done = [trial for trial in trials if trial.name in results]
             crossed = cross_evaluate(done, folder / TRIALS, pool, progress)
-        interrupted = False
     except KeyboardInterrupt:
-        pass
-    finally:  # also where the cluster is lost
-        report = make_report(sweep, trials, results, failures, interrupted, crossed)
-        write_report(folder, report, markdown(report), lambda file: draw(file, report))
+        interrupted = True
+    report = make_report(sweep, trials, results, failures, interrupted, crossed)
+    write_report(folder, report, markdown(report), lambda file: draw(file, report))
     return report
 
 

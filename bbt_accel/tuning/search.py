@@ -86,6 +86,7 @@ def search(
     try:
         for number in range(len(history), total):
             if start is not None and best is not None and settings.readout == "auto" and on_plateau(history, start):
+                forget(undue, history)
                 return SearchOutcome(best, stopped=True)
             generation, scored = _generation(evaluator, method, settings, number, dev, last=number == total - 1)
             history.append(generation)
@@ -103,7 +104,14 @@ def search(
             best = _score(dev, method, len(history) - 1)
         return SearchOutcome(best, interrupted=True)
     assert best is not None  # the last generation is always scored
+    forget(undue, history)
     return SearchOutcome(best)
+
+
+def forget(undue: BestPrompt | None, history: History) -> None:
+    """Drop the score at the end of a smaller budget from the file, now that the search has gone on to its end."""
+    if undue is not None and undue.generation is not None:
+        history.replace(history.generations[undue.generation])
 
 
 def on_plateau(history: History, start: BestPrompt) -> bool:
@@ -122,12 +130,12 @@ def _replay(
 ) -> tuple[BestPrompt | None, BestPrompt | None]:
     """Repeat the asks and tells of the history, without the engine. best: the prompt to surpass.
 
-    The last generation of a smaller budget was scored in any case. That score is dropped where it is not due, as a
+    The last generation of a smaller budget was scored in any case. That score is left out where it is not due, as a
     search would not have it that was given the larger budget at first. Returns the best prompt, and the one whose score
-    was dropped.
+    was left out, which stays in the file until the search has ended.
     """
     undue = None
-    for known in history.generations:
+    for known in list(history.generations):
         candidates = method.ask()
         if fingerprint(candidates) != known.candidates:
             raise RunError(
@@ -141,7 +149,7 @@ def _replay(
                 best = better(best, scored, settings.fitted)
             else:
                 undue, known = scored, known.model_copy(update={"dev_score": None, "dev_loss": None})
-                history.replace(known)
+                history.generations[known.generation] = known
         observe(known)
     return best, undue
 
