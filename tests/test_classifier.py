@@ -209,7 +209,7 @@ def test_an_interrupted_search_is_no_result(rows: tuple[list[str], list[str]]) -
         ({"budget": 0}, "budget"),
         ({"readout": "verbalizer", "budget": 5}, "budget 5 is too small"),
         ({"readout": "nothing"}, "readout"),
-        ({"k_shot": 3}, "class .* has 2 rows, k_shot 3 needs 6"),
+        ({"k_shot": 3}, "class .* has 2 rows, --k-shot 3 needs 6"),
     ],
 )
 def test_settings_are_checked_before_the_export(
@@ -224,7 +224,7 @@ def test_many_rows_are_not_all_in_every_call() -> None:
     from bbt_accel.fit import examples_per_class
 
     assert examples_per_class({"a": 1000, "b": 3}, None) == {"k_shot": 16, "allow_rare_classes": True}
-    with pytest.raises(DataError, match="class 'b' has 3 rows, k_shot 2 needs 4"):
+    with pytest.raises(DataError, match="class 'b' has 3 rows, --k-shot 2 needs 4"):
         examples_per_class({"a": 1000, "b": 3}, 2)
 
 

@@ -178,9 +178,9 @@ def test_task_without_hub_data_set_needs_data() -> None:
 @given(labels=st.lists(st.integers(0, 2), min_size=12), k=st.integers(1, 2), seed=st.integers(0, 2**32))
 def test_few_shot_takes_k_of_each_class_for_train_and_for_dev(labels: list[int], k: int, seed: int) -> None:
     rows = [Row({"text": str(i)}, label) for i, label in enumerate(labels)]
-    short = [label for label in range(3) if labels.count(label) < 2 * k]
-    if short:
-        with pytest.raises(DataError, match=f"class {short[0]} has {labels.count(short[0])} rows.*needs {2 * k}"):
+    rarest = min(range(3), key=labels.count)
+    if labels.count(rarest) < 2 * k:
+        with pytest.raises(DataError, match=f"class '{rarest}' has {labels.count(rarest)} rows.*needs {2 * k}"):
             few_shot(rows, 3, k, seed)
         return
     train, dev = few_shot(rows, 3, k, seed)
