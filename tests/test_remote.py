@@ -385,7 +385,7 @@ class StageModel(Model):
         self.inputs = tuple(map(spec, session.get_inputs()))
         self.outputs = tuple(map(spec, session.get_outputs()))
 
-    def infer(self, tensors: Any, parameters: Any) -> Any:
+    def infer(self, tensors: Any, parameters: Any, dropped: Any) -> Any:
         assert "rows" not in parameters
         return self.engine.run(self.stage, tensors), {}  # type: ignore[attr-defined]
 

@@ -284,7 +284,7 @@ def test_usage_is_checked_before_anything_is_written(start: Tune, tmp_path: Path
         start("runs/run", {**SETTINGS, "budget": 3})
     with pytest.raises(UsageError, match="omit it with --engine remote"):
         start("runs/run", engine="remote", workers=2)
-    with pytest.raises(BbtError, match="class 0 has 15 rows"):
+    with pytest.raises(BbtError, match="class '0' has 15 rows"):
         start("runs/run", {**SETTINGS, "k_shot": 16})
     assert not (tmp_path / "runs").exists()
 
