@@ -98,8 +98,9 @@ def split_rows(
     dev: list[Row] = []
     rest = set(range(len(rows)))
     counts = Counter(row.label for row in rows)
-    of_names = dict(zip(names or map(str, range(n_classes)), map(counts.__getitem__, range(n_classes)), strict=True))
-    require_examples(of_names, k, parts, "lower it, add rows or pass --allow-rare-classes")
+    names = names or list(map(str, range(n_classes)))
+    named = {name: counts[label] for label, name in enumerate(names)}
+    require_examples(named, k, parts, "lower it, add rows or pass --allow-rare-classes")
     wanted = {label: examples(counts[label], k, parts) for label in range(n_classes)}
     seen = Counter[int | None]()
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -97,9 +97,10 @@ def reads_states(name: ReadoutName) -> bool:
 
 def features(name: ReadoutName, outputs: Outputs, classes: Int64) -> list[Float64]:
     """The blocks that a readout reads, each float64 (…, N, F)."""
-    labels = outputs["label_logits"]
-    found: dict[str, Callable[[], npt.ArrayLike]] = {
-        "class_logits": lambda: class_logits(labels, classes),
-        "word_logits": lambda: labels[..., len(classes) :],
-    }
-    return [np.asarray(found[block]() if block in found else outputs[block], np.float64) for block in READS[name]]
+    return [np.asarray(_block(block, outputs, classes), np.float64) for block in READS[name]]
+
+
+def _block(block: str, outputs: Outputs, classes: Int64) -> npt.ArrayLike:
+    if block == "word_logits":
+        return outputs["label_logits"][..., len(classes) :]
+    return class_logits(outputs["label_logits"], classes) if block == "class_logits" else outputs[block]

@@ -28,11 +28,10 @@ STEP = 8
 """Of the lengths of buckets, by `Batch.aligned`; that of a profile's longest row is rounded up, too."""
 OPTIONS: dict[str, str] = {"strongly_typed": "yes", "tf32": "no", "profiling": "detailed"}
 """Build options. Types are those of the graph; with TF32, fp32 matmuls would round their inputs."""
-STRICT_NANS = "STRICT_NANS"
-"""The builder flag without which 0 · NaN may be 0: a NaN loss has to stay NaN."""
-USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
-"""The builder flag of TensorRT for RTX without which a plan may allocate memory of its own while it runs. The release
-notes of 1.2 require it for stream capture, from which CUDA graphs are made."""
+FLAGS = {"STRICT_NANS": ("strict_nans", "yes"), "REQUIRE_USER_ALLOCATION": ("user_allocation", "required")}
+"""Builder flags, set where TensorRT has them → a build option and its value. Without the first 0 · NaN may be 0, and a
+NaN loss has to stay NaN. Without the second a plan of TensorRT for RTX may allocate memory of its own while it runs;
+the release notes of 1.2 require it for stream capture, from which CUDA graphs are made."""
 
 
 class ShapeProfile(BaseModel):
@@ -114,11 +113,7 @@ class Tensor(BaseModel):
 
 def build_options(api: Api) -> dict[str, str]:
     """The build options of a plan by this TensorRT."""
-    wanted = {USER_ALLOCATION: {"user_allocation": "required"}, STRICT_NANS: {"strict_nans": "yes"}}
-    found = OPTIONS
-    for flag, option in wanted.items():
-        found = found | (option if api.has("BuilderFlag", flag) else {})
-    return found
+    return OPTIONS | {name: value for flag, (name, value) in FLAGS.items() if api.has("BuilderFlag", flag)}
 
 
 class Record(BaseModel):
@@ -241,7 +236,7 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
     trt, config = api.module, builder.create_builder_config()
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
-    for flag in (STRICT_NANS, USER_ALLOCATION):
+    for flag in FLAGS:
         if api.has("BuilderFlag", flag):
             config.set_flag(getattr(trt.BuilderFlag, flag))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

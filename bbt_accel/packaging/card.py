@@ -52,36 +52,36 @@ def model_card(info: PackageInfo, run: RunInfo, usage: str, folder: Path) -> str
     )  # fmt: skip
 
 
-MODEL = """import { AutoModelForSequenceClassification, AutoTokenizer, softmax } from "@huggingface/transformers";
-const tokenizer = await AutoTokenizer.from_pretrained(".");
-const model = await AutoModelForSequenceClassification.from_pretrained(".");
-const { logits } = await model(tokenizer(TEXTS, OPTIONS));
+CALL = """const { logits } = await model(tokenizer(TEXTS, OPTIONS));
 softmax(logits.tolist()[0]);"""
 PIPELINE = """import { pipeline } from "@huggingface/transformers";
 const classify = await pipeline("text-classification", ".");
 await classify("a text");"""
-CUSTOM = """// It lists no decoders as classifiers, nor all encoder-decoders, but runs any graph as a "custom" model.
-import { AutoModel, AutoTokenizer, PretrainedConfig, softmax } from "@huggingface/transformers";
-const config = new PretrainedConfig({ model_type: "custom", "transformers.js_config": FOUND });
-const [tokenizer, model] = [await AutoTokenizer.from_pretrained("."), await AutoModel.from_pretrained(".", { config })];
-const { logits } = await model(tokenizer(TEXTS, OPTIONS));
-softmax(logits.tolist()[0]);"""
+MODEL = f"""import {{ AutoModelForSequenceClassification, AutoTokenizer, softmax }} from "@huggingface/transformers";
+const tokenizer = await AutoTokenizer.from_pretrained(".");
+const model = await AutoModelForSequenceClassification.from_pretrained(".");
+{CALL}"""
+CUSTOM = f"""// It lists no decoders as classifiers, nor all encoder-decoders, but runs any graph as a "custom" model.
+import {{ AutoModel, AutoTokenizer, PretrainedConfig, softmax }} from "@huggingface/transformers";
+const config = new PretrainedConfig({{ model_type: "custom", "transformers.js_config": FOUND }});
+const tokenizer = await AutoTokenizer.from_pretrained(".");
+const model = await AutoModel.from_pretrained(".", {{ config }});
+{CALL}"""
 """How transformers.js takes a package: its pipeline of this task takes no pairs of texts."""
-
-
-ADAPTER_INPUTS: dict[TemplateGroup, str] = {}
-"""How the inputs of an adapter are made, so that the last position is the one to read."""
-ADAPTER_INPUTS["causal"] = """text = reading["template"].format(**texts)
-inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")"""
-ADAPTER_INPUTS["masked"] = """text = reading["template"].replace("{mask}", tokenizer.mask_token).format(**texts)
+ADAPTER_INPUTS: dict[TemplateGroup, str] = {
+    "causal": """text = reading["template"].format(**texts)
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")""",
+    "masked": """text = reading["template"].replace("{mask}", tokenizer.mask_token).format(**texts)
 ids = tokenizer(text).input_ids
 read = [model.config.decoder_start_token_id, *ids[: ids.index(tokenizer.mask_token_id)]]  # up to the mask
-inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([read])}"""
-ADAPTER_INPUTS["span"] = """before, after = (part.format(**texts) for part in reading["template"].split("{mask}"))
+inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([read])}""",
+    "span": """before, after = (part.format(**texts) for part in reading["template"].split("{mask}"))
 start = reading["decoder_input_ids"]  # the decoder's first token, and the one that stands for the label word
 ids = tokenizer(before.strip(), add_special_tokens=False).input_ids
 ids += [start[1], *tokenizer(after, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([start])}"""
+inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([start])}""",
+}
+"""How the inputs of an adapter are made, so that the last position is the one to read."""
 
 
 def usage_facts(info: PackageInfo, run: RunInfo, folder: Path) -> dict[str, str]:

@@ -52,10 +52,11 @@ def run_with(open_model: Callable[[Path, Precision, int | None], LoadedModel], t
     return run
 
 
-def write_texts(made: PackagedRun, labels: list[str], folder: Path, model: Path | None = None) -> None:
-    """config.json, tokenizer.json and tokenizer_config.json. model: the file that transformers.js will load."""
-    found = javascript_options(made.info.precision if model else "fp32", model is not None and has_data_file(model))
-    write_json(folder / "config.json", classifier_config(made, labels, found))
+def write_texts(
+    made: PackagedRun, labels: list[str], folder: Path, precision: Precision = "fp32", external: bool = False
+) -> None:
+    """config.json, tokenizer.json and tokenizer_config.json. precision, external: as in `javascript_options`."""
+    write_json(folder / "config.json", classifier_config(made, labels, javascript_options(precision, external)))
     write_json(folder / "tokenizer.json", made.layout.tokenizer)
     write_json(folder / "tokenizer_config.json", configuration(made.layout.tokenizer, made.layout.max_length))
 
@@ -64,7 +65,7 @@ def write_graph(made: PackagedRun, labels: list[str], folder: Path) -> str:
     suffix = {"int8": "_quantized", "fp16": "_fp16"}.get(made.info.precision, "")  # as transformers.js looks for it
     name = f"onnx/model{suffix}.onnx"
     write_onnx(made, folder / name)
-    write_texts(made, labels, folder, folder / name)
+    write_texts(made, labels, folder, made.info.precision, has_data_file(folder / name))
     return name
 
 

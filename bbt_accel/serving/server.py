@@ -41,8 +41,8 @@ def serve(
     """Serve a bundle, or the prompt of a run and its bundle, until Ctrl-C or SIGTERM.
 
     engine, device: those of the run unless given; for a bundle the engine that it was made for, on the cpu if it can.
-    port: 0 for any free one. ready: called
-    with the server's address and the names of its models once it listens. The bearer token is that of BBT_ACCEL_TOKEN.
+    port: 0 for any free one. ready: called with the server's address and the names of its models once it listens. The
+    bearer token is that of BBT_ACCEL_TOKEN.
     Raises UsageError for an address that others can reach if there is no token, BbtError when the port is in use, and
     what reading and loading raise.
     """

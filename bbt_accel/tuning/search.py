@@ -83,11 +83,12 @@ def search(
     kind = BbtV2 if deep else Bbt
     method = kind(space, settings)
     best, undue = _replay(method, history, observe, start, settings, total)
+    stopped = False
     try:
         for number in range(len(history), total):
             if start is not None and best is not None and settings.readout == "auto" and on_plateau(history, start):
-                forget(undue, history)
-                return SearchOutcome(best, stopped=True)
+                stopped = True
+                break
             generation, scored = _generation(evaluator, method, settings, number, dev, last=number == total - 1)
             history.append(generation)
             best = better(best, scored, settings.fitted) if scored else best
@@ -104,14 +105,9 @@ def search(
             best = _score(dev, method, len(history) - 1)
         return SearchOutcome(best, interrupted=True)
     assert best is not None  # the last generation is always scored
-    forget(undue, history)
-    return SearchOutcome(best)
-
-
-def forget(undue: BestPrompt | None, history: History) -> None:
-    """Drop the score at the end of a smaller budget from the file, now that the search has gone on to its end."""
-    if undue is not None and undue.generation is not None:
+    if undue is not None and undue.generation is not None:  # now that the search has gone on to its end
         history.replace(history.generations[undue.generation])
+    return SearchOutcome(best, stopped=stopped)
 
 
 def on_plateau(history: History, start: BestPrompt) -> bool:
