@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from bbt_accel.bundle import Bundle as Bundle
     from bbt_accel.classifier import PromptClassifier as PromptClassifier
     from bbt_accel.data import Row as Row
-    from bbt_accel.data import few_shot as few_shot
     from bbt_accel.data import load_rows as load_rows
     from bbt_accel.encoding import Encoder as Encoder
     from bbt_accel.engines.base import BoundBatch as BoundBatch
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from bbt_accel.population import Population as Population
     from bbt_accel.projection import Projection as Projection
     from bbt_accel.run import Run as Run
+    from bbt_accel.splits import few_shot as few_shot
     from bbt_accel.tasks import Task as Task
     from bbt_accel.tasks import load_task as load_task
     from bbt_accel.tuning import tune as tune
@@ -63,7 +63,7 @@ _HOME = {
     "class_logits": "logits",
     "evaluate": "inference",
     "export_bundle": "exporters.export",
-    "few_shot": "data",
+    "few_shot": "splits",
     "load_engine": "engines.registry",
     "load_rows": "data",
     "load_task": "tasks",

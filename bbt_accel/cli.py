@@ -194,9 +194,9 @@ def predict(
     as_json: shared.AsJson = False,
 ) -> None:
     """Label texts from the command line, a file or standard input."""
-    from bbt_accel.data import read_texts
     from bbt_accel.inference import predict as predict_run
     from bbt_accel.run import Run
+    from bbt_accel.texts import read_texts
 
     rows = read_texts(texts or [], file, Run.read(run).task.text)
     printing.print_predictions(rows, predict_run(run, rows, **execution), as_json)

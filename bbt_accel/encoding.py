@@ -10,10 +10,11 @@ import numpy as np
 
 from bbt_accel.batch import Batch, Int64
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row, choose_demonstrations
+from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, DataError, TaskError
 from bbt_accel.pieces import Fixed, Pieces
 from bbt_accel.settings import Settings
+from bbt_accel.splits import choose_demonstrations
 from bbt_accel.tables import as_utf8
 from bbt_accel.tasks import Task, parse_template
 

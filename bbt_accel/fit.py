@@ -16,7 +16,6 @@ from pydantic import ValidationError
 
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
-from bbt_accel.data import examples, require_examples
 from bbt_accel.errors import DataError, RunError, TaskError, UsageError, first_problem
 from bbt_accel.inference import evaluate
 from bbt_accel.label_words import distinct_words
@@ -24,6 +23,7 @@ from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
 from bbt_accel.run import INFO, TASK, Run, read_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
+from bbt_accel.splits import examples, require_examples
 from bbt_accel.tables import Table, distinct, no_column, plain, read_table
 from bbt_accel.tasks import Task, can_be_placeholder
 from bbt_accel.tuning import tune

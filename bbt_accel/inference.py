@@ -10,16 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from bbt_accel.batch import Float32, Float64
-from bbt_accel.data import (
-    FewShot,
-    Row,
-    has_test_file,
-    has_test_rows,
-    labels,
-    load_rows,
-    load_split,
-    rows_digest,
-)
+from bbt_accel.data import Row, has_test_file, labels, load_rows, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
@@ -28,6 +19,7 @@ from bbt_accel.logits import log_softmax, require_finite, scores_without_search
 from bbt_accel.objective import Objective
 from bbt_accel.readout import Readout, reads_states
 from bbt_accel.run import Baselines, Run
+from bbt_accel.splits import FewShot, has_test_rows, load_split
 
 BATCH_SIZE = 64  # rows that an engine gets at a time
 

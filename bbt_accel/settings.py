@@ -87,7 +87,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def parts(self) -> int | None:
-        """Into how many parts the rows of a rare class are divided: train, dev and test rows; see `data.examples`."""
+        """Into how many parts the rows of a rare class are divided: train, dev and test rows; see `splits.examples`."""
         return (3 if self.hold_out else 2) if self.allow_rare_classes else None
 
     @property

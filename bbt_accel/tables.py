@@ -217,6 +217,14 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def require_text(value: object, column: str, where: str) -> str:
+    """The text of a column. Raises DataError, naming `where`, for another value."""
+    if not isinstance(value, str):
+        kind = "missing" if value is None else f"{value!r:.50}, not text"
+        raise DataError(f"{where}: {column} is {kind}")
+    return as_utf8(value)
+
+
 def plain(value: object) -> str:
     """A cell as text: empty for a missing one (None, NaN), whole numbers without a decimal point."""
     if value is None or type(value).__name__ == "NAType" or value != value:  # pandas' NA; NaN differs from itself

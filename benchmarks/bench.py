@@ -15,11 +15,12 @@ from bbt_accel import processes
 from bbt_accel.batch import Float32
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores, score
+from bbt_accel.benchmarks.ceilings import matrix_rates
 from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.benchmarks.script import record
 from bbt_accel.benchmarks.steps import SEED, Bundles, LoadArguments
 from bbt_accel.bundle import Bundle, BundleInfo
-from bbt_accel.data import Row, choose_demonstrations
+from bbt_accel.data import Row
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs, kind_of, local_engine
 from bbt_accel.errors import BbtError, EngineError, check_known
@@ -29,6 +30,7 @@ from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
 from bbt_accel.progress import StepProgress
 from bbt_accel.run import Run
 from bbt_accel.settings import PRESETS, resolve
+from bbt_accel.splits import choose_demonstrations
 from bbt_accel.tasks import load_task
 
 COMPILERS = ("c++", "g++", "clang++")  # one of these must be there for torch.compile
@@ -67,7 +69,7 @@ class Benchmark:
         """Measure everything. After an interrupt `report` has what there is."""
         self.prepare()
         self.tell("measuring the machine")
-        rates = processes.call(steps.matrix_rates, device=self.options.device, threads=self.options.threads)
+        rates = processes.call(matrix_rates, device=self.options.device, threads=self.options.threads)
         self.machine = {**describe_machine(), **rates}
         self.each("timing", self.time, self.rows)
         self.time_again()

@@ -130,7 +130,7 @@ class BenchReport(Report):
     task: str = Field(description="Name of the task.")
     metric: Metric = Field(description="The metric of all scores.")
     machine: dict[str, Any]
-    """Where it ran, and its ceilings: the names of `machine.describe_machine` and `benchmarks.steps.matrix_rates`."""
+    """Where it ran, and its ceilings: the names of `machine.describe_machine` and `ceilings.matrix_rates`."""
     n_rows: int = Field(description="N, rows of the timed batch, from the task's train split.")
     length: int = Field(description="S, tokens per row after padding.")
     padding: float = Field(description="Share of the N × S tokens that is padding.")

@@ -19,7 +19,7 @@ from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
 from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_contender
 from bbt_accel.bundle import Bundle, Method
-from bbt_accel.data import check_rows, labels, load_few_shot
+from bbt_accel.data import labels
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
@@ -31,6 +31,7 @@ from bbt_accel.objective import Objective, most_frequent
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
 from bbt_accel.settings import FITTED, resolve
+from bbt_accel.splits import check_rows, load_few_shot
 from bbt_accel.sweeps.grid import check_names
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.tasks import absolute_file, load_task

@@ -15,13 +15,14 @@ from onnx import helper, numpy_helper
 from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import Bundle, state_name
 from bbt_accel.cuda import GPU_TOKENS
-from bbt_accel.data import load_few_shot, load_rows
+from bbt_accel.data import load_rows
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.errors import DataError
 from bbt_accel.exporters.sessions import Feeds, initial_feeds, open_session, open_stage, prompt_feeds, temporary_graph
 from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.run import Run, is_run
 from bbt_accel.settings import resolve
+from bbt_accel.splits import load_few_shot
 from bbt_accel.tasks import load_task
 
 ROWS = 32

@@ -9,9 +9,10 @@ import pytest
 from tiny_bundles import tiny_bundle
 
 from bbt_accel.batch import Batch
-from bbt_accel.benchmarks import bench, steps
+from bbt_accel.benchmarks import bench, ceilings
 from bbt_accel.benchmarks.bench import ablations, plan_measurements, run_bench
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
+from bbt_accel.benchmarks.ceilings import matrix_rates, median_seconds
 from bbt_accel.benchmarks.growth import ENGINES, FACTORS, GrowthPoint, GrowthReport
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.benchmarks.script import Timed
@@ -20,8 +21,6 @@ from bbt_accel.benchmarks.steps import (
     compared_rows,
     generation,
     load_batch,
-    matrix_rates,
-    median_seconds,
     milliseconds,
     peak_mib,
     random_prompts,
@@ -208,8 +207,8 @@ def test_the_ceiling_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPa
 
     known = {"fp32 slow": 4.0, "fp32 fast": 2.0, "int8 x": 1.0}
     made = {name: lambda n, threads, seconds=seconds: seconds for name, seconds in known.items()}
-    monkeypatch.setitem(steps.PRODUCTS, "cpu", made | {"fp32 other": missing})
-    monkeypatch.setattr(steps, "median_seconds", lambda call, threads: call)
+    monkeypatch.setitem(ceilings.PRODUCTS, "cpu", made | {"fp32 other": missing})
+    monkeypatch.setattr(ceilings, "median_seconds", lambda call, threads: call)
     found = matrix_rates("cpu", 1)
     assert found["fp32_rate_by"] == "fast"
     assert found["fp32_rate"] == found["rates"]["fp32 fast"] == 2 * found["rates"]["fp32 slow"]
@@ -217,15 +216,15 @@ def test_the_ceiling_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPa
     assert found["unavailable"] == {"fp32 other": "ImportError: no module"}
 
 
-@pytest.mark.parametrize("name", steps.PRODUCTS["cpu"])
+@pytest.mark.parametrize("name", ceilings.PRODUCTS["cpu"])
 def test_every_library_multiplies(name: str) -> None:
     for module in ("torch", "onnx", "onnxruntime", "openvino"):
         pytest.importorskip(module)
-    steps.PRODUCTS["cpu"][name](16, 1)()
+    ceilings.PRODUCTS["cpu"][name](16, 1)()
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "SECONDS", 0.0)
+    monkeypatch.setattr(ceilings, "SECONDS", 0.0)
     assert median_seconds(lambda: None, 1) > 0
     peak = peak_mib()
     assert peak is None or 10 < peak < 10**6

@@ -81,10 +81,11 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
         pytest.skip("peft is not installed")
     from bbt_accel.benchmarks.steps import compared_rows
     from bbt_accel.bundle import Bundle
-    from bbt_accel.data import labels, load_few_shot
+    from bbt_accel.data import labels
     from bbt_accel.encoding import Encoder
     from bbt_accel.logits import log_loss
     from bbt_accel.settings import resolve
+    from bbt_accel.splits import load_few_shot
     from bbt_accel.tasks import load_task
 
     bundle, task = Bundle.read(next(folder.glob("bundles/demo-*-20/bbt/exported"))), load_task("demo")

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from tiny_bundles import tiny_bundle
 
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row, choose_demonstrations, load_few_shot
+from bbt_accel.data import Row
 from bbt_accel.encoding import Encoder
 from bbt_accel.errors import DataError, TaskError, UsageError
 from bbt_accel.run import Run
 from bbt_accel.settings import resolve
+from bbt_accel.splits import choose_demonstrations, load_few_shot
 from bbt_accel.tasks import Task, load_task
 
 TASK = """

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
-from bbt_accel.data import Row, few_shot, load_rows, read_texts, rows_digest
+from bbt_accel.data import Row, load_rows, rows_digest
 from bbt_accel.errors import DataError, UsageError
+from bbt_accel.splits import few_shot
 from bbt_accel.tasks import load_task
+from bbt_accel.texts import read_texts
 
 SST2 = load_task("sst2")
 ROWS = [("good , really", 1), ("1984", 0), ('a "quoted"\nline', 1), ("2020-01-01", 0), ("", 1), ("NA", 0)]

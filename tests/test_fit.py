@@ -17,11 +17,11 @@ pytest.importorskip("onnxruntime")
 from conftest import Export
 
 from bbt_accel.cli import main
-from bbt_accel.data import examples
 from bbt_accel.errors import BbtError, RunError, UsageError
 from bbt_accel.fit import FitPlan, Fitted, check_table, fit_file, task_name
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
+from bbt_accel.splits import examples
 from bbt_accel.tables import Table
 from bbt_accel.tasks import load_task
 from bbt_accel.tuning.methods import Bbt

@@ -22,13 +22,13 @@ from tiny_bundles import tiny_bundle
 from bbt_accel import load_engine, processes
 from bbt_accel.benchmarks import gpu_check, gpu_state, steps
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores
+from bbt_accel.benchmarks.ceilings import matrix_rates
 from bbt_accel.benchmarks.gpu_check import GpuCheck
 from bbt_accel.benchmarks.gpu_report import EngineCheck, GpuReport, TimedCheck, worst
 from bbt_accel.benchmarks.gpu_state import GpuState
 from bbt_accel.benchmarks.gpu_steps import validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
-from bbt_accel.benchmarks.steps import matrix_rates
 from bbt_accel.engines.staged import StagedBoundBatch
 from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.machine import describe_machine

@@ -12,7 +12,7 @@ from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.bundle import write_info as write_bundle_info
-from bbt_accel.data import load_rows, split_rows
+from bbt_accel.data import load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError, RunError, UsageError
@@ -20,6 +20,7 @@ from bbt_accel.inference import evaluate, predict, scored_rows
 from bbt_accel.logits import log_softmax
 from bbt_accel.objective import Objective
 from bbt_accel.run import Run, write_info
+from bbt_accel.splits import split_rows
 from bbt_accel.tasks import load_task
 
 TEXTS = [{"text": f"w{i} w{i + 1}"} for i in range(80)]

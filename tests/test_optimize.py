@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from bbt_accel import engine_specs
 from bbt_accel.batch import Batch
 from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle
-from bbt_accel.data import Row, load_few_shot
+from bbt_accel.data import Row
 from bbt_accel.demo import BACKBONE, DATA
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import Backend, EngineSpec, Precision
@@ -38,6 +38,7 @@ from bbt_accel.exporters.convert import convert_checkpoint
 from bbt_accel.exporters.half import angles, to_half
 from bbt_accel.exporters.optimize import optimize_bundle, padded_length
 from bbt_accel.exporters.validate import fidelity, sample_rows, scaled_error
+from bbt_accel.splits import load_few_shot
 from bbt_accel.tasks import FOLDER, load_task
 
 Tiny = Callable[[str, str, str], Bundle]

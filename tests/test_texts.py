@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bbt_accel.data import read_texts
 from bbt_accel.errors import DataError, UsageError
+from bbt_accel.texts import read_texts
 
 PAIR = ["premise", "hypothesis"]
 

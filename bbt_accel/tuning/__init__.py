@@ -16,7 +16,7 @@ import numpy as np
 import bbt_accel
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle
-from bbt_accel.data import FewShot, has_test_rows, load_split, rows_digest
+from bbt_accel.data import rows_digest
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import DEFAULT_ENGINE, engine_spec
 from bbt_accel.errors import DataError, RunError, UsageError, check_known
@@ -27,6 +27,7 @@ from bbt_accel.progress import SearchProgress, note, progress_bar
 from bbt_accel.readout import Readout
 from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
 from bbt_accel.settings import PRESETS, Preset, Settings, resolve
+from bbt_accel.splits import FewShot, has_test_rows, load_split
 from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.callbacks import Callback, Callbacks, tracker
 from bbt_accel.tuning.evaluator import Evaluator, Job

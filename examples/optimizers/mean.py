@@ -20,7 +20,7 @@ from bbt_accel.batch import Float32, Int64
 from bbt_accel.benchmarks.compare_report import Score, gains, make_report, summary
 from bbt_accel.benchmarks.steps import compared_rows
 from bbt_accel.command import exit_on_error
-from bbt_accel.data import labels, load_few_shot
+from bbt_accel.data import labels
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.errors import RunError
@@ -29,6 +29,7 @@ from bbt_accel.logits import class_logits
 from bbt_accel.machine import describe_machine
 from bbt_accel.reporting import write_report
 from bbt_accel.run import Run
+from bbt_accel.splits import load_few_shot
 from bbt_accel.tuning.methods import Cma, PromptSpace
 from bbt_accel.tuning.search import BestPrompt, better
 

@@ -30,7 +30,7 @@ from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, gains, make_report, summary
 from bbt_accel.benchmarks.steps import compared_rows
 from bbt_accel.command import exit_on_error
-from bbt_accel.data import Row, labels, load_few_shot
+from bbt_accel.data import Row, labels
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.exporters.optimize import optimize_bundle
@@ -39,6 +39,7 @@ from bbt_accel.machine import describe_machine
 from bbt_accel.readout_fitting import fit_bias
 from bbt_accel.reporting import write_report
 from bbt_accel.settings import Settings, resolve
+from bbt_accel.splits import load_few_shot
 from bbt_accel.tuning.methods import PromptSpace
 
 EVERY = 100  # calls between two scores on the dev rows

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bbt_accel import Bundle, Objective, export_bundle, load_engine, load_task, tune
-from bbt_accel.data import choose_demonstrations, load_few_shot, load_rows
+from bbt_accel.data import load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.files import write_atomically
@@ -26,6 +26,7 @@ from bbt_accel.inference import evaluate, scores_before
 from bbt_accel.machine import describe_machine
 from bbt_accel.reporting import markdown_table
 from bbt_accel.settings import resolve
+from bbt_accel.splits import choose_demonstrations, load_few_shot
 
 TASKS = {
     "agnews": "Classify each news article by its topic: World, Sports, Business or Tech.\n",

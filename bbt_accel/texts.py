@@ -1,0 +1,85 @@
+"""Texts to predict, from arguments, a file or standard input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bbt_accel.errors import DataError, UsageError
+from bbt_accel.tables import JSON_LINES, READERS, Table, as_utf8, no_column, parse_object, read_table, require_text
+
+
+def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Texts by column, for each of `texts` or for each line of `file` (`-` is standard input).
+
+    Without either, lines are read from standard input unless that is a terminal. A file with columns (`tables.READERS`)
+    is read by column, and so are lines of JSON objects, whatever the file is called. Another line is a text for a task
+    with one text column; for one with more it is a JSON object or tab-separated columns. Raises UsageError, DataError.
+    """
+    if texts and file is not None:
+        raise UsageError("give texts or --file, not both")
+    if texts:
+        return [_parse_text(text, columns, f"text {number}") for number, text in enumerate(texts, 1)]
+    if file is not None and file.suffix.lower() in READERS.keys() - JSON_LINES:
+        return _columns(read_table(file), columns, file)
+    standard = file is None or str(file) == "-"
+    if standard and (sys.stdin is None or sys.stdin.closed or (file is None and sys.stdin.isatty())):
+        raise UsageError("give a text, --file FILE, or lines on standard input")
+    name = "standard input" if file is None or standard else str(file)
+    try:
+        content = sys.stdin.read().removeprefix("\ufeff") if file is None or standard else file.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{name} is not UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"cannot read {name} ({error.strerror})") from None
+    if not content:
+        raise DataError(f"{name} is empty")
+    lines = content.removesuffix("\n").split("\n")
+    filled = [(f"{name} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    one_column_of_objects = len(columns) == 1 and bool(filled) and _is_object(filled[0][1], columns)
+    if one_column_of_objects or (file is not None and file.suffix.lower() in JSON_LINES):
+        return [_parse_object(line, columns, where) for where, line in filled]
+    return [_parse_text(line, columns, f"{name} line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _columns(table: Table, columns: Sequence[str], file: Path) -> list[dict[str, str]]:
+    for column in columns:
+        if column not in table.columns:
+            raise no_column(column, table.columns, file)
+    numbered = enumerate(table.records, 1)
+    return [
+        {name: require_text(row.get(name), name, f"{file} row {number}") for name in columns}
+        for number, row in numbered
+    ]
+
+
+def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
+    """One row. Raises DataError, naming `where`, when a column is missing."""
+    text = as_utf8(text)
+    if len(columns) == 1:
+        return {columns[0]: text}
+    needed = f"the task needs {', '.join(columns)}"
+    if text.lstrip().startswith("{"):
+        return _parse_object(text, columns, where)
+    values = text.split("\t")
+    if len(values) != len(columns):
+        problem = f"{where} has {len(values)} column(s), {needed}"
+        raise DataError(f"{problem}: separate them with tabs, or write a JSON object")
+    return dict(zip(columns, values, strict=True))
+
+
+def _is_object(line: str, columns: Sequence[str]) -> bool:
+    """Whether a line is a JSON object with a text in each of the columns."""
+    try:
+        return bool(_parse_object(line, columns, ""))
+    except DataError:
+        return False
+
+
+def _parse_object(text: str, columns: Sequence[str], where: str) -> dict[str, str]:
+    record = parse_object(text, where)
+    for column in columns:
+        if not isinstance(record.get(column), str):
+            raise DataError(f"{where} has no text {column!r}; the task needs {', '.join(columns)}")
+    return {column: as_utf8(str(record[column])) for column in columns}
