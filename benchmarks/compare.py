@@ -19,7 +19,7 @@ from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
 from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_contender
 from bbt_accel.bundle import Bundle, Method
-from bbt_accel.data import labels
+from bbt_accel.data import labels, rows_digest
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
@@ -289,4 +289,5 @@ class CompareTrial:
         return Score(
             contender=name, task=self.task.name, metric=self.task.metric, seed=self.seed, budget=budget, calls=calls,
             score=float(metric[0]), seconds=seconds, peak_mib=steps.peak_mib(), chosen=chosen,
+            test_rows=rows_digest(self.test),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
@@ -52,6 +52,7 @@ class Score(Schema):
     peak_mib: float | None
     """Largest resident memory of its process so far."""
     chosen: str | None = Field(description="What `auto` chose.")
+    test_rows: str | None = Field(default=None, description="sha256 of the test rows; None in older reports.")
 
     @property
     def label(self) -> str:
@@ -86,9 +87,9 @@ class CompareReport(Schema):
 
 
 def make_report(
-    scores: list[Score], failures: dict[str, str], facts: dict[str, str], reference: str = "auto"
+    scores: list[Score], failures: dict[str, str], facts: dict[str, str], reference: str | None = "auto"
 ) -> CompareReport:
-    """reference: the contender whose differences from the others are shown."""
+    """reference: the contender whose differences from the others are shown; None for no differences."""
     labels = dict.fromkeys((score.contender, score.label) for score in scores)
     own = [label for contender, label in labels if contender == reference]
     pairs = [(one, other) for one in own for _, other in labels if other not in own]
@@ -165,8 +166,9 @@ def summary(report: CompareReport) -> str:
         cost.append(digits(max(peaks)) if peaks else "–")
         scores = [mean_and_std(cell, 1, "{} ± {}") for cell in cells]
         lines.append([own[0].label, *scores, percent(mean_of_tasks(own, tasks), 1), *cost])
-    seeds = len({score.seed for score in report.scores})
-    over = "one seed" if seeds == 1 else f"mean over {seeds} seeds ± standard deviation"
+    counts = Counter((score.label, score.task) for score in report.scores).values()
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    over = "one seed" if seeds == "1" else f"mean over {seeds} seeds ± standard deviation"
     legend = f"Percent on the test rows, {over}. Calls, seconds: mean per search."
     return f"{markdown_table(header, lines)}\n\n{legend}"
 

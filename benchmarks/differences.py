@@ -10,24 +10,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bbt_accel.benchmarks.compare_report import PAIRS, CompareReport, Pair, Score, interval, paired, points
+from bbt_accel.benchmarks.combine import combine, read_reports
+from bbt_accel.benchmarks.compare_report import PAIRS, Pair, Score, interval, paired, points
 from bbt_accel.command import exit_on_error, print_markdown
-from bbt_accel.errors import DataError, check_known, translated
-from bbt_accel.reporting import JSON, markdown_table
-
-
-def read_scores(folders: Iterable[Path]) -> list[Score]:
-    """The scores of reports, of equal trials the first. Raises OSError, and DataError for a file of another kind."""
-    scores = dict[tuple[str, Pair], Score]()
-    for folder in folders:
-        file = folder / JSON
-        with translated(DataError, f"{file} is not a report of bbt-accel compare"):
-            for score in CompareReport.model_validate_json(file.read_bytes()).scores:
-                scores.setdefault((score.label, score.pair), score)
-    return list(scores.values())
+from bbt_accel.errors import DataError, check_known
+from bbt_accel.reporting import markdown_table
 
 
 def by_pair(scores: Sequence[Score], label: str) -> dict[Pair, Score]:
@@ -77,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     with exit_on_error():
-        scores = read_scores(given.reports)
+        scores = combine(read_reports(given.reports)).scores
         own = by_pair(scores, given.contender)
         other = within_seconds(scores, given.other, own) if given.within_seconds else by_pair(scores, given.other)
         title = f"# {given.contender} minus {given.other}"

@@ -14,17 +14,29 @@ from tiny_bundles import tiny_bundle
 pytest.importorskip("torch")
 
 from bbt_accel import tasks
-from bbt_accel.benchmarks import differences, references
+from bbt_accel.benchmarks import combine, differences, references
 from bbt_accel.benchmarks.compare import asked, read_trial, run_compare
-from bbt_accel.benchmarks.compare_report import Score, difference, draw, interval, make_report, markdown, summary
+from bbt_accel.benchmarks.compare_report import (
+    CompareReport,
+    Score,
+    difference,
+    draw,
+    interval,
+    make_report,
+    markdown,
+    summary,
+)
 from bbt_accel.benchmarks.options import CompareOptions, parse_contender
+from bbt_accel.benchmarks.steps import compared_rows
 from bbt_accel.bundle import write_info
 from bbt_accel.cli import main
+from bbt_accel.data import rows_digest
 from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, MissingDependency, UsageError
 from bbt_accel.files import fingerprint
 from bbt_accel.objective import Objective
 from bbt_accel.sweeps.pools import PoolJob
+from bbt_accel.tasks import load_task
 
 SMALL = CompareOptions(
     contenders=["readouts", "auto", "bbt"], budgets=[20, 40], seeds=[42], k_shot=2, test_rows=16, threads=1
@@ -56,6 +68,7 @@ def test_every_contender_is_scored_on_the_same_test_rows(folder: Path) -> None:
     calls = {s["budget"]: s["calls"] for s in report["scores"] if s["contender"] == "bbt"}
     assert calls == {20: 20, 40: 40}
     assert all(16 * s["score"] == pytest.approx(round(16 * s["score"])) for s in report["scores"])
+    assert {s["test_rows"] for s in report["scores"]} == {rows_digest(compared_rows(load_task("demo"), None, 16))}
     auto = next(s for s in report["scores"] if s["contender"] == "auto")
     assert auto["chosen"].split(",")[0] in {s["contender"] for s in report["scores"]} | {"verbalizer"}
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -79,14 +92,12 @@ def test_finished_trials_are_kept_unless_the_options_differ(folder: Path, monkey
 def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "lora" and find_spec("peft") is None:
         pytest.skip("peft is not installed")
-    from bbt_accel.benchmarks.steps import compared_rows
     from bbt_accel.bundle import Bundle
     from bbt_accel.data import labels
     from bbt_accel.encoding import Encoder
     from bbt_accel.logits import log_loss
     from bbt_accel.settings import resolve
     from bbt_accel.splits import load_few_shot
-    from bbt_accel.tasks import load_task
 
     bundle, task = Bundle.read(next(folder.glob("bundles/demo-*-20/bbt/exported"))), load_task("demo")
     train, dev = load_few_shot(task, None, resolve({"k_shot": 2}))
@@ -209,6 +220,30 @@ def test_differences_pair_the_scores_of_several_reports(
         for shown in capsys.readouterr().out.splitlines()
     ]
     assert line in printed
+
+
+def test_reports_are_combined_into_one(reports: list[str], tmp_path: Path) -> None:
+    combine.main([*reports, "-o", str(tmp_path / "all")])
+    report = (tmp_path / "all" / "report.md").read_text()
+    assert "| auto 1,000 | 80.0 ± 0.0 | 50.0 |" in report, "the first of equal trials counts"
+    assert "| bbt 1,000 | 77.5 ± 10.6 | – |" in report
+    assert "mean over 1 to 2 seeds" in report
+    assert "## Differences" not in report
+    assert (tmp_path / "all" / "report.png").is_file()
+
+
+def test_reports_of_other_test_rows_are_not_combined(
+    reports: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, digest in zip(reports, "xxy", strict=True):
+        file = Path(name, "report.json")
+        found = CompareReport.model_validate_json(file.read_bytes())
+        scores = [score.model_copy(update={"test_rows": digest}) for score in found.scores]
+        file.write_text(make_report(scores, {}, {}).model_dump_json())
+    with pytest.raises(SystemExit):
+        combine.main([*reports, "-o", str(tmp_path / "all")])
+    assert f"{reports[2]} has other test rows of a than the reports before it" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
 
 
 @pytest.mark.parametrize(

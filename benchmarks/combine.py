@@ -1,0 +1,61 @@
+"""One report of several: the contenders of all of them in one table and one plot.
+
+python -m bbt_accel.benchmarks.combine compare-four-tasks compare-budgets -o accuracy
+
+All reports must have the same test rows. Where several have a contender with the same task and seed, the first counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from bbt_accel.benchmarks.compare_report import CompareReport, Pair, Score, draw, make_report, markdown
+from bbt_accel.command import exit_on_error, print_markdown
+from bbt_accel.errors import DataError, translated
+from bbt_accel.files import new_folder
+from bbt_accel.reporting import JSON, now, write_report
+
+
+def read_reports(folders: Iterable[Path]) -> dict[str, CompareReport]:
+    """Folder → its report. Raises OSError, and DataError for a file of another kind and for other test rows."""
+    reports, rows = dict[str, CompareReport](), dict[str, str]()
+    for folder in folders:
+        file = folder / JSON
+        with translated(DataError, f"{file} is not a report of bbt-accel compare"):
+            reports[str(folder)] = found = CompareReport.model_validate_json(file.read_bytes())
+        for score in found.scores:
+            if score.test_rows and rows.setdefault(score.task, score.test_rows) != score.test_rows:
+                raise DataError(f"{folder} has other test rows of {score.task} than the reports before it")
+    return reports
+
+
+def combine(reports: dict[str, CompareReport]) -> CompareReport:
+    """All scores, of equal trials the first, and what was run for each report; without its failures."""
+    scores = dict[tuple[str, Pair], Score]()
+    for report in reports.values():
+        for score in report.scores:
+            scores.setdefault((score.label, score.pair), score)
+    facts = {name: ", ".join(report.facts.values()) for name, report in reports.items()}
+    if len(machines := {report.facts.get("machine") for report in reports.values()}) > 1:
+        facts["seconds"] = f"on {len(machines)} kinds of processors, so to be compared within one report only"
+    return make_report(list(scores.values()), {}, facts | {"date": now()}, reference=None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.combine", description=about)
+    parser.add_argument("reports", type=Path, nargs="+", help="folders that bbt-accel compare wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder for the report")
+    given = parser.parse_args(arguments)
+    with exit_on_error():
+        report = combine(read_reports(given.reports))
+        with new_folder(given.output) as folder:
+            write_report(folder, report, markdown(report), partial(draw, report=report))
+        print_markdown(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
