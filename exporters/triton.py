@@ -94,18 +94,33 @@ def plans(bundle: Bundle, stage: str) -> dict[str, Path]:
     return found
 
 
-def config(graph: onnx.GraphProto, name: str, backend: str, parameters: Mapping[str, str]) -> list[str]:
-    """The lines of config.pbtxt. Rows and candidates are separate axes, so Triton must not batch (size 0)."""
+def config(
+    graph: onnx.GraphProto,
+    name: str,
+    backend: str,
+    parameters: Mapping[str, str],
+    batch: int = 0,
+    label_file: str | None = None,
+) -> list[str]:
+    """The lines of config.pbtxt.
+
+    batch: rows that Triton may put into one call, those of several requests too; the first axis of every tensor is
+    theirs. 0 for a black box, whose rows and candidates are separate axes. label_file: a name of each class a line,
+    for Triton's classification extension.
+    """
     platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[backend]
-    lines = [f"name: {json.dumps(name)}", f'platform: "{platform}"', f'backend: "{backend}"', "max_batch_size: 0"]
-    lines += [*tensors("input", graph.input), *tensors("output", graph.output)]
+    lines = [f"name: {json.dumps(name)}", f'platform: "{platform}"', f'backend: "{backend}"']
+    lines += [f"max_batch_size: {batch}", *(["dynamic_batching { }"] if batch else [])]
+    labels = f' label_filename: "{label_file}"' if label_file else ""
+    lines += [*tensors("input", graph.input, batch), *tensors("output", graph.output, batch, labels)]
     for key, value in parameters.items():
         lines.append(f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}')
     return lines
 
 
-def tensors(kind: str, values: Iterable[onnx.ValueInfoProto]) -> Iterator[str]:
+def tensors(kind: str, values: Iterable[onnx.ValueInfoProto], batch: int, more: str = "") -> Iterator[str]:
     for value in values:
         tensor = value.type.tensor_type
-        dims = ", ".join(str(d.dim_value) if d.HasField("dim_value") else "-1" for d in tensor.shape.dim)
-        yield f'{kind} {{ name: "{value.name}" data_type: {TYPES[tensor.elem_type]} dims: [ {dims} ] }}'
+        sizes = tensor.shape.dim[1:] if batch else tensor.shape.dim  # Triton adds the axis of a batch itself
+        dims = ", ".join(str(d.dim_value) if d.HasField("dim_value") else "-1" for d in sizes)
+        yield f'{kind} {{ name: "{value.name}" data_type: {TYPES[tensor.elem_type]} dims: [ {dims} ]{more} }}'

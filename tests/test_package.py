@@ -480,10 +480,24 @@ def test_a_triton_repository(made: MakeRun, tmp_path: Path) -> None:
     run = made()
     folder, info = package(run, tmp_path, format="triton")
     assert info.model == "mood/1/model.onnx"
-    config = (folder / "mood" / "config.pbtxt").read_text(encoding="utf-8")
-    assert 'input { name: "input_ids" data_type: TYPE_INT64 dims: [ -1, -1 ] }' in config
-    assert 'output { name: "logits" data_type: TYPE_FP32 dims: [ -1, 2 ] }' in config
+    config = (folder / "mood" / "config.pbtxt").read_text(encoding="utf-8").splitlines()
+    assert {"max_batch_size: 64", "dynamic_batching { }"} <= set(config), "the axis of the rows is that of a batch"
+    assert 'input { name: "input_ids" data_type: TYPE_INT64 dims: [ -1 ] }' in config
+    assert 'output { name: "logits" data_type: TYPE_FP32 dims: [ 2 ] label_filename: "labels.txt" }' in config
+    assert (folder / "mood" / "labels.txt").read_text(encoding="utf-8").splitlines() == info.labels
+    assert "N up to 64;" in (folder / "README.md").read_text(encoding="utf-8")
     agrees(run, folder, info, TEXTS)
+
+
+def test_tritons_own_reader_takes_the_configuration_of_a_package(made: MakeRun, tmp_path: Path) -> None:
+    pytest.importorskip("tritonclient.grpc", reason="tritonclient and grpcio are not installed", exc_type=ImportError)
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as model_config
+
+    folder, _ = package(made(), tmp_path, format="triton")
+    found = text_format.Parse((folder / "mood" / "config.pbtxt").read_text(), model_config.ModelConfig())
+    assert found.HasField("dynamic_batching")
+    assert (found.max_batch_size, found.output[0].label_filename) == (64, "labels.txt")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,10 @@ from bbt_accel.packaging.openvino_model import open_openvino, write_openvino
 from bbt_accel.packaging.packaged_run import PackagedRun
 from bbt_accel.packaging.tokenizer import configuration
 from bbt_accel.packaging.web_page import add_libraries, write_page
+
+TRITON_ROWS = 64
+"""Rows that Triton may put into one call of a classifier; it refuses requests of more."""
+LABELS = "labels.txt"
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,10 @@ def write_triton(made: PackagedRun, labels: list[str], folder: Path) -> str:
         file = files.rename(file) / "model.onnx"
     # Without the digest: an int8 bundle that is made for a package is not kept.
     facts = {key: value for key, value in bundle_facts(made.bundle).items() if key != DIGEST}
-    lines = triton_config(graph, name, "onnxruntime", facts | {"labels": json.dumps(labels)})
+    lines = triton_config(graph, name, "onnxruntime", facts, TRITON_ROWS, LABELS)
     (folder / name / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    names = (" ".join(label.split()) for label in labels)
+    (folder / name / LABELS).write_text("\n".join(names) + "\n", encoding="utf-8")
     return file.relative_to(folder).as_posix()
 
 
@@ -155,12 +160,14 @@ the adapter's vectors, so its text is tokenized without special tokens. `readout
 vocabulary ids of the label words, the class of each, of which the mean logit is the class's score, and the bias of the
 classes, if they have one."""
 
-TRITON_USAGE = """Triton Inference Server takes this folder as its model repository:
+TRITON_USAGE = f"""Triton Inference Server takes this folder as its model repository:
 ```
 tritonserver --model-repository .
 ```
-The model `{task}` runs in the onnxruntime backend: inputs `input_ids` and `attention_mask`, int64 (N, S), of
-`tokenizer.json`; output `logits` (N, C); their softmax gives the probabilities. Clients tokenize."""
+The model `{{task}}` runs in the onnxruntime backend: inputs `input_ids` and `attention_mask`, int64 (N, S), of
+`tokenizer.json`, N up to {TRITON_ROWS}; output `logits` (N, C); their softmax gives the probabilities. Clients
+tokenize. A request with the parameter `classification` gets the names of the labels (`{{task}}/labels.txt`). Triton
+batches requests of equal S: pad to a few lengths (`pad_to_multiple_of`) so that it can."""
 
 WEB_USAGE = """Serve the folder with any web server and open it in a browser:
 ```
