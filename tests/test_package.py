@@ -511,6 +511,9 @@ def test_an_adapter_for_peft(made: MakeRun, tmp_path: Path, name: str, options: 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "PROMPT_TUNING"
     assert config["num_virtual_tokens"] >= 3
+    front = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
+    assert "base_model_relation: adapter\n" in front, "the hub lists it under its backbone, with PEFT's snippet"
+    assert "library_name: peft\n" in front
     assert info.comparison.largest_error < 1e-5
     assert check_package(folder, threads=1) == info
 

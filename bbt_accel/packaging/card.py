@@ -18,8 +18,8 @@ TEMPLATE = """---
 ---
 # {task} with {backbone}
 
-A classifier that bbt-accel {version} made of a frozen language model: its input gets a soft prompt, which was searched
-for with forward passes alone, and a template; a readout turns what the model returns into the logits of the classes.
+A classifier that bbt-accel {version} made of a frozen language model, by forward passes alone: its input gets a soft
+prompt and a template, and a readout turns what the model returns into the logits of the classes.
 
 | | |
 |---|---|
@@ -40,8 +40,13 @@ def model_card(info: PackageInfo, run: RunInfo, usage: str, folder: Path) -> str
     from huggingface_hub import ModelCardData
 
     licence, name, base = b.license, backbone_name(b.backbone), hub_id(b.backbone, b.revision)
+    adapter = {"library_name": "peft", "base_model_relation": "adapter"} if info.kind == "peft" else {}
     front = ModelCardData(
-        license=licence, base_model=base, pipeline_tag="text-classification", tags=["bbt-accel", "prompt-tuning"]
+        license=licence,
+        base_model=base,
+        pipeline_tag="text-classification",
+        tags=["bbt-accel", "prompt-tuning"],
+        **adapter,
     )
     facts = card_facts(info, run) | {"licence of the backbone": licence or UNKNOWN}
     return TEMPLATE.format(
