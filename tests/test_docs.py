@@ -254,3 +254,27 @@ def test_python_blocks_run_as_printed(
     names: dict[str, Any] = {}
     for block in blocks(PAGES[file], "python"):
         exec(compile(re.sub(r"(budget\W+)\d+", r"\g<1>21", block), file.name, "exec"), names)
+
+
+def test_accuracies_are_those_of_the_recorded_reports() -> None:
+    from bbt_accel.benchmarks.combine import combine, read_reports
+    from bbt_accel.benchmarks.compare_report import summary
+
+    results = ROOT / "benchmarks" / "results"
+    report = (results / "accuracy" / "report.md").read_text(encoding="utf-8")
+    names = re.findall(r"^- \*\*(compare-.*?):\*\*", report, re.M)
+    recorded = summary(combine(read_reports(results / name for name in names)))
+    assert recorded in report
+    page = section("On the shipped backbone")
+    shown = means(page[page.index("| | calls |") :])
+    assert len(shown) > 10
+    for row in shown:
+        assert row in means(recorded)
+
+
+def means(text: str) -> list[dict[str, str]]:
+    """The rows of the table at the start of a text: task → its score, without the deviation."""
+    header, _, *rows = [line.strip("|").split("|") for line in text.split("\n\n")[0].splitlines()]
+    tasks = [name.split()[0] if name.strip() else "" for name in header]
+    found = [{task: cell.split()[0] for task, cell in zip(tasks, row, strict=True) if cell.strip()} for row in rows]
+    return [{task: row[task] for task in tasks if task in {*task_names(), "mean"}} for row in found]
