@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bbt_accel.benchmarks.combine import combine, read_reports
+from bbt_accel.benchmarks.compare_report import by_label, mean_of_tasks
 from bbt_accel.report_page import themed
 from bbt_accel.reporting import BLUE, GREEN, GREY, ORANGE, RED, figure, tidy
 
@@ -37,22 +39,27 @@ def draw_speed(axes: Any) -> None:
 
 
 def draw_accuracy(axes: Any) -> None:
-    """Mean test accuracy over forward passes of the train rows, on four tasks."""
-    scores: dict[tuple[str, int | None], list[dict[str, Any]]] = defaultdict(list)
-    for score in read("compare-four-tasks")["scores"]:
-        scores[score["contender"], score["budget"]].append(score)
+    """Mean test score over forward passes of the train rows, on all tasks."""
+    combined = (RESULTS / "accuracy" / "report.md").read_text(encoding="utf-8")
+    names = re.findall(r"^- \*\*(compare-.*?):\*\*", combined, re.M)
+    scores = combine(read_reports(RESULTS / name for name in names)).scores
+    tasks = list(dict.fromkeys(score.task for score in scores))
     styles = {
-        "without a prompt": (GREY, "s"), "batch calibration": (ORANGE, "D"), "ensemble": (GREEN, "^"),
-        "bbt": (RED, "o"), "auto": (BLUE, "o"),
+        "without a prompt": (GREY, "s"), "batch calibration": (ORANGE, "D"), "bbt": (RED, "o"), "auto": (BLUE, "o"),
+        "ensemble": (GREEN, "^"),
     }  # fmt: skip
-    names = {"batch calibration": "label bias removed", "ensemble": "readout fitted (ensemble)", "bbt": "BBT"}
+    shown = {"batch calibration": "label bias removed", "ensemble": "readout fitted (ensemble)", "bbt": "BBT"}
     for contender, (colour, marker) in styles.items():
-        found = [own for (name, _), own in scores.items() if name == contender]
-        points = sorted((fmean(s["calls"] for s in own), 100 * fmean(s["score"] for s in own)) for own in found)
+        points = []
+        for own in by_label([score for score in scores if score.contender == contender]).values():
+            mean = mean_of_tasks(own, tasks)
+            assert mean is not None
+            points.append((max(1, fmean(score.calls for score in own)), 100 * mean))
         line = {"marker": marker, "color": colour, "markersize": 7, "linewidth": 1.5 if len(points) > 1 else 0}
-        axes.plot(*zip(*points, strict=True), label=names.get(contender, contender), **line)
-    axes.set(xlabel="forward passes", ylabel="test accuracy, %", ylim=(0, 100))
-    axes.set_title("Four tasks, 32 labelled rows per class, 5 seeds", fontsize=11, loc="left")
+        axes.plot(*zip(*points, strict=True), label=shown.get(contender, contender), **line)
+    axes.set(xlabel="forward passes (none is shown as one)", ylabel="test score, %", ylim=(0, 100), xscale="log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title("Mean over seven tasks and five seeds", fontsize=11, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     tidy(axes)
 
