@@ -8,6 +8,7 @@ All reports must have the same test rows. Where several have a contender with th
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from bbt_accel.benchmarks.compare_report import CompareReport, Pair, Score, draw
 from bbt_accel.command import exit_on_error, print_markdown
 from bbt_accel.errors import DataError, translated
 from bbt_accel.files import new_folder
-from bbt_accel.reporting import JSON, now, write_report
+from bbt_accel.reporting import JSON, TABLE, now, write_report
 
 
 def read_reports(folders: Iterable[Path]) -> dict[str, CompareReport]:
@@ -42,6 +43,12 @@ def combine(reports: dict[str, CompareReport]) -> CompareReport:
     if len(machines := {report.facts.get("machine") for report in reports.values()}) > 1:
         facts["seconds"] = f"on {len(machines)} kinds of processors, so to be compared within one report only"
     return make_report(list(scores.values()), {}, facts | {"date": now()}, reference=None)
+
+
+def combined_again(folder: Path) -> CompareReport:
+    """What a combined report says, from the reports that it lists, which are folders beside it."""
+    listed = re.findall(r"^- \*\*(.+?):\*\* bbt-accel compare", (folder / TABLE).read_text(encoding="utf-8"), re.M)
+    return combine(read_reports(folder.parent / name for name in listed))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -200,6 +200,7 @@ class CompareTrial:
         self.objective = Objective("ce", self.task.metric, self.task.class_shares)
         folder = None if data is None else Path(data)
         self.test = steps.compared_rows(self.task, folder, options.test_rows)
+        self.test_digest = rows_digest(self.test)
         self.settings = resolve(self.task.preset("bbt"), {"k_shot": options.k_shot, "seed": seed})
         self.train, self.dev = load_few_shot(self.task, folder, self.settings)
 
@@ -289,5 +290,5 @@ class CompareTrial:
         return Score(
             contender=name, task=self.task.name, metric=self.task.metric, seed=self.seed, budget=budget, calls=calls,
             score=float(metric[0]), seconds=seconds, peak_mib=steps.peak_mib(), chosen=chosen,
-            test_rows=rows_digest(self.test),
+            test_rows=self.test_digest,
         )  # fmt: skip

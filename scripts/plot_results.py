@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bbt_accel.benchmarks.combine import combine, read_reports
+from bbt_accel.benchmarks.combine import combined_again
 from bbt_accel.benchmarks.compare_report import by_label, mean_of_tasks
 from bbt_accel.report_page import themed
 from bbt_accel.reporting import BLUE, GREEN, GREY, ORANGE, RED, figure, tidy
@@ -40,9 +39,7 @@ def draw_speed(axes: Any) -> None:
 
 def draw_accuracy(axes: Any) -> None:
     """Mean test score over forward passes of the train rows, on all tasks."""
-    combined = (RESULTS / "accuracy" / "report.md").read_text(encoding="utf-8")
-    names = re.findall(r"^- \*\*(compare-.*?):\*\*", combined, re.M)
-    scores = combine(read_reports(RESULTS / name for name in names)).scores
+    scores = combined_again(RESULTS / "accuracy").scores
     tasks = list(dict.fromkeys(score.task for score in scores))
     styles = {
         "without a prompt": (GREY, "s"), "batch calibration": (ORANGE, "D"), "bbt": (RED, "o"), "auto": (BLUE, "o"),
@@ -57,7 +54,7 @@ def draw_accuracy(axes: Any) -> None:
             points.append((max(1, fmean(score.calls for score in own)), 100 * mean))
         line = {"marker": marker, "color": colour, "markersize": 7, "linewidth": 1.5 if len(points) > 1 else 0}
         axes.plot(*zip(*points, strict=True), label=shown.get(contender, contender), **line)
-    axes.set(xlabel="forward passes (none is shown as one)", ylabel="test score, %", ylim=(0, 100), xscale="log")
+    axes.set(xlabel="forward passes (0 is drawn at 1)", ylabel="test score, %", ylim=(0, 100), xscale="log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title("Mean over seven tasks and five seeds", fontsize=11, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="lower right")

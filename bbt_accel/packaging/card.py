@@ -18,8 +18,8 @@ TEMPLATE = """---
 ---
 # {task} with {backbone}
 
-A classifier that bbt-accel {version} made of a frozen language model, by forward passes alone: its input gets a soft
-prompt and a template, and a readout turns what the model returns into the logits of the classes.
+A classifier that bbt-accel {version} made from a frozen language model, with forward passes alone: its input gets a
+soft prompt and a template, and a readout turns what the model returns into the logits of the classes.
 
 | | |
 |---|---|
