@@ -16,7 +16,7 @@ import numpy as np
 from bbt_accel import __version__
 from bbt_accel.backbone_names import backbone_digest
 from bbt_accel.benchmarks import steps
-from bbt_accel.benchmarks.compare_report import CompareReport, Score, draw, make_report, markdown
+from bbt_accel.benchmarks.compare_report import ENSEMBLE, CompareReport, Score, draw, make_report, markdown
 from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_contender
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, rows_digest
@@ -254,7 +254,7 @@ class CompareTrial:
             calls, seconds = found.calls, loading + found.seconds
             scores.append(self.measured(contender, calls, found.scores, seconds, budget=calls))
             fitted, seconds = found.ensemble, seconds + found.fitting
-            scores.append(self.measured(f"{contender}, ensemble", calls + 1, fitted, seconds, budget=calls))
+            scores.append(self.measured(f"{contender}{ENSEMBLE}", calls + 1, fitted, seconds, budget=calls))
         return scores
 
     def tune(

@@ -33,6 +33,9 @@ PAIRS = "Points, over pairs of the same task and seed; the intervals are of the 
 """What the tables of differences show."""
 NARROW = 5
 """Points that the vertical axis of a plot covers at least."""
+MARKERS = "osD^vPX*"
+ENSEMBLE = ", ensemble"
+"""Ends the name of a trained contender that is read by a fitted ensemble instead of the label words."""
 
 
 class Score(Schema):
@@ -207,9 +210,8 @@ def draw(file: Path, report: CompareReport) -> None:
         value = f"{label}: {percent(score, 1)} %, calls {digits(calls)}"
         lines.setdefault(own[0].contender, []).append((max(1.0, calls), 100 * score, value))
     with figure(file, 9, 5.2) as (drawn, axes):
-        for number, (name, points) in enumerate(lines.items()):
-            style = {"color": PALETTE[number % len(PALETTE)], "marker": "osD^vPX*"[number // len(PALETTE) % 8]}
-            x, y, values = zip(*sorted(points), strict=True)
+        for name, style in styles({name: len(points) for name, points in lines.items()}).items():
+            x, y, values = zip(*sorted(lines[name]), strict=True)
             (line,) = axes.plot(x, y, label=name, linewidth=1.4 if len(x) > 1 else 0, markersize=6, **style)
             hover(line, values)
         axes.set_xscale("log")
@@ -225,3 +227,18 @@ def draw(file: Path, report: CompareReport) -> None:
         axes.set_title("Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left")
         tidy(axes)
         drawn.legend(fontsize=9, loc="outside right upper", frameon=False)
+
+
+def styles(counts: Mapping[str, int]) -> dict[str, dict[str, str]]:
+    """How matplotlib draws each contender: curves first, in distinct colours; an ensemble as what it reads, dashed.
+
+    counts: contender → its points.
+    """
+    order = sorted(counts, key=lambda name: counts[name] == 1)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(n.removesuffix(ENSEMBLE) for n in order))}
+    found = dict[str, dict[str, str]]()
+    for name in order:
+        mark, colour = divmod(numbers[name.removesuffix(ENSEMBLE)], len(PALETTE))
+        line = "--" if name.endswith(ENSEMBLE) else "-"
+        found[name] = {"color": PALETTE[colour], "marker": MARKERS[mark % len(MARKERS)], "linestyle": line}
+    return found

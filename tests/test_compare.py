@@ -24,6 +24,7 @@ from bbt_accel.benchmarks.compare_report import (
     interval,
     make_report,
     markdown,
+    styles,
     summary,
 )
 from bbt_accel.benchmarks.options import CompareOptions, parse_contender
@@ -177,6 +178,15 @@ def test_a_report_of_one_contender_has_no_differences() -> None:
     one = [score("auto", "a", 0, 0.5, 64)]
     assert "## Differences" in markdown(make_report([*one, score("bbt", "a", 0, 0.5, 64)], {}, {}))
     assert "## Differences" not in markdown(make_report(one, {}, {}))
+
+
+def test_curves_have_distinct_colours_and_an_ensemble_that_of_what_it_reads() -> None:
+    found = styles({"auto": 3, "words": 1, "states": 1, "ensemble": 1, "lora": 2, "lora, ensemble": 2, "bbt": 2})
+    assert list(found) == ["auto", "lora", "lora, ensemble", "bbt", "words", "states", "ensemble"]
+    assert len({style["color"] for style in found.values()}) == 6
+    assert found["lora, ensemble"] == found["lora"] | {"linestyle": "--"}
+    many = styles({str(i): 1 for i in range(30)}).values()
+    assert len({tuple(style.values()) for style in many}) == 30
 
 
 def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
