@@ -33,6 +33,9 @@ TASKS = {
     "sst2": "Decide whether the sentiment of each sentence is negative or positive.\n",
     "dbpedia": "Classify each article by its category.\n",
     "yelpp": "Decide whether the sentiment of each review is negative or positive.\n",
+    "demo": "Classify each news article by its topic: sports, business, technology or health.\n",
+    "mrpc": "Decide whether the two sentences have the same meaning.\n",
+    "rte": "Decide whether the second sentence follows from the first.\n",
 }
 """Task → the instruction that the prompt starts from."""
 TEST_SEED = 0
