@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 
 from bbt_accel import Bundle, Objective, export_bundle, load_engine, load_task, tune
+from bbt_accel.command import exit_on_error
 from bbt_accel.data import load_rows
 from bbt_accel.encoding import Encoder
+from bbt_accel.errors import check_known
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.files import write_atomically
 from bbt_accel.inference import evaluate, scores_before
 from bbt_accel.machine import describe_machine
 from bbt_accel.reporting import markdown_table
 from bbt_accel.settings import resolve
-from bbt_accel.splits import choose_demonstrations, load_few_shot
+from bbt_accel.splits import check_rows, choose_demonstrations, load_few_shot
 
 TASKS = {
     "agnews": "Classify each news article by its topic: World, Sports, Business or Tech.\n",
@@ -128,7 +130,11 @@ def main() -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.get("options") != decisive:
             parser.error(f"{file} is of {found.get('options')}; choose another -o")
-    for task, seed in ((task, int(seed)) for task in given.tasks.split(",") for seed in given.seeds.split(",")):
+    tasks = split(given.tasks)
+    for task in tasks:  # fail before a bundle is made, which takes minutes
+        check_known("task", task, TASKS)
+        check_rows(load_task(task), given.data / task, resolve())
+    for task, seed in ((task, int(seed)) for task in tasks for seed in given.seeds.split(",")):
         shown = [int(count) for count in split(given.demonstrations)]
         wanted: list[Any] = [(f"{k} demonstrations" if k else "instruction", zero_shot, (k,)) for k in shown]
         searches = (("auto", "bbt", "auto"), ("BBT", "bbt", "verbalizer"), ("BBTv2", "bbtv2", "verbalizer"))
@@ -176,4 +182,5 @@ def percent(scores: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()
