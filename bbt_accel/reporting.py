@@ -23,6 +23,7 @@ JSON, TABLE, PLOT, PAGE = "report.json", "report.md", "report.png", "report.html
 METRICS = {"accuracy": "accuracy", "f1": "F1"}  # as they are written
 GREY, BLUE, ORANGE, RED, GREEN = "#7f7f7f", "#0072b2", "#e69f00", "#d55e00", "#009e73"
 PALETTE = (BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000")  # Okabe and Ito: distinct to the colour-blind
+MARKERS = "oDs^vPX*"
 
 
 class Schema(BaseModel):

@@ -43,6 +43,7 @@ def read_table(file: Path) -> Table:
     """
     if file.suffix.lower() not in READERS:
         raise DataError(f"{file} is none of {', '.join(READERS)}; convert it")
+    csv.field_size_limit(2**31 - 1)  # of the process; a long text is no error
     try:
         return READERS[file.suffix.lower()](file)
     except (DataError, MissingDependency):
@@ -126,7 +127,6 @@ def _read_tsv(file: Path) -> Table:
 
 def _separated(file: Path, text: str, encoding: str, separator: str, quoting: Any = csv.QUOTE_MINIMAL) -> Table:
     # Not pyarrow: every column is text, so that "1984" and "NA" remain texts.
-    csv.field_size_limit(2**31 - 1)  # a long text is no error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]  # no option can name a space in front
     _distinct(reader.fieldnames, file)

@@ -12,6 +12,7 @@ from scipy.stats import t
 
 from bbt_accel.report_page import hover
 from bbt_accel.reporting import (
+    MARKERS,
     PALETTE,
     PLOT,
     Schema,
@@ -33,7 +34,6 @@ PAIRS = "Points, over pairs of the same task and seed; the intervals are of the 
 """What the tables of differences show."""
 NARROW = 5
 """Points that the vertical axis of a plot covers at least."""
-MARKERS = "osD^vPX*"
 ENSEMBLE = ", ensemble"
 """Ends the name of a trained contender that is read by a fitted ensemble instead of the label words."""
 

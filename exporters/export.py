@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from bbt_accel import processes
-from bbt_accel.backbone_names import is_local
+from bbt_accel.backbone_names import hub_id, is_local
 from bbt_accel.bundle import INITIAL_PROMPT, Bundle, BundleInfo, Method, PromptMode, SpecialTokens, write_info
 from bbt_accel.demo import BACKBONE
 from bbt_accel.errors import EngineError, ExportError, UsageError, check_known, first_line, translated
@@ -53,7 +53,7 @@ def export_bundle(
     """Export a hub id, a local folder, a .gguf file or `demo` into a new bundle folder, and validate it.
 
     method: bbt for a prompt at the input, bbtv2 for one in every layer. prompt_mode: add, to the embeddings of the
-        first tokens; cat, in front of the input (bbt alone). revision: commit, tag or branch on the hub.
+        first tokens; cat, in front of the input (bbt alone). revision: commit, tag or branch of a hub id.
     prompt_init: a text that the prompt starts from, or a task's .toml file whose [prompt] init has it; its tokens
         determine n_prompt_tokens. In cat mode p0 is their embeddings; in add mode the prompt is added to them.
     without: optimizations that the graphs leave out, for an ablation, by the names in `bbt_accel.optimizations`.
@@ -62,6 +62,8 @@ def export_bundle(
     no LM head, or whose graphs differ from eager PyTorch by more than `TOLERANCE`, BbtError for an output that exists.
     """
     check_arguments(method, prompt_mode, n_prompt_tokens)
+    if revision is not None and hub_id(str(backbone), revision) is None:
+        raise UsageError(f"--revision is for a checkpoint on the hub, which {backbone} is not")
     off = in_graph(check_optimizations(without))
     if others := [name for name in without if name not in off]:
         raise UsageError(f"{others[0]} is not part of the graphs: switch it off where they run, in tune and bench")

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 
 from bbt_accel.errors import ExportError, MissingDependency, first_line
 from bbt_accel.exporters.checkpoint import check_config, check_shards
@@ -37,11 +38,14 @@ def place(checkpoint: str | Path, revision: str | None = None) -> tuple[str, dic
 def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
     """The configuration of a hub id, a local folder or a GGUF file.
 
-    Raises ExportError if there is none, or of another family; MissingDependency for a GGUF file without gguf.
+    Raises ExportError if there is none, if it is of another family, or beside an adapter, which transformers would load
+    into the model, from a pickle, too; MissingDependency for a GGUF file without gguf.
     """
     families()  # installed packages register their configurations with transformers
     where, options = place(checkpoint, revision)
     check_shards(Path(where))
+    if find_adapter_config_file(where, revision=options.get("revision")) is not None:
+        raise ExportError(f"{checkpoint} has an adapter (adapter_config.json); export the model it is merged into")
     try:
         config = AutoConfig.from_pretrained(where, **options)
     except Exception as error:  # of a damaged file, any

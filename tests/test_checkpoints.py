@@ -91,6 +91,11 @@ def test_an_index_that_names_files_elsewhere_is_refused(checkpoint: Path, shard:
     refused(checkpoint, "which is not a file of its folder")
 
 
+def test_an_adapter_is_neither_loaded_nor_left_out(checkpoint: Path) -> None:
+    (checkpoint / "adapter_config.json").write_text("{}")
+    refused(checkpoint, "export the model it is merged into")
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"weight_map": []}', "[" * 100_000])
 def test_an_index_that_is_none_is_refused(checkpoint: Path, content: str) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(content)

@@ -346,6 +346,7 @@ def test_an_existing_output_is_left_alone(refuse: Refuse, checkpoint: Path, tmp_
         ({"method": "bbtv3"}, "did you mean bbtv2?"),
         ({"prompt_mode": "prefix"}, "choose from add, cat"),
         ({"n_prompt_tokens": 0}, "at least 1"),
+        ({"revision": "main"}, "for a checkpoint on the hub"),
         ({"n_prompt_tokens": POSITIONS}, "no room"),
         ({"n_prompt_tokens": POSITIONS + 100, "prompt_mode": "cat"}, "no room"),
     ],

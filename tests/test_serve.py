@@ -412,6 +412,15 @@ def test_a_long_text_among_numbers_is_refused_at_once(client: TestClient) -> Non
     tracemalloc.stop()
 
 
+def test_many_malformed_parameters_are_refused_at_once(client: TestClient) -> None:
+    """A list of all their problems would have a hundred times the size of the body."""
+    body = json.dumps({"inputs": [], "parameters": dict.fromkeys(map(str, range(20_000)))}).encode()
+    tracemalloc.start()
+    refused(client.post(INFER, content=body), 400, "more than 64 parameters")
+    assert tracemalloc.get_traced_memory()[1] < 40 * len(body)
+    tracemalloc.stop()
+
+
 def compressed(encoding: str, body: bytes) -> bytes:
     return gzip.compress(body) if encoding == "gzip" else zlib.compress(body)
 

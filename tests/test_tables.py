@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import zipfile
@@ -33,6 +34,15 @@ def test_separator_and_encoding_of_a_csv_file_are_detected(
     tmp_path: Path, separator: str, encoding: str, found: str
 ) -> None:
     assert read_table(written(tmp_path / "t.csv", separator, encoding)) == Table(ROWS, found, separator)
+
+
+def test_a_long_text_hides_no_separator(tmp_path: Path) -> None:
+    before = csv.field_size_limit(131_072)  # Python's own
+    try:
+        (tmp_path / "t.csv").write_text(f"review;stars\n{'good, ' * 30_000};5\n")
+        assert read_table(tmp_path / "t.csv").records == [{"review": "good, " * 30_000, "stars": "5"}]
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_a_long_cyrillic_text_is_recognized(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from bbt_accel.batch import shape_fits
 from bbt_accel.errors import RequestError, clipped, first_problem
@@ -74,9 +74,16 @@ class _Input(_Output):
     data: list[Any] | None = None
 
 
+def _few(parameters: object) -> object:
+    """Before their values are validated: pydantic lists every problem of all values, before it counts them."""
+    if isinstance(parameters, dict) and len(parameters) > 64:
+        raise ValueError("more than 64 parameters")
+    return parameters
+
+
 class _Request(_Part):
     id: str | None = None
-    parameters: Annotated[dict[str, str | int | float | bool], Field(max_length=64)] = {}
+    parameters: Annotated[dict[str, str | int | float | bool], BeforeValidator(_few)] = {}
     inputs: Annotated[list[_Input], Field(max_length=64)] = []
     outputs: Annotated[list[_Output], Field(max_length=64)] | None = None
 

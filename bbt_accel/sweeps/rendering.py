@@ -8,6 +8,7 @@ from typing import Any
 from bbt_accel.report_page import hover
 from bbt_accel.reporting import (
     GREY,
+    MARKERS,
     PALETTE,
     PLOT,
     figure,
@@ -21,7 +22,6 @@ from bbt_accel.reporting import (
 from bbt_accel.sweeps.report import CrossEvaluation, ScoreCell, SweepReport, SweepRow
 
 METHODS = {"bbt": "BBT", "bbtv2": "BBTv2"}
-MARKERS = "oDs^vPX"
 STYLES = ("-", "--", ":", "-.")  # of tasks
 
 
