@@ -6,8 +6,8 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -80,11 +80,10 @@ def optimize_bundle(
     if bundle.info.target != "onnx":
         raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
     rows = TaskRows(bundle, calibrate, data)
-    job = OptimizeJob(
-        bundle, converter, precision, rows.calibration(), calibration_prompts(bundle), max_rmse, on_progress
-    )
     refused = translated(BundleError, f"{source} cannot be optimized")
-    with new_folder(output) as folder, limited_threads(threads), refused:
+    with new_folder(output) as folder, limited_threads(threads), without_links(bundle) as bundle, refused:
+        batch, prompts = rows.calibration(), calibration_prompts(bundle)
+        job = OptimizeJob(bundle, converter, precision, batch, prompts, max_rmse, on_progress)
         if (bundle.path / INITIAL_PROMPT).exists():
             shutil.copyfile(bundle.path / INITIAL_PROMPT, folder / INITIAL_PROMPT)
         report, logits = converter.convert(job, folder) or to_graphs(job, folder)
@@ -98,6 +97,16 @@ def optimize_bundle(
         report |= {"calibrated_on": rows.source, "bytes_before": bundle.size, "bytes": made.size}
         write_info(folder, info.model_copy(update={"optimization": report}))
     return Bundle.read(output, verify=False)
+
+
+@contextmanager
+def without_links(bundle: Bundle) -> Iterator[Bundle]:
+    """The bundle, or a temporary copy of one whose files are links, as in the hub's cache: converters follow none."""
+    if not any(file.is_symlink() for file in bundle.path.rglob("*")):
+        yield bundle
+        return
+    with tempfile.TemporaryDirectory(prefix="bbt-accel-") as folder:
+        yield Bundle(Path(shutil.copytree(bundle.path, folder, dirs_exist_ok=True)), bundle.info)
 
 
 def check(source: Path, output: Path, precision: str, target: str, max_rmse: float) -> None:

@@ -12,16 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from bbt_accel.bundle import PLANS, Bundle
 from bbt_accel.errors import BbtError, BundleError, UsageError, translated
+from bbt_accel.exporters.graph import SMALL, from_proto
 from bbt_accel.files import new_folder
 from bbt_accel.inference_protocol import bundle_facts, stage_model
 
 TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
 """Of a stage's inputs and outputs, which stay fp32 in every precision."""
 BACKENDS = {"onnx": "onnxruntime", "ort": "onnxruntime", "trt": "tensorrt"}  # a bundle's target → its backend
-SMALL = 1024  # bytes up to which a tensor stays inside the graph
 
 
 def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None) -> list[str]:
@@ -74,11 +75,8 @@ def write_model(bundle: Bundle, stage: str, name: str, target: Path) -> None:
     # A model of more than one file is a folder of that name (Triton's user guide, "ONNX Models").
     files = target / "1" / "model.onnx"
     files.mkdir()
-    onnx.load_external_data_for_model(graph, str(bundle.path))
-    weights = {"save_as_external_data": True, "location": "weights.data", "size_threshold": SMALL}
-    onnx.save_model(graph, files / "model.onnx", **weights)
-    for file in files.iterdir():
-        file.chmod(0o644)  # onnx makes weights readable for the owner alone; Triton often runs as another user
+    model = from_proto(graph, bundle.path)
+    ir.save(model, files / "model.onnx", external_data="weights.data", size_threshold_bytes=SMALL)
 
 
 def plans(bundle: Bundle, stage: str) -> dict[str, Path]:

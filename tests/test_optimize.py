@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tiny_bundles import linked
 
 from bbt_accel import engine_specs
 from bbt_accel.batch import Batch
@@ -72,6 +73,22 @@ def test_an_optimized_bundle_gives_nearly_the_same_logits(
     for stage in made.info.stages:
         graph = onnx.load(made.path / f"{stage}.onnx", load_external_data=False).graph
         assert not [node.name for node in graph.node if node.op_type == "Softmax"], "attention is not fused"
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"), [("ort", "fp32"), ("ort", "int8"), ("openvino", "fp32"), ("torch", "bf16")]
+)
+def test_a_bundle_of_links_as_in_the_cache_of_the_hub(
+    tiny: Tiny, tmp_path: Path, target: str, precision: Precision
+) -> None:
+    source = tiny("roberta", "bbt", "add")
+    given = linked(source, tmp_path)
+    made, wanted = (
+        optimize_bundle(bundle.path, tmp_path / name, precision=precision, target=target)
+        for name, bundle in (("made", given), ("wanted", source))
+    )
+    prompts = prompts_for(source)
+    np.testing.assert_array_equal(logits(made, prompts), logits(wanted, prompts))
 
 
 @pytest.mark.parametrize("variant", FAMILIES, ids="-".join)

@@ -20,6 +20,7 @@ from conftest import Export
 pytest.importorskip("torch")
 
 from package_parts import TEXTS, Foreign, tuned
+from tiny_bundles import linked
 
 from bbt_accel.bundle import Bundle
 from bbt_accel.cli import main
@@ -246,13 +247,8 @@ def test_weights_that_one_file_cannot_hold_are_beside_it(
 
 def test_a_bundle_of_links_as_in_the_cache_of_the_hub_is_packaged(made: MakeRun, tmp_path: Path) -> None:
     run = made()
-    bundle, blobs = tmp_path / "snapshot", tmp_path / "blobs"
-    shutil.copytree(run.open_bundle().path, bundle)
-    blobs.mkdir()
-    for number, file in enumerate(sorted(bundle.iterdir())):
-        file.rename(blobs / str(number))
-        file.symlink_to(Path("..", "blobs", str(number)))
-    folder, info = package(run, tmp_path / "onnx", bundle=bundle)
+    bundle = linked(run.open_bundle(), tmp_path)
+    folder, info = package(run, tmp_path / "onnx", bundle=bundle.path)
     agrees(run, folder, info, TEXTS)
 
 

@@ -24,6 +24,7 @@ from conftest import Export
 from google.protobuf import text_format
 from serving_parts import prompts, rows
 from tiny_backbones import EACH, RELATIVES, marks
+from tiny_bundles import linked
 from tritonclient.grpc import model_config_pb2 as model_config
 
 from bbt_accel import load_engine
@@ -126,6 +127,17 @@ def test_an_optimized_bundle(tiny: Export, tmp_path: Path) -> None:
         wanted = bound.label_logits(population)
     with RepositoryEngine(bundle, tmp_path / "repository", models).bind(rows()) as bound:
         np.testing.assert_allclose(bound.label_logits(population), wanted, atol=1e-5)
+
+
+def test_a_bundle_of_links_as_in_the_cache_of_the_hub(tiny: Export, tmp_path: Path) -> None:
+    bundle = tiny("gpt2", "bbtv2")
+    for name, source in (("bundle", bundle), ("links", linked(bundle, tmp_path))):
+        write_repository(source, tmp_path / name, "model")
+    wanted, found = (
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (tmp_path / "bundle", tmp_path / "links")
+    )
+    assert found == wanted
 
 
 def test_each_model_holds_only_the_weights_that_it_needs(tiny: Export, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,17 @@ def tiny_bundle(
     tokenizer = make(size)
     tokenizer.save(str(folder / "tokenizer.json"))
     return Bundle(folder, bundle_info(family, prompt_mode, n, max_length, size, special))
+
+
+def linked(bundle: Bundle, folder: Path) -> Bundle:
+    """The bundle as the hub's cache has it: every file is a link to one elsewhere, with another name."""
+    snapshot, blobs = folder / "snapshot", folder / "blobs"
+    shutil.copytree(bundle.path, snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("..", "blobs", str(number)))
+    return Bundle.read(snapshot)
 
 
 def bundle_info(
