@@ -461,15 +461,29 @@ def test_nothing_is_replaced(demo: tuple[Run, Path, PackageInfo]) -> None:
     [("bert", "bbt", "add", False), ("gpt2", "bbtv2", "add", False), ("roberta", "bbt", "add", True)],
 )
 def test_openvino(made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, int8: bool) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     run = made(name, method, mode)
     folder, info = package(run, tmp_path, format="openvino", int8=int8)
     assert {"openvino_model.xml", "openvino_model.bin", "config.json", "tokenizer.json"} <= info.sha256.keys()
+    assert in_openvino(folder, info) == pytest.approx(wanted(run, TEXTS + HARD), abs=0.1 if int8 else 1e-5)
+
+
+def in_openvino(folder: Path, info: PackageInfo) -> Any:
+    openvino = pytest.importorskip("openvino")
     foreign = Foreign.__new__(Foreign)
     foreign.read_texts(folder)
     model = openvino.Core().compile_model(folder / info.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = foreign.shares(model(foreign.feeds(TEXTS + HARD))["logits"])
-    assert found == pytest.approx(wanted(run, TEXTS + HARD), abs=0.1 if int8 else 1e-5)
+    return foreign.shares(model(foreign.feeds(TEXTS + HARD))["logits"])
+
+
+def test_openvino_where_the_lm_head_reads_a_state_of_another_width(made: MakeRun, tmp_path: Path) -> None:
+    from bbt_accel.exporters.optimize import optimize_bundle
+
+    pytest.importorskip("openvino")
+    run = made("electra", readout="ensemble")
+    bundle = optimize_bundle(run.open_bundle().path, tmp_path / "bundle", target="openvino").path
+    folder, info = package(run, tmp_path, format="openvino", bundle=bundle)
+    assert in_openvino(folder, info) == pytest.approx(wanted(run, TEXTS + HARD), abs=1e-5)
 
 
 def test_a_triton_repository(made: MakeRun, tmp_path: Path) -> None:

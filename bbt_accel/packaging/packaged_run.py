@@ -54,7 +54,7 @@ class PackagedRun:
         return rows_graph(self.layout, self.info, self.encoder.special)
 
     def back(self) -> onnx.ModelProto:
-        return scores_graph(self.readout, self.info.hidden_size, self.info.opset)
+        return scores_graph(self.readout, self.info.opset)
 
     def stages(self) -> dict[str, Constants]:
         """The stages that depend on the row, in order, and their constant inputs."""

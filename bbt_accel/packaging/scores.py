@@ -14,14 +14,15 @@ EXACT = "float64"
 """Readouts are fitted and applied in float64."""
 
 
-def scores_graph(readout: Readout, hidden_size: int, opset: int) -> onnx.ModelProto:
+def scores_graph(readout: Readout, opset: int) -> onnx.ModelProto:
     """label_logits (1, N, M) and states (1, N, …) → logits (N, C), float32: `Readout.scores`, whose softmax gives the
     probabilities."""
     g = Builder()
     words = len(readout.token_ids) + len(readout.classes)
     inputs = {"label_logits": ("float32", (1, "batch_size", words))}
     if reads_states(readout.name):
-        inputs |= dict.fromkeys(STATES, ("float32", (1, "batch_size", hidden_size)))
+        # Each of its own width: the LM heads of some families read a state of another than hidden_size.
+        inputs |= {name: ("float32", (1, "batch_size", f"{name}_size")) for name in STATES}
     given = {name: g.cast(g.op("Squeeze", name, g.constant([0])), EXACT) for name in inputs}
     blocks = [features(g, readout, given, block) for block in READS[readout.name]]
     found = prototypes(g, readout, *blocks) if readout.name == "prototype" else linear(g, readout, blocks)
