@@ -229,14 +229,19 @@ def test_overwrite_replaces_a_link_to_a_run_and_leaves_that_run(start: Tune, tmp
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
+@pytest.mark.parametrize("readout", ["verbalizer", "calibrated"])
+@pytest.mark.parametrize("at", [1, 3])
 def test_overwrite_keeps_the_former_run_until_the_new_one_is_complete(
-    start: Tune, interrupt: Callable[[int], None]
+    start: Tune, interrupt: Callable[[int], None], at: int, readout: str
 ) -> None:
-    first = start()
-    interrupt(1)
+    first, settings = start(), {**SETTINGS, "seed": 8, "readout": readout}
+    whole = start("whole", settings)
+    interrupt(at)
     with pytest.raises(KeyboardInterrupt):
-        start(settings={**SETTINGS, "seed": 8}, overwrite=True)
+        start(settings=settings, overwrite=True)
     assert Run.read(first.path).info == first.info
+    interrupt(-1)
+    assert prompt_bytes(start(settings=settings, resume=at > 1, overwrite=at == 1)) == prompt_bytes(whole)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def tune(
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is complete.
     resume: continue an interrupted or killed run to the same prompt, bit for bit, or a complete one to a larger budget,
         as if it had been given at first; start one if there is none, and return a complete run as it is.
-    overwrite: replace an existing run once the new one is complete.
+    overwrite: replace an existing run once the new one is complete; an interrupted one, which --resume continues, waits
+        beside it.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
     track: trackers that get every generation, by the names in `callbacks.TRACKERS`.
@@ -263,6 +264,10 @@ def _search(
             info.baselines = _baselines(job, evaluator.dev_logits(start))
             outcome = search(evaluator, bundle, settings, history, observe)
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
+        if outcome.interrupted and workspace.keeps_former(info, history):
+            again = "tune --resume continues the new search" if len(history) else "nothing is saved of the new search"
+            _say(f"{workspace.final} is the former run still; {again}", progress)
+            raise KeyboardInterrupt
     return workspace.finish(info, *found, lambda line: _say(line, progress)), outcome
 
 

@@ -73,6 +73,17 @@ class Workspace:
         if not overwrite and self.folder.exists():
             raise RunError(f"{self.final} is an unfinished run; use --resume to continue it, or --overwrite")
 
+    def keeps_former(self, info: RunInfo, history: History) -> bool:
+        """Whether there is a run that a search which ended early must not replace, because it does not continue it."""
+        if not self._replaced:
+            return False
+        try:
+            former = read_info(self.final)
+        except RunError:  # of an older version
+            return True
+        calls = history.generations[-1].calls if len(history) else 0
+        return bool(former.differences(info)) or calls < former.calls
+
     @contextmanager
     def open(self, info: RunInfo, resume: bool) -> Iterator[History]:
         """The history in the hidden folder: that of the run to resume, else an empty one.
