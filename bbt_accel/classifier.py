@@ -29,9 +29,9 @@ from bbt_accel.hub import fetched
 from bbt_accel.inference import Classifier
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.packaging.manifest import Kind
-from bbt_accel.run import ESTIMATOR, Run, RunInfo, is_run, is_saved_classifier
+from bbt_accel.run import ESTIMATOR, BundleRecord, Run, RunInfo, is_run, is_saved_classifier, write_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
-from bbt_accel.tables import plain
+from bbt_accel.tables import distinct, plain
 from bbt_accel.tuning import tune
 from bbt_accel.tuning.callbacks import Callback
 
@@ -96,28 +96,31 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Fit on texts and their labels.
 
         X: a list of texts, of tuples of texts or of mappings from columns to texts; a column or a table of pandas or
-        pyarrow; a `datasets.Dataset` or a column of one. y: strings or integers.
+        pyarrow; a `datasets.Dataset` or a column of one. Of equal texts the first is used. y: strings or integers.
         Ctrl-C ends the search: the estimator has the best prompt so far, and KeyboardInterrupt is raised, so that a
         grid search does not take it for a result.
-        Raises DataError for rows that are no texts, for a column that is y and for a class with fewer than two rows;
+        Raises DataError for rows that are no texts, for a column that is y and for a class with fewer than two texts;
         what `tune` raises.
         """
         labels, rows = as_labels(y), as_rows(X)
         if len(rows) != len(labels) or not len(rows):
             raise DataError(f"X has {len(rows)} rows, y {len(labels)}; give one label for each text")
-        classes, targets = np.unique(labels, return_inverse=True)
-        fewest = int(np.bincount(targets).min())
-        if len(classes) < 2 or fewest < 2:
-            found = f"{len(classes)} classes, the rarest with {fewest} rows"
-            raise DataError(f"y has {found}; at least two classes of two rows are needed")
         check_columns(rows, labels)
+        classes, targets = np.unique(labels, return_inverse=True)
+        frequencies = np.bincount(targets).tolist()
+        # A copy among the rows to choose by, or in another fold, would be no test of what is fitted.
+        kept = distinct(range(len(rows)), lambda i: tuple(text.strip() for text in rows[i].values()))
+        rows, targets = [rows[i] for i in kept], targets[kept]
+        texts = np.bincount(targets, minlength=len(classes)).tolist()
+        if len(classes) < 2 or min(texts) < 2:
+            found = f"{len(classes)} classes, the rarest with {min(texts)} different texts"
+            raise DataError(f"y has {found}; at least two classes of two texts are needed")
         names = [str(label).strip() for label in classes]
-        counts = dict(zip(names, np.bincount(targets).tolist(), strict=True))
-        settings = self._settings(counts)
+        settings = self._settings(dict(zip(names, texts, strict=True)))
         choice = choose(self.engine, self.precision)
         bundle = self._prepared(choice)
         words = () if self.label_words is None else list(self.label_words)  # of a numpy grid, an array
-        shares = [1 if self.balanced else count for count in counts.values()]
+        shares = [1] * len(names) if self.balanced else frequencies
         task = make_task("classifier", list(rows[0]), LABEL, names, bundle, self.template, words, class_shares=shares)
         place = tempfile.TemporaryDirectory(prefix="bbt-accel-")
         folder = Path(place.name)
@@ -138,7 +141,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def _settings(self, counts: Mapping[str, int]) -> dict[str, object]:
-        """Of the search, checked before anything is exported. counts: rows of each class."""
+        """Of the search, checked before anything is exported. counts: texts of each class."""
         settings: dict[str, object] = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
         settings |= {} if self.k_shot is None else {"k_shot": self.k_shot}
         resolve(settings).check_budget(self.method)
@@ -182,7 +185,22 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         with new_folder(Path(path)) as folder:
             shutil.copytree(self._classifier.engine.bundle.path, folder / "bundle")
             shutil.copytree(self.run_.path, folder / "run")
+            write_info(folder / "run", self._used())
             (folder / ESTIMATOR).write_text(content + "\n", encoding="utf-8")
+
+    def _used(self) -> RunInfo:
+        """run.json with the bundle and the engine that compute here, which may be others than in the search."""
+        info, engine = self.run_.info, self._classifier.engine
+        if engine.bundle.digest == info.bundle.digest:
+            return info
+        used = {"name": engine.name, "device": engine.device, "without": sorted(engine.without), "workers": None}
+        used |= {"url": None, "versions": engine.versions()}
+        return info.model_copy(
+            update={
+                "bundle": BundleRecord.of(engine.bundle, self.run_.path),
+                "engine": info.engine.model_copy(update=used),
+            }
+        )
 
     def package(
         self, path: str | Path, format: Kind = "onnx", *, int8: bool = False, bundle: str | Path | None = None

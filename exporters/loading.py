@@ -44,14 +44,14 @@ def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
     families()  # installed packages register their configurations with transformers
     where, options = place(checkpoint, revision)
     check_shards(Path(where))
-    if find_adapter_config_file(where, revision=options.get("revision")) is not None:
-        raise ExportError(f"{checkpoint} has an adapter (adapter_config.json); export the model it is merged into")
     try:
         config = AutoConfig.from_pretrained(where, **options)
     except Exception as error:  # of a damaged file, any
         raise ExportError(
             f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder, a hub id or a GGUF file"
         ) from None
+    if find_adapter_config_file(where, revision=options.get("revision")) is not None:
+        raise ExportError(f"{checkpoint} has an adapter (adapter_config.json); export the model it is merged into")
     family_of(config)
     check_config(checkpoint, config)
     return config

@@ -19,7 +19,8 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from bbt_accel import Callback, PromptClassifier
+from bbt_accel import Bundle, Callback, PromptClassifier
+from bbt_accel.bundle_cache import cache_folder
 from bbt_accel.classifier import as_json, as_labels, as_rows
 from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, DataError, EngineError, PackageError, RunError
@@ -86,6 +87,28 @@ def test_a_saved_classifier_holds_everything(
         PromptClassifier.load(moved, engine="openvino")
     with pytest.raises(RunError, match="not a saved PromptClassifier"):
         PromptClassifier.load(tmp_path)
+
+
+def test_another_bundle_is_saved_as_the_one_that_computes(
+    fitted: PromptClassifier, rows: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    bundle = Bundle.read(cache_folder("demo", fitted.method, fitted.prompt_mode, fitted.n_prompt_tokens))
+    loaded = PromptClassifier.load(fitted.run_.path, bundle=bundle.path, threads=1)
+    loaded.save(tmp_path / "saved")
+    again = PromptClassifier.load(tmp_path / "saved")
+    assert bundle.digest == again.run_.info.bundle.digest != fitted.run_.info.bundle.digest
+    np.testing.assert_array_equal(again.predict_proba(rows[0][:5]), loaded.predict_proba(rows[0][:5]))
+
+
+def test_copies_of_a_text_are_used_once(rows: tuple[list[str], list[str]]) -> None:
+    X, y = rows[0][:40], rows[1][:40]
+    copies = [i for i, label in enumerate(y) if label == WORDS[0]] * 3
+    options = {"engine": "ort", "precision": "fp32", "budget": 1, "threads": 1, "balanced": True}
+    plain = PromptClassifier("demo", **options).fit(X, y)  # type: ignore[arg-type]
+    more = PromptClassifier("demo", **options).fit([*X, *(f" {X[i]}\n" for i in copies)], [*y, *(y[i] for i in copies)])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(more.predict_proba(X), plain.predict_proba(X))
+    with pytest.raises(DataError, match="the rarest with 1 different texts"):
+        more.fit(["good", "good", "bad", "worse"], [1, 1, 0, 0])
 
 
 def test_it_follows_scikit_learn(fitted: PromptClassifier, rows: tuple[list[str], list[str]]) -> None:
