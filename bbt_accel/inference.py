@@ -171,30 +171,28 @@ def class_scores(engine: Engine, encoder: Encoder, rows: Sequence[Row], run: Run
 
 def scores_before(engine: Engine, encoder: Encoder, rows: Sequence[Row]) -> Float64:
     """Class scores (2, N, C) of N rows before a search: the label words without a prompt, and the same calibrated."""
-    found = outputs(engine, encoder, rows, engine.bundle.start_prompt())
-    return scores_without_search(found["label_logits"], encoder.classes)
+    parts = batches(engine, encoder, rows, engine.bundle.start_prompt())
+    logits = np.concatenate([part["label_logits"] for part in parts])
+    return scores_without_search(logits, encoder.classes)
 
 
 def scores_and_before(engine: Engine, encoder: Encoder, rows: Sequence[Row], run: Run) -> Float64:
     """Class scores (3, N, C) of N rows: of a run, and before its search; by one pass where the run kept no prompt."""
     if not np.array_equal(run.prompt, engine.bundle.start_prompt()):
         return np.stack([class_scores(engine, encoder, rows, run), *scores_before(engine, encoder, rows)])
-    found = outputs(engine, encoder, rows, run.prompt, run.readout)
-    return np.stack([run.readout.scores(found), *scores_without_search(found["label_logits"], encoder.classes)])
-
-
-def outputs(
-    engine: Engine, encoder: Encoder, rows: Sequence[Row], prompt: Float32, readout: Readout | None = None
-) -> dict[str, Float32]:
-    """What a readout, or else the verbalizer, reads of N rows with a prompt, by name, (N, …)."""
-    parts = list(batches(engine, encoder, rows, prompt, readout))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    words = len(encoder.classes)
+    parts = [  # of the states, of which a large test set has gigabytes, only the scores are kept
+        (run.readout.scores(part), part["label_logits"][:, :words].copy())
+        for part in batches(engine, encoder, rows, run.prompt, run.readout)
+    ]
+    scores, logits = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return np.stack([scores, *scores_without_search(logits, encoder.classes)])
 
 
 def batches(
     engine: Engine, encoder: Encoder, rows: Sequence[Row], prompt: Float32, readout: Readout | None = None
 ) -> Iterator[dict[str, Float32]]:
-    """The same, `BATCH_SIZE` rows at a time."""
+    """What a readout, or else the verbalizer, reads of rows with a prompt, by name, for `BATCH_SIZE` rows at a time."""
     for start in range(0, len(rows), BATCH_SIZE):
         batch = encoder.encode(rows[start : start + BATCH_SIZE])
         if readout is not None:

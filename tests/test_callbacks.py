@@ -145,6 +145,26 @@ def test_a_tracker_that_does_not_start_is_one_line(start: Tune, monkeypatch: pyt
         start(track=["mlflow"])
 
 
+def test_a_tracker_that_fails_is_one_line_and_the_search_goes_on_without_it(
+    start: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(Callback):
+        def on_generation(self, generation: Generation) -> None:
+            if generation.generation == 1:
+                raise ConnectionError("no route to host\nmore")
+
+        def close(self) -> None:
+            raise RuntimeError("no route either")
+
+    monkeypatch.setitem(TRACKERS, "mlflow", Gone)
+    with pytest.raises(BbtError, match=r"^--track mlflow failed \(no route to host\); --resume continues"):
+        start(track=["mlflow"])
+    assert start(resume=True).info.status == "done"
+    monkeypatch.setattr(Gone, "on_generation", Callback.on_generation)
+    with pytest.raises(BbtError, match="no route either"):
+        start(track=["mlflow"], overwrite=True)
+
+
 def test_every_tracker_has_an_extra() -> None:
     import tomllib
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,38 @@ TRACKERS: dict[str, Callable[[], Callback]] = {
 }
 
 
+class Tracker(Callback):
+    """A tracker whose errors are one line: its server is first asked when the search starts, and may go away."""
+
+    def __init__(self, name: str, library: Callback) -> None:
+        self._name, self._library = name, library
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each library has its own
+            problem = f"--track {self._name} failed ({first_line(error):.200})"
+            raise BbtError(f"{problem}; --resume continues the search, without it if need be") from error
+
+    def on_start(self, info: RunInfo, folder: Path) -> None:
+        with self._asked():
+            self._library.on_start(info, folder)
+
+    def on_generation(self, generation: Generation) -> None:
+        with self._asked():
+            self._library.on_generation(generation)
+
+    def on_end(self, run: Run) -> None:
+        with self._asked():
+            self._library.on_end(run)
+
+    def close(self) -> None:
+        failed = sys.exc_info()[0] is not None
+        with suppress(BbtError) if failed else nullcontext(), self._asked():  # the error before says more
+            self._library.close()
+
+
 def tracker(name: str) -> Callback:
     """A tracker by name.
 
@@ -222,7 +254,7 @@ def tracker(name: str) -> Callback:
     """
     check_known("tracker", name, TRACKERS, UsageError)
     try:
-        return TRACKERS[name]()
+        return Tracker(name, TRACKERS[name]())
     except ImportError:
         raise MissingDependency(f'{name} is not installed; pip install "bbt-accel[{name}]"') from None
     except Exception as error:  # each library has its own
