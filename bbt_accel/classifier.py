@@ -52,7 +52,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         pairs `text1` and `text2`, of mappings their own names.
     label_words: a word for each class, in the order of `classes_`; the labels themselves unless given.
     k_shot: examples per class to fit on, and as many to choose by; unless given 16, but at most half of a class.
-    balanced: treat all classes as equally frequent; otherwise `predict_proba` expects them as frequent as in y.
+    balanced: treat all classes as equally frequent; otherwise a fitted readout expects them as frequent as in y.
     callbacks, track: as in `tune`; callbacks are not saved.
 
     After `fit`: classes_, the labels in the order of `predict_proba`; run_, the `Run`, with what was tried and scored.

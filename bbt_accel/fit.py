@@ -113,7 +113,7 @@ def fit_file(
     labels, of any kind. template: how a row is written for the backbone, e.g. "{review} It was {mask} ."; label_words:
     one for each label, in their sorted order; taken from the labels unless given. engine, precision: `auto` for what
     `doctor` finds. k_shot: as in `Settings`; unless given its default, but at most a third of a class's rows.
-    balanced: treat all classes as equally frequent; otherwise as frequent as in the file.
+    balanced: treat all classes as equally frequent; otherwise a fitted readout expects them as frequent as in the file.
     overwrite: replace an existing run; otherwise an unfinished or interrupted one is continued, a complete one too if
     the budget is larger, and a complete one of the same search scored again.
     announce: called with the plan before the search.

@@ -32,7 +32,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     popsize: int = Field(default=20, ge=4, description="Candidates per generation, P.")
     budget: Budget = 8000
     sigma: FiniteFloat = Field(default=1.0, gt=0, description="Initial step size of CMA-ES.")
-    alpha: FiniteFloat = Field(default=1.0, gt=0, description="Scale of the random projection.")
+    alpha: FiniteFloat = Field(default=1.0, gt=0, description="Scale of the normal projection.")
     bound: FiniteFloat = Field(default=0.0, ge=0, description="Half width of the box that z is kept in; 0 for none.")
     loss: Loss = Field(default="ce", description="Loss to minimize with --readout verbalizer; every other uses ce.")
     eval_every: int = Field(default=100, ge=1, description="API calls between two evaluations on the dev set.")

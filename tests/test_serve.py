@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ from bbt_accel.inference import predict
 from bbt_accel.population import Population
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
-from bbt_accel.serving.connection import Connection
+from bbt_accel.serving.connection import PACE, Connection
 from bbt_accel.serving.models import make_models
 from bbt_accel.serving.server import listen, serve
 
@@ -122,6 +123,15 @@ def test_nested_and_flat_data_are_the_same(client: TestClient, plain: Bundle) ->
     for tensor in request["inputs"]:
         tensor["data"] = np.array(tensor["data"]).reshape(-1).tolist()
     np.testing.assert_array_equal(from_json(client.post(INFER, json=request))["label_logits"], wanted(plain))
+
+
+def test_the_states_of_bbtv2_are_bounded_by_the_rows_with_their_padding(tmp_path: Path) -> None:
+    bundle = search_bundle(tmp_path / "bundle", "bbtv2")
+    given = row_tensors(rows())
+    given["attention_mask"][1:, -1] = 0
+    size = given["input_ids"].size
+    with local_client(app(bundle, replace(LIMITS, tokens=size - 1))) as client:
+        refused(client.post("/v2/models/backbone_stds/infer", json=in_json(given)), 413, f"columns exceed {size - 1}")
 
 
 def test_the_id_is_returned_and_outputs_may_be_chosen(client: TestClient, plain: Bundle) -> None:
@@ -649,6 +659,25 @@ def test_a_client_that_reads_nothing_and_asks_again_is_closed_after_a_while(
         assert paused.wait(20)
         deaf.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert lost.wait(10)
+
+
+def test_a_client_that_reads_slowly_gets_a_long_response_to_its_end() -> None:
+    slow = Connection.__new__(Connection)
+    slow.loop, slow.transport, slow.flow = MagicMock(), MagicMock(), MagicMock()
+
+    def unread(size: int) -> None:
+        """What is left when the time is over."""
+        slow.transport.get_write_buffer_size.return_value = size
+        if slow.loop.call_later.called:
+            slow.loop.call_later.call_args.args[1]()
+
+    unread(10 * PACE)
+    slow.pause_writing()
+    for size in (9 * PACE, 5 * PACE, 4 * PACE):
+        unread(size)
+        assert not slow.transport.abort.called
+    unread(4 * PACE - 1)
+    assert slow.transport.abort.called
 
 
 def test_a_header_in_drops_does_not_keep_a_connection(plain: Bundle) -> None:

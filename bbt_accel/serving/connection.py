@@ -10,6 +10,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 512
 """A process may usually have 1024 open files."""
+PACE = 2**16
+"""Bytes that a client must read in `Connection.idle` seconds."""
 
 
 class Connection(H11Protocol):
@@ -22,7 +24,7 @@ class Connection(H11Protocol):
 
     idle = 10.0
     timer: asyncio.TimerHandle | None = None
-    since = 0.0
+    since, unread = 0.0, 0  # when the timer was set, and how many bytes the client had not read then
     kept = False  # whether nothing of the next request has arrived
 
     @property
@@ -51,7 +53,7 @@ class Connection(H11Protocol):
     def _wait(self) -> None:
         """For the next request, where no further one has arrived already."""
         if self.waits and self.flow.write_paused:  # a close would wait until the client has read everything
-            self._within(self.transport.abort)
+            self._within(self._abort_if_stuck)
         elif self.waits and self.conn.their_state is h11.SEND_BODY:  # it was answered before its body had arrived
             self._within(self.transport.close)
         elif self.waits:
@@ -60,7 +62,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._within(self.transport.abort)
+        self._within(self._abort_if_stuck)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -70,9 +72,16 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._in_time()
 
+    def _abort_if_stuck(self) -> None:
+        """Go on as long as the client reads: a long response may take it longer."""
+        if self.unread - self.transport.get_write_buffer_size() < PACE:
+            self.transport.abort()
+        else:
+            self._within(self._abort_if_stuck)
+
     def _within(self, otherwise: Callable[[], None], seconds: float | None = None) -> None:
         self._in_time()
-        self.since = self.loop.time()
+        self.since, self.unread = self.loop.time(), self.transport.get_write_buffer_size()
         self.timer = self.loop.call_later(self.idle if seconds is None else seconds, otherwise)
 
     def _in_time(self) -> None:

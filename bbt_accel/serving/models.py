@@ -128,7 +128,13 @@ class RowCache:
     def tokens(self, batch: Batch) -> int:
         """Tokens of the rows that are computed: masked ones before the last that is needed are, too."""
         decoded = 0 if batch.decoder_input_ids is None else batch.decoder_input_ids.size
-        return int(row_lengths(self.engine.bundle.info, batch, frozenset()).sum()) + decoded
+        return int(row_lengths(self.engine.bundle.info, batch, self.engine.without).sum()) + decoded
+
+    def layer_stds(self, rows: BoundBatch, given: Tensors) -> Tensors:
+        """Of all rows at once, each with its padding and the context."""
+        context = 0 if rows.batch.context_ids is None else len(rows.batch.context_ids)
+        at_most(self.limits.tokens, rows=len(rows.batch), columns=rows.batch.input_ids.shape[1] + context)
+        return {"layer_stds": rows.layer_stds()}
 
     def bind(self, given: Tensors) -> BoundBatch:
         batch = Batch(**given, targets=np.zeros(len(given["input_ids"]), np.int64))
@@ -257,7 +263,7 @@ def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[
         )
         stds = TensorSpec("layer_stds", "FP32", (info.n_layers,))
         models.append(RowModel(LAYER, cache, own, (logits,), _layer_logits))
-        models.append(RowModel(STDS, cache, (), (stds,), lambda rows, given: {"layer_stds": rows.layer_stds()}))
+        models.append(RowModel(STDS, cache, (), (stds,), cache.layer_stds))
     return models if run is None else [*models, PromptedClassifier(engine, limits, run)]
 
 

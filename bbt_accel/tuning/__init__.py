@@ -161,7 +161,7 @@ def _continue(former: RunInfo | None, info: RunInfo, workspace: Workspace) -> bo
         return True
     if differences := former.differences(info):
         changed = f"{workspace.final} cannot be resumed with another {', '.join(differences)}"
-        raise RunError(f"{changed}; use --overwrite, or another -o")
+        raise RunError(f"{changed}; choose another -o, or tune again with --overwrite")
     info.readout = ReadoutRecord(name=former.readout.name, tried=former.readout.tried)
     killed = workspace.folder.exists()  # before the rename
     return former.status != "done" or killed or former.settings != info.settings  # whose budget is larger
