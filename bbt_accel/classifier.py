@@ -29,7 +29,7 @@ from bbt_accel.hub import fetched
 from bbt_accel.inference import Classifier
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.packaging.manifest import Kind
-from bbt_accel.run import ESTIMATOR, BundleRecord, Run, RunInfo, is_run, is_saved_classifier, write_info
+from bbt_accel.run import ESTIMATOR, BundleRecord, EngineRecord, Run, RunInfo, is_run, is_saved_classifier, write_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
 from bbt_accel.tables import distinct, plain
 from bbt_accel.tuning import tune
@@ -193,14 +193,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         info, engine = self.run_.info, self._classifier.engine
         if engine.bundle.digest == info.bundle.digest:
             return info
-        used = {"name": engine.name, "device": engine.device, "without": sorted(engine.without), "workers": None}
-        used |= {"url": None, "versions": engine.versions()}
-        return info.model_copy(
-            update={
-                "bundle": BundleRecord.of(engine.bundle, self.run_.path),
-                "engine": info.engine.model_copy(update=used),
-            }
-        )
+        used = EngineRecord(
+            name=engine.name, device=engine.device, threads=info.engine.threads, without=sorted(engine.without),
+            versions=engine.versions(),
+        )  # fmt: skip
+        return info.model_copy(update={"bundle": BundleRecord.of(engine.bundle, self.run_.path), "engine": used})
 
     def package(
         self, path: str | Path, format: Kind = "onnx", *, int8: bool = False, bundle: str | Path | None = None

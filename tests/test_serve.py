@@ -125,12 +125,14 @@ def test_nested_and_flat_data_are_the_same(client: TestClient, plain: Bundle) ->
     np.testing.assert_array_equal(from_json(client.post(INFER, json=request))["label_logits"], wanted(plain))
 
 
-def test_the_states_of_bbtv2_are_bounded_by_the_rows_with_their_padding(tmp_path: Path) -> None:
+def test_the_states_of_bbtv2_are_bounded_by_the_rows_with_their_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = search_bundle(tmp_path / "bundle", "bbtv2")
-    given = row_tensors(rows())
-    given["attention_mask"][1:, -1] = 0
+    given = row_tensors(rows().padded(10, bundle.info.special.pad))
     size = given["input_ids"].size
-    with local_client(app(bundle, replace(LIMITS, tokens=size - 1))) as client:
+    monkeypatch.setattr(Limits, "tokens", size - 1)
+    with local_client(app(bundle)) as client:
         refused(client.post("/v2/models/backbone_stds/infer", json=in_json(given)), 413, f"columns exceed {size - 1}")
 
 

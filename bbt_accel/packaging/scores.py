@@ -19,7 +19,7 @@ def scores_graph(readout: Readout, opset: int) -> onnx.ModelProto:
     probabilities."""
     g = Builder()
     words = len(readout.token_ids) + len(readout.classes)
-    inputs = {"label_logits": ("float32", (1, "batch_size", words))}
+    inputs: dict[str, tuple[str, tuple[str | int, ...]]] = {"label_logits": ("float32", (1, "batch_size", words))}
     if reads_states(readout.name):
         # Each of its own width: the LM heads of some families read a state of another than hidden_size.
         inputs |= {name: ("float32", (1, "batch_size", f"{name}_size")) for name in STATES}
