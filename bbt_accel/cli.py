@@ -269,6 +269,7 @@ def serve(
     limits = Limits(
         request_bytes=o.max_request_mib * 2**20,
         batch=o.max_batch,
+        row_tokens=o.max_tokens,
         timeout=o.timeout,
         cached_batches=o.keep_rows,
         keep_alive=o.keep_alive,

@@ -187,6 +187,9 @@ class ServeOptions(Schema):
         default=Limits.request_bytes // 2**20, ge=1, description="Largest request body, in MiB."
     )
     max_batch: int = Field(default=Limits.batch, ge=1, description="Most rows times candidates per request.")
+    max_tokens: Count | None = Field(
+        default=None, description="Tokens to which a row is truncated (default: what the backbone takes)."
+    )
     keep_rows: int = Field(
         default=Limits.cached_batches, ge=1, description="Batches of rows cached for later requests."
     )

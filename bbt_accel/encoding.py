@@ -34,12 +34,15 @@ class Encoder:
     text is ordinary text. Those of a chat template may be spelled out in the task's causal template and context.
 
     demonstrations: rows that stand, with their labels, in front of every row of a decoder, behind the task's
-        instruction; `Batch.context_ids` holds both.
+        instruction; `Batch.context_ids` holds both. max_tokens: of a row with its context, at most; unless given what
+        the backbone takes.
     Raises TaskError when the task does not fit the bundle: no template for its group, label words that begin with the
     same token or are not in the vocabulary, or a template and context longer than the bundle's maximum length.
     """
 
-    def __init__(self, bundle: Bundle, task: Task, demonstrations: Sequence[Row] = ()) -> None:
+    def __init__(
+        self, bundle: Bundle, task: Task, demonstrations: Sequence[Row] = (), max_tokens: int | None = None
+    ) -> None:
         self.bundle, self.task, self.demonstrations = bundle, task, list(demonstrations)
         words = task.all_words(bundle.info.template_group)
         self.label_words = task.words(bundle.info.template_group)
@@ -52,12 +55,15 @@ class Encoder:
         """Label words of several tokens, of which only the first is read; and that token."""
         self.label_token_ids: Int64 = self._label_token_ids()
         self.context_ids = self._context_ids(demonstrations) if bundle.info.causal else None
-        self.limit = bundle.info.max_length - (0 if self.context_ids is None else len(self.context_ids))
+        longest, whose = bundle.info.max_length, str(bundle.path)
+        if max_tokens is not None and max_tokens < longest:
+            longest, whose = max_tokens, "--max-tokens"
+        self.limit = longest - (0 if self.context_ids is None else len(self.context_ids))
         length = len(self.ids([dict.fromkeys(task.text, "")])[0])
         if length > self.limit:
             what = "template" if self.context_ids is None else "template and context"
-            problem = f"the {what} of task {task.name} alone exceeds the {bundle.info.max_length} tokens"
-            raise TaskError(f"{problem} of {bundle.path} by {length - self.limit}; shorten it")
+            problem = f"the {what} of task {task.name} alone exceeds the {longest} tokens"
+            raise TaskError(f"{problem} of {whose} by {length - self.limit}; shorten it")
 
     def encode(self, rows: Sequence[Row]) -> Batch:
         """All N rows, in order, padded on the right to the S tokens of the longest.

@@ -145,11 +145,14 @@ def predict(
 
 
 class Classifier:
-    """A loaded engine with the prompt of a run: from texts to probabilities of the label words."""
+    """A loaded engine with the prompt of a run: from texts to probabilities of the label words.
 
-    def __init__(self, engine: Engine, run: Run) -> None:
+    max_tokens: to which a row is truncated, if the backbone takes longer ones.
+    """
+
+    def __init__(self, engine: Engine, run: Run, max_tokens: int | None = None) -> None:
         self.engine, self.task, self.run = engine, run.task, run
-        self.encoder = Encoder(engine.bundle, run.task, run.info.demonstrations)
+        self.encoder = Encoder(engine.bundle, run.task, run.info.demonstrations, max_tokens)
         self.words = self.encoder.label_words
 
     def probabilities(self, texts: Sequence[Mapping[str, str]]) -> Float64:

@@ -400,8 +400,9 @@ def test_serve(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_limits_of_a_server_are_options(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "serve", "r", "--keep-alive", "5", "--max-batch", "8", "--timeout", "3", "--keep-rows", "2")
-    assert program.options["limits"] == Limits(64 * 2**20, 8, 3.0, 2, keep_alive=5.0)
+    some = ["--max-batch", "8", "--timeout", "3", "--keep-rows", "2", "--max-tokens", "512"]
+    run(capsys, "serve", "r", "--keep-alive", "5", *some)
+    assert program.options["limits"] == Limits(64 * 2**20, 8, 3.0, 2, row_tokens=512, keep_alive=5.0)
 
 
 def test_bench(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

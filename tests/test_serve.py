@@ -46,9 +46,11 @@ from starlette.testclient import TestClient
 
 from bbt_accel import load_engine, tune
 from bbt_accel.bundle import Bundle
+from bbt_accel.data import Row
+from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
-from bbt_accel.errors import BbtError, EngineError, RequestError, UsageError
+from bbt_accel.errors import BbtError, EngineError, RequestError, TaskError, UsageError
 from bbt_accel.inference import predict
 from bbt_accel.population import Population
 from bbt_accel.run import Run
@@ -843,6 +845,23 @@ def test_the_classifier_returns_what_predict_returns(run: Run) -> None:
 def test_invalid_texts_are_refused(run: Run, tensors: dict[str, Any], status: int, text: str) -> None:
     with local_client(app(run.open_bundle(), run=run)) as client:
         refused(client.post("/v2/models/classifier/infer", json=in_json(tensors)), status, text)
+
+
+def test_rows_are_no_longer_than_the_server_allows(run: Run) -> None:
+    """Attention takes memory with the square of their length."""
+    bundle = run.open_bundle()
+    given = row_tensors(rows().padded(20, bundle.info.special.pad)) | {"prompts": prompts(bundle)}
+    words = [f"w{i}" for i in range(30)]
+    limits = replace(LIMITS, row_tokens=16)
+    longest = Encoder(bundle, run.task, max_tokens=16)
+    assert longest.encode([Row({"text": " ".join(words)})]).input_ids.shape == (1, 16)
+    with local_client(app(bundle, limits, run=run)) as client:
+        refused(client.post(INFER, json=in_json(given)), 400, "rows have 20 tokens, the server takes at most 16")
+        texts = np.array([" ".join(words), " ".join(words[:16])], object)
+        found = from_json(client.post("/v2/models/classifier/infer", json=in_json({"text": texts})))
+        np.testing.assert_array_equal(*found["probabilities"])
+    with pytest.raises(TaskError, match=r"exceeds the 3 tokens of --max-tokens by \d+"):
+        make_models(DummyEngine(bundle), replace(LIMITS, row_tokens=3), run)
 
 
 def test_a_column_of_texts_is_the_same_as_a_list(run: Run) -> None:

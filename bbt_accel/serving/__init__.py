@@ -15,6 +15,7 @@ class Limits:
     cached_batches: int = 16  # batches of rows in the cache; the least recently used one is dropped first
     requests: int = 64  # inference requests at a time; others get 503
     bodies: int = 4  # of the largest size; together no more bytes than these are held, others get 503
+    row_tokens: int | None = None  # of a row; a longer text is truncated. None for what the backbone takes
     words: int = 2**14  # label words of a request, whose weights are gathered
     idle: float = 10.0  # seconds without the next part of a request, or of its response being read
     keep_alive: float = 75.0  # seconds without a request; proxies keep connections for 60, and must close them first

@@ -141,11 +141,13 @@ class RowCache:
         at_most(self.limits.batch, rows=len(batch))
         at_most(self.limits.tokens, tokens=self.tokens(batch))
         at_most(self.limits.words, label_words=len(batch.label_token_ids))
-        limit = self.engine.bundle.info.max_length
+        backbone = self.engine.bundle.info.max_length
+        limit = min(backbone, self.limits.row_tokens or backbone)
         longest = max(value.shape[1] for value in given.values() if value.ndim == 2)
         longest += len(given.get("context_ids", ()))
         if longest > limit:
-            raise RequestError(f"rows have {longest} tokens, the backbone takes at most {limit}")
+            whose = "backbone" if limit == backbone else "server"
+            raise RequestError(f"rows have {longest} tokens, the {whose} takes at most {limit}")
         if not batch.label_token_ids.size:
             raise RequestError("label_token_ids must have at least one token")
         check_tokens(self.engine.bundle, batch)
@@ -197,7 +199,7 @@ class PromptedClassifier(Model):
 
     def __init__(self, engine: Engine, limits: Limits, run: Run) -> None:
         super().__init__(CLASSIFIER, engine, limits)
-        self.classifier = Classifier(engine, run)
+        self.classifier = Classifier(engine, run, limits.row_tokens)
         self.columns, self.words, self.names = run.task.text, self.classifier.words, run.info.class_names
         self.inputs = tuple(TensorSpec(column, "BYTES", (-1,)) for column in self.columns)
         self.outputs = (
