@@ -109,12 +109,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classes, targets = np.unique(labels, return_inverse=True)
         frequencies = np.bincount(targets).tolist()
         # A copy among the rows to choose by, or in another fold, would be no test of what is fitted.
-        kept = distinct(range(len(rows)), lambda i: tuple(text.strip() for text in rows[i].values()))
+        kept = distinct(range(len(rows)), lambda i: tuple(rows[i][name].strip() for name in rows[0]))
         rows, targets = [rows[i] for i in kept], targets[kept]
         texts = np.bincount(targets, minlength=len(classes)).tolist()
         if len(classes) < 2 or min(texts) < 2:
-            found = f"{len(classes)} classes, the rarest with {min(texts)} different texts"
-            raise DataError(f"y has {found}; at least two classes of two texts are needed")
+            found = f"{len(classes)} classes, of which the rarest has {min(texts)} of the different texts"
+            raise DataError(f"y has {found}; at least two classes of two are needed")
         names = [str(label).strip() for label in classes]
         settings = self._settings(dict(zip(names, texts, strict=True)))
         choice = choose(self.engine, self.precision)
@@ -191,7 +191,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _used(self) -> RunInfo:
         """run.json with the bundle and the engine that compute here, which may be others than in the search."""
         info, engine = self.run_.info, self._classifier.engine
-        if engine.bundle.digest == info.bundle.digest:
+        searched = (info.bundle.digest, info.engine.name, info.engine.device)
+        if (engine.bundle.digest, engine.name, engine.device) == searched:
             return info
         used = EngineRecord(
             name=engine.name, device=engine.device, threads=info.engine.threads, without=sorted(engine.without),

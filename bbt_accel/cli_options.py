@@ -188,7 +188,7 @@ class ServeOptions(Schema):
     )
     max_batch: int = Field(default=Limits.batch, ge=1, description="Most rows times candidates per request.")
     max_tokens: Count | None = Field(
-        default=None, description="Tokens to which a row is truncated (default: what the backbone takes)."
+        default=None, description="Tokens of a row, at most (default: what the backbone takes); texts are truncated."
     )
     keep_rows: int = Field(
         default=Limits.cached_batches, ge=1, description="Batches of rows cached for later requests."

@@ -44,6 +44,7 @@ class Encoder:
         self, bundle: Bundle, task: Task, demonstrations: Sequence[Row] = (), max_tokens: int | None = None
     ) -> None:
         self.bundle, self.task, self.demonstrations = bundle, task, list(demonstrations)
+        self._longest = min(bundle.info.max_length, max_tokens or bundle.info.max_length)
         words = task.all_words(bundle.info.template_group)
         self.label_words = task.words(bundle.info.template_group)
         self.classes: Int64 = np.repeat(np.arange(len(words)), [len(of_class) for of_class in words])
@@ -55,14 +56,12 @@ class Encoder:
         """Label words of several tokens, of which only the first is read; and that token."""
         self.label_token_ids: Int64 = self._label_token_ids()
         self.context_ids = self._context_ids(demonstrations) if bundle.info.causal else None
-        longest, whose = bundle.info.max_length, str(bundle.path)
-        if max_tokens is not None and max_tokens < longest:
-            longest, whose = max_tokens, "--max-tokens"
-        self.limit = longest - (0 if self.context_ids is None else len(self.context_ids))
+        self.limit = self._longest - (0 if self.context_ids is None else len(self.context_ids))
         length = len(self.ids([dict.fromkeys(task.text, "")])[0])
         if length > self.limit:
             what = "template" if self.context_ids is None else "template and context"
-            problem = f"the {what} of task {task.name} alone exceeds the {longest} tokens"
+            whose = bundle.path if self._longest == bundle.info.max_length else "--max-tokens"
+            problem = f"the {what} of task {task.name} alone exceeds the {self._longest} tokens"
             raise TaskError(f"{problem} of {whose} by {length - self.limit}; shorten it")
 
     def encode(self, rows: Sequence[Row]) -> Batch:
@@ -123,7 +122,7 @@ class Encoder:
         Tokens are counted without those at the end, which what follows could still change (a word piece tokenizer knows
         words of up to 100 characters). Text beyond `MOST_CHARACTERS` for each token of a row is not read at all.
         """
-        most = self.bundle.info.max_length
+        most = self._longest
         size = CHARACTERS * most + EDGE
         while size < min(len(text), MOST_CHARACTERS * most):
             if sum(end <= size - EDGE for end in self._ends(text[:size])) > most:

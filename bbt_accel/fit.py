@@ -21,12 +21,13 @@ from bbt_accel.inference import evaluate
 from bbt_accel.label_words import distinct_words
 from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.progress import progress_bar
-from bbt_accel.run import INFO, TASK, Run, read_info
+from bbt_accel.run import INFO, TASK, Run, RunInfo
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
 from bbt_accel.splits import examples, require_examples
 from bbt_accel.tables import Table, distinct, no_column, plain, read_table
 from bbt_accel.tasks import Task, can_be_placeholder
 from bbt_accel.tuning import tune
+from bbt_accel.tuning.workspace import find_info, hidden
 
 TEMPLATES = {"masked": "{text} This is about {{mask}} .", "span": "text: {{prompt}} {text} This is about {{mask}}"}
 TEMPLATES |= {"causal": "{text} This is about"}
@@ -127,8 +128,8 @@ def fit_file(
     table = read_table(file)
     counts = check_table(table, file, columns, label)
     chosen = examples_per_class(counts, k_shot) | {"budget": budget, "seed": seed, "readout": readout, "hold_out": True}
-    if (output / INFO).is_file() and not overwrite:
-        require_same(output, task_name(file), chosen)
+    if not overwrite and (former := find_info(output.absolute())) is not None:
+        require_same(former, output, task_name(file), chosen)
     settings, choice = resolve(chosen), choose(engine, precision)
     settings.check_budget(method)
     with progress_bar(f"preparing {backbone}", progress) as tell:
@@ -157,11 +158,13 @@ def examples_per_class(counts: Mapping[str, int], k_shot: int | None) -> dict[st
     return {"k_shot": k_shot, "allow_rare_classes": False}
 
 
-def require_same(output: Path, task: str, settings: Mapping[str, object]) -> None:
-    """Raises RunError for a run of another search, before anything is exported for this one."""
-    former = read_info(output)
+def require_same(former: RunInfo, output: Path, task: str, settings: Mapping[str, object]) -> None:
+    """Raises RunError for a run of another search, complete or not, before anything is exported for this one."""
     wanted = resolve(former.settings.model_dump(), settings)
     if former.task.name != task or former.settings.differences(wanted):
+        if hidden(output).exists():
+            problem = f"{hidden(output)} is another search, which is unfinished"
+            raise RunError(f"{problem}; remove it, use --overwrite or another -o")
         raise RunError(f"{output} is the run of another search; use --overwrite or another -o")
 
 

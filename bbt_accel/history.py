@@ -37,7 +37,8 @@ class Generation(BaseModel, extra="forbid", frozen=True):
     evaluations_per_second: FiniteFloat = Field(description="Candidates per second, without CMA-ES and the dev score.")
 
 
-AGAIN = "--resume (fit: the same command)"
+AGAIN = "--resume (fit: the same command, without --overwrite)"
+"""How an interrupted search is continued."""
 
 
 @contextmanager

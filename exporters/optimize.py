@@ -17,7 +17,7 @@ import onnx
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import INITIAL_PROMPT, Bundle, write_info
 from bbt_accel.engine_specs import DEFAULT_ENGINE, Precision, targets
-from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, translated
+from bbt_accel.errors import BundleError, ExportError, UsageError, check_known, first_line, translated
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows, calibration_prompts, lengths, stage_feeds
 from bbt_accel.exporters.convert import graph_on_disk
@@ -106,7 +106,12 @@ def without_links(bundle: Bundle) -> Iterator[Bundle]:
         yield bundle
         return
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as folder:
-        yield Bundle(Path(shutil.copytree(bundle.path, folder, dirs_exist_ok=True)), bundle.info)
+        try:
+            shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
+        except OSError as error:
+            problem = f"cannot copy {bundle.path}, whose files are links, to {folder} ({first_line(error):.200})"
+            raise ExportError(f"{problem}; set TMPDIR to a folder with room for it") from None
+        yield Bundle(Path(folder), bundle.info)
 
 
 def check(source: Path, output: Path, precision: str, target: str, max_rmse: float) -> None:

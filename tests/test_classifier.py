@@ -107,7 +107,7 @@ def test_copies_of_a_text_are_used_once(rows: tuple[list[str], list[str]]) -> No
     plain = PromptClassifier("demo", **options).fit(X, y)  # type: ignore[arg-type]
     more = PromptClassifier("demo", **options).fit([*X, *(f" {X[i]}\n" for i in copies)], [*y, *(y[i] for i in copies)])  # type: ignore[arg-type]
     np.testing.assert_array_equal(more.predict_proba(X), plain.predict_proba(X))
-    with pytest.raises(DataError, match="the rarest with 1 different texts"):
+    with pytest.raises(DataError, match="the rarest has 1 of the different texts"):
         more.fit(["good", "good", "bad", "worse"], [1, 1, 0, 0])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_a_fit_that_was_killed_is_continued(fit: Fit, monkeypatch: pytest.Monkey
         with pytest.raises(RuntimeError):
             fit()
     begun = (tmp_path / ".run.partial" / "history.jsonl").read_text()
-    with pytest.raises(RunError, match=r"another seed \(was 42, is now 1\); use --overwrite"):
+    with pytest.raises(RunError, match=r"\.run\.partial is another search, which is unfinished; remove it, use"):
         fit(seed=1)
     found = fit().run
     assert (found.path / "history.jsonl").read_text() == begun
@@ -141,20 +142,43 @@ def test_a_larger_budget_continues_a_complete_fit(fit: Fit) -> None:
         fit(budget=21)
 
 
-def test_an_interrupted_fit_is_continued_by_the_same_call(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, ask, asked = fit("whole").run, Bbt.ask, list[int]()
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Ctrl-C in the second generation of the searches in the block."""
 
-    def interrupted(self: Bbt) -> Any:
-        asked.append(1)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return ask(self)
+    @contextmanager
+    def block() -> Iterator[None]:
+        ask, asked = Bbt.ask, list[int]()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Bbt, "ask", interrupted)
+        def interrupted(self: Bbt) -> Any:
+            asked.append(1)
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            return ask(self)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Bbt, "ask", interrupted)
+            yield
+
+    return block
+
+
+def test_an_interrupted_fit_is_continued_by_the_same_call(fit: Fit, interrupt: Callable[[], Any]) -> None:
+    whole = fit("whole").run
+    with interrupt():
         assert fit().run.info.status == "interrupted"
     found = fit().run
     assert (found.info.status, found.prompt.tobytes()) == ("done", whole.prompt.tobytes())
+
+
+def test_an_interrupted_fit_leaves_the_run_that_it_is_to_replace(fit: Fit, interrupt: Callable[[], Any]) -> None:
+    first, whole = fit().run, fit("whole", seed=1).run
+    with interrupt(), pytest.raises(KeyboardInterrupt):
+        fit(seed=1, overwrite=True)
+    assert Run.read(first.path).info == first.info
+    with pytest.raises(RunError, match=r"\.run\.partial is another search, which is unfinished; remove it"):
+        fit()
+    assert fit(seed=1).run.prompt.tobytes() == whole.prompt.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import gzip
 import http.client
 import json
 import os
+import re
+import select
 import signal
 import socket
 import subprocess
@@ -19,7 +21,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ from bbt_accel.inference import predict
 from bbt_accel.population import Population
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
-from bbt_accel.serving.connection import PACE, Connection
+from bbt_accel.serving.connection import Connection
 from bbt_accel.serving.models import make_models
 from bbt_accel.serving.server import listen, serve
 
@@ -665,23 +666,22 @@ def test_a_client_that_reads_nothing_and_asks_again_is_closed_after_a_while(
         assert lost.wait(10)
 
 
-def test_a_client_that_reads_slowly_gets_a_long_response_to_its_end() -> None:
-    slow = Connection.__new__(Connection)
-    slow.loop, slow.transport, slow.flow = MagicMock(), MagicMock(), MagicMock()
-
-    def unread(size: int) -> None:
-        """What is left when the time is over."""
-        slow.transport.get_write_buffer_size.return_value = size
-        if slow.loop.call_later.called:
-            slow.loop.call_later.call_args.args[1]()
-
-    unread(10 * PACE)
-    slow.pause_writing()
-    for size in (9 * PACE, 5 * PACE, 4 * PACE):
-        unread(size)
-        assert not slow.transport.abort.called
-    unread(4 * PACE - 1)
-    assert slow.transport.abort.called
+@pytest.mark.parametrize("timeout", [30.0, 2.0])
+def test_a_slow_client_gets_a_response_to_its_end_within_the_timeout(plain: Bundle, timeout: float) -> None:
+    limits = replace(LIMITS, idle=1.0, batch=1000, timeout=timeout)
+    body = json.dumps(in_json(whole(plain, prompts=prompts(plain, 50), label_token_ids=np.full(1000, 5)))).encode()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    with running(app(plain, limits), limits) as url:
+        [slow] = connections(url, 1, head.encode() + body)
+        begun, pieces = time.monotonic(), list[bytes]()
+        with suppress(ConnectionError):
+            while piece := slow.recv(2**19, socket.MSG_WAITALL):
+                pieces.append(piece)
+                select.select([], [], [], 0.3)
+    taken, (found, _, content) = time.monotonic() - begun, b"".join(pieces).partition(b"\r\n\r\n")
+    wanted = int(re.search(rb"content-length: (\d+)", found)[1])  # type: ignore[index]
+    assert taken > 2.0
+    assert (len(content) == wanted) == (timeout == 30.0)
 
 
 def test_a_header_in_drops_does_not_keep_a_connection(plain: Bundle) -> None:
@@ -856,7 +856,9 @@ def test_rows_are_no_longer_than_the_server_allows(run: Run) -> None:
     longest = Encoder(bundle, run.task, max_tokens=16)
     assert longest.encode([Row({"text": " ".join(words)})]).input_ids.shape == (1, 16)
     with local_client(app(bundle, limits, run=run)) as client:
-        refused(client.post(INFER, json=in_json(given)), 400, "rows have 20 tokens, the server takes at most 16")
+        refused(
+            client.post(INFER, json=in_json(given)), 400, "rows have 20 tokens, serve --max-tokens allows at most 16"
+        )
         texts = np.array([" ".join(words), " ".join(words[:16])], object)
         found = from_json(client.post("/v2/models/classifier/infer", json=in_json({"text": texts})))
         np.testing.assert_array_equal(*found["probabilities"])

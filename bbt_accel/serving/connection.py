@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 import h11
@@ -10,21 +11,23 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 512
 """A process may usually have 1024 open files."""
-PACE = 2**16
-"""Bytes that a client must read in `Connection.idle` seconds."""
+SEND_BUFFER = 2**18
+"""Bytes of the system's own buffer, which would grow to megabytes and hide for as long what a slow client reads."""
 
 
 class Connection(H11Protocol):
-    """uvicorn's, closed when its client sends no complete header, or does not read, for `idle` seconds.
+    """uvicorn's, closed when its client sends no complete header, or does not read, for `idle` seconds, or when it has
+    not read a response after `longest` seconds.
 
     Between two requests it is kept for `timeout_keep_alive` seconds. The time does not begin again with a part of a
     header. Beyond `MAX_CONNECTIONS`, the one that has waited longest for a request is closed. The body's time is
     limited by the application, which knows what it waits for.
     """
 
-    idle = 10.0
+    idle, longest = 10.0, 300.0
     timer: asyncio.TimerHandle | None = None
-    since, unread = 0.0, 0  # when the timer was set, and how many bytes the client had not read then
+    since = deadline = 0.0  # when the timer was set, and when the response must be read
+    unread = 0  # bytes of it that were not sent when the timer was set
     kept = False  # whether nothing of the next request has arrived
 
     @property
@@ -34,6 +37,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._within(transport.close)
         if len(self.connections) > MAX_CONNECTIONS:
             waiting = [one for one in self.connections if isinstance(one, Connection) and one.waits and one is not self]
@@ -62,6 +66,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.deadline = self.loop.time() + self.longest
         self._within(self._abort_if_stuck)
 
     def resume_writing(self) -> None:
@@ -73,11 +78,14 @@ class Connection(H11Protocol):
         self._in_time()
 
     def _abort_if_stuck(self) -> None:
-        """Go on as long as the client reads: a long response may take it longer."""
-        if self.unread - self.transport.get_write_buffer_size() < PACE:
+        """Go on while the client reads: a long response may take it longer than `idle`."""
+        reads = self.transport.get_write_buffer_size() < self.unread
+        if not reads or self.loop.time() > self.deadline:
             self.transport.abort()
-        else:
-            self._within(self._abort_if_stuck)
+            return
+        since = self.since
+        self._within(self._abort_if_stuck)
+        self.since = since
 
     def _within(self, otherwise: Callable[[], None], seconds: float | None = None) -> None:
         self._in_time()

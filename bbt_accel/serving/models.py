@@ -146,8 +146,8 @@ class RowCache:
         longest = max(value.shape[1] for value in given.values() if value.ndim == 2)
         longest += len(given.get("context_ids", ()))
         if longest > limit:
-            whose = "backbone" if limit == backbone else "server"
-            raise RequestError(f"rows have {longest} tokens, the {whose} takes at most {limit}")
+            whose = "the backbone takes" if limit == backbone else "serve --max-tokens allows"
+            raise RequestError(f"rows have {longest} tokens, {whose} at most {limit}")
         if not batch.label_token_ids.size:
             raise RequestError("label_token_ids must have at least one token")
         check_tokens(self.engine.bundle, batch)

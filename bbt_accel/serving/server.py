@@ -71,7 +71,7 @@ def serve(
 def configuration(app: Starlette, limits: Limits) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=type("Connection", (Connection,), {"idle": limits.idle}),
+        http=type("Connection", (Connection,), {"idle": limits.idle, "longest": limits.timeout}),
         log_config=None,
         access_log=False,
         lifespan="on",

@@ -20,7 +20,7 @@ from bbt_accel.data import rows_digest
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import DEFAULT_ENGINE, engine_spec
 from bbt_accel.errors import DataError, RunError, UsageError, check_known
-from bbt_accel.history import Generation
+from bbt_accel.history import AGAIN, Generation
 from bbt_accel.logits import scores_without_search
 from bbt_accel.objective import Objective
 from bbt_accel.progress import SearchProgress, note, progress_bar
@@ -80,7 +80,8 @@ def tune(
 
     Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
     there is one (with the verbalizer that of the first generation, else that without a search) nothing is saved, and
-    KeyboardInterrupt is raised. So does SIGTERM where it raises KeyboardInterrupt, as in `bbt-accel tune`.
+    KeyboardInterrupt is raised; so it is where `overwrite` leaves the former run. So does SIGTERM where it raises
+    KeyboardInterrupt, as in `bbt-accel tune`.
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss, MissingDependency; RunError when
     the output exists or cannot be resumed.
     """
@@ -160,8 +161,11 @@ def _continue(former: RunInfo | None, info: RunInfo, workspace: Workspace) -> bo
     if former is None:
         return True
     if differences := former.differences(info):
-        changed = f"{workspace.final} cannot be resumed with another {', '.join(differences)}"
-        raise RunError(f"{changed}; choose another -o, or tune again with --overwrite")
+        changed, hint = f"cannot be resumed with another {', '.join(differences)}", "tune again with --overwrite"
+        if not (workspace.folder.exists() and workspace.final.exists()):
+            raise RunError(f"{workspace.final} {changed}; choose another -o, or {hint}")
+        found = f"{workspace.folder}, a search that is to replace {workspace.final},"
+        raise RunError(f"{found} {changed}; remove it, choose another -o, or {hint}")
     info.readout = ReadoutRecord(name=former.readout.name, tried=former.readout.tried)
     killed = workspace.folder.exists()  # before the rename
     return former.status != "done" or killed or former.settings != info.settings  # whose budget is larger
@@ -230,8 +234,7 @@ def _run(
         run, outcome = _search(job, info, workspace, resume, ray, callbacks, progress)
         callbacks.end(run)
     if outcome.interrupted:
-        again = "tune --resume, or the same fit again, continues the search"
-        _say(f"interrupted; {run.path} holds the best prompt so far; {again}", progress)
+        _say(f"interrupted; {run.path} holds the best prompt so far; {AGAIN} continues the search", progress)
     return run
 
 
@@ -265,7 +268,7 @@ def _search(
             outcome = search(evaluator, bundle, settings, history, observe)
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
         if outcome.interrupted and workspace.keeps_former(info, history):
-            again = "tune --resume continues the new search" if len(history) else "nothing is saved of the new search"
+            again = f"{AGAIN} continues the new search" if len(history) else "nothing is saved of the new search"
             _say(f"{workspace.final} is the former run still; {again}", progress)
             raise KeyboardInterrupt
     return workspace.finish(info, *found, lambda line: _say(line, progress)), outcome

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bbt_accel.errors import BbtError, MissingDependency, UsageError, check_known, first_line
-from bbt_accel.history import Generation
+from bbt_accel.history import AGAIN, Generation
 from bbt_accel.run import EVENTS, Run, RunInfo
 
 FIELDS = ("best_loss", "mean_loss", "metric", "step_size", "dev_score", "dev_loss", "evaluations_per_second")
@@ -34,7 +34,7 @@ class Callback:
         """After a generation with `dev_score` and `dev_loss`."""
 
     def on_end(self, run: Run) -> None:
-        """With the complete run, also after Ctrl-C; not after an error."""
+        """With the complete run, also after Ctrl-C unless the former run stays; not after an error."""
 
     def close(self) -> None:
         """At last: after `on_end`, or after an error."""
@@ -221,12 +221,11 @@ class Tracker(Callback):
         self._name, self._library = name, library
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
+    def _asked(self, hint: str = f"{AGAIN} continues the search, without it if need be") -> Iterator[None]:
         try:
             yield
         except Exception as error:  # each library has its own
-            problem = f"--track {self._name} failed ({first_line(error):.200})"
-            raise BbtError(f"{problem}; --resume continues the search, without it if need be") from error
+            raise BbtError(f"the tracker {self._name} failed ({first_line(error):.200}); {hint}") from error
 
     def on_start(self, info: RunInfo, folder: Path) -> None:
         with self._asked():
@@ -236,14 +235,18 @@ class Tracker(Callback):
         with self._asked():
             self._library.on_generation(generation)
 
-    def on_end(self, run: Run) -> None:
+    def on_score(self, generation: Generation) -> None:
         with self._asked():
+            self._library.on_score(generation)
+
+    def on_end(self, run: Run) -> None:
+        with self._asked(f"{run.path} is complete"):
             self._library.on_end(run)
 
     def close(self) -> None:
         failed = sys.exc_info()[0] is not None
-        with suppress(BbtError) if failed else nullcontext(), self._asked():  # the error before says more
-            self._library.close()
+        with suppress(BbtError) if failed else nullcontext(), self._asked("the run is complete"):
+            self._library.close()  # after an error that says more
 
 
 def tracker(name: str) -> Callback:

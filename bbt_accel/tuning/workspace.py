@@ -50,8 +50,7 @@ class Workspace:
 
     def __enter__(self) -> Self:
         self._reserved.__enter__()
-        hidden = (self.final.with_name(f".{self.final.name}.{end}") for end in ("partial", "new", "old"))
-        self.folder, self._new, self._old = hidden
+        self.folder, self._new, self._old = (hidden(self.final, end) for end in ("partial", "new", "old"))
         self._recover()
         self._replaced = (self.final / INFO).is_file()
         return self
@@ -61,8 +60,7 @@ class Workspace:
 
     def find(self) -> RunInfo | None:
         """run.json of the run to resume, or of the complete one; None if there is neither. RunError if unreadable."""
-        # The hidden folder first: where both exist, it continues or is to replace the other.
-        return next((read_info(folder) for folder in (self.folder, self.final) if folder.exists()), None)
+        return find_info(self.final)
 
     def require_free(self, overwrite: bool) -> None:
         """Raises RunError when the run exists, complete or not; with `overwrite`, only when NAME is not a run."""
@@ -177,6 +175,16 @@ class Workspace:
         if self._old.exists() and not self.final.exists():
             os.rename(self._old, self.final)
         discard(self._old)
+
+
+def hidden(final: Path, end: str = "partial") -> Path:
+    """A folder beside a run; the run itself while it is being made."""
+    return final.with_name(f".{final.name}.{end}")
+
+
+def find_info(final: Path) -> RunInfo | None:
+    """See `Workspace.find`. The hidden folder first: where both exist, it continues or is to replace the other."""
+    return next((read_info(folder) for folder in (hidden(final), final) if folder.exists()), None)
 
 
 def discard(folder: Path) -> None:
