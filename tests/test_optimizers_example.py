@@ -1,4 +1,4 @@
-"""The optimizers of examples/optimizers: every one lowers a loss, and does the same again."""
+"""The optimizers of examples/optimizers: every one lowers a loss, and does the same again; and the README's table."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from search_parts import search_bundle, task_file
 from sklearn.linear_model import Ridge
 
 from bbt_accel import load_engine, load_task, tune
+from bbt_accel.benchmarks.compare_report import CompareReport, summary
 from bbt_accel.inference import evaluate
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.methods import PromptSpace
@@ -110,3 +111,20 @@ def test_the_loss_of_a_search_with_a_ridge_classifier_is_its_leave_one_out_error
         wanted = [ridge.leave_one_out(own, rows.targets[0], 2.0) for own in x]
         np.testing.assert_allclose(rows.losses(prompts), wanted)
         assert 0 <= rows.score(prompts[0]) <= 1
+
+
+def test_the_table_of_the_readme_is_that_of_the_recorded_report() -> None:
+    report = CompareReport.model_validate_json((EXAMPLE / "recorded" / "report.json").read_text(encoding="utf-8"))
+    (own, recorded), gains = map(rows, ((EXAMPLE / "README.md").read_text(encoding="utf-8"), summary(report))), {}
+    for found in report.differences:  # the report subtracts in the other direction
+        assert found.interval is not None
+        mean, high, low = (round(-100 * value, 1) + 0.0 for value in (found.mean, *found.interval))
+        gains[found.other] = f"{mean:+.1f} ({low:.1f} to {high:.1f})".replace("-", "−")
+    shown = {name: cells for name, cells in own.items() if name in recorded and "±" in cells[0]}
+    scores = {name: cells[:5] for name, cells in recorded.items() if "±" in cells[0]}
+    assert shown == {name: [*cells, gains.get(name, "")] for name, cells in scores.items()}
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {name: cells for name, *cells in lines}
