@@ -128,7 +128,7 @@ def fit_file(
     table = read_table(file)
     counts = check_table(table, file, columns, label)
     chosen = examples_per_class(counts, k_shot) | {"budget": budget, "seed": seed, "readout": readout, "hold_out": True}
-    if not overwrite and (former := find_info(output.absolute())) is not None:
+    if not overwrite and (former := find_info(output)) is not None:
         require_same(former, output, task_name(file), chosen)
     settings, choice = resolve(chosen), choose(engine, precision)
     settings.check_budget(method)

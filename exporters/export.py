@@ -62,8 +62,7 @@ def export_bundle(
     no LM head, or whose graphs differ from eager PyTorch by more than `TOLERANCE`, BbtError for an output that exists.
     """
     check_arguments(method, prompt_mode, n_prompt_tokens)
-    if revision is not None and hub_id(str(backbone), revision) is None:
-        raise UsageError(f"--revision is for a checkpoint on the hub, which {backbone} is not")
+    check_revision(str(backbone), revision)
     off = in_graph(check_optimizations(without))
     if others := [name for name in without if name not in off]:
         raise UsageError(f"{others[0]} is not part of the graphs: switch it off where they run, in tune and bench")
@@ -99,6 +98,11 @@ def export_bundle(
         error = validated(folder)
         write_info(folder, info.model_copy(update={"max_error": error}))
     return Bundle.read(output, verify=False)
+
+
+def check_revision(backbone: str, revision: str | None) -> None:
+    if revision is not None and hub_id(backbone, revision) is None:
+        raise UsageError(f"--revision is for a checkpoint on the hub, which {backbone} is not")
 
 
 def check_arguments(method: str, prompt_mode: str, n_prompt_tokens: int) -> None:

@@ -70,8 +70,7 @@ def tune(
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is complete.
     resume: continue an interrupted or killed run to the same prompt, bit for bit, or a complete one to a larger budget,
         as if it had been given at first; start one if there is none, and return a complete run as it is.
-    overwrite: replace an existing run once the new one is complete; an interrupted one, which --resume continues, waits
-        beside it.
+    overwrite: replace an existing run once the new one is complete; --resume continues one that was interrupted.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
     track: trackers that get every generation, by the names in `callbacks.TRACKERS`.

@@ -179,6 +179,7 @@ class Workspace:
 
 def hidden(final: Path, end: str = "partial") -> Path:
     """A folder beside a run; the run itself while it is being made."""
+    final = final.absolute()  # `.` has no name
     return final.with_name(f".{final.name}.{end}")
 
 
