@@ -268,7 +268,7 @@ def _search(
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
         if outcome.interrupted and workspace.keeps_former(info, history):
             again = f"{AGAIN} continues the new search" if len(history) else "nothing is saved of the new search"
-            _say(f"{workspace.final} is the former run still; {again}", progress)
+            _say(f"{workspace.final} is still the former run; {again}", progress)
             raise KeyboardInterrupt
     return workspace.finish(info, *found, lambda line: _say(line, progress)), outcome
 
