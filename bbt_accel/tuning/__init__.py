@@ -34,7 +34,7 @@ from bbt_accel.tuning.evaluator import Evaluator, Job
 from bbt_accel.tuning.readouts import ReadoutSearch
 from bbt_accel.tuning.search import SearchOutcome, search
 from bbt_accel.tuning.workers import WorkersEvaluator, check_workers
-from bbt_accel.tuning.workspace import Workspace
+from bbt_accel.tuning.workspace import Workspace, find_info
 
 NO_TEST_ROWS = "{} has no test rows, so there will be no test score; --hold-out keeps the rows that are left over"
 
@@ -137,7 +137,7 @@ def _resolve(
         raise UsageError(f"task {task.name} starts from a text; export the bundle with --prompt-init and the task file")
     place = Path(output or f"runs/{task.name}-{method}-{engine.name}-{settings.seed}")
     workspace = held.enter_context(Workspace(place))
-    former = workspace.find() if resume else None
+    former = find_info(workspace.final) if resume else None
     if former is not None:
         settings = resolve(former.settings.model_dump(), given)
     elif not resume:

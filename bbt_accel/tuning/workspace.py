@@ -58,10 +58,6 @@ class Workspace:
     def __exit__(self, *error: object) -> None:
         self._reserved.__exit__(None, None, None)
 
-    def find(self) -> RunInfo | None:
-        """run.json of the run to resume, or of the complete one; None if there is neither. RunError if unreadable."""
-        return find_info(self.final)
-
     def require_free(self, overwrite: bool) -> None:
         """Raises RunError when the run exists, complete or not; with `overwrite`, only when NAME is not a run."""
         if overwrite and os.path.lexists(self.final) and not self._replaced:
@@ -184,7 +180,8 @@ def hidden(final: Path, end: str = "partial") -> Path:
 
 
 def find_info(final: Path) -> RunInfo | None:
-    """See `Workspace.find`. The hidden folder first: where both exist, it continues or is to replace the other."""
+    """run.json of the run to resume, or of the complete one; None if there is neither. RunError if unreadable."""
+    # The hidden folder first: where both exist, it continues or is to replace the other.
     return next((read_info(folder) for folder in (hidden(final), final) if folder.exists()), None)
 
 
