@@ -135,3 +135,17 @@ class Batch:
         missing = ((0, 0), (0, max(0, length - self.input_ids.shape[1])))
         ids = np.pad(self.input_ids[:, :length], missing, constant_values=pad)
         return replace(self, input_ids=ids, attention_mask=np.pad(self.attention_mask[:, :length], missing))
+
+
+def group_by_beginning(info: BundleInfo, batch: Batch) -> Int64:
+    """(N,): equal for rows that one call can compute together.
+
+    A decoder's graphs take the begin token, and in add mode the tokens under the prompt, from the first row of a call.
+    Raises DataError for a readout position among them.
+    """
+    n = 0 if not info.causal else info.prompt_start if "prefix-cache" in info.without else info.prefix_columns
+    if (batch.readout < n).any():
+        raise DataError("a readout position lies within the prompt or before it; a decoder reads behind it")
+    start = np.concatenate([batch.input_ids[:, :n], batch.attention_mask[:, :n]], axis=1)
+    _, same = np.unique(start, axis=0, return_inverse=True)
+    return np.asarray(same.reshape(-1), np.int64)

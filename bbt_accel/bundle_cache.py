@@ -14,7 +14,7 @@ from bbt_accel.backbone_names import backbone_digest
 from bbt_accel.bundle import Bundle, BundleInfo, Method, PromptMode
 from bbt_accel.doctor import RULES, diagnose, label
 from bbt_accel.engine_specs import Device, Precision, engine_spec, local_engine
-from bbt_accel.errors import UsageError
+from bbt_accel.errors import BundleError, UsageError
 from bbt_accel.progress import Tell, silent
 
 CACHE = "BBT_ACCEL_CACHE"  # the environment variable with the folder of bundles; ~/.cache/bbt-accel unless given
@@ -87,7 +87,7 @@ def prepared_bundle(
     target, precision = choice.target, choice.precision
     wanted = exported if target == "onnx" else exported.with_name(f"{exported.name}-{target}-{precision}")
     if wanted.exists():
-        return Bundle.read(wanted)
+        return _cached(wanted)
     from bbt_accel.exporters.export import export_bundle
     from bbt_accel.exporters.optimize import optimize_bundle
 
@@ -102,7 +102,14 @@ def prepared_bundle(
             optimize_bundle(
                 exported, wanted, target=target, precision=precision, threads=threads, on_progress=on_progress
             )
-    return Bundle.read(wanted)
+    return _cached(wanted)
+
+
+def _cached(folder: Path) -> Bundle:
+    try:
+        return Bundle.read(folder)
+    except BundleError as error:
+        raise BundleError(f"{error}. It is in the cache: remove {folder}, and it is made again") from None
 
 
 def cache_folder(backbone: str, method: str, prompt_mode: str, n_prompt_tokens: int) -> Path:

@@ -15,7 +15,7 @@ import typer
 
 from bbt_accel import __version__, printing
 from bbt_accel import cli_options as shared
-from bbt_accel.benchmarks.options import BenchOptions, CompareOptions, bench_options, compare_options
+from bbt_accel.benchmarks.options import BenchOptions, CompareOptions, bench_options, compare_options, read_options
 from bbt_accel.command import INTERRUPTED, exit_on_error
 from bbt_accel.doctor import diagnose
 from bbt_accel.engine_specs import Precision, engine_spec
@@ -256,7 +256,7 @@ def push(
 def serve(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE|RUN", help="Bundle, or run folder written by tune.")],
     options: Annotated[Options, Fields(shared.ServeOptions)],
-    execution: Annotated[Options, Fields(shared.Execution, shared.EXECUTION, exclude=("url",))],
+    execution: Annotated[Options, Fields(shared.RunExecution, shared.EXECUTION, exclude=("url",))],
     as_json: shared.AsJson = False,
 ) -> None:
     """Serve a bundle, or a run's prompt, over HTTP with the Open Inference Protocol."""
@@ -265,7 +265,7 @@ def serve(
 
     if (engine := execution.get("engine")) and engine_spec(engine).remote:
         raise UsageError(f"a server cannot use --engine {engine}; choose the engine that runs the backbone here")
-    o = shared.ServeOptions(**options)
+    o = read_options(shared.ServeOptions, options)
     limits = Limits(
         request_bytes=o.max_request_mib * 2**20,
         batch=o.max_batch,

@@ -193,10 +193,13 @@ class ServeOptions(Schema):
     keep_rows: int = Field(
         default=Limits.cached_batches, ge=1, description="Batches of rows cached for later requests."
     )
-    timeout: float = Field(default=Limits.timeout, ge=0.1, description="Seconds until a request times out.")
+    timeout: float = Field(
+        default=Limits.timeout, ge=0.1, allow_inf_nan=False, description="Seconds until a request times out."
+    )
     keep_alive: float = Field(
         default=Limits.keep_alive,
         ge=1,
+        allow_inf_nan=False,
         description="Seconds between two requests until a connection is closed; a proxy must close its own sooner.",
     )
 

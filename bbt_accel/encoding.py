@@ -183,7 +183,8 @@ class Encoder:
     def _demonstration_template(self) -> str:
         """The causal template with the label word behind it."""
         template = self.task.template("causal")
-        return f"{template}{'' if template[-1:].isspace() else ' '}{{label}}"
+        space = " " if self._pieces.spaced(template) and not template[-1:].isspace() else ""
+        return f"{template}{space}{{label}}"
 
     @property
     def columns(self) -> list[str]:

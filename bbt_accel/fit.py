@@ -24,7 +24,7 @@ from bbt_accel.progress import progress_bar
 from bbt_accel.run import INFO, TASK, Run, RunInfo
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
 from bbt_accel.splits import examples, require_examples
-from bbt_accel.tables import Table, distinct, no_column, plain, read_table
+from bbt_accel.tables import Table, as_utf8, distinct, no_column, plain, read_table
 from bbt_accel.tasks import Task, can_be_placeholder
 from bbt_accel.tuning import tune
 from bbt_accel.tuning.workspace import find_info, hidden
@@ -186,6 +186,8 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
     counts = count_texts(table, text, label)
     if len(counts) < 2:
         raise DataError(f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed")
+    if unwritable := [name for name in counts if as_utf8(name) != name]:
+        raise DataError(f"{file}: {label} is {unwritable[0]!r:.50} in a row, which is no text; correct the row")
     rarest, fewest = min(counts.items(), key=lambda item: item[1])
     if fewest < 2:
         texts = "1 text" if fewest else "no text"

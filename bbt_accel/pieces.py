@@ -10,6 +10,8 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.errors import BundleError, first_line
 
 UNKNOWN = ("<unk>", "[UNK]")
+SPACE = "▁"
+"""How SentencePiece vocabularies write a space."""
 Fixed = tuple[int, ...]  # token ids that are the same in every row
 
 
@@ -34,17 +36,22 @@ class Pieces:
         return [(names[piece],) if piece in names else piece for piece in pieces]
 
     def of_word(self, word: str, template: str) -> list[int]:
-        """Tokens of a label word behind the text before it: with the space, where the vocabulary has it in the word."""
-        before = template.partition("{mask}")[0]
-        if self._info.template_group == "causal":  # no space behind a line break, or behind a special token
-            *_, last = (" ", *filter(None, self.split_special(before)))
-            spaced = isinstance(last, str) and not last.endswith("\n")
-        else:
-            spaced = not before[-1:].strip(" ")
+        """Tokens of a label word behind the text before it: with the space, where the vocabulary has it in the word.
+
+        None of a word of which the vocabulary has only that space.
+        """
         behind, alone = self.encode(f"a {word}"), self.encode("a")
-        if spaced and behind[: len(alone)] == alone:
-            return behind[len(alone) :]
-        return self.encode(word)
+        spaced = self.spaced(template.partition("{mask}")[0]) and behind[: len(alone)] == alone
+        found = behind[len(alone) :] if spaced else self.encode(word)
+        only_space = len(found) > 1 and self.name(found[0]) == SPACE and self.name(found[1]) is None
+        return [] if only_space else found
+
+    def spaced(self, before: str) -> bool:
+        """Whether a label word behind this text has a space in front of it."""
+        if self._info.template_group == "causal":  # not behind a line break, or behind a special token
+            *_, last = (" ", *filter(None, self.split_special(before)))
+            return isinstance(last, str) and not last.endswith("\n")
+        return not before[-1:].strip(" ")
 
     def name(self, token: int) -> str | None:
         """A token as it is in the vocabulary; None for one that stands for what is not in it."""

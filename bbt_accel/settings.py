@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from bbt_accel.bundle import Method
+from bbt_accel.bundle import BundleInfo, Method
 from bbt_accel.errors import UsageError, check_known, first_problem
 from bbt_accel.option_types import Budget, Demonstrations, KShot, Seed
 
@@ -111,3 +111,11 @@ def resolve(*layers: Mapping[str, object]) -> Settings:
         return Settings.model_validate(given)
     except ValidationError as error:
         raise UsageError(f"settings: {first_problem(error)}; got {error.errors()[0]['input']!r}") from None
+
+
+def check_given(settings: Settings, given: Mapping[str, object], info: BundleInfo) -> None:
+    """Raises UsageError for settings that were given and do not apply; those of a task's preset are ignored then."""
+    if given.get("demonstrations") and not info.causal:
+        raise UsageError(f"--demonstrations is for decoders; {info.backbone} is an {info.architecture}")
+    if settings.fitted and given.get("loss") not in (None, "ce"):
+        raise UsageError(f"--loss {given['loss']} is for --readout verbalizer; others minimize the cross entropy")

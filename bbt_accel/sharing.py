@@ -68,7 +68,7 @@ def portable(path: Path, bundle: Bundle | None = None) -> Iterator[Path]:
         inside.mkdir(parents=True)
         for name in FILES:
             if (run.path / name).is_file():
-                shutil.copyfile(run.path / name, inside / name)
+                shutil.copyfile(own_file(run.path / name), inside / name)
         digest = None if bundle is None else copy_bundle(bundle, copy / "bundle")
         write_info(inside, without_paths(run.info, "../bundle" if saved else "bundle", digest))
         if saved:
@@ -78,6 +78,18 @@ def portable(path: Path, bundle: Bundle | None = None) -> Iterator[Path]:
                 facts["parameters"]["backbone"] = public_parameter(facts["parameters"]["backbone"], run.info)
             (copy / ESTIMATOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         yield copy
+
+
+def own_file(file: Path) -> Path:
+    """The file, which may be a link within its folder or within the hub's cache. Raises RunError for another link.
+
+    A link in a run of somebody else's could name any file of this machine.
+    """
+    folder = file.parent.resolve()
+    cached = next((place.parent for place in folder.parents if place.name == "snapshots"), folder)
+    if not file.resolve().is_relative_to(cached):
+        raise RunError(f"{file} is a link to {file.resolve()}; replace it by a copy if that is to be uploaded")
+    return file
 
 
 def copy_bundle(bundle: Bundle, folder: Path) -> str:

@@ -17,13 +17,20 @@ from bbt_accel import __version__
 from bbt_accel.backbone_names import backbone_digest
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import ENSEMBLE, CompareReport, Score, draw, make_report, markdown
-from bbt_accel.benchmarks.options import REFERENCES, CompareOptions, parse_contender
+from bbt_accel.benchmarks.options import (
+    REFERENCES,
+    SEARCHES,
+    CompareOptions,
+    bundle_of,
+    check_reference,
+    parse_contender,
+)
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, rows_digest
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError
+from bbt_accel.errors import BbtError, UsageError
 from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import class_scores, scores_before
 from bbt_accel.machine import describe_machine
@@ -38,8 +45,8 @@ from bbt_accel.tasks import absolute_file, load_task
 from bbt_accel.tuning import tune
 
 TRIALS, BUNDLES, RUNS = "trials", "bundles", "runs"  # folders: of finished trials, of bundles, of runs
-DECISIVE = ("backbone", "budgets", "k_shot", "n_prompt_tokens", "test_rows", "engine", "precision")
-"""Options that decide the scores of a trial."""
+DECISIVE = ("backbone", "k_shot", "n_prompt_tokens", "test_rows", "engine", "precision")
+"""Options that decide the scores of a trial; the budgets do so, too, where it is a search."""
 
 
 def run_compare(
@@ -58,8 +65,10 @@ def run_compare(
     BbtError when `output` exists.
     """
     folder = Path(output).absolute()
-    for contender in (*options.contenders, options.reference):
+    for contender in options.contenders:
         parse_contender(contender)
+    if options.reference is not None:
+        check_reference(options.reference, options.contenders)
     local_engine(options.engine, "compare").target(options.precision)
     found = {path: load_task(path) for path in tasks}
     check_names("tasks", {path: task.name for path, task in found.items()})
@@ -75,7 +84,7 @@ def run_compare(
             done, failures = _run(folder, jobs, pool, progress)
         scores = [score for job in jobs for score in done.get(job.name, [])]
         facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"]}
-        report = make_report(scores, failures, facts | {"date": now()}, options.reference)
+        report = make_report(scores, failures, facts | {"date": now()}, options.reference or "auto")
         write_report(folder, report, markdown(report), partial(draw, report=report) if scores else None)
     return report
 
@@ -117,10 +126,16 @@ def _jobs(
     folder: Path, tasks: Mapping[str, str], options: CompareOptions, bundles: dict[str, str], threads: int
 ) -> Iterator[PoolJob]:
     """A job for each task, contender and seed. tasks: name → what `load_task` takes."""
-    shared = {"bundles": bundles, "options": options.model_dump(mode="json"), "threads": threads}
+    shared = {"options": options.model_dump(mode="json"), "threads": threads, "work": str(folder / RUNS)}
     for (name, task), contender, seed in product(tasks.items(), options.contenders, options.seeds):
         data = None if options.data is None else str((options.data / name).absolute())
-        own = {"contender": contender, "task": task, "data": data, "seed": seed, "work": str(folder / RUNS)}
+        own = {
+            "contender": contender,
+            "bundle": bundles[bundle_of(contender)],
+            "task": task,
+            "data": data,
+            "seed": seed,
+        }
         yield PoolJob(f"{name}-{contender.replace(':', ',')}-{seed}", contend, own | shared)
 
 
@@ -146,11 +161,11 @@ def asked(job: PoolJob, data: str) -> dict[str, Any]:
     data: fingerprint of the rows.
     """
     given, task = job.arguments, load_task(job.arguments["task"])
-    options = {name: given["options"][name] for name in DECISIVE}
-    bundles = {method: Bundle.read(path, verify=False).digest for method, path in given["bundles"].items()}
+    searches = parse_contender(given["contender"])[0] in SEARCHES
+    options = {name: given["options"][name] for name in (*DECISIVE, *(["budgets"] if searches else []))}
     own = {"contender": given["contender"], "seed": given["seed"], "task": task.model_dump(mode="json")}
-    own["version"] = __version__
-    return options | own | {"data": data, "bundles": bundles}
+    bundle = Bundle.read(given["bundle"], verify=False).digest
+    return options | own | {"version": __version__, "data": data, "bundle": bundle}
 
 
 def read_trial(folder: Path, name: str, wanted: dict[str, Any]) -> list[Score] | None:
@@ -169,12 +184,15 @@ def contend(
     data: str | None,
     seed: int,
     work: str,
-    bundles: dict[str, str],
+    bundle: str,
     options: dict[str, Any],
     threads: int,
 ) -> list[dict[str, Any]]:
-    """One contender on one task and seed: its scores at every budget, as JSON. work: folder of its runs."""
-    trial = CompareTrial(task, data, seed, Path(work), bundles, CompareOptions.model_validate(options), threads)
+    """One contender on one task and seed: its scores at every budget, as JSON.
+
+    work: folder of its runs. bundle: that of `bundle_of`.
+    """
+    trial = CompareTrial(task, data, seed, Path(work), bundle, CompareOptions.model_validate(options), threads)
     if contender == "readouts":
         scores = trial.readouts()
     else:
@@ -191,11 +209,11 @@ class CompareTrial:
         data: str | None,
         seed: int,
         work: Path,
-        bundles: dict[str, str],
+        bundle: str,
         options: CompareOptions,
         threads: int,
     ) -> None:
-        self.task, self.data, self.seed, self.bundles = load_task(task), data, seed, bundles
+        self.task, self.data, self.seed, self.bundle = load_task(task), data, seed, bundle
         self.work, self.options, self.threads = work, options, threads
         self.objective = Objective("ce", self.task.metric, self.task.class_shares)
         folder = None if data is None else Path(data)
@@ -206,7 +224,7 @@ class CompareTrial:
 
     def readouts(self) -> list[Score]:
         """Every readout without a search; what takes no labels; and the most frequent class of the test rows."""
-        with load_engine(self.bundles["bbt"], self.options.engine, threads=self.threads) as engine:
+        with load_engine(self.bundle, self.options.engine, threads=self.threads) as engine:
             encoder, _ = encoder_with_demonstrations(engine.bundle, self.task, self.train, self.settings)
             plain, calibrated = scores_before(engine, encoder, self.test)
         frequent = most_frequent(labels(self.test), self.task.n_classes, self.task.metric)
@@ -214,7 +232,7 @@ class CompareTrial:
         found = [self.measured("majority class", 0, np.tile(majority, (len(self.test), 1)), 0.0)]
         found.append(self.measured("without a prompt", 0, plain, 0.0))
         found.append(self.measured("batch calibration", 0, calibrated, 0.0))
-        return found + [self.score(name, *self.tune(f"readouts:{name}", "bbt", name, 1)) for name in FITTED]
+        return found + [self.score(name, *self.tune(f"readouts:{name}", name, 1)) for name in FITTED]
 
     def search(self, contender: str) -> list[Score]:
         """For each budget that it can spend: the original search by a method, or one with a fitted readout.
@@ -222,15 +240,18 @@ class CompareTrial:
         One search: with each budget it continues where the one before it ended. Its seconds are those from the start.
         """
         name, given = parse_contender(contender)
-        method, readout = (name, "verbalizer") if name in get_args(Method) else ("bbt", name)
-        info = Bundle.read(self.bundles[method], verify=False).info
+        readout = "verbalizer" if name in get_args(Method) else name
+        info = Bundle.read(self.bundle, verify=False).info
         scores, total = list[Score](), 0.0
         for budget in sorted({*([1] if name == "auto" else []), *self.options.budgets}):
             settings = resolve(self.task.preset(info.method), given, {"readout": readout, "budget": budget})
-            if settings.fitted or budget >= settings.turn(info.searched_layers):
-                run, seconds = self.tune(contender, method, readout, budget, given, resume=bool(scores))
+            turn = settings.turn(info.searched_layers)
+            if settings.fitted or budget >= turn:
+                run, seconds = self.tune(contender, readout, budget, given, resume=bool(scores))
                 total += seconds
                 scores.append(self.score(contender, run, total, budget))
+        if not scores:
+            raise UsageError(f"{contender} needs {turn} calls for one generation per layer; give larger --budgets")
         return scores
 
     def reference(self, contender: str) -> list[Score]:
@@ -243,7 +264,7 @@ class CompareTrial:
             split = references.Split(self.train, self.dev, self.test)
             one = references.embeddings(split, self.task, self.seed, self.objective)
             return [self.measured(contender, one.calls, one.scores, one.seconds)]
-        bundle = Bundle.read(self.bundles["bbt exported"])
+        bundle = Bundle.read(self.bundle)
         encoder, train = encoder_with_demonstrations(bundle, self.task, self.train, self.settings)
         started = perf_counter()
         split = references.Split(train, self.dev, self.test)
@@ -260,7 +281,6 @@ class CompareTrial:
     def tune(
         self,
         contender: str,
-        method: str,
         readout: str,
         budget: int,
         given: Mapping[str, str] = {},
@@ -272,7 +292,7 @@ class CompareTrial:
         started = perf_counter()
         where: dict[str, Any] = {"engine": self.options.engine, "threads": self.threads, "data": self.data}
         again: dict[str, Any] = {"resume": resume, "overwrite": not resume, "progress": False}
-        run = tune(self.bundles[method], self.task, output=place, settings={**given, **own}, **where, **again)
+        run = tune(self.bundle, self.task, output=place, settings={**given, **own}, **where, **again)
         return run, perf_counter() - started
 
     def score(self, name: str, run: Run, seconds: float, budget: int | None = None) -> Score:

@@ -101,7 +101,8 @@ class CompareOptions(Schema):
         default=list(CONTENDERS),
         description=f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, as in auto:alpha=2.",
     )
-    reference: str = Field(default="auto", description="Contender that the others are compared with, pair by pair.")
+    reference: str | None = None
+    """Contender that the others are compared with, pair by pair (default: auto, if it is one of them)."""
     budgets: Annotated[list[Budget], AfterValidator(unique)] = Field(default=[64, 300, 1000])
     """API calls of the searches."""
     seeds: Seeds = Field(default=[42, 43, 44], description="Seeds of the rows and of every random draw.")
@@ -118,6 +119,18 @@ class CompareOptions(Schema):
     def command_line(self, tasks: Sequence[str], output: Path) -> str:
         """The command that repeats the comparison."""
         return command_line(["compare", *tasks], self, output)
+
+
+def bundle_of(contender: str) -> str:
+    """The bundle that a contender reads, a key of `prepare`'s: of its method, or as exported, to train it."""
+    name, _ = parse_contender(contender)
+    return "bbt exported" if name in REFERENCES else name if name in get_args(Method) else "bbt"
+
+
+def check_reference(reference: str, contenders: Sequence[str]) -> None:
+    """Raises UsageError for a contender that is not compared."""
+    provided = [*contenders, *(FITTED if "readouts" in contenders else ())]
+    check_known("--reference", reference, dict.fromkeys(provided))
 
 
 def compare_options(**given: Any) -> CompareOptions:

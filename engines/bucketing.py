@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bbt_accel.batch import Batch, Int64
+from bbt_accel.batch import Batch, Int64, group_by_beginning
 from bbt_accel.bundle import BundleInfo
-from bbt_accel.errors import DataError
 
 
 def row_lengths(info: BundleInfo, batch: Batch, without: frozenset[str]) -> Int64:
@@ -33,7 +32,7 @@ def bucket_rows(
     """
     lengths = row_lengths(info, batch, without)
     prefix = info.n_prompt_tokens if info.causal and "prefix-cache" not in info.without else 0
-    group = group_by_beginning(batch, info.prefix_columns if prefix else info.prompt_start if info.causal else 0)
+    group = group_by_beginning(info, batch)
     buckets = []
     for value in np.unique(group):
         rows = np.flatnonzero(group == value)
@@ -43,15 +42,6 @@ def bucket_rows(
             size = max(1, min(max_tokens // int(lengths[part].max()), max_rows))
             buckets += [part[i : i + size] for i in range(0, len(part), size)]
     return buckets
-
-
-def group_by_beginning(batch: Batch, n: int) -> Int64:
-    """(N,): equal for rows with the same first n tokens. Raises DataError for a readout position among them."""
-    if (batch.readout < n).any():
-        raise DataError("a readout position lies within the prompt or before it; a decoder reads behind it")
-    start = np.concatenate([batch.input_ids[:, :n], batch.attention_mask[:, :n]], axis=1)
-    _, same = np.unique(start, axis=0, return_inverse=True)
-    return np.asarray(same.reshape(-1), np.int64)
 
 
 def split_points(lengths: Int64, overhead: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -16,19 +17,22 @@ import gevent
 import gevent.ssl
 import geventhttpclient  # noqa: F401 - where it is missing, tritonclient.http raises RuntimeError
 import tritonclient.http as triton
-from geventhttpclient.response import HTTPConnectionClosed
+from geventhttpclient.response import HTTPParseError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from bbt_accel import inference_protocol as protocol
 from bbt_accel.bundle import Bundle
 from bbt_accel.errors import BundleError, EngineError, UsageError, clipped
 
+CONNECTING = 10.0  # seconds to wait for a connection
 TIMEOUT = 600.0  # seconds to wait for a response
 PATIENCE = 60.0  # seconds for which a request is tried again, unless the environment says otherwise
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; the last one again and again
 UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
 NOT_READY = re.compile("not ready|no available versions|loading|unavailable")
 """What servers say with the status 400 or 404 of a model that is there and being loaded."""
+CUT_OFF = re.compile("closed|incomplete")
+"""What the HTTP parser says of a response that ends too early."""
 
 
 class Server:
@@ -37,8 +41,13 @@ class Server:
     closed = False
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+        try:
+            parts = urlsplit(url)
+            wrong = parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query
+            _ = parts.port  # ValueError for one that is no number, or too large
+        except ValueError:
+            wrong = True
+        if wrong:
             raise UsageError(f"--url must be http://HOST:PORT or https://HOST:PORT, not {url!r}")
         base, _, name = parts.path.rstrip("/").partition("/v2/models/")
         self.url, self.model, self.patience = url, name or None, patience()
@@ -47,7 +56,7 @@ class Server:
             hub.NOT_ERROR += (KeyboardInterrupt,)
         secure, host = parts.scheme == "https", parts.netloc + base.removesuffix("/v2")
         context = gevent.ssl.create_default_context if secure else None
-        options = {"connection_timeout": 10.0, "network_timeout": TIMEOUT, "ssl": secure}
+        options = {"connection_timeout": CONNECTING, "network_timeout": TIMEOUT, "ssl": secure}
         try:
             self.client = triton.InferenceServerClient(host, **options, ssl_context_factory=context)
         except (ValueError, InferenceServerException) as error:
@@ -55,8 +64,10 @@ class Server:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Its metadata. Raises what `ask` raises."""
-        found: dict[str, Any] = self.ask(self.client.get_server_metadata)
+        """Its metadata. Raises what `ask` raises, and EngineError for what is no metadata."""
+        found = self.ask(self.client.get_server_metadata)
+        if not isinstance(found, dict):
+            raise EngineError(f"{self.url} is no server of the Open Inference Protocol; check --url")
         return found
 
     def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -69,9 +80,13 @@ class Server:
         token, waits, until = os.environ.get(protocol.TOKEN), chain(WAITS, repeat(WAITS[-1])), None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         while True:
+            started = time.monotonic()
             try:
                 return call(*arguments, headers=headers, **options)
-            except Exception as error:
+            except Exception as caught:
+                error = caught
+                if isinstance(error, TimeoutError) and time.monotonic() - started < TIMEOUT:
+                    error = ConnectionError(f"no connection within {CONNECTING:g} seconds")
                 problem = self.problem(error)
                 if not passes(error):
                     raise problem from None
@@ -90,7 +105,7 @@ class Server:
             return EngineError(f"cannot reach {self.url} ({error}); is the server running?")
         if isinstance(error, TimeoutError):
             return EngineError(f"{self.url} did not respond within {TIMEOUT:g} seconds")
-        if isinstance(error, (OSError, ValueError)):
+        if isinstance(error, (OSError, ValueError, HTTPParseError)):
             return EngineError(f"cannot query {self.url} ({error}); check --url")
         raise error
 
@@ -114,7 +129,8 @@ class Server:
             if error.status not in (404, 405, 501, None):
                 raise
             parameters = {}
-        found = {name: str(entry.get("string_value", "")) for name, entry in parameters.items()}
+        entries = {name: entry for name, entry in parameters.items() if isinstance(entry, dict)}
+        found = {name: str(entry.get("string_value", "")) for name, entry in entries.items()}
         if found.get(protocol.DIGEST, bundle.digest) != bundle.digest:
             there = f"{found.get('backbone', 'unknown')}, {found[protocol.DIGEST][:12]}"
             why = f"{self.url} serves another bundle ({there}) than {bundle.path} ({bundle.digest[:12]})"
@@ -155,9 +171,11 @@ def passes(error: Exception) -> bool:
         status = status_of(error)
         loading = status in (400, 404) and NOT_READY.search(str(error.message()).lower())
         return status in (502, 503) or bool(loading)
-    if isinstance(error, (ConnectionError, HTTPConnectionClosed)):
-        return True
-    return isinstance(error, OSError) and error.errno in UNREACHABLE
+    if isinstance(error, HTTPParseError):
+        return CUT_OFF.search(str(error).lower()) is not None
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    return isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in UNREACHABLE)
 
 
 def patience() -> float:

@@ -55,7 +55,9 @@ class TaskRows:
             self.source = "the run's rows"
         else:
             self.task = load_task(task)
-            self.settings, self.source = resolve(self.task.preset(bundle.info.method)), self.task.name
+            # Of few rows there are fewer: a calibration needs no certain number.
+            self.settings = resolve(self.task.preset(bundle.info.method), {"allow_rare_classes": True})
+            self.source = self.task.name
         train, self.dev = load_few_shot(self.task, self.data, self.settings)
         self.encoder, train = encoder_with_demonstrations(bundle, self.task, train, self.settings)
         self.train = self.encoder.encode(train)

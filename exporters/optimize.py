@@ -243,9 +243,9 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
         rows = job.batch.rows(shortest)
         padded = rows.padded(padded_length(rows, made.info.max_length), made.info.special.pad)
         leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, shortest])
-    if job.precision == "fp32" and (error := scaled_error(logits, job.reference)) > FP32_ERROR:
+    if job.precision == "fp32" and not (error := scaled_error(logits, job.reference)) <= FP32_ERROR:
         raise ExportError(f"the fp32 bundle's logits differ by {error:.1e} from those of its source; use that")
-    if leak > LEAK:
+    if not leak <= LEAK:  # NaN, too
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
     counts = {"rows": len(job.batch), "candidates": len(job.prompts)}
     return {**fidelity(logits, job.reference), "padding_error": leak, **counts}

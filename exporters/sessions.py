@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bbt_accel.batch import Batch, Float32
+from bbt_accel.batch import Batch, Float32, Int64, group_by_beginning
 from bbt_accel.bundle import Bundle, BundleInfo, block_of, state_name
 from bbt_accel.errors import ExportError
 from bbt_accel.exporters.openvino_ir import StageReader, compile_options
@@ -108,14 +108,21 @@ def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
         run, own = open_stage(bundle, stage), prompt_feeds(bundle.info, stage, prompts)
         feeds = [feed | run(feed | own) for feed in feeds]
         del run  # before the next stage is loaded
-    return np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
+    order = np.concatenate(calls(bundle.info, batch, ROWS_PER_CALL))
+    return np.concatenate([feed["label_logits"] for feed in feeds], axis=1)[:, np.argsort(order)]
 
 
-def initial_feeds(bundle: Bundle, batch: Batch, rows: int) -> list[Feeds]:
-    """What the first stage gets, besides prompts, `rows` rows at a time."""
-    batch = batch.with_decoder_input(bundle.info)
-    parts = (batch.rows(slice(i, i + rows)) for i in range(0, len(batch), rows))
-    return [dict(part.graph_inputs(bundle.info)) for part in parts]
+def initial_feeds(bundle: Bundle, batch: Batch, size: int) -> list[Feeds]:
+    """What the first stage gets, besides prompts, in each of `calls`."""
+    whole = batch.with_decoder_input(bundle.info)
+    return [dict(whole.rows(rows).graph_inputs(bundle.info)) for rows in calls(bundle.info, batch, size)]
+
+
+def calls(info: BundleInfo, batch: Batch, size: int) -> list[Int64]:
+    """Indices of the rows of each call, at most so many."""
+    group = group_by_beginning(info, batch)
+    alike = (np.flatnonzero(group == value) for value in np.unique(group))
+    return [rows[i : i + size] for rows in alike for i in range(0, len(rows), size)]
 
 
 def prompt_feeds(info: BundleInfo, stage: str, prompts: Float32) -> Feeds:

@@ -27,7 +27,7 @@ from bbt_accel.benchmarks.compare_report import (
     styles,
     summary,
 )
-from bbt_accel.benchmarks.options import CompareOptions, parse_contender
+from bbt_accel.benchmarks.options import CompareOptions, bundle_of, check_reference, parse_contender
 from bbt_accel.benchmarks.steps import compared_rows
 from bbt_accel.bundle import write_info
 from bbt_accel.cli import main
@@ -280,7 +280,7 @@ def test_a_trial_is_kept_only_for_the_same_rows_task_bundles_and_version(
     bundle, rows = tiny_bundle(tmp_path / "bundle"), tmp_path / "train.jsonl"
     write_info(bundle.path, bundle.info)
     rows.write_text('{"text": "a", "label": 0}')
-    given = {"bundles": {"bbt": str(bundle.path)}, "options": SMALL.model_dump(mode="json")}
+    given = {"bundle": str(bundle.path), "options": SMALL.model_dump(mode="json")}
     job = PoolJob("demo-bbt-42", print, {**given, "contender": "bbt", "task": "demo", "seed": 42})
     wanted, file = asked(job, fingerprint(rows)), tmp_path / "trials" / "demo-bbt-42.json"
     file.parent.mkdir()
@@ -303,8 +303,33 @@ def test_a_trial_is_kept_only_for_the_same_rows_task_bundles_and_version(
 def test_an_unknown_contender_is_named() -> None:
     with pytest.raises(UsageError, match="did you mean"):
         run_compare(["demo"], "nowhere", SMALL.model_copy(update={"contenders": ["gradient-promt"]}))
-    with pytest.raises(UsageError, match="unknown contender 'autto'; did you mean auto"):
+    with pytest.raises(UsageError, match="unknown --reference 'autto'; did you mean auto"):
         run_compare(["demo"], "nowhere", SMALL.model_copy(update={"reference": "autto"}))
+
+
+def test_the_reference_is_one_of_the_contenders() -> None:
+    check_reference("ridge", ["readouts", "bbt"])
+    with pytest.raises(UsageError, match="unknown --reference 'auto:alpha=2'"):
+        check_reference("auto:alpha=2", ["auto:alpha=2.0", "bbt"])
+
+
+def test_trials_that_others_do_not_depend_on_are_kept(tmp_path: Path) -> None:
+    made = {name: tiny_bundle(tmp_path / name) for name in ("bbt", "bbt exported", "bbtv2")}
+    for bundle in made.values():
+        write_info(bundle.path, bundle.info)
+
+    def trial(contender: str, **changed: object) -> dict[str, object]:
+        options = SMALL.model_copy(update=changed).model_dump(mode="json")
+        own = {"contender": contender, "bundle": str(made[bundle_of(contender)].path), "task": "demo", "seed": 42}
+        return asked(PoolJob(contender, print, {**own, "options": options}), "")
+
+    more = [*SMALL.budgets, 5000]
+    for contender in ("readouts", "embeddings", "lora"):
+        assert trial(contender) == trial(contender, budgets=more)
+    assert trial("bbt") != trial("bbt", budgets=more)
+    before = {name: trial(name) for name in ("bbt", "auto", "lora", "bbtv2")}
+    write_info(made["bbtv2"].path, made["bbtv2"].info.model_copy(update={"word_embedding_std": 2.0}))
+    assert [name for name, what in before.items() if trial(name) != what] == ["bbtv2"]
 
 
 def test_a_search_may_have_settings_of_its_own() -> None:

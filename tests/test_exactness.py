@@ -19,6 +19,7 @@ from tiny_backbones import RELATIVES, VARIANTS, marks
 
 from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
 from bbt_accel.engines.staged import StagedEngine
+from bbt_accel.exporters.sessions import run_stages
 from bbt_accel.optimizations import OPTIMIZATIONS, in_graph
 from bbt_accel.population import Latent, Population
 
@@ -118,6 +119,18 @@ def losses(statistics: np.ndarray, rows: Batch) -> np.ndarray:
     """Cross entropy and hinge loss of each candidate, (P, 2)."""
     found: np.ndarray = (statistics[:, :2] / len(rows)).astype(np.float32)
     return found
+
+
+@every_family
+def test_the_checks_of_an_export_compute_what_an_engine_does(
+    tiny: Export, loaded: Load, name: str, method: str, mode: str
+) -> None:
+    """Rows that differ under the prompt included."""
+    bundle = tiny(name, method, mode)
+    rows = {"rows": 20, "text": 6, "labels": 3, "padding": "right", "decoder": None, "context": 0, "seed": 1}
+    batch, prompts = batch_of(bundle, rows), random_prompts(bundle, 2, 0)
+    with loaded(bundle, "eager").bind(batch) as bound:
+        assert_same(run_stages(bundle, batch, prompts), bound.label_logits(prompts))
 
 
 @every_family

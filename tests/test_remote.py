@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -197,6 +198,8 @@ def test_the_token_comes_from_the_environment(plain: Bundle, monkeypatch: pytest
         ({"url": "localhost:8000"}, "--url must be http"),
         ({"url": "http://"}, "--url must be http"),
         ({"url": "ftp://host"}, "--url must be http"),
+        ({"url": "http://[::1:8000"}, "--url must be http"),
+        ({"url": "http://host:99999"}, "--url must be http"),
         ({"url": "http://user:word@host"}, "--url must be http"),
         ({"url": "http://host", "device": "cuda"}, "--device and --threads are set on the server"),
         ({"url": "http://host", "threads": 2}, "--device and --threads are set on the server"),
@@ -256,8 +259,9 @@ def refusal(status: str, message: str = "no") -> Exception:
 @pytest.mark.parametrize(
     "error",
     [
-        ConnectionRefusedError(), ConnectionResetError(), BrokenPipeError(), client.HTTPConnectionClosed(),
-        OSError(113, "No route to host"), refusal("503"), refusal("502"),
+        ConnectionRefusedError(), ConnectionResetError(), BrokenPipeError(), TimeoutError(),
+        client.HTTPParseError("connection closed."), client.HTTPParseError("Incomplete response."),
+        OSError(113, "No route to host"), socket.gaierror(socket.EAI_AGAIN, "x"), refusal("503"), refusal("502"),
         refusal("404", "Request for unknown model: 'bundle' has no available versions"),
         refusal("400", "model 'bundle' is not ready"),
     ],
@@ -294,13 +298,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize(
     "error",
     [
-        TimeoutError(), ValueError("x"), OSError(5, "x"), refusal("500"), refusal("404", "there is no model 'x'"),
-        refusal("400", "the request is malformed"), refusal("401"),
+        ValueError("x"), OSError(5, "x"), refusal("500"), refusal("404", "there is no model 'x'"),
+        refusal("400", "the request is malformed"), refusal("401"), client.HTTPParseError("Invalid method"),
+        socket.gaierror(socket.EAI_NONAME, "x"),
     ],
 )  # fmt: skip
 def test_nothing_else_is_tried_again(server: Server, error: Exception) -> None:
     call, attempts = failing(error)
     with pytest.raises(EngineError):
+        server.ask(call)
+    assert len(attempts) == 1
+
+
+def test_a_response_that_takes_too_long_is_not_asked_for_again(server: Server, clock: list[float]) -> None:
+    attempts = []
+
+    def call(headers: dict[str, str]) -> str:
+        attempts.append(headers)
+        clock.append(client.TIMEOUT)
+        raise TimeoutError
+
+    with pytest.raises(EngineError, match="did not respond within 600 seconds"):
         server.ask(call)
     assert len(attempts) == 1
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -809,6 +810,50 @@ def test_a_classifier_ends_between_batches_once_nobody_waits(run: Run) -> None:
         with pytest.raises(RequestError, match="nobody waits") as caught:
             model.infer(texts, {}, dropped)
         assert caught.value.status == 503
+
+
+def test_a_backbone_ends_between_candidates_once_nobody_waits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DummyEngine(bundle) as engine:
+        model, gone, there = make_models(engine, LIMITS)[0], threading.Event(), threading.Event()
+        at_once, _ = model.infer(whole(bundle), {}, there)
+        monkeypatch.setattr("bbt_accel.serving.models.STEP", 1)
+        one_by_one, _ = model.infer(whole(bundle), {}, there)
+        np.testing.assert_array_equal(one_by_one["label_logits"], at_once["label_logits"])
+
+        def compute(*given: Any) -> dict[str, np.ndarray]:
+            gone.set()
+            return {"label_logits": np.zeros((1, 8, 2), np.float32)}
+
+        monkeypatch.setattr(model, "compute", compute)
+        with pytest.raises(RequestError, match="nobody waits"):
+            model.infer(whole(bundle), {}, gone)
+
+
+def test_hidden_states_count_as_what_a_request_returns(plain: Bundle) -> None:
+    wide = Bundle(plain.path, plain.info.model_copy(update={"hidden_size": 10_000}))
+    with DummyEngine(plain) as engine:
+        engine.bundle = wide
+        given = whole(plain)
+        with pytest.raises(RequestError, match=r"rows times \d+ logits and states exceed 204800; send fewer"):
+            make_models(engine, LIMITS)[1].infer(given, {}, threading.Event())
+
+
+def test_a_run_is_served_with_another_bundle(plain: Bundle, run: Run, tmp_path: Path) -> None:
+    shutil.move(plain.path, tmp_path / "elsewhere")
+    with pytest.raises(BbtError, match="bundle"):
+        start(run.path)
+
+    class Listening(Exception):
+        pass
+
+    def ready(url: str, models: list[str]) -> None:
+        assert models[-1] == "classifier"
+        raise Listening
+
+    with pytest.raises(Listening):
+        serve(run.path, bundle=tmp_path / "elsewhere", engine="dummy", port=0, limits=LIMITS, ready=ready)
+    with pytest.raises(UsageError, match="is a bundle itself; --bundle is for a run"):
+        start(tmp_path / "elsewhere", bundle=plain.path)
 
 
 def test_the_classifier_returns_what_predict_returns(run: Run) -> None:

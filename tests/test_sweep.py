@@ -18,7 +18,7 @@ from search_parts import search_bundle, task_file
 from bbt_accel import processes
 from bbt_accel.cli import app, main
 from bbt_accel.engines.dummy import DummyBoundBatch
-from bbt_accel.errors import BbtError, BundleError, DataError, EngineError, UsageError
+from bbt_accel.errors import BbtError, BundleError, DataError, EngineError, RunError, UsageError
 from bbt_accel.run import Run
 from bbt_accel.sweeps import runner
 from bbt_accel.sweeps.cross_evaluation import score_prompts
@@ -158,8 +158,11 @@ def test_failures_are_rows_and_the_other_trials_run(
     assert "- **toy-toy-bundle-dummy-1:** the process was ended by SIGSEGV" in text
     assert sweep(tmp_path / "sweep", resume=True).count("done") == 2
 
-    [trial] = sweep(tmp_path / "sweep", {"seeds": [2], "settings": {"budget": 20}}, resume=True).trials
-    assert "budget (was 24, is now 20)" in (trial.reason or "")
+    before = (tmp_path / "sweep" / "report.md").read_text()
+    with pytest.raises(RunError, match=r"finished trial with another budget \(was 24, is now 20\); choose another -o"):
+        sweep(tmp_path / "sweep", {"seeds": [2], "settings": {"budget": 20}}, resume=True)
+    assert (tmp_path / "sweep" / "report.md").read_text() == before
+    assert sweep(tmp_path / "sweep", resume=True).count("done") == 2
 
 
 @pytest.mark.usefixtures("in_process")
@@ -180,8 +183,8 @@ def test_a_setting_that_is_gone_from_the_sweep_is_not_taken_from_its_former_runs
     lines = [f"{name} = {json.dumps(value)}" for name, value in {**toy, "seeds": [1]}.items() if name != "settings"]
     settings = [f"{name} = {json.dumps(value)}" for name, value in FAST.items()]
     config.write_text("\n".join([*lines, "[settings]", *settings]))
-    [trial] = run_sweep(tmp_path / "sweep", config=config, resume=True, progress=False).trials
-    assert "alpha (was 2.0, is now 1.0)" in (trial.reason or "")
+    with pytest.raises(RunError, match=r"alpha \(was 2.0, is now 1.0\)"):
+        run_sweep(tmp_path / "sweep", config=config, resume=True, progress=False)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -194,8 +197,8 @@ def test_a_trial_of_another_task_or_other_rows_is_not_kept(toy: dict[str, Any], 
     else:
         file = Path(toy["tasks"][0])
         file.write_text(file.read_text().replace("it was", "it is"))
-    [trial] = sweep(tmp_path / "sweep", resume=True).trials
-    assert (trial.status, changed in (trial.reason or "")) == ("failed", True)
+    with pytest.raises(RunError, match=f"finished trial with another {changed}; choose another -o"):
+        sweep(tmp_path / "sweep", resume=True)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -272,6 +275,9 @@ def test_options_override_the_toml_file(toy: dict[str, Any], tmp_path: Path) -> 
         ({"settings": {"seed": 3}}, "a sweep takes no setting 'seed'"),
         ({"settings": {"hold_out": True}, "cross_evaluate": True}, "--cross-evaluate scores on test rows"),
         ({"settings": {"readout": "verbalizer", "budget": 3}}, "budget 3 is too small"),
+        ({"settings": {"readout": "auto", "loss": "hinge"}}, "--loss hinge is for --readout verbalizer"),
+        ({"settings": {"demonstrations": 4}}, "--demonstrations is for decoders"),
+        ({"engines": ["dummy", "openvino"], "device": "cuda"}, "runs on the CPU, not on cuda"),
         ({"tasks": ["sst"]}, "did you mean sst2"),
         ({"bundles": ["nowhere"]}, "nowhere is not a bundle"),
     ],

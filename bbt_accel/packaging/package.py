@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -67,12 +67,14 @@ def package_run(run_path: str | Path, output: str | Path, options: Options, on_p
     """
     check_known("--format", options.format, FORMATS)
     run, output, form = Run.read(run_path), Path(output), FORMATS[options.format]
-    with new_folder(output) as folder, packaged_bundle(run, form, options, on_progress) as (source, bundle):
+    with ExitStack() as stack:
+        folder = stack.enter_context(new_folder(output))
+        if form.libraries is not None:  # before anything that takes long
+            form.libraries(folder)
+        source, bundle = stack.enter_context(packaged_bundle(run, form, options, on_progress))
         made = classifier_of(run, bundle)
         on_progress("composing the graph", 0, 2)
         model = form.write(made, run.info.class_names, folder)
-        if form.libraries is not None:
-            form.libraries(folder)
         on_progress("comparing with predict", 1, 2)
         comparison, score = compared(run, made, form, folder, model, options)
         info = PackageInfo(

@@ -27,5 +27,5 @@ class Limits:
 
     @property
     def logits(self) -> int:
-        """Of one request: candidates times rows times label words."""
+        """Of one request: candidates times rows times label words, and numbers of hidden states."""
         return 1024 * self.batch

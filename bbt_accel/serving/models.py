@@ -42,6 +42,8 @@ _DIMENSIONS = {"input_ids": 2, "attention_mask": 2, "readout": 1, "label_token_i
 _DIMENSIONS |= {"decoder_input_ids": 2, "context_ids": 1}
 ROW_INPUTS = {name: TensorSpec(name, "INT64", (-1,) * rank) for name, rank in _DIMENSIONS.items()}
 Compute = Callable[[BoundBatch, Tensors], Tensors]  # from bound rows and the inputs to the outputs, by name
+STEP = 2**16
+"""Tokens of the candidates that are computed before the server looks whether anybody waits for them."""
 
 
 class Model(ABC):
@@ -161,6 +163,12 @@ def at_most(limit: int, **factors: int) -> None:
         raise RequestError(f"{product} exceed {limit}; send fewer", 413)
 
 
+def require_waiting(dropped: Event) -> None:
+    """Raises RequestError for a request whose sender is gone, or was told that the server is busy."""
+    if dropped.is_set():
+        raise RequestError("nobody waits for the result", 503)
+
+
 def rows_hash(tensors: Tensors) -> str:
     """sha256 of the names, shapes and numbers of the tensors that describe rows."""
     digest = hashlib.sha256()
@@ -171,13 +179,22 @@ def rows_hash(tensors: Tensors) -> str:
 
 
 class RowModel(Model):
-    """A model of cached rows and its `own` inputs, the first of them the candidates."""
+    """A model of cached rows and its `own` inputs, the first of them the candidates.
+
+    states: numbers that it returns for each candidate and row besides the logits.
+    """
 
     def __init__(
-        self, name: str, cache: RowCache, own: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], compute: Compute
+        self,
+        name: str,
+        cache: RowCache,
+        own: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        compute: Compute,
+        states: int = 0,
     ) -> None:
         super().__init__(name, cache.engine, cache.limits)
-        self.cache, self.own, self.compute = cache, own, compute
+        self.cache, self.own, self.compute, self.states = cache, own, compute, states
         here = self.engine.bundle.info.architecture
         self.inputs = (*own, *(spec for name, spec in ROW_INPUTS.items() if OPTIONAL.get(name, here) == here))
         self.outputs = outputs
@@ -187,11 +204,18 @@ class RowModel(Model):
             if not self.require(tensors, spec.name).size or not np.isfinite(tensors[spec.name]).all():
                 raise RequestError(f"input {spec.name} must have finite numbers, at least one")
         digest, rows = self.cache.find(tensors, parameters)
-        candidates, count = len(tensors[self.own[0].name]) if self.own else 1, len(rows.batch)
+        if not self.own:
+            return self.compute(rows, tensors), {ROWS: digest}
+        given, count = tensors[self.own[0].name], len(rows.batch)
         words = len(rows.batch.label_token_ids)
-        at_most(self.limits.batch, candidates=candidates, rows=count)
-        at_most(self.limits.logits, candidates=candidates, rows=count, label_words=words)
-        return self.compute(rows, tensors), {ROWS: digest}
+        numbers = {"logits_and_states": words + self.states} if self.states else {"label_words": words}
+        at_most(self.limits.batch, candidates=len(given), rows=count)
+        at_most(self.limits.logits, candidates=len(given), rows=count, **numbers)
+        step, parts = max(1, STEP // self.cache.tokens(rows.batch)), []
+        for start in range(0, len(given), step):
+            require_waiting(dropped)
+            parts.append(self.compute(rows, tensors | {self.own[0].name: given[start : start + step]}))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, {ROWS: digest}
 
 
 class PromptedClassifier(Model):
@@ -218,8 +242,7 @@ class PromptedClassifier(Model):
         rows = [dict(zip(self.columns, row, strict=True)) for row in zip(*texts, strict=True)]
         parts = []
         for start in range(0, count, BATCH_SIZE):
-            if dropped.is_set():
-                raise RequestError("nobody waits for the result", 503)
+            require_waiting(dropped)
             parts.append(self.classifier.probabilities(rows[start : start + BATCH_SIZE]))
         probabilities = np.concatenate(parts)
         label = probabilities.argmax(axis=1)
@@ -255,7 +278,7 @@ def make_models(engine: Engine, limits: Limits, run: Run | None = None) -> list[
 
     models: list[Model] = [
         RowModel(BACKBONE, cache, (prompts,), (logits,), label_logits),
-        RowModel(OUTPUTS, cache, (prompts,), (logits, *states), outputs),
+        RowModel(OUTPUTS, cache, (prompts,), (logits, *states), outputs, len(STATES) * info.hidden_size),
     ]
     if info.method == "bbtv2":
         own = (

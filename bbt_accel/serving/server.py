@@ -33,6 +33,7 @@ def serve(
     engine: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    bundle: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     limits: Limits,
@@ -41,23 +42,26 @@ def serve(
     """Serve a bundle, or the prompt of a run and its bundle, until Ctrl-C or SIGTERM.
 
     engine, device: those of the run unless given; for a bundle the engine that it was made for, on the cpu if it can.
+    bundle: for a run, another than the one that it was tuned for, as `Run.open_bundle` takes it.
     port: 0 for any free one. ready: called with the server's address and the names of its models once it listens. The
     bearer token is that of BBT_ACCEL_TOKEN.
-    Raises UsageError for an address that others can reach if there is no token, BbtError when the port is in use, and
-    what reading and loading raise.
+    Raises UsageError for an address that others can reach if there is no token, and for a bundle with another; BbtError
+    when the port is in use, and what reading and loading raise.
     """
     token = os.environ.get(TOKEN) or None
     check_host(host, token)
     path = fetched(path)
     run = Run.read(path) if is_run(path) else None
-    bundle = Bundle.read(path) if run is None else run.open_bundle()
+    if run is None and bundle is not None:
+        raise UsageError(f"{path} is a bundle itself; --bundle is for a run")
+    served = Bundle.read(path) if run is None else run.open_bundle(bundle)
     options: dict[str, Any] = {"threads": threads}
     if run is not None:
         engine, options["device"], options["without"] = run.info.engine.used_with(engine, device)
     else:
-        engine = engine or (DEFAULT_ENGINE if bundle.info.target == "onnx" else bundle.info.target)
+        engine = engine or (DEFAULT_ENGINE if served.info.target == "onnx" else served.info.target)
         options["device"] = device or engine_spec(engine).device("cpu")
-    with listen(host, port) as listener, load_engine(bundle, engine, **options) as loaded:
+    with listen(host, port) as listener, load_engine(served, engine, **options) as loaded:
         models = make_models(loaded, limits, run)
         app = make_app(models, limits, token)
         ready(address(listener), [model.name for model in models])

@@ -18,7 +18,7 @@ from bbt_accel.errors import BundleError, UsageError, check_known, first_line, f
 from bbt_accel.files import fingerprint
 from bbt_accel.option_types import Seed
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import Settings, resolve
+from bbt_accel.settings import Settings, check_given, resolve
 from bbt_accel.tasks import Task, absolute_file, load_task
 
 PRESETS = Path(__file__).parent  # the folder of the shipped sweeps
@@ -77,7 +77,9 @@ class Sweep(Schema):
         folders = {task.name: self.data and str(Path(self.data, task.name)) for task in tasks.values()}
         rows = {name: folder and fingerprint(folder) for name, folder in folders.items()}
         for bundle, task in product(bundles.values(), tasks.values()):
-            resolve(task.preset(bundle.info.method), self.settings).generations(bundle.info.searched_layers)
+            settings = resolve(task.preset(bundle.info.method), self.settings)
+            settings.generations(bundle.info.searched_layers)
+            check_given(settings, self.settings, bundle.info)
         trials = [
             Trial(
                 task=path,

@@ -60,8 +60,10 @@ def run_sweep(
         for trial in {(trial.task, trial.data): trial for trial in trials}.values():
             if trial.data is not None:  # fail before the first search, not in every trial
                 check_rows(trial.definition, Path(trial.data), trial.search_settings)
-        on_gpu = any(kind_of(engine_spec(name).device(sweep.device)) == "cuda" for name in sweep.engines)
-        with closing(open_pool(ray, jobs, threads, "cuda" if on_gpu else "cpu", progress)) as pool:
+        devices = [kind_of(engine_spec(name).device(sweep.device)) for name in sweep.engines]
+        for trial in trials:
+            require_same(trial, folder / TRIALS / trial.name)
+        with closing(open_pool(ray, jobs, threads, "cuda" if "cuda" in devices else "cpu", progress)) as pool:
             _write(folder, sweep)
             return _run(folder, sweep, trials, pool, progress)
 
@@ -169,8 +171,26 @@ def every_setting(trial: Trial) -> dict[str, Any]:
 
 def read_result(trial: Trial, folder: Path) -> TrialResult | None:
     """The result of a trial that was done with the same description; None where there is none."""
+    result = _stored(folder)
+    return None if result is None or result.trial != trial else result
+
+
+def require_same(trial: Trial, folder: Path) -> None:
+    """Raises RunError for a finished trial of another search, which this one would replace in the report."""
+    if (result := _stored(folder)) is None:
+        return
+    former = result.trial
+    pairs = former.search_settings.differences(trial.search_settings)
+    changed = [f"{name} (was {was}, is now {now})" for name, (was, now) in pairs.items()]
+    names = {"definition": "task definition", "rows": "data", "digest": "bundle", "device": "device"}
+    changed += [name for field, name in names.items() if getattr(former, field) != getattr(trial, field)]
+    if changed:
+        raise RunError(f"{folder} is a finished trial with another {', '.join(changed)}; choose another -o")
+
+
+def _stored(folder: Path) -> TrialResult | None:
+    """The result in a trial's folder; None where there is none, or one of another version."""
     try:
-        result = TrialResult.model_validate_json((folder / SCORE).read_bytes())
+        return TrialResult.model_validate_json((folder / SCORE).read_bytes())
     except (OSError, ValidationError):
         return None
-    return result if result.trial == trial else None

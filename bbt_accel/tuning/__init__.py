@@ -26,7 +26,7 @@ from bbt_accel.objective import Objective
 from bbt_accel.progress import SearchProgress, note, progress_bar
 from bbt_accel.readout import Readout
 from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
-from bbt_accel.settings import PRESETS, Preset, Settings, resolve
+from bbt_accel.settings import PRESETS, Preset, Settings, check_given, resolve
 from bbt_accel.splits import FewShot, has_test_rows, load_split
 from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.callbacks import Callback, Callbacks, tracker
@@ -131,8 +131,6 @@ def _resolve(
     """
     method = bundle.info.method
     settings = resolve(task.preset(method), given)
-    if given.get("demonstrations") and not bundle.info.causal:
-        raise UsageError(f"--demonstrations is for decoders; {bundle.path} is an {bundle.info.architecture}")
     if task.prompt is not None and bundle.info.prompt_init != task.prompt.init:
         raise UsageError(f"task {task.name} starts from a text; export the bundle with --prompt-init and the task file")
     place = Path(output or f"runs/{task.name}-{method}-{engine.name}-{settings.seed}")
@@ -142,8 +140,7 @@ def _resolve(
         settings = resolve(former.settings.model_dump(), given)
     elif not resume:
         workspace.require_free(overwrite)
-    if settings.fitted and given.get("loss") not in (None, "ce"):
-        raise UsageError(f"--loss {given['loss']} is for --readout verbalizer; others minimize the cross entropy")
+    check_given(settings, given, bundle.info)
     if settings.fitted:  # whatever the task's preset says
         settings = settings.model_copy(update={"loss": "ce"})
     settings.generations(bundle.info.searched_layers)  # raises before anything is loaded

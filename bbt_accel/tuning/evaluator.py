@@ -131,4 +131,8 @@ class Job:
         """Load the engine and bind the rows. Raises what `load_engine` raises."""
         e = self.engine
         engine = load_engine(self.bundle, e.name, device=e.device, threads=e.threads, without=e.without, url=e.url)
-        return LocalEvaluator(engine, self)
+        try:
+            return LocalEvaluator(engine, self)
+        except BaseException:
+            engine.close()
+            raise

@@ -19,6 +19,7 @@ from bbt_accel.run import (
     CURVE,
     HISTORY,
     INFO,
+    PROMPT,
     READOUT,
     TASK,
     BestRecord,
@@ -32,6 +33,9 @@ from bbt_accel.run import (
 from bbt_accel.tasks import to_toml
 from bbt_accel.tuning.learning_curve import draw_curve
 from bbt_accel.tuning.search import SearchOutcome
+
+WRITTEN = frozenset({INFO, PROMPT, READOUT, CURVE, TASK, CARD})
+"""Files that the end of a search writes."""
 
 
 class Workspace:
@@ -158,11 +162,12 @@ class Workspace:
         write_info(self.folder, info)
 
     def _create(self, info: RunInfo, source: Path | None) -> None:
-        """Make the folder atomically, with run.json and the history of `source`, if any."""
-        self._new.mkdir()
+        """Make the folder atomically, with run.json and the history of `source`, if any, and what others put there."""
+        if source is None:
+            self._new.mkdir()
+        else:
+            shutil.copytree(source, self._new, ignore=lambda folder, _: WRITTEN if Path(folder) == source else ())
         write_info(self._new, info)
-        if source is not None:
-            shutil.copy(source / HISTORY, self._new)
         os.rename(self._new, self.folder)
 
     def _recover(self) -> None:

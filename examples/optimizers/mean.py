@@ -39,7 +39,7 @@ CANDIDATE, MEAN = "best candidate", "best candidate or mean"
 def contend(run: Run, data: Path, budgets: list[int], test_rows: int, threads: int | None) -> Iterator[Score]:
     """The scores of a run's prompt at each budget, as it was chosen, and if the means had been candidates, too."""
     task, settings, bundle = run.task, run.info.settings, run.open_bundle()
-    folder = None if task.name == "demo" else data / task.name
+    folder = data / task.name
     parts = [load_few_shot(task, folder, settings)[1], compared_rows(task, folder, test_rows)]
     best: dict[str, BestPrompt | None] = {CANDIDATE: None, MEAN: None}
     search, space, started = Cma(settings, settings.seed), PromptSpace(bundle, settings), time.perf_counter()
