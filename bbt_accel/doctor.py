@@ -45,6 +45,8 @@ class Rule(NamedTuple):
 
 RULES = (  # from the fastest to the slowest, and so are their engines
     Rule(("trt", "ort"), "cuda", "fp16", "the GPU's tensor cores multiply fp16", frozenset({"GPU"})),
+    # Where AMX multiplies bf16, what int8 keeps in fp32 costs more than its matmuls save (benchmarks/README.md).
+    Rule(("openvino",), "cpu", "bf16", "the processor multiplies tiles of bf16 (AMX)", frozenset({"AMX"})),
     Rule(("openvino", "ort"), "cpu", "int8", "the processor has 8-bit dot products (VNNI or AMX)", INT8_FEATURES),
     Rule(("openvino",), "cpu", "bf16", "the processor multiplies bf16", frozenset({"bf16"})),
     Rule(("openvino", "ort"), "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
@@ -144,7 +146,7 @@ def recommend(machine: Machine, states: Mapping[str, EngineState]) -> Recommenda
     options = [(r, name) for r in RULES if not r.needs or r.needs & features for name in r.engines]
     chosen, engine = next((o for o in options if states[label(o[1], o[0].device)]["runs"]), options[0])
     reason = chosen.reason
-    if chosen.precision == "int8" and "bf16" in features:
+    if chosen.precision == "int8" and "bf16" in features and "AMX" not in features:
         reason += "; --target openvino --bf16 is slower but needs no calibration"
     fastest, name = options[0]
     best = label(name, fastest.device)

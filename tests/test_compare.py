@@ -308,7 +308,7 @@ def test_an_unknown_contender_is_named() -> None:
 
 
 def test_the_reference_is_one_of_the_contenders() -> None:
-    check_reference("ridge", ["readouts", "bbt"])
+    check_reference("states", ["readouts", "bbt"])
     with pytest.raises(UsageError, match="unknown --reference 'auto:alpha=2'"):
         check_reference("auto:alpha=2", ["auto:alpha=2.0", "bbt"])
 

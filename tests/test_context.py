@@ -81,6 +81,15 @@ def test_a_template_for_demonstrations_has_the_label_where_it_says(bundle: Bundl
     assert text_of(encoder, encoder.context_ids) == "great: t1\n"
 
 
+def test_a_label_is_shown_with_the_space_with_which_it_is_read(bundle: Bundle) -> None:
+    own = task(instruction="", separator="\n")
+    for ending, shown in (("", " great"), (" ", " great"), ("\n", "\ngreat"), ("</s>", "</s>great")):
+        own = own.model_copy(update={"templates": own.templates | {"causal": f"{{text}} is{ending}"}})
+        encoder = Encoder(bundle, own, ROWS[1:2])
+        assert encoder.context_ids is not None
+        assert text_of(encoder, encoder.context_ids) == f"t1 is{shown}\n"
+
+
 def test_escaped_braces_are_no_placeholder(bundle: Bundle, tmp_path: Path) -> None:
     odd = task(template="{{label}}: {text} {label}", instruction="{{prompt}}", separator=" ; ")
     odd = odd.model_copy(update={"templates": odd.templates | {"causal": "{{prompt}} {text} is"}})

@@ -100,7 +100,8 @@ def recommended(
     ("features", "engine", "precision"),
     [
         (("AVX-512 VNNI",), "openvino", "int8"),
-        (("AMX", "bf16"), "openvino", "int8"),
+        (("AVX-512 VNNI", "bf16"), "openvino", "int8"),
+        (("AVX-512 VNNI", "AMX", "bf16"), "openvino", "bf16"),
         (("bf16",), "openvino", "bf16"),
         (("AVX2",), "openvino", "fp32"),
     ],
@@ -110,7 +111,7 @@ def test_the_fastest_precision_follows_from_the_instruction_sets(
 ) -> None:
     found = recommended(CPU, features)
     assert (found["engine"], found["device"], found["precision"]) == (engine, "cpu", precision)
-    assert ("--bf16 is slower but needs no calibration" in found["reason"]) == ("AMX" in features)
+    assert ("--bf16 is slower but needs no calibration" in found["reason"]) == (features == ("AVX-512 VNNI", "bf16"))
     flag = "" if precision == "fp32" else f" --{precision}"
     assert found["command"] == f"bbt-accel optimize BUNDLE -o OPTIMIZED --target openvino{flag}"
 
@@ -119,6 +120,9 @@ def test_a_faster_engine_that_is_not_installed_is_named() -> None:
     found = recommended({"onnxruntime": "1.32"}, ("AVX-512 VNNI",))
     assert (found["engine"], found["precision"]) == ("ort", "int8")
     assert found["reason"].endswith('openvino in int8 is faster: pip install "bbt-accel[openvino]"')
+    found = recommended({"onnxruntime": "1.32"}, ("AVX-512 VNNI", "AMX", "bf16"))
+    assert (found["engine"], found["precision"]) == ("ort", "int8")
+    assert found["reason"].endswith('openvino in bf16 is faster: pip install "bbt-accel[openvino]"')
     found = recommended({"onnxruntime-gpu": "1.32"}, gpus=("X",))
     assert (found["engine"], found["device"], found["precision"]) == ("ort", "cuda", "fp16")
     assert 'trt in fp16 is faster: pip install "bbt-accel[trt]"' in found["reason"]

@@ -240,6 +240,7 @@ def test_an_engine_may_take_the_bundle_of_another(fit: Fit) -> None:
         ([("a", "x"), ("b", float("nan"))], "label is empty in 1 row, first in row 2"),
         ([("a", "x"), ("b", None)], "label is empty in 1 row"),
         ([("a", "x"), (5, "y"), ("b", "x"), ("c", "y")], "f.csv row 2: text is 5, not text"),
+        ([("a", "x"), ("b", "x"), ("c", "\ud800"), ("d", "\ud800")], "in a row, which is no text; correct the row"),
     ],
 )
 def test_rows_that_cannot_be_fitted_are_one_line(rows: list[tuple[object, object]], complaint: str) -> None:

@@ -122,6 +122,23 @@ def test_a_portable_copy_is_a_run(run: Run) -> None:
     assert Run.read(run.path).info.data.path is not None
 
 
+def test_a_link_out_of_a_run_is_not_uploaded(run: Run, tmp_path: Path) -> None:
+    secret, card = tmp_path / "secret", run.path / "README.md"
+    secret.write_text("my key")
+    card.unlink()
+    card.symlink_to(secret)
+    with pytest.raises(RunError, match=r"README.md is a link to .*secret; replace it"), portable(run.path):
+        pass
+    cached = tmp_path / "models--me--toy" / "snapshots" / "1" / "run"
+    shutil.copytree(run.path, cached)  # follows the link
+    blob = cached.parents[2] / "blobs" / "card"
+    blob.parent.mkdir()
+    shutil.move(cached / "README.md", blob)
+    (cached / "README.md").symlink_to(blob)  # as the hub's cache has it
+    with portable(cached) as copy:
+        assert (copy / "README.md").read_text() == "my key"
+
+
 # What nobody else should see -----------------------------------------------------------------------------------
 
 PRIVATE = ("alice", "gpu-host")

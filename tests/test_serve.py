@@ -838,9 +838,10 @@ def test_hidden_states_count_as_what_a_request_returns(plain: Bundle) -> None:
             make_models(engine, LIMITS)[1].infer(given, {}, threading.Event())
 
 
-def test_a_run_is_served_with_another_bundle(plain: Bundle, run: Run, tmp_path: Path) -> None:
-    shutil.move(plain.path, tmp_path / "elsewhere")
-    with pytest.raises(BbtError, match="bundle"):
+def test_a_run_is_served_with_another_bundle(run: Run, tmp_path: Path) -> None:
+    former = run.open_bundle().path
+    shutil.move(former, tmp_path / "elsewhere")
+    with pytest.raises(BbtError, match="is not a bundle"):
         start(run.path)
 
     class Listening(Exception):
@@ -853,7 +854,7 @@ def test_a_run_is_served_with_another_bundle(plain: Bundle, run: Run, tmp_path: 
     with pytest.raises(Listening):
         serve(run.path, bundle=tmp_path / "elsewhere", engine="dummy", port=0, limits=LIMITS, ready=ready)
     with pytest.raises(UsageError, match="is a bundle itself; --bundle is for a run"):
-        start(tmp_path / "elsewhere", bundle=plain.path)
+        start(tmp_path / "elsewhere", bundle=former)
 
 
 def test_the_classifier_returns_what_predict_returns(run: Run) -> None:

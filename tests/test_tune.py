@@ -169,6 +169,15 @@ def test_resume_starts_a_run_and_returns_a_complete_one(start: Tune) -> None:
     assert (first.path / "run.json").stat().st_mtime_ns == before
 
 
+def test_what_others_put_into_a_run_is_there_after_it_was_continued(start: Tune) -> None:
+    first = start()
+    (first.path / "tensorboard").mkdir()
+    (first.path / "tensorboard" / "notes.txt").write_text("mine")
+    continued = start(settings={"budget": 2 * first.info.settings.budget}, resume=True)
+    assert continued.info.calls > first.info.calls
+    assert (continued.path / "tensorboard" / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("readout", ["verbalizer", "calibrated", "auto"])
 @pytest.mark.parametrize("first", [20, 48])  # the dev score at its end is due there in a longer search, or it is not
 def test_a_larger_budget_continues_a_complete_run_as_if_it_had_been_given_at_first(
