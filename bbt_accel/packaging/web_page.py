@@ -69,6 +69,7 @@ def write_page(folder: Path, model: Path) -> None:
 
 def add_libraries(folder: Path) -> None:
     """Add the libraries of the page to its folder. Raises PackageError if npm fails, MissingDependency without it."""
+    (folder / VENDOR).mkdir()
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
         for package, archive in zip(PACKAGES, fetch(Path(place)), strict=True):
             unpack(package, archive, folder / VENDOR)

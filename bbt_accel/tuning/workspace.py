@@ -165,8 +165,10 @@ class Workspace:
         """Make the folder atomically, with run.json and the history of `source`, if any, and what others put there."""
         if source is None:
             self._new.mkdir()
-        else:
-            shutil.copytree(source, self._new, ignore=lambda folder, _: WRITTEN if Path(folder) == source else ())
+        else:  # links as such: what somebody else's run has may lead anywhere
+            own = WRITTEN | {HISTORY}
+            shutil.copytree(source, self._new, True, lambda folder, _: own if Path(folder) == source else ())
+            shutil.copy(source / HISTORY, self._new)
         write_info(self._new, info)
         os.rename(self._new, self.folder)
 
