@@ -137,8 +137,8 @@ class Batch:
         return replace(self, input_ids=ids, attention_mask=np.pad(self.attention_mask[:, :length], missing))
 
 
-def group_by_beginning(info: BundleInfo, batch: Batch) -> Int64:
-    """(N,): equal for rows that one call can compute together.
+def group_by_beginning(info: BundleInfo, batch: Batch) -> list[Int64]:
+    """Indices of rows that one call can compute together.
 
     A decoder's graphs take the begin token, and in add mode the tokens under the prompt, from the first row of a call.
     Raises DataError for a readout position among them.
@@ -148,4 +148,4 @@ def group_by_beginning(info: BundleInfo, batch: Batch) -> Int64:
         raise DataError("a readout position lies within the prompt or before it; a decoder reads behind it")
     start = np.concatenate([batch.input_ids[:, :n], batch.attention_mask[:, :n]], axis=1)
     _, same = np.unique(start, axis=0, return_inverse=True)
-    return np.asarray(same.reshape(-1), np.int64)
+    return [np.flatnonzero(same.reshape(-1) == value) for value in range(same.max() + 1)]

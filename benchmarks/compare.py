@@ -144,7 +144,7 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     spec, paths = engine_spec(options.engine), {}
     checkpoint = f"{Path(options.backbone).name}-{backbone_digest(options.backbone)[:8]}"
     for method in get_args(Method):
-        if method == "bbtv2" and method not in (parse_contender(contender)[0] for contender in options.contenders):
+        if method == "bbtv2" and method not in map(bundle_of, options.contenders):
             continue
         exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
         place = work / f"{checkpoint}-{options.n_prompt_tokens}" / method

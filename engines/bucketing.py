@@ -32,10 +32,8 @@ def bucket_rows(
     """
     lengths = row_lengths(info, batch, without)
     prefix = info.n_prompt_tokens if info.causal and "prefix-cache" not in info.without else 0
-    group = group_by_beginning(info, batch)
     buckets = []
-    for value in np.unique(group):
-        rows = np.flatnonzero(group == value)
+    for rows in group_by_beginning(info, batch):
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         rounded = batch.aligned(info, lengths[rows], step)
         for part in np.split(rows, split_points(rounded, prefix + overhead)):

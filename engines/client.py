@@ -31,7 +31,7 @@ WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; the last one aga
 UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
 NOT_READY = re.compile("not ready|no available versions|loading|unavailable")
 """What servers say with the status 400 or 404 of a model that is there and being loaded."""
-CUT_OFF = re.compile("closed|incomplete")
+TRUNCATED = re.compile("closed|incomplete")
 """What the HTTP parser says of a response that ends too early."""
 
 
@@ -64,8 +64,12 @@ class Server:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Its metadata. Raises what `ask` raises, and EngineError for what is no metadata."""
-        found = self.ask(self.client.get_server_metadata)
+        """Its metadata. Raises what `described` raises."""
+        return self.described(self.client.get_server_metadata)
+
+    def described(self, call: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """The JSON object that a client call returns. Raises what `ask` raises, and EngineError for anything else."""
+        found = self.ask(call, *arguments)
         if not isinstance(found, dict):
             raise EngineError(f"{self.url} is no server of the Open Inference Protocol; check --url")
         return found
@@ -124,7 +128,7 @@ class Server:
     def check(self, bundle: Bundle, model: str) -> dict[str, str]:
         """The parameters of a model's configuration, if any. Raises BundleError when they name another bundle."""
         try:
-            parameters = self.ask(self.client.get_model_config, model).get("parameters") or {}
+            parameters = self.described(self.client.get_model_config, model).get("parameters") or {}
         except ServerRefused as error:
             if error.status not in (404, 405, 501, None):
                 raise
@@ -172,7 +176,7 @@ def passes(error: Exception) -> bool:
         loading = status in (400, 404) and NOT_READY.search(str(error.message()).lower())
         return status in (502, 503) or bool(loading)
     if isinstance(error, HTTPParseError):
-        return CUT_OFF.search(str(error).lower()) is not None
+        return TRUNCATED.search(str(error).lower()) is not None
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
     return isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in UNREACHABLE)

@@ -35,7 +35,7 @@ class TritonEngine(StagedEngine):
     def tensors_of(self, stage: str, model: str) -> tuple[list[str], list[str]]:
         """Names of a model's inputs and outputs. BundleError for another bundle, or prompts of another shape."""
         self.server.check(self.bundle, model)
-        metadata = self.server.ask(self.server.client.get_model_metadata, model)
+        metadata = self.server.described(self.server.client.get_model_metadata, model)
         shapes = {tensor["name"]: [int(size) for size in tensor["shape"]] for tensor in metadata["inputs"]}
         found, wanted = shapes.get("prompts"), [-1, *self.bundle.info.prompt_shape[-2:]]
         if stage not in ("context", "embed") and found != wanted:

@@ -18,7 +18,15 @@ from bbt_accel.cuda import GPU_TOKENS
 from bbt_accel.data import load_rows
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.errors import DataError
-from bbt_accel.exporters.sessions import Feeds, initial_feeds, open_session, open_stage, prompt_feeds, temporary_graph
+from bbt_accel.exporters.sessions import (
+    Feeds,
+    calls,
+    initial_feeds,
+    open_session,
+    open_stage,
+    prompt_feeds,
+    temporary_graph,
+)
 from bbt_accel.exporters.validate import sample_rows
 from bbt_accel.run import Run, is_run
 from bbt_accel.settings import resolve
@@ -55,7 +63,7 @@ class TaskRows:
             self.source = "the run's rows"
         else:
             self.task = load_task(task)
-            # Of few rows there are fewer: a calibration needs no certain number.
+            # Calibration works with fewer rows of a class, too.
             self.settings = resolve(self.task.preset(bundle.info.method), {"allow_rare_classes": True})
             self.source = self.task.name
         train, self.dev = load_few_shot(self.task, self.data, self.settings)
@@ -95,7 +103,7 @@ def calibration_prompts(bundle: Bundle, seed: int = 0) -> Float32:
 
 def stage_feeds(bundle: Bundle, batch: Batch, prompts: Float32) -> Iterator[tuple[str, list[Feeds]]]:
     """Every stage with its inputs, some rows at a time, as the stages before it computed them."""
-    feeds = initial_feeds(bundle, batch, ROWS_PER_CALL)
+    feeds = initial_feeds(bundle, batch, calls(bundle.info, batch, ROWS_PER_CALL))
     for stage in bundle.info.stages:
         for feed in feeds:
             feed |= prompt_feeds(bundle.info, stage, prompts)

@@ -22,7 +22,7 @@ from bbt_accel.exporters.convert import Fused, graph_on_disk
 from bbt_accel.exporters.graph import name_nodes
 from bbt_accel.exporters.matmuls import content_hash, input_channels, quantizable_matmuls
 from bbt_accel.exporters.outlier_channels import SplitRange, extra_columns, fit_range
-from bbt_accel.exporters.sessions import Feeds, initial_feeds, prompt_feeds
+from bbt_accel.exporters.sessions import Feeds, calls, initial_feeds, prompt_feeds
 from bbt_accel.progress import Tell
 
 FEW_TOKENS = 0.4
@@ -81,7 +81,7 @@ def calibrate(
     files: closes the temporary files in `folder`.
     """
     found: list[CalibratedStage] = []
-    feeds = initial_feeds(bundle, batch, ROWS_PER_CALL)
+    feeds = initial_feeds(bundle, batch, calls(bundle.info, batch, ROWS_PER_CALL))
     for done, stage in enumerate(bundle.info.stages):
         tell(f"calibrating {stage}", done, len(bundle.info.stages))
         feeds = [feed | prompt_feeds(bundle.info, stage, prompts) for feed in feeds]

@@ -103,25 +103,25 @@ def openvino_stage(bundle: Bundle, stage: str) -> RunStage:
 
 def run_stages(bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
     """Label logits (P, N, C) of the graphs, some rows at a time. prompts: float32 (P, n, H) or (P, L, n, H)."""
-    feeds = initial_feeds(bundle, batch, ROWS_PER_CALL)
+    parts = calls(bundle.info, batch, ROWS_PER_CALL)
+    feeds = initial_feeds(bundle, batch, parts)
     for stage in bundle.info.stages:
         run, own = open_stage(bundle, stage), prompt_feeds(bundle.info, stage, prompts)
         feeds = [feed | run(feed | own) for feed in feeds]
         del run  # before the next stage is loaded
-    order = np.concatenate(calls(bundle.info, batch, ROWS_PER_CALL))
-    return np.concatenate([feed["label_logits"] for feed in feeds], axis=1)[:, np.argsort(order)]
+    logits: Float32 = np.concatenate([feed["label_logits"] for feed in feeds], axis=1)
+    return logits[:, np.argsort(np.concatenate(parts))]
 
 
-def initial_feeds(bundle: Bundle, batch: Batch, size: int) -> list[Feeds]:
-    """What the first stage gets, besides prompts, in each of `calls`."""
-    whole = batch.with_decoder_input(bundle.info)
-    return [dict(whole.rows(rows).graph_inputs(bundle.info)) for rows in calls(bundle.info, batch, size)]
+def initial_feeds(bundle: Bundle, batch: Batch, parts: list[Int64]) -> list[Feeds]:
+    """What the first stage gets, besides prompts, in each call. parts: as from `calls`."""
+    batch = batch.with_decoder_input(bundle.info)
+    return [dict(batch.rows(rows).graph_inputs(bundle.info)) for rows in parts]
 
 
 def calls(info: BundleInfo, batch: Batch, size: int) -> list[Int64]:
     """Indices of the rows of each call, at most so many."""
-    group = group_by_beginning(info, batch)
-    alike = (np.flatnonzero(group == value) for value in np.unique(group))
+    alike = group_by_beginning(info, batch)
     return [rows[i : i + size] for rows in alike for i in range(0, len(rows), size)]
 
 

@@ -61,11 +61,10 @@ def run_sweep(
             if trial.data is not None:  # fail before the first search, not in every trial
                 check_rows(trial.definition, Path(trial.data), trial.search_settings)
         devices = [kind_of(engine_spec(name).device(sweep.device)) for name in sweep.engines]
-        for trial in trials:
-            require_same(trial, folder / TRIALS / trial.name)
+        results = finished(trials, folder / TRIALS)
         with closing(open_pool(ray, jobs, threads, "cuda" if "cuda" in devices else "cpu", progress)) as pool:
             _write(folder, sweep)
-            return _run(folder, sweep, trials, pool, progress)
+            return _run(folder, sweep, trials, results, pool, progress)
 
 
 def _write(folder: Path, sweep: Sweep) -> None:
@@ -95,9 +94,11 @@ def _source(folder: Path, config: str | Path | None, preset: str | None, resume:
     return Path(config) if config is not None else stored if stored.is_file() else None
 
 
-def _run(folder: Path, sweep: Sweep, trials: list[Trial], pool: Pool, progress: bool) -> SweepReport:
+def _run(
+    folder: Path, sweep: Sweep, trials: list[Trial], results: dict[str, TrialResult], pool: Pool, progress: bool
+) -> SweepReport:
+    """results: of the trials that are done, by name; those of the others are added."""
     places = {trial.name: folder / TRIALS / trial.name for trial in trials}
-    results = {t.name: result for t in trials if (result := read_result(t, places[t.name])) is not None}
     failures: dict[str, str] = {}
     waiting = [
         PoolJob(t.name, run_trial, {"trial": t.model_dump(), "folder": str(places[t.name]), "threads": pool.threads})
@@ -169,28 +170,28 @@ def every_setting(trial: Trial) -> dict[str, Any]:
     return settings.model_dump(exclude=unused if causal else unused | {"demonstrations"}) | trial.settings
 
 
-def read_result(trial: Trial, folder: Path) -> TrialResult | None:
-    """The result of a trial that was done with the same description; None where there is none."""
-    result = _stored(folder)
-    return None if result is None or result.trial != trial else result
+def finished(trials: list[Trial], folder: Path) -> dict[str, TrialResult]:
+    """The results of those trials that are done, by name.
+
+    Raises RunError for one that was done with other settings, rows, task or bundle: it would be lost in the report.
+    """
+    found: dict[str, TrialResult] = {}
+    for trial in trials:
+        try:
+            result = TrialResult.model_validate_json((folder / trial.name / SCORE).read_bytes())
+        except (OSError, ValidationError):  # not done, or with another version
+            continue
+        if changed := differences(result.trial, trial):
+            problem = f"{folder / trial.name} is a finished trial with another {', '.join(changed)}"
+            raise RunError(f"{problem}; choose another -o")
+        if result.trial == trial:
+            found[trial.name] = result
+    return found
 
 
-def require_same(trial: Trial, folder: Path) -> None:
-    """Raises RunError for a finished trial of another search, which this one would replace in the report."""
-    if (result := _stored(folder)) is None:
-        return
-    former = result.trial
+def differences(former: Trial, trial: Trial) -> list[str]:
+    """What keeps a trial from continuing another of the same name. A larger budget does not."""
     pairs = former.search_settings.differences(trial.search_settings)
     changed = [f"{name} (was {was}, is now {now})" for name, (was, now) in pairs.items()]
     names = {"definition": "task definition", "rows": "data", "digest": "bundle", "device": "device"}
-    changed += [name for field, name in names.items() if getattr(former, field) != getattr(trial, field)]
-    if changed:
-        raise RunError(f"{folder} is a finished trial with another {', '.join(changed)}; choose another -o")
-
-
-def _stored(folder: Path) -> TrialResult | None:
-    """The result in a trial's folder; None where there is none, or one of another version."""
-    try:
-        return TrialResult.model_validate_json((folder / SCORE).read_bytes())
-    except (OSError, ValidationError):
-        return None
+    return changed + [name for field, name in names.items() if getattr(former, field) != getattr(trial, field)]
