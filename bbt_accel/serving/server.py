@@ -52,9 +52,9 @@ def serve(
     check_host(host, token)
     path = fetched(path)
     run = Run.read(path) if is_run(path) else None
+    served = Bundle.read(path) if run is None else run.open_bundle(bundle)
     if run is None and bundle is not None:
         raise UsageError(f"{path} is a bundle itself; --bundle is for a run")
-    served = Bundle.read(path) if run is None else run.open_bundle(bundle)
     options: dict[str, Any] = {"threads": threads}
     if run is not None:
         engine, options["device"], options["without"] = run.info.engine.used_with(engine, device)
