@@ -250,10 +250,20 @@ def test_ctrl_c_before_the_end_of_the_first_generation_is_raised(bundle: Bundle,
         run(bundle, tmp_path / "h", engine=CountingEngine(bundle, interrupt_at=0))
 
 
-def test_nan_stops_the_search_and_names_the_candidate(bundle: Bundle, tmp_path: Path) -> None:
+def test_nan_stops_the_search_with_the_best_prompt_so_far_and_names_the_candidate(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    outcome, done = run(bundle, tmp_path / "h", engine=CountingEngine(bundle, nan_at=2))
+    assert (outcome.interrupted, len(done)) == (True, 2)
     with pytest.raises(NonFiniteLoss, match="candidate 1"):
-        run(bundle, tmp_path / "h", engine=CountingEngine(bundle, nan_at=2))
-    assert len(History(tmp_path / "h")) == 2
+        raise outcome.error or AssertionError
+    interrupted, _ = run(bundle, tmp_path / "other", engine=CountingEngine(bundle, interrupt_at=2))
+    assert outcome.best.prompt.tobytes() == interrupted.best.prompt.tobytes()
+
+
+def test_nan_before_the_end_of_the_first_generation_is_raised(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match="candidate 1"):
+        run(bundle, tmp_path / "h", engine=CountingEngine(bundle, nan_at=0))
 
 
 def test_bbtv2_fixes_the_other_layers_at_their_best(tmp_path: Path) -> None:

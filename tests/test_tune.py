@@ -22,7 +22,7 @@ from search_parts import SETTINGS, search_bundle, task_file
 from bbt_accel import tune
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.dummy import DummyBoundBatch
-from bbt_accel.errors import BbtError, RunError, UsageError
+from bbt_accel.errors import BbtError, NonFiniteLoss, RunError, UsageError
 from bbt_accel.files import reserved
 from bbt_accel.population import Population
 from bbt_accel.run import Run
@@ -59,21 +59,29 @@ def start(bundle: Bundle, tmp_path: Path) -> Tune:
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Ctrl-C at the n-th population; scores on the dev rows do not count."""
-    whole = DummyBoundBatch._label_logits
+    return lambda at: at_population(monkeypatch, at, KeyboardInterrupt)
 
-    def arm(at: int) -> None:
-        count = 0
 
-        def logits(self: DummyBoundBatch, population: Population) -> np.ndarray:
-            nonlocal count
-            count += len(population) > 1
-            if count == at and len(population) > 1:
-                raise KeyboardInterrupt
-            return whole(self, population)
+@pytest.fixture
+def overflow(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """NaN as the logits of the n-th population."""
+    return lambda at: at_population(monkeypatch, at)
 
-        monkeypatch.setattr(DummyBoundBatch, "_label_logits", logits)
 
-    return arm
+def at_population(monkeypatch: pytest.MonkeyPatch, at: int, error: type[BaseException] | None = None) -> None:
+    count, whole = 0, DummyBoundBatch._label_logits
+
+    def logits(self: DummyBoundBatch, population: Population) -> np.ndarray:
+        nonlocal count
+        count += len(population) > 1
+        found = whole(self, population)
+        if count != at or len(population) == 1:
+            return found
+        if error:
+            raise error
+        return np.full_like(found, np.nan)
+
+    monkeypatch.setattr(DummyBoundBatch, "_label_logits", logits)
 
 
 def prompt_bytes(run: Run) -> bytes:
@@ -138,6 +146,32 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(
     assert resumed.info.status == "done"
     assert result_bytes(resumed) == result_bytes(whole)
     assert resumed.info.best == whole.info.best
+
+
+@pytest.mark.parametrize("readout", ["verbalizer", "calibrated"])
+def test_a_loss_that_is_not_finite_is_an_error_and_the_best_prompt_before_it_is_saved(
+    start: Tune, overflow: Callable[[int], None], capsys: pytest.CaptureFixture[str], readout: str, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "readout": readout}
+    for resume in (False, True):
+        overflow(1 if resume else 6)  # the sixth generation, which a resumed search begins with
+        with pytest.raises(NonFiniteLoss, match="candidate 0"):
+            start(settings=settings, resume=resume, progress=True)
+        run = Run.read(tmp_path / "run")
+        assert (run.info.status, len(run.history)) == ("interrupted", 5)
+        assert f"{run.path} holds the best prompt of {run.info.calls} calls" in capsys.readouterr().err
+    overflow(-1)
+    whole = start("whole", settings=settings)
+    assert result_bytes(start(settings=settings, resume=True)) == result_bytes(whole)
+
+
+def test_a_loss_that_is_not_finite_in_the_first_generation_leaves_nothing(
+    start: Tune, overflow: Callable[[int], None], tmp_path: Path
+) -> None:
+    overflow(1)
+    with pytest.raises(NonFiniteLoss):
+        start("runs/run", settings={**SETTINGS, "readout": "calibrated"})
+    assert not (tmp_path / "runs").exists()
 
 
 def test_ctrl_c_before_the_first_generation_leaves_nothing(

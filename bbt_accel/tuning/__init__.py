@@ -80,7 +80,7 @@ def tune(
     Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
     there is one (with the verbalizer that of the first generation, else that without a search) nothing is saved, and
     KeyboardInterrupt is raised; so it is where `overwrite` leaves the former run. So does SIGTERM where it raises
-    KeyboardInterrupt, as in `bbt-accel tune`.
+    KeyboardInterrupt, as in `bbt-accel tune`. A loss that is not finite ends the search likewise, and is then raised.
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss, MissingDependency; RunError when
     the output exists or cannot be resumed.
     """
@@ -229,6 +229,9 @@ def _run(
     with Callbacks(told) as callbacks:
         run, outcome = _search(job, info, workspace, resume, ray, callbacks, progress)
         callbacks.end(run)
+    if outcome.error:
+        _say(f"{run.path} holds the best prompt of {run.info.calls} calls", progress)
+        raise outcome.error
     if outcome.interrupted:
         _say(f"interrupted; {run.path} holds the best prompt so far; {AGAIN} continues the search", progress)
     return run
@@ -266,7 +269,7 @@ def _search(
         if outcome.interrupted and workspace.keeps_former(info, history):
             again = f"{AGAIN} continues the new search" if len(history) else "nothing is saved of the new search"
             _say(f"{workspace.final} is still the former run; {again}", progress)
-            raise KeyboardInterrupt
+            raise outcome.error or KeyboardInterrupt
     return workspace.finish(info, *found, lambda line: _say(line, progress)), outcome
 
 

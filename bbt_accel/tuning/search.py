@@ -10,7 +10,7 @@ import numpy as np
 
 from bbt_accel.batch import Float32
 from bbt_accel.bundle import Bundle
-from bbt_accel.errors import RunError
+from bbt_accel.errors import NonFiniteLoss, RunError
 from bbt_accel.history import Generation, History, check_history, fingerprint
 from bbt_accel.settings import Settings
 from bbt_accel.tuning.evaluator import Evaluator
@@ -48,11 +48,12 @@ def better(best: BestPrompt | None, other: BestPrompt, by_loss: bool) -> BestPro
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """stopped: before the budget, on a plateau."""
+    """stopped: before the budget, on a plateau. error: what ended the search, an interrupted one."""
 
     best: BestPrompt
     interrupted: bool = False
     stopped: bool = False
+    error: NonFiniteLoss | None = None
 
 
 def search(
@@ -69,7 +70,8 @@ def search(
     history: empty, or the first generations of the same search, which then continues from there. Every new generation
         is appended. observe: called with every generation, those already in the history included.
     dev: scores a prompt, with the verbalizer unless given. start: the prompt that the search has to surpass, if any.
-    Ctrl-C ends the search with the best prompt so far; it is raised where there is none, before the first generation.
+    Ctrl-C ends the search with the best prompt so far, as does a loss that is not finite: resumed, the search would get
+    it again. Before the first generation both are raised, Ctrl-C only where there is no prompt to surpass.
     Raises NonFiniteLoss, EngineError, UsageError for a budget below one generation, RunError for the history of
     another search.
     """
@@ -93,8 +95,9 @@ def search(
             history.append(generation)
             best = better(best, scored, settings.fitted) if scored else best
             observe(generation)
-    except KeyboardInterrupt:
-        if not len(history) and start is None:
+    except (KeyboardInterrupt, NonFiniteLoss) as error:
+        failure = error if isinstance(error, NonFiniteLoss) else None
+        if not len(history) and (failure or start is None):
             raise
         if undue is not None:
             best = better(best, undue, settings.fitted)
@@ -103,7 +106,7 @@ def search(
             method = kind(space, settings)
             _replay(method, history, lambda _: None, None, settings, total)
             best = _score(dev, method, len(history) - 1)
-        return SearchOutcome(best, interrupted=True)
+        return SearchOutcome(best, interrupted=True, error=failure)
     assert best is not None  # the last generation is always scored
     if undue is not None and undue.generation is not None:  # now that the search has gone on to its end
         history.replace(history.generations[undue.generation])
