@@ -89,7 +89,10 @@ class BundleInfo(SealedManifest):
         "them, context for a decoder."
     )
     versions: dict[str, str] = Field(description="Of the libraries that wrote it.")
-    max_error: float | None = Field(default=None, description="Largest difference of label logits from eager PyTorch.")
+    max_error: float | None = Field(
+        default=None,
+        description="Largest error of label logits: against eager PyTorch; of an optimized bundle, its source's.",
+    )
     source: str | None = Field(default=None, description="sha256 of the bundle.json that this one was optimized from.")
     optimization: dict[str, object] | None = Field(default=None, description="What `optimize` did and measured.")
     sha256: dict[str, str] = Field(default={}, description="Of every file but this one and plans.")

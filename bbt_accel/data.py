@@ -53,6 +53,13 @@ def load_rows(task: Task, split: Split, data: str | Path | None = None) -> list[
     return _from_hub(task, split) if data is None else _from_folder(task, split, Path(data))
 
 
+def task_data(data: str | Path, name: str, only: bool) -> Path:
+    """Where a task's rows lie: in the subfolder of its name; those of the only task may be in `data` itself."""
+    data, own = Path(data), Path(data, name)
+    itself = only and not own.exists() and (data.is_file() or split_files("train", data))
+    return (data if itself else own).absolute()
+
+
 def rows_digest(rows: Iterable[Row]) -> str:
     """sha256 (hex) of the rows' content and order."""
     digest = hashlib.sha256()

@@ -29,7 +29,7 @@ def print_bundle(bundle: Bundle, as_json: bool) -> None:
         "method": f"{info.method}, {info.prompt_mode}, {info.n_prompt_tokens} prompt tokens",
         "precision": f"{info.precision} for {info.target}",
         "size": f"{bundle.size / 2**20:.1f} MiB",
-        "largest error vs. eager PyTorch": info.max_error,
+        "largest error vs. eager PyTorch": info.max_error if info.optimization is None else None,
     }
     facts |= {name.replace("_", " "): value for name, value in (info.optimization or {}).items() if value != []}
     print_facts(str(bundle.path), facts)

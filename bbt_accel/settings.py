@@ -34,7 +34,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     sigma: FiniteFloat = Field(default=1.0, gt=0, description="Initial step size of CMA-ES.")
     alpha: FiniteFloat = Field(default=1.0, gt=0, description="Scale of the normal projection.")
     bound: FiniteFloat = Field(default=0.0, ge=0, description="Half width of the box that z is kept in; 0 for none.")
-    loss: Loss = Field(default="ce", description="Loss to minimize with --readout verbalizer; every other uses ce.")
+    loss: Loss = Field(default="ce", description="Loss to minimize; hinge and perf are for --readout verbalizer.")
     eval_every: int = Field(default=100, ge=1, description="API calls between two evaluations on the dev set.")
     seed: Seed = 42
     demonstrations: Demonstrations = 0
@@ -111,6 +111,13 @@ def resolve(*layers: Mapping[str, object]) -> Settings:
         return Settings.model_validate(given)
     except ValidationError as error:
         raise UsageError(f"settings: {first_problem(error)}; got {error.errors()[0]['input']!r}") from None
+
+
+def as_given(settings: Mapping[str, object] | None, preset: Preset | None = None) -> dict[str, object]:
+    """What was given, the preset's settings included, and the readout of a loss that is for one alone."""
+    given = {name: value for name, value in (settings or {}).items() if value is not None}
+    implied = {} if given.get("loss") in (None, "ce") else {"readout": "verbalizer"}
+    return implied | (PRESETS[preset] if preset else {}) | given
 
 
 def check_given(settings: Settings, given: Mapping[str, object], info: BundleInfo) -> None:

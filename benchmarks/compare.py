@@ -26,7 +26,7 @@ from bbt_accel.benchmarks.options import (
     parse_contender,
 )
 from bbt_accel.bundle import Bundle, Method
-from bbt_accel.data import labels, rows_digest
+from bbt_accel.data import labels, rows_digest, task_data
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
@@ -75,7 +75,7 @@ def run_compare(
     named = {task.name: absolute_file(path) for path, task in found.items()}  # a trial on Ray runs elsewhere
     if options.data is not None:  # fail before the bundles are exported, not in every trial
         for task in found.values():
-            check_rows(task, options.data / task.name, resolve({"k_shot": options.k_shot}))
+            check_rows(task, task_data(options.data, task.name, len(found) == 1), resolve({"k_shot": options.k_shot}))
     with reserved(folder):
         device = kind_of(engine_spec(options.engine).device("cpu"))
         with closing(open_pool(ray, options.jobs, options.threads, device, progress)) as pool:
@@ -128,7 +128,7 @@ def _jobs(
     """A job for each task, contender and seed. tasks: name → what `load_task` takes."""
     shared = {"options": options.model_dump(mode="json"), "threads": threads, "work": str(folder / RUNS)}
     for (name, task), contender, seed in product(tasks.items(), options.contenders, options.seeds):
-        data = None if options.data is None else str((options.data / name).absolute())
+        data = None if options.data is None else str(task_data(options.data, name, len(tasks) == 1))
         own = {
             "contender": contender,
             "bundle": bundles[bundle_of(contender)],

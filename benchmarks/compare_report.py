@@ -41,10 +41,10 @@ ENSEMBLE = ", ensemble"
 class Score(Schema):
     """One contender on one task, seed and budget."""
 
-    contender: str
-    task: str
-    metric: Metric
-    seed: int
+    contender: str = Field(description="What was compared, by its name in `compare --contenders`.")
+    task: str = Field(description="Name of the task.")
+    metric: Metric = Field(description="The metric of the task.")
+    seed: int = Field(description="Seed of the few-shot rows, the projection and the search.")
     budget: int | None = Field(description="API calls that it was allowed; None where it takes a fixed number.")
     calls: int
     """Forward passes of the train rows; a training step counts as three, and dev scores are not counted."""
@@ -69,24 +69,23 @@ class Score(Schema):
 class Difference(Schema):
     """The reference with a budget, minus another contender, over all tasks and seeds that have both."""
 
-    reference: str
-    other: str
-    mean: float
+    reference: str = Field(description="Label of the reference: contender and budget.")
+    other: str = Field(description="Label of the other contender.")
+    mean: float = Field(description="Mean over the pairs.")
     interval: tuple[float, float] | None
     """95 %, of the mean over these tasks, by Student's t; None where a task has a single pair."""
-    worst_task: str
-    worst: float
-    """The task with the lowest difference, and that difference, mean over seeds."""
+    worst_task: str = Field(description="The task with the lowest difference.")
+    worst: float = Field(description="That difference, mean over seeds.")
 
 
 class CompareReport(Schema):
     """report.json of `bbt-accel compare`."""
 
-    scores: list[Score]
-    differences: list[Difference]
+    scores: list[Score] = Field(description="Of every contender, task, seed and budget.")
+    differences: list[Difference] = Field(description="Of the reference with each budget from every other contender.")
     failures: dict[str, str]
     """Trial → why it failed."""
-    facts: dict[str, str]
+    facts: dict[str, str] = Field(description="The command, the machine and the date.")
 
 
 def make_report(

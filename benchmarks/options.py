@@ -96,7 +96,7 @@ class CompareOptions(Schema):
 
     backbone: str = Field(default="demo", description=BACKBONE)
     data: Path | None = None
-    """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
+    """Folder with a subfolder of rows for each task, or the only one's own (default: the tasks' datasets)."""
     contenders: Names = Field(
         default=list(CONTENDERS),
         description=f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, as in auto:alpha=2.",

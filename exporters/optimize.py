@@ -95,7 +95,7 @@ def optimize_bundle(
         report |= measure(job, made, logits)
         report |= converter.finish(made, rows, on_progress)
         report |= {"calibrated_on": rows.source, "bytes_before": bundle.size, "bytes": made.size}
-        write_info(folder, info.model_copy(update={"optimization": report}))
+        write_info(folder, info.model_copy(update={"optimization": report, "max_error": report["logit_error"]}))
     return Bundle.read(output, verify=False)
 
 

@@ -13,12 +13,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import INFO, Bundle, Method
+from bbt_accel.data import task_data
 from bbt_accel.engine_specs import DEFAULT_ENGINE, Device, local_engine
 from bbt_accel.errors import BundleError, UsageError, check_known, first_line, first_problem
 from bbt_accel.files import fingerprint
 from bbt_accel.option_types import Seed
 from bbt_accel.reporting import Schema
-from bbt_accel.settings import Settings, check_given, resolve
+from bbt_accel.settings import Settings, as_given, check_given, resolve
 from bbt_accel.tasks import Task, absolute_file, load_task
 
 PRESETS = Path(__file__).parent  # the folder of the shipped sweeps
@@ -51,7 +52,7 @@ class Sweep(Schema):
     seeds: Seeds = Field(default=[42], description="Seeds of the few-shot rows, the projection and the search.")
     device: Device = Field(default="cpu", description="Device of all engines.")
     data: str | None = None
-    """Folder with a subfolder of rows for each task (default: the tasks' datasets)."""
+    """Folder with a subfolder of rows for each task, or the only one's own (default: the tasks' datasets)."""
     method: Method | None = None
     """Method that every bundle must have been exported for; None for any."""
     needs: str | None = Field(default=None, description="Command that creates the bundle, for users who lack it.")
@@ -74,10 +75,11 @@ class Sweep(Schema):
         tasks = {path: load_task(path) for path in self.tasks}
         check_names("bundles", {path: bundle.path.name for path, bundle in bundles.items()})
         check_names("tasks", {path: task.name for path, task in tasks.items()})
-        folders = {task.name: self.data and str(Path(self.data, task.name)) for task in tasks.values()}
+        only = len(tasks) == 1
+        folders = {task.name: self.data and str(task_data(self.data, task.name, only)) for task in tasks.values()}
         rows = {name: folder and fingerprint(folder) for name, folder in folders.items()}
         for bundle, task in product(bundles.values(), tasks.values()):
-            settings = resolve(task.preset(bundle.info.method), self.settings)
+            settings = resolve(task.preset(bundle.info.method), as_given(self.settings))
             settings.generations(bundle.info.searched_layers)
             check_given(settings, self.settings, bundle.info)
         trials = [

@@ -26,7 +26,7 @@ from bbt_accel.objective import Objective
 from bbt_accel.progress import SearchProgress, note, progress_bar
 from bbt_accel.readout import Readout
 from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
-from bbt_accel.settings import PRESETS, Preset, Settings, check_given, resolve
+from bbt_accel.settings import PRESETS, Preset, Settings, as_given, check_given, resolve
 from bbt_accel.splits import FewShot, has_test_rows, load_split
 from bbt_accel.tasks import Task, load_task
 from bbt_accel.tuning.callbacks import Callback, Callbacks, tracker
@@ -90,7 +90,7 @@ def tune(
     task = task if isinstance(task, Task) else load_task(task)
     place = engine_spec(engine).device(device)
     record = EngineRecord(name=engine, device=place, threads=threads, workers=workers, without=sorted(without), url=url)
-    given = (PRESETS[preset] if preset else {}) | {k: v for k, v in (settings or {}).items() if v is not None}
+    given = as_given(settings, preset)
     with ExitStack() as held:
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
         job, info, notes = _prepare(bundle, task, data, record, chosen, workspace)
