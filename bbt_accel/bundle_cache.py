@@ -36,8 +36,8 @@ class Choice(NamedTuple):
 
 
 def choose(engine: str = "auto", precision: PrecisionChoice = "auto") -> Choice:
-    """What is given, and for `auto` what doctor recommends: fp32 for a named engine that it does not recommend, the
-    fastest engine for a named precision.
+    """What is given, and for `auto` what doctor recommends: for a named engine that it does not recommend fp16 on a GPU
+    where it runs on one, else fp32, and the fastest engine for a named precision.
 
     Raises UsageError for an engine that does not run in that precision, or that needs a server.
     """
@@ -54,6 +54,9 @@ def _choose(engine: str, precision: PrecisionChoice) -> Choice:
     if engine in ("auto", best["engine"]) and precision in ("auto", best["precision"]):
         return Choice(best["engine"], best["device"], best["precision"], best["reason"].split(";")[0])
     if precision == "auto":
+        for rule in RULES:
+            if rule.device == "cuda" and engine in rule.engines and states[label(engine, "cuda")]["runs"]:
+                return Choice(engine, "cuda", rule.precision, rule.reason)
         return Choice(engine, engine_spec(engine).device("cpu"), "fp32", "exact; name --precision for another")
     fits = [
         (name, rule.device)

@@ -18,9 +18,12 @@ NOTES = (
 INT8_FEATURES = frozenset({"AVX-512 VNNI", "AMX"})
 CUDA = "CUDAExecutionProvider"
 CUDA_13 = {
-    "onnxruntime-gpu": (1, 31), "tensorrt-rtx-cu13": (1, 0), "tensorrt": (10, 13, 3), "cuda-python": (13, 0)
+    "torch": (2, 11), "onnxruntime-gpu": (1, 27), "cuda-python": (13, 0),
+    "tensorrt": (10, 13, 2), "tensorrt-cu13": (0,), "tensorrt-rtx-cu13": (0,),
 }  # fmt: skip
 """Packages → the versions from which they are built for CUDA 13, which needs driver 580 and compute capability 7.5."""
+CUDA_12 = 'pip install "tensorrt<10.13.2" "torch<2.11" "cuda-python<13"'
+"""What runs TensorRT with an older driver."""
 DATA_CENTRE = ("9.0", "10.0", "10.3")
 """Compute capabilities that TensorRT for RTX leaves out: H100, H200, B200, B300."""
 Versions = Mapping[str, str | None]
@@ -98,9 +101,11 @@ def _state(
 ) -> EngineState:
     used = {need: next((one for one in need.split("|") if found.get(one)), None) for need in backend.packages}
     missing = [need for need, package in used.items() if package is None]
-    reasons = [f"{' and '.join(missing).replace('|', ' or ')} not installed"] if missing else []
+    choices = [need.split("|") for need in missing]
+    named = [" or ".join(dict.fromkeys((names[0], names[-1]))) for names in choices]  # what lies between is of one kind
+    reasons = [f"{' and '.join(named)} not installed"] if missing else []
     uninstall = f"pip uninstall -y {backend.replaces} && " if found.get(backend.replaces) else ""
-    wanted = f'"bbt-accel[{backend.extra}]"' if backend.extra else " ".join(need.split("|")[0] for need in missing)
+    wanted = f'"bbt-accel[{backend.extra}]"' if backend.extra else " ".join(names[0] for names in choices)
     install = f"{uninstall}pip install {wanted}" if missing else None
     if device == "cuda" and not gpus:
         reasons.append("no NVIDIA GPU found (nvidia-smi)")
@@ -123,11 +128,11 @@ def unfit(package: str, found: Versions, providers: Collection[str], gpu: str) -
     if package == "onnxruntime-gpu" and CUDA not in providers:
         both = "pip uninstall -y onnxruntime onnxruntime-gpu"
         yield f"this ONNX Runtime has no {CUDA}", f'{both} && pip install "bbt-accel[gpu]"'
-    if package in CUDA_13 and release(version) >= CUDA_13[package]:
+    if package in CUDA_13 and release(version) >= CUDA_13[package] and "+cu12" not in version:
         if driver and release(driver) < (580,):
             trt = package in ("tensorrt", "cuda-python") and found.get("tensorrt")
-            older = 'pip install "tensorrt<10.13.3" "cuda-python<13"' if trt else None
-            yield f"{package} needs NVIDIA's driver 580 or later, not {driver}", older
+            older = CUDA_12 if trt else 'pip install "torch<2.11"' if package == "torch" else None
+            yield f"{package} {version} needs NVIDIA's driver 580 or later, not {driver}", older
         if capability and release(capability) < (7, 5) and package != "cuda-python":
             yield f"{package} needs compute capability 7.5, not {capability}", None
     if package == "tensorrt-rtx-cu13" and capability in DATA_CENTRE:

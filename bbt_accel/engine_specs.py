@@ -123,6 +123,10 @@ class EngineSpec:
         return device
 
 
+TENSORRT = "tensorrt|tensorrt-cu13|tensorrt-cu12|tensorrt-rtx-cu13"
+"""Packages that have TensorRT's Python API; `tensorrt` installs one of the next two."""
+
+
 def _pytorch(loader: str) -> dict[DeviceKind, Backend]:
     """The backends of a class that runs PyTorch."""
     backend = Backend(f"bbt_accel.engines.{loader}", ("torch", "transformers"), "export")
@@ -180,7 +184,7 @@ ENGINES = (
     ),
     EngineSpec(
         "trt",
-        {"cuda": Backend("bbt_accel.engines.trt:TrtEngine", ("tensorrt|tensorrt-rtx-cu13", "cuda-python"), "trt")},
+        {"cuda": Backend("bbt_accel.engines.trt:TrtEngine", (TENSORRT, "cuda-python"), "trt")},
         reads=("trt",),
         optimized=("fp32", "fp16", "bf16"),
         converter="bbt_accel.exporters.targets:TrtTarget",

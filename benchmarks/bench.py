@@ -33,6 +33,7 @@ from bbt_accel.settings import PRESETS, resolve
 from bbt_accel.splits import choose_demonstrations
 from bbt_accel.tasks import load_task
 
+GPU_PRECISIONS = ("fp32", "fp16")  # measured by default there, where int8 bundles do not run in 8 bits
 COMPILERS = ("c++", "g++", "clang++")  # one of these must be there for torch.compile
 
 
@@ -248,7 +249,8 @@ def _engine_rows(options: BenchOptions, info: BundleInfo, bf16: bool) -> Iterato
     for spec in specs:
         if spec.baseline or not (spec.benched or options.engines):
             continue
-        default = [name for name in spec.benched or spec.precisions if bf16 or name != "bf16"]
+        benched = GPU_PRECISIONS if kind_of(options.device) == "cuda" else spec.benched or spec.precisions
+        default = [name for name in benched if name in spec.precisions and (bf16 or name != "bf16")]
         wanted = dict.fromkeys(options.precisions or default)
         rows = [_row(spec, name, off, options) for name in wanted if options.engines or name in spec.precisions]
         yield from rows

@@ -98,11 +98,11 @@ class GpuCheck:
         """Everything that was asked for. Ctrl-C and SIGTERM end it with a report of what there is."""
         try:
             with processes.interrupted_by_sigterm():
-                self.validate()
-                self.replay_traces()
                 self.report.partial += [f"the speed of {name}" for name in METHODS if name not in self.given.methods]
                 for method in self.given.methods:
                     self.measure(method)
+                self.validate()
+                self.replay_traces()
         except KeyboardInterrupt:
             self.report.interrupted = True
         return self.report

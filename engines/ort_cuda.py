@@ -121,8 +121,8 @@ class OrtCudaEngine(OrtEngine):
         self.sessions |= {stage: self.open(stage) for stage in (PROJECT, STATISTICS)}
 
     def check_provider(self) -> None:
+        find_cuda()  # a provider that is a plugin is there once its libraries are loaded
         super().check_provider()
-        find_cuda()
 
     def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
         """With CUDA graphs, or without them if part of the graph cannot run on the device."""

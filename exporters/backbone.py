@@ -57,7 +57,8 @@ def padding_bias(attention_mask: Tensor) -> Tensor:
 
 def causal_bias(queries: int, keys: int, device: torch.device) -> Tensor:
     """(1, 1, queries, keys): the last query sees every key, the one before it all but the last, and so on."""
-    position = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    # From `arange` alone: ONNX Runtime adds what it computes from shapes on the CPU, and copies the sum to the GPU.
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
     return (torch.arange(keys, device=device)[None, :] > position).to(torch.float32)[None, None] * MASKED
 
 

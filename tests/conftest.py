@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -16,23 +18,33 @@ import pytest
 from bbt_accel.bundle import Bundle
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
+from bbt_accel.option_types import MAX_RMSE
 
 THREADS = 1
 """More than one wait for each other where the machine is shared, and gain nothing on tiny backbones."""
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: every export collects garbage, which takes a second among so many objects."""
+    gc.collect()
+    gc.freeze()
+
 
 Export = Callable[..., Bundle]
 Load = Callable[..., Engine]
 
 
+def blank_plot(file: Path, *given: object) -> None:
+    """As little as a report takes for its plot: drawing one takes longer than most tests."""
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"><metadata/></svg>'
+    file.write_bytes(svg.encode() if file.suffix == ".svg" else b"\x89PNG")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_curves() -> Iterator[None]:
     """The plot of a search takes longer than the search itself here; test_learning_curve.py draws it."""
-
-    def write(file: Path, *given: object) -> None:
-        file.write_bytes(b"\x89PNG")
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bbt_accel.tuning.workspace.draw_curve", write)
+        patch.setattr("bbt_accel.tuning.workspace.draw_curve", blank_plot)
         yield
 
 
@@ -100,6 +112,51 @@ def tiny(exported: Export, shared: Path) -> Export:
         return exported(checkpoint, method, mode, N_PROMPT, without)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def optimized(tiny: Export, shared: Path) -> Export:
+    """`optimized(variant, precision, target, max_rmse)`: of a bundle of `tiny`. Not to be changed by a test."""
+    from filelock import FileLock
+
+    from bbt_accel.exporters.optimize import optimize_bundle
+
+    folder = shared / "optimized"
+    folder.mkdir(exist_ok=True)
+
+    def call(
+        variant: tuple[str, str, str], precision: str = "fp32", target: str = "ort", max_rmse: float = MAX_RMSE
+    ) -> Bundle:
+        output = folder / "-".join((*variant, target, precision, str(max_rmse)))
+        with FileLock(f"{output}.lock"):
+            if not output.exists():
+                options = {"precision": precision, "target": target, "max_rmse": max_rmse}
+                optimize_bundle(tiny(*variant).path, output, **options)  # type: ignore[arg-type]
+        return Bundle.read(output, verify=False)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def bundle_cache(tiny: Export, exported: Export, shared: Path) -> Path:
+    """A folder for BBT_ACCEL_CACHE, with the bundles of the demo and of the tiny roberta in `shared`."""
+    from filelock import FileLock
+    from tiny_backbones import N_PROMPT
+
+    from bbt_accel.bundle_cache import CACHE, cache_folder
+
+    folder = shared / "cache"
+    folder.mkdir(exist_ok=True)
+    bundles = [(str(shared / "roberta"), N_PROMPT, tiny("roberta")), ("demo", 20, exported(Path("demo"), n=20))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE, str(folder))
+        for backbone, n, made in bundles:
+            place = cache_folder(backbone, "bbt", "add", n)
+            with FileLock(f"{place}.lock"):
+                if not place.exists():
+                    shutil.copytree(made.path, f"{place}.new")
+                    os.rename(f"{place}.new", place)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+"""bench: which rows a report has, what each says, and what becomes of failures, with steps in this process."""
+
 from __future__ import annotations
 
 import json
@@ -8,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import blank_plot
 from tiny_bundles import tiny_bundle
 from typer.testing import CliRunner
 
@@ -25,9 +28,9 @@ from bbt_accel.errors import BbtError, DataError, EngineError, ExportError, Miss
 from bbt_accel.tasks import load_task, to_toml
 
 SMALL: dict[str, Any] = {"backbone": "demo", "task": "demo", "rows": 4, "popsize": 2, "repeats": 1, "test_rows": 8}
-
-
 BASELINES = ["eager fp32", "eager-readout fp32"]
+DRAW = BenchReport.draw
+Ablated = tuple[BenchReport, str, "Inside"]
 
 
 class Inside:
@@ -67,6 +70,17 @@ class Inside:
         write_info(folder, bundle.info.model_copy(update={"method": self.method, "stages": []}))
 
 
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BenchReport, "draw", lambda self, file: blank_plot(file))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports with their plots."""
+    monkeypatch.setattr(BenchReport, "draw", DRAW)
+
+
 def bench(output: Path, **changes: Any) -> BenchReport:
     return run_bench(bench_options(**SMALL | changes), output)
 
@@ -90,7 +104,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, features: Sequence[str] = (), compi
     monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/c++" if compiler else None)
 
 
-def test_report(inside: Inside, tmp_path: Path) -> None:
+def test_every_row_has_its_speed_and_how_exact_it_is(inside: Inside, tmp_path: Path) -> None:
     report = bench(tmp_path / "out", engines=["torch", "ort"])
     assert [row.label for row in report.rows] == [*BASELINES, "torch fp32", "ort fp32", "ort int8"]
     assert {row.status for row in report.rows} == {"passed"}
@@ -164,7 +178,8 @@ def test_a_baseline_that_fails_is_a_row(inside: Inside, tmp_path: Path) -> None:
     assert report.fastest_baseline == "eager fp32"
 
 
-def test_files(inside: Inside, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("drawn")
+def test_the_files_of_a_report_have_all_rows_and_are_not_replaced(inside: Inside, tmp_path: Path) -> None:
     output = tmp_path / "out"
     report = bench(output, engines=["ort"])
     assert sorted(file.name for file in output.iterdir()) == ["report.html", "report.json", "report.md", "report.png"]
@@ -178,6 +193,7 @@ def test_files(inside: Inside, tmp_path: Path) -> None:
         bench(output, engines=["ort"])
 
 
+@pytest.mark.usefixtures("drawn")
 def test_failures_are_rows(inside: Inside, tmp_path: Path) -> None:
     inside.errors = {
         ("optimize", "openvino-int8"): MissingDependency('pip install "bbt-accel[openvino]"'),
@@ -215,7 +231,8 @@ def test_what_would_fail_everywhere_is_an_error(inside: Inside, tmp_path: Path) 
         bench(tmp_path / "out", rows=100000)
 
 
-def test_tune(inside: Inside, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("drawn")
+def test_each_engine_has_the_scores_of_its_own_searches(inside: Inside, tmp_path: Path) -> None:
     asked = {"popsize": 4, "k_shot": 2, "engines": ["ort"], "precisions": ["fp32"], "seeds": 2, "budget": 8}
     report = bench(tmp_path / "out", tune=True, **asked)
     assert [row.label for row in report.rows if row.tuned] == ["eager fp32", "ort fp32"]
@@ -266,30 +283,40 @@ def test_a_budget_that_cannot_be(inside: Inside, tmp_path: Path) -> None:
     assert inside.calls == []  # not even an export
 
 
-def test_ablation(inside: Inside, tmp_path: Path) -> None:
-    report = bench(tmp_path / "out", engines=["ort"], precisions=["fp32"], ablate=True)
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory: pytest.TempPathFactory) -> Ablated:
+    """A report with an ablation, its Markdown, and the steps. It has its plot."""
+    fake, output = Inside(), tmp_path_factory.mktemp("ablated") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "call", fake)
+        machine(patch)
+        report = bench(output, engines=["ort"], precisions=["fp32"], ablate=True)
+    return report, (output / "report.md").read_text(), fake
+
+
+def test_an_ablation_leaves_out_each_optimization_and_then_all(ablated: Ablated) -> None:
+    report, text, _ = ablated
     off = [row.without for row in report.rows if row.ablation]
     assert {"buckets", "population", "label-head", "last-block", "shared-first"} == {n for names in off for n in names}
     assert max(off, key=len) == off[-1]
-    assert "## Ablation" in (tmp_path / "out" / "report.md").read_text()
+    assert "## Ablation" in text
 
 
-def test_optimizations_of_other_architectures_and_methods_are_not_ablated(inside: Inside, tmp_path: Path) -> None:
-    report = bench(tmp_path / "out", engines=["ort"], precisions=["fp32"], ablate=True)
-    off = [tuple(row.without) for row in report.rows if row.ablation]
+def test_optimizations_of_other_architectures_and_methods_are_not_ablated(ablated: Ablated) -> None:
+    off = [tuple(row.without) for row in ablated[0].rows if row.ablation]
     assert not {"prefix-cache", "short-decoder", "layer-cache"} & {name for names in off for name in names}
     assert len(set(off)) == len(off)
 
 
-def test_a_graph_without_an_optimization_is_exported(inside: Inside, tmp_path: Path) -> None:
-    bench(tmp_path / "out", engines=["ort"], precisions=["fp32"], ablate=True)
-    exported = [given["without"] for step, given in inside.calls if step == "export"]
+def test_a_graph_without_an_optimization_is_exported(ablated: Ablated) -> None:
+    calls = ablated[2].calls
+    exported = [given["without"] for step, given in calls if step == "export"]
     each = [["label-head"], ["last-block"], ["shared-first"]]
     assert exported == [[], *each, ["label-head", "last-block", "shared-first"]]
-    assert sum(step == "optimize" for step, _ in inside.calls) == 5
+    assert sum(step == "optimize" for step, _ in calls) == 5
 
 
-def test_bbtv2(inside: Inside, tmp_path: Path) -> None:
+def test_a_bundle_of_bbtv2_is_measured_as_one_of_bbt_is(inside: Inside, tmp_path: Path) -> None:
     inside.method = "bbtv2"
     report = bench(tmp_path / "out", engines=["ort"], precisions=["fp32"], method="bbtv2")
     assert report.options.method == "bbtv2"
@@ -313,7 +340,10 @@ def test_numbers_have_a_minimum(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("drawn")
+def test_the_command_measures_the_demo_each_row_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(monkeypatch)  # the other baselines take minutes: they compile
     words = "--rows 4 --popsize 2 --repeats 1 --test-rows 8 --threads 1 --engines torch,dummy,trt --precisions fp32"
     words += f" --backbone demo --task demo -o {tmp_path / 'out'} --json"

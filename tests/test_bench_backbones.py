@@ -1,3 +1,5 @@
+"""Backbones of published shapes with random weights, to measure speed with."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -34,12 +36,12 @@ def test_a_tiny_backbone_has_the_vocabulary_of_its_tokenizer(model_type: str, tm
     assert load_config(tmp_path / "tiny").vocab_size == len(load_tokenizer(tmp_path / "tiny"))
 
 
-def test_published_shapes() -> None:
+def test_the_shapes_of_common_checkpoints_are_known() -> None:
     shapes = {name for spec in families().values() for name in spec.shapes}
     assert {"roberta-base", "roberta-large", "bert-small", "bart-large", "t5-small", "gpt2"} <= shapes
 
 
-def test_refuses(tmp_path: Path) -> None:
+def test_an_unknown_shape_and_a_folder_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean roberta-base"):
         make_backbone("roberta-bose", tmp_path / "made")
     with pytest.raises(DataError, match=r"no tokenizer\.json"):

@@ -18,6 +18,7 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
+from tiny_backbones import N_PROMPT
 
 from bbt_accel import Bundle, Callback, PromptClassifier
 from bbt_accel.bundle_cache import cache_folder
@@ -37,15 +38,22 @@ def rows() -> tuple[list[str], list[str]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def cache(bundle_cache: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BBT_ACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("BBT_ACCEL_CACHE", str(bundle_cache))
         yield
 
 
 @pytest.fixture(scope="module")
 def fitted(rows: tuple[list[str], list[str]]) -> PromptClassifier:
     return PromptClassifier("demo", engine="ort", precision="fp32", budget=1, threads=1).fit(*rows)
+
+
+@pytest.fixture
+def small(shared: Path) -> PromptClassifier:
+    """Of a random backbone, which learns little and computes fast; not fitted yet."""
+    options: dict[str, Any] = {"engine": "ort", "precision": "fp32", "budget": 1, "threads": 1}
+    return PromptClassifier(str(shared / "roberta"), n_prompt_tokens=N_PROMPT, label_words=[*"wxyz"], **options)
 
 
 def test_it_learns_from_texts_and_string_labels(fitted: PromptClassifier, rows: tuple[list[str], list[str]]) -> None:
@@ -100,24 +108,27 @@ def test_another_bundle_is_saved_as_the_one_that_computes(
     np.testing.assert_array_equal(again.predict_proba(rows[0][:5]), loaded.predict_proba(rows[0][:5]))
 
 
-def test_copies_of_a_text_are_used_once(rows: tuple[list[str], list[str]]) -> None:
+def test_copies_of_a_text_are_used_once(small: PromptClassifier, rows: tuple[list[str], list[str]]) -> None:
     X, y = rows[0][:40], rows[1][:40]
     copies = [i for i, label in enumerate(y) if label == WORDS[0]] * 3
-    options = {"engine": "ort", "precision": "fp32", "budget": 1, "threads": 1, "balanced": True}
-    plain = PromptClassifier("demo", **options).fit(X, y)  # type: ignore[arg-type]
-    more = PromptClassifier("demo", **options).fit([*X, *(f" {X[i]}\n" for i in copies)], [*y, *(y[i] for i in copies)])  # type: ignore[arg-type]
+    small.set_params(balanced=True)
+    plain = clone(small).fit(X, y)
+    more = clone(small).fit([*X, *(f" {X[i]}\n" for i in copies)], [*y, *(y[i] for i in copies)])
     np.testing.assert_array_equal(more.predict_proba(X), plain.predict_proba(X))
     with pytest.raises(DataError, match="the rarest has 1 of the different texts"):
         more.fit(["good", "good", "bad", "worse"], [1, 1, 0, 0])
 
 
-def test_it_follows_scikit_learn(fitted: PromptClassifier, rows: tuple[list[str], list[str]]) -> None:
+def test_it_follows_scikit_learn(
+    fitted: PromptClassifier, small: PromptClassifier, rows: tuple[list[str], list[str]]
+) -> None:
     twin = clone(fitted)
     assert (twin.get_params(), hasattr(twin, "run_")) == (fitted.get_params(), False)
     assert pickle.loads(pickle.dumps(twin)).get_params() == fitted.get_params()
     with pytest.raises(BbtError, match="use save and load"):
         pickle.dumps(fitted)
-    assert min(cross_val_score(twin, *rows, cv=2)) > 0.5
+    scores = cross_val_score(small, *rows, cv=2)
+    assert (scores.shape, np.isfinite(scores).all()) == ((2,), True)
 
 
 def test_pipeline_grid_search_and_callbacks(rows: tuple[list[str], list[str]]) -> None:
@@ -200,15 +211,16 @@ def test_a_label_word_of_several_tokens_is_warned_of(rows: tuple[list[str], list
         estimator.fit(*rows)
 
 
-def test_numbers_of_a_grid_and_paths_are_saved(rows: tuple[list[str], list[str]], tmp_path: Path) -> None:
-    grid = {"budget": np.int64(1), "n_prompt_tokens": np.arange(20, 21)[0], "label_words": np.array(WORDS)}
+def test_numbers_of_a_grid_and_paths_are_saved(
+    small: PromptClassifier, rows: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    grid = {"budget": np.int64(1), "n_prompt_tokens": np.array([N_PROMPT])[0], "label_words": np.array([*"abcd"])}
     assert json.loads(json.dumps({"backbone": Path("a")}, default=as_json)) == {"backbone": "a"}
     with pytest.raises(DataError, match="cannot be saved"):
         json.dumps({"backbone": object()}, default=as_json)
-    estimator = PromptClassifier("demo", engine="ort", precision="fp32", readout="calibrated", threads=1)
-    estimator.set_params(**grid).fit(*rows).save(tmp_path / "saved")
+    small.set_params(readout="calibrated", **grid).fit(*rows).save(tmp_path / "saved")
     parameters = PromptClassifier.load(tmp_path / "saved").get_params()
-    assert (parameters["budget"], parameters["n_prompt_tokens"], parameters["label_words"]) == (1, 20, WORDS)
+    assert (parameters["budget"], parameters["n_prompt_tokens"], parameters["label_words"]) == (1, N_PROMPT, [*"abcd"])
 
 
 def test_an_interrupted_search_is_no_result(rows: tuple[list[str], list[str]]) -> None:
@@ -283,8 +295,8 @@ def test_too_few_rows_or_labels_are_one_line(X: list[str], y: list[int]) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_it_becomes_a_package(fitted: PromptClassifier, rows: tuple[list[str], list[str]], tmp_path: Path) -> None:
-    fitted.package(tmp_path / "package")
+def test_it_becomes_a_package(small: PromptClassifier, rows: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    small.fit(*rows).package(tmp_path / "package")
     info = json.loads((tmp_path / "package" / "bbt_accel.json").read_text(encoding="utf-8"))
     assert info["labels"] == sorted(WORDS)
     assert (info["comparison"]["rows"] > 80, info["comparison"]["labels_differ"]) == (True, 0)
@@ -292,7 +304,7 @@ def test_it_becomes_a_package(fitted: PromptClassifier, rows: tuple[list[str], l
     assert (info["command"], info["comparison"]["estimator_differs"]) == ("bbt-accel package SAVED -o package", None)
     with pytest.raises(PackageError, match=r"pass it with --run .of an estimator, the folder that its save wrote"):
         check_package(tmp_path / "package")
-    fitted.save(tmp_path / "elsewhere" / "deep" / "saved")
+    small.save(tmp_path / "elsewhere" / "deep" / "saved")
     check_package(tmp_path / "package", threads=1, run=tmp_path / "elsewhere" / "deep" / "saved")
 
 

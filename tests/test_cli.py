@@ -1,3 +1,5 @@
+"""The command line: what each command passes on and prints, its exit codes, and its errors of one line."""
+
 from __future__ import annotations
 
 import errno
@@ -132,7 +134,7 @@ def test_control_characters_of_foreign_files_do_not_reach_the_terminal(capsys: p
     assert "\u00e9" in printed
 
 
-def test_a_terminal_without_unicode_gets_escapes(tmp_path: Path) -> None:
+def test_a_terminal_without_unicode_gets_escapes() -> None:
     code = "from bbt_accel.cli import main; from bbt_accel.command import print_json; import bbt_accel.cli as c\n"
     code += "c.app = lambda **_: print('\u6771') or print_json({'a': '\u6771'})\nmain(['x'])"
     done = subprocess.run(
@@ -228,7 +230,9 @@ def test_debug_shows_the_traceback(program: Program, capsys: pytest.CaptureFixtu
     assert err.endswith("error: broken\n")
 
 
-def test_export(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_export_passes_what_is_given_and_prints_the_bundle(
+    program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     program.result = tiny_bundle(tmp_path)
     more = ["--without", "last-block", "--json"]
     code, out, _ = run(capsys, "export", "demo", "-o", "b", "--method", "bbtv2", "--revision", "main", *more)
@@ -242,7 +246,7 @@ def test_export(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "tiny-roberta" in out
 
 
-def test_triton(
+def test_triton_passes_the_bundle_and_prints_the_names_of_the_models(
     program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tiny_bundle(tmp_path)
@@ -258,7 +262,7 @@ def test_triton(
     ("flags", "precision"),
     [([], "fp32"), (["--fp16"], "fp16"), (["--bf16"], "bf16"), (["--int8"], "int8"), (["--int4"], "int4")],
 )
-def test_optimize(
+def test_optimize_passes_the_precision_and_prints_what_was_fused(
     program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], precision: str
 ) -> None:
     program.result = tiny_bundle(tmp_path)
@@ -345,7 +349,9 @@ def test_an_interrupted_search_exits_with_130(program: Program, capsys: pytest.C
     assert json.loads(run(capsys, "tune", "--bundle", "b", "--task", "sst2", "--json")[1])["status"] == "interrupted"
 
 
-def test_evaluate(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_passes_what_is_given_and_prints_the_score(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     program.result = SCORE
     code, out, _ = run(capsys, "evaluate", "r", "--engine", "openvino", "--json")
     assert (code, json.loads(out)) == (0, SCORE)
@@ -361,7 +367,9 @@ def sst2_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bbt_accel.run", fake)
 
 
-def test_predict(program: Program, capsys: pytest.CaptureFixture[str], sst2_run: None) -> None:
+def test_predict_passes_texts_as_rows_and_prints_their_classes(
+    program: Program, capsys: pytest.CaptureFixture[str], sst2_run: None
+) -> None:
     prediction = {"label": 1, "word": "great", "class": "great", "probabilities": {"bad": 0.125, "great": 0.875}}
     program.result = [prediction] * 2
     code, out, _ = run(capsys, "predict", "r", "fun [b]", "dull", "--json")
@@ -391,7 +399,9 @@ def test_predict_of_a_folder_that_is_no_run(
     assert "is not a run" in err
 
 
-def test_serve(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_passes_what_is_given_and_prints_its_address(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(capsys, "serve", "r", "--engine", "ort", "--port", "0", "--max-request-mib", "2", "--json")[0] == 0
     assert program.calls[0][0] == (Path("r"),)
     limits, ready = program.options.pop("limits"), program.options.pop("ready")
@@ -407,7 +417,9 @@ def test_limits_of_a_server_are_options(program: Program, capsys: pytest.Capture
     assert program.options["limits"] == Limits(64 * 2**20, 8, 3.0, 2, row_tokens=512, keep_alive=5.0)
 
 
-def test_bench(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bench_passes_what_is_given_and_prints_the_report(
+    program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "report.json").write_text('{"rows": []}')
     (tmp_path / "report.md").write_text("| engine | ms |\n|---|---|\n| ort | 12 |\n")
     words = ["bench", "--backbone", "demo", "--task", "demo", "-o", str(tmp_path), "--engines", "torch,ort", "--ablate"]
@@ -419,7 +431,7 @@ def test_bench(program: Program, capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "ort" in run(capsys, *words)[1]
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_the_versions_and_what_can_run_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["bbt-accel"] == "0.2.0"
     out = run(capsys, "doctor")[1]
     assert "can run here" in out

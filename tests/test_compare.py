@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tiny_bundles import tiny_bundle
 
 pytest.importorskip("torch")
 
-from bbt_accel import tasks
+from bbt_accel import processes, tasks
 from bbt_accel.benchmarks import combine, differences, references
 from bbt_accel.benchmarks.compare import asked, read_trial, run_compare
 from bbt_accel.benchmarks.compare_report import (
@@ -77,7 +79,7 @@ def test_every_contender_is_scored_on_the_same_test_rows(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_finished_trials_are_kept_unless_the_options_differ(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_trials_are_kept_unless_the_options_differ(folder: Path) -> None:
     with pytest.raises(BbtError, match="--resume"):
         run_compare(["demo"], folder, SMALL)
     before = (folder / "trials" / "demo-bbt-42.json").stat().st_mtime_ns
@@ -384,8 +386,12 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
     ],
 )
 def test_a_comparison_that_cannot_start_is_one_line_and_leaves_nothing(
-    words: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def inside(step: Callable[..., Any], **arguments: Any) -> Any:
+        return step(**json.loads(json.dumps(arguments, default=str)))
+
+    monkeypatch.setattr(processes, "call", inside)
     untested, place = tmp_path / "data", tmp_path / "place"
     place.mkdir()
     (untested / "demo").mkdir(parents=True)

@@ -1,3 +1,5 @@
+"""The diagnosis: which engines and precisions run on a machine, and what to install."""
+
 from __future__ import annotations
 
 import json
@@ -54,13 +56,22 @@ def test_engines_of_a_machine_with_a_gpu() -> None:
         ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 7.0", "needs compute capability 7.5, not 7.0", None),
         ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 8.9", "installed", None),
         ("trt", {"tensorrt": "11.4"}, "580.65, 9.0", "installed", None),
-        ("trt", {"tensorrt": "11.4"}, "570.12, 9.0", "tensorrt needs NVIDIA's driver 580", '"cuda-python<13"'),
+        ("trt", {"tensorrt": "11.4"}, "570.12, 9.0", "tensorrt 11.4 needs NVIDIA's driver 580", '"cuda-python<13"'),
+        ("trt", {"tensorrt": "10.13.2.6"}, "570.12, 9.0", "needs NVIDIA's driver 580", '"cuda-python<13"'),
+        ("trt", {"tensorrt": "10.13.0.35", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
+        ("trt", {"tensorrt-cu13": "11.4"}, "580.65, 9.0", "installed", None),
+        ("trt", {"tensorrt-cu13": "11.4"}, "570.12, 9.0", "needs NVIDIA's driver 580", None),
+        ("trt", {"tensorrt-cu12": "11.4", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
         ("trt", {"tensorrt": "10.9", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
         ("ort (cuda)", {"onnxruntime-gpu": "1.32.0"}, "570.12, 9.0", "needs NVIDIA's driver 580 or later", None),
+        ("ort (cuda)", {"onnxruntime-gpu": "1.27.0"}, "570.12, 9.0", "needs NVIDIA's driver 580 or later", None),
         ("ort (cuda)", {"onnxruntime-gpu": "1.26.0"}, "570.12, 9.0", "installed", None),
         ("torch (cuda)", {"torch": "2.9.0+cpu"}, "580.65, 9.0", "this PyTorch has no CUDA", "torch"),
         ("torch (cuda)", {"torch": "2.9.0"}, "580.65, 9.0", "installed", None),
         ("torch (cuda)", {"torch": "2.9.0"}, "470.1", "installed", None),
+        ("torch (cuda)", {"torch": "2.13.0"}, "570.12, 9.0", "torch 2.13.0 needs NVIDIA's driver", '"torch<2.11"'),
+        ("torch (cuda)", {"torch": "2.13.0+cu126"}, "570.12, 9.0", "installed", None),
+        ("torch (cuda)", {"torch": "2.13.0"}, "580.65, 9.0", "installed", None),
     ],
 )
 def test_a_package_that_does_not_suit_the_gpu_does_not_run(
@@ -184,14 +195,24 @@ def test_a_fit_runs_on_the_fastest_engine_of_what_is_given(
     monkeypatch: pytest.MonkeyPatch, engine: str, precision: Any, gpu: bool, wanted: tuple[str, str, str]
 ) -> None:
     found = CPU | ({"onnxruntime": None, "onnxruntime-gpu": "1.32"} if gpu else {})
-    gpus, machine = (
-        ["X"] if gpu else [],
-        Machine(system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gib=None, gpus=["X"] if gpu else []),
-    )
+    diagnosed(monkeypatch, found, ["X"] if gpu else [])
+    assert bundle_cache.choose(engine, precision)[:3] == wanted
+
+
+def test_a_fit_runs_a_named_engine_on_the_gpu_though_another_is_faster_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = {"onnxruntime": None, "onnxruntime-gpu": "1.32", "tensorrt": "11.4", "cuda-python": "13"}
+    diagnosed(monkeypatch, CPU | trt, ["X"])
+    assert bundle_cache.choose()[:3] == ("trt", "cuda", "fp16")
+    assert bundle_cache.choose("ort")[:3] == ("ort", "cuda", "fp16")
+    assert bundle_cache.choose("openvino")[:3] == ("openvino", "cpu", "fp32")
+
+
+def diagnosed(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], gpus: list[str]) -> None:
+    """What doctor says of a processor with these packages and GPUs."""
+    machine = Machine(system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gib=None, gpus=gpus)
     states = doctor.engines(NOTHING | found, gpus, [doctor.CUDA])
     diagnosis = {"recommended": doctor.recommend(machine, states), "engines": states}
     monkeypatch.setattr(bundle_cache, "diagnose", lambda: diagnosis)
-    assert bundle_cache.choose(engine, precision)[:3] == wanted
 
 
 def test_a_precision_that_no_engine_here_runs_in_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

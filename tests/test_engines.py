@@ -82,7 +82,9 @@ def test_a_provider_that_is_listed_but_cannot_start_is_an_error(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
+    monkeypatch.setattr("bbt_accel.engines.ort_cuda.find_cuda", lambda: None)
+    message = one_line(lambda: load_engine(bundle, "ort", device="cuda"), EngineError)
+    assert "CUDAExecutionProvider could not start; see bbt-accel doctor" in message
 
 
 def test_a_provider_that_this_onnxruntime_lacks_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,18 +484,21 @@ for name in sys.argv[1:]:
     assert strange == []
 
 
-@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
-def test_tuning_and_predicting_need_onnxruntime_alone(tiny: Export, tmp_path: Path, method: str) -> None:
+def test_tuning_and_predicting_need_onnxruntime_alone(tiny: Export, tmp_path: Path) -> None:
     code = f"""{BLOCK}
+import os
 from bbt_accel import tune
 from bbt_accel.inference import evaluate, predict
 settings = dict(k_shot=2, intrinsic_dim=5, popsize=4, budget=16, eval_every=8)
-run = tune(sys.argv[1], "demo", engine="ort", threads=1, output="run", settings=settings, progress=False)
-(answer,) = predict("run", [dict(text="The match ended in a draw.")], threads=1)
-assert abs(sum(answer["probabilities"].values()) - 1) < 1e-6
-print(run.info.status, answer["word"])
+for bundle in sys.argv[1:]:
+    output = os.path.basename(bundle)
+    run = tune(bundle, "demo", engine="ort", threads=1, output=output, settings=settings, progress=False)
+    (answer,) = predict(output, [dict(text="The match ended in a draw.")], threads=1)
+    assert abs(sum(answer["probabilities"].values()) - 1) < 1e-6
+    print(run.info.bundle.method, run.info.status, answer["word"])
 """
-    status, word = python(code, str(tiny("roberta", method, "add").path), folder=tmp_path).split()
-    assert status == "done"
-    assert word in load_task("demo").words("masked")
-    assert (tmp_path / "run" / "prompt.safetensors").is_file()
+    bundles = [tiny("roberta", method).path for method in ("bbt", "bbtv2")]
+    told = [line.split() for line in python(code, *map(str, bundles), folder=tmp_path).splitlines()]
+    assert [words[:2] for words in told] == [["bbt", "done"], ["bbtv2", "done"]]
+    assert {word for *_, word in told} <= set(load_task("demo").words("masked"))
+    assert all((tmp_path / bundle.name / "prompt.safetensors").is_file() for bundle in bundles)

@@ -22,7 +22,9 @@ from conftest import Export
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, tiny_model
+from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, save_tokenizer, tiny_model
+from tiny_bundles import FAMILIES
+from tokenizers import Tokenizer
 
 from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
@@ -41,13 +43,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+def told() -> list[str]:
+    """What the export of `whole` told of its progress."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, told: list[str]) -> tuple[Path, Bundle]:
     """A checkpoint, and its bundle as a user gets it: checked in a process of its own."""
     root = tmp_path_factory.mktemp("whole")
     source = save_backbone("bert", root / "source", vocab_size=4000, **SIZE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "validated", VALIDATED)
-        return source, export_bundle(source, root / "bundle", method="bbtv2", n_prompt_tokens=4)
+        options: dict[str, Any] = {"method": "bbtv2", "n_prompt_tokens": 4}
+        return source, export_bundle(source, root / "bundle", **options, on_progress=lambda what, *_: told.append(what))
 
 
 VALIDATED = export.validated
@@ -207,12 +216,12 @@ def test_gpt_neox_with_the_feed_forward_behind_the_attention(exported: Export, t
     assert exported(backbone, "bbt", "cat", 3).info.max_error < 1e-5
 
 
-def test_progress_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "validated", lambda folder: 0.0)
-    told: list[str] = []
-    export_bundle(checkpoint, tmp_path / "b", n_prompt_tokens=3, on_progress=lambda what, done, of: told.append(what))
-    assert told[0] == "loading the checkpoint"
-    assert any("tracing" in what for what in told)
+@pytest.mark.usefixtures("whole")
+def test_progress_is_told(told: list[str]) -> None:
+    assert told == [
+        "loading the checkpoint", *(f"tracing {stage}" for stage in ("embed", "block_00", "last")),
+        "validating against eager PyTorch",
+    ]  # fmt: skip
 
 
 # What is refused ---------------------------------------------------------------------------------------------
@@ -362,24 +371,27 @@ def test_options_that_cannot_be_are_wrong_usage(
 
 
 def test_graphs_that_compute_something_else_are_not_kept(
-    refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Export, refuse: Refuse, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = graph.export_stage
+    """The graph is not traced again, but read from a bundle that has the same weights."""
+    right = tiny("bert").path
 
-    def wrong(stage: graph.Stage, backbone: Any) -> Any:
-        model = right(stage, backbone)
-        value = max(model.graph.initializers.values(), key=lambda value: value.const_value.nbytes)
+    def wrong(stage: graph.Stage, backbone: object) -> onnx_ir.Model:
+        model = onnx_ir.load(right / f"{stage.name}.onnx")
+        value = max(model.graph.initializers.values(), key=lambda value: value.const_value.nbytes)  # type: ignore[union-attr]
+        assert value.const_value is not None
         value.const_value = onnx_ir.tensor(value.const_value.numpy() + 0.5, name=value.name)
         return model
 
     monkeypatch.setattr(graph, "export_stage", wrong)
-    assert "differ from eager PyTorch" in refuse(ExportError, checkpoint)
+    assert "differ from eager PyTorch" in refuse(ExportError, shared / "bert")
 
 
 def test_graphs_that_do_not_run_are_not_kept(refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: object, folder: Path, name: str, *rest: object) -> None:
         (folder / f"{name}.onnx").write_bytes(b"no graph")
 
+    monkeypatch.setattr(graph, "export_stage", lambda *given: None)
     monkeypatch.setattr(graph, "save_stage", broken)
     assert "could not be validated" in refuse(ExportError, checkpoint)
 
@@ -391,6 +403,7 @@ def test_ctrl_c_leaves_nothing_behind(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(graph, "export_stage", lambda *given: None)
     monkeypatch.setattr(graph, at, interrupted)
     refuse(KeyboardInterrupt, checkpoint)
 
@@ -491,8 +504,11 @@ def test_a_bundle_of_the_other_method_is_refused(tiny: Export) -> None:
         bundle.require("bbtv2")
 
 
-def test_tiny_tokenizers_fit_their_backbones(tiny: Export) -> None:
-    assert tiny("roberta", "bbt", "add").info.vocab_size == VOCABULARY
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_tokenizers_fit_their_backbones(family: str, tmp_path: Path) -> None:
+    save_tokenizer(family, tmp_path)
+    ids = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab().values()
+    assert max(ids) < VOCABULARY
 
 
 def test_a_padding_token_of_minus_one_is_none() -> None:

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from conftest import Export
+from tiny_backbones import N_PROMPT
 
 from bbt_accel.cli import main
 from bbt_accel.errors import BbtError, RunError, UsageError
@@ -45,14 +45,13 @@ def reviews(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fit(reviews: Path, tiny: Export, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+def fit(reviews: Path, bundle_cache: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
     """`fit_file` of the reviews with a tiny backbone, in tmp_path; bundles are kept for all tests."""
-    tiny("roberta")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BBT_ACCEL_CACHE", str(shared / "cache"))
+    monkeypatch.setenv("BBT_ACCEL_CACHE", str(bundle_cache))
 
     def call(output: str = "run", **options: Any) -> Fitted:
-        given = {**OPTIONS, "backbone": str(shared / "roberta"), "budget": 41, "n_prompt_tokens": 5, **options}
+        given = {**OPTIONS, "backbone": str(shared / "roberta"), "budget": 41, "n_prompt_tokens": N_PROMPT, **options}
         return fit_file(reviews.name, output, progress=False, **given)
 
     return call
@@ -221,6 +220,16 @@ def test_what_cannot_be_searched_is_refused_before_the_backbone_is_exported(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.usefixtures("without_graphs")
+def test_a_backbone_that_the_cache_lacks_is_exported_into_it_once(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BBT_ACCEL_CACHE", str(tmp_path / "cache"))
+    first, second = (fit(name, engine="eager", budget=1).plan.bundle for name in ("run", "other"))
+    assert (first.info.target, first.info.n_prompt_tokens) == ("onnx", N_PROMPT)
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [first.path] == [second.path]
+
+
 def test_an_engine_may_take_the_bundle_of_another(fit: Fit) -> None:
     found = fit(engine="eager", precision="bf16", budget=1)
     assert (found.plan.bundle.info.target, found.plan.bundle.info.precision) == ("torch", "bf16")
@@ -273,7 +282,7 @@ def test_the_command_prints_what_was_chosen_and_the_score(
     fit: Fit, shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["fit", "my reviews.csv", "--text", "review", "--label", "mood", "--backbone", str(shared / "roberta")]
-    words += ["--engine", "ort", "--precision", "fp32", "--n-prompt-tokens", "5", "--budget", "1", "--threads", "1"]
+    words += f"--engine ort --precision fp32 --n-prompt-tokens {N_PROMPT} --budget 1 --threads 1".split()
     with pytest.raises(SystemExit) as caught:
         main([*words, "-o", "run"])
     out = capsys.readouterr().out

@@ -1,3 +1,5 @@
+"""Scores and predictions of a run: which rows and which bundle it takes, and what is refused."""
+
 from __future__ import annotations
 
 import json

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +21,12 @@ from serving_parts import app, running
 
 from bbt_accel import tune
 from bbt_accel.benchmarks import load as module
-from bbt_accel.benchmarks.load import LoadReport, load
+from bbt_accel.benchmarks.load import LoadReport, Request, load
 from bbt_accel.benchmarks.script import run_script
 from bbt_accel.errors import EngineError
 
 SETTINGS: dict[str, object] = {"k_shot": 2, "intrinsic_dim": 5, "popsize": 4, "budget": 4, "eval_every": 4}
+HEALTH: Request = ("GET", "/v2/health/live", b"", {})
 
 
 def measure(path: Path, output: Path, *words: str) -> LoadReport:
@@ -62,11 +65,24 @@ def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_clients_that_fail_are_counted_or_an_error(tmp_path: Path) -> None:
+def test_requests_of_which_none_is_answered_are_an_error(tmp_path: Path) -> None:
     with running(app(search_bundle(tmp_path / "bundle"))) as url:
         with pytest.raises(EngineError, match="404"):
             load(url, "nothing", ("GET", "/v2/models/nothing", b"", {}), 2, 0.05)
-        assert load(url, "health", ("GET", "/v2/health/live", b"", {}), 2, 0.05).errors == 0
+        assert load(url, "health", HEALTH, 2, 0.05).errors == 0
+
+
+def test_a_client_that_fails_beside_others_is_counted(tmp_path: Path) -> None:
+    inner, requests = app(search_bundle(tmp_path / "bundle")), itertools.count()
+
+    async def refusing_the_first(scope: Any, receive: Any, send: Any) -> None:
+        refused = scope["type"] == "http" and next(requests) == 0
+        await inner({**scope, "path": "/nothing"} if refused else scope, receive, send)
+
+    with running(refusing_the_first) as url:
+        found = load(url, "health", HEALTH, 3, 0.05)
+    assert (found.clients, found.errors) == (3, 1)
+    assert found.requests >= 2
 
 
 def test_what_cannot_be_measured(tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,5 @@
+"""Losses and metrics against their definitions, and the statistics of a batch."""
+
 from __future__ import annotations
 
 import math

@@ -115,7 +115,7 @@ def test_both_texts_of_a_pair_have_a_space_in_front_or_neither(made: MakeRun, tm
 
 
 @pytest.mark.parametrize("readout", [name for name in READOUTS if name != "verbalizer"])
-def test_every_readout(made: MakeRun, tmp_path: Path, readout: str) -> None:
+def test_a_package_has_the_readout_of_its_run(made: MakeRun, tmp_path: Path, readout: str) -> None:
     run = made(readout=readout)
     folder, info = package(run, tmp_path)
     assert info.readout == readout
@@ -144,7 +144,7 @@ def test_white_space_as_python_strips_it(demo: tuple[Run, Path, PackageInfo]) ->
     agrees(*demo, [f"{c}{c}it{c}was{c}" for c in spaces])
 
 
-def test_int8_of_a_run_in_fp32(made: MakeRun, tiny: Export, tmp_path: Path) -> None:
+def test_int8_of_a_run_in_fp32(made: MakeRun, tmp_path: Path) -> None:
     run = made("roberta")
     folder, info = package(run, tmp_path, int8=True)
     assert (info.model, info.precision, info.quantized) == ("onnx/model_quantized.onnx", "int8", True)
@@ -278,7 +278,7 @@ def test_a_licence_is_quoted_for_the_hub(demo: tuple[Run, Path, PackageInfo]) ->
         assert (data.license, data.tags) == (licence, ["bbt-accel", "prompt-tuning"])
 
 
-def test_the_licence_is_that_of_the_checkpoint(tiny: Export, tmp_path: Path) -> None:
+def test_the_licence_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     from bbt_accel.demo import BACKBONE
     from bbt_accel.exporters.checkpoint import license_of
 
@@ -367,9 +367,8 @@ def test_check_finds_what_somebody_else_has_sealed(
         check_package(folder, threads=1, run=demo[0].path)
 
 
-def test_the_card_names_the_file_that_transformers_js_loads(made: MakeRun, tmp_path: Path) -> None:
-    run = made("gpt2")
-    bundle = optimize_bundle(run.open_bundle().path, tmp_path / "fp16", precision="fp16")
+def test_the_card_names_the_file_that_transformers_js_loads(made: MakeRun, optimized: Export, tmp_path: Path) -> None:
+    run, bundle = made("gpt2", "bbt", "cat"), optimized(("gpt2", "bbt", "cat"), "fp16")
     folder, info = package(run, tmp_path, bundle=bundle.path)
     assert info.model == "onnx/model_fp16.onnx"
     assert '"transformers.js_config": {"dtype": "fp16"} });' in (folder / "README.md").read_text(encoding="utf-8")
@@ -440,8 +439,6 @@ def test_a_template_without_room_for_a_text_is_refused(made: MakeRun) -> None:
 
 
 def test_a_bundle_for_another_runtime_names_what_to_pass(made: MakeRun, tmp_path: Path) -> None:
-    from bbt_accel.exporters.optimize import optimize_bundle
-
     run = made()
     bundle = optimize_bundle(run.open_bundle().path, tmp_path / "bf16", target="torch", precision="bf16")
     with pytest.raises(PackageError, match=r"is optimized for torch in bf16; pass one of onnx, ort .* with --bundle"):
@@ -460,7 +457,9 @@ def test_nothing_is_replaced(demo: tuple[Run, Path, PackageInfo]) -> None:
     ("name", "method", "mode", "int8"),
     [("bert", "bbt", "add", False), ("gpt2", "bbtv2", "add", False), ("roberta", "bbt", "add", True)],
 )
-def test_openvino(made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, int8: bool) -> None:
+def test_an_openvino_package_predicts_what_predict_does(
+    made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, int8: bool
+) -> None:
     pytest.importorskip("openvino")
     run = made(name, method, mode)
     folder, info = package(run, tmp_path, format="openvino", int8=int8)
@@ -477,8 +476,6 @@ def in_openvino(folder: Path, info: PackageInfo) -> Any:
 
 
 def test_openvino_where_the_lm_head_reads_a_state_of_another_width(made: MakeRun, tmp_path: Path) -> None:
-    from bbt_accel.exporters.optimize import optimize_bundle
-
     pytest.importorskip("openvino")
     run = made("electra", readout="ensemble")
     bundle = optimize_bundle(run.open_bundle().path, tmp_path / "bundle", target="openvino").path
@@ -528,7 +525,7 @@ def test_an_adapter_for_peft(made: MakeRun, tmp_path: Path, name: str, options: 
     assert check_package(folder, threads=1) == info
 
 
-@pytest.mark.parametrize("name", ["bart", "t5", "llama"])
+@pytest.mark.parametrize("name", ["bart", "t5-v1.1", "llama"])
 def test_the_code_on_an_adapters_card_predicts_what_predict_does(
     made: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -1,3 +1,5 @@
+"""The random projection: its shapes, its distributions, and the same bits for every population."""
+
 from __future__ import annotations
 
 import numpy as np

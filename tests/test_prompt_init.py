@@ -135,7 +135,7 @@ def test_a_task_file_may_have_the_text(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "has no tokens"), ("demo.toml", "no \\[prompt\\] init")])
-def test_what_cannot_start_a_prompt_is_refused(root: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_what_cannot_start_a_prompt_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "demo.toml").write_text(TASK.split("[prompt]")[0])
     checkpoint = save_backbone("gpt2", tmp_path / "gpt2")
     given = str(tmp_path / text) if text else text

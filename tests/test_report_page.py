@@ -82,13 +82,14 @@ def a_sweep() -> tuple[SweepReport, str, Callable[[Path], None]]:
     return report, rendering.markdown(report), lambda file: rendering.draw(file, report)
 
 
-@pytest.fixture(params=[comparison, a_sweep])
-def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Page, str, str]:
+@pytest.fixture(scope="module", params=[comparison, a_sweep])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str, str]:
     """The page of a report, its source, and the report's Markdown."""
+    folder = tmp_path_factory.mktemp("report")
     report, markdown, draw = request.param()
-    write_report(tmp_path, report, markdown, draw)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", PLOT]
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    write_report(folder, report, markdown, draw)
+    assert sorted(file.name for file in folder.iterdir()) == ["report.html", "report.json", "report.md", PLOT]
+    text = (folder / "report.html").read_text(encoding="utf-8")
     return Page(text), text, markdown
 
 

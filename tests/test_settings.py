@@ -1,3 +1,5 @@
+"""Settings of a search: their order of precedence, their limits, and how the budget is divided."""
+
 from __future__ import annotations
 
 import pytest

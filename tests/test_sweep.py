@@ -6,13 +6,13 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from conftest import blank_plot
 from search_parts import search_bundle, task_file
 
 from bbt_accel import processes
@@ -47,13 +47,20 @@ def toy(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plot takes longer than a search. The tests with failed or missing trials draw it."""
+    monkeypatch.setattr(runner, "draw", blank_plot)
+
+
 def sweep(folder: Path, given: dict[str, Any] | None = None, **more: Any) -> SweepReport:
     return run_sweep(folder, given=given, progress=False, **more)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_every_combination_is_tuned_scored_and_in_the_table(toy: dict[str, Any], tmp_path: Path) -> None:
     search_bundle(tmp_path / "deep", "bbtv2")
-    report = sweep(tmp_path / "sweep", {**toy, "bundles": [*toy["bundles"], str(tmp_path / "deep")]}, jobs=2)
+    report = sweep(tmp_path / "sweep", {**toy, "bundles": [*toy["bundles"], str(tmp_path / "deep")]})
     assert [(t.name, t.status) for t in report.trials] == [
         (f"toy-{bundle}-dummy-{seed}", "done") for bundle in ("toy-bundle", "deep") for seed in (1, 2)
     ]
@@ -73,7 +80,7 @@ def test_every_combination_is_tuned_scored_and_in_the_table(toy: dict[str, Any],
     assert not list((tmp_path / "sweep").rglob(".*"))
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "without_plots")
 def test_finished_trials_are_not_run_again_and_more_can_be_added(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +104,7 @@ def test_finished_trials_are_not_run_again_and_more_can_be_added(
     assert more.count("done") == 2
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "without_plots")
 def test_an_interrupted_trial_is_resumed(toy: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     first = sweep(folder, {**toy, "seeds": [1]})
@@ -119,7 +126,6 @@ def test_an_interrupted_trial_is_resumed(toy: dict[str, Any], tmp_path: Path) ->
     assert (resumed.path / "history.jsonl").read_text().startswith("".join(lines[:2]))  # their times, too
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_rows_that_are_missing_end_a_sweep_before_its_first_search(toy: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--k-shot 500 needs 1000"):
         sweep(tmp_path / "sweep", {**toy, "settings": {**FAST, "k_shot": 500}})
@@ -148,7 +154,7 @@ def test_failures_are_rows_and_the_other_trials_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(processes, "prepare", crashing)
-        report = sweep(tmp_path / "sweep", {**toy, "seeds": [1, 2]})
+        report = sweep(tmp_path / "sweep", {**toy, "seeds": [1, 2]}, jobs=2)
     assert [(t.status, t.reason) for t in report.trials] == [
         ("failed", "the process was ended by SIGSEGV"),
         ("done", None),
@@ -165,7 +171,7 @@ def test_failures_are_rows_and_the_other_trials_run(
     assert sweep(tmp_path / "sweep", resume=True).count("done") == 2
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "without_plots")
 def test_a_sweep_is_continued_to_a_larger_budget(toy: dict[str, Any], tmp_path: Path) -> None:
     whole = sweep(tmp_path / "whole", {**toy, "settings": {**FAST, "budget": 40}})
     sweep(tmp_path / "sweep", toy)
@@ -174,7 +180,7 @@ def test_a_sweep_is_continued_to_a_larger_budget(toy: dict[str, Any], tmp_path: 
     assert [t.calls for t in larger.trials] == [40, 40]
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "without_plots")
 def test_a_setting_that_is_gone_from_the_sweep_is_not_taken_from_its_former_runs(
     toy: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -187,7 +193,7 @@ def test_a_setting_that_is_gone_from_the_sweep_is_not_taken_from_its_former_runs
         run_sweep(tmp_path / "sweep", config=config, resume=True, progress=False)
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "without_plots")
 @pytest.mark.parametrize("changed", ["task definition", "data"])
 def test_a_trial_of_another_task_or_other_rows_is_not_kept(toy: dict[str, Any], tmp_path: Path, changed: str) -> None:
     sweep(tmp_path / "sweep", {**toy, "seeds": [1]})
@@ -397,7 +403,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
 
 
 def test_the_command_passes_what_was_given_and_ends_with_1_if_a_trial_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials = [made_up("sst2", 1), made_up("sst2", 2)]
     results = {trials[0].name: made_up_result(trials[0], 0.9)}
@@ -445,7 +451,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "open_pool", lambda *arguments: InProcess())
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "without_plots")
 def test_cross_evaluation_scores_every_prompt_in_each_bundle_that_takes_it(
     toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -522,6 +528,6 @@ def test_a_trial_on_tensorrt_requests_a_gpu_from_ray(
 
     monkeypatch.setattr(runner, "open_pool", pool)
     for engine in ("trt", "dummy"):
-        with pytest.raises(EngineError):
+        with pytest.raises(EngineError, match="no cluster"):
             sweep(tmp_path / "sweep", {**toy, "engines": [engine]}, ray="local")
     assert asked == ["cuda", "cpu"]

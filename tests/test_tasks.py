@@ -1,3 +1,5 @@
+"""Tasks: the built-in ones, files of one's own, and the errors in them."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -59,7 +61,7 @@ def test_presets_of_the_paper() -> None:
     assert load_task("mrpc").metric == "f1"
 
 
-def test_user_file(tmp_path: Path) -> None:
+def test_a_task_file_has_defaults_and_no_template_that_it_does_not_give(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, GOOD))
     assert (task.separator, task.label, task.metric, task.preset("bbt")) == (" . ", "label", "accuracy", {})
     with pytest.raises(TaskError, match=r"no templates\.span"):
@@ -125,7 +127,7 @@ def test_malformed_file_is_one_line_with_file_and_key(
     assert str(file) in str(caught.value)
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_a_task_file_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="cannot read the task file"):
         load_task(tmp_path / "none.toml")
 

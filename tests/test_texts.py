@@ -1,3 +1,5 @@
+"""The texts that predict is given: as words, as files and on standard input."""
+
 from __future__ import annotations
 
 import io
@@ -45,7 +47,7 @@ def test_texts_that_merely_look_like_json_are_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [None, Path("-")])
-def test_standard_input(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> None:
+def test_each_line_of_standard_input_is_a_row(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
     assert read_texts([], file, ["text"]) == [{"text": "one"}, {"text": "two"}]
 
@@ -61,7 +63,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> N
         ("", "is empty"),
     ],
 )
-def test_bad_lines(tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str, complaint: str) -> None:
     (tmp_path / "f").write_text(line)
     with pytest.raises(DataError, match=complaint):
         read_texts([], tmp_path / "f", PAIR)
@@ -101,7 +103,9 @@ def test_standard_input_that_is_closed_is_wrong_usage(monkeypatch: pytest.Monkey
                 read_texts([], file, ["text"])
 
 
-def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_two_sources_and_no_source_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "f").write_bytes(b"\xff")
     with pytest.raises(DataError, match="not UTF-8"):
         read_texts([], tmp_path / "f", ["text"])

@@ -32,7 +32,6 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.cli import main
 from bbt_accel.engines.staged import StagedEngine
 from bbt_accel.errors import BbtError, BundleError, UsageError
-from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.triton import write_repository
 
 KINDS = [("roberta", "bbt", "add"), ("bart", "bbt", "cat"), ("gpt2", "bbtv2", "add"), ("t5", "bbtv2", "add")]
@@ -118,9 +117,9 @@ def test_models_run_from_the_repository_alone(tiny: Export, tmp_path: Path, kind
         np.testing.assert_allclose(bound.label_logits(population), wanted, atol=1e-5)
 
 
-def test_an_optimized_bundle(tiny: Export, tmp_path: Path) -> None:
-    bundle = optimize_bundle(tiny("roberta").path, tmp_path / "bundle", precision="int8")
-    models = write_repository(bundle, tmp_path / "repository")
+def test_the_models_of_an_int8_bundle_run_from_the_repository_alone(optimized: Export, tmp_path: Path) -> None:
+    bundle = optimized(("roberta", "bbt", "add"), "int8")
+    models = write_repository(bundle, tmp_path / "repository", "bundle")
     assert read_config(tmp_path / "repository" / "bundle").parameters["precision"].string_value == "int8"
     population = prompts(bundle)
     with load_engine(bundle, "ort", threads=1) as engine, engine.bind(rows()) as bound:
@@ -165,7 +164,7 @@ def add_plan(bundle: Path, gpu: str, runtime: str, capability: str) -> None:
     (folder / "model.json").write_text(json.dumps({"key": {"runtime": runtime, "capability": [capability]}}))
 
 
-def test_tensorrt_plans(tiny: Export, tmp_path: Path) -> None:
+def test_the_plans_of_several_gpus_are_one_model(tiny: Export, tmp_path: Path) -> None:
     source = shutil.copytree(tiny("roberta").path, tmp_path / "bundle")
     bundle = Bundle(source, tiny("roberta").info.model_copy(update={"target": "trt"}))
     add_plan(source, "rtx", "tensorrt_rtx 1.2.0", "12.0")
@@ -211,7 +210,9 @@ def test_a_call_that_was_killed_between_two_models_is_continued(tiny: Export, tm
     assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(names)
 
 
-def test_the_command(tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_the_model_after_its_bundle_and_refuses_what_is_none(
+    tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = tiny("roberta").path
 
     def run(*words: object) -> tuple[object, str, str]:

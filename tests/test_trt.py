@@ -348,9 +348,7 @@ def test_without_its_prefix_cache_a_decoders_states_have_the_prompt_in_every_row
 
 
 def test_a_task_sets_lengths_population_and_labels(exported: Export) -> None:
-    from bbt_accel.demo import BACKBONE
-
-    bundle = exported(BACKBONE)
+    bundle = exported(Path("demo"), n=20)
     profiles = []
     for task in ("demo", None):
         rows = TaskRows(bundle, task)

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -376,52 +376,71 @@ def test_tensorboard_shows_every_generation(start: Tune) -> None:
     assert len(events.Scalars("dev_score")) == len([g for g in run.history if g.dev_score is not None])
 
 
-# A process that is killed before or after the n-th call that renames, replaces or syncs a file.
+# A fork for each line, killed before or after the n-th call that renames, replaces or syncs a file.
 KILLED = """
 import json, os, signal, sys
+import huggingface_hub.repocard, matplotlib.backends.backend_agg, matplotlib.figure
 from bbt_accel import tune
-task, bundle, data, output, settings, resume, at = json.loads(sys.argv[1])
-count = 0
-def deadly(function):
-    def call(*args):
-        global count
+from bbt_accel.engines import dummy
+def searched(task, bundle, data, output, settings, resume, at):
+    count = 0
+    def point():
+        nonlocal count
         count += 1
         if count == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*args)
-        count += 1
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return call
-os.fsync, os.rename, os.replace = map(deadly, (os.fsync, os.rename, os.replace))
-tune(bundle, task, data=data, engine="dummy", output=output, settings=settings, resume=resume, progress=False)
-print(count)
+    def deadly(function):
+        return lambda *args: (point(), function(*args), point())[1]
+    os.fsync, os.rename, os.replace = map(deadly, (os.fsync, os.rename, os.replace))
+    tune(bundle, task, data=data, engine="dummy", output=output, settings=settings, resume=resume, progress=False)
+    return count
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        signal.alarm(120)
+        print(json.dumps([0, searched(*json.loads(line))]), flush=True)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        print(json.dumps([status, None]), flush=True)
 """
+InAFork = Callable[[Path, str, int, bool], tuple[int, Any]]
 
 
-def in_a_process(tmp_path: Path, output: str, at: int, resume: bool) -> subprocess.CompletedProcess[str]:
-    data = str(tmp_path / "data")
-    settings = {**SETTINGS, "budget": 48}
-    arguments = [f"{data}/task.toml", str(tmp_path / "bundle"), data, str(tmp_path / output), settings, resume, at]
-    command = [sys.executable, "-c", KILLED, json.dumps(arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def in_a_fork() -> Iterator[InAFork]:
+    """`in_a_fork(tmp_path, output, at, resume)`: the exit code of a search that is killed at a point, and its points.
+
+    Its process is a fork of one that has imported everything.
+    """
+
+    def call(tmp_path: Path, output: str, at: int, resume: bool) -> tuple[int, Any]:
+        data = str(tmp_path / "data")
+        settings = {**SETTINGS, "budget": 48}
+        arguments = [f"{data}/task.toml", str(tmp_path / "bundle"), data, str(tmp_path / output), settings, resume, at]
+        process.stdin.write(json.dumps(arguments) + "\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+        code, points = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+        return code, points
+
+    command = [sys.executable, "-c", KILLED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield call
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 @pytest.mark.parametrize("bundle", ["bbtv2"], indirect=True)
-def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, in_a_fork: InAFork, tmp_path: Path) -> None:
     settings = {**SETTINGS, "budget": 48}
     whole = start("whole", settings)
-    steps = int(in_a_process(tmp_path, "counted", 0, False).stdout)
+    _, steps = in_a_fork(tmp_path, "counted", 0, False)
     rng = random.Random(len(whole.history))
     # Anywhere in the search; then, resumed, at the very end, where the folder takes its name.
     for output, at in (("a", rng.randrange(1, steps - 8)), ("b", steps - 1)):
-        died = in_a_process(tmp_path, output, at, False)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert in_a_fork(tmp_path, output, at, False)[0] == -signal.SIGKILL
         if (tmp_path / output).exists():
             Run.read(tmp_path / output)  # nothing half-written has its final name
-        in_a_process(tmp_path, output, rng.randrange(1, 12), True)
+        in_a_fork(tmp_path, output, rng.randrange(1, 12), True)
         resumed = start(output, settings, resume=True)
         assert prompt_bytes(resumed) == prompt_bytes(whole)
         assert resumed.info.best == whole.info.best
@@ -431,16 +450,17 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, tmp_
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 @pytest.mark.parametrize("bundle", ["bbt"], indirect=True)
-def test_a_run_killed_on_the_way_to_a_larger_budget_is_still_there_and_continued(start: Tune, tmp_path: Path) -> None:
+def test_a_run_killed_on_the_way_to_a_larger_budget_is_still_there_and_continued(
+    start: Tune, in_a_fork: InAFork, tmp_path: Path
+) -> None:
     larger, smaller = {**SETTINGS, "budget": 48}, {**SETTINGS, "budget": 24}
     whole, first = start("whole", larger), prompt_bytes(start("counted", smaller))
-    steps = int(in_a_process(tmp_path, "counted", 0, True).stdout)
+    _, steps = in_a_fork(tmp_path, "counted", 0, True)
     rng = random.Random(len(whole.history))
     for number, at in enumerate((1, rng.randrange(2, steps - 8), *range(steps - 4, steps))):
         output = f"killed-{number}"
         start(output, smaller)
-        died = in_a_process(tmp_path, output, at, True)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert in_a_fork(tmp_path, output, at, True)[0] == -signal.SIGKILL
         if (tmp_path / output).exists():  # else it was renamed, and is so again by the next command
             assert prompt_bytes(Run.read(tmp_path / output)) in (first, prompt_bytes(whole))
         assert prompt_bytes(start(output, larger, resume=True)) == prompt_bytes(whole)
@@ -488,7 +508,7 @@ def test_a_run_in_use_is_refused_and_left_alone(
         assert {p: p.read_bytes() for p in before} == before
 
 
-def test_two_searches_at_once_end_as_one_run_and_one_line(start: Tune, bundle: Bundle, tmp_path: Path) -> None:
+def test_two_searches_at_once_end_as_one_run_and_one_line(start: Tune, tmp_path: Path) -> None:
     """One is started while the other computes, in a thread of this process."""
     pytest.importorskip("fcntl")
     refusals: list[str] = []
@@ -589,6 +609,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize("bundle", ["bbt"], indirect=True)
 def test_sigterm_ends_the_command_as_ctrl_c_does(bundle: Bundle, tmp_path: Path) -> None:
     task = task_file(tmp_path / "data")
     words = ["tune", "--bundle", str(bundle.path), "--task", str(task), "--data", str(tmp_path / "data")]

@@ -115,8 +115,12 @@ N_PROMPT = 3
 
 
 def marks(variant: tuple[str, str, str]) -> list[Any]:
-    """Relatives are slow tests, for each is an export of its own; but Llama stands for what the others have not."""
-    return [] if variant in VARIANTS or variant[0] == "llama" else [pytest.mark.slow]
+    """Relatives are slow tests, for each is an export of its own; but Llama stands for what the others have not.
+
+    What it adds to a prompt of tokens, GPT-2 has.
+    """
+    fast = [*VARIANTS, ("llama", "bbt", "cat"), ("llama", "bbtv2", "add")]
+    return [] if variant in fast else [pytest.mark.slow]
 
 
 def tiny_model(name: str, cls: str | None = None, seed: int = 0, **changes: Any) -> Any:

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import INFO, Bundle, Method
-from bbt_accel.data import task_data
 from bbt_accel.engine_specs import DEFAULT_ENGINE, Device, local_engine
 from bbt_accel.errors import BundleError, UsageError, check_known, first_line, first_problem
 from bbt_accel.files import fingerprint
@@ -67,6 +66,8 @@ class Sweep(Schema):
         Raises BundleError for a bundle that is missing or exported for another method, TaskError for a task, UsageError
         for invalid settings and for two bundles or two tasks of the same name.
         """
+        from bbt_accel.data import task_data
+
         if "seed" in self.settings:
             raise UsageError("a sweep takes no setting 'seed'; write seeds = [42, 43]")
         if self.cross_evaluate and self.settings.get("hold_out"):
