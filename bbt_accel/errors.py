@@ -123,5 +123,7 @@ def first_problem(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "model_type":  # pydantic names the class
+            message = "Input should be an object"
         return f"{where}: {message}" if where else message
     return str(error).splitlines()[0]

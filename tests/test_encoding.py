@@ -1,3 +1,5 @@
+"""From rows to token ids: templates, special tokens, where the readout is, what is cut off, and what is refused."""
+
 from __future__ import annotations
 
 import json
@@ -137,7 +139,7 @@ def test_a_row_is_truncated_no_further_than_needed_and_the_longest_column_first(
 END = ["Ġ", ".", "ĠT", "h", "e", "Ġs", *"entiment", "Ġi", "s"]
 
 
-def test_layouts() -> None:
+def test_every_template_group_and_mode_has_its_order_of_tokens() -> None:
     row = [Row({"sentence": "ab"}, 0)]
     expected = {
         ("bert", "add"): ["[CLS]", *"0123456789", ".", "a", "##b", ".", "it", "was", "[MASK]", ".", "[SEP]"],
@@ -210,7 +212,7 @@ def test_errors_of_rows_and_bundles(tmp_path: Path) -> None:
     enc = encoder("bert", "add")
     with pytest.raises(DataError, match="a row has no 'sentence'"):
         enc.encode([Row({"text": "a"})])
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="with N > 0"):
         enc.encode([])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"cannot read .*tokenizer\.json"):

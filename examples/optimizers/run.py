@@ -271,6 +271,9 @@ def main() -> None:
         parser.error(f"no contender {min(unknown)!r}; known: {'; '.join(CONTENDERS)}")
     if given.data is None and given.tasks != "demo":
         parser.error("--data is missing: the folder with a folder of rows for each task but demo")
+    for task in set(given.tasks.split(",")) - {"demo"}:
+        if not (given.data / task).is_dir():
+            parser.error(f"--data: {given.data / task} is not a folder")
     given.output.mkdir(parents=True, exist_ok=True)
     file, scores = given.output / "report.json", list[Score]()
     facts = {name: str(getattr(given, name)) for name in ("calls", "backbone", "engine", "test_rows")}
