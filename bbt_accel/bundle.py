@@ -91,7 +91,8 @@ class BundleInfo(SealedManifest):
     versions: dict[str, str] = Field(description="Of the libraries that wrote it.")
     max_error: float | None = Field(
         default=None,
-        description="Largest error of label logits: against eager PyTorch; of an optimized bundle, its source's.",
+        description="Largest error of label logits against eager PyTorch; where optimized, the source's, plus the "
+        "largest difference from the source.",
     )
     source: str | None = Field(default=None, description="sha256 of the bundle.json that this one was optimized from.")
     optimization: dict[str, object] | None = Field(default=None, description="What `optimize` did and measured.")

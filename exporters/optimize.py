@@ -95,7 +95,8 @@ def optimize_bundle(
         report |= measure(job, made, logits)
         report |= converter.finish(made, rows, on_progress)
         report |= {"calibrated_on": rows.source, "bytes_before": bundle.size, "bytes": made.size}
-        write_info(folder, info.model_copy(update={"optimization": report, "max_error": report["logit_error"]}))
+        error = (info.max_error or 0) + report["logit_error"]
+        write_info(folder, info.model_copy(update={"optimization": report, "max_error": error}))
     return Bundle.read(output, verify=False)
 
 
