@@ -92,10 +92,11 @@ def optimize_bundle(
         changes = {"precision": precision, "target": target, "source": bundle.digest}
         info = bundle.info.model_copy(update=changes | {"versions": bundle.info.versions | versions})
         made = Bundle(folder, write_info(folder, info))
-        report |= measure(job, made, logits)
+        measured = measure(job, made, logits)
+        report |= measured
         report |= converter.finish(made, rows, on_progress)
         report |= {"calibrated_on": rows.source, "bytes_before": bundle.size, "bytes": made.size}
-        error = (info.max_error or 0) + report["logit_error"]
+        error = (info.max_error or 0) + measured["logit_error"]
         write_info(folder, info.model_copy(update={"optimization": report, "max_error": error}))
     return Bundle.read(output, verify=False)
 
@@ -228,7 +229,7 @@ def write_int8(job: OptimizeJob, stages: list[CalibratedStage], weights: Collect
 # Measure -----------------------------------------------------------------------------------------------------
 
 
-def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> Report:
+def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> dict[str, float]:
     """Fidelity to the source's logits on the job's rows, and the effect of more padding.
 
     logits: of the new bundle, where they are known already.
