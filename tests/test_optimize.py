@@ -117,6 +117,7 @@ def test_threads_bound_every_session(tiny: Tiny, tmp_path: Path, monkeypatch: py
     import onnxruntime
     import torch
 
+    source = tiny("roberta", "bbt", "add")  # before sessions are counted
     opened, whole = [], onnxruntime.InferenceSession
 
     def session(file: str, options: onnxruntime.SessionOptions, *more: object, **named: object) -> object:
@@ -126,7 +127,7 @@ def test_threads_bound_every_session(tiny: Tiny, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "o", threads=1)
+    optimize_bundle(source.path, tmp_path / "o", threads=1)
     assert set(opened) == {(1, 1)}
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
