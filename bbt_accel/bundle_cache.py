@@ -53,16 +53,20 @@ def _choose(engine: str, precision: PrecisionChoice) -> Choice:
     best, states = found["recommended"], found["engines"]
     if engine in ("auto", best["engine"]) and precision in ("auto", best["precision"]):
         return Choice(best["engine"], best["device"], best["precision"], best["reason"].split(";")[0])
-    if precision == "auto":
-        for rule in RULES:
-            if rule.device == "cuda" and engine in rule.engines and states[label(engine, "cuda")]["runs"]:
-                return Choice(engine, "cuda", rule.precision, rule.reason)
-        return Choice(engine, engine_spec(engine).device("cpu"), "fp32", "exact; name --precision for another")
-    fits = [
-        (name, rule.device)
+    running = [
+        (name, rule)
         for rule in RULES
         for name in rule.engines
         if engine in ("auto", name) and states[label(name, rule.device)]["runs"]
+    ]
+    if precision == "auto":
+        for name, rule in running:
+            if rule.device == "cuda":
+                return Choice(name, rule.device, rule.precision, rule.reason)
+        return Choice(engine, engine_spec(engine).device("cpu"), "fp32", "exact; name --precision for another")
+    fits = [
+        (name, rule.device)
+        for name, rule in running
         if precision in engine_spec(name).precisions
         if rule.device == "cpu" or rule.precision == precision  # a GPU only in a precision that is for GPUs
     ]

@@ -53,11 +53,18 @@ def load_rows(task: Task, split: Split, data: str | Path | None = None) -> list[
     return _from_hub(task, split) if data is None else _from_folder(task, split, Path(data))
 
 
-def task_data(data: str | Path, name: str, only: bool) -> Path:
-    """Where a task's rows lie: in the subfolder of its name; those of the only task may be in `data` itself."""
-    data, own = Path(data), Path(data, name)
-    itself = only and not own.exists() and (data.is_file() or split_files("train", data))
-    return (data if itself else own).absolute()
+def task_folders(data: str | Path | None, names: Sequence[str]) -> dict[str, str | None]:
+    """Where the rows of each task lie, as an absolute path: in the subfolder of its name; None without `data`.
+
+    Those of the only task may be in `data` itself.
+    """
+    if data is None:
+        return dict.fromkeys(names)
+    data = Path(data).absolute()
+    found: dict[str, str | None] = {name: str(data / name) for name in names}
+    if len(names) == 1 and not (data / names[0]).exists() and (data.is_file() or split_files("train", data)):
+        found[names[0]] = str(data)
+    return found
 
 
 def rows_digest(rows: Iterable[Row]) -> str:

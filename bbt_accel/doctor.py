@@ -18,12 +18,10 @@ NOTES = (
 INT8_FEATURES = frozenset({"AVX-512 VNNI", "AMX"})
 CUDA = "CUDAExecutionProvider"
 CUDA_13 = {
-    "torch": (2, 11), "onnxruntime-gpu": (1, 27), "cuda-python": (13, 0),
+    "torch": (2, 11), "onnxruntime-gpu": (1, 27), "cuda-python": (13,),
     "tensorrt": (10, 13, 2), "tensorrt-cu13": (0,), "tensorrt-rtx-cu13": (0,),
 }  # fmt: skip
 """Packages → the versions from which they are built for CUDA 13, which needs driver 580 and compute capability 7.5."""
-CUDA_12 = 'pip install "tensorrt<10.13.2" "torch<2.11" "cuda-python<13"'
-"""What runs TensorRT with an older driver."""
 DATA_CENTRE = ("9.0", "10.0", "10.3")
 """Compute capabilities that TensorRT for RTX leaves out: H100, H200, B200, B300."""
 Versions = Mapping[str, str | None]
@@ -131,8 +129,12 @@ def unfit(package: str, found: Versions, providers: Collection[str], gpu: str) -
     if package in CUDA_13 and release(version) >= CUDA_13[package] and "+cu12" not in version:
         if driver and release(driver) < (580,):
             trt = package in ("tensorrt", "cuda-python") and found.get("tensorrt")
-            older = CUDA_12 if trt else 'pip install "torch<2.11"' if package == "torch" else None
-            yield f"{package} {version} needs NVIDIA's driver 580 or later, not {driver}", older
+            older = ("tensorrt", "torch", "cuda-python") if trt else ("torch",) if package == "torch" else ()
+            limits = " ".join(f'"{name}<{".".join(map(str, CUDA_13[name]))}"' for name in older)
+            yield (
+                f"{package} {version} needs NVIDIA's driver 580 or later, not {driver}",
+                limits and f"pip install {limits}",
+            )
         if capability and release(capability) < (7, 5) and package != "cuda-python":
             yield f"{package} needs compute capability 7.5, not {capability}", None
     if package == "tensorrt-rtx-cu13" and capability in DATA_CENTRE:

@@ -26,7 +26,7 @@ from bbt_accel.benchmarks.options import (
     parse_contender,
 )
 from bbt_accel.bundle import Bundle, Method
-from bbt_accel.data import labels, rows_digest, task_data
+from bbt_accel.data import labels, rows_digest, task_folders
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
 from bbt_accel.engines.registry import load_engine
@@ -73,14 +73,15 @@ def run_compare(
     found = {path: load_task(path) for path in tasks}
     check_names("tasks", {path: task.name for path, task in found.items()})
     named = {task.name: absolute_file(path) for path, task in found.items()}  # a trial on Ray runs elsewhere
-    if options.data is not None:  # fail before the bundles are exported, not in every trial
-        for task in found.values():
-            check_rows(task, task_data(options.data, task.name, len(found) == 1), resolve({"k_shot": options.k_shot}))
+    folders = task_folders(options.data, list(named))
+    for task in found.values():  # fail before the bundles are exported, not in every trial
+        if (data := folders[task.name]) is not None:
+            check_rows(task, Path(data), resolve({"k_shot": options.k_shot}))
     with reserved(folder):
         device = kind_of(engine_spec(options.engine).device("cpu"))
         with closing(open_pool(ray, options.jobs, options.threads, device, progress)) as pool:
             _open(folder, options, resume)
-            jobs = list(_jobs(folder, named, options, prepare(folder / BUNDLES, options), pool.threads))
+            jobs = list(_jobs(folder, named, folders, options, prepare(folder / BUNDLES, options), pool.threads))
             done, failures = _run(folder, jobs, pool, progress)
         scores = [score for job in jobs for score in done.get(job.name, [])]
         facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"]}
@@ -123,17 +124,21 @@ def _open(folder: Path, options: CompareOptions, resume: bool) -> None:
 
 
 def _jobs(
-    folder: Path, tasks: Mapping[str, str], options: CompareOptions, bundles: dict[str, str], threads: int
+    folder: Path,
+    tasks: Mapping[str, str],
+    data: Mapping[str, str | None],
+    options: CompareOptions,
+    bundles: dict[str, str],
+    threads: int,
 ) -> Iterator[PoolJob]:
-    """A job for each task, contender and seed. tasks: name → what `load_task` takes."""
+    """A job for each task, contender and seed. tasks: name → what `load_task` takes. data: name → its rows."""
     shared = {"options": options.model_dump(mode="json"), "threads": threads, "work": str(folder / RUNS)}
     for (name, task), contender, seed in product(tasks.items(), options.contenders, options.seeds):
-        data = None if options.data is None else str(task_data(options.data, name, len(tasks) == 1))
         own = {
             "contender": contender,
             "bundle": bundles[bundle_of(contender)],
             "task": task,
-            "data": data,
+            "data": data[name],
             "seed": seed,
         }
         yield PoolJob(f"{name}-{contender.replace(':', ',')}-{seed}", contend, own | shared)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
-from bbt_accel.data import Row, load_rows, rows_digest, task_data
+from bbt_accel.data import Row, load_rows, rows_digest, task_folders
 from bbt_accel.errors import DataError, UsageError
 from bbt_accel.splits import few_shot
 from bbt_accel.tasks import load_task
@@ -209,9 +209,11 @@ def test_digest_follows_content_and_order() -> None:
 
 def test_rows_of_the_only_task_may_lie_in_the_folder_itself(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", [{"sentence": "good", "label": 1}])
-    assert task_data(tmp_path, "sst2", only=True) == tmp_path
-    assert task_data(tmp_path / "train.jsonl", "sst2", only=True) == tmp_path / "train.jsonl"
-    assert task_data(tmp_path, "sst2", only=False) == tmp_path / "sst2"
-    assert task_data(tmp_path / "none", "sst2", only=True) == tmp_path / "none" / "sst2"
+    assert task_folders(tmp_path, ["sst2"]) == {"sst2": str(tmp_path)}
+    assert task_folders(tmp_path / "train.jsonl", ["sst2"]) == {"sst2": str(tmp_path / "train.jsonl")}
+    several = {name: str(tmp_path / name) for name in ("sst2", "rte")}
+    assert task_folders(tmp_path, list(several)) == several
+    assert task_folders(tmp_path / "none", ["sst2"]) == {"sst2": str(tmp_path / "none" / "sst2")}
+    assert task_folders(None, ["sst2"]) == {"sst2": None}
     (tmp_path / "sst2").mkdir()
-    assert task_data(tmp_path, "sst2", only=True) == tmp_path / "sst2", "a folder of its own comes first"
+    assert task_folders(tmp_path, ["sst2"]) == {"sst2": str(tmp_path / "sst2")}, "a folder of its own comes first"

@@ -126,6 +126,17 @@ def test_an_interrupted_trial_is_resumed(toy: dict[str, Any], tmp_path: Path) ->
     assert (resumed.path / "history.jsonl").read_text().startswith("".join(lines[:2]))  # their times, too
 
 
+@pytest.mark.usefixtures("in_process", "without_plots")
+def test_a_loss_for_the_verbalizer_alone_makes_it_the_readout_of_every_trial(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {name: value for name, value in FAST.items() if name != "readout"}
+    report = sweep(tmp_path / "sweep", {**toy, "seeds": [1], "settings": {**own, "loss": "hinge"}})
+    assert [(trial.status, trial.reason) for trial in report.trials] == [("done", None)]
+    found = Run.read(tmp_path / "sweep" / "trials" / report.trials[0].name / "run").info.settings
+    assert (found.loss, found.readout) == ("hinge", "verbalizer")
+
+
 def test_rows_that_are_missing_end_a_sweep_before_its_first_search(toy: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--k-shot 500 needs 1000"):
         sweep(tmp_path / "sweep", {**toy, "settings": {**FAST, "k_shot": 500}})

@@ -57,7 +57,7 @@ class Sweep(Schema):
     needs: str | None = Field(default=None, description="Command that creates the bundle, for users who lack it.")
     cross_evaluate: bool = False
     """Also score every prompt in each bundle of the sweep that takes it, and compare the predictions."""
-    settings: dict[str, float | int | str] = Field(default={})
+    settings: Annotated[dict[str, float | int | str], AfterValidator(as_given)] = Field(default={})
     """Any of `Settings` except the seed; the tasks' presets apply to the others."""
 
     def trials(self) -> list[Trial]:
@@ -66,7 +66,7 @@ class Sweep(Schema):
         Raises BundleError for a bundle that is missing or exported for another method, TaskError for a task, UsageError
         for invalid settings and for two bundles or two tasks of the same name.
         """
-        from bbt_accel.data import task_data
+        from bbt_accel.data import task_folders
 
         if "seed" in self.settings:
             raise UsageError("a sweep takes no setting 'seed'; write seeds = [42, 43]")
@@ -76,11 +76,10 @@ class Sweep(Schema):
         tasks = {path: load_task(path) for path in self.tasks}
         check_names("bundles", {path: bundle.path.name for path, bundle in bundles.items()})
         check_names("tasks", {path: task.name for path, task in tasks.items()})
-        only = len(tasks) == 1
-        folders = {task.name: self.data and str(task_data(self.data, task.name, only)) for task in tasks.values()}
+        folders = task_folders(self.data, [task.name for task in tasks.values()])
         rows = {name: folder and fingerprint(folder) for name, folder in folders.items()}
         for bundle, task in product(bundles.values(), tasks.values()):
-            settings = resolve(task.preset(bundle.info.method), as_given(self.settings))
+            settings = resolve(task.preset(bundle.info.method), self.settings)
             settings.generations(bundle.info.searched_layers)
             check_given(settings, self.settings, bundle.info)
         trials = [
