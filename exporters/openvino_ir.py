@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from bbt_accel.bundle import OPENVINO_WEIGHTS
+from bbt_accel.exporters.openvino_mlp import separate_mlps
 from bbt_accel.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def save_openvino(file: Path, folder: Path, stage: str, weights: NewWeights) -> 
     import openvino
 
     converted = openvino.convert_model(file)
+    separate_mlps(converted)
     xml = folder / f"{stage}.xml"
     openvino.save_model(converted, xml, compress_to_fp16=False)
     operators = Counter(op.get_type_name() for op in converted.get_ops())
