@@ -21,8 +21,20 @@ if TYPE_CHECKING:
     from bbt_accel.engines.base import Engine as Engine
     from bbt_accel.engines.registry import load_engine as load_engine
     from bbt_accel.errors import BbtError as BbtError
+    from bbt_accel.errors import BundleError as BundleError
+    from bbt_accel.errors import DataError as DataError
+    from bbt_accel.errors import EngineError as EngineError
+    from bbt_accel.errors import ExportError as ExportError
+    from bbt_accel.errors import HubError as HubError
+    from bbt_accel.errors import MissingDependency as MissingDependency
+    from bbt_accel.errors import NonFiniteLoss as NonFiniteLoss
+    from bbt_accel.errors import PackageError as PackageError
+    from bbt_accel.errors import RunError as RunError
+    from bbt_accel.errors import TaskError as TaskError
+    from bbt_accel.errors import UsageError as UsageError
     from bbt_accel.exporters.export import export_bundle as export_bundle
     from bbt_accel.exporters.optimize import optimize_bundle as optimize_bundle
+    from bbt_accel.history import Generation as Generation
     from bbt_accel.inference import evaluate as evaluate
     from bbt_accel.inference import predict as predict
     from bbt_accel.logits import class_logits as class_logits
@@ -30,6 +42,7 @@ if TYPE_CHECKING:
     from bbt_accel.population import Population as Population
     from bbt_accel.projection import Projection as Projection
     from bbt_accel.run import Run as Run
+    from bbt_accel.run import RunInfo as RunInfo
     from bbt_accel.splits import few_shot as few_shot
     from bbt_accel.tasks import Task as Task
     from bbt_accel.tasks import load_task as load_task
@@ -50,16 +63,29 @@ _HOME = {
     "BbtError": "errors",
     "BoundBatch": "engines.base",
     "Bundle": "bundle",
+    "BundleError": "errors",
     "Callback": "tuning.callbacks",
+    "DataError": "errors",
     "Encoder": "encoding",
     "Engine": "engines.base",
+    "EngineError": "errors",
+    "ExportError": "errors",
+    "Generation": "history",
+    "HubError": "errors",
+    "MissingDependency": "errors",
+    "NonFiniteLoss": "errors",
     "Objective": "objective",
+    "PackageError": "errors",
     "Population": "population",
     "Projection": "projection",
     "PromptClassifier": "classifier",
     "Row": "data",
     "Run": "run",
+    "RunError": "errors",
+    "RunInfo": "run",
     "Task": "tasks",
+    "TaskError": "errors",
+    "UsageError": "errors",
     "class_logits": "logits",
     "evaluate": "inference",
     "export_bundle": "exporters.export",

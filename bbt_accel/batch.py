@@ -23,7 +23,7 @@ def shape_fits(found: Sequence[int], wanted: Sequence[int | str]) -> bool:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """N encoded rows of a task, padded to S tokens, and the M label words of its C classes.
 
@@ -37,7 +37,8 @@ class Batch:
     context_ids: int64 (K,), a decoder's: tokens between the begin token, if any, and the prompt of every row. `readout`
         does not count them.
 
-    Raises DataError for shapes that do not fit, a mask without a real token, and a readout outside the row.
+    Raises DataError for numbers that are not integers, shapes that do not fit, a mask without a real token, and a
+    readout outside the row.
     """
 
     input_ids: Int64
@@ -50,7 +51,11 @@ class Batch:
 
     def __post_init__(self) -> None:
         for name, value in self.arrays().items():
-            object.__setattr__(self, name, np.ascontiguousarray(value, dtype=np.int64))
+            with np.errstate(invalid="ignore"):
+                integers = np.ascontiguousarray(value, dtype=np.int64)
+            if not np.array_equal(integers, value):
+                raise DataError(f"{name} of a batch must hold integers")
+            object.__setattr__(self, name, integers)
         N, S = self.input_ids.shape if self.input_ids.ndim == 2 else (0, 0)
         wanted = {"input_ids": (N, S), "attention_mask": (N, S), "readout": (N,), "targets": (N,)}
         wanted |= {"label_token_ids": (-1,), "decoder_input_ids": (N, -1), "context_ids": (-1,)}

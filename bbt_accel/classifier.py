@@ -9,6 +9,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -73,7 +74,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         engine: str = "auto",
         precision: PrecisionChoice = "auto",
         readout: ReadoutChoice = "auto",
-        budget: int = FIT_BUDGET,
+        budget: int | None = FIT_BUDGET,
         template: str | None = None,
         label_words: Sequence[str] | None = None,
         method: Method = "bbt",
@@ -95,8 +96,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def fit(self, X: Any, y: Any) -> Self:
         """Fit on texts and their labels.
 
-        X: a list of texts, of tuples of texts or of mappings from columns to texts; a column or a table of pandas or
-        pyarrow; a `datasets.Dataset` or a column of one. Of equal texts the first is used. y: strings or integers.
+        X: a list of texts, of tuples of texts or of mappings from columns to texts; a column or a table of pandas,
+        polars or pyarrow; a `datasets.Dataset` or a column of one. Of equal texts the first is used. y: strings or
+        integers.
         Ctrl-C ends the search: the estimator has the best prompt so far, and KeyboardInterrupt is raised, so that a
         grid search does not take it for a result.
         Raises DataError for rows that are no texts, for a column that is y and for a class with fewer than two texts;
@@ -122,17 +124,17 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         words = () if self.label_words is None else list(self.label_words)  # of a numpy grid, an array
         shares = [1] * len(names) if self.balanced else frequencies
         task = make_task("classifier", list(rows[0]), LABEL, names, bundle, self.template, words, class_shares=shares)
-        place = tempfile.TemporaryDirectory(prefix="bbt-accel-")
-        folder = Path(place.name)
         lines = [json.dumps({**row, LABEL: names[target]}) for row, target in zip(rows, targets, strict=True)]
-        (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        run = tune(
-            bundle, task, data=folder, engine=choice.engine, device=choice.device, threads=self.threads,
-            output=folder / "run", settings=settings, progress=False, callbacks=self.callbacks or (),
-            track=self.track or (),
-        )  # fmt: skip
+        with ExitStack() as place:
+            folder = Path(place.enter_context(tempfile.TemporaryDirectory(prefix="bbt-accel-")))
+            (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            run = tune(
+                bundle, task, data=folder, engine=choice.engine, device=choice.device, threads=self.threads,
+                output=folder / "run", settings=settings, progress=False, callbacks=self.callbacks or (),
+                track=self.track or (),
+            )  # fmt: skip
+            weakref.finalize(run, place.pop_all().close)  # the folder is there for as long as the run is
         self._load(run, bundle)
-        self._folder = place  # the run's, for as long as the estimator lives
         self.classes_ = classes
         for word, piece in self._classifier.encoder.partial_words.items():
             warnings.warn(f"of label word {word!r} only the first token is read: {piece!r}", stacklevel=2)
@@ -142,7 +144,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _settings(self, counts: Mapping[str, int]) -> dict[str, object]:
         """Of the search, checked before anything is exported. counts: texts of each class."""
-        settings: dict[str, object] = {"readout": self.readout, "budget": self.budget, "seed": self.seed}
+        settings: dict[str, object] = {"readout": self.readout, "seed": self.seed}
+        settings["budget"] = FIT_BUDGET if self.budget is None else self.budget
         settings |= {} if self.k_shot is None else {"k_shot": self.k_shot}
         resolve(settings).check_budget(self.method)
         return settings | examples_per_class(counts, self.k_shot)
@@ -263,7 +266,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Of a run, `classes_` are the names of its classes. Raises RunError for another folder, BundleError for a
         damaged bundle, HubError; EngineError for a device that is not here.
         """
-        path = fetched(path)
+        path = fetched(path).absolute()  # what is read later is read from there, too
         saved = is_saved_classifier(path)
         if not is_run(path):
             raise RunError(f"{path} is not a saved PromptClassifier, nor a run; save a fitted one there, or tune")
@@ -276,7 +279,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise RunError(f"{path} is not a saved PromptClassifier ({type(error).__name__})") from None
         if found.classes_.shape != (run.task.n_classes,):
             raise RunError(f"{path / ESTIMATOR} has classes of the shape {found.classes_.shape}; fit and save again")
-        found.threads = threads or found.threads
+        found.threads = found.threads if threads is None else threads
         found._load(run, run.open_bundle(bundle), engine, device)
         return found
 
@@ -337,6 +340,8 @@ def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """
     if hasattr(X, "to_pylist"):  # pyarrow
         X = X.to_pylist()
+    elif hasattr(X, "to_dicts"):  # a polars DataFrame
+        X = X.to_dicts()
     elif hasattr(X, "columns") and hasattr(X, "to_dict"):  # a pandas DataFrame, of which iteration gives the columns
         X = X.to_dict("records")
     elif isinstance(X, (str, Mapping)) or not isinstance(X, Iterable) or getattr(X, "ndim", 1) == 0:

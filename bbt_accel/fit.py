@@ -144,7 +144,7 @@ def fit_file(
         resume=not overwrite, overwrite=overwrite, settings=chosen, progress=progress,
     )  # fmt: skip
     tested = run.info.status == "done" and plan.left > 0
-    return Fitted(plan, run, evaluate(run.path, threads=threads) if tested else None)
+    return Fitted(plan, run, evaluate(run.path, data=file, threads=threads) if tested else None)
 
 
 def examples_per_class(counts: Mapping[str, int], k_shot: int | None) -> dict[str, Any]:

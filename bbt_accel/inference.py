@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
@@ -14,7 +15,7 @@ from bbt_accel.data import Row, has_test_file, labels, load_rows, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import DataError, UsageError, check_known
+from bbt_accel.errors import DataError, UsageError, check_known, did_you_mean
 from bbt_accel.logits import log_softmax, require_finite, scores_without_search
 from bbt_accel.objective import Objective
 from bbt_accel.readout import Readout, reads_states
@@ -82,6 +83,8 @@ def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]
     own, settings = run.data_path and run.data_path.resolve(), run.info.settings
     source = own if data is None else Path(data).resolve()
     check_known("split", split, ("dev", "test"))
+    if data is None and own is not None and not own.exists():
+        raise DataError(f"{own}, which holds the rows of {run.path}, does not exist; give its rows with --data")
     if split == "dev":
         return searched_split(run, source).dev
     same = source == own or searched_on(run, source)
@@ -128,8 +131,10 @@ def predict(
     label word). Raises RunError, BundleError, EngineError, NonFiniteLoss, and DataError for a row without one of the
     columns.
     """
-    run = Run.read(run_path)
+    run, texts = Run.read(run_path), [texts] if isinstance(texts, (str, Mapping)) else list(texts)
     for number, text in enumerate(texts, 1):
+        if not isinstance(text, Mapping):
+            raise DataError(f"row {number} is {text!r:.50}; give a mapping from {', '.join(run.task.text)} to texts")
         if missing := [column for column in run.task.text if not isinstance(text.get(column), str)]:
             raise DataError(f"row {number} has no text {missing[0]!r}; it needs {', '.join(run.task.text)}")
     if not texts:
@@ -154,6 +159,7 @@ class Classifier:
         self.engine, self.task, self.run = engine, run.task, run
         self.encoder = Encoder(engine.bundle, run.task, run.info.demonstrations, max_tokens)
         self.words = self.encoder.label_words
+        self._lock = Lock()  # engines are for one thread at a time, and a web server predicts from several
 
     def probabilities(self, texts: Sequence[Mapping[str, str]]) -> Float64:
         """float64 (N, C), the probability of each class, for N mappings from the task's text columns to texts.
@@ -161,7 +167,8 @@ class Classifier:
         Raises EngineError, and NonFiniteLoss if a logit is NaN or infinite.
         """
         rows = [Row({column: text[column] for column in self.task.text}) for text in texts]
-        scores = class_scores(self.engine, self.encoder, rows, self.run)
+        with self._lock:
+            scores = class_scores(self.engine, self.encoder, rows, self.run)
         require_finite(scores, "a score", "use a bundle in fp32")
         return np.asarray(np.exp(log_softmax(scores)))
 
@@ -209,6 +216,9 @@ def _load(run: Run, options: EngineOptions) -> Engine:
 
     Only a URL that the caller gives is asked: that of a run from somebody else would get the caller's texts and token.
     """
+    if unknown := options.keys() - EngineOptions.__annotations__:
+        name = min(unknown)
+        raise TypeError(f"unexpected keyword argument {name!r}; {did_you_mean(name, EngineOptions.__annotations__)}")
     record, url = run.info.engine, options.get("url")
     name, device, without = record.used_with(options.get("engine") or record.name, options.get("device"))
     if name == record.name and record.remote and url is None:

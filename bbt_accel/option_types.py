@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Annotated
 
 from pydantic import Field
@@ -32,5 +33,5 @@ Demonstrations = Annotated[int, Field(ge=0, description="Labelled train rows in 
 
 def check_threads(threads: int | None) -> None:
     """Raises UsageError for a number outside the limits of `Threads`; None is all cores."""
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"--threads must lie in 1..{MAX_THREADS}, not {threads}")
+    if threads is not None and not (isinstance(threads, Integral) and 1 <= threads <= MAX_THREADS):
+        raise UsageError(f"--threads must be a whole number in 1..{MAX_THREADS}, not {threads!r}")

@@ -50,7 +50,7 @@ class Latent:
 LayerPrompts = Float32 | Latent  # one layer's prompts, (P, n, H), projected or not
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Population:
     """P candidate prompts.
 

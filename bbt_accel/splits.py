@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bbt_accel.data import Row, has_test_file, load_rows
-from bbt_accel.errors import DataError
+from bbt_accel.errors import DataError, UsageError
 from bbt_accel.settings import Settings
 from bbt_accel.tables import distinct
 from bbt_accel.tasks import Task
@@ -26,7 +26,14 @@ class FewShot(NamedTuple):
 
 
 def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Train and dev rows, k per class in each, after a shuffle by `seed`. DataError for a class with fewer than 2 k."""
+    """Train and dev rows, k per class in each, after a shuffle by `seed`.
+
+    Raises DataError for a label that is no class and for a class with fewer than 2 k rows, UsageError for k below 1.
+    """
+    if min(n_classes, k) < 1:
+        raise UsageError(f"n_classes and k must be at least 1, not {n_classes} and {k}")
+    if others := {row.label for row in rows} - {*range(n_classes)}:
+        raise DataError(f"a row has the label {next(iter(others))}; the {n_classes} classes are 0..{n_classes - 1}")
     found = split_rows(rows, n_classes, k, seed)
     return found.train, found.dev
 
@@ -49,7 +56,7 @@ def split_rows(
     counts = Counter(row.label for row in rows)
     names = names or list(map(str, range(n_classes)))
     named = {name: counts[label] for label, name in enumerate(names)}
-    require_examples(named, k, parts, "lower it, add rows or pass --allow-rare-classes")
+    require_examples(named, k, parts, "lower it or add rows; tune and sweep also take --allow-rare-classes")
     wanted = {label: examples(counts[label], k, parts) for label in range(n_classes)}
     seen = Counter[int | None]()
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
@@ -104,7 +111,7 @@ def check_rows(task: Task, data: Path, settings: Settings) -> None:
     """Raises DataError for train or test rows that a run with these settings would miss, before it is begun."""
     load_few_shot(task, data, settings)
     if not has_test_rows(data, settings):
-        raise DataError(f"{data} has no test rows; add a file of them, or hold out rows of the train file")
+        raise DataError(f"{data} has no test rows; add a file of them; tune and sweep also take --hold-out")
     if not settings.hold_out:
         load_rows(task, "test", data)
 

@@ -24,6 +24,7 @@ from bbt_accel.benchmarks.options import (
     bundle_of,
     check_reference,
     parse_contender,
+    readout_of,
 )
 from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, rows_digest, task_folders
@@ -41,7 +42,7 @@ from bbt_accel.settings import FITTED, resolve
 from bbt_accel.splits import check_rows, load_few_shot
 from bbt_accel.sweeps.grid import check_names
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
-from bbt_accel.tasks import absolute_file, load_task
+from bbt_accel.tasks import Task, absolute_file, load_task
 from bbt_accel.tuning import tune
 
 TRIALS, BUNDLES, RUNS = "trials", "bundles", "runs"  # folders: of finished trials, of bundles, of runs
@@ -75,6 +76,7 @@ def run_compare(
     named = {task.name: absolute_file(path) for path, task in found.items()}  # a trial on Ray runs elsewhere
     folders = task_folders(options.data, list(named))
     for task in found.values():  # fail before the bundles are exported, not in every trial
+        check_budgets(task, options)
         if (data := folders[task.name]) is not None:
             check_rows(task, Path(data), resolve({"k_shot": options.k_shot}))
     with reserved(folder):
@@ -146,18 +148,27 @@ def _jobs(
 
 def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     """The bundles of each method in the engine's precision, and as exported, for training in PyTorch."""
-    spec, paths = engine_spec(options.engine), {}
+    spec, paths, read = engine_spec(options.engine), dict[str, str](), {*map(bundle_of, options.contenders)}
     checkpoint = f"{Path(options.backbone).name}-{backbone_digest(options.backbone)[:8]}"
     for method in get_args(Method):
-        if method == "bbtv2" and method not in map(bundle_of, options.contenders):
+        if method == "bbtv2" and method not in read:
             continue
         exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
         place = work / f"{checkpoint}-{options.n_prompt_tokens}" / method
         made = steps.Bundles(place, options.backbone, exporting)
         place.mkdir(parents=True, exist_ok=True)
         paths[method] = str(made.bundle(spec, options.precision))
-        paths[f"{method} exported"] = str(made.exported())
+        if f"{method} exported" in read:
+            paths[f"{method} exported"] = str(made.exported())
     return paths
+
+
+def check_budgets(task: Task, options: CompareOptions) -> None:
+    """Raises UsageError for a search by bbt that no budget pays for. How many layers bbtv2 has is not known yet."""
+    for name, given in map(parse_contender, options.contenders):
+        if name in SEARCHES and name != "bbtv2":
+            largest = {"readout": readout_of(name), "budget": max(options.budgets)}
+            resolve(task.preset("bbt"), given, largest).check_budget("bbt")
 
 
 def asked(job: PoolJob, data: str) -> dict[str, Any]:
@@ -245,7 +256,7 @@ class CompareTrial:
         One search: with each budget it continues where the one before it ended. Its seconds are those from the start.
         """
         name, given = parse_contender(contender)
-        readout = "verbalizer" if name in get_args(Method) else name
+        readout = readout_of(name)
         info = Bundle.read(self.bundle, verify=False).info
         scores, total = list[Score](), 0.0
         for budget in sorted({*([1] if name == "auto" else []), *self.options.budgets}):

@@ -72,8 +72,8 @@ REFERENCES = ("gradient-prompt", "lora", "fine-tuning", "embeddings")
 CONTENDERS = ("readouts", "auto", *get_args(Method), *REFERENCES)
 SEARCHES = ("auto", *get_args(Method), *FITTED)
 """Contenders that search, and may have settings of their own: the readouts among them search with bbt."""
-OWN = ("seed", "k_shot", "readout", "budget")
-"""Settings that a comparison gives each search."""
+OWN = ("seed", "k_shot", "readout", "budget", "hold_out", "allow_rare_classes")
+"""Settings that a comparison gives each search, all of which get the same rows."""
 
 
 def parse_contender(text: str) -> tuple[str, dict[str, str]]:
@@ -125,6 +125,11 @@ def bundle_of(contender: str) -> str:
     """The bundle that a contender reads, a key of `prepare`'s: of its method, or as exported, to train it."""
     name, _ = parse_contender(contender)
     return "bbt exported" if name in REFERENCES else name if name in get_args(Method) else "bbt"
+
+
+def readout_of(search: str) -> str:
+    """The readout of a search among the contenders."""
+    return "verbalizer" if search in get_args(Method) else search
 
 
 def check_reference(reference: str, contenders: Sequence[str]) -> None:

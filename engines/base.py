@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
+import numpy as np
+
 from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.bundle import Bundle
-from bbt_accel.errors import EngineError, UsageError, first_line
+from bbt_accel.errors import DataError, EngineError, UsageError, first_line
 from bbt_accel.objective import batch_statistics
 from bbt_accel.population import LayerPrompts, Population
 
@@ -92,6 +94,7 @@ class BoundBatch(Closing, ABC):
 class Engine(Closing, ABC):
     """A backbone that is ready to run. Made by `load_engine`, whose arguments these are; a context manager.
 
+    Not thread-safe: an engine and its rows are for one thread at a time.
     without: names of optimizations that are switched off. Raises what `load` raises.
     """
 
@@ -111,8 +114,9 @@ class Engine(Closing, ABC):
     def bind(self, batch: Batch) -> BoundBatch:
         """Hold the rows of `batch` for many candidates.
 
-        Raises UsageError for a token that is not in the vocabulary, DataError for a decoder's row that is read within
-        the prompt, EngineError for rows that a TensorRT plan does not take.
+        Raises UsageError for a token that is not in the vocabulary, DataError for a row that is longer than the
+        backbone takes and for a decoder's row that is read within the prompt, EngineError for rows that a TensorRT plan
+        does not take.
         """
 
     capturing = False
@@ -146,7 +150,14 @@ def failing(library: str, where: str, *errors: type[Exception]) -> Iterator[None
 
 
 def check_tokens(bundle: Bundle, batch: Batch) -> None:
-    """Raises UsageError for a token id outside the backbone's vocabulary."""
+    """Raises UsageError for a token id outside the backbone's vocabulary, DataError for a row that is too long.
+
+    OpenVINO would return what the call before had left in its outputs.
+    """
+    longest = int(np.flatnonzero(batch.attention_mask.any(axis=0))[-1]) + 1
+    longest += 0 if batch.context_ids is None else len(batch.context_ids)
+    if longest > bundle.info.max_length:
+        raise DataError(f"a row has {longest} tokens, the backbone takes {bundle.info.max_length}; shorten it")
     limit = bundle.info.vocab_size
     for name, ids in batch.arrays().items():
         outside = ids[(ids < 0) | (ids >= limit)]

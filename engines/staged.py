@@ -293,6 +293,8 @@ class StagedBoundBatch(BoundBatch):
 
     def layer_stds(self) -> Float32:
         self.require_open()
+        if self.info.method == "bbt":
+            raise UsageError(f"{self.engine.bundle.path} is for bbt; hidden states of the layers are bbtv2's")
         buckets = self.upload_buckets(frozenset({"buckets"}), 1)  # the original measures the padded batch
         for bucket in buckets:
             self.add_context(bucket)

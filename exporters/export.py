@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 from collections.abc import Collection
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
@@ -110,8 +111,8 @@ def check_arguments(method: str, prompt_mode: str, n_prompt_tokens: int) -> None
     check_known("--prompt-mode", prompt_mode, get_args(PromptMode))
     if method == "bbtv2" and prompt_mode == "cat":
         raise UsageError("bbtv2 adds its prompts to the hidden states of every layer; use --prompt-mode add")
-    if n_prompt_tokens < 1:
-        raise UsageError(f"--n-prompt-tokens must be at least 1, not {n_prompt_tokens}")
+    if not (isinstance(n_prompt_tokens, Integral) and n_prompt_tokens >= 1):
+        raise UsageError(f"--n-prompt-tokens must be a whole number of at least 1, not {n_prompt_tokens!r}")
 
 
 def initial_text(prompt_init: str | None, tokenizer: Any, causal: bool) -> tuple[str | None, list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bbt_accel.exporters.checkpoint import check_config, check_shards
 from bbt_accel.exporters.families import families, family_of
 from bbt_accel.machine import installed
 
+LOADING = Lock()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A bundle's precision → the dtype of its checkpoint."""
 
@@ -73,7 +75,8 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
     elif hasattr(transformers, "GgufConfig"):  # newer releases keep the weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with redirect_stderr(StringIO()):  # transformers draws a progress bar for GGUF files, terminal or not
+        # transformers draws a progress bar for GGUF files, terminal or not. Neither loads in two threads at a time.
+        with LOADING, redirect_stderr(StringIO()):
             model, report = kind.from_pretrained(
                 where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
             )

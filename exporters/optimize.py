@@ -118,8 +118,8 @@ def without_links(bundle: Bundle) -> Iterator[Bundle]:
 
 def check(source: Path, output: Path, precision: str, target: str, max_rmse: float) -> None:
     """Raises UsageError for arguments that are wrong whatever the bundle, BbtError for an output that exists."""
-    if output.resolve() == source.resolve():
-        raise UsageError(f"-o {output} is the bundle itself; optimize writes a new one")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"-o {output} is the bundle itself, or in its folder; optimize writes a new one beside it")
     require_new(output)
     known = targets()
     check_known("target", target, known)

@@ -34,7 +34,7 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
     """
     folder, name = Path(folder), name or bundle.path.resolve().name
     if not re.fullmatch(r"[\w.-]+", name):
-        raise UsageError(f"{name!r} is not a valid Triton model name; name the bundle's folder with letters and digits")
+        raise UsageError(f"{name!r} is not a valid Triton model name; give one of letters and digits with --name")
     if bundle.info.target not in BACKENDS:
         made = f"{bundle.path} is optimized for {bundle.info.target}"
         raise BundleError(f"{made}; Triton takes bundles as exported or optimized for ort or trt")
@@ -44,7 +44,7 @@ def write_repository(bundle: Bundle, folder: str | Path, name: str | None = None
     there = [folder / model for model in models.values() if (folder / model).exists()]
     others = there if len(there) == len(models) else [model for model in there if not made_of(bundle, model)]
     if others:
-        raise BbtError(f"{others[0]} exists already; remove it, or rename the bundle's folder")
+        raise BbtError(f"{others[0]} exists already; remove it, or give another --name")
     # Some, of this bundle: a call that was killed between two models is continued.
     for stage, model in ((stage, model) for stage, model in models.items() if folder / model not in there):
         damaged = translated(BundleError, f"{bundle.path} cannot be written for Triton")

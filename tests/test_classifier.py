@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from bbt_accel.bundle_cache import cache_folder
 from bbt_accel.classifier import as_json, as_labels, as_rows
 from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, DataError, EngineError, PackageError, RunError
+from bbt_accel.option_types import FIT_BUDGET
 from bbt_accel.packaging.package import check_package
 from bbt_accel.run import Run
 
@@ -95,6 +98,48 @@ def test_a_saved_classifier_holds_everything(
         PromptClassifier.load(moved, engine="openvino")
     with pytest.raises(RunError, match="not a saved PromptClassifier"):
         PromptClassifier.load(tmp_path)
+
+
+def test_a_classifier_is_used_from_several_threads(small: PromptClassifier, rows: tuple[list[str], list[str]]) -> None:
+    """As a web server does: an engine has the outputs of one call at a time."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    small.set_params(engine="openvino").fit(rows[0][:16], rows[1][:16])
+    parts = [rows[0][i : i + 1 + i % 3] for i in range(8)]
+    wanted = [small.predict_proba(part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: small.predict_proba(parts[i % 8]), range(200)))
+    for i, probabilities in enumerate(found):
+        np.testing.assert_allclose(probabilities, wanted[i % 8], atol=1e-6)
+
+
+def test_a_loaded_classifier_does_not_depend_on_the_working_directory(
+    fitted: PromptClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fitted.save("saved")
+    loaded = PromptClassifier.load("saved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    loaded.save("copy")
+    assert PromptClassifier.load("copy").run_.history == loaded.run_.history == fitted.run_.history
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
+def test_the_run_of_a_fit_lives_as_long_as_it_is_used(
+    small: PromptClassifier, rows: tuple[list[str], list[str]]
+) -> None:
+    run = clone(small).fit(rows[0][:16], rows[1][:16]).run_
+    gc.collect()
+    assert Run.read(run.path).history == run.history
+    folder = run.path
+    del run
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_no_budget_is_that_of_a_fit(small: PromptClassifier, rows: tuple[list[str], list[str]]) -> None:
+    small.set_params(budget=None, readout="calibrated").fit(rows[0][:16], rows[1][:16])
+    assert small.run_.info.settings.budget == FIT_BUDGET
 
 
 def test_another_bundle_is_saved_as_the_one_that_computes(
@@ -192,6 +237,19 @@ def test_labels_that_are_none_are_one_line(y: Any, complaint: str) -> None:
 def test_what_is_no_text_is_one_line(X: Any) -> None:
     with pytest.raises(DataError, match=r"give (a list of )?texts|is no text"):
         as_rows(X)
+
+
+def test_a_table_of_polars_is_rows_of_its_columns() -> None:
+    class Table:
+        columns = ("a",)
+
+        def to_dict(self) -> dict[str, list[str]]:
+            return {"a": ["x", "y"]}
+
+        def to_dicts(self) -> list[dict[str, str]]:
+            return [{"a": "x"}, {"a": "y"}]
+
+    assert as_rows(Table()) == [{"a": "x"}, {"a": "y"}]
 
 
 def test_rows_of_other_columns_are_refused(fitted: PromptClassifier) -> None:

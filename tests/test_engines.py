@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from conftest import THREADS, Export, Load, one_line
 from tiny_backbones import POSITIONS, VARIANTS, VOCABULARY
 
 from bbt_accel import Batch, Bundle, Population, load_engine, load_task
-from bbt_accel.errors import BbtError, EngineError, MissingDependency, UsageError
+from bbt_accel.errors import BbtError, DataError, EngineError, MissingDependency, UsageError
 from bbt_accel.exporters.validate import sample_rows
 
 ROOT = Path(__file__).parents[1]
 REAL = ["torch", "eager", "ort"]
+REAL_STAGED = ["torch", "ort", *(["openvino"] if importlib.util.find_spec("openvino") else [])]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,41 @@ def rows(count: int = 3, tokens: int = 9) -> Batch:
 
 def like(bundle: Bundle, **changes: object) -> Bundle:
     return Bundle(bundle.path, bundle.info.model_copy(update=changes))
+
+
+def test_rows_that_are_too_long_are_refused_and_padding_is_not(bundle: Bundle) -> None:
+    """OpenVINO returned what the call before had left in its outputs."""
+    batch, limit, prompts = rows(), bundle.info.max_length, np.zeros((2, *bundle.info.prompt_shape), np.float32)
+    for name in REAL_STAGED:
+        with load_engine(bundle, name, threads=THREADS) as engine:
+            with engine.bind(batch) as bound:
+                found = bound.label_logits(prompts)
+            with engine.bind(batch.padded(limit + 9, bundle.info.special.pad)) as bound:
+                np.testing.assert_allclose(bound.label_logits(prompts), found, atol=1e-5)
+            with pytest.raises(DataError, match=f"a row has {limit + 1} tokens, the backbone takes {limit}"):
+                engine.bind(rows(tokens=limit + 1))
+
+
+def test_hidden_states_are_measured_for_bbtv2_alone(bundle: Bundle) -> None:
+    for name in REAL_STAGED:
+        with load_engine(bundle, name, threads=THREADS) as engine, engine.bind(rows()) as bound:
+            assert "is for bbt" in one_line(bound.layer_stds, UsageError)
+
+
+def test_a_checkpoint_is_loaded_from_several_threads(bundle: Bundle) -> None:
+    """transformers loses weights, and standard error stayed redirected."""
+    where = sys.stderr
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: load_engine(bundle, "torch", threads=1).close(), range(8)))
+    assert sys.stderr is where
+
+
+@pytest.mark.parametrize("name", ["input_ids", "readout", "targets", "label_token_ids"])
+def test_a_batch_holds_integers(name: str) -> None:
+    given = rows().arrays()
+    for wrong in (given[name] + 0.5, np.full(given[name].shape, np.nan)):
+        with pytest.raises(DataError, match=f"{name} of a batch must hold integers"):
+            Batch(**{**given, name: wrong})
 
 
 # Which engine ------------------------------------------------------------------------------------------------
@@ -359,8 +396,9 @@ def test_tokens_outside_the_vocabulary_are_named(
 
 
 @pytest.mark.parametrize("name", ["torch", "ort"])
-def test_a_forward_pass_that_fails_is_one_clear_line(bundle: Bundle, loaded: Load, name: str) -> None:
-    with loaded(bundle, name).bind(rows(tokens=POSITIONS + 5)) as bound:
+def test_a_forward_pass_that_fails_is_one_clear_line(bundle: Bundle, name: str) -> None:
+    boastful = like(bundle, max_length=2 * POSITIONS)
+    with load_engine(boastful, name, threads=THREADS) as engine, engine.bind(rows(tokens=POSITIONS + 5)) as bound:
         message = one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
     assert "failed in model" in message
 

@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 from tiny_backbones import N_PROMPT
 
 from bbt_accel.cli import main
-from bbt_accel.errors import BbtError, RunError, UsageError
+from bbt_accel.errors import BbtError, DataError, RunError, UsageError
 from bbt_accel.fit import FitPlan, Fitted, check_table, fit_file, task_name
 from bbt_accel.inference import evaluate, predict
 from bbt_accel.run import Run
@@ -128,6 +128,16 @@ def test_an_existing_run_is_kept_unless_told_otherwise(fit: Fit, tmp_path: Path)
     again = fit(budget=1)  # as after a kill while the test rows were scored
     assert (again.run.prompt.tobytes(), again.score) == (first.run.prompt.tobytes(), first.score)
     assert fit(budget=1, seed=1, overwrite=True).run.info.settings.seed == 1
+
+
+def test_a_file_that_was_moved_is_scored_as_it_is_now(fit: Fit, reviews: Path, tmp_path: Path) -> None:
+    first = fit(budget=1)
+    (tmp_path / "moved").mkdir()
+    moved = reviews.rename(tmp_path / "moved" / reviews.name)
+    given = {**OPTIONS, "backbone": first.run.info.bundle.backbone, "n_prompt_tokens": N_PROMPT, "budget": 1}
+    assert fit_file(moved, "run", progress=False, **given).score == first.score
+    with pytest.raises(DataError, match=r"my reviews.csv, which holds the rows of .*, does not exist; .* with --data"):
+        evaluate("run")
 
 
 def test_a_larger_budget_continues_a_complete_fit(fit: Fit) -> None:

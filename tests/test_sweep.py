@@ -323,6 +323,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     with pytest.raises(BbtError, match="is not a sweep"):
         sweep(tmp_path / "letters", resume=True)
+    with pytest.raises(BbtError, match="mistyped does not exist, so --resume has nothing to continue"):
+        sweep(tmp_path / "mistyped", resume=True)
 
 
 @pytest.mark.parametrize("name", preset_names())

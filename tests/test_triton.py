@@ -186,7 +186,7 @@ def test_the_plans_of_several_gpus_are_one_model(tiny: Export, tmp_path: Path) -
 def test_what_is_refused(tiny: Export, tmp_path: Path) -> None:
     bundle = tiny("roberta")
     write_repository(bundle, tmp_path, "model")
-    with pytest.raises(BbtError, match="exists already"):
+    with pytest.raises(BbtError, match="exists already; remove it, or give another --name"):
         write_repository(bundle, tmp_path, "model")
     write_repository(bundle, tmp_path, "other")  # a repository may hold many models
     with pytest.raises(UsageError, match="not a valid Triton model name"):

@@ -53,7 +53,10 @@ def run_sweep(
     """
     folder = Path(output).absolute()
     with reserved(folder):
-        sweep = read_sweep(_source(folder, config, preset, resume), given or {}).absolute()
+        source = _source(folder, config, preset, resume)
+        if resume and source is None and not given:
+            raise BbtError(f"{folder} does not exist, so --resume has nothing to continue; choose another -o")
+        sweep = read_sweep(source, given or {}).absolute()
         if ray is not None and index_of(sweep.device):
             raise UsageError(f"--device {sweep.device}: a trial on Ray gets a GPU of its own; use --device cuda")
         trials = sweep.trials()

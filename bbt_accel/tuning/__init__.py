@@ -23,6 +23,7 @@ from bbt_accel.errors import DataError, RunError, UsageError, check_known
 from bbt_accel.history import AGAIN, Generation
 from bbt_accel.logits import scores_without_search
 from bbt_accel.objective import Objective
+from bbt_accel.option_types import check_threads
 from bbt_accel.progress import SearchProgress, note, progress_bar
 from bbt_accel.readout import Readout
 from bbt_accel.run import Baselines, BundleRecord, DataRecord, EngineRecord, ReadoutRecord, Run, RunInfo
@@ -84,7 +85,7 @@ def tune(
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss, MissingDependency; RunError when
     the output exists or cannot be resumed.
     """
-    _check(resume, overwrite, engine, workers, ray, preset)
+    _check(resume, overwrite, engine, threads, workers, ray, preset)
     told = [*map(tracker, dict.fromkeys(track)), *callbacks]
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
     task = task if isinstance(task, Task) else load_task(task)
@@ -102,9 +103,16 @@ def tune(
 
 
 def _check(
-    resume: bool, overwrite: bool, engine: str, workers: int | None, ray: str | None, preset: str | None
+    resume: bool,
+    overwrite: bool,
+    engine: str,
+    threads: int | None,
+    workers: int | None,
+    ray: str | None,
+    preset: str | None,
 ) -> None:
-    """Raises UsageError for arguments that exclude each other, and for an unknown preset."""
+    """Raises UsageError for arguments that exclude each other or are out of range, and for an unknown preset."""
+    check_threads(threads)
     if preset is not None:
         check_known("preset", preset, PRESETS)
     if resume and overwrite:
@@ -268,7 +276,7 @@ def _search(
             found = outcome, Readout("verbalizer", job.classes), ReadoutRecord()
         if outcome.interrupted and workspace.keeps_former(info, history):
             again = f"{AGAIN} continues the new search" if len(history) else "nothing is saved of the new search"
-            _say(f"{workspace.final} is still the former run; {again}", progress)
+            _say(f"{workspace.final} is still the former run{'' if outcome.error else f'; {again}'}", progress)
             raise outcome.error or KeyboardInterrupt
     return workspace.finish(info, *found, lambda line: _say(line, progress)), outcome
 
