@@ -32,7 +32,7 @@ from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.packaging.manifest import Kind
 from bbt_accel.run import ESTIMATOR, BundleRecord, EngineRecord, Run, RunInfo, is_run, is_saved_classifier, write_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
-from bbt_accel.tables import distinct, plain
+from bbt_accel.tables import as_utf8, distinct, plain
 from bbt_accel.tuning import tune
 from bbt_accel.tuning.callbacks import Callback
 
@@ -380,5 +380,7 @@ def as_labels(y: Any) -> Any:
             raise DataError("y has missing labels (Input contains NaN); remove those rows")
         labels = column_or_1d(values, warn=True)
         check_classification_targets(labels)
-        np.unique(labels)  # labels of several kinds have no order
+        classes = np.unique(labels)  # labels of several kinds have no order
+    if unwritable := [name for name in map(str, classes.tolist()) if as_utf8(name) != name]:
+        raise DataError(f"y has the label {unwritable[0]!r:.50}, which is no text; correct it")
     return labels

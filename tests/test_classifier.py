@@ -217,6 +217,7 @@ def test_columns_of_other_libraries_are_rows_too() -> None:
         (None, "requires y to be passed"),
         ([0, None, 1], "missing labels"),
         (["a", "", "b"], "missing labels"),
+        (["a", "\ud800", "b"], "no text; correct it"),
         ([0.5, 1.25, 2.0], "not one class for each text"),
         ([[0, 1], [1, 0]], "not one class for each text"),
         ([[0, 1], [1]], "not one class for each text"),
