@@ -53,7 +53,7 @@ class Batch:
         for name, value in self.arrays().items():
             with np.errstate(invalid="ignore"):
                 integers = np.ascontiguousarray(value, dtype=np.int64)
-            if not np.array_equal(integers, value):
+            if not np.array_equal(integers, np.atleast_1d(value)):
                 raise DataError(f"{name} of a batch must hold integers")
             object.__setattr__(self, name, integers)
         N, S = self.input_ids.shape if self.input_ids.ndim == 2 else (0, 0)

@@ -47,7 +47,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     prompt_mode: add, or cat for prompts in front of the text, which `package` needs for PEFT (decoders, T5).
     engine, precision: `auto` for what `bbt-accel doctor` recommends. threads: of the CPU; all cores unless given.
     readout: `auto` fits several and chooses by cross-validation; or one of `bbt-accel tune --readout`.
-    budget: forward passes of the fit's rows; 1 for a readout without a search.
+    budget: forward passes of the fit's rows; 1 for a readout without a search, None for the default.
     seed: of the split into rows to fit on and to choose by, of the projection and of the search.
     template: how a text is written for the backbone, e.g. "{text} It was {mask} ."; a text's columns are `text`, of
         pairs `text1` and `text2`, of mappings their own names.
@@ -280,7 +280,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if found.classes_.shape != (run.task.n_classes,):
             raise RunError(f"{path / ESTIMATOR} has classes of the shape {found.classes_.shape}; fit and save again")
         found.threads = found.threads if threads is None else threads
-        found._load(run, run.open_bundle(bundle), engine, device)
+        found._load(run, run.open_bundle(None if bundle is None else Path(bundle).absolute()), engine, device)
         return found
 
     def _load(self, run: Run, bundle: Bundle, engine: str | None = None, device: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -15,7 +15,7 @@ from bbt_accel.data import Row, has_test_file, labels, load_rows, rows_digest
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.base import Engine, read
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import DataError, UsageError, check_known, did_you_mean
+from bbt_accel.errors import DataError, UsageError, check_known
 from bbt_accel.logits import log_softmax, require_finite, scores_without_search
 from bbt_accel.objective import Objective
 from bbt_accel.readout import Readout, reads_states
@@ -122,14 +122,16 @@ def searched_on(run: Run, data: Path | None) -> bool:
 
 
 def predict(
-    run_path: str | Path, texts: Sequence[Mapping[str, str]], **options: Unpack[EngineOptions]
+    run_path: str | Path,
+    texts: Mapping[str, str] | Iterable[Mapping[str, str]],
+    **options: Unpack[EngineOptions],
 ) -> list[dict[str, Any]]:
     """Classify texts with the prompt of a run.
 
-    texts: one mapping per row, from the task's text columns to texts. Returns, in order, label (the class), word (its
-    first label word), class (its name) and probabilities (of the classes, by name; classes without a name have their
-    label word). Raises RunError, BundleError, EngineError, NonFiniteLoss, and DataError for a row without one of the
-    columns.
+    texts: one mapping per row, from the task's text columns to texts; or a single one. Returns, in order, label (the
+    class), word (its first label word), class (its name) and probabilities (of the classes, by name; classes without a
+    name have their label word). Raises RunError, BundleError, EngineError, NonFiniteLoss, and DataError for a row
+    without one of the columns.
     """
     run, texts = Run.read(run_path), [texts] if isinstance(texts, (str, Mapping)) else list(texts)
     for number, text in enumerate(texts, 1):
@@ -217,8 +219,7 @@ def _load(run: Run, options: EngineOptions) -> Engine:
     Only a URL that the caller gives is asked: that of a run from somebody else would get the caller's texts and token.
     """
     if unknown := options.keys() - EngineOptions.__annotations__:
-        name = min(unknown)
-        raise TypeError(f"unexpected keyword argument {name!r}; {did_you_mean(name, EngineOptions.__annotations__)}")
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
     record, url = run.info.engine, options.get("url")
     name, device, without = record.used_with(options.get("engine") or record.name, options.get("device"))
     if name == record.name and record.remote and url is None:

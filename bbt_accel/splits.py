@@ -28,12 +28,13 @@ class FewShot(NamedTuple):
 def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Train and dev rows, k per class in each, after a shuffle by `seed`.
 
-    Raises DataError for a label that is no class and for a class with fewer than 2 k rows, UsageError for k below 1.
+    Raises DataError for a label that is no class and for a class with fewer than 2 k rows, UsageError for n_classes or
+    k below 1.
     """
     if min(n_classes, k) < 1:
         raise UsageError(f"n_classes and k must be at least 1, not {n_classes} and {k}")
     if others := {row.label for row in rows} - {*range(n_classes)}:
-        raise DataError(f"a row has the label {next(iter(others))}; the {n_classes} classes are 0..{n_classes - 1}")
+        raise DataError(f"a row has the label {others.pop()}, classes are 0..{n_classes - 1}; correct one of them")
     found = split_rows(rows, n_classes, k, seed)
     return found.train, found.dev
 
@@ -56,7 +57,7 @@ def split_rows(
     counts = Counter(row.label for row in rows)
     names = names or list(map(str, range(n_classes)))
     named = {name: counts[label] for label, name in enumerate(names)}
-    require_examples(named, k, parts, "lower it or add rows; tune and sweep also take --allow-rare-classes")
+    require_examples(named, k, parts, "lower it, add rows or, with tune and sweep, pass --allow-rare-classes")
     wanted = {label: examples(counts[label], k, parts) for label in range(n_classes)}
     seen = Counter[int | None]()
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
@@ -111,7 +112,7 @@ def check_rows(task: Task, data: Path, settings: Settings) -> None:
     """Raises DataError for train or test rows that a run with these settings would miss, before it is begun."""
     load_few_shot(task, data, settings)
     if not has_test_rows(data, settings):
-        raise DataError(f"{data} has no test rows; add a file of them; tune and sweep also take --hold-out")
+        raise DataError(f"{data} has no test rows; add a file of them or, with tune and sweep, pass --hold-out")
     if not settings.hold_out:
         load_rows(task, "test", data)
 

@@ -147,17 +147,16 @@ def _jobs(
 
 
 def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
-    """The bundles of each method in the engine's precision, and as exported, for training in PyTorch."""
+    """The bundles that the contenders read, by `bundle_of`: in the engine's precision, or as exported."""
     spec, paths, read = engine_spec(options.engine), dict[str, str](), {*map(bundle_of, options.contenders)}
     checkpoint = f"{Path(options.backbone).name}-{backbone_digest(options.backbone)[:8]}"
     for method in get_args(Method):
-        if method == "bbtv2" and method not in read:
-            continue
         exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
         place = work / f"{checkpoint}-{options.n_prompt_tokens}" / method
         made = steps.Bundles(place, options.backbone, exporting)
         place.mkdir(parents=True, exist_ok=True)
-        paths[method] = str(made.bundle(spec, options.precision))
+        if method in read:
+            paths[method] = str(made.bundle(spec, options.precision))
         if f"{method} exported" in read:
             paths[f"{method} exported"] = str(made.exported())
     return paths

@@ -72,8 +72,10 @@ REFERENCES = ("gradient-prompt", "lora", "fine-tuning", "embeddings")
 CONTENDERS = ("readouts", "auto", *get_args(Method), *REFERENCES)
 SEARCHES = ("auto", *get_args(Method), *FITTED)
 """Contenders that search, and may have settings of their own: the readouts among them search with bbt."""
-OWN = ("seed", "k_shot", "readout", "budget", "hold_out", "allow_rare_classes")
-"""Settings that a comparison gives each search, all of which get the same rows."""
+OWN = ("seed", "k_shot", "readout", "budget")
+"""Settings that a comparison gives each search."""
+ROWS = ("hold_out", "allow_rare_classes")
+"""Settings that would give a search other rows than the other contenders have."""
 
 
 def parse_contender(text: str) -> tuple[str, dict[str, str]]:
@@ -87,6 +89,8 @@ def parse_contender(text: str) -> tuple[str, dict[str, str]]:
         raise UsageError(
             f"--contenders {text}: {taken[0]} is the comparison's own; use its option, or another contender"
         )
+    if taken := [name for name in ROWS if name in settings]:
+        raise UsageError(f"--contenders {text}: {taken[0]} would give this search other rows; leave it out")
     resolve(settings)
     return name, settings
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-import numpy as np
-
 from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.bundle import Bundle
+from bbt_accel.engines.bucketing import row_lengths
 from bbt_accel.errors import DataError, EngineError, UsageError, first_line
 from bbt_accel.objective import batch_statistics
 from bbt_accel.population import LayerPrompts, Population
@@ -71,7 +70,8 @@ class BoundBatch(Closing, ABC):
         """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
 
         float32 (L,), over the whole padded batch as in the original program, after five rounds of clipping to
-        mean ± 3 standard deviations (BBTv2, section 4.2). Raises UsageError from an engine that cannot measure them.
+        mean ± 3 standard deviations (BBTv2, section 4.2). Raises BundleError for a bundle for bbt, DataError for rows
+        that are too long with their padding, UsageError from an engine that cannot measure them.
         """
         problem = f"{type(self).__name__.removesuffix('BoundBatch')} cannot measure hidden states, which bbtv2 needs"
         raise UsageError(f"{problem}; use another engine, or a bundle for bbt")
@@ -149,15 +149,17 @@ def failing(library: str, where: str, *errors: type[Exception]) -> Iterator[None
         raise EngineError(f"{library} failed {where} ({first_line(error).rstrip('.')})") from error
 
 
-def check_tokens(bundle: Bundle, batch: Batch) -> None:
+def check_tokens(bundle: Bundle, batch: Batch, without: frozenset[str] = frozenset()) -> None:
     """Raises UsageError for a token id outside the backbone's vocabulary, DataError for a row that is too long.
 
-    OpenVINO would return what the call before had left in its outputs.
+    Of such a row OpenVINO would return what the call before had left in its outputs.
     """
-    longest = int(np.flatnonzero(batch.attention_mask.any(axis=0))[-1]) + 1
+    longest, most = int(row_lengths(bundle.info, batch, without).max()), bundle.info.max_length
     longest += 0 if batch.context_ids is None else len(batch.context_ids)
-    if longest > bundle.info.max_length:
-        raise DataError(f"a row has {longest} tokens, the backbone takes {bundle.info.max_length}; shorten it")
+    if batch.decoder_input_ids is not None:
+        longest = max(longest, int(batch.readout.max()) + 1)
+    if longest > most:
+        raise DataError(f"a row has {longest} tokens, the backbone takes {most}; shorten it")
     limit = bundle.info.vocab_size
     for name, ids in batch.arrays().items():
         outside = ids[(ids < 0) | (ids >= limit)]

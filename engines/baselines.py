@@ -105,6 +105,7 @@ class EagerBoundBatch(BoundBatch):
         return stacks
 
     def layer_stds(self) -> Float32:
+        self.bundle.require("bbtv2")
         rows, reference = self.rows, self.engine.reference
         with computing("in the naive forward", self.engine.tf32):
             states = reference.hidden_states(rows["input_ids"], rows["attention_mask"], rows.get("context_ids"))

@@ -138,7 +138,7 @@ class StagedEngine(Engine):
         self.fixed_prompts.clear()
 
     def bind(self, batch: Batch) -> StagedBoundBatch:
-        check_tokens(self.bundle, batch)
+        check_tokens(self.bundle, batch, self.without)
         return StagedBoundBatch(self, batch.with_decoder_input(self.bundle.info, "short-decoder" not in self.without))
 
 
@@ -293,8 +293,8 @@ class StagedBoundBatch(BoundBatch):
 
     def layer_stds(self) -> Float32:
         self.require_open()
-        if self.info.method == "bbt":
-            raise UsageError(f"{self.engine.bundle.path} is for bbt; hidden states of the layers are bbtv2's")
+        self.bundle.require("bbtv2")
+        check_tokens(self.bundle, self.batch, frozenset({"buckets"}))
         buckets = self.upload_buckets(frozenset({"buckets"}), 1)  # the original measures the padded batch
         for bucket in buckets:
             self.add_context(bucket)

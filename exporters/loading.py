@@ -20,6 +20,7 @@ from bbt_accel.exporters.families import families, family_of
 from bbt_accel.machine import installed
 
 LOADING = Lock()
+"""Held while a checkpoint is read."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A bundle's precision → the dtype of its checkpoint."""
 
@@ -75,7 +76,7 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
     elif hasattr(transformers, "GgufConfig"):  # newer releases keep the weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        # transformers draws a progress bar for GGUF files, terminal or not. Neither loads in two threads at a time.
+        # transformers draws a progress bar for GGUF files, terminal or not. Neither line is thread-safe.
         with LOADING, redirect_stderr(StringIO()):
             model, report = kind.from_pretrained(
                 where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options

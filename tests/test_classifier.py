@@ -117,10 +117,11 @@ def test_a_loaded_classifier_does_not_depend_on_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fitted.save("saved")
-    loaded = PromptClassifier.load("saved")
+    loaded, other = PromptClassifier.load("saved"), PromptClassifier.load("saved", bundle="saved/bundle")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     loaded.save("copy")
+    other.save("other")
     assert PromptClassifier.load("copy").run_.history == loaded.run_.history == fitted.run_.history
 
 

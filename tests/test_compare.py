@@ -343,7 +343,7 @@ def test_a_search_may_have_settings_of_its_own() -> None:
         "auto:popsize=two": "popsize",
         "auto:popsize": "popsize",
         "auto:budget=5": "budget is the comparison's own",
-        "calibrated:hold_out=true": "hold_out is the comparison's own",
+        "calibrated:hold_out=true": "hold_out would give this search other rows",
     }.items():
         with pytest.raises(UsageError, match=complaint):
             parse_contender(wrong)
@@ -383,7 +383,7 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
         ("--contenders auto,auto", "listed twice"),
         ("--budgets 64,64", "listed twice"),
         ("--contenders auto,bbt --budgets 1,5", "budget 5 is too small"),
-        ("--data UNTESTED --k-shot 200", "lower it or add rows; tune and sweep also take --allow-rare-classes"),
+        ("--data UNTESTED --k-shot 200", "lower it, add rows or, with tune and sweep, pass --allow-rare-classes"),
         ("--engine remote", "compare has no --url"),
         ("--engine openvino --precision fp16", "not in fp16"),
     ],

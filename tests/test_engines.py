@@ -26,7 +26,7 @@ from conftest import THREADS, Export, Load, one_line
 from tiny_backbones import POSITIONS, VARIANTS, VOCABULARY
 
 from bbt_accel import Batch, Bundle, Population, load_engine, load_task
-from bbt_accel.errors import BbtError, DataError, EngineError, MissingDependency, UsageError
+from bbt_accel.errors import BbtError, BundleError, DataError, EngineError, MissingDependency, UsageError
 from bbt_accel.exporters.validate import sample_rows
 
 ROOT = Path(__file__).parents[1]
@@ -62,14 +62,27 @@ def test_rows_that_are_too_long_are_refused_and_padding_is_not(bundle: Bundle) -
                 found = bound.label_logits(prompts)
             with engine.bind(batch.padded(limit + 9, bundle.info.special.pad)) as bound:
                 np.testing.assert_allclose(bound.label_logits(prompts), found, atol=1e-5)
-            with pytest.raises(DataError, match=f"a row has {limit + 1} tokens, the backbone takes {limit}"):
-                engine.bind(rows(tokens=limit + 1))
+            far = batch.padded(limit + 9, bundle.info.special.pad)
+            for wrong in (rows(tokens=limit + 1), dataclasses.replace(far, readout=np.full(3, limit))):
+                with pytest.raises(DataError, match=f"a row has {limit + 1} tokens, the backbone takes {limit}"):
+                    engine.bind(wrong)
+        whole = load_engine(bundle, name, threads=THREADS, without=["buckets"])
+        with whole as engine, pytest.raises(DataError, match=f"a row has {limit + 9} tokens"):
+            engine.bind(far)
+
+
+def test_hidden_states_are_measured_with_their_padding(deep: Bundle) -> None:
+    limit = deep.info.max_length
+    far = rows().padded(limit + 9, deep.info.special.pad)
+    for name in REAL_STAGED:
+        with load_engine(deep, name, threads=THREADS) as engine, engine.bind(far) as bound:
+            assert f"a row has {limit + 9} tokens" in one_line(bound.layer_stds, DataError)
 
 
 def test_hidden_states_are_measured_for_bbtv2_alone(bundle: Bundle) -> None:
-    for name in REAL_STAGED:
+    for name in [*REAL_STAGED, "eager"]:
         with load_engine(bundle, name, threads=THREADS) as engine, engine.bind(rows()) as bound:
-            assert "is for bbt" in one_line(bound.layer_stds, UsageError)
+            assert "export one with --method bbtv2" in one_line(bound.layer_stds, BundleError)
 
 
 def test_a_checkpoint_is_loaded_from_several_threads(bundle: Bundle) -> None:

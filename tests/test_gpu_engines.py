@@ -43,7 +43,7 @@ from bbt_accel.engines.ort_cuda import Call, OrtCudaEngine
 from bbt_accel.engines.pytorch import TorchEngine
 from bbt_accel.engines.staged import StagedBoundBatch
 from bbt_accel.engines.trt import TrtEngine
-from bbt_accel.errors import EngineError, PlanError, UsageError
+from bbt_accel.errors import DataError, EngineError, PlanError, UsageError
 from bbt_accel.exporters import tensorrt
 from bbt_accel.exporters.optimize import optimize_bundle
 from bbt_accel.exporters.trt_api import Api
@@ -618,12 +618,12 @@ def test_rows_of_sst2_are_computed_in_few_calls(
     mask = (np.arange(max(SST2)) < np.array(SST2)[:, None]).astype(np.int64)
     last = np.array(SST2) - 1
     batch = Batch(np.ones_like(mask), mask, last, last * 0, np.arange(2))
-    with load_engine(tiny("roberta", "bbt", "add"), engine, device=device, threads=1) as loaded:
-        loaded.longest = 512  # type: ignore[attr-defined]
-        with loaded.bind(batch) as bound:
-            assert isinstance(bound, StagedBoundBatch)
-            assert {bucket.length: len(bucket.rows) for bucket in bound.buckets} == buckets
-            assert all(len([*bound.chunks(20, bucket)]) == 1 for bucket in bound.buckets)
+    source = tiny("roberta", "bbt", "add")
+    bundle = Bundle(source.path, source.info.model_copy(update={"max_length": 512}))
+    with load_engine(bundle, engine, device=device, threads=1) as loaded, loaded.bind(batch) as bound:
+        assert isinstance(bound, StagedBoundBatch)
+        assert {bucket.length: len(bucket.rows) for bucket in bound.buckets} == buckets
+        assert all(len([*bound.chunks(20, bucket)]) == 1 for bucket in bound.buckets)
 
 
 @pytest.mark.parametrize("context", [0, 5])
@@ -686,9 +686,12 @@ def test_rows_that_are_longer_than_the_profile_are_refused(made: Callable[..., B
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine:
         rows = sample_rows(bundle, 2)
-        long = rows.padded(rows.input_ids.shape[1] + 60, bundle.info.special.pad)
-        whole = Batch(long.input_ids, np.ones_like(long.input_ids), long.readout, long.targets, long.label_token_ids)
-        assert "--calibrate" in one_line(lambda: engine.bind(whole), EngineError)
+        assert engine.longest < bundle.info.max_length  # type: ignore[attr-defined]
+        for length, error in ((engine.longest, EngineError), (bundle.info.max_length, DataError)):  # type: ignore[attr-defined]
+            long = rows.padded(length + 1, bundle.info.special.pad)
+            whole = replace(long, attention_mask=np.ones_like(long.input_ids))
+            message = one_line(lambda whole=whole: engine.bind(whole), error)  # type: ignore[misc]
+            assert ("--calibrate" in message) == (error is EngineError)
 
 
 def test_a_bundle_that_was_not_made_for_tensorrt_names_the_command(tiny: Export, gpu: Any) -> None:

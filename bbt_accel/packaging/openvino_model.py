@@ -15,6 +15,7 @@ from bbt_accel.bundle import state_name
 from bbt_accel.engine_specs import Precision
 from bbt_accel.engines.base import failing
 from bbt_accel.exporters.openvino_ir import StageReader, compile_options
+from bbt_accel.exporters.openvino_mlp import separate_mlps
 from bbt_accel.packaging.comparison import LoadedModel
 from bbt_accel.packaging.compose import save
 from bbt_accel.packaging.packaged_run import CHECKED, ROWS, PackagedRun
@@ -31,7 +32,9 @@ def write_openvino(made: PackagedRun, file: Path) -> None:
             return
         with tempfile.TemporaryDirectory(prefix="bbt-accel-", dir=file.parent) as folder:
             save(made.graph(), Path(folder) / "model.onnx")
-            openvino.save_model(openvino.convert_model(Path(folder) / "model.onnx"), file, compress_to_fp16=False)
+            model = openvino.convert_model(Path(folder) / "model.onnx")
+            separate_mlps(model)
+            openvino.save_model(model, file, compress_to_fp16=False)
 
 
 def joined(made: PackagedRun, reader: StageReader) -> Any:

@@ -54,7 +54,7 @@ def run_sweep(
     folder = Path(output).absolute()
     with reserved(folder):
         source = _source(folder, config, preset, resume)
-        if resume and source is None and not given:
+        if resume and source is None and not any((given or {}).values()):
             raise BbtError(f"{folder} does not exist, so --resume has nothing to continue; choose another -o")
         sweep = read_sweep(source, given or {}).absolute()
         if ray is not None and index_of(sweep.device):
