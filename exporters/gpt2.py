@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from bbt_accel.exporters.causal import CausalBackbone
 from bbt_accel.exporters.family import FamilySpec
@@ -41,8 +42,8 @@ class GPT2Backbone(CausalBackbone):
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """GPT-2's Conv1D without its flattening, which prevents fusions."""
-    return x @ module.weight + module.bias
+    """GPT-2's Conv1D without its flattening, which prevents fusions; or a layer that peft has put in its place."""
+    return x @ module.weight + module.bias if type(module) is Conv1D else module(x)
 
 
 def _shape(width: int, layers: int, heads: int) -> dict[str, Any]:

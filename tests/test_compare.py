@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ import pytest
 from tiny_bundles import tiny_bundle
 
 pytest.importorskip("torch")
+
+import torch
+from tiny_backbones import tiny_model
 
 from bbt_accel import processes, tasks
 from bbt_accel.benchmarks import combine, differences, references
@@ -36,6 +40,7 @@ from bbt_accel.cli import main
 from bbt_accel.data import rows_digest
 from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, MissingDependency, UsageError
+from bbt_accel.exporters.gpt2 import linear
 from bbt_accel.files import fingerprint
 from bbt_accel.objective import Objective
 from bbt_accel.sweeps.pools import PoolJob
@@ -122,6 +127,20 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     _, (alone,) = trained(10)  # to look at the test rows on the way changes nothing
     np.testing.assert_array_equal(alone.scores, late.scores)
     np.testing.assert_array_equal(alone.ensemble, late.ensemble)  # type: ignore[arg-type]
+
+
+def test_lora_is_part_of_every_layer_of_gpt2() -> None:
+    """Its layers are computed from their weights, which adapters are no part of."""
+    pytest.importorskip("peft")
+    model, adapters = tiny_model("gpt2").requires_grad_(False), list[Any]()
+    references.lora(SimpleNamespace(model=model, train=lambda found, rate: adapters.extend(found)))  # type: ignore[arg-type]
+    for adapter in adapters:
+        adapter.requires_grad_(True)
+    for block in model.transformer.h:
+        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            linear(layer, torch.ones(2, layer.in_features)).sum().backward()
+    assert len(adapters) == 2 * 4 * len(model.transformer.h)
+    assert all(adapter.grad is not None for adapter in adapters)
 
 
 def test_a_difference_pairs_tasks_and_seeds() -> None:

@@ -683,9 +683,10 @@ def test_a_call_that_fails_names_the_stage(made: Callable[..., Bundle], monkeypa
 
 
 def test_rows_that_are_longer_than_the_profile_are_refused(made: Callable[..., Bundle]) -> None:
-    bundle = made("roberta", "bbt", "add")
+    source = made("roberta", "bbt", "add")
+    bundle = Bundle(source.path, source.info.model_copy(update={"max_length": 2 * source.info.max_length}))
     with load_engine(bundle, "trt") as engine:
-        rows = sample_rows(bundle, 2)
+        rows = sample_rows(source, 2)
         assert engine.longest < bundle.info.max_length  # type: ignore[attr-defined]
         for length, error in ((engine.longest, EngineError), (bundle.info.max_length, DataError)):  # type: ignore[attr-defined]
             long = rows.padded(length + 1, bundle.info.special.pad)
@@ -943,7 +944,8 @@ def test_wherever_eager_runs_out_of_memory_is_one_line(
             with monkeypatch.context() as patch:
                 patch.setattr(functional, function, fail)
                 assert "--popsize" in one_line(lambda: bound.label_logits(projected), EngineError)
-                assert "--popsize" in one_line(bound.layer_stds, EngineError)
+                if method == "bbtv2":
+                    assert "--popsize" in one_line(bound.layer_stds, EngineError)
         monkeypatch.setattr(torch, "from_numpy", fail)
         assert "--popsize" in one_line(lambda: bound.label_logits(candidates(bundle)), EngineError)
         assert "--popsize" in one_line(lambda: engine.bind(sample_rows(bundle, 2)), EngineError)

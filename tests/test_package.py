@@ -454,14 +454,18 @@ def test_nothing_is_replaced(demo: tuple[Run, Path, PackageInfo]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "mode", "int8"),
-    [("bert", "bbt", "add", False), ("gpt2", "bbtv2", "add", False), ("roberta", "bbt", "add", True)],
+    ("name", "method", "mode", "int8", "readout"),
+    [
+        ("bert", "bbt", "add", False, "prototype"),
+        ("gpt2", "bbtv2", "add", False, None),
+        ("roberta", "bbt", "add", True, None),
+    ],
 )
 def test_an_openvino_package_predicts_what_predict_does(
-    made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, int8: bool
+    made: MakeRun, tmp_path: Path, name: str, method: str, mode: str, int8: bool, readout: str | None
 ) -> None:
     pytest.importorskip("openvino")
-    run = made(name, method, mode)
+    run = made(name, method, mode, **({} if readout is None else {"readout": readout}))  # type: ignore[arg-type]
     folder, info = package(run, tmp_path, format="openvino", int8=int8)
     assert {"openvino_model.xml", "openvino_model.bin", "config.json", "tokenizer.json"} <= info.sha256.keys()
     assert in_openvino(folder, info) == pytest.approx(wanted(run, TEXTS + HARD), abs=0.1 if int8 else 1e-5)

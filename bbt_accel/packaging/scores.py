@@ -64,13 +64,15 @@ def prototypes(g: Builder, readout: Readout, state: str, logits: str) -> str:
     """−‖norm(W h) − z_k‖ + r_k + λ L_k, as `readout.prototype_scores`."""
     a = {name: g.constant(value, EXACT) for name, value in readout.arrays.items()}
     h = g.op("MatMul", state, a["weight"])
-    length = g.op("Max", norm(g, h, -1, keepdims=1), g.constant(np.array(1e-12), EXACT))
+    length = g.op("Max", norm(g, h), g.constant(np.array(1e-12), EXACT))
     h = g.op("Unsqueeze", g.op("Div", h, length), g.constant([1]))
-    distance = norm(g, g.op("Sub", h, a["prototypes"]), -1, keepdims=0)
+    # The axis goes last: where a sum drops it, OpenVINO computes other numbers for several rows.
+    distance = g.op("Squeeze", norm(g, g.op("Sub", h, a["prototypes"])), g.constant([-1]))
     logits = g.op("Add", logits, a["bias"])
     return g.op("Add", g.op("Sub", a["radius"], distance), g.op("Mul", a["share"], logits))
 
 
-def norm(g: Builder, x: str, axis: int, keepdims: int) -> str:
-    squares = g.op("ReduceSum", g.op("Mul", x, x), g.constant([axis]), keepdims=keepdims)
+def norm(g: Builder, x: str) -> str:
+    """Along the last axis, which stays."""
+    squares = g.op("ReduceSum", g.op("Mul", x, x), g.constant([-1]), keepdims=1)
     return g.op("Sqrt", squares)
