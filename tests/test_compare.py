@@ -129,6 +129,7 @@ def test_training_by_gradients_lowers_the_loss(folder: Path, name: str, monkeypa
     np.testing.assert_array_equal(alone.ensemble, late.ensemble)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_lora_is_part_of_every_layer_of_gpt2() -> None:
     """Its layers are computed from their weights, which adapters are no part of."""
     pytest.importorskip("peft")
