@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from bbt_accel.benchmarks.options import (
     parse_contender,
     readout_of,
 )
-from bbt_accel.bundle import Bundle, Method
+from bbt_accel.bundle import Bundle
 from bbt_accel.data import labels, rows_digest, task_folders
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
@@ -148,17 +148,14 @@ def _jobs(
 
 def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     """The bundles that the contenders read, by `bundle_of`: in the engine's precision, or as exported."""
-    spec, paths, read = engine_spec(options.engine), dict[str, str](), {*map(bundle_of, options.contenders)}
+    spec, paths = engine_spec(options.engine), dict[str, str]()
     checkpoint = f"{Path(options.backbone).name}-{backbone_digest(options.backbone)[:8]}"
-    for method in get_args(Method):
-        exporting = {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
+    for name in map(bundle_of, options.contenders):
+        method = name.split()[0]
         place = work / f"{checkpoint}-{options.n_prompt_tokens}" / method
-        made = steps.Bundles(place, options.backbone, exporting)
         place.mkdir(parents=True, exist_ok=True)
-        if method in read:
-            paths[method] = str(made.bundle(spec, options.precision))
-        if f"{method} exported" in read:
-            paths[f"{method} exported"] = str(made.exported())
+        made = steps.Bundles(place, options.backbone, {"method": method, "n_prompt_tokens": options.n_prompt_tokens})
+        paths[name] = str(made.bundle(spec, options.precision) if name == method else made.exported())
     return paths
 
 

@@ -72,10 +72,13 @@ REFERENCES = ("gradient-prompt", "lora", "fine-tuning", "embeddings")
 CONTENDERS = ("readouts", "auto", *get_args(Method), *REFERENCES)
 SEARCHES = ("auto", *get_args(Method), *FITTED)
 """Contenders that search, and may have settings of their own: the readouts among them search with bbt."""
-OWN = ("seed", "k_shot", "readout", "budget")
-"""Settings that a comparison gives each search."""
-ROWS = ("hold_out", "allow_rare_classes")
-"""Settings that would give a search other rows than the other contenders have."""
+TAKEN = {
+    **dict.fromkeys(
+        ("seed", "k_shot", "readout", "budget"), "is the comparison's own; use its option, or another contender"
+    ),
+    **dict.fromkeys(("hold_out", "allow_rare_classes"), "would give this search other rows; leave it out"),
+}
+"""Settings that a search of a comparison cannot have, and why."""
 
 
 def parse_contender(text: str) -> tuple[str, dict[str, str]]:
@@ -85,12 +88,8 @@ def parse_contender(text: str) -> tuple[str, dict[str, str]]:
     settings = dict(part.partition("=")[::2] for part in given)
     if settings and name not in SEARCHES:
         raise UsageError(f"--contenders {text}: {name} has no settings; {', '.join(SEARCHES)} have")
-    if taken := [name for name in OWN if name in settings]:
-        raise UsageError(
-            f"--contenders {text}: {taken[0]} is the comparison's own; use its option, or another contender"
-        )
-    if taken := [name for name in ROWS if name in settings]:
-        raise UsageError(f"--contenders {text}: {taken[0]} would give this search other rows; leave it out")
+    if taken := [name for name in TAKEN if name in settings]:
+        raise UsageError(f"--contenders {text}: {taken[0]} {TAKEN[taken[0]]}")
     resolve(settings)
     return name, settings
 

@@ -14,7 +14,6 @@ from bbt_accel.batch import Batch, Float32, Int64
 from bbt_accel.bundle import PLANS, PROJECT
 from bbt_accel.cuda import Cuda, DeviceArray
 from bbt_accel.engine_specs import index_of
-from bbt_accel.engines.base import check_tokens
 from bbt_accel.engines.captured import RESERVE, CapturedCalls
 from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedBoundBatch, StagedEngine
 from bbt_accel.errors import EngineError, PlanError
@@ -126,9 +125,8 @@ class TrtEngine(StagedEngine):
         return self.cache
 
     def bind(self, batch: Batch) -> StagedBoundBatch:
-        check_tokens(self.bundle, batch)
         longest = int(batch.attention_mask.sum(axis=1).max())
-        if longest > self.longest:
+        if self.longest < longest <= self.bundle.info.max_length:  # no profile would take longer ones
             why = f"a row of {longest} tokens is longer than the {self.longest} of the profile of {self.bundle.path}"
             raise EngineError(f"{why}; optimize again, with --calibrate and the task of these rows")
         return super().bind(batch)

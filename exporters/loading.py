@@ -76,7 +76,8 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
     elif hasattr(transformers, "GgufConfig"):  # newer releases keep the weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        # transformers draws a progress bar for GGUF files, terminal or not. Neither line is thread-safe.
+        # transformers draws a progress bar for GGUF files, terminal or not. Neither redirect_stderr nor
+        # from_pretrained is thread-safe.
         with LOADING, redirect_stderr(StringIO()):
             model, report = kind.from_pretrained(
                 where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options

@@ -14,13 +14,12 @@ def separate_mlps(model: Any) -> int:
     """Make OpenVINO compute the three matmuls of each gated MLP one by one. Returns the number of MLPs.
 
     In bf16 on processors with AMX it replaces the MLP by a single operator, which ends the process with a
-    floating-point exception where there is one thread (github.com/openvinotoolkit/openvino/issues/33300) and is no
-    faster where there are two. That operator takes three axes, so the MLP gets a fourth, of size one, around its three
-    matmuls: a reshape, which costs nothing.
+    floating-point exception where there is one thread (github.com/openvinotoolkit/openvino/issues/33300). That operator
+    takes three axes, so the MLP gets a fourth, of size one, around its three matmuls: a reshape, which copies nothing.
     """
     from openvino import opset13 as ops
 
-    found = [mlp for node in model.get_ordered_ops() if (mlp := gated_mlp(node))]
+    found = [(node, before) for node in model.get_ordered_ops() if (before := gated_projections(node))]
     axis = ops.constant(np.int64(0))
     for down, projections in found:
         wider = ops.unsqueeze(projections[0].input_value(0), axis)
@@ -34,14 +33,14 @@ def separate_mlps(model: Any) -> int:
     return len(found)
 
 
-def gated_mlp(down: Any) -> tuple[Any, list[Any]] | None:
-    """The MLP that ends with this matmul: it, and the two projections of the same three-dimensional input."""
+def gated_projections(down: Any) -> list[Any]:
+    """The two projections of the same three-dimensional input in the MLP that ends with this matmul; none if none."""
     if not (is_matmul(down) and producer(down, 0).get_type_name() == "Multiply"):
-        return None
+        return []
     projections = matmuls_before(producer(down, 0))
     inputs = [projection.input_value(0) for projection in projections]
     shared = len(inputs) == 2 and inputs[0] == inputs[1] and len(inputs[0].get_partial_shape()) == 3
-    return (down, projections) if shared else None
+    return projections if shared else []
 
 
 def matmuls_before(node: Any) -> list[Any]:

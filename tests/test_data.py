@@ -197,6 +197,7 @@ def test_few_shot_refuses_labels_that_are_no_classes() -> None:
     rows = [Row({"text": str(i)}, i % 3) for i in range(100)]
     with pytest.raises(DataError, match=r"a row has the label 2, classes are 0\.\.1"):
         few_shot(rows, 2, 2, 1)
+    assert all(row.label is not None for row in few_shot([*rows, Row({"text": "unlabelled"})], 3, 2, 1)[0])
     for n_classes, k in ((0, 2), (3, 0)):
         with pytest.raises(UsageError, match="must be at least 1"):
             few_shot(rows, n_classes, k, 1)
