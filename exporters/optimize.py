@@ -66,7 +66,7 @@ def optimize_bundle(
     on_progress: as in `export_bundle`.
     Raises UsageError for a combination that does not exist or an output that is the source, BundleError for a source
     that is optimized already, ExportError for NaN logits or a lost attention mask, PlanError when TensorRT rejects the
-    graph, EngineError when it needs a GPU that is missing.
+    graph, EngineError when it needs a GPU that is missing, MissingDependency for a library of the target.
     """
     source, output = Path(source), Path(output)
     check(source, output, precision, target, max_rmse)

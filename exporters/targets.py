@@ -19,7 +19,7 @@ import onnx_ir as ir
 from bbt_accel.batch import Batch, Float32
 from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle, write_info
 from bbt_accel.engine_specs import EngineSpec, Precision
-from bbt_accel.errors import UsageError
+from bbt_accel.errors import MissingDependency, UsageError
 from bbt_accel.exporters import graph
 from bbt_accel.exporters.calibration import TaskRows
 from bbt_accel.exporters.convert import (
@@ -34,6 +34,7 @@ from bbt_accel.exporters.openvino_ir import openvino_bf16, save_openvino
 from bbt_accel.exporters.sessions import run_stages, temporary_graph
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
 from bbt_accel.exporters.validate import reference_logits
+from bbt_accel.machine import installed
 from bbt_accel.progress import Tell
 
 Report = dict[str, object]
@@ -59,7 +60,7 @@ class Target:
         self.spec, self.name = spec, spec.name
 
     def prepare(self, compute_capability: str | None) -> None:
-        """Called before any work. Raises UsageError or EngineError for what cannot be built here."""
+        """Called before any work. Raises UsageError, EngineError or MissingDependency for what cannot be built here."""
         if compute_capability is not None:
             raise UsageError(f"--compute-capability is for --target trt, not {self.name}")
 
@@ -143,6 +144,12 @@ class OpenVinoTarget(Target):
 
     weights = OPENVINO_WEIGHTS
     fp32_graphs = ("fp32", "bf16")
+
+    def prepare(self, compute_capability: str | None) -> None:
+        super().prepare(compute_capability)
+        if not installed("openvino"):
+            extra = self.spec.backends["cpu"].extra
+            raise MissingDependency(f'--target {self.name} needs openvino: pip install "bbt-accel[{extra}]"')
 
     def write_fp32(self, file: Path, folder: Path, stage: str, others: graph.NewWeights) -> Counter[str]:
         return save_openvino(file, folder, stage, others)

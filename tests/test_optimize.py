@@ -33,7 +33,7 @@ from bbt_accel.demo import DATA
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import Backend, EngineSpec, Precision
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
+from bbt_accel.errors import BbtError, BundleError, ExportError, MissingDependency, UsageError
 from bbt_accel.exporters import calibration, graph, openvino_ir, targets
 from bbt_accel.exporters.backbone import MASKED
 from bbt_accel.exporters.calibration import TaskRows
@@ -360,6 +360,15 @@ def test_refuses_combinations_that_do_not_exist(tiny: Tiny, tmp_path: Path, prec
 def test_refuses_more_threads_than_runtimes_start(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--threads must be a whole number in 1\.\.1024, not 1000000000"):
         optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", threads=10**9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_whose_library_is_missing_names_the_extra(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "installed", lambda name: False)
+    with pytest.raises(MissingDependency, match=r'openvino needs openvino: pip install "bbt-accel\[openvino\]"'):
+        optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="openvino")
     assert list(tmp_path.iterdir()) == []
 
 
