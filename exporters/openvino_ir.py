@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from bbt_accel.bundle import OPENVINO_WEIGHTS
+from bbt_accel.errors import ExportError, first_line
 from bbt_accel.exporters.openvino_mlp import separate_mlps
 from bbt_accel.machine import describe_machine
 
@@ -34,7 +35,12 @@ def save_openvino(file: Path, folder: Path, stage: str, weights: NewWeights) -> 
     converted = openvino.convert_model(file)
     separate_mlps(converted)
     xml = folder / f"{stage}.xml"
-    openvino.save_model(converted, xml, compress_to_fp16=False)
+    try:
+        openvino.save_model(converted, xml, compress_to_fp16=False)
+    except RuntimeError as refusal:  # no OSError, even where the disk is full
+        raise ExportError(
+            f"cannot write {xml.name} ({first_line(refusal)}); free some space or choose another -o"
+        ) from refusal
     operators = Counter(op.get_type_name() for op in converted.get_ops())
     share_constants(xml, weights)
     return operators

@@ -363,6 +363,18 @@ def test_refuses_more_threads_than_runtimes_start(tiny: Tiny, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_says_what_to_do(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(openvino, "save_model", full)
+    with pytest.raises(ExportError, match=r"cannot write .*xml .*; free some space or choose another -o"):
+        optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="openvino")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_target_whose_library_is_missing_names_the_extra(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
