@@ -88,12 +88,18 @@ class Encoder:
         return Batch(padded, mask, readout, targets, self.label_token_ids, context_ids=context)
 
     def feature_token_ids(self, seed: int) -> Int64:
-        """Vocabulary words whose logits serve as features, drawn by `seed` from all that are not special: int64 (F,).
+        """Vocabulary words whose logits serve as features, drawn by `seed` from all ordinary tokens: int64 (F,).
 
         Drawn, because words that are chosen by the rows would fit those rows.
         """
-        ordinary = np.setdiff1d(np.arange(self.bundle.info.vocab_size), [*self.special])
+        ordinary = self._ordinary()
         return np.random.default_rng(seed).choice(ordinary, min(FEATURE_WORDS, len(ordinary)), replace=False)
+
+    def _ordinary(self) -> Int64:
+        """Ids of the tokens that are not special. A word embedding may have more rows than the tokenizer has tokens."""
+        known = [*self._tokenizer.get_vocab().values()]
+        ordinary = np.setdiff1d(known, [*self.special])
+        return ordinary[ordinary < self.bundle.info.vocab_size]
 
     def _readout(self, ids: list[int]) -> int:
         group = self.bundle.info.template_group
@@ -206,10 +212,10 @@ class Encoder:
         wanted = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + n)
         if wanted.stop <= size and self.special.isdisjoint(wanted):
             return tuple(wanted)
-        ordinary = [i for i in range(size) if i not in self.special]
-        if not ordinary:
+        ordinary = self._ordinary()
+        if not len(ordinary):
             raise BundleError(f"{self.bundle.path} has a vocabulary of special tokens alone; export it again")
-        return tuple(ordinary[i % len(ordinary)] for i in wanted)
+        return tuple(ordinary[np.array(wanted) % len(ordinary)].tolist())
 
     def ids(self, fields: Sequence[Fields]) -> list[list[int]]:
         """Token ids of each row, before truncation."""

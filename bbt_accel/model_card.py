@@ -45,6 +45,7 @@ def facts(info: RunInfo) -> dict[str, Any]:
         "version": info.versions["bbt-accel"],
         "columns": list(map(cell, info.task.text)),
         "template": cell(str(template)),
+        "context": cell(info.context),
         "words": list(map(cell, info.label_words)),
         "readout": info.readout.name,
         "searched": info.readout.searched,

@@ -195,6 +195,15 @@ class RunInfo(Manifest):
         """The task's own names of its classes, where it has them; else the first label word of each."""
         return self.task.classes or self.label_words
 
+    @property
+    def context(self) -> str:
+        """In words, what precedes every row of a decoder; empty if nothing does."""
+        if self.bundle.template_group != "causal":
+            return ""
+        instruction, shown = self.task.context.instruction, len(self.demonstrations)
+        texts = [repr(instruction)] if instruction else []
+        return ", then ".join([*texts, f"{shown} labelled train rows"] if shown else texts)
+
     def verdict(self) -> str | None:
         """In words, which of the baselines the result does not surpass on the dev rows; None if it surpasses all."""
         if self.best is None or self.baselines is None:

@@ -197,6 +197,14 @@ def test_a_small_vocabulary_repeats_its_ordinary_tokens(tmp_path: Path) -> None:
     assert ((ids >= 5) & (ids < 200)).all(), "no special token, none outside the vocabulary"
 
 
+def test_only_tokens_of_the_tokenizer_are_prompt_or_feature_where_the_embedding_has_more_rows(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path, "bert", size=200, n=50, max_length=100)
+    padded = Bundle(bundle.path, bundle.info.model_copy(update={"vocab_size": 256}))
+    encoder = Encoder(padded, SST2)
+    assert set(encoder.feature_token_ids(seed=1)) == {1, *range(5, 200)}, "[UNK] and every ordinary token, no other"
+    assert encoder.encode([Row({"sentence": "a"})]).input_ids[0, 1:51].max() < 200
+
+
 def test_a_template_that_is_too_long_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"template of task sst2 alone exceeds the 15 tokens"):
         Encoder(tiny_bundle(tmp_path, max_length=15), SST2)

@@ -20,12 +20,14 @@ from bbt_accel import tune
 from bbt_accel.backbone_names import hub_id
 from bbt_accel.bundle import Bundle
 from bbt_accel.bundle import write_info as write_bundle_info
+from bbt_accel.data import Row
 from bbt_accel.errors import BundleError, PackageError, RunError, UsageError
 from bbt_accel.hub import fetched
 from bbt_accel.inference import predict
 from bbt_accel.model_card import model_card
 from bbt_accel.run import Run, write_info
 from bbt_accel.sharing import portable, push
+from bbt_accel.tasks import Context
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -112,6 +114,18 @@ def test_a_model_card_has_the_scores_and_the_licence(run: Run) -> None:
     assert r"| template | `a \| b\n{text} {mask}` |" in model_card(run.info.model_copy(update={"task": odd}))
     local = run.info.bundle.model_copy(update={"backbone": "/home/somebody/checkpoint"})
     assert "somebody" not in model_card(run.info.model_copy(update={"bundle": local}))
+
+
+def test_a_model_card_says_what_is_in_front_of_every_row_of_a_decoder(run: Run) -> None:
+    assert "in front of it" not in model_card(run.info)
+    of_decoder = {"context": Context(instruction="Topic?"), "templates": {"causal": "{text} {mask}"}}
+    decoder = {
+        "bundle": run.info.bundle.model_copy(update={"template_group": "causal"}),
+        "task": run.task.model_copy(update=of_decoder),
+        "demonstrations": [Row({"text": "a"}, 0)] * 4,
+    }
+    card = model_card(run.info.model_copy(update=decoder))
+    assert "| in front of it | 'Topic?', then 4 labelled train rows |\n| label words |" in card
 
 
 def test_a_portable_copy_is_a_run(run: Run) -> None:

@@ -131,7 +131,9 @@ def test_several_label_words_of_a_class(made: MakeRun, tmp_path: Path) -> None:
 def test_the_context_of_a_decoder_and_its_begin_token(made: MakeRun, tmp_path: Path, method: str, mode: str) -> None:
     run = made("llama", method, mode, demonstrations=2)
     assert run.info.demonstrations
-    agrees(run, *package(run, tmp_path), TEXTS[:4] + HARD[:3])
+    folder, info = package(run, tmp_path)
+    agrees(run, folder, info, TEXTS[:4] + HARD[:3])
+    assert "| in front of it | 2 labelled train rows |" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_line_breaks_that_a_task_cleans(made: MakeRun, tmp_path: Path) -> None:
