@@ -23,7 +23,16 @@ from bbt_accel.bundle import Bundle, Method, PromptMode
 from bbt_accel.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.data import Row
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import BbtError, DataError, PackageError, RunError, check_known, first_line, translated
+from bbt_accel.errors import (
+    BbtError,
+    DataError,
+    NonFiniteLoss,
+    PackageError,
+    RunError,
+    check_known,
+    first_line,
+    translated,
+)
 from bbt_accel.files import new_folder
 from bbt_accel.fit import examples_per_class, make_task
 from bbt_accel.hub import fetched
@@ -99,8 +108,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         X: a list of texts, of tuples of texts or of mappings from columns to texts; a column or a table of pandas,
         polars or pyarrow; a `datasets.Dataset` or a column of one. Of equal texts the first is used. y: strings or
         integers.
-        Ctrl-C ends the search: the estimator has the best prompt so far, and KeyboardInterrupt is raised, so that a
-        grid search does not take it for a result.
+        Ctrl-C ends the search, as does a loss that is not finite: the estimator has the best prompt so far, and
+        KeyboardInterrupt or NonFiniteLoss is raised, so that a grid search does not take it for a result.
         Raises DataError for rows that are no texts, for a column that is y and for a class with fewer than two texts;
         what `tune` raises.
         """
@@ -128,18 +137,24 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         with ExitStack() as place:
             folder = Path(place.enter_context(tempfile.TemporaryDirectory(prefix="bbt-accel-")))
             (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            run = tune(
-                bundle, task, data=folder, engine=choice.engine, device=choice.device, threads=self.threads,
-                output=folder / "run", settings=settings, progress=False, callbacks=self.callbacks or (),
-                track=self.track or (),
-            )  # fmt: skip
+            failure: NonFiniteLoss | None = None
+            try:
+                run = tune(
+                    bundle, task, data=folder, engine=choice.engine, device=choice.device, threads=self.threads,
+                    output=folder / "run", settings=settings, progress=False, callbacks=self.callbacks or (),
+                    track=self.track or (),
+                )  # fmt: skip
+            except NonFiniteLoss as error:
+                if not is_run(folder / "run"):
+                    raise
+                run, failure = Run.read(folder / "run"), error
             weakref.finalize(run, place.pop_all().close)  # the folder is there for as long as the run is
         self._load(run, bundle)
         self.classes_ = classes
         for word, piece in self._classifier.encoder.partial_words.items():
             warnings.warn(f"of label word {word!r} only the first token is read: {piece!r}", stacklevel=2)
         if self.run_.info.status == "interrupted":
-            raise KeyboardInterrupt
+            raise failure or KeyboardInterrupt
         return self
 
     def _settings(self, counts: Mapping[str, int]) -> dict[str, object]:

@@ -150,6 +150,8 @@ def _label(value: object, task: Task, where: str) -> int | None:
         name = plain(value)
         if name in task.classes:
             return task.classes.index(name)
+        if name == str(UNLABELLED):
+            return None
         if any(re.fullmatch(r"-?\d+", known) for known in task.classes) or not _INTEGER.fullmatch(name):
             hint = did_you_mean(name, task.classes)
             raise DataError(f"{where}: {task.label} is {value!r:.50}, no class of task {task.name}; {hint}")

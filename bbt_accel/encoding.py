@@ -208,14 +208,11 @@ class Encoder:
         """
         if self.bundle.info.prompt_ids is not None:
             return tuple(self.bundle.info.prompt_ids)
-        n, size = self.bundle.info.n_prompt_tokens, self.bundle.info.vocab_size
-        wanted = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + n)
-        if wanted.stop <= size and self.special.isdisjoint(wanted):
-            return tuple(wanted)
-        ordinary = self._ordinary()
+        wanted, ordinary = np.arange(self.bundle.info.n_prompt_tokens) + FIRST_PROMPT_ID, self._ordinary()
         if not len(ordinary):
             raise BundleError(f"{self.bundle.path} has a vocabulary of special tokens alone; export it again")
-        return tuple(ordinary[np.array(wanted) % len(ordinary)].tolist())
+        chosen = wanted if np.isin(wanted, ordinary).all() else ordinary[wanted % len(ordinary)]
+        return tuple(chosen.tolist())
 
     def ids(self, fields: Sequence[Fields]) -> list[list[int]]:
         """Token ids of each row, before truncation."""

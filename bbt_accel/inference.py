@@ -59,7 +59,7 @@ def evaluate(
     with _load(run, options) as loaded:
         encoder = Encoder(loaded.bundle, run.task, run.info.demonstrations)
         logits = scores_and_before(loaded, encoder, rows, run)
-        require_finite(logits, "a score", "use a bundle in fp32")
+        require_finite(logits, "a score")
         targets, metric = labels(rows), run.task.metric
         _, (score,) = Objective("ce", metric).score(logits[:1], targets)
         return {
@@ -171,7 +171,7 @@ class Classifier:
         rows = [Row({column: text[column] for column in self.task.text}) for text in texts]
         with self._lock:
             scores = class_scores(self.engine, self.encoder, rows, self.run)
-        require_finite(scores, "a score", "use a bundle in fp32")
+        require_finite(scores, "a score")
         return np.asarray(np.exp(log_softmax(scores)))
 
 

@@ -8,11 +8,14 @@ import numpy.typing as npt
 from bbt_accel.batch import Float64, Int64
 from bbt_accel.errors import NonFiniteLoss
 
+IN_FP32 = "use a bundle in fp32"
+"""What to do about a value that is not finite."""
 
-def require_finite(values: npt.ArrayLike, what: str, hint: str) -> None:
+
+def require_finite(values: npt.ArrayLike, what: str) -> None:
     """Raises NonFiniteLoss for NaN and infinite values."""
     if not np.isfinite(values).all():
-        raise NonFiniteLoss(f"{what} is NaN or infinite; {hint}")
+        raise NonFiniteLoss(f"{what} is NaN or infinite; {IN_FP32}")
 
 
 def log_softmax(scores: npt.ArrayLike) -> Float64:

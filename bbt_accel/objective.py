@@ -10,7 +10,7 @@ import numpy as np
 
 from bbt_accel.batch import Float32, Float64, Int64
 from bbt_accel.errors import NonFiniteLoss, UsageError, check_known
-from bbt_accel.logits import log_softmax
+from bbt_accel.logits import IN_FP32, log_softmax
 from bbt_accel.settings import Loss, Metric
 
 MARGIN = 2.0  # of the hinge loss, as in the original
@@ -164,7 +164,7 @@ class Objective:
             problem = (
                 f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite)"
             )
-            raise NonFiniteLoss(f"{problem}; use an fp32 bundle, or a smaller --sigma or --alpha")
+            raise NonFiniteLoss(f"{problem}; {IN_FP32}, or search with a smaller --alpha")
         sums = dict(zip(COLUMNS, found.T, strict=True))
         if self.metric == "accuracy":
             metrics = sums["correct"] / len(targets)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -31,10 +30,6 @@ SEARCH += "dev {task.fields[dev]} · {task.fields[left]} left"
 def note(line: str) -> None:
     """A line on standard error, about what went another way than was asked for. Logging is off on the command line."""
     print(line, file=sys.stderr)
-
-
-note_once = cache(note)
-"""A note that is printed once per process."""
 
 
 class StderrBar(Progress):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from functools import cache
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +61,7 @@ class Projection:
         candidates beyond the rounding of that product.
         """
         z = self.check(Z)
-        with one_blas_thread():
+        with one_blas_thread:
             return (z @ self.matrix.T + self.p0).reshape(len(z), *self.prompt_shape)
 
     def check(self, Z: npt.ArrayLike) -> Float32:
@@ -79,10 +81,28 @@ def prompt_std(alpha: float, embedding_std: float, d: int, sigma: float) -> floa
     return alpha * embedding_std / (math.sqrt(d) * sigma)
 
 
-def one_blas_thread() -> AbstractContextManager[object]:
-    """One BLAS thread while the block runs: the last bits of a product depend on the number of threads."""
-    limit: AbstractContextManager[object] = _controller().limit(limits=1, user_api="blas")
-    return limit
+class OneBlasThread(AbstractContextManager[None]):
+    """One BLAS thread while a block runs: the last bits of a product depend on the number of threads.
+
+    That number is the process's. So the last of several Python threads to leave a block restores what the first found.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit = _controller().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limit.restore_original_limits()
 
 
+one_blas_thread = OneBlasThread()
 _controller = cache(ThreadpoolController)

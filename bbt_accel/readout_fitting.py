@@ -74,14 +74,14 @@ def fit_for(objective: Objective, name: ReadoutName, rows: LabelledRows) -> tupl
 
 def fit_once(name: ReadoutName, rows: LabelledRows) -> tuple[Readout, Float64 | None]:
     """A fitted readout; and the held-out scores (N, C), where its fit has them as a by-product."""
-    with one_blas_thread():  # several are slower on so few rows, and their number would decide the last bits
+    with one_blas_thread:  # several are slower on so few rows, and their number would decide the last bits
         arrays, scores = FITS[name](features(name, rows.outputs, rows.classes), rows.targets, rows.seed)
     return Readout(name, rows.classes, rows.token_ids if reads_words(name) else rows.token_ids[:0], arrays), scores
 
 
 def refitted(name: ReadoutName, rows: LabelledRows) -> Float64:
     """Held-out scores (N, C), by a fit for each fold."""
-    with one_blas_thread():
+    with one_blas_thread:
         return held_out_scores(
             lambda some, others: fit(name, rows[some]).scores(rows[others].outputs), rows.targets, rows.seed
         )

@@ -155,7 +155,10 @@ class RunInfo(Manifest):
     bundle: BundleRecord = Field(description="What the prompt was tuned for.")
     engine: EngineRecord = Field(description="What computed.")
     versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")
-    calls: int = Field(default=0, description="API calls of the search, one per candidate on the train set.")
+    calls: int = Field(
+        default=0,
+        description="API calls of the search, one per candidate on the train set; dev scores are not counted.",
+    )
     best: BestRecord | None = Field(default=None, description="Where the prompt comes from.")
     baselines: Baselines | None = Field(default=None, description="Scores on the dev rows without a search.")
     readout: ReadoutRecord = Field(default=ReadoutRecord(), description="How classes are read.")

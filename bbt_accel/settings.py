@@ -124,5 +124,12 @@ def check_given(settings: Settings, given: Mapping[str, object], info: BundleInf
     """Raises UsageError for settings that were given and do not apply; those of a task's preset are ignored then."""
     if given.get("demonstrations") and not info.causal:
         raise UsageError(f"--demonstrations is for decoders; {info.backbone} is an {info.architecture}")
+    check_together(settings, given)
+
+
+def check_together(settings: Settings, given: Mapping[str, object]) -> None:
+    """Raises UsageError for settings that were given and that another one leaves without effect."""
+    if settings.random_proj == "uniform" and given.get("alpha") is not None:
+        raise UsageError("--alpha is the scale of the normal projection; omit it with --random-proj uniform")
     if settings.fitted and given.get("loss") not in (None, "ce"):
         raise UsageError(f"--loss {given['loss']} is for --readout verbalizer; others minimize the cross entropy")

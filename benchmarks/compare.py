@@ -38,7 +38,7 @@ from bbt_accel.machine import describe_machine
 from bbt_accel.objective import Objective, most_frequent
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
-from bbt_accel.settings import FITTED, resolve
+from bbt_accel.settings import FITTED, check_together, resolve
 from bbt_accel.splits import check_rows, load_few_shot
 from bbt_accel.sweeps.grid import check_names
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
@@ -76,7 +76,7 @@ def run_compare(
     named = {task.name: absolute_file(path) for path, task in found.items()}  # a trial on Ray runs elsewhere
     folders = task_folders(options.data, list(named))
     for task in found.values():  # fail before the bundles are exported, not in every trial
-        check_budgets(task, options)
+        check_searches(task, options)
         if (data := folders[task.name]) is not None:
             check_rows(task, Path(data), resolve({"k_shot": options.k_shot}))
     with reserved(folder):
@@ -159,12 +159,17 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
     return paths
 
 
-def check_budgets(task: Task, options: CompareOptions) -> None:
-    """Raises UsageError for a search by bbt that no budget pays for. How many layers bbtv2 has is not known yet."""
+def check_searches(task: Task, options: CompareOptions) -> None:
+    """Raises UsageError for settings that exclude each other, and for a search by bbt that no budget pays for.
+
+    How many layers bbtv2 has is not known yet.
+    """
     for name, given in map(parse_contender, options.contenders):
-        if name in SEARCHES and name != "bbtv2":
+        if name in SEARCHES:
             largest = {"readout": readout_of(name), "budget": max(options.budgets)}
-            resolve(task.preset("bbt"), given, largest).check_budget("bbt")
+            settings = resolve(task.preset("bbt"), given, largest)
+            check_together(settings, given)
+            settings.check_budget("bbtv2" if name == "bbtv2" else "bbt")
 
 
 def asked(job: PoolJob, data: str) -> dict[str, Any]:

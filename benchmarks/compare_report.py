@@ -47,7 +47,7 @@ class Score(Schema):
     seed: int = Field(description="Seed of the few-shot rows, the projection and the search.")
     budget: int | None = Field(description="API calls that it was allowed; None where it takes a fixed number.")
     calls: int
-    """Forward passes of the train rows; a training step counts as three, and dev scores are not counted."""
+    """Forward passes of the train rows; a training step counts as three. Those for dev scores are not counted."""
     score: float
     """The task's metric on the test rows."""
     seconds: float

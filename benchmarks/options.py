@@ -86,6 +86,8 @@ def parse_contender(text: str) -> tuple[str, dict[str, str]]:
     name, *given = text.split(":")
     check_known("contender", name, dict.fromkeys((*CONTENDERS, *SEARCHES)))
     settings = dict(part.partition("=")[::2] for part in given)
+    if len(settings) < len(given):
+        raise UsageError(f"--contenders {text}: a setting is given twice; give it once")
     if settings and name not in SEARCHES:
         raise UsageError(f"--contenders {text}: {name} has no settings; {', '.join(SEARCHES)} have")
     if taken := [name for name in TAKEN if name in settings]:

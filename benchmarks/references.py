@@ -199,7 +199,7 @@ def embeddings(split: Split, task: Task, seed: int, objective: Objective) -> Fou
         return np.concatenate(parts)
 
     shown = [*split.train, *split.dev]
-    with one_blas_thread():
+    with one_blas_thread:
         arrays, held_out = fit_linear([embed(shown)], labels(shown), seed)
     bias = arrays["bias"] + objective.class_bias(held_out, labels(shown))
     seconds = perf_counter() - started

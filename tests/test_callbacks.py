@@ -83,6 +83,7 @@ def test_a_callback_is_closed_after_an_error(start: Tune) -> None:
     with pytest.raises(NonFiniteLoss):
         start(callbacks=[failing])
     assert failing.seen[-1] == ("close", None)
+    assert ("end", "run") not in failing.seen
     start(callbacks=[recorder], resume=True)  # begins with what is known
     assert recorder.seen[1] == ("generation", 0)
     assert recorder.seen[-2:] == [("end", "run"), ("close", None)]

@@ -26,10 +26,11 @@ from bbt_accel import Bundle, Callback, PromptClassifier
 from bbt_accel.bundle_cache import cache_folder
 from bbt_accel.classifier import as_json, as_labels, as_rows
 from bbt_accel.demo import DATA
-from bbt_accel.errors import BbtError, DataError, EngineError, PackageError, RunError
+from bbt_accel.errors import BbtError, DataError, EngineError, NonFiniteLoss, PackageError, RunError
 from bbt_accel.option_types import FIT_BUDGET
 from bbt_accel.packaging.package import check_package
 from bbt_accel.run import Run
+from bbt_accel.tuning.evaluator import LocalEvaluator
 
 WORDS = ["sports", "financial", "computer", "health"]
 
@@ -295,6 +296,19 @@ def test_an_interrupted_search_is_no_result(rows: tuple[list[str], list[str]]) -
     with pytest.raises(KeyboardInterrupt):
         estimator.fit(*rows)
     assert estimator.run_.info.status == "interrupted"
+    assert estimator.predict(rows[0][:2]).shape == (2,)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_best_prompt_before_it(
+    rows: tuple[list[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*arguments: Any) -> Any:
+        raise NonFiniteLoss("no number")
+
+    monkeypatch.setattr(LocalEvaluator, "train", train)
+    estimator = PromptClassifier("demo", engine="ort", precision="fp32", readout="words", budget=41, threads=1)
+    with pytest.raises(NonFiniteLoss, match="no number"):
+        estimator.fit(*rows)
     assert estimator.predict(rows[0][:2]).shape == (2,)
 
 

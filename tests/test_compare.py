@@ -362,6 +362,7 @@ def test_a_search_may_have_settings_of_its_own() -> None:
         "auto:alfa=2": "did you mean alpha",
         "auto:popsize=two": "popsize",
         "auto:popsize": "popsize",
+        "auto:alpha=2:alpha=3": "given twice",
         "auto:budget=5": "budget is the comparison's own",
         "calibrated:hold_out=true": "hold_out would give this search other rows",
     }.items():

@@ -71,6 +71,9 @@ def test_lone_surrogates_become_question_marks_where_they_enter(tmp_path: Path) 
 def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": -1}, {"sentence": "b", "label": 1}])
     assert load_rows(SST2, "train", tmp_path) == [Row({"sentence": "b"}, 1)]
+    stars = SST2.model_copy(update={"classes": ["1", "5"]})
+    jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": -1}, {"sentence": "b", "label": 5}])
+    assert load_rows(stars, "train", tmp_path) == [Row({"sentence": "b"}, 1)]
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from bbt_accel import Projection
 from bbt_accel.errors import UsageError
 from bbt_accel.population import Latent
-from bbt_accel.projection import prompt_std
+from bbt_accel.projection import one_blas_thread, prompt_std
 
 
 def test_prompt_is_az_plus_p0_row_major() -> None:
@@ -87,6 +90,20 @@ def test_first_prompts_look_like_word_embeddings() -> None:
 def test_shapes_that_do_not_fit_are_refused(matrix: np.ndarray, p0: np.ndarray | None) -> None:
     with pytest.raises(UsageError, match="needs a matrix"):
         Projection(matrix, (2, 3), p0)
+
+
+def test_there_is_one_blas_thread_while_any_python_thread_needs_it() -> None:
+    def threads() -> int:
+        return max(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
+
+    with threadpool_limits(2, user_api="blas"):
+        first, second = ExitStack(), ExitStack()
+        first.enter_context(one_blas_thread)
+        second.enter_context(one_blas_thread)
+        first.close()
+        assert threads() == 1
+        second.close()
+        assert threads() == 2
 
 
 def test_candidates_of_another_dimension_are_refused() -> None:

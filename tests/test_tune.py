@@ -24,8 +24,12 @@ from bbt_accel.bundle import Bundle
 from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, NonFiniteLoss, RunError, UsageError
 from bbt_accel.files import reserved
+from bbt_accel.history import Generation
 from bbt_accel.population import Population
 from bbt_accel.run import Run
+from bbt_accel.settings import FITTED
+from bbt_accel.tuning import readouts
+from bbt_accel.tuning.callbacks import Callback
 
 Tune = Callable[..., Run]
 FILES = [
@@ -165,13 +169,54 @@ def test_a_loss_that_is_not_finite_is_an_error_and_the_best_prompt_before_it_is_
     assert result_bytes(start(settings=settings, resume=True)) == result_bytes(whole)
 
 
-def test_a_loss_that_is_not_finite_in_the_first_generation_leaves_nothing(
+def test_a_loss_that_is_not_finite_in_the_first_generation_leaves_the_readout_without_a_search_if_there_is_one(
     start: Tune, overflow: Callable[[int], None], tmp_path: Path
 ) -> None:
     overflow(1)
     with pytest.raises(NonFiniteLoss):
-        start("runs/run", settings={**SETTINGS, "readout": "calibrated"})
+        start("runs/run")
     assert not (tmp_path / "runs").exists()
+    overflow(1)
+    with pytest.raises(NonFiniteLoss):
+        start(settings={**SETTINGS, "readout": "calibrated"})
+    run = Run.read(tmp_path / "run")
+    assert (run.info.calls, run.readout.name, run.info.readout.searched) == (1, "calibrated", False)
+
+
+def test_a_killed_search_keeps_the_readout_that_auto_has_chosen(start: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killing(Callback):
+        def on_generation(self, generation: Generation) -> None:
+            if generation.generation == 3:
+                raise ConnectionError("enough")
+
+    settings = {**SETTINGS, "readout": "auto"}
+    whole = start("whole", settings)
+    with pytest.raises(ConnectionError):
+        start(settings=settings, callbacks=[Killing()])
+    other = next(name for name in FITTED if name != whole.readout.name)
+    monkeypatch.setattr(readouts, "chosen", lambda _: other)
+    assert result_bytes(start(settings=settings, resume=True)) == result_bytes(whole)
+
+
+def test_the_seconds_of_a_resumed_search_are_those_of_all_its_processes(
+    start: Tune, interrupt: Callable[[int], None]
+) -> None:
+    settings = {**SETTINGS, "readout": "auto"}
+    interrupt(2)
+    first = start(settings=settings).info.seconds
+    interrupt(3)
+    second = start(settings=settings, resume=True)
+    assert second.info.seconds > first + sum(g.seconds for g in second.history[1:])
+
+
+def test_other_threads_than_before_are_noted(
+    start: Tune, interrupt: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(2)
+    start(threads=1)
+    interrupt(-1)
+    start(threads=2, resume=True, progress=True)
+    assert "the search began with --threads 1 and no --workers; the last bits" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_first_generation_leaves_nothing(

@@ -69,8 +69,8 @@ def tune(
     settings: any of `Settings`; what is not given comes from `preset`, then from the task's preset, in a resumed run
         from that run. preset: `paper` for the original program's search, whose readout is the verbalizer.
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is complete.
-    resume: continue an interrupted or killed run to the same prompt, bit for bit, or a complete one to a larger budget,
-        as if it had been given at first; start one if there is none, and return a complete run as it is.
+    resume: continue an interrupted or killed run to the same prompt, bit for bit with as many threads, or a complete
+        one to a larger budget, as if it had been given at first; start one if there is none, return a complete one.
     overwrite: replace an existing run once the new one is complete; --resume continues one that was interrupted.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
@@ -78,10 +78,10 @@ def tune(
     callbacks: further observers of the search.
     progress: show a progress bar on a terminal, and say on standard error when a run is interrupted or was complete.
 
-    Ctrl-C ends the search early: the run then holds the best prompt so far, and its status is `interrupted`. Before
-    there is one (with the verbalizer that of the first generation, else that without a search) nothing is saved, and
-    KeyboardInterrupt is raised; so it is where `overwrite` leaves the former run. So does SIGTERM where it raises
-    KeyboardInterrupt, as in `bbt-accel tune`. A loss that is not finite ends the search likewise, and is then raised.
+    Ctrl-C ends the search early, as does SIGTERM where it raises KeyboardInterrupt: the run then holds the best prompt
+    so far, and its status is `interrupted`. Before there is one (of the first generation, or without a search where the
+    readout is fitted) nothing is saved, and KeyboardInterrupt is raised; so it is where `overwrite` leaves the former
+    run. A loss that is not finite ends the search likewise, and is then raised.
     Raises UsageError, TaskError, DataError, BundleError, EngineError, NonFiniteLoss, MissingDependency; RunError when
     the output exists or cannot be resumed.
     """
@@ -96,7 +96,7 @@ def tune(
         workspace, former, chosen = _resolve(held, bundle, task, record, output, resume, overwrite, given)
         job, info, notes = _prepare(bundle, task, data, record, chosen, workspace)
         if _continue(former, info, workspace):
-            _say("\n".join(notes), progress and bool(notes))
+            _say("\n".join([*notes, *_other_threads(former, info)]), progress)
             return _run(job, info, workspace, resume, ray, told, progress)
         _say(f"{workspace.final} is complete already; nothing to resume", progress)
         return Run.read(workspace.final)
@@ -158,7 +158,7 @@ def _resolve(
 
 
 def _continue(former: RunInfo | None, info: RunInfo, workspace: Workspace) -> bool:
-    """Whether there is anything to do; if so, `info` takes over the choice of the readout.
+    """Whether there is anything to do; if so, `info` takes over the choice of the readout, and the seconds so far.
 
     Raises RunError for a run to resume that was of other settings, rows, bundle or engine.
     """
@@ -171,8 +171,19 @@ def _continue(former: RunInfo | None, info: RunInfo, workspace: Workspace) -> bo
         found = f"{workspace.folder}, a search that is to replace {workspace.final},"
         raise RunError(f"{found} {changed}; remove it, choose another -o, or {hint}")
     info.readout = ReadoutRecord(name=former.readout.name, tried=former.readout.tried)
+    info.seconds = former.seconds
     killed = workspace.folder.exists()  # before the rename
     return former.status != "done" or killed or former.settings != info.settings  # whose budget is larger
+
+
+def _other_threads(former: RunInfo | None, info: RunInfo) -> list[str]:
+    """A note where the rest of a search is computed by other numbers of threads and workers than its beginning."""
+    if former is None:
+        return []
+    was, now = ({"--threads": run.engine.threads, "--workers": run.engine.workers} for run in (former, info))
+    found = " and ".join(f"{option} {number}" if number else f"no {option}" for option, number in was.items())
+    result = "the last bits of a loss may depend on that, and with them the result"
+    return [] if was == now else [f"the search began with {found}; {result}"]
 
 
 def _prepare(
@@ -236,10 +247,10 @@ def _run(
     """Search, and tell the callbacks, which are closed last."""
     with Callbacks(told) as callbacks:
         run, outcome = _search(job, info, workspace, resume, ray, callbacks, progress)
+        if outcome.error:
+            _say(f"{run.path} holds the best prompt of {run.info.calls} calls", progress)
+            raise outcome.error
         callbacks.end(run)
-    if outcome.error:
-        _say(f"{run.path} holds the best prompt of {run.info.calls} calls", progress)
-        raise outcome.error
     if outcome.interrupted:
         _say(f"interrupted; {run.path} holds the best prompt so far; {AGAIN} continues the search", progress)
     return run
@@ -266,10 +277,12 @@ def _search(
         if settings.fitted:
             started = perf_counter()
             readouts = ReadoutSearch(evaluator, job, start, info.readout)
+            info.readout = ReadoutRecord(name=readouts.name, tried=readouts.tried)
+            workspace.update(info)  # a search that is killed goes on with this readout
             info.baselines = _baselines(job, readouts.at_start.outputs["label_logits"][len(job.train) :])
             outcome = search(evaluator, bundle, settings, history, observe, readouts.dev, readouts.start)
             found = readouts.finish(outcome, searched=bool(len(history)))
-            info.seconds = perf_counter() - started
+            info.seconds += perf_counter() - started
         else:
             info.baselines = _baselines(job, evaluator.dev_logits(start))
             outcome = search(evaluator, bundle, settings, history, observe)
@@ -295,5 +308,5 @@ def _evaluator(job: Job, ray: str | None, progress: bool) -> Evaluator:
 
 
 def _say(line: str, progress: bool) -> None:
-    if progress:
+    if progress and line:
         note(line)

@@ -76,7 +76,7 @@ class LocalEvaluator(Evaluator):
         objective, targets = self.job.objective, self.job.train.targets
         logits = class_logits(self.train_rows.label_logits(population), self.job.classes)
         objective.score(logits, targets, first)  # raises NonFiniteLoss
-        with one_blas_thread():
+        with one_blas_thread:
             biases, losses = zip(*(fit_bias(own, targets) for own in logits), strict=True)  # each by itself
         return np.array(losses), objective.score(logits + np.array(biases)[:, None], targets)[1]
 

@@ -71,17 +71,17 @@ class Cma:
         options["CMA_diagonal"] = s.covariance == "diagonal"
         # pycma's eigendecomposition is 10 to 50 times slower with two BLAS threads on a busy machine, and its last
         # bits depend on their number.
-        with one_blas_thread():
+        with one_blas_thread:
             self._es = cma.CMAEvolutionStrategy(np.zeros(d), s.sigma, options)
 
     def ask(self) -> Float64:
         """The next population, float64 (P, d)."""
-        with one_blas_thread():
+        with one_blas_thread:
             return np.asarray(self._es.ask(), dtype=np.float64)
 
     def tell(self, candidates: Float64, losses: Float64) -> None:
         """Update with the losses (P,) of the population that was asked for."""
-        with one_blas_thread():
+        with one_blas_thread:
             self._es.tell(list(candidates), losses.tolist())
 
     @property

@@ -46,7 +46,7 @@ class ReadoutSearch:
         """All rows with a prompt, and of the outputs what the readouts need. Raises NonFiniteLoss."""
         outputs = self.evaluator.outputs(prompt, any(map(reads_states, self.names)))
         for value in outputs.values():
-            require_finite(value, "a logit or a hidden state", "use a bundle in fp32, or a smaller --sigma")
+            require_finite(value, "a logit or a hidden state")
         batch, classes = self.job.rows, self.job.classes
         words = batch.label_token_ids[len(classes) :]
         return LabelledRows(outputs, batch.targets, classes, words, self.job.settings.seed)

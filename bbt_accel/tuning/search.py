@@ -71,7 +71,7 @@ def search(
         is appended. observe: called with every generation, those already in the history included.
     dev: scores a prompt, with the verbalizer unless given. start: the prompt that the search has to surpass, if any.
     Ctrl-C ends the search with the best prompt so far, as does a loss that is not finite: resumed, the search would get
-    it again. Before the first generation both are raised, Ctrl-C only where there is no prompt to surpass.
+    it again. Before the first generation both are raised, unless there is a prompt to surpass.
     Raises NonFiniteLoss, EngineError, UsageError for a budget below one generation, RunError for the history of
     another search.
     """
@@ -97,7 +97,7 @@ def search(
             observe(generation)
     except (KeyboardInterrupt, NonFiniteLoss) as error:
         failure = error if isinstance(error, NonFiniteLoss) else None
-        if not len(history) and (failure or start is None):
+        if not len(history) and start is None:
             raise
         if undue is not None:
             best = better(best, undue, settings.fitted)

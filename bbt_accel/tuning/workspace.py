@@ -99,12 +99,17 @@ class Workspace:
             try:
                 with resumable(self.folder):
                     remove_leftovers(self.folder)
-                    write_info(self.folder, info)
+                self.update(info)
                 yield history
                 complete = True
             finally:
                 if not len(history) and not complete:
                     shutil.rmtree(self.folder, ignore_errors=True)
+
+    def update(self, info: RunInfo) -> None:
+        """Replace run.json of the search."""
+        with resumable(self.folder):
+            write_info(self.folder, info)
 
     def finish(
         self,
@@ -140,7 +145,7 @@ class Workspace:
         report: Callable[[str], object],
     ) -> None:
         generations, best = read_history(self.folder / HISTORY), outcome.best
-        first = int(info.settings.fitted)  # the call that fits the readout without a search
+        first = info.settings.calls(0)  # the call that fits the readout without a search
         calls = first if best.generation is None else generations[best.generation].calls
         info = info.model_copy()
         info.status = "interrupted" if outcome.interrupted else "done"
