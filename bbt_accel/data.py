@@ -22,6 +22,7 @@ Split = Literal["train", "test"]
 SPLIT_FILES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
 FORMS = ", ".join(suffix.removeprefix(".") for suffix in READERS if suffix != ".jsonl")
 _INTEGER = re.compile(r"\s*-?\d{1,9}\s*")
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 UNLABELLED = -1  # the label of hub data sets for rows whose label is withheld or disputed
 
 
@@ -148,11 +149,11 @@ def _label(value: object, task: Task, where: str) -> int | None:
     """The class of a label: by its name where the task has names, else an integer. None for an unlabelled row."""
     if task.classes is not None:
         name = plain(value)
-        if name in task.classes:
-            return task.classes.index(name)
+        if (known := _class_of(name, task.classes)) is not None:
+            return known
         if name == str(UNLABELLED):
             return None
-        if any(re.fullmatch(r"-?\d+", known) for known in task.classes) or not _INTEGER.fullmatch(name):
+        if any(_NUMBER.fullmatch(known) for known in task.classes) or not _INTEGER.fullmatch(name):
             hint = did_you_mean(name, task.classes)
             raise DataError(f"{where}: {task.label} is {value!r:.50}, no class of task {task.name}; {hint}")
     if isinstance(value, str) and _INTEGER.fullmatch(value):
@@ -165,3 +166,13 @@ def _label(value: object, task: Task, where: str) -> int | None:
     if not 0 <= value < task.n_classes:
         raise DataError(f"{where}: {task.label} {value} is outside 0..{task.n_classes - 1} of task {task.name}")
     return value
+
+
+def _class_of(name: str, classes: Sequence[str]) -> int | None:
+    """The class of this name, or of the same number: 1 is 1.0 in a file of another format."""
+    if name in classes:
+        return classes.index(name)
+    if not _NUMBER.fullmatch(name):
+        return None
+    same = [i for i, known in enumerate(classes) if _NUMBER.fullmatch(known) and float(known) == float(name)]
+    return same[0] if len(same) == 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 from bbt_accel.errors import DataError, UsageError
@@ -28,7 +29,8 @@ def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) 
         raise UsageError("give a text, --file FILE, or lines on standard input")
     name = "standard input" if file is None or standard else str(file)
     try:
-        content = sys.stdin.read().removeprefix("\ufeff") if file is None or standard else file.read_text("utf-8-sig")
+        given = _standard_input() if file is None or standard else file.read_bytes()
+        content = TextIOWrapper(BytesIO(given), "utf-8-sig").read()
     except UnicodeDecodeError:
         raise DataError(f"{name} is not UTF-8 text") from None
     except OSError as error:
@@ -43,7 +45,15 @@ def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) 
     return [_parse_text(line, columns, f"{name} line {number}") for number, line in enumerate(lines, 1)]
 
 
+def _standard_input() -> bytes:
+    """All of it. As text it would depend on the locale, and in some of them nothing in it would be refused."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read().encode(errors="replace") if buffer is None else bytes(buffer.read())
+
+
 def _columns(table: Table, columns: Sequence[str], file: Path) -> list[dict[str, str]]:
+    if not table.records:
+        raise DataError(f"{file} has no rows")
     for column in columns:
         if column not in table.columns:
             raise no_column(column, table.columns, file)

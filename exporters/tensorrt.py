@@ -48,7 +48,7 @@ def local_gpu() -> tuple[str, tuple[str, ...], str]:
     try:
         gpu = Cuda().gpu
     except EngineError as error:
-        raise EngineError(f"{error}; or build ahead of time with --compute-capability") from None
+        raise EngineError(f"{error}; or build ahead of time with bbt-accel optimize --compute-capability") from None
     return gpu.name, (gpu.capability,), gpu.driver
 
 

@@ -71,9 +71,28 @@ def test_lone_surrogates_become_question_marks_where_they_enter(tmp_path: Path) 
 def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": -1}, {"sentence": "b", "label": 1}])
     assert load_rows(SST2, "train", tmp_path) == [Row({"sentence": "b"}, 1)]
-    stars = SST2.model_copy(update={"classes": ["1", "5"]})
+    stars = SST2.model_copy(update={"classes": ["1", "5"], "n_classes": 2})
     jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": -1}, {"sentence": "b", "label": 5}])
     assert load_rows(stars, "train", tmp_path) == [Row({"sentence": "b"}, 1)]
+
+
+@pytest.mark.parametrize(
+    ("classes", "cells", "found"),
+    [
+        (["-1.0", "0.0", "1.0"], [-1, 0, 1, "-1", "0.0", 1.0, "+1"], [0, 1, 2, 0, 1, 2, 2]),
+        (["0.5", "1.0", "1.5", "2.0"], [2, 1.0, 0.5, "2.00"], [3, 1, 0, 3]),
+        (["01", "1"], ["01", "1", 1], [0, 1, 1]),
+    ],
+)
+def test_classes_that_are_numbers_are_found_in_every_form(
+    tmp_path: Path, classes: list[str], cells: list[object], found: list[int]
+) -> None:
+    task = SST2.model_copy(update={"classes": classes, "n_classes": len(classes)})
+    jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": cell} for cell in cells])
+    assert [row.label for row in load_rows(task, "train", tmp_path)] == found
+    jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": 3}])
+    with pytest.raises(DataError, match="label is 3, no class of task sst2"):
+        load_rows(task, "train", tmp_path)
 
 
 @pytest.mark.parametrize(

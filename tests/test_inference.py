@@ -14,7 +14,7 @@ from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.bundle import write_info as write_bundle_info
-from bbt_accel.data import load_rows
+from bbt_accel.data import Row, load_rows
 from bbt_accel.encoding import Encoder
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError, RunError, UsageError
@@ -215,6 +215,8 @@ def test_a_run_without_test_rows_says_so_before_and_after(tmp_path: Path, capsys
     few = {**SETTINGS, "k_shot": 5, "hold_out": True}
     rows = few_rows(tmp_path / "few.jsonl", 20)
     run = tune(bundle, task, data=rows, engine="dummy", output=tmp_path / "few", settings=few, progress=False)
+    with pytest.raises(DataError, match=r"class '1' has 1 rows, --k-shot 5 needs 10.*; add rows$"):
+        split_rows([Row({"text": "a"}, 0)] * 20 + [Row({"text": "b"}, 1)], 2, 5, 1)
     with pytest.raises(DataError, match="leaves no row to hold out; lower --k-shot 5"):
         evaluate(run.path)
 

@@ -58,7 +58,7 @@ from bbt_accel.population import Population
 from bbt_accel.run import Run
 from bbt_accel.serving import Limits
 from bbt_accel.serving.connection import Connection
-from bbt_accel.serving.models import make_models
+from bbt_accel.serving.models import RowModel, make_models
 from bbt_accel.serving.server import listen, serve
 
 INFER = "/v2/models/backbone/infer"
@@ -597,6 +597,27 @@ def test_waiting_longer_than_the_limit_is_503_and_the_server_stays_up(plain: Bun
         assert ask(url, "POST", INFER, body)[0] == 200
 
 
+def test_a_request_is_dropped_when_its_client_disconnects(
+    plain: Bundle, gates: type[Waiting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, infer = list[threading.Event](), RowModel.infer
+
+    def watched(self: RowModel, tensors: Any, parameters: Any, dropped: threading.Event) -> Any:
+        events.append(dropped)
+        return infer(self, tensors, parameters, dropped)
+
+    monkeypatch.setattr(RowModel, "infer", watched)
+    with running(app_of(WaitingEngine(plain))) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        connection.request("POST", INFER, json.dumps(in_json(whole(plain))).encode())
+        assert gates.entered.wait(30)
+        assert not events[0].is_set()
+        connection.close()
+        assert events[0].wait(30)
+        gates.go.set()
+        assert ask(url, "GET", "/v2/health/ready")[0] == 200
+
+
 def test_a_client_that_sends_less_than_announced_is_408(plain: Bundle) -> None:
     with running(app(plain, Limits(2**20, 200, timeout=0.3))) as url:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
@@ -610,9 +631,13 @@ def test_a_client_that_sends_less_than_announced_is_408(plain: Bundle) -> None:
 
 
 def connections(url: str, count: int, sent: bytes = b"") -> list[socket.socket]:
+    """Their buffers do not grow, so that what is not read stays with the server."""
     host, port = url.removeprefix("http://").split(":")
-    found = [socket.create_connection((host, int(port)), timeout=30) for _ in range(count)]
+    found = [socket.socket() for _ in range(count)]
     for connection in found:
+        connection.settimeout(30)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**17)
+        connection.connect((host, int(port)))
         connection.sendall(sent)
     return found
 

@@ -52,6 +52,21 @@ def test_each_line_of_standard_input_is_a_row(monkeypatch: pytest.MonkeyPatch, f
     assert read_texts([], file, ["text"]) == [{"text": "one"}, {"text": "two"}]
 
 
+@pytest.mark.parametrize("content", [b"one\r\ntwo\r\n", b"\xef\xbb\xbfone\ntwo", b"one\rtwo", b"caf\xe9"])
+def test_bytes_on_standard_input_are_read_as_those_of_a_file_whatever_the_locale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    (tmp_path / "texts.txt").write_bytes(content)
+    for file in (tmp_path / "texts.txt", None):
+        standard = io.TextIOWrapper(io.BytesIO(content), "ascii", "surrogateescape")
+        monkeypatch.setattr("sys.stdin", standard)
+        if content == b"caf\xe9":
+            with pytest.raises(DataError, match="is not UTF-8 text"):
+                read_texts([], file, ["text"])
+        else:
+            assert read_texts([], file, ["text"]) == [{"text": "one"}, {"text": "two"}]
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -111,6 +126,9 @@ def test_unreadable_files_two_sources_and_no_source_are_refused(
         read_texts([], tmp_path / "f", ["text"])
     with pytest.raises(DataError, match="cannot read"):
         read_texts([], tmp_path / "none", ["text"])
+    (tmp_path / "header.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match="has no rows"):
+        read_texts([], tmp_path / "header.csv", ["text"])
     with pytest.raises(UsageError, match="not both"):
         read_texts(["a"], tmp_path / "f", ["text"])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)

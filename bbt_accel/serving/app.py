@@ -104,18 +104,14 @@ class Service:
         async with self.timeout("the request took more than {} seconds to arrive", 408):
             body = await self.body(request)
         length = request.headers.get(HEADER_LENGTH)
-        dropped = threading.Event()
-        try:
-            async with self.timeout("the server is busy: no result within {} seconds", 503):
-                # At the timeout a running call ends where its model looks for that, a waiting one is dropped.
-                run = asyncio.get_running_loop().run_in_executor
-                read = await run(self.parsers, read_request, body, length, model.inputs, model.outputs)
-                del body
-                outputs, parameters = await run(self.engine_thread, model.infer, read.tensors, read.parameters, dropped)
-                written = (model.name, read, outputs, model.outputs, parameters)
-                content, headers = await run(self.parsers, write_response, *written)
-        finally:
-            dropped.set()
+        async with waiting(request) as dropped, self.timeout("the server is busy: no result within {} seconds", 503):
+            # When it is dropped, a running call ends where its model looks for that, one in the queue at its turn.
+            run = asyncio.get_running_loop().run_in_executor
+            read = await run(self.parsers, read_request, body, length, model.inputs, model.outputs)
+            del body
+            outputs, parameters = await run(self.engine_thread, model.infer, read.tensors, read.parameters, dropped)
+            written = (model.name, read, outputs, model.outputs, parameters)
+            content, headers = await run(self.parsers, write_response, *written)
         return Response(content, headers=headers)
 
     def model(self, request: Request) -> Model:
@@ -166,6 +162,24 @@ class Service:
                 yield
         except TimeoutError:
             raise RequestError(message.format(f"{self.limits.timeout:g}"), status) from None
+
+
+@asynccontextmanager
+async def waiting(request: Request) -> AsyncIterator[threading.Event]:
+    """An event that is set when the client of a request, whose body is read, disconnects; and when the block ends."""
+    dropped = threading.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        dropped.set()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield dropped
+    finally:
+        watching.cancel()
+        dropped.set()
 
 
 class Token:
