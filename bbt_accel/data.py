@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,7 +102,8 @@ def _from_folder(task: Task, split: Split, folder: Path) -> list[Row]:
         raise DataError(f"{folder} has no {wanted}; it holds {found}")
     for file in files:
         records = read_table(file).records
-        if file == files[-1] or any(plain(record.get(task.label)) not in ("", str(UNLABELLED)) for record in records):
+        names = {plain(record.get(task.label)) for record in records}
+        if file == files[-1] or any(name and not _unlabelled(name) for name in names):
             break
     return _rows(task, records, file)
 
@@ -147,22 +151,19 @@ def _rows(task: Task, records: Sequence[Record], source: Path | str) -> list[Row
 
 def _label(value: object, task: Task, where: str) -> int | None:
     """The class of a label: by its name where the task has names, else an integer. None for an unlabelled row."""
-    if task.classes is not None:
-        name = plain(value)
-        if (known := _class_of(name, task.classes)) is not None:
-            return known
-        if name == str(UNLABELLED):
-            return None
-        if any(_NUMBER.fullmatch(known) for known in task.classes) or not _INTEGER.fullmatch(name):
-            hint = did_you_mean(name, task.classes)
-            raise DataError(f"{where}: {task.label} is {value!r:.50}, no class of task {task.name}; {hint}")
+    name = plain(value)
+    if task.classes is not None and (known := _class_of(name, task.classes)) is not None:
+        return known
+    if _unlabelled(name):
+        return None
+    if task.classes is not None and (any(map(_NUMBER.fullmatch, task.classes)) or not _INTEGER.fullmatch(name)):
+        hint = did_you_mean(name, task.classes)
+        raise DataError(f"{where}: {task.label} is {value!r:.50}, no class of task {task.name}; {hint}")
     if isinstance(value, str) and _INTEGER.fullmatch(value):
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
         problem = f"{where}: {task.label} is {value!r:.50}, not an integer from 0 to {task.n_classes - 1}"
         raise DataError(f"{problem}; name classes of another kind in the task file: classes = [...]")
-    if value == UNLABELLED:
-        return None
     if not 0 <= value < task.n_classes:
         raise DataError(f"{where}: {task.label} {value} is outside 0..{task.n_classes - 1} of task {task.name}")
     return value
@@ -172,7 +173,21 @@ def _class_of(name: str, classes: Sequence[str]) -> int | None:
     """The class of this name, or of the same number: 1 is 1.0 in a file of another format."""
     if name in classes:
         return classes.index(name)
-    if not _NUMBER.fullmatch(name):
-        return None
-    same = [i for i, known in enumerate(classes) if _NUMBER.fullmatch(known) and float(known) == float(name)]
-    return same[0] if len(same) == 1 else None
+    number = _number(name)
+    return None if number is None else _by_number(tuple(classes)).get(number)
+
+
+@lru_cache
+def _by_number(classes: tuple[str, ...]) -> dict[Decimal, int]:
+    """The classes that are numbers, without those that are the same number."""
+    numbers = list(map(_number, classes))
+    count = Counter(numbers)
+    return {number: i for i, number in enumerate(numbers) if number is not None and count[number] == 1}
+
+
+def _number(name: str) -> Decimal | None:
+    return Decimal(name) if _NUMBER.fullmatch(name) else None
+
+
+def _unlabelled(name: str) -> bool:
+    return _number(name) == UNLABELLED

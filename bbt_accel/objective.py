@@ -164,7 +164,7 @@ class Objective:
             problem = (
                 f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite)"
             )
-            raise NonFiniteLoss(f"{problem}; {IN_FP32}, or search with a smaller --alpha")
+            raise NonFiniteLoss(f"{problem}; {IN_FP32} or, with the normal projection, a smaller --alpha")
         sums = dict(zip(COLUMNS, found.T, strict=True))
         if self.metric == "accuracy":
             metrics = sums["correct"] / len(targets)

@@ -105,4 +105,10 @@ class OneBlasThread(AbstractContextManager[None]):
 
 
 one_blas_thread = OneBlasThread()
-_controller = cache(ThreadpoolController)
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    import scipy.linalg  # noqa: F401 - with a BLAS of its own, which is not limited unless it is loaded now
+
+    return ThreadpoolController()

@@ -205,7 +205,7 @@ class RunInfo(Manifest):
             return ""
         instruction, shown = self.task.context.instruction, len(self.demonstrations)
         texts = [repr(instruction)] if instruction else []
-        return ", then ".join([*texts, f"{shown} labelled train rows"] if shown else texts)
+        return ", then ".join([*texts, f"{shown} labelled train row{'s' * (shown > 1)}"] if shown else texts)
 
     def verdict(self) -> str | None:
         """In words, which of the baselines the result does not surpass on the dev rows; None if it surpasses all."""

@@ -80,7 +80,7 @@ def examples(count: int, k: int, parts: int | None) -> int:
 
 def require_examples(counts: Mapping[str, int], k: int, parts: int | None, hint: str) -> None:
     """Raises DataError for the rarest class if it has too few rows for train and dev. hint: how to help where k asks
-    for them, and it has two."""
+    for them, and the class has two rows."""
     name = min(counts, key=lambda name: counts[name])
     if (count := counts[name]) < 2 * examples(count, k, parts):
         needed = f"--k-shot {k} needs {2 * k} (train and dev); {hint if count > 1 else 'add rows'}"

@@ -46,7 +46,7 @@ def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) 
 
 
 def _standard_input() -> bytes:
-    """All of it. As text it would depend on the locale, and in some of them nothing in it would be refused."""
+    """All bytes. Read as text, they would be decoded by the locale, and some locales accept any byte."""
     buffer = getattr(sys.stdin, "buffer", None)
     return sys.stdin.read().encode(errors="replace") if buffer is None else bytes(buffer.read())
 

@@ -26,7 +26,7 @@ from bbt_accel.benchmarks.options import (
     parse_contender,
     readout_of,
 )
-from bbt_accel.bundle import Bundle
+from bbt_accel.bundle import Bundle, Method
 from bbt_accel.data import labels, rows_digest, task_folders
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
@@ -160,16 +160,14 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
 
 
 def check_searches(task: Task, options: CompareOptions) -> None:
-    """Raises UsageError for settings that exclude each other, and for a search by bbt that no budget pays for.
-
-    How many layers bbtv2 has is not known yet.
-    """
+    """Raises UsageError for settings that exclude each other, and for a search that no budget pays for."""
     for name, given in map(parse_contender, options.contenders):
         if name in SEARCHES:
+            method: Method = "bbtv2" if name == "bbtv2" else "bbt"
             largest = {"readout": readout_of(name), "budget": max(options.budgets)}
-            settings = resolve(task.preset("bbt"), given, largest)
+            settings = resolve(task.preset(method), given, largest)
             check_together(settings, given)
-            settings.check_budget("bbtv2" if name == "bbtv2" else "bbt")
+            settings.check_budget(method)
 
 
 def asked(job: PoolJob, data: str) -> dict[str, Any]:

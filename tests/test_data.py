@@ -72,7 +72,8 @@ def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": -1}, {"sentence": "b", "label": 1}])
     assert load_rows(SST2, "train", tmp_path) == [Row({"sentence": "b"}, 1)]
     stars = SST2.model_copy(update={"classes": ["1", "5"], "n_classes": 2})
-    jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": -1}, {"sentence": "b", "label": 5}])
+    unlabelled = [{"sentence": "a", "label": label} for label in (-1, "-1", -1.0, "-1.0")]
+    jsonl(tmp_path / "train.jsonl", [*unlabelled, {"sentence": "b", "label": 5}])
     assert load_rows(stars, "train", tmp_path) == [Row({"sentence": "b"}, 1)]
 
 
@@ -82,6 +83,7 @@ def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
         (["-1.0", "0.0", "1.0"], [-1, 0, 1, "-1", "0.0", 1.0, "+1"], [0, 1, 2, 0, 1, 2, 2]),
         (["0.5", "1.0", "1.5", "2.0"], [2, 1.0, 0.5, "2.00"], [3, 1, 0, 3]),
         (["01", "1"], ["01", "1", 1], [0, 1, 1]),
+        (["9007199254740992", "9007199254740993"], [9007199254740993, "9007199254740992.0"], [1, 0]),
     ],
 )
 def test_classes_that_are_numbers_are_found_in_every_form(

@@ -90,10 +90,11 @@ def made(tiny: Export, gpu: Any, planned: Path, tmp_path: Path) -> Callable[...,
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine for CUDA with the CPU as its device."""
+    """The engine for CUDA with the CPU as its device, in a version that has graphs."""
     monkeypatch.setattr(OrtCudaEngine, "provider", "CPUExecutionProvider")
     monkeypatch.setattr(OrtCudaEngine, "memory", "cpu")
     monkeypatch.setattr(ort_cuda, "find_cuda", lambda: None)
+    monkeypatch.setattr(onnxruntime, "__version__", ort_cuda.ORT_GRAPHS_SINCE)
     monkeypatch.setattr(OrtCudaEngine, "providers", lambda self, more: ["CPUExecutionProvider"])
 
 

@@ -117,7 +117,7 @@ def test_a_model_card_has_the_scores_and_the_licence(run: Run) -> None:
 
 
 def test_a_model_card_says_what_is_in_front_of_every_row_of_a_decoder(run: Run) -> None:
-    assert "in front of it" not in model_card(run.info)
+    assert "before every row" not in model_card(run.info)
     of_decoder = {"context": Context(instruction="Topic?"), "templates": {"causal": "{text} {mask}"}}
     decoder = {
         "bundle": run.info.bundle.model_copy(update={"template_group": "causal"}),
@@ -125,7 +125,7 @@ def test_a_model_card_says_what_is_in_front_of_every_row_of_a_decoder(run: Run) 
         "demonstrations": [Row({"text": "a"}, 0)] * 4,
     }
     card = model_card(run.info.model_copy(update=decoder))
-    assert "| in front of it | 'Topic?', then 4 labelled train rows |\n| label words |" in card
+    assert "| before every row | 'Topic?', then 4 labelled train rows |\n| label words |" in card
 
 
 def test_a_portable_copy_is_a_run(run: Run) -> None:

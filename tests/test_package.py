@@ -133,7 +133,7 @@ def test_the_context_of_a_decoder_and_its_begin_token(made: MakeRun, tmp_path: P
     assert run.info.demonstrations
     folder, info = package(run, tmp_path)
     agrees(run, folder, info, TEXTS[:4] + HARD[:3])
-    assert "| in front of it | 2 labelled train rows |" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "| before every row | 2 labelled train rows |" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_line_breaks_that_a_task_cleans(made: MakeRun, tmp_path: Path) -> None:

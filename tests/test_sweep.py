@@ -280,6 +280,12 @@ def test_options_override_the_toml_file(toy: dict[str, Any], tmp_path: Path) -> 
     assert [trial.seed for trial in found.trials()] == [5]
 
 
+@pytest.mark.usefixtures("in_process", "without_plots")
+def test_settings_that_do_not_apply_are_not_taken_for_given_ones(toy: dict[str, Any], tmp_path: Path) -> None:
+    report = sweep(tmp_path / "sweep", {**toy, "settings": {**FAST, "random_proj": "uniform"}})
+    assert [trial.status for trial in report.trials] == ["done", "done"]
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -198,7 +198,7 @@ def test_a_killed_search_keeps_the_readout_that_auto_has_chosen(start: Tune, mon
     assert result_bytes(start(settings=settings, resume=True)) == result_bytes(whole)
 
 
-def test_the_seconds_of_a_resumed_search_are_those_of_all_its_processes(
+def test_the_seconds_of_a_resumed_search_include_those_before_its_interruption(
     start: Tune, interrupt: Callable[[int], None]
 ) -> None:
     settings = {**SETTINGS, "readout": "auto"}
@@ -216,7 +216,7 @@ def test_other_threads_than_before_are_noted(
     start(threads=1)
     interrupt(-1)
     start(threads=2, resume=True, progress=True)
-    assert "the search began with --threads 1 and no --workers; the last bits" in capsys.readouterr().err
+    assert "so far the search ran with --threads 1, now with --threads 2; the last bits" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_first_generation_leaves_nothing(

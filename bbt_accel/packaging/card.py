@@ -118,7 +118,7 @@ def card_facts(info: PackageInfo, run: RunInfo) -> dict[str, object]:
         "precision": info.precision + (f", calibrated on {info.calibrated_on}" if info.calibrated_on else ""),
         "task": f"{run.task.name}; text: {', '.join(info.columns)}",
         "template": repr(run.task.template(info.template_group)),
-        **({"in front of it": run.context} if run.context else {}),
+        **({"before every row": run.context} if run.context else {}),
         "label words": "; ".join(", ".join(own) for own in run.task.all_words(info.template_group)),
         "labels": ", ".join(f"{i} = {label}" for i, label in enumerate(info.labels)),
         "readout": info.readout,

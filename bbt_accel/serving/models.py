@@ -200,6 +200,7 @@ class RowModel(Model):
         self.outputs = outputs
 
     def infer(self, tensors: Tensors, parameters: dict[str, Any], dropped: Event) -> tuple[Tensors, dict[str, str]]:
+        require_waiting(dropped)
         for spec in self.own:
             if not self.require(tensors, spec.name).size or not np.isfinite(tensors[spec.name]).all():
                 raise RequestError(f"input {spec.name} must have finite numbers, at least one")

@@ -169,8 +169,8 @@ def every_setting(trial: Trial) -> dict[str, Any]:
     """
     settings = trial.search_settings
     causal = Bundle.read(trial.bundle, verify=False).info.causal
-    unused = {"loss"} if settings.fitted else set()
-    return settings.model_dump(exclude=unused if causal else unused | {"demonstrations"}) | trial.settings
+    inapplicable = {"loss": settings.fitted, "alpha": settings.random_proj == "uniform", "demonstrations": not causal}
+    return settings.model_dump(exclude={name for name, unused in inapplicable.items() if unused}) | trial.settings
 
 
 def finished(trials: list[Trial], folder: Path) -> dict[str, TrialResult]:

@@ -70,7 +70,7 @@ def tune(
         from that run. preset: `paper` for the original program's search, whose readout is the verbalizer.
     output: the run's folder, ./runs/TASK-METHOD-ENGINE-SEED unless given. It appears when the run is complete.
     resume: continue an interrupted or killed run to the same prompt, bit for bit with as many threads, or a complete
-        one to a larger budget, as if it had been given at first; start one if there is none, return a complete one.
+        one to a larger budget, as if it had been given at first (else return it as it is); start one if there is none.
     overwrite: replace an existing run once the new one is complete; --resume continues one that was interrupted.
     workers: evaluate each population in N processes, each with an engine of its own and `threads` threads, or an equal
         share of the cores. ray: address of the Ray cluster to run them on; this machine unless given.
@@ -181,9 +181,10 @@ def _other_threads(former: RunInfo | None, info: RunInfo) -> list[str]:
     if former is None:
         return []
     was, now = ({"--threads": run.engine.threads, "--workers": run.engine.workers} for run in (former, info))
-    found = " and ".join(f"{option} {number}" if number else f"no {option}" for option, number in was.items())
+    changed = [option for option in was if was[option] != now[option]]
+    so_far, then = (" and ".join(f"{o} {of[o]}" if of[o] else f"no {o}" for o in changed) for of in (was, now))
     result = "the last bits of a loss may depend on that, and with them the result"
-    return [] if was == now else [f"the search began with {found}; {result}"]
+    return [f"so far the search ran with {so_far}, now with {then}; {result}"] if changed else []
 
 
 def _prepare(
@@ -248,7 +249,8 @@ def _run(
     with Callbacks(told) as callbacks:
         run, outcome = _search(job, info, workspace, resume, ray, callbacks, progress)
         if outcome.error:
-            _say(f"{run.path} holds the best prompt of {run.info.calls} calls", progress)
+            held = f"the best prompt of {run.info.calls} calls" if run.history else "the readout without a search"
+            _say(f"{run.path} holds {held}", progress)
             raise outcome.error
         callbacks.end(run)
     if outcome.interrupted:
@@ -290,6 +292,7 @@ def _search(
         if outcome.interrupted and workspace.keeps_former(info, history):
             again = f"{AGAIN} continues the new search" if len(history) else "nothing is saved of the new search"
             _say(f"{workspace.final} is still the former run{'' if outcome.error else f'; {again}'}", progress)
+            workspace.update(info)
             raise outcome.error or KeyboardInterrupt
     return workspace.finish(info, *found, lambda line: _say(line, progress)), outcome
 
