@@ -132,5 +132,5 @@ def test_its_engine_is_listed_and_runs_where_it_says(cli: Cli, tmp_path: Path) -
     assert json.loads(cli("doctor", "--json").stdout)["engines"]["toy"]["runs"]
     wrong = cli("tune", "--bundle", tmp_path, "--task", "demo", "--engine", "tyo", "-o", tmp_path / "run")
     assert (wrong.returncode, "did you mean toy?" in wrong.stderr) == (2, True)
-    refused = cli("optimize", tmp_path, "-o", tmp_path / "made", "--target", "toy", "--int8")
+    refused = cli("optimize", tmp_path / "bundle", "-o", tmp_path / "made", "--target", "toy", "--int8")
     assert (refused.returncode, "--target toy supports fp32, not int8" in refused.stderr) == (2, True)
