@@ -208,11 +208,14 @@ class Encoder:
         """
         if self.bundle.info.prompt_ids is not None:
             return tuple(self.bundle.info.prompt_ids)
-        wanted, ordinary = np.arange(self.bundle.info.n_prompt_tokens) + FIRST_PROMPT_ID, self._ordinary()
-        if not len(ordinary):
+        n, size = self.bundle.info.n_prompt_tokens, self.bundle.info.vocab_size
+        wanted = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + n)
+        if wanted.stop <= size and self.special.isdisjoint(wanted) and all(map(self.token_text, wanted)):
+            return tuple(wanted)
+        ordinary = self._ordinary().tolist()
+        if not ordinary:
             raise BundleError(f"{self.bundle.path} has a vocabulary of special tokens alone; export it again")
-        chosen = wanted if np.isin(wanted, ordinary).all() else ordinary[wanted % len(ordinary)]
-        return tuple(chosen.tolist())
+        return tuple(ordinary[i % len(ordinary)] for i in wanted)
 
     def ids(self, fields: Sequence[Fields]) -> list[list[int]]:
         """Token ids of each row, before truncation."""

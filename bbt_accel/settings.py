@@ -120,16 +120,24 @@ def as_given(settings: Mapping[str, object] | None, preset: Preset | None = None
     return implied | (PRESETS[preset] if preset else {}) | given
 
 
-def check_given(settings: Settings, given: Mapping[str, object], info: BundleInfo) -> None:
-    """Raises UsageError for settings that were given and do not apply; those of a task's preset are ignored then."""
-    if given.get("demonstrations") and not info.causal:
-        raise UsageError(f"--demonstrations is for decoders; {info.backbone} is an {info.architecture}")
-    check_together(settings, given)
+def without_effect(settings: Settings, info: BundleInfo | None = None) -> dict[str, str]:
+    """Settings that another one, or this bundle, leaves without effect, each with what an error says of it."""
+    found = dict[str, str]()
+    if info is not None and settings.demonstrations and not info.causal:
+        problem = f"--demonstrations is for decoders; {info.backbone} is an {info.architecture}"
+        found["demonstrations"] = problem
+    if settings.random_proj == "uniform":
+        found["alpha"] = "--alpha is the scale of the normal projection; omit it with --random-proj uniform"
+    if settings.fitted and settings.loss != "ce":
+        found["loss"] = f"--loss {settings.loss} is for --readout verbalizer; others minimize the cross entropy"
+    return found
 
 
-def check_together(settings: Settings, given: Mapping[str, object]) -> None:
-    """Raises UsageError for settings that were given and that another one leaves without effect."""
-    if settings.random_proj == "uniform" and given.get("alpha") is not None:
-        raise UsageError("--alpha is the scale of the normal projection; omit it with --random-proj uniform")
-    if settings.fitted and given.get("loss") not in (None, "ce"):
-        raise UsageError(f"--loss {given['loss']} is for --readout verbalizer; others minimize the cross entropy")
+def check_given(settings: Settings, given: Mapping[str, object], info: BundleInfo | None = None) -> None:
+    """Raises UsageError for settings that were given and have no effect; those of a task's preset are ignored then.
+
+    info: of the bundle, once it is known.
+    """
+    for name, problem in without_effect(settings, info).items():
+        if given.get(name) is not None:
+            raise UsageError(problem)

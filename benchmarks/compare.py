@@ -23,10 +23,11 @@ from bbt_accel.benchmarks.options import (
     CompareOptions,
     bundle_of,
     check_reference,
+    method_of,
     parse_contender,
     readout_of,
 )
-from bbt_accel.bundle import Bundle, Method
+from bbt_accel.bundle import Bundle
 from bbt_accel.data import labels, rows_digest, task_folders
 from bbt_accel.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
@@ -38,7 +39,7 @@ from bbt_accel.machine import describe_machine
 from bbt_accel.objective import Objective, most_frequent
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
-from bbt_accel.settings import FITTED, check_together, resolve
+from bbt_accel.settings import FITTED, check_given, resolve
 from bbt_accel.splits import check_rows, load_few_shot
 from bbt_accel.sweeps.grid import check_names
 from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
@@ -163,10 +164,10 @@ def check_searches(task: Task, options: CompareOptions) -> None:
     """Raises UsageError for settings that exclude each other, and for a search that no budget pays for."""
     for name, given in map(parse_contender, options.contenders):
         if name in SEARCHES:
-            method: Method = "bbtv2" if name == "bbtv2" else "bbt"
+            method = method_of(name)
             largest = {"readout": readout_of(name), "budget": max(options.budgets)}
             settings = resolve(task.preset(method), given, largest)
-            check_together(settings, given)
+            check_given(settings, given)
             settings.check_budget(method)
 
 

@@ -129,7 +129,12 @@ class CompareOptions(Schema):
 def bundle_of(contender: str) -> str:
     """The bundle that a contender reads, a key of `prepare`'s: of its method, or as exported, to train it."""
     name, _ = parse_contender(contender)
-    return "bbt exported" if name in REFERENCES else name if name in get_args(Method) else "bbt"
+    return "bbt exported" if name in REFERENCES else method_of(name)
+
+
+def method_of(search: str) -> Method:
+    """The method of a search among the contenders."""
+    return "bbtv2" if search == "bbtv2" else "bbt"
 
 
 def readout_of(search: str) -> str:

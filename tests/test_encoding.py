@@ -203,6 +203,9 @@ def test_only_tokens_of_the_tokenizer_are_prompt_or_feature_where_the_embedding_
     encoder = Encoder(padded, SST2)
     assert set(encoder.feature_token_ids(seed=1)) == {1, *range(5, 200)}, "[UNK] and every ordinary token, no other"
     assert encoder.encode([Row({"sentence": "a"})]).input_ids[0, 1:51].max() < 200
+    bundle = tiny_bundle(tmp_path, "bert", size=1020, n=50, max_length=100)
+    padded = Bundle(bundle.path, bundle.info.model_copy(update={"vocab_size": 1100}))
+    assert Encoder(padded, SST2).encode([Row({"sentence": "a"})]).input_ids[0, 1:51].max() < 1020
 
 
 def test_a_template_that_is_too_long_is_refused(tmp_path: Path) -> None:

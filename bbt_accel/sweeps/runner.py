@@ -15,6 +15,7 @@ from bbt_accel.errors import BbtError, RunError, UsageError, check_known
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
 from bbt_accel.reporting import write_report
+from bbt_accel.settings import without_effect
 from bbt_accel.splits import check_rows
 from bbt_accel.sweeps.cross_evaluation import cross_evaluate
 from bbt_accel.sweeps.grid import PRESETS, RUN, Sweep, Trial, preset_names, read_sweep
@@ -168,9 +169,8 @@ def every_setting(trial: Trial) -> dict[str, Any]:
     Without those of a preset that do not apply here, and that `tune` therefore refuses where they are given.
     """
     settings = trial.search_settings
-    causal = Bundle.read(trial.bundle, verify=False).info.causal
-    inapplicable = {"loss": settings.fitted, "alpha": settings.random_proj == "uniform", "demonstrations": not causal}
-    return settings.model_dump(exclude={name for name, unused in inapplicable.items() if unused}) | trial.settings
+    info = Bundle.read(trial.bundle, verify=False).info
+    return settings.model_dump(exclude={*without_effect(settings, info)}) | trial.settings
 
 
 def finished(trials: list[Trial], folder: Path) -> dict[str, TrialResult]:
