@@ -124,7 +124,8 @@ def check_history(generations: Sequence[Generation], settings: Settings, layers:
     most: generations within the budget.
     """
     if len(generations) > most:
-        raise RunError(f"the run cannot be resumed: it has {len(generations)} generations, its budget {most}")
+        problem = f"the run cannot be resumed: it has {len(generations)} generations, its budget {most}"
+        raise RunError(f"{problem}; tune again")
     for g in generations:
         unscored = g.generation == most - 1 and g.dev_score is None
         for name, wanted, found in (

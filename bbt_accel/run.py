@@ -290,9 +290,11 @@ class Run:
         for name in PROMPT_FACTS:
             found, wanted = getattr(bundle.info, name), getattr(record, name)
             if found != wanted and not (name == "backbone" and names_path(found, wanted)):
-                raise BundleError(f"{override} has the {name} {found}, the prompt of {self.path} needs {wanted}")
-        if bundle.info.prompt_shape != self.prompt.shape:
-            raise BundleError(f"{override} takes prompts {bundle.info.prompt_shape}, not {self.prompt.shape}")
+                problem = f"{override} has the {name} {found}, the prompt of {self.path} needs {wanted}"
+                raise BundleError(f"{problem}; pass a bundle that was exported as the run's was")
+        if (takes := bundle.info.prompt_shape) != self.prompt.shape:
+            problem = f"{override} takes prompts {takes}, not {self.prompt.shape}, that of {self.path}"
+            raise BundleError(f"{problem}; pass a bundle with as many prompt tokens")
         return bundle
 
 

@@ -78,7 +78,8 @@ def optimize_bundle(
     converter.prepare(compute_capability)
     bundle = Bundle.read(source)
     if bundle.info.target != "onnx":
-        raise BundleError(f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})")
+        problem = f"{source} is optimized already ({bundle.info.precision}, {bundle.info.target})"
+        raise BundleError(f"{problem}; optimize the bundle that export wrote")
     rows = TaskRows(bundle, calibrate, data)
     refused = translated(BundleError, f"{source} cannot be optimized")
     with new_folder(output) as folder, limited_threads(threads), without_links(bundle) as bundle, refused:
@@ -240,7 +241,8 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> dict[str,
         made, label_logits = job.target.emulated(made, Path(folder)), job.target.label_logits
         logits = label_logits(made, job.batch, job.prompts) if logits is None else logits
         if not np.isfinite(logits).all():
-            raise ExportError(f"the {job.precision} bundle has NaN or infinite logits on real rows")
+            problem = f"the {job.precision} bundle has NaN or infinite logits on real rows"
+            raise ExportError(f"{problem}; choose another precision")
         shortest = np.argsort(lengths(job.batch), kind="stable")[:8]  # which have room for padding, if any have
         rows = job.batch.rows(shortest)
         padded = rows.padded(padded_length(rows, made.info.max_length), made.info.special.pad)
