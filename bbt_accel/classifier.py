@@ -60,7 +60,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     seed: of the split into rows to fit on and to choose by, of the projection and of the search.
     template: how a text is written for the backbone, e.g. "{text} It was {mask} ."; a text's columns are `text`, of
         pairs `text1` and `text2`, of mappings their own names.
-    label_words: a word for each class, in the order of `classes_`; the labels themselves unless given.
+    label_words: a word, or a list of words, for each class, in the order of `classes_`; the labels unless given.
     k_shot: examples per class to fit on, and as many to choose by; unless given 16, but at most half of a class.
     balanced: treat all classes as equally frequent; otherwise a fitted readout expects them as frequent as in y.
     callbacks, track: as in `tune`; callbacks are not saved.
@@ -85,7 +85,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         readout: ReadoutChoice = "auto",
         budget: int | None = FIT_BUDGET,
         template: str | None = None,
-        label_words: Sequence[str] | None = None,
+        label_words: Sequence[str | list[str]] | None = None,
         method: Method = "bbt",
         prompt_mode: PromptMode = "add",
         n_prompt_tokens: int = FIT_PROMPT_TOKENS,
@@ -162,7 +162,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         settings: dict[str, object] = {"readout": self.readout, "seed": self.seed}
         settings["budget"] = FIT_BUDGET if self.budget is None else self.budget
         settings |= {} if self.k_shot is None else {"k_shot": self.k_shot}
-        resolve(settings).check_budget(self.method)
+        resolve(settings).check_budget()
         return settings | examples_per_class(counts, self.k_shot)
 
     def _prepared(self, choice: Choice) -> Bundle:
@@ -329,7 +329,7 @@ def of_run(info: RunInfo) -> dict[str, Any]:
     parameters = {
         "backbone": bundle.backbone, "engine": info.engine.name, "precision": bundle.precision,
         "method": bundle.method, "prompt_mode": bundle.prompt_mode, "n_prompt_tokens": info.prompt_shape[-2],
-        "template": group and info.task.template(group), "label_words": group and info.task.words(group),
+        "template": group and info.task.template(group), "label_words": group and info.task.label_words[group],
         "readout": settings.readout, "budget": settings.budget, "seed": settings.seed,
         "k_shot": None if settings.allow_rare_classes and settings.k_shot == DEFAULTS.k_shot else settings.k_shot,
         "balanced": set(info.task.class_shares or [1]) == {1},  # `fit` counts two rows of each class at least
@@ -348,6 +348,15 @@ def check_columns(rows: Sequence[Mapping[str, str]], labels: Any) -> None:
             )
 
 
+def check_column_names(names: Sequence[object]) -> None:
+    """Raises DataError for a table's columns of the same name, and for one whose name is no text."""
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise DataError(f"X has a column named {name!r:.50}, which is no text; rename it, or pass it alone")
+        if name in names[:i]:
+            raise DataError(f"X has two columns named {name!r:.50}; rename or drop one")
+
+
 def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """Texts by column. columns: the names of texts without one, if there are as many.
 
@@ -358,6 +367,7 @@ def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     elif hasattr(X, "to_dicts"):  # a polars DataFrame
         X = X.to_dicts()
     elif hasattr(X, "columns") and hasattr(X, "to_dict"):  # a pandas DataFrame, of which iteration gives the columns
+        check_column_names(list(X.columns))
         X = X.to_dict("records")
     elif isinstance(X, (str, Mapping)) or not isinstance(X, Iterable) or getattr(X, "ndim", 1) == 0:
         raise DataError(f"X is {X!r:.50}; give a list of texts, of tuples of texts or of mappings of texts")
@@ -394,6 +404,8 @@ def as_labels(y: Any) -> Any:
         if any(not plain(label) for label in values.ravel().tolist()):
             raise DataError("y has missing labels (Input contains NaN); remove those rows")
         labels = column_or_1d(values, warn=True)
+        if labels.dtype.kind in "mM":
+            raise DataError(f"y has the label {labels[0]}; give dates and durations as texts")
         check_classification_targets(labels)
         classes = np.unique(labels)  # labels of several kinds have no order
     if unwritable := [name for name in map(str, classes.tolist()) if as_utf8(name) != name]:

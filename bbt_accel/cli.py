@@ -303,7 +303,7 @@ def compare(
     report = run_compare(tasks, output, compare_options(**options), progress=not as_json, **execution)
     printing.print_bench(output, as_json)
     if report.failures:
-        raise BbtError(f"trials that failed: {len(report.failures)}; retry them with --resume")
+        raise BbtError(f"trials that failed: {len(report.failures)}; repeat the command with --resume")
 
 
 @command(MEASURE, "doctor --json")

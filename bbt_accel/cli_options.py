@@ -17,6 +17,7 @@ from bbt_accel.option_types import (
     BACKBONE,
     FIT_BUDGET,
     FIT_PROMPT_TOKENS,
+    JOBS,
     MAX_RMSE,
     METHOD,
     PROMPT_MODE,
@@ -100,7 +101,7 @@ class OptimizeOptions(Schema):
     fp16: bool = Field(default=False, description="Half precision, for GPUs.")
     bf16: bool = Field(default=False, description="bfloat16, for GPUs, and CPUs with AVX512_BF16 or AMX.")
     int8: bool = Field(default=False, description="8-bit integers, for CPUs.")
-    int4: bool = Field(default=False, description="Weights alone in 4 bits, for less memory.")
+    int4: bool = Field(default=False, description="4-bit weights alone, to save memory.")
     target: Annotated[str, _TARGET, Field(description=f"Engine to optimize for: {_TARGETS}, or a plug-in's.")] = (
         DEFAULT_ENGINE
     )
@@ -132,7 +133,7 @@ class FitOptions(Schema):
     readout: ReadoutChoice = Field(default="auto", description="How classes are read, as in tune.")
     budget: Budget = FIT_BUDGET
     k_shot: KShot | None = None
-    """Examples per class to search with, and as many to choose by (default: 16, but at most a third of a class)."""
+    """Examples per class to search with, and again in the dev set (default: 16, but at most a third of a class)."""
     balanced: bool = Field(default=False, description="Treat all classes as equally frequent (default: as in FILE).")
     seed: Seed = DEFAULTS.seed
     threads: AllCores = None
@@ -186,9 +187,9 @@ class ServeOptions(Schema):
     max_request_mib: int = Field(
         default=Limits.request_bytes // 2**20, ge=1, description="Largest request body, in MiB."
     )
-    max_batch: int = Field(default=Limits.batch, ge=1, description="Most rows times candidates per request.")
+    max_batch: int = Field(default=Limits.batch, ge=1, description="Maximum rows times candidates per request.")
     max_tokens: Count | None = Field(
-        default=None, description="Tokens of a row, at most (default: what the backbone takes); texts are truncated."
+        default=None, description="Maximum tokens per row (default: what the backbone takes); texts are truncated."
     )
     keep_rows: int = Field(
         default=Limits.cached_batches, ge=1, description="Batches of rows cached for later requests."
@@ -231,12 +232,11 @@ class RunExecution(Execution):
 
 class CompareExecution(Schema):
     ray: Ray = None
-    resume: bool = Field(default=False, description="Continue a comparison; finished trials are kept.")
+    resume: bool = Field(default=False, description="Continue a comparison by the same command; keeps finished trials.")
 
 
 class SweepExecution(Schema):
-    jobs: Count | None = None
-    """Trials at a time (default: 1; with --ray: one per node or GPU)."""
+    jobs: Count | None = Field(default=None, description=JOBS)
     threads: Threads | None = None
     """CPU threads per trial (default: its share of the cores)."""
     ray: Ray = None

@@ -25,6 +25,7 @@ Split = Literal["train", "test"]
 SPLIT_FILES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
 FORMS = ", ".join(suffix.removeprefix(".") for suffix in READERS if suffix != ".jsonl")
 _INTEGER = re.compile(r"\s*-?\d{1,9}\s*")
+_DIGIT = re.compile(r"\d")  # in the name of a class: 1 may mean "1 star", not the second class
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 UNLABELLED = -1  # the label of hub data sets for rows whose label is withheld or disputed
 
@@ -156,7 +157,7 @@ def _label(value: object, task: Task, where: str) -> int | None:
         return known
     if _unlabelled(name):
         return None
-    if task.classes is not None and (any(map(_NUMBER.fullmatch, task.classes)) or not _INTEGER.fullmatch(name)):
+    if task.classes is not None and (any(map(_DIGIT.search, task.classes)) or not _INTEGER.fullmatch(name)):
         hint = did_you_mean(name, task.classes)
         raise DataError(f"{where}: {task.label} is {value!r:.50}, no class of task {task.name}; {hint}")
     if isinstance(value, str) and _INTEGER.fullmatch(value):

@@ -89,8 +89,12 @@ def translated(kind: type[BbtError], what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error message; the name of its class where the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error message, and the next one if that is what it announces.
+
+    The name of its class where the message is empty.
+    """
+    first, *others = filter(None, map(str.strip, (str(error).strip() or type(error).__name__).splitlines()))
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 def missing_module(error: ImportError) -> str:

@@ -131,7 +131,7 @@ def fit_file(
     if not overwrite and (former := find_info(output)) is not None:
         require_same(former, output, task_name(file), chosen)
     settings, choice = resolve(chosen), choose(engine, precision)
-    settings.check_budget(method)
+    settings.check_budget()
     with progress_bar(f"preparing {backbone}", progress) as tell:
         bundle = prepared_bundle(backbone, choice, method, n_prompt_tokens, tell, threads=threads)
     shares = [1] * len(counts) if balanced else class_shares(table, label, counts)
@@ -239,7 +239,7 @@ def make_task(
     classes: Sequence[str],
     bundle: Bundle,
     template: str | None = None,
-    label_words: Sequence[str] = (),
+    label_words: Sequence[str | list[str]] = (),
     *,
     class_shares: Sequence[float],
 ) -> Task:

@@ -22,6 +22,8 @@ BACKBONE = "Hub id, checkpoint folder, .gguf file, or demo (shipped with bbt-acc
 METHOD = "bbt: a prompt at the input; bbtv2: a prompt in every layer."
 PROMPT_MODE = "add: added to the embeddings of the first tokens; cat: prepended to the input (bbt only)."
 
+JOBS = "Trials at a time (default: 1; with --ray: one per node or GPU)."
+
 Count = Annotated[int, Field(ge=1)]
 PromptTokens = Annotated[int, Field(ge=1, le=2**16, description="Soft prompt vectors, n.")]
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]

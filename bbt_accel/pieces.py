@@ -20,7 +20,8 @@ class Pieces:
 
     def __init__(self, bundle: Bundle) -> None:
         self.tokenizer, self._info = read_tokenizer(bundle), bundle.info
-        self.special = special_ids(self.tokenizer)
+        mask = bundle.info.special.mask  # mT5's is no special token of its tokenizer
+        self.special = special_ids(self.tokenizer) | ({mask} if mask is not None else set())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. A unigram vocabulary has its special tokens as pieces too; none is let through."""

@@ -66,7 +66,7 @@ class EngineRecord(BaseModel, extra="forbid"):
 
     name: str = Field(description="torch, ort, openvino, trt, remote, or that of a plugin.")
     device: str = Field(description="cpu, cuda or cuda:N.")
-    threads: int | None = Field(description="Of the CPU; None for all cores.")
+    threads: int | None = Field(description="CPU threads; None for all cores.")
     workers: int | None = Field(default=None, description="Processes that shared the evaluation, besides the search's.")
     without: list[str] = Field(description="Optimizations that were switched off.")
     url: str | None = Field(default=None, description="Address of the server, for the engine `remote`.")
@@ -112,7 +112,7 @@ class Baselines(BaseModel, extra="forbid"):
 
     chance: float = Field(description="Of a class drawn at random.")
     majority: float = Field(description="Of always predicting the most frequent class.")
-    without_prompt: float = Field(description="Of the label words, without a prompt.")
+    without_prompt: float = Field(description="Of the label words, before the search.")
     calibrated: float = Field(description="Of the same with each class's mean log-probability removed.")
 
     @classmethod
@@ -164,7 +164,7 @@ class RunInfo(Manifest):
     readout: ReadoutRecord = Field(default=ReadoutRecord(), description="How classes are read.")
     seconds: float = Field(default=0.0, description="Of the search, with its readouts.")
     prompt_shape: list[int] = Field(default=[], description="Of the prompt in prompt.safetensors.")
-    prompt_sha256: str = Field(default="", description="Of that file.")
+    prompt_sha256: str = Field(default="", description="sha256 of prompt.safetensors.")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from bbt_accel.bundle import BundleInfo, Method
+from bbt_accel.bundle import BundleInfo
 from bbt_accel.errors import UsageError, check_known, first_problem
 from bbt_accel.option_types import Budget, Demonstrations, KShot, Seed
 
@@ -41,7 +41,8 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     readout: ReadoutChoice = Field(default="auto", description=f"How classes are read: auto, {', '.join(READOUTS)}.")
     allow_rare_classes: bool = Field(
         default=False,
-        description="Of a class with too few rows for --k-shot, use at most a third of them (half without --hold-out).",
+        description="Of a class with too few rows for --k-shot, use up to a third each for train and for dev "
+        "(half without --hold-out).",
     )
     hold_out: bool = Field(default=False, description="Use the train rows that the search leaves over as test rows.")
     covariance: Literal["full", "diagonal"] = Field(
@@ -62,10 +63,9 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
             raise UsageError(f"budget {self.budget} is too small: the search needs at least {turn} calls ({need})")
         return self.budget // turn * layers
 
-    def check_budget(self, method: Method) -> None:
-        """Raises UsageError for a budget without a generation, before an export; of bbtv2 the layers must be known."""
-        if method == "bbt":
-            self.generations(1)
+    def check_budget(self) -> None:
+        """Raises UsageError, before an export, for a budget without a generation of a single layer."""
+        self.generations(1)
 
     def turn(self, layers: int) -> int:
         """Calls of one generation for each layer that is searched, the least that a search can spend."""

@@ -39,8 +39,8 @@ def read_texts(texts: Sequence[str], file: Path | None, columns: Sequence[str]) 
         raise DataError(f"{name} is empty")
     lines = content.removesuffix("\n").split("\n")
     filled = [(f"{name} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    one_column_of_objects = len(columns) == 1 and bool(filled) and _is_object(filled[0][1], columns)
-    if one_column_of_objects or (file is not None and file.suffix.lower() in JSON_LINES):
+    named = file is not None and file.suffix.lower() in JSON_LINES
+    if named or (len(columns) == 1 and filled and _are_objects([line for _, line in filled], columns[0])):
         return [_parse_object(line, columns, where) for where, line in filled]
     return [_parse_text(line, columns, f"{name} line {number}") for number, line in enumerate(lines, 1)]
 
@@ -79,10 +79,10 @@ def _parse_text(text: str, columns: Sequence[str], where: str) -> dict[str, str]
     return dict(zip(columns, values, strict=True))
 
 
-def _is_object(line: str, columns: Sequence[str]) -> bool:
-    """Whether a line is a JSON object with a text in each of the columns."""
+def _are_objects(lines: Sequence[str], column: str) -> bool:
+    """Whether all lines are JSON objects, or the first is one with this column, so that another is a damaged one."""
     try:
-        return bool(_parse_object(line, columns, ""))
+        return column in parse_object(lines[0], "") or all(parse_object(line, "") for line in lines)
     except DataError:
         return False
 

@@ -98,7 +98,7 @@ class Benchmark:
         settings = resolve(task.preset(options.method), self.settings(SEED) if options.tune else {})
         if options.tune:
             steps.timed_rows(task, options.data, options.k_shot)
-            settings.check_budget(options.method)
+            settings.check_budget()
         self.tell(f"exporting {options.backbone}")
         timed = steps.timed_rows(task, options.data, options.k_shot, options.rows)
         self.test_rows = steps.compared_rows(task, options.data, options.test_rows)

@@ -2,35 +2,59 @@
 
 python -m bbt_accel.benchmarks.combine compare-four-tasks compare-budgets -o accuracy
 
-All reports must have the same test rows. Where several have a contender with the same task and seed, the first counts.
+All reports must have the same backbone, examples per class, engine, precision and test rows. Where several have a
+contender with the same task and seed, the first counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from bbt_accel.benchmarks.compare_report import CompareReport, Pair, Score, draw, make_report, markdown
+from bbt_accel.benchmarks.options import CompareOptions
 from bbt_accel.command import exit_on_error, print_markdown
 from bbt_accel.errors import DataError, translated
 from bbt_accel.files import new_folder
 from bbt_accel.reporting import JSON, TABLE, now, write_report
 
+SHARED = ("backbone", "k_shot", "n_prompt_tokens", "engine", "precision")
+"""Options that decide what is compared, so that reports with different ones cannot be combined."""
+
 
 def read_reports(folders: Iterable[Path]) -> dict[str, CompareReport]:
-    """Folder → its report. Raises OSError, and DataError for a file of another kind and for other test rows."""
-    reports, rows = dict[str, CompareReport](), dict[str, str]()
+    """Folder → its report.
+
+    Raises OSError, and DataError for a file of another kind, for other test rows, and for others of `SHARED`.
+    """
+    reports, rows, shared = dict[str, CompareReport](), dict[str, str](), dict[str, str]()
     for folder in folders:
         file = folder / JSON
         with translated(DataError, f"{file} is not a report of bbt-accel compare"):
             reports[str(folder)] = found = CompareReport.model_validate_json(file.read_bytes())
+        for option, value in given(found).items():
+            if shared.setdefault(option, value) != value:
+                problem = f"{folder} was measured with {option} {value}, the reports before it with {shared[option]}"
+                raise DataError(f"{problem}; combine reports of one setting")
         for score in found.scores:
             if score.test_rows and rows.setdefault(score.task, score.test_rows) != score.test_rows:
                 raise DataError(f"{folder} has other test rows of {score.task} than the reports before it")
     return reports
+
+
+def given(report: CompareReport) -> dict[str, str]:
+    """The options of `SHARED` by which a report was made, from its command; none if it is not of one command."""
+    words = shlex.split(report.facts.get("command", ""))
+    if not words:
+        return {}
+    found = dict(pairwise(words))
+    defaults = {f"--{name.replace('_', '-')}": CompareOptions.model_fields[name].default for name in SHARED}
+    return {option: found.get(option, str(default)) for option, default in defaults.items()}
 
 
 def combine(reports: dict[str, CompareReport]) -> CompareReport:

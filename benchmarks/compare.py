@@ -24,6 +24,7 @@ from bbt_accel.benchmarks.options import (
     bundle_of,
     check_reference,
     method_of,
+    naming,
     parse_contender,
     readout_of,
 )
@@ -63,10 +64,12 @@ def run_compare(
     """Compare contenders on tasks, and write report.json, report.md and report.png into the folder `output`.
 
     resume: keep the trials that are there. ray: address of a Ray cluster to run the trials on.
-    A trial that fails is a line of the report. Raises UsageError, TaskError and DataError for what does not exist,
-    BbtError when `output` exists.
+    A trial that fails is a line of the report, which is written after each, and also when Ctrl-C ends the comparison.
+    Raises UsageError, TaskError and DataError for what does not exist, BbtError when `output` exists.
     """
     folder = Path(output).absolute()
+    if len(set(tasks)) < len(tasks):
+        raise UsageError("a task is listed twice; list each once")
     for contender in options.contenders:
         parse_contender(contender)
     if options.reference is not None:
@@ -85,31 +88,40 @@ def run_compare(
         with closing(open_pool(ray, options.jobs, options.threads, device, progress)) as pool:
             _open(folder, options, resume)
             jobs = list(_jobs(folder, named, folders, options, prepare(folder / BUNDLES, options), pool.threads))
-            done, failures = _run(folder, jobs, pool, progress)
-        scores = [score for job in jobs for score in done.get(job.name, [])]
-        facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"]}
-        report = make_report(scores, failures, facts | {"date": now()}, options.reference or "auto")
-        write_report(folder, report, markdown(report), partial(draw, report=report) if scores else None)
-    return report
+            facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"]}
+            return _run(folder, jobs, pool, progress, facts, options.reference or "auto")
 
 
 def _run(
-    folder: Path, jobs: Sequence[PoolJob], pool: Pool, progress: bool
-) -> tuple[dict[str, list[Score]], dict[str, str]]:
-    """The scores of each trial, of those that were done before too; and why a trial failed."""
+    folder: Path, jobs: Sequence[PoolJob], pool: Pool, progress: bool, facts: dict[str, str], reference: str
+) -> CompareReport:
+    """The report of all trials, those that were done before included."""
     folders = {job.arguments["data"] for job in jobs}
     rows = {data: "the task's own" if data is None else fingerprint(data) for data in folders}
     wanted = {job.name: asked(job, rows[job.arguments["data"]]) for job in jobs}
     done = {name: found for name, what in wanted.items() if (found := read_trial(folder, name, what)) is not None}
     failures = dict[str, str]()
-    for name, reply in pool.run([job for job in jobs if job.name not in done], len(done), progress):
-        if "error" in reply:
-            failures[name] = " ".join(reply["message"].split())
-            continue
-        done[name] = [Score.model_validate(value) for value in reply["value"]]
-        content = {"asked": wanted[name], "scores": reply["value"]}
-        write_atomically(folder / TRIALS / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
-    return done, failures
+
+    def write(plot: bool) -> CompareReport:
+        scores = [score for job in jobs for score in done.get(job.name, [])]
+        report = make_report(scores, failures, facts | {"date": now()}, reference)
+        drawn = partial(draw, report=report) if scores and plot else None
+        write_report(folder, report, markdown(report, drawn is not None), drawn)
+        return report
+
+    try:
+        for name, reply in pool.run([job for job in jobs if job.name not in done], len(done), progress):
+            if "error" in reply:
+                failures[name] = " ".join(reply["message"].split())
+            else:
+                done[name] = [Score.model_validate(value) for value in reply["value"]]
+                content = {"asked": wanted[name], "scores": reply["value"]}
+                write_atomically(folder / TRIALS / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
+            write(plot=False)
+    except KeyboardInterrupt:
+        write(plot=True)
+        raise
+    return write(plot=True)
 
 
 def _open(folder: Path, options: CompareOptions, resume: bool) -> None:
@@ -162,13 +174,15 @@ def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
 
 def check_searches(task: Task, options: CompareOptions) -> None:
     """Raises UsageError for settings that exclude each other, and for a search that no budget pays for."""
-    for name, given in map(parse_contender, options.contenders):
+    for contender in options.contenders:
+        name, given = parse_contender(contender)
         if name in SEARCHES:
             method = method_of(name)
             largest = {"readout": readout_of(name), "budget": max(options.budgets)}
             settings = resolve(task.preset(method), given, largest)
-            check_given(settings, given)
-            settings.check_budget(method)
+            with naming(contender):
+                check_given(settings, given)
+            settings.check_budget()
 
 
 def asked(job: PoolJob, data: str) -> dict[str, Any]:

@@ -142,11 +142,11 @@ def points(mean: float, limits: tuple[float, float] | None) -> tuple[str, str]:
     return f"{100 * mean:+.1f}", "–" if limits is None else " to ".join(f"{100 * limit:+.1f}" for limit in limits)
 
 
-def markdown(report: CompareReport) -> str:
-    """report.md."""
+def markdown(report: CompareReport, plot: bool = True) -> str:
+    """report.md. plot: whether there is one."""
     parts = ["# Comparison"]
     if report.scores:
-        parts += [summary(report), f"![Accuracy over calls]({PLOT})"]
+        parts += [summary(report), *([f"![Accuracy over calls]({PLOT})"] if plot else [])]
     if report.differences:
         parts += ["## Differences", gains(report)]
     if report.failures:
@@ -171,7 +171,9 @@ def summary(report: CompareReport) -> str:
     counts = Counter((score.label, score.task) for score in report.scores).values()
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     over = "one seed" if seeds == "1" else f"mean over {seeds} seeds ± standard deviation"
-    legend = f"Percent on the test rows, {over}. Calls, seconds: mean per search."
+    legend = (
+        f"Percent on the test rows, {over}. Calls, seconds: mean per search. MiB: largest memory of a process so far."
+    )
     return f"{markdown_table(header, lines)}\n\n{legend}"
 
 
@@ -222,7 +224,8 @@ def draw(file: Path, report: CompareReport) -> None:
         if high - low < NARROW:  # so that noise does not look like a trend
             middle = (low + high) / 2
             axes.set_ylim(middle - NARROW / 2, middle + NARROW / 2)
-        axes.set(xlabel="forward passes of the train rows", ylabel="mean test score, percent")
+        zero = " (0 is drawn at 1)" if any(score.calls < 1 for score in report.scores) else ""
+        axes.set(xlabel=f"forward passes of the train rows{zero}", ylabel="mean test score, percent")
         axes.set_title("Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left")
         tidy(axes)
         drawn.legend(fontsize=9, loc="outside right upper", frameon=False)

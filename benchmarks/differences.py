@@ -3,7 +3,8 @@
 python -m bbt_accel.benchmarks.differences "auto 64" "bbt 4000" compare-four-tasks compare-budgets
 python -m bbt_accel.benchmarks.differences "auto 300" lora compare-gradients --within-seconds
 
-All reports must have the same test rows. Where several have a contender with the same task and seed, the first counts.
+The reports must be comparable, as for `benchmarks.combine`. Where several have a contender with the same task and
+seed, the first counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def by_pair(scores: Sequence[Score], label: str) -> dict[Pair, Score]:
     """The scores of a contender, with its budget if it has one ("auto 64"), by task and seed."""
     found = {score.pair: score for score in scores if plain(score.label) == plain(label)}
     if not found:
-        check_known("contender", plain(label), {plain(score.label) for score in scores})
+        check_known("contender", plain(label), dict.fromkeys(plain(score.label) for score in scores))
     return found
 
 
@@ -35,7 +36,7 @@ def plain(label: str) -> str:
 
 def within_seconds(scores: Sequence[Score], contender: str, limits: Mapping[Pair, Score]) -> dict[Pair, Score]:
     """A contender's last score, of any budget, that took no longer than that in `limits`, by task and seed."""
-    check_known("contender", contender, {score.contender for score in scores})
+    check_known("contender", contender, dict.fromkeys(score.contender for score in scores))
     found = dict[Pair, Score]()
     for score in sorted(scores, key=lambda score: score.seconds):
         if score.contender == contender and score.pair in limits and score.seconds <= limits[score.pair].seconds:

@@ -27,7 +27,7 @@ from bbt_accel.benchmarks.gpu_state import GpuState, identity, processes_on
 from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors, trace_error, validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
-from bbt_accel.benchmarks.script import run_script
+from bbt_accel.benchmarks.script import count, run_script
 from bbt_accel.benchmarks.steps import Bundles
 from bbt_accel.bundle import Bundle, BundleInfo, Method
 from bbt_accel.command import comma_separated
@@ -212,11 +212,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--families", type=comma_separated, help='validated with tiny backbones; "" for none (default: all)'
     )
     parser.add_argument("--methods", type=comma_separated, default=list(METHODS), help='timed methods; "" for none')
-    parser.add_argument("--popsize", type=int, default=DEFAULTS.popsize, help="candidates per call")
-    parser.add_argument("--k-shot", type=int, default=DEFAULTS.k_shot, help="examples per class")
-    parser.add_argument("--n-prompt-tokens", type=int, default=PROMPT_TOKENS, help="soft prompt vectors")
-    parser.add_argument("--calls", type=int, default=DEFAULTS.budget, dest="budget", help="API calls of a search")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls per engine")
+    parser.add_argument("--popsize", type=count, default=DEFAULTS.popsize, help="candidates per call")
+    parser.add_argument("--k-shot", type=count, default=DEFAULTS.k_shot, help="examples per class")
+    parser.add_argument("--n-prompt-tokens", type=count, default=PROMPT_TOKENS, help="soft prompt vectors")
+    parser.add_argument("--calls", type=count, default=DEFAULTS.budget, dest="budget", help="API calls of a search")
+    parser.add_argument("--repeats", type=count, default=10, help="timed calls per engine")
     parser.add_argument("--data", type=Path, help="folder of SST-2's rows, of the targets (default: the shipped rows)")
     parser.add_argument("--golden", type=Path, help="folder of traces of the original program")
 

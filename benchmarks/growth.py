@@ -17,7 +17,7 @@ from pydantic import Field
 from bbt_accel import processes
 from bbt_accel.batch import Batch
 from bbt_accel.benchmarks.make_backbone import make_backbone
-from bbt_accel.benchmarks.script import Report, Timed, run_script
+from bbt_accel.benchmarks.script import Report, Timed, count, run_script
 from bbt_accel.benchmarks.steps import Bundles, measure, save_batch
 from bbt_accel.bundle import Bundle
 from bbt_accel.engine_specs import engine_spec
@@ -96,8 +96,8 @@ def random_batch(bundle: Bundle, rows: int, length: int) -> Batch:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="bert-small", help="a shape of make_backbone")
-    parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls per point")
+    parser.add_argument("--threads", type=count, default=physical_cores())
+    parser.add_argument("--repeats", type=count, default=3, help="timed calls per point")
 
 
 if __name__ == "__main__":

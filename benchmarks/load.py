@@ -28,13 +28,13 @@ from tritonclient.utils import np_to_triton_dtype
 
 from bbt_accel import processes
 from bbt_accel.batch import Batch, Float32
-from bbt_accel.benchmarks.script import Report, Timed, numbers, run_script
+from bbt_accel.benchmarks.script import Report, Timed, count, counts, run_script
 from bbt_accel.benchmarks.steps import SEED, random_prompts, timed_rows
 from bbt_accel.bundle import Bundle
 from bbt_accel.encoding import Encoder
 from bbt_accel.engine_specs import DEFAULT_ENGINE
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.errors import EngineError, UsageError
+from bbt_accel.errors import EngineError
 from bbt_accel.inference_protocol import BACKBONE, CLASSIFIER, ROWS, TOKEN
 from bbt_accel.progress import StepProgress
 from bbt_accel.reporting import BLUE, GREY, ORANGE, figure, tidy
@@ -89,12 +89,10 @@ class LoadReport(Report):
 
 
 def measure_load(given: argparse.Namespace, work: Path, tell: StepProgress) -> LoadReport:
-    """Raises UsageError; EngineError when the server does not start; what reading the bundle and the task raises."""
+    """Raises EngineError when the server does not start; what reading the bundle and the task raises."""
     run = Run.read(given.path) if is_run(given.path) else None
     bundle = Bundle.read(given.path) if run is None else run.open_bundle()
     bundle.require("bbt")
-    if min(given.clients) < 1:
-        raise UsageError("--clients must be at least 1")
     task = load_task(given.task) if run is None else run.task
     shown = [] if run is None else run.info.demonstrations
     data = None if run is None else run.data_path
@@ -187,6 +185,9 @@ def repeat(call: Callable[[], object], seconds: float) -> list[float]:
 
 
 def summary(request: str, durations: list[float], clients: int = 1, errors: int = 0, sent: int = 0) -> RequestTiming:
+    """Raises EngineError where no request was in time."""
+    if not durations:
+        raise EngineError(f"no {request} request fits into --seconds; give more")
     counts = {"clients": clients, "requests": len(durations), "errors": errors}
     rate, most = (clients - errors) * len(durations) / sum(durations), 1000 * max(durations)
     timing = RequestTiming(request=request, **counts, per_second=rate, ms_max=most, kib_sent=sent / 2**10)
@@ -224,11 +225,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a bundle, or a run that tune has written")
     parser.add_argument("--task", default="demo", help="task of the rows that are sent, for a bundle (default: demo)")
     parser.add_argument("--engine", default=DEFAULT_ENGINE)
-    parser.add_argument("--threads", type=int, help="CPU threads of the server's engine")
-    parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8], help="(default: 1,2,4,8)")
+    parser.add_argument("--threads", type=count, help="CPU threads of the server's engine")
+    parser.add_argument("--clients", type=counts, default=[1, 2, 4, 8], help="(default: 1,2,4,8)")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds per row of the report (default: 5)")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a population request (default: 16)")
-    parser.add_argument("--popsize", type=int, default=10, help="candidates of a population request (default: 10)")
+    parser.add_argument("--rows", type=count, default=16, help="rows of a population request (default: 16)")
+    parser.add_argument("--popsize", type=count, default=10, help="candidates of a population request (default: 10)")
 
 
 if __name__ == "__main__":

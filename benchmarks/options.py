@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -15,6 +16,7 @@ from bbt_accel.errors import UsageError, check_known, first_problem
 from bbt_accel.option_types import (
     BACKBONE,
     FIT_PROMPT_TOKENS,
+    JOBS,
     METHOD,
     PROMPT_MODE,
     PROMPT_TOKENS,
@@ -45,7 +47,9 @@ class BenchOptions(BaseModel):
     n_prompt_tokens: PromptTokens = PROMPT_TOKENS
     rows: Count | None = Field(default=None, description="Rows of the timed batch, instead of --k-shot per class.")
     k_shot: KShot = Field(default=DEFAULTS.k_shot, description="Examples per class, in the timed batch and for tuning.")
-    test_rows: Count = Field(default=512, description="Maximum of test rows to compare logits and predictions on.")
+    test_rows: Count = Field(
+        default=512, description="Maximum number of test rows to compare logits and predictions on."
+    )
     popsize: int = Field(default=DEFAULTS.popsize, ge=2, description="Candidates per call.")
     repeats: Count = Field(default=5, description="Timed calls per row of the report, after warm-up calls.")
     tune: bool = Field(default=False, description="Also search for soft prompts with every engine, and compare scores.")
@@ -92,8 +96,18 @@ def parse_contender(text: str) -> tuple[str, dict[str, str]]:
         raise UsageError(f"--contenders {text}: {name} has no settings; {', '.join(SEARCHES)} have")
     if taken := [name for name in TAKEN if name in settings]:
         raise UsageError(f"--contenders {text}: {taken[0]} {TAKEN[taken[0]]}")
-    resolve(settings)
+    with naming(text):
+        resolve(settings)
     return name, settings
+
+
+@contextmanager
+def naming(contender: str) -> Iterator[None]:
+    """Errors of its settings name the contender."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"--contenders {contender}: {error}") from None
 
 
 class CompareOptions(Schema):
@@ -108,18 +122,18 @@ class CompareOptions(Schema):
     )
     reference: str | None = None
     """Contender that the others are compared with, pair by pair (default: auto, if it is one of them)."""
-    budgets: Annotated[list[Budget], AfterValidator(unique)] = Field(default=[64, 300, 1000])
+    budgets: Annotated[list[Budget], Field(min_length=1), AfterValidator(unique)] = Field(default=[64, 300, 1000])
     """API calls of the searches."""
     seeds: Seeds = Field(default=[42, 43, 44], description="Seeds of the rows and of every random draw.")
     k_shot: KShot = Field(
-        default=DEFAULTS.k_shot, description="Examples per class to train on, and as many to choose by."
+        default=DEFAULTS.k_shot, description="Examples per class to train on, and again in the dev set."
     )
     n_prompt_tokens: PromptTokens = FIT_PROMPT_TOKENS
-    test_rows: Count = Field(default=800, description="Maximum of test rows.")
+    test_rows: Count = Field(default=800, description="Maximum number of test rows.")
     engine: str = Field(default=DEFAULT_ENGINE, description="Engine of the readouts and the searches.")
-    precision: Precision = Field(default="fp32", description="Its precision.")
+    precision: Precision = Field(default="fp32", description="Precision of --engine.")
     threads: Threads | None = Field(default=None, description="CPU threads per trial (default: its share).")
-    jobs: Count | None = Field(default=None, description="Trials at a time (default: 1).")
+    jobs: Count | None = Field(default=None, description=JOBS)
 
     def command_line(self, tasks: Sequence[str], output: Path) -> str:
         """The command that repeats the comparison."""

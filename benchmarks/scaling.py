@@ -15,10 +15,9 @@ from time import perf_counter
 
 from pydantic import Field
 
-from bbt_accel.benchmarks.script import Report, Timed, run_script
+from bbt_accel.benchmarks.script import Report, Timed, count, names, run_script
 from bbt_accel.benchmarks.steps import SEED
 from bbt_accel.bundle import Bundle
-from bbt_accel.command import comma_separated
 from bbt_accel.progress import StepProgress
 from bbt_accel.settings import DEFAULTS
 from bbt_accel.tuning import tune
@@ -92,11 +91,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--task", default="demo")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--engines", type=comma_separated, default=["dummy", "ort"])
-    parser.add_argument("--workers", type=int, default=2, help="the largest number of workers")
-    parser.add_argument("--popsize", type=int, default=DEFAULTS.popsize, help="candidates per generation")
-    parser.add_argument("--k-shot", type=int, default=DEFAULTS.k_shot, help="examples per class")
-    parser.add_argument("--repeats", type=int, default=20, help="timed generations per row")
+    parser.add_argument("--engines", type=names, default=["dummy", "ort"])
+    parser.add_argument("--workers", type=count, default=2, help="the largest number of workers")
+    parser.add_argument("--popsize", type=count, default=DEFAULTS.popsize, help="candidates per generation")
+    parser.add_argument("--k-shot", type=count, default=DEFAULTS.k_shot, help="examples per class")
+    parser.add_argument("--repeats", type=count, default=20, help="timed generations per row")
 
 
 if __name__ == "__main__":

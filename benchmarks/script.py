@@ -49,7 +49,9 @@ class Timed(Schema):
     ms_median: float | None = None
     """Milliseconds, median of the timed calls; per candidate unless the report says otherwise."""
     ms_p90: float | None = Field(default=None, description="The 90th percentile of the same.")
-    ms_p99: float | None = Field(default=None, description="The 99th percentile; with few calls the slowest one.")
+    ms_p99: float | None = Field(
+        default=None, description="The 99th percentile; with few calls it is close to the slowest one."
+    )
 
     def set_times(self, milliseconds: Sequence[float]) -> float:
         """Set the percentiles, and return the median."""
@@ -138,9 +140,25 @@ def run_script(
     return report
 
 
-def numbers(text: str) -> list[int]:
-    """A comma-separated option of integers."""
-    return list(map(int, comma_separated(text)))
+def count(text: str) -> int:
+    """An option that is an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def counts(text: str) -> list[int]:
+    """A comma-separated option of integers of at least 1."""
+    return list(map(count, names(text)))
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated option of at least one name."""
+    found = comma_separated(text)
+    if not found:
+        raise argparse.ArgumentTypeError("needs a value")
+    return found
 
 
 def page(*parts: str) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
+from bbt_accel.bundle import Architecture
 from bbt_accel.errors import ExportError
 
 BOUNDS = (
@@ -18,18 +19,27 @@ BOUNDS = (
     (2**24, ("vocab_size", "max_position_embeddings", "type_vocab_size")),
 )
 """Largest values of a configuration, far beyond those of any published checkpoint."""
+RELATIVE_POSITIONS = ("relative_key", "relative_key_query")
+"""BERT's; transformers 5 leaves out their weights, without an error. Other models write other names, and mean none."""
 
 
 def check_config(checkpoint: str | Path, config: Any) -> None:
     """Raises ExportError for sizes that are no numbers or that no checkpoint has, and for what transformers ignores."""
     positions = getattr(config, "position_embedding_type", None)
-    if positions not in (None, "absolute"):  # transformers 5 leaves out the weights of others, without an error
+    if positions in RELATIVE_POSITIONS:
         raise ExportError(f"{checkpoint} has {positions!r:.40} positions; only absolute ones are supported")
     for most, names in BOUNDS:
         for name in names:
             value = getattr(config, name, None)
             if value is not None and not (type(value) is int and 1 <= value <= most):
                 raise ExportError(f"{checkpoint}: config.json has {name} {value!r:.40}; it must lie in 1..{most}")
+
+
+def check_attention(checkpoint: str | Path, config: Any, architecture: Architecture) -> None:
+    """Raises ExportError for an encoder with causal attention, and for a decoder whose tokens see all others."""
+    name, other = ("is_decoder", True) if architecture == "encoder" else ("is_causal", False)
+    if architecture != "encoder-decoder" and getattr(config, name, None) is other:
+        raise ExportError(f"{checkpoint}: config.json has {name} {other}, which is not supported for {architecture}s")
 
 
 def check_shards(folder: Path) -> None:

@@ -31,7 +31,7 @@ from bbt_accel.exporters.validate import validate
 from bbt_accel.files import new_folder, require_new
 from bbt_accel.optimizations import check_optimizations, in_graph
 from bbt_accel.option_types import PROMPT_TOKENS
-from bbt_accel.pieces import ordinary, special_ids
+from bbt_accel.pieces import SPACE, ordinary, special_ids
 from bbt_accel.progress import Tell, silent
 from bbt_accel.tasks import load_task
 
@@ -191,28 +191,45 @@ def embedding_std(model: Any) -> float:
 def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTokens:
     """The special tokens of the family's rows. Raises ExportError where the tokenizer lacks the mask token."""
 
-    def token(name: str | None) -> tuple[str | None, int | None]:
-        text = None if name is None else getattr(tokenizer, name, name)
-        return text, None if text is None else tokenizer.convert_tokens_to_ids(text)
-
-    mask_text, mask = token(family.mask)
-    if family.mask is not None and (mask is None or mask == tokenizer.unk_token_id):
-        raise ExportError(f"the tokenizer has no mask token, which prompts of a {family.model_type} model need")
-    begin = token(family.begin)[1]
-    if family.architecture == "decoder" and begin not in tokenizer("a").input_ids[:1]:
-        begin = None
+    mask_text, mask = mask_token(tokenizer, family)
+    begin, end = (None if name is None else getattr(tokenizer, f"{name}_id") for name in (family.begin, family.end))
+    if family.begin is not None and (begin is None or family.architecture == "decoder"):
+        begin = written(tokenizer, in_front=True)
+    if family.end is not None and end is None:
+        end = written(tokenizer, in_front=False)
     start = getattr(config, "decoder_start_token_id", None)
     if family.architecture == "encoder-decoder" and start is None:
         raise ExportError("config.json has no decoder_start_token_id, with which a decoder's input begins; add it")
     pads = (config.pad_token_id, tokenizer.pad_token_id, config.eos_token_id, 0)
     return SpecialTokens(
         begin=begin,
-        end=token(family.end)[1],
+        end=end,
         pad=next(p for p in pads if isinstance(p, int) and 0 <= p < config.vocab_size),  # some say -1
         mask=mask,
         mask_text=mask_text,
         decoder_start=start if family.architecture == "encoder-decoder" else None,
     )
+
+
+def mask_token(tokenizer: Any, family: FamilySpec) -> tuple[str | None, int | None]:
+    """The mask token of a family's rows, and its id. Raises ExportError where the tokenizer lacks it."""
+    if family.mask is None:
+        return None, None
+    text = getattr(tokenizer, family.mask, family.mask)
+    for name in (f"{SPACE}{text}", text):  # mT5's vocabulary has a sentinel with its space, and no other
+        if text is not None and (found := tokenizer.get_vocab().get(name)) not in (None, tokenizer.unk_token_id):
+            return name, found
+    raise ExportError(f"the tokenizer has no mask token, which prompts of a {family.model_type} model need")
+
+
+def written(tokenizer: Any, in_front: bool) -> int | None:
+    """The token that the tokenizer itself writes in front of a text, or behind it. Raises ExportError for several."""
+    whole, text = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
+    found = whole[:start] if in_front else whole[start + len(text) :]
+    if len(found) > 1:
+        raise ExportError(f"the tokenizer writes {len(found)} tokens around a text; at most one is supported")
+    return next(iter(found), None)
 
 
 def validated(folder: Path) -> float:

@@ -13,7 +13,7 @@ from bbt_accel.errors import ExportError
 from bbt_accel.exporters.backbone import Backbone, at
 from bbt_accel.exporters.causal import CausalBackbone
 from bbt_accel.exporters.family import FamilySpec, sizes
-from bbt_accel.exporters.rotary import angles, rotate
+from bbt_accel.exporters.rotary import angles, rotate, unscaled_positions
 
 
 class LlamaBackbone(CausalBackbone):
@@ -153,15 +153,10 @@ def longest_row(config: Any, by_layer: bool = True) -> int:
         raise ExportError(f"this {config.model_type} model caps its attention scores, which is not supported")
     if getattr(config, "use_bidirectional_attention", None):
         raise ExportError(f"this {config.model_type} model is an encoder (use_bidirectional_attention); not supported")
-    limits = [int(config.max_position_embeddings)]
-    kinds = getattr(config, "layer_types", None) if by_layer else None
+    limits = [unscaled_positions(config)]
     window = getattr(config, "sliding_window", None)
-    if window and ("sliding_attention" in kinds if kinds else True):
+    if window and ("sliding_attention" in (getattr(config, "layer_types", None) or ()) or not by_layer):
         limits.append(int(window))
-    rope = config.rope_parameters
-    for one in (rope,) if "rope_type" in rope else rope.values():
-        if one and one["rope_type"] == "longrope":
-            limits.append(int(one["original_max_position_embeddings"]))
     return min(limits)
 
 

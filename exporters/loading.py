@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -15,14 +16,19 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from bbt_accel.errors import ExportError, MissingDependency, first_line
-from bbt_accel.exporters.checkpoint import check_config, check_shards
+from bbt_accel.exporters.checkpoint import check_attention, check_config, check_shards
 from bbt_accel.exporters.families import families, family_of
+from bbt_accel.exporters.family import FamilySpec
 from bbt_accel.machine import installed
 
 LOADING = Lock()
 """Held while a checkpoint is read."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A bundle's precision → the dtype of its checkpoint."""
+
+
+OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""What the model returns, whatever the checkpoint's configuration asks for."""
 
 
 def place(checkpoint: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -55,7 +61,7 @@ def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
         ) from None
     if find_adapter_config_file(where, revision=options.get("revision")) is not None:
         raise ExportError(f"{checkpoint} has an adapter (adapter_config.json); export the model it is merged into")
-    family_of(config)
+    check_attention(checkpoint, config, family_of(config).architecture)
     check_config(checkpoint, config)
     return config
 
@@ -80,7 +86,7 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
         # from_pretrained is thread-safe.
         with LOADING, redirect_stderr(StringIO()):
             model, report = kind.from_pretrained(
-                where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+                where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **OUTPUTS, **options
             )
     except MemoryError:
         raise
@@ -93,7 +99,20 @@ def load_model(checkpoint: str | Path, revision: str | None = None, dtype: torch
             f"{checkpoint} ({found}) has no {family.class_name} head: {missing[0]} is missing; "
             "use a checkpoint that was saved with its LM head"
         )
+    check_read(checkpoint, model, family, report["unexpected_keys"])
     return model.eval().requires_grad_(False)
+
+
+def check_read(checkpoint: str | Path, model: nn.Module, family: FamilySpec, unread: Iterable[str]) -> None:
+    """Raises ExportError for weights of a block that were not read, which transformers leaves out without an error.
+
+    unread: names of all weights that were not read. Those of poolers, of other heads and of further blocks may be.
+    """
+    blocks = {id(block) for block in family.blocks(model)}
+    inside = tuple(f"{name}." for name, module in model.named_modules() if id(module) in blocks)
+    lost = sorted(name for name in unread if name.startswith(inside) and name.endswith((".weight", ".bias")))
+    if lost:
+        raise ExportError(f"{checkpoint} has {lost[0]}, for which its config.json has no place; correct config.json")
 
 
 def problem_of(error: Exception) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bbt_accel.exporters.backbone import MASKED, Backbone, at, attend, padding_bias
 from bbt_accel.exporters.family import FamilySpec, sizes
-from bbt_accel.exporters.rotary import angles, rotate
+from bbt_accel.exporters.rotary import angles, rotate, unscaled_positions
 
 LOCAL = "sliding_attention"
 
@@ -63,6 +63,7 @@ MODERNBERT = FamilySpec(
     embedding=lambda model: model.model.embeddings,
     head=lambda model: model.head,
     arguments=all_positions,
+    positions=unscaled_positions,
     prompt_takes_positions=True,
     tiny=sizes(3, 64, 4, 96, 1000, max_position_embeddings=128, local_attention=16, pad_token_id=0),
     shapes={

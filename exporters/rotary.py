@@ -25,6 +25,14 @@ def angles(module: Any, position: Tensor, dtype: torch.dtype, layer_type: str | 
     return (turns.cos() * scaling).to(dtype), (turns.sin() * scaling).to(dtype)
 
 
+def unscaled_positions(config: Any) -> int:
+    """Tokens up to which the module's own forward does not adapt its frequencies to long rows."""
+    rope = config.rope_parameters
+    scaled = [one for one in ((rope,) if "rope_type" in rope else rope.values()) if one]
+    originals = [one["original_max_position_embeddings"] for one in scaled if one["rope_type"] == "longrope"]
+    return min(map(int, (config.max_position_embeddings, *originals)))
+
+
 def rotate(x: Tensor, at: Angles, head_size: int) -> Tensor:
     """(B, T, heads · D) with each head turned by its position's angles; those may cover the first part of a head."""
     cos, sin = (a[:, :, None] for a in at)

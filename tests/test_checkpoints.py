@@ -18,10 +18,12 @@ import torch
 from tiny_backbones import save_tokenizer, tiny_model
 
 from bbt_accel import export_bundle
+from bbt_accel.bundle import Architecture
 from bbt_accel.errors import ExportError, MissingDependency
 from bbt_accel.exporters import export, loading, validate
-from bbt_accel.exporters.checkpoint import check_config
-from bbt_accel.exporters.llama import MISTRAL, PHI3, QWEN2
+from bbt_accel.exporters.checkpoint import check_attention, check_config
+from bbt_accel.exporters.llama import LLAMA, MISTRAL, PHI3, QWEN2
+from bbt_accel.exporters.modernbert import MODERNBERT
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +125,57 @@ def test_relative_positions_whose_weights_transformers_leaves_out_are_refused(ki
     check_config("checkpoint", SimpleNamespace(position_embedding_type="absolute"))
     with pytest.raises(ExportError, match=f"has '{kind}' positions; only absolute ones are supported"):
         check_config("checkpoint", SimpleNamespace(position_embedding_type=kind))
+
+
+def test_other_names_of_positions_mean_none() -> None:
+    check_config("mmBERT", SimpleNamespace(position_embedding_type="sans_pos"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "trait"), [("encoder", {"is_decoder": True}), ("decoder", {"is_causal": False})]
+)
+def test_attention_of_another_architecture_is_refused(architecture: Architecture, trait: dict[str, bool]) -> None:
+    check_attention("checkpoint", SimpleNamespace(is_decoder=False, is_causal=True), architecture)
+    with pytest.raises(ExportError, match=f"config.json has {next(iter(trait))} .* not supported for {architecture}s"):
+        check_attention("checkpoint", SimpleNamespace(**trait), architecture)
+
+
+def test_weights_that_the_configuration_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama", attention_bias=True).save_pretrained(tmp_path / "llama")
+    save_tokenizer("llama", tmp_path / "llama")
+    file = tmp_path / "llama" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_bias": False}))
+    refused(tmp_path / "llama", r"has model\.layers\.0\.self_attn\..*\.bias, for which its config\.json has no place")
+
+
+def test_poolers_other_heads_and_further_blocks_may_be_left_out(tmp_path: Path) -> None:
+    tiny_model("bert", "BertForPreTraining", num_hidden_layers=2).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
+    assert len(loading.load_model(tmp_path).bert.encoder.layer) == 1  # type: ignore[union-attr, arg-type]
+
+
+def test_what_a_configuration_wants_to_be_returned_does_not_matter(checkpoint: Path) -> None:
+    file = checkpoint / "config.json"
+    content = json.loads(file.read_text()) | {"return_dict": False, "output_hidden_states": True}
+    file.write_text(json.dumps(content))
+    found = loading.load_model(checkpoint)(torch.tensor([[0, 5]]))
+    assert found.logits.shape == (1, 2, 320)
+    assert found.hidden_states is None
+
+
+def test_rows_of_modernbert_end_where_its_frequencies_would_change() -> None:
+    rope = {
+        "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64},
+        "sliding_attention": {"rope_type": "default"},
+    }
+    assert MODERNBERT.positions(SimpleNamespace(max_position_embeddings=256, rope_parameters=rope)) == 64
+
+
+def test_a_window_that_the_class_does_not_use_bounds_nothing() -> None:
+    rope = {"rope_type": "default"}
+    config = SimpleNamespace(max_position_embeddings=4096, sliding_window=64, rope_parameters=rope)
+    assert (LLAMA.positions(config), MISTRAL.positions(config)) == (4096, 64)
 
 
 def test_a_window_that_every_layer_has_bounds_the_rows_whatever_layer_types_says() -> None:

@@ -24,7 +24,7 @@ from tiny_backbones import N_PROMPT
 
 from bbt_accel import Bundle, Callback, PromptClassifier
 from bbt_accel.bundle_cache import cache_folder
-from bbt_accel.classifier import as_json, as_labels, as_rows
+from bbt_accel.classifier import as_json, as_labels, as_rows, of_run
 from bbt_accel.demo import DATA
 from bbt_accel.errors import BbtError, DataError, EngineError, NonFiniteLoss, PackageError, RunError
 from bbt_accel.option_types import FIT_BUDGET
@@ -227,6 +227,7 @@ def test_columns_of_other_libraries_are_rows_too() -> None:
         (3, "not one class for each text"),
         (pd.array(["a", pd.NA, "b"], dtype="string"), "missing labels"),
         (pd.Series([1, None, 2], dtype="Int64"), "missing labels"),
+        (np.array(["2020-01-01", "2020-01-02", "2020-01-01"], "datetime64[D]"), "give dates and durations as texts"),
     ],
 )
 def test_labels_that_are_none_are_one_line(y: Any, complaint: str) -> None:
@@ -242,6 +243,15 @@ def test_what_is_no_text_is_one_line(X: Any) -> None:
         as_rows(X)
 
 
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [(["a", "a"], "two columns named 'a'; rename or drop one"), (["a", 0], "a column named 0, ")],
+)
+def test_columns_of_a_table_have_names_of_their_own(names: list[Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        as_rows(pd.DataFrame([["x", "y"]], columns=names))
+
+
 def test_a_table_of_polars_is_rows_of_its_columns() -> None:
     class Table:
         columns = ("a",)
@@ -253,6 +263,13 @@ def test_a_table_of_polars_is_rows_of_its_columns() -> None:
             return [{"a": "x"}, {"a": "y"}]
 
     assert as_rows(Table()) == [{"a": "x"}, {"a": "y"}]
+
+
+def test_all_label_words_of_a_run_are_those_of_its_estimator(fitted: PromptClassifier) -> None:
+    words: list[str | list[str]] = ["w", ["x", "v"], "y", "z"]
+    task = fitted.run_.task.model_copy(update={"label_words": fitted.run_.task.label_words | {"masked": words}})
+    info = fitted.run_.info.model_copy(update={"task": task})
+    assert of_run(info)["parameters"]["label_words"] == words
 
 
 def test_rows_of_other_columns_are_refused(fitted: PromptClassifier) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ import torch
 from tiny_backbones import tiny_model
 
 from bbt_accel import processes, tasks
-from bbt_accel.benchmarks import combine, differences, references
+from bbt_accel.benchmarks import combine, compare, differences, references
 from bbt_accel.benchmarks.compare import asked, read_trial, run_compare
 from bbt_accel.benchmarks.compare_report import (
     CompareReport,
@@ -33,7 +33,7 @@ from bbt_accel.benchmarks.compare_report import (
     styles,
     summary,
 )
-from bbt_accel.benchmarks.options import CompareOptions, bundle_of, check_reference, parse_contender
+from bbt_accel.benchmarks.options import CompareOptions, bundle_of, check_reference, compare_options, parse_contender
 from bbt_accel.benchmarks.steps import compared_rows
 from bbt_accel.bundle import write_info
 from bbt_accel.cli import main
@@ -278,6 +278,22 @@ def test_reports_of_other_test_rows_are_not_combined(
     assert not (tmp_path / "all").exists()
 
 
+def test_reports_of_other_settings_are_not_combined(
+    reports: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, option in zip(reports, ("", "--engine ort", "--k-shot 4"), strict=True):
+        file = Path(name, "report.json")
+        found = CompareReport.model_validate_json(file.read_bytes())
+        facts = {"command": f"bbt-accel compare a {option} -o {name}"}
+        file.write_text(make_report(found.scores, {}, facts).model_dump_json())
+    combine.main([*reports[:2], "-o", str(tmp_path / "both")])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        combine.main([*reports, "-o", str(tmp_path / "all")])
+    complaint = f"{reports[2]} was measured with --k-shot 4, the reports before it with 16"
+    assert complaint in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -322,6 +338,30 @@ def test_a_trial_is_kept_only_for_the_same_rows_task_bundles_and_version(
     assert read_trial(tmp_path, job.name, wanted) is None  # damaged: it is run again
 
 
+def test_ctrl_c_leaves_a_report_of_the_trials_that_are_done(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    write_info(bundle.path, bundle.info)
+    given = {"bundle": str(bundle.path), "options": SMALL.model_dump(mode="json"), "data": None, "task": "demo"}
+    jobs = [PoolJob(f"demo-bbt-{seed}", print, {**given, "contender": "bbt", "seed": seed}) for seed in (42, 43)]
+
+    class Interrupted:
+        def run(self, waiting: Sequence[PoolJob], done: int, progress: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+            yield waiting[0].name, {"value": [score("bbt", "demo", 42, 0.5, 20).model_dump()]}
+            raise KeyboardInterrupt
+
+    (tmp_path / "trials").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        compare._run(tmp_path, jobs, Interrupted(), False, {"command": "c"}, "auto")  # type: ignore[arg-type]
+    report = CompareReport.model_validate_json((tmp_path / "report.json").read_bytes())
+    assert [found.seed for found in report.scores] == [42]
+    assert (tmp_path / "report.png").is_file()
+
+
+def test_a_comparison_without_budgets_is_one_line() -> None:
+    with pytest.raises(UsageError, match=r"--budgets: .* at least 1"):
+        compare_options(budgets=[])
+
+
 def test_an_unknown_contender_is_named() -> None:
     with pytest.raises(UsageError, match="did you mean"):
         run_compare(["demo"], "nowhere", SMALL.model_copy(update={"contenders": ["gradient-promt"]}))
@@ -361,7 +401,7 @@ def test_a_search_may_have_settings_of_its_own() -> None:
         "lora:alpha=2": "lora has no settings",
         "auto:alfa=2": "did you mean alpha",
         "auto:popsize=two": "popsize",
-        "auto:popsize": "popsize",
+        "auto:popsize": "--contenders auto:popsize: settings: popsize",
         "auto:alpha=2:alpha=3": "given twice",
         "auto:budget=5": "budget is the comparison's own",
         "calibrated:hold_out=true": "hold_out would give this search other rows",
@@ -404,6 +444,8 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
         ("--contenders auto,auto", "listed twice"),
         ("--budgets 64,64", "listed twice"),
         ("--contenders auto,bbt --budgets 1,5", "budget 5 is too small"),
+        ("--contenders bbtv2 --budgets 5", "budget 5 is too small"),
+        ("demo", "a task is listed twice"),
         ("--data UNTESTED --k-shot 200", "lower it, add rows or, with tune and sweep, pass --allow-rare-classes"),
         ("--engine remote", "compare has no --url"),
         ("--engine openvino --precision fp16", "not in fp16"),

@@ -97,6 +97,13 @@ def test_classes_that_are_numbers_are_found_in_every_form(
         load_rows(task, "train", tmp_path)
 
 
+def test_a_number_is_no_index_where_a_class_may_be_meant_by_it(tmp_path: Path) -> None:
+    task = SST2.model_copy(update={"classes": ["1 star", "2 stars"]})
+    jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": "1 star"}, {"sentence": "b", "label": 1}])
+    with pytest.raises(DataError, match="row 2: label is 1, no class of task sst2"):
+        load_rows(task, "train", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [

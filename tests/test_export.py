@@ -25,10 +25,12 @@ from safetensors.torch import load_file
 from tiny_backbones import POSITIONS, VOCABULARY, save_backbone, save_tokenizer, tiny_model
 from tiny_bundles import FAMILIES
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
 from bbt_accel.exporters import export, graph
+from bbt_accel.exporters.backbone import attend, padding_bias
 from bbt_accel.exporters.families import family_of
 from bbt_accel.exporters.loading import load_model, load_tokenizer
 from bbt_accel.files import sha256
@@ -509,6 +511,37 @@ def test_tiny_tokenizers_fit_their_backbones(family: str, tmp_path: Path) -> Non
     save_tokenizer(family, tmp_path)
     ids = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab().values()
     assert max(ids) < VOCABULARY
+
+
+def tokenizer_of(family: str, folder: Path, **named: str) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer of which only these tokens are named."""
+    save_tokenizer(family, folder)
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), unk_token="<unk>", **named)
+
+
+def test_the_sentinel_of_mt5_is_a_piece_behind_a_space(tmp_path: Path) -> None:
+    config = transformers.MT5Config(decoder_start_token_id=0, pad_token_id=0)
+    found = export.special_tokens(config, tokenizer_of("mt5", tmp_path, eos_token="</s>"), family_of(config))
+    assert (found.mask, found.mask_text, found.end) == (3, "▁<extra_id_0>", 1)
+
+
+def test_tokens_that_the_tokenizer_writes_without_a_name_are_in_a_row(tmp_path: Path) -> None:
+    named = {"mask_token": "<mask>", "pad_token": "<pad>"}
+    config = transformers.RobertaConfig()
+    found = export.special_tokens(config, tokenizer_of("roberta", tmp_path / "roberta", **named), family_of(config))
+    assert (found.begin, found.end) == (0, 2)
+    decoder = transformers.LlamaConfig(pad_token_id=1)
+    found = export.special_tokens(decoder, tokenizer_of("llama", tmp_path / "llama"), family_of(decoder))
+    assert (found.begin, found.end) == (0, None)
+
+
+def test_a_masked_key_is_not_seen_however_large_its_score() -> None:
+    """Scores of Qwen2-7B are in the thousands."""
+    keys = torch.tensor([[[1.0, 0.0], [2e4, 0.0]]])
+    values = torch.tensor([[[3.0, 4.0], [5.0, 6.0]]])
+    query = torch.tensor([[[1.0, 0.0]]])
+    found = attend(query, keys, values, 1, padding_bias(torch.tensor([[1, 0]])), scale=1.0)
+    assert torch.equal(found, values[:, :1])
 
 
 def test_a_padding_token_of_minus_one_is_none() -> None:

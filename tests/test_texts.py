@@ -46,6 +46,12 @@ def test_texts_that_merely_look_like_json_are_texts(tmp_path: Path) -> None:
     assert [row["text"] for row in read_texts([], tmp_path / "texts.txt", ["text"])] == lines
 
 
+def test_objects_without_the_column_are_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text('{"body": "one"}\n{"body": "two"}\n')
+    with pytest.raises(DataError, match="line 1 has no text 'review'; the task needs review"):
+        read_texts([], tmp_path / "texts.txt", ["review"])
+
+
 @pytest.mark.parametrize("file", [None, Path("-")])
 def test_each_line_of_standard_input_is_a_row(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))

@@ -73,7 +73,7 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
          "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
     ),
     "eurobert": ("roberta", "EuroBertForMaskedLM", {**_LLAMA, "mask_token_id": 4}),
-    "mt5": ("t5", "MT5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "mt5": ("mt5", "MT5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "gpt_neox": (
         "gpt2", "GPTNeoXForCausalLM",
         {**_BERT, "num_attention_heads": 2, "bos_token_id": 2, "eos_token_id": 2,
@@ -145,7 +145,7 @@ def save_tokenizer(family: str, folder: Path, size: int = VOCABULARY) -> None:
         text["mask_token"] = "<mask>"
     elif family == "bert":
         text = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    elif family == "t5":
+    elif family in ("t5", "mt5"):
         text = {"eos_token": "</s>"}
     elif family == "gpt2":
         text = {"bos_token": "</s>", "eos_token": "</s>"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import string
 from collections.abc import Callable
@@ -22,6 +23,7 @@ FAMILIES: dict[str, tuple[str, str, Callable[[int], Tokenizer], tuple[object, ..
     "llama": ("decoder", "causal", lambda size: _begins(_byte_level(size)), (0, None, 1, None, None, None)),
     "bert": ("encoder", "masked", lambda size: _word_pieces(size), (2, 3, 0, 4, "[MASK]", None)),
     "t5": ("encoder-decoder", "span", lambda size: _unigram(size), (None, 1, 0, 3, "<extra_id_0>", 0)),
+    "mt5": ("encoder-decoder", "span", lambda size: _sentinel_piece(size), (None, 1, 0, 3, "▁<extra_id_0>", 0)),
 }
 """Name → architecture, template group, tokenizer, and the values of `SpecialTokens`."""
 
@@ -102,6 +104,14 @@ def _word_pieces(size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.add_special_tokens(specials)
     return tokenizer
+
+
+def _sentinel_piece(size: int) -> Tokenizer:
+    """As published for mT5: a sentinel is a piece behind a space, and no special token."""
+    spec = json.loads(_unigram(size).to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<extra_id_0>"]
+    spec["model"]["vocab"][3][0] = "▁<extra_id_0>"
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 def _unigram(size: int) -> Tokenizer:

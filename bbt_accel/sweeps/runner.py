@@ -93,8 +93,8 @@ def _source(folder: Path, config: str | Path | None, preset: str | None, resume:
         config = PRESETS / f"{preset}.toml"
     stored = folder / SWEEP
     if folder.exists() and not (resume and stored.is_file()):
-        hint = "is not a sweep" if not stored.is_file() else "can be continued with --resume"
-        raise BbtError(f"{folder} exists already and {hint}; or choose another -o")
+        hint = "is not a sweep;" if not stored.is_file() else "can be continued with --resume; or"
+        raise BbtError(f"{folder} exists already and {hint} choose another -o")
     return Path(config) if config is not None else stored if stored.is_file() else None
 
 

@@ -107,7 +107,7 @@ class ReadoutSearch:
 
 
 def chosen(losses: Mapping[ReadoutName, Float64]) -> ReadoutName:
-    """The ensemble, unless another's loss on held-out rows is lower by more than the standard error of the difference.
+    """The ensemble, unless the lowest loss on held-out rows is lower by more than the standard error of the difference.
 
     On so few rows the lowest of eight losses is often that of another readout by chance. losses: of each row.
     """
