@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from bbt_accel.errors import UsageError
 
@@ -24,12 +24,24 @@ PROMPT_MODE = "add: added to the embeddings of the first tokens; cat: prepended 
 
 JOBS = "Trials at a time (default: 1; with --ray: one per node or GPU)."
 
+TASK_FOLDERS = "Folder with a subfolder of rows for each task, or the only one's own (default: the tasks' datasets)."
+
+
+def unique(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("the same value is listed twice")
+    return values
+
+
 Count = Annotated[int, Field(ge=1)]
 PromptTokens = Annotated[int, Field(ge=1, le=2**16, description="Soft prompt vectors, n.")]
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
 KShot = Annotated[int, Field(ge=1, description="Examples per class in the train set, and again in the dev set.")]
 Budget = Annotated[int, Field(ge=1, description="API calls of the search, one per candidate on the train set.")]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of the rows, the projection and the search.")]
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(unique)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(unique)]
+Budgets = Annotated[list[Budget], Field(min_length=1), AfterValidator(unique)]
 Demonstrations = Annotated[int, Field(ge=0, description="Labelled train rows in front of each row (decoders).")]
 
 

@@ -98,7 +98,7 @@ class SearchProgress(StderrBar):
         self.update(self._task, completed=g.calls, left=str(timedelta(seconds=round(seconds_left))), **fields)
 
 
-class SweepProgress(StderrBar):
+class JobProgress(StderrBar):
     """Trials done, failed and running, and the time left."""
 
     def __init__(self, total: int, done: int, shown: bool = True) -> None:

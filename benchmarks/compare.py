@@ -38,12 +38,12 @@ from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_fo
 from bbt_accel.inference import class_scores, scores_before
 from bbt_accel.machine import describe_machine
 from bbt_accel.objective import Objective, most_frequent
+from bbt_accel.pools import Pool, PoolJob, open_pool
 from bbt_accel.reporting import now, write_report
 from bbt_accel.run import Run
 from bbt_accel.settings import FITTED, check_given, resolve
 from bbt_accel.splits import check_rows, load_few_shot
 from bbt_accel.sweeps.grid import check_names
-from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.tasks import Task, absolute_file, load_task
 from bbt_accel.tuning import tune
 

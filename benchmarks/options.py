@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bbt_accel.bundle import Method, PromptMode
 from bbt_accel.engine_specs import DEFAULT_ENGINE, Device, Precision
@@ -20,15 +20,18 @@ from bbt_accel.option_types import (
     METHOD,
     PROMPT_MODE,
     PROMPT_TOKENS,
+    TASK_FOLDERS,
     Budget,
+    Budgets,
     Count,
     KShot,
+    Names,
     PromptTokens,
+    Seeds,
     Threads,
 )
 from bbt_accel.reporting import Schema
 from bbt_accel.settings import DEFAULTS, FITTED, resolve
-from bbt_accel.sweeps.grid import Names, Seeds, unique
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -114,15 +117,14 @@ class CompareOptions(Schema):
     """The options of `run_compare`."""
 
     backbone: str = Field(default="demo", description=BACKBONE)
-    data: Path | None = None
-    """Folder with a subfolder of rows for each task, or the only one's own (default: the tasks' datasets)."""
+    data: Path | None = Field(default=None, description=TASK_FOLDERS)
     contenders: Names = Field(
         default=list(CONTENDERS),
         description=f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, as in auto:alpha=2.",
     )
     reference: str | None = None
     """Contender that the others are compared with, pair by pair (default: auto, if it is one of them)."""
-    budgets: Annotated[list[Budget], Field(min_length=1), AfterValidator(unique)] = Field(default=[64, 300, 1000])
+    budgets: Budgets = Field(default=[64, 300, 1000])
     """API calls of the searches."""
     seeds: Seeds = Field(default=[42, 43, 44], description="Seeds of the rows and of every random draw.")
     k_shot: KShot = Field(

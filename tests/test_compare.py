@@ -43,7 +43,7 @@ from bbt_accel.errors import BbtError, MissingDependency, UsageError
 from bbt_accel.exporters.gpt2 import linear
 from bbt_accel.files import fingerprint
 from bbt_accel.objective import Objective
-from bbt_accel.sweeps.pools import PoolJob
+from bbt_accel.pools import PoolJob
 from bbt_accel.tasks import load_task
 
 SMALL = CompareOptions(

@@ -19,11 +19,11 @@ from bbt_accel import processes
 from bbt_accel.cli import app, main
 from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, BundleError, DataError, EngineError, RunError, UsageError
+from bbt_accel.pools import Pool, PoolJob
 from bbt_accel.run import Run
 from bbt_accel.sweeps import runner
 from bbt_accel.sweeps.cross_evaluation import score_prompts
 from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
-from bbt_accel.sweeps.pools import Pool, PoolJob
 from bbt_accel.sweeps.rendering import markdown, scores
 from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
 from bbt_accel.sweeps.runner import run_sweep

@@ -20,9 +20,9 @@ from bbt_accel.encoding import Encoder
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.inference import class_scores
 from bbt_accel.objective import Objective
+from bbt_accel.pools import Pool, PoolJob
 from bbt_accel.run import Run
 from bbt_accel.sweeps.grid import RUN, Trial
-from bbt_accel.sweeps.pools import Pool, PoolJob
 from bbt_accel.sweeps.report import Agreement, CrossEvaluation, CrossScore
 
 

@@ -16,7 +16,7 @@ from bbt_accel.bundle import INFO, Bundle, Method
 from bbt_accel.engine_specs import DEFAULT_ENGINE, Device, local_engine
 from bbt_accel.errors import BundleError, UsageError, check_known, first_line, first_problem
 from bbt_accel.files import fingerprint
-from bbt_accel.option_types import Seed
+from bbt_accel.option_types import TASK_FOLDERS, Names, Seeds
 from bbt_accel.reporting import Schema
 from bbt_accel.settings import Settings, as_given, check_given, resolve
 from bbt_accel.tasks import Task, absolute_file, load_task
@@ -25,20 +25,10 @@ PRESETS = Path(__file__).parent  # the folder of the shipped sweeps
 RUN = "run"  # the folder of the run in the folder of a trial
 
 
-def unique(values: list[Any]) -> list[Any]:
-    if len(set(values)) < len(values):
-        raise ValueError("the same value is listed twice")
-    return values
-
-
 def _engines(names: list[str]) -> list[str]:
     for name in names:
         local_engine(name, "sweep")
     return names
-
-
-Names = Annotated[list[str], Field(min_length=1), AfterValidator(unique)]
-Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(unique)]
 
 
 class Sweep(Schema):
@@ -50,8 +40,7 @@ class Sweep(Schema):
     """Engines that run the backbones."""
     seeds: Seeds = Field(default=[42], description="Seeds of the few-shot rows, the projection and the search.")
     device: Device = Field(default="cpu", description="Device of all engines.")
-    data: str | None = None
-    """Folder with a subfolder of rows for each task, or the only one's own (default: the tasks' datasets)."""
+    data: str | None = Field(default=None, description=TASK_FOLDERS)
     method: Method | None = None
     """Method that every bundle must have been exported for; None for any."""
     needs: str | None = Field(default=None, description="Command that creates the bundle, for users who lack it.")

@@ -14,12 +14,12 @@ from bbt_accel.engine_specs import engine_spec, index_of, kind_of
 from bbt_accel.errors import BbtError, RunError, UsageError, check_known
 from bbt_accel.files import remove_leftovers, reserved, reserved_folder, write_atomically
 from bbt_accel.inference import evaluate
+from bbt_accel.pools import Pool, PoolJob, open_pool
 from bbt_accel.reporting import write_report
 from bbt_accel.settings import without_effect
 from bbt_accel.splits import check_rows
 from bbt_accel.sweeps.cross_evaluation import cross_evaluate
 from bbt_accel.sweeps.grid import PRESETS, RUN, Sweep, Trial, preset_names, read_sweep
-from bbt_accel.sweeps.pools import Pool, PoolJob, open_pool
 from bbt_accel.sweeps.rendering import draw, markdown
 from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
 from bbt_accel.tuning import tune

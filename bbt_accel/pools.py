@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: processes on this machine, or tasks on a Ray cluster.
+"""Where the trials of a sweep or a comparison run: processes on this machine, or tasks on a Ray cluster.
 
 Each job has a process of its own, so that a crash fails that job alone.
 """
@@ -20,7 +20,7 @@ from bbt_accel.cluster import connect, cpus_of, first_cause, require, share_of_c
 from bbt_accel.errors import EngineError, first_line
 from bbt_accel.machine import physical_cores
 from bbt_accel.processes import Reply
-from bbt_accel.progress import SweepProgress, progress_bar
+from bbt_accel.progress import JobProgress, progress_bar
 
 POLL = 0.05  # seconds between two looks at the processes
 
@@ -42,7 +42,7 @@ class Pool(ABC):
     def run(self, jobs: Sequence[PoolJob], done: int = 0, progress: bool = True) -> Iterator[tuple[str, Reply]]:
         """Run jobs, and yield the name and the reply of each as it ends; `done`: others that were run before."""
         waiting, running = deque(jobs), 0
-        with SweepProgress(done + len(jobs), done, progress) as bar:
+        with JobProgress(done + len(jobs), done, progress) as bar:
             while waiting or running:
                 while waiting and running < self.jobs:
                     job = waiting.popleft()
@@ -73,7 +73,7 @@ class ProcessPool(Pool):
     def __init__(self, jobs: int | None, threads: int | None) -> None:
         self.jobs = jobs or 1
         self.threads = threads or max(1, physical_cores() // self.jobs)
-        self._folder = tempfile.TemporaryDirectory(prefix="bbt-sweep-")
+        self._folder = tempfile.TemporaryDirectory(prefix="bbt-accel-")
         self._running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
 
     def start(self, job: PoolJob) -> None:
