@@ -192,7 +192,7 @@ def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTo
     """The special tokens of the family's rows. Raises ExportError where the tokenizer lacks the mask token."""
 
     mask_text, mask = mask_token(tokenizer, family)
-    begin, end = (None if name is None else getattr(tokenizer, f"{name}_id") for name in (family.begin, family.end))
+    begin, end = token_id(tokenizer, family.begin), token_id(tokenizer, family.end)
     if family.begin is not None and (begin is None or family.architecture == "decoder"):
         begin = written(tokenizer, in_front=True)
     if family.end is not None and end is None:
@@ -211,14 +211,22 @@ def special_tokens(config: Any, tokenizer: Any, family: FamilySpec) -> SpecialTo
     )
 
 
+def token_id(tokenizer: Any, name: str | None) -> int | None:
+    """The id of a token, by an attribute of the tokenizer or by its text; None where there is none."""
+    text = None if name is None else getattr(tokenizer, name, name)
+    found: int | None = None if text is None else tokenizer.convert_tokens_to_ids(text)
+    return found
+
+
 def mask_token(tokenizer: Any, family: FamilySpec) -> tuple[str | None, int | None]:
     """The mask token of a family's rows, and its id. Raises ExportError where the tokenizer lacks it."""
     if family.mask is None:
         return None, None
-    text = getattr(tokenizer, family.mask, family.mask)
-    for name in (f"{SPACE}{text}", text):  # mT5's vocabulary has a sentinel with its space, and no other
-        if text is not None and (found := tokenizer.get_vocab().get(name)) not in (None, tokenizer.unk_token_id):
-            return name, found
+    sentinel = [] if hasattr(tokenizer, family.mask) else [f"{SPACE}{family.mask}"]  # mT5's has its space in front
+    for name in (*sentinel, family.mask):
+        found = token_id(tokenizer, name)
+        if found not in (None, tokenizer.unk_token_id):
+            return getattr(tokenizer, name, name), found
     raise ExportError(f"the tokenizer has no mask token, which prompts of a {family.model_type} model need")
 
 
