@@ -33,7 +33,7 @@ from bbt_accel.exporters.half import emulate_bf16
 from bbt_accel.exporters.openvino_ir import openvino_bf16, save_openvino
 from bbt_accel.exporters.sessions import run_stages, temporary_graph
 from bbt_accel.exporters.tensorrt import OPERATORS, build_plans, check_capabilities, shape_profile
-from bbt_accel.exporters.validate import reference_logits
+from bbt_accel.exporters.validate import naive_forward
 from bbt_accel.machine import installed
 from bbt_accel.progress import Tell
 
@@ -113,7 +113,7 @@ class TorchTarget(Target):
         return {}, None
 
     def label_logits(self, bundle: Bundle, batch: Batch, prompts: Float32) -> Float32:
-        return reference_logits(bundle, batch, prompts)
+        return naive_forward(bundle)(batch, prompts)
 
     def emulated(self, bundle: Bundle, folder: Path) -> Bundle:
         return bundle

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
-from bbt_accel.exporters import export, graph
+from bbt_accel.exporters import export, graph, sessions, validate
 from bbt_accel.exporters.backbone import attend, padding_bias
 from bbt_accel.exporters.families import family_of
 from bbt_accel.exporters.loading import load_model, load_tokenizer
@@ -497,6 +497,22 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text("{")
     with pytest.raises(BundleError, match="cannot be read"):
         Bundle.read(tmp_path)
+
+
+@pytest.mark.parametrize("variant", [("roberta", "bbt", "add"), ("t5", "bbt", "add"), ("gpt2", "bbt", "cat")])
+def test_an_export_is_also_validated_on_a_row_as_long_as_the_backbone_takes(
+    tiny: Export, variant: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny(*variant)
+    rows = validate.long_row(bundle)
+    context = 0 if rows.context_ids is None else len(rows.context_ids)
+    assert bundle.info.max_length - 3 <= rows.input_ids.shape[1] + context <= bundle.info.max_length
+    lengths = list[int]()
+    monkeypatch.setattr(sessions, "run_stages", lambda _, rows, prompts: lengths.append(rows.input_ids.shape[1]))
+    monkeypatch.setattr(validate, "naive_forward", lambda _: lambda rows, prompts: None)
+    monkeypatch.setattr(validate, "scaled_error", lambda found, wanted: 0.0 if len(lengths) < 2 else float("nan"))
+    assert np.isnan(validate.validate(str(bundle.path))), "neither batch may be lost"
+    assert max(lengths) == rows.input_ids.shape[1]
 
 
 def test_a_bundle_of_the_other_method_is_refused(tiny: Export) -> None:
