@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from bbt_accel.bundle import STATES, BundleInfo, block_of, block_stage, output_name
 
-MASKED = -30000.0
+MASKED = -10000.0
 """Added to the attention score of a padded key: exp() of it is 0 in fp32, and twice of it is finite in fp16.
 
-It must exceed any difference between two scores. The large queries and keys of Qwen2 have scores of thousands.
+A key that is not seen must not have a score that is higher by more than this. Up to three of it are added, in what fp16
+graphs compute in fp16 (`half.LARGEST`).
 """
 
 Inputs = dict[str, Tensor]

@@ -30,7 +30,6 @@ from transformers import PreTrainedTokenizerFast
 from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
 from bbt_accel.exporters import export, graph, sessions, validate
-from bbt_accel.exporters.backbone import attend, padding_bias
 from bbt_accel.exporters.families import family_of
 from bbt_accel.exporters.loading import load_model, load_tokenizer
 from bbt_accel.files import sha256
@@ -549,15 +548,6 @@ def test_tokens_that_the_tokenizer_writes_without_a_name_are_in_a_row(tmp_path: 
     decoder = transformers.LlamaConfig(pad_token_id=1)
     found = export.special_tokens(decoder, tokenizer_of("llama", tmp_path / "llama"), family_of(decoder))
     assert (found.begin, found.end) == (0, None)
-
-
-def test_a_masked_key_is_not_seen_however_large_its_score() -> None:
-    """Scores of Qwen2-7B are in the thousands."""
-    keys = torch.tensor([[[1.0, 0.0], [2e4, 0.0]]])
-    values = torch.tensor([[[3.0, 4.0], [5.0, 6.0]]])
-    query = torch.tensor([[[1.0, 0.0]]])
-    found = attend(query, keys, values, 1, padding_bias(torch.tensor([[1, 0]])), scale=1.0)
-    assert torch.equal(found, values[:, :1])
 
 
 def test_a_padding_token_of_minus_one_is_none() -> None:
