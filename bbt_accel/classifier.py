@@ -41,7 +41,7 @@ from bbt_accel.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.packaging.manifest import Kind
 from bbt_accel.run import ESTIMATOR, BundleRecord, EngineRecord, Run, RunInfo, is_run, is_saved_classifier, write_info
 from bbt_accel.settings import DEFAULTS, ReadoutChoice, resolve
-from bbt_accel.tables import as_utf8, distinct, plain
+from bbt_accel.tables import as_utf8, check_column_names, distinct, plain
 from bbt_accel.tuning import tune
 from bbt_accel.tuning.callbacks import Callback
 
@@ -348,15 +348,6 @@ def check_columns(rows: Sequence[Mapping[str, str]], labels: Any) -> None:
             )
 
 
-def check_column_names(names: Sequence[object]) -> None:
-    """Raises DataError for a table's columns of the same name, and for one whose name is no text."""
-    for i, name in enumerate(names):
-        if not isinstance(name, str):
-            raise DataError(f"X has a column named {name!r:.50}, which is no text; rename it, or pass it alone")
-        if name in names[:i]:
-            raise DataError(f"X has two columns named {name!r:.50}; rename or drop one")
-
-
 def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """Texts by column. columns: the names of texts without one, if there are as many.
 
@@ -367,7 +358,9 @@ def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     elif hasattr(X, "to_dicts"):  # a polars DataFrame
         X = X.to_dicts()
     elif hasattr(X, "columns") and hasattr(X, "to_dict"):  # a pandas DataFrame, of which iteration gives the columns
-        check_column_names(list(X.columns))
+        if other := [name for name in X.columns if not isinstance(name, str)]:
+            raise DataError(f"X has a column named {other[0]!r:.50}, which is no text; rename it, or pass it alone")
+        check_column_names(list(X.columns), "X")
         X = X.to_dict("records")
     elif isinstance(X, (str, Mapping)) or not isinstance(X, Iterable) or getattr(X, "ndim", 1) == 0:
         raise DataError(f"X is {X!r:.50}; give a list of texts, of tuples of texts or of mappings of texts")

@@ -21,9 +21,7 @@ FIT_BUDGET, FIT_PROMPT_TOKENS = 300, 20
 BACKBONE = "Hub id, checkpoint folder, .gguf file, or demo (shipped with bbt-accel)."
 METHOD = "bbt: a prompt at the input; bbtv2: a prompt in every layer."
 PROMPT_MODE = "add: added to the embeddings of the first tokens; cat: prepended to the input (bbt only)."
-
 JOBS = "Trials at a time (default: 1; with --ray: one per node or GPU)."
-
 TASK_FOLDERS = "Folder with a subfolder of rows for each task, or the only one's own (default: the tasks' datasets)."
 
 

@@ -129,15 +129,15 @@ def _separated(file: Path, text: str, encoding: str, separator: str, quoting: An
     # Not pyarrow: every column is text, so that "1984" and "NA" remain texts.
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]  # no option can name a space in front
-    _distinct(reader.fieldnames, file)
+    check_column_names(reader.fieldnames, file)
     return Table(list(_complete(file, reader)), encoding, separator)
 
 
-def _distinct(names: Sequence[str], file: Path) -> None:
+def check_column_names(names: Sequence[str], source: object) -> None:
     """Raises DataError for two columns of the same name, of which one would be lost; several may have none."""
     for name, times in Counter(filter(None, names)).most_common(1):
         if times > 1:
-            raise DataError(f"{file} has {times} columns named {name!r:.50}; rename or remove one")
+            raise DataError(f"{source} has {times} columns named {name!r:.50}; rename or remove one")
 
 
 def _complete(file: Path, reader: csv.DictReader[str]) -> Iterator[Record]:
@@ -208,7 +208,7 @@ def _read_excel(file: Path) -> Table:
         book.close()
     width = max(map(len, cells), default=0)
     names, *rows = ([*row, *[""] * (width - len(row))] for row in cells or [[]])
-    _distinct(names, file)
+    check_column_names(names, file)
     return Table([dict(zip(names, row, strict=True)) for row in rows if any(row)])
 
 

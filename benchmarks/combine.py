@@ -17,14 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from bbt_accel.benchmarks.compare_report import CompareReport, Pair, Score, draw, make_report, markdown
-from bbt_accel.benchmarks.options import CompareOptions
+from bbt_accel.benchmarks.options import DECISIVE, CompareOptions
 from bbt_accel.command import exit_on_error, print_markdown
 from bbt_accel.errors import DataError, translated
 from bbt_accel.files import new_folder
 from bbt_accel.reporting import JSON, TABLE, now, write_report
 
-SHARED = ("backbone", "k_shot", "n_prompt_tokens", "engine", "precision")
-"""Options that decide what is compared, so that reports with different ones cannot be combined."""
+SHARED = tuple(name for name in DECISIVE if name != "test_rows")
+"""Options that must be the same in all reports; their test rows are compared themselves."""
 
 
 def read_reports(folders: Iterable[Path]) -> dict[str, CompareReport]:

@@ -18,6 +18,7 @@ from bbt_accel.backbone_names import backbone_digest
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.compare_report import ENSEMBLE, CompareReport, Score, draw, make_report, markdown
 from bbt_accel.benchmarks.options import (
+    DECISIVE,
     REFERENCES,
     SEARCHES,
     CompareOptions,
@@ -48,8 +49,6 @@ from bbt_accel.tasks import Task, absolute_file, load_task
 from bbt_accel.tuning import tune
 
 TRIALS, BUNDLES, RUNS = "trials", "bundles", "runs"  # folders: of finished trials, of bundles, of runs
-DECISIVE = ("backbone", "k_shot", "n_prompt_tokens", "test_rows", "engine", "precision")
-"""Options that decide the scores of a trial; the budgets do so, too, where it is a search."""
 
 
 def run_compare(

@@ -142,6 +142,10 @@ class CompareOptions(Schema):
         return command_line(["compare", *tasks], self, output)
 
 
+DECISIVE = ("backbone", "k_shot", "n_prompt_tokens", "test_rows", "engine", "precision")
+"""Options of `CompareOptions` that decide the scores of a trial; the budgets do so, too, where it is a search."""
+
+
 def bundle_of(contender: str) -> str:
     """The bundle that a contender reads, a key of `prepare`'s: of its method, or as exported, to train it."""
     name, _ = parse_contender(contender)

@@ -25,8 +25,6 @@ LOADING = Lock()
 """Held while a checkpoint is read."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A bundle's precision → the dtype of its checkpoint."""
-
-
 OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """What the model returns, whatever the checkpoint's configuration asks for."""
 

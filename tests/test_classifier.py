@@ -245,7 +245,7 @@ def test_what_is_no_text_is_one_line(X: Any) -> None:
 
 @pytest.mark.parametrize(
     ("names", "complaint"),
-    [(["a", "a"], "two columns named 'a'; rename or drop one"), (["a", 0], "a column named 0, ")],
+    [(["a", "a"], "X has 2 columns named 'a'; rename or remove one"), (["a", 0], "a column named 0, ")],
 )
 def test_columns_of_a_table_have_names_of_their_own(names: list[Any], complaint: str) -> None:
     with pytest.raises(DataError, match=complaint):
