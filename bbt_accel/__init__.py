@@ -1,6 +1,7 @@
 """Black-Box Tuning of frozen language models on ONNX Runtime, OpenVINO, TensorRT or PyTorch.
 
-Everything public is importable from here and loaded on first use: `import bbt_accel` loads neither torch nor a runtime.
+Everything public is importable from here and loaded on first use: `import bbt_accel` loads neither
+torch nor a runtime.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bbt_accel.batch import Batch as Batch
-    from bbt_accel.bundle import Bundle as Bundle
-    from bbt_accel.classifier import PromptClassifier as PromptClassifier
-    from bbt_accel.data import Row as Row
-    from bbt_accel.data import load_rows as load_rows
-    from bbt_accel.encoding import Encoder as Encoder
+    from bbt_accel.core.batch import Batch as Batch
+    from bbt_accel.core.bundle import Bundle as Bundle
+    from bbt_accel.core.logits import class_logits as class_logits
+    from bbt_accel.core.objective import Objective as Objective
+    from bbt_accel.core.population import Population as Population
+    from bbt_accel.core.projection import Projection as Projection
     from bbt_accel.engines.base import BoundBatch as BoundBatch
     from bbt_accel.engines.base import Engine as Engine
     from bbt_accel.engines.registry import load_engine as load_engine
@@ -32,70 +33,73 @@ if TYPE_CHECKING:
     from bbt_accel.errors import RunError as RunError
     from bbt_accel.errors import TaskError as TaskError
     from bbt_accel.errors import UsageError as UsageError
-    from bbt_accel.exporters.export import export_bundle as export_bundle
-    from bbt_accel.exporters.optimize import optimize_bundle as optimize_bundle
-    from bbt_accel.history import Generation as Generation
-    from bbt_accel.inference import evaluate as evaluate
-    from bbt_accel.inference import predict as predict
-    from bbt_accel.logits import class_logits as class_logits
-    from bbt_accel.objective import Objective as Objective
-    from bbt_accel.population import Population as Population
-    from bbt_accel.projection import Projection as Projection
-    from bbt_accel.run import Run as Run
-    from bbt_accel.run import RunInfo as RunInfo
-    from bbt_accel.splits import few_shot as few_shot
-    from bbt_accel.tasks import Task as Task
-    from bbt_accel.tasks import load_task as load_task
-    from bbt_accel.tuning import tune as tune
-    from bbt_accel.tuning.callbacks import Callback as Callback
+    from bbt_accel.exporters.convert.optimize import optimize_bundle as optimize_bundle
+    from bbt_accel.exporters.trace.export import export_bundle as export_bundle
+    from bbt_accel.predict.classifier import PromptClassifier as PromptClassifier
+    from bbt_accel.predict.inference import evaluate as evaluate
+    from bbt_accel.predict.inference import predict as predict
+    from bbt_accel.search import tune as tune
+    from bbt_accel.search.callbacks import Callback as Callback
+    from bbt_accel.search.history import Generation as Generation
+    from bbt_accel.search.run import Run as Run
+    from bbt_accel.search.run import RunInfo as RunInfo
+    from bbt_accel.tasks.data import Row as Row
+    from bbt_accel.tasks.data import load_rows as load_rows
+    from bbt_accel.tasks.encoding import Encoder as Encoder
+    from bbt_accel.tasks.splits import few_shot as few_shot
+    from bbt_accel.tasks.task import Task as Task
+    from bbt_accel.tasks.task import load_task as load_task
 
 __version__ = "0.2.0"
 
-# Libraries that report their use to their makers. They read this when they are imported, in every process.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime also writes a device id and a database
+# Libraries that report their use to their makers. They read this when they are imported, in every
+# process.
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # else ONNX Runtime also writes a device id and a database
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO takes it as not installed
 
 _HOME = {
-    "Batch": "batch",
+    "Batch": "core.batch",
     "BbtError": "errors",
     "BoundBatch": "engines.base",
-    "Bundle": "bundle",
+    "Bundle": "core.bundle",
     "BundleError": "errors",
-    "Callback": "tuning.callbacks",
+    "Callback": "search.callbacks",
     "DataError": "errors",
-    "Encoder": "encoding",
+    "Encoder": "tasks.encoding",
     "Engine": "engines.base",
     "EngineError": "errors",
     "ExportError": "errors",
-    "Generation": "history",
+    "Generation": "search.history",
     "HubError": "errors",
     "MissingDependency": "errors",
     "NonFiniteLoss": "errors",
-    "Objective": "objective",
+    "Objective": "core.objective",
     "PackageError": "errors",
-    "Population": "population",
-    "Projection": "projection",
-    "PromptClassifier": "classifier",
-    "Row": "data",
-    "Run": "run",
+    "Population": "core.population",
+    "Projection": "core.projection",
+    "PromptClassifier": "predict.classifier",
+    "Row": "tasks.data",
+    "Run": "search.run",
     "RunError": "errors",
-    "RunInfo": "run",
-    "Task": "tasks",
+    "RunInfo": "search.run",
+    "Task": "tasks.task",
     "TaskError": "errors",
     "UsageError": "errors",
-    "class_logits": "logits",
-    "evaluate": "inference",
-    "export_bundle": "exporters.export",
-    "few_shot": "splits",
+    "class_logits": "core.logits",
+    "evaluate": "predict.inference",
+    "export_bundle": "exporters.trace.export",
+    "few_shot": "tasks.splits",
     "load_engine": "engines.registry",
-    "load_rows": "data",
-    "load_task": "tasks",
-    "optimize_bundle": "exporters.optimize",
-    "predict": "inference",
-    "tune": "tuning",
+    "load_rows": "tasks.data",
+    "load_task": "tasks.task",
+    "optimize_bundle": "exporters.convert.optimize",
+    "predict": "predict.inference",
+    "tune": "search.tune",
 }
 __all__ = sorted([*_HOME, "__version__"])
 

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line; Ctrl-C ends it in one line even while it is imported."""
     try:
-        from bbt_accel.cli import main as run
+        from bbt_accel.cli.commands import main as run
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # command.INTERRUPTED, which may be what was being imported

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 
 
 class BbtError(Exception):
-    """Base of every error that bbt-accel raises on purpose; the command line prints it and exits with `exit_code`."""
+    """Base of every error that bbt-accel raises on purpose; the command line prints it and exits
+    with `exit_code`.
+    """
 
     exit_code = 1
 
@@ -46,7 +48,9 @@ class TaskError(UsageError):
 
 
 class DataError(BbtError, ValueError):
-    """Rows that are missing, unreadable, wrongly labelled or too few; a ValueError, as scikit-learn's users expect."""
+    """Rows that are missing, unreadable, wrongly labelled or too few; a ValueError, as
+    scikit-learn's users expect.
+    """
 
 
 class RunError(BbtError):
@@ -84,7 +88,9 @@ def translated(kind: type[BbtError], what: str) -> Iterator[None]:
     except (BbtError, MemoryError, OSError):
         raise
     except Exception as error:
-        cause = error.__cause__ or error  # PyTorch's own message of a failed export is advice of many lines
+        cause = (
+            error.__cause__ or error
+        )  # PyTorch's own message of a failed export is advice of many lines
         raise kind(f"{what} ({type(cause).__name__}: {first_line(cause):.200})") from error
 
 
@@ -93,12 +99,16 @@ def first_line(error: BaseException) -> str:
 
     The name of its class where the message is empty.
     """
-    first, *others = filter(None, map(str.strip, (str(error).strip() or type(error).__name__).splitlines()))
+    first, *others = filter(
+        None, map(str.strip, (str(error).strip() or type(error).__name__).splitlines())
+    )
     return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 def missing_module(error: ImportError) -> str:
-    """What is wrong with a module: it is missing, or there and cannot be loaded, e.g. for lack of memory."""
+    """What is wrong with a module: it is missing, or there and cannot be loaded, e.g. for lack of
+    memory.
+    """
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error.name} is not installed"
     cause = first_line(error.__cause__ or error)  # numpy's own message is advice of many lines
@@ -116,7 +126,9 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
 
 
-def check_known(what: str, name: str, known: Collection[str], error: type[Exception] = UsageError) -> None:
+def check_known(
+    what: str, name: str, known: Collection[str], error: type[Exception] = UsageError
+) -> None:
     """Raises `error` for a name that is not among those known, and suggests the closest one."""
     if name not in known:
         raise error(f"unknown {what} {name!r}; {did_you_mean(name, known)}")
@@ -126,7 +138,10 @@ def first_problem(error: Exception) -> str:
     """The first problem of a validation error, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        where, message = (
+            ".".join(map(str, first["loc"])),
+            first["msg"].removeprefix("Value error, "),
+        )
         if first["type"] == "model_type":  # pydantic names the class
             message = "Input should be an object"
         return f"{where}: {message}" if where else message

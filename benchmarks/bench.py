@@ -1,4 +1,6 @@
-"""`bbt-accel bench`: every engine and precision beside the baselines, each in a process of its own."""
+"""`bbt-accel bench`: every engine and precision beside the baselines, each in a process of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +13,49 @@ from typing import Any, get_args
 
 import numpy as np
 
-from bbt_accel import processes
-from bbt_accel.batch import Float32
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores, score
 from bbt_accel.benchmarks.ceilings import matrix_rates
 from bbt_accel.benchmarks.options import BenchOptions
 from bbt_accel.benchmarks.script import record
 from bbt_accel.benchmarks.steps import SEED, Bundles, LoadArguments
-from bbt_accel.bundle import Bundle, BundleInfo
-from bbt_accel.data import Row
-from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import EngineSpec, Precision, engine_spec, engine_specs, kind_of, local_engine
+from bbt_accel.core.batch import Float32
+from bbt_accel.core.bundle import Bundle, BundleInfo
+from bbt_accel.core.engine_specs import (
+    EngineSpec,
+    Precision,
+    engine_spec,
+    engine_specs,
+    kind_of,
+    local_engine,
+)
+from bbt_accel.core.logits import class_logits
+from bbt_accel.core.optimizations import OPTIMIZATIONS, check_optimizations
+from bbt_accel.core.settings import PRESETS, resolve
 from bbt_accel.errors import BbtError, EngineError, check_known
-from bbt_accel.logits import class_logits
-from bbt_accel.machine import describe_machine, physical_cores
-from bbt_accel.optimizations import OPTIMIZATIONS, check_optimizations
-from bbt_accel.progress import StepProgress
-from bbt_accel.run import Run
-from bbt_accel.settings import PRESETS, resolve
-from bbt_accel.splits import choose_demonstrations
-from bbt_accel.tasks import load_task
+from bbt_accel.io import processes
+from bbt_accel.io.machine import describe_machine, physical_cores
+from bbt_accel.io.progress import StepProgress
+from bbt_accel.search.run import Run
+from bbt_accel.tasks.data import Row
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.splits import choose_demonstrations
+from bbt_accel.tasks.task import load_task
 
-GPU_PRECISIONS = ("fp32", "fp16")  # measured by default there, where int8 bundles do not run in 8 bits
+GPU_PRECISIONS = (
+    "fp32",
+    "fp16",
+)  # measured by default there, where int8 bundles do not run in 8 bits
 COMPILERS = ("c++", "g++", "clang++")  # one of these must be there for torch.compile
 
 
 def run_bench(options: BenchOptions, output: str | Path, progress: bool = True) -> BenchReport:
-    """Measure the baselines and every engine and precision, and write report.json, report.md and report.png.
+    """Measure the baselines and every engine and precision, and write report.json, report.md and
+    report.png.
 
     A row that fails is a row of the report. progress: show, on a terminal, what is being done.
-    Raises UsageError for unknown names, BbtError when `output` exists, what `export_bundle`, `load_task` and
-    `load_rows` raise, and EngineError when the original's forward itself fails.
+    Raises UsageError for unknown names, BbtError when `output` exists, what `export_bundle`,
+    `load_task` and `load_rows` raise, and EngineError when the original's forward itself fails.
     """
     for name in options.engines:
         local_engine(name, "bench")
@@ -50,7 +63,9 @@ def run_bench(options: BenchOptions, output: str | Path, progress: bool = True) 
         check_known("precision", name, get_args(Precision))
     check_optimizations(options.without)
     command = options.command_line(Path(output))
-    return record(Path(output), lambda work, tell: Benchmark(options, command, work, tell).run(), progress)
+    return record(
+        Path(output), lambda work, tell: Benchmark(options, command, work, tell).run(), progress
+    )
 
 
 class Benchmark:
@@ -64,13 +79,17 @@ class Benchmark:
         self.command, self.work, self.tell = command, work, tell
         self.task = load_task(options.task)
         exporting = options.model_dump(include={"method", "prompt_mode", "n_prompt_tokens"})
-        self.bundles = Bundles(work, options.backbone, exporting, calibrate=options.task, data=options.data)
+        self.bundles = Bundles(
+            work, options.backbone, exporting, calibrate=options.task, data=options.data
+        )
 
     def run(self) -> BenchReport:
         """Measure everything. After an interrupt `report` has what there is."""
         self.prepare()
         self.tell("measuring the machine")
-        rates = processes.call(matrix_rates, device=self.options.device, threads=self.options.threads)
+        rates = processes.call(
+            matrix_rates, device=self.options.device, threads=self.options.threads
+        )
         self.machine = {**describe_machine(), **rates}
         self.each("timing", self.time, self.rows)
         self.time_again()
@@ -83,8 +102,12 @@ class Benchmark:
         """The original's forward: eager in fp32."""
         return self.rows[0]
 
-    def each(self, step: str, action: Callable[[Measurement], None], rows: Iterable[Measurement]) -> None:
-        """Do it with every row that has not failed so far. Raises EngineError if the original's forward fails."""
+    def each(
+        self, step: str, action: Callable[[Measurement], None], rows: Iterable[Measurement]
+    ) -> None:
+        """Do it with every row that has not failed so far. Raises EngineError if the original's
+        forward fails.
+        """
         for row in (row for row in rows if row.status == "passed"):
             self.tell(f"{step} {row.label}")
             with row.capture_errors():
@@ -93,7 +116,9 @@ class Benchmark:
                 raise EngineError(f"the original's forward ({row.label}) failed: {row.reason}")
 
     def prepare(self) -> None:
-        """Export, plan, and write the timed and the compared rows. Raises whatever would make every row fail."""
+        """Export, plan, and write the timed and the compared rows. Raises whatever would make every
+        row fail.
+        """
         options, task = self.options, self.task
         settings = resolve(task.preset(options.method), self.settings(SEED) if options.tune else {})
         if options.tune:
@@ -106,7 +131,9 @@ class Benchmark:
         if options.tune:
             settings.generations(exported.info.searched_layers)
         self.rows, self.notes = plan_measurements(options, exported.info)
-        self.tell.expect(4 + 2 * len(self.rows) + (1 + options.seeds) * sum(map(self.tunes, self.rows)))
+        self.tell.expect(
+            4 + 2 * len(self.rows) + (1 + options.seeds) * sum(map(self.tunes, self.rows))
+        )
         shown: list[Row] = []
         if exported.info.causal and settings.demonstrations:
             few = steps.timed_rows(task, options.data, options.k_shot)
@@ -119,7 +146,9 @@ class Benchmark:
         np.save(self.work / "prompt.npy", steps.random_prompts(exported.info, 1, SEED)[0])
 
     def engine(self, row: Measurement) -> LoadArguments:
-        """How to load a row's engine; its bundle is made when it is first needed. Raises BbtError."""
+        """How to load a row's engine; its bundle is made when it is first needed. Raises
+        BbtError.
+        """
         bundle = self.bundles.bundle(engine_spec(row.engine), row.precision, row.without)
         where = self.options.model_dump(include={"device", "threads"})
         return {"bundle": bundle, "name": row.engine, "without": row.without, **where}
@@ -132,7 +161,9 @@ class Benchmark:
         row.bundle_mib = Bundle.read(self.engine(row)["bundle"], verify=False).size / 2**20
 
     def time_again(self) -> None:
-        """Time the original's forward again after all other rows: ratios are no better than its drift."""
+        """Time the original's forward again after all other rows: ratios are no better than its
+        drift.
+        """
         self.tell(f"timing {self.original.label} again")
         with suppress(BbtError):
             again = self.measure(self.original)["ms"]
@@ -144,7 +175,8 @@ class Benchmark:
             steps.measure,
             engine=self.engine(row),
             batch=self.work / "timed.npz",
-            # Baselines take their candidates one by one: two give the same time per candidate as twenty.
+            # Baselines take their candidates one by one: two give the same time per candidate as
+            # twenty.
             popsize=min(self.options.popsize, 2) if row.baseline else self.options.popsize,
             repeats=self.options.repeats,
             flops=engine_spec(row.engine).counts_flops,
@@ -152,23 +184,41 @@ class Benchmark:
         return measured
 
     def tunes(self, row: Measurement) -> bool:
-        """Whether prompts are searched for on this engine: the other baselines compute what the first one does."""
+        """Whether prompts are searched for on this engine: the other baselines compute what the
+        first one does.
+        """
         return self.options.tune and not row.ablation and (not row.baseline or row is self.original)
 
     def tune(self, row: Measurement) -> None:
-        """Search once per seed. The first prompt that eager finds is the one that all rows are compared on."""
+        """Search once per seed. The first prompt that eager finds is the one that all rows are
+        compared on.
+        """
         scores, done = [], []
         seeds = list(range(SEED, SEED + self.options.seeds))
         for seed in seeds:
             self.tell(f"tuning {row.label}, seed {seed}")
             run = self.work / f"run {row.label} {seed}"
-            asked = {"task": self.options.task, "data": self.options.data, "settings": self.settings(seed)}
+            asked = {
+                "task": self.options.task,
+                "data": self.options.data,
+                "settings": self.settings(seed),
+            }
             done.append(processes.call(steps.search, engine=self.engine(row), run=run, **asked))
             tested = self.work / f"tested {seed}.npz"
-            if not tested.exists():  # behind the demonstrations that the seed draws, for every engine the same
+            if (
+                not tested.exists()
+            ):  # behind the demonstrations that the seed draws, for every engine the same
                 shown = Run.read(run).info.demonstrations
-                steps.save_batch(tested, Encoder(self.exported, self.task, shown).encode(self.test_rows))
-            scores.append(score(self.logits(row, run / "prompt.npy", tested), self.tested.targets, self.task.metric))
+                steps.save_batch(
+                    tested, Encoder(self.exported, self.task, shown).encode(self.test_rows)
+                )
+            scores.append(
+                score(
+                    self.logits(row, run / "prompt.npy", tested),
+                    self.tested.targets,
+                    self.task.metric,
+                )
+            )
             if row is self.original and seed == SEED:
                 shutil.copy(run / "prompt.npy", self.work / "prompt.npy")
         mean, std = fmean(scores), stdev(scores) if len(scores) > 1 else None
@@ -209,7 +259,9 @@ class Benchmark:
         )
 
     def derive(self) -> Measurement:
-        """Fill in what follows from the timed calls; returns the fastest baseline that passed, else the original."""
+        """Fill in what follows from the timed calls; returns the fastest baseline that passed, else
+        the original.
+        """
         timed = [(row.set_times(row.calls_ms), row) for row in self.rows if row.calls_ms]
         passed = [(ms, row) for ms, row in timed if row.baseline and row.status == "passed"]
         least, fastest = min(passed, key=lambda pair: pair[0], default=timed[0])
@@ -220,14 +272,22 @@ class Benchmark:
         return fastest
 
 
-def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Measurement], list[str]]:
-    """The rows of a benchmark in their order, and notes on what this machine leaves out by default."""
+def plan_measurements(
+    options: BenchOptions, info: BundleInfo
+) -> tuple[list[Measurement], list[str]]:
+    """The rows of a benchmark in their order, and notes on what this machine leaves out by
+    default.
+    """
     gpu = kind_of(options.device) == "cuda"
     bf16 = gpu or "bf16" in describe_machine()["features"]
     compiles = any(map(shutil.which, COMPILERS))
     notes = []
     if not bf16:
-        wish = "" if "bf16" in options.precisions else "; --precisions bf16 measures the engines anyway"
+        wish = (
+            ""
+            if "bf16" in options.precisions
+            else "; --precisions bf16 measures the engines anyway"
+        )
         notes.append(f"no bf16 baselines: this processor has neither AVX512_BF16 nor AMX{wish}")
     if not compiles:
         notes.append(f"no torch.compile: there is no C++ compiler ({', '.join(COMPILERS)})")
@@ -235,7 +295,9 @@ def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Mea
     baselines = [
         Measurement(engine=spec.name, precision=precision, baseline=True)
         for spec in engine_specs().values()
-        if spec.baseline and kind_of(options.device) in spec.backends and (compiles or spec.name != "compiled")
+        if spec.baseline
+        and kind_of(options.device) in spec.backends
+        and (compiles or spec.name != "compiled")
         for precision in spec.benched
         if precision in ("fp32", *half)
     ]
@@ -243,16 +305,24 @@ def plan_measurements(options: BenchOptions, info: BundleInfo) -> tuple[list[Mea
 
 
 def _engine_rows(options: BenchOptions, info: BundleInfo, bf16: bool) -> Iterator[Measurement]:
-    """The rows after the baselines. A pair that does not exist is a row if engine and precision were both asked for."""
+    """The rows after the baselines. A pair that does not exist is a row if engine and precision
+    were both asked for.
+    """
     specs = list(map(engine_spec, dict.fromkeys(options.engines))) or engine_specs().values()
     off = sorted(options.without)
     for spec in specs:
         if spec.baseline or not (spec.benched or options.engines):
             continue
-        benched = GPU_PRECISIONS if kind_of(options.device) == "cuda" else spec.benched or spec.precisions
+        benched = (
+            GPU_PRECISIONS if kind_of(options.device) == "cuda" else spec.benched or spec.precisions
+        )
         default = [name for name in benched if name in spec.precisions and (bf16 or name != "bf16")]
         wanted = dict.fromkeys(options.precisions or default)
-        rows = [_row(spec, name, off, options) for name in wanted if options.engines or name in spec.precisions]
+        rows = [
+            _row(spec, name, off, options)
+            for name in wanted
+            if options.engines or name in spec.precisions
+        ]
         yield from rows
         if options.ablate and rows and rows[0].status == "passed":
             for names in ablations(info, off):
@@ -270,7 +340,13 @@ def _row(spec: EngineSpec, precision: str, off: list[str], options: BenchOptions
 
 
 def ablations(info: BundleInfo, off: list[str]) -> list[list[str]]:
-    """Each optimization that applies to the backbone, then all of them, on top of those that are off anyway."""
-    names = [name for name, optimization in OPTIMIZATIONS.items() if name not in off and optimization.applies(info)]
+    """Each optimization that applies to the backbone, then all of them, on top of those that are
+    off anyway.
+    """
+    names = [
+        name
+        for name, optimization in OPTIMIZATIONS.items()
+        if name not in off and optimization.applies(info)
+    ]
     each = [[*off, name] for name in names]
     return [*each, [*off, *names]] if len(names) > 1 else each

@@ -1,4 +1,6 @@
-"""The report of a benchmark: the schema of report.json, when a row passes, report.md and report.png."""
+"""The report of a benchmark: the schema of report.json, when a row passes, report.md and
+report.png.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +11,58 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from bbt_accel.batch import Float32, Int64
 from bbt_accel.benchmarks.options import BenchOptions
-from bbt_accel.benchmarks.script import Columns, Outcome, Report, Timed, columns_legend, page, rows_table
-from bbt_accel.engine_specs import index_of, kind_of
-from bbt_accel.exporters.validate import scaled_error
-from bbt_accel.objective import Objective
-from bbt_accel.optimizations import OPTIMIZATIONS
-from bbt_accel.report_page import hover
-from bbt_accel.reporting import BLUE, GREY, METRICS, ORANGE, Schema, digits, figure, markdown_list, markdown_table, tidy
-from bbt_accel.settings import Metric
+from bbt_accel.benchmarks.script import (
+    Columns,
+    Outcome,
+    Report,
+    Timed,
+    columns_legend,
+    page,
+    rows_table,
+)
+from bbt_accel.core.batch import Float32, Int64
+from bbt_accel.core.engine_specs import index_of, kind_of
+from bbt_accel.core.objective import Objective
+from bbt_accel.core.optimizations import OPTIMIZATIONS
+from bbt_accel.core.settings import Metric
+from bbt_accel.exporters.trace.validate import scaled_error
+from bbt_accel.io.report_page import hover
+from bbt_accel.io.reporting import (
+    BLUE,
+    GREY,
+    METRICS,
+    ORANGE,
+    Schema,
+    digits,
+    figure,
+    markdown_list,
+    markdown_table,
+    tidy,
+)
 
-LARGEST_ERROR = 1e-4  # logit error (`exporters.validate.scaled_error`) up to which an fp32 row passes
-LEAST_AGREEMENT = 0.97  # a row of lower precision passes if it predicts eager's class for this share of the test rows
+LARGEST_ERROR = (
+    1e-4  # logit error (`exporters.validate.scaled_error`) up to which an fp32 row passes
+)
+# a row of lower precision passes if it predicts eager's class for this share of the test rows
+LEAST_AGREEMENT = 0.97
 STEADY = 0.1  # drift of the machine beyond which the report warns
 
 
 class TuningScores(Schema):
     """Whole searches, one per seed."""
 
-    seeds: list[int] = Field(description="Seeds of the few-shot rows, the projection and the search.")
+    seeds: list[int] = Field(
+        description="Seeds of the few-shot rows, the projection and the search."
+    )
     budget: int = Field(description="API calls of each search.")
-    scores: list[float] = Field(description="Test score of each search's prompt on the engine that searched for it.")
+    scores: list[float] = Field(
+        description="Test score of each search's prompt on the engine that searched for it."
+    )
     mean: float = Field(description="Mean of the scores.")
-    std: float | None = Field(description="Standard deviation of the scores (n − 1); None for one seed.")
+    std: float | None = Field(
+        description="Standard deviation of the scores (n − 1); None for one seed."
+    )
     seconds: float = Field(description="Mean duration of a search.")
 
     def __str__(self) -> str:
@@ -44,36 +74,66 @@ class Measurement(Outcome, Timed):
 
     engine: str = Field(description="Name of the engine.")
     precision: str = Field(description="fp32, fp16, bf16, int8 or int4.")
-    baseline: bool = Field(default=False, description="PyTorch without bbt-accel (`EngineSpec.baseline`).")
+    baseline: bool = Field(
+        default=False, description="PyTorch without bbt-accel (`EngineSpec.baseline`)."
+    )
     without: list[str] = Field(default=[], description="Optimizations that were switched off.")
-    ablation: bool = Field(default=False, description="Measured to find what an optimization contributes; not tuned.")
-    bundle_mib: float | None = Field(default=None, description="Size of the bundle that was read, tokenizer included.")
-    flops: int | None = Field(default=None, description="FLOP per candidate, padding included; PyTorch engines only.")
-    calls_ms: list[float] = Field(default=[], description="ms per candidate of each timed call, z to batch statistics.")
-    candidates_per_second: float | None = Field(default=None, description="Candidates/s, from the median.")
-    speedup: float | None = Field(default=None, description="Time of the original's forward over this row's, medians.")
+    ablation: bool = Field(
+        default=False, description="Measured to find what an optimization contributes; not tuned."
+    )
+    bundle_mib: float | None = Field(
+        default=None, description="Size of the bundle that was read, tokenizer included."
+    )
+    flops: int | None = Field(
+        default=None, description="FLOP per candidate, padding included; PyTorch engines only."
+    )
+    calls_ms: list[float] = Field(
+        default=[], description="ms per candidate of each timed call, z to batch statistics."
+    )
+    candidates_per_second: float | None = Field(
+        default=None, description="Candidates/s, from the median."
+    )
+    speedup: float | None = Field(
+        default=None, description="Time of the original's forward over this row's, medians."
+    )
     speedup_over_fastest: float | None = None
     """Time of the fastest baseline that passed over this row's, medians."""
     fp32_share: float | None = None
-    """Operations of the original's forward × candidates/s over the fp32 rate; beyond 100 % where redundant computation
-    is avoided or the precision is lower."""
+    """Operations of the original's forward × candidates/s over the fp32 rate; beyond 100 % where
+    redundant computation is avoided or the precision is lower."""
     graph_share: float | None = None
     """Of the timed calls of the device, the share that were launched as CUDA graphs."""
     call_overhead: float | None = None
-    """On a GPU, what a call costs beyond its tokens, as a number of tokens; from a population of half the size."""
-    peak_mib: float | None = Field(default=None, description="Largest resident memory of the row's process, MiB.")
+    """On a GPU, what a call costs beyond its tokens, as a number of tokens; from a population of
+    half the size.
+    """
+    peak_mib: float | None = Field(
+        default=None, description="Largest resident memory of the row's process, MiB."
+    )
     max_error: float | None = None
-    """Largest difference of a test row's label logits from eager fp32, relative to the largest logit where that is
-    beyond 1; None if a logit is not finite."""
-    agreement: float | None = Field(default=None, description="Share of test rows with eager fp32's predicted class.")
-    score: float | None = Field(default=None, description="Metric of the test rows, with the same prompt in all rows.")
-    tuned: TuningScores | None = Field(default=None, description="Scores of whole searches on this engine.")
-    versions: dict[str, str] = Field(default={}, description="Of the libraries that compute; the device or provider.")
+    """Largest difference of a test row's label logits from eager fp32, relative to the largest
+    logit where that is beyond 1; None if a logit is not finite."""
+    agreement: float | None = Field(
+        default=None, description="Share of test rows with eager fp32's predicted class."
+    )
+    score: float | None = Field(
+        default=None, description="Metric of the test rows, with the same prompt in all rows."
+    )
+    tuned: TuningScores | None = Field(
+        default=None, description="Scores of whole searches on this engine."
+    )
+    versions: dict[str, str] = Field(
+        default={}, description="Of the libraries that compute; the device or provider."
+    )
 
     @property
     def label(self) -> str:
         """How tables and plots name the row."""
-        names = ", ".join(self.without) if len(self.without) < 3 else f"{len(self.without)} optimizations"
+        names = (
+            ", ".join(self.without)
+            if len(self.without) < 3
+            else f"{len(self.without)} optimizations"
+        )
         return f"{self.engine} {self.precision}" + (f" without {names}" if names else "")
 
     @property
@@ -85,7 +145,9 @@ class Measurement(Outcome, Timed):
         finite = np.asarray(np.isfinite(logits).all(axis=1))
         self.agreement = float((finite & (logits.argmax(1) == eager.argmax(1))).mean())
         if not finite.all():
-            self.reason = f"{(~finite).sum()} of {len(finite)} test rows have NaN or infinite logits"
+            self.reason = (
+                f"{(~finite).sum()} of {len(finite)} test rows have NaN or infinite logits"
+            )
         else:
             self.max_error, self.score = scaled_error(logits, eager), score(logits, targets, metric)
             if self.precision == "fp32" and not self.max_error <= LARGEST_ERROR:
@@ -126,18 +188,24 @@ class BenchReport(Report):
 
     caption = "Speed and score of each row"
     version: int = Field(default=2, description="Version of this schema.")
-    options: BenchOptions = Field(description="What was asked for; the number of threads is that which was used.")
+    options: BenchOptions = Field(
+        description="What was asked for; the number of threads is that which was used."
+    )
     task: str = Field(description="Name of the task.")
     metric: Metric = Field(description="The metric of all scores.")
     machine: dict[str, Any]
-    """Where it ran, and its ceilings: the names of `machine.describe_machine` and `ceilings.matrix_rates`."""
+    """Where it ran, and its ceilings: the names of `machine.describe_machine` and
+    `ceilings.matrix_rates`.
+    """
     n_rows: int = Field(description="N, rows of the timed batch, from the task's train split.")
     length: int = Field(description="S, tokens per row after padding.")
     padding: float = Field(description="Share of the N × S tokens that is padding.")
-    n_test_rows: int = Field(description="Rows on which logits, predictions and scores are compared.")
+    n_test_rows: int = Field(
+        description="Rows on which logits, predictions and scores are compared."
+    )
     drift: float | None
-    """How much longer the original's forward took when it was timed again after the other rows, as a share of the first
-    time; ratios are not more precise than that. None if that failed."""
+    """How much longer the original's forward took when it was timed again after the other rows, as
+    a share of the first time; ratios are not more precise than that. None if that failed."""
     fastest_baseline: str = Field(description="Label of the fastest baseline that passed.")
     rows: list[Measurement]
     """The baselines first, then a row per engine, precision and set of optimizations."""
@@ -151,7 +219,11 @@ class BenchReport(Report):
     @property
     def fastest(self) -> Measurement | None:
         """The fastest row that passed, baselines and ablations excepted."""
-        found = [m for m in self.rows if m.status == "passed" and m.ms_median and not (m.baseline or m.ablation)]
+        found = [
+            m
+            for m in self.rows
+            if m.status == "passed" and m.ms_median and not (m.baseline or m.ablation)
+        ]
         return min(found, key=lambda m: m.ms_median or 0.0, default=None)
 
     @property
@@ -169,7 +241,9 @@ class BenchReport(Report):
 
     @property
     def batch(self) -> str:
-        return f"{self.n_rows} rows × {self.length} tokens, {self.options.popsize} candidates per call"
+        return (
+            f"{self.n_rows} rows × {self.length} tokens, {self.options.popsize} candidates per call"
+        )
 
     @property
     def prompt(self) -> str:
@@ -177,9 +251,13 @@ class BenchReport(Report):
 
     def markdown(self) -> str:
         fidelity = FIDELITY | (TUNED if any(row.tuned for row in self.rows) else {})
-        reasons = [f"- **{row.label}**: {row.status}: {row.reason}" for row in self.rows if row.reason]
+        reasons = [
+            f"- **{row.label}**: {row.status}: {row.reason}" for row in self.rows if row.reason
+        ]
         passing = f"- An fp32 row passes with a logit error of at most {LARGEST_ERROR:.0e}, a row of lower precision "
-        passing += f"with an agreement of at least {LEAST_AGREEMENT}. Scores are {METRICS[self.metric]}."
+        passing += (
+            f"with an agreement of at least {LEAST_AGREEMENT}. Scores are {METRICS[self.metric]}."
+        )
         return page(
             f"# {self.options.backbone} on {self.task}",
             self.summary(),
@@ -203,23 +281,49 @@ class BenchReport(Report):
             text += f" The fastest engine that passed is **{best.label}**: {best.speedup_over_fastest:.2f} times the "
             text += f"fastest baseline and {best.speedup:.2f} times the original's forward, on {self.processor}."
         if abs(self.drift or 0.0) > STEADY:
-            text += "\n\n**The machine was not steady:** the time of the original's forward changed by "
+            text += (
+                "\n\n**The machine was not steady:** the time of the original's forward changed by "
+            )
             text += f"{self.drift:+.0%}, and no ratio here is more precise than that. Measure again on an idle machine."
         return text
 
     def ablation(self) -> str:
-        """What each optimization contributes: the time without it over the time of the same row with it."""
-        lines, whole = [], {(row.engine, row.precision): row for row in self.rows if not (row.ablation or row.baseline)}
+        """What each optimization contributes: the time without it over the time of the same row
+        with it.
+        """
+        lines, whole = (
+            [],
+            {
+                (row.engine, row.precision): row
+                for row in self.rows
+                if not (row.ablation or row.baseline)
+            },
+        )
         for row in self.rows:
             base = whole.get((row.engine, row.precision))
-            if row.ablation and base is not None and row.ms_median is not None and base.ms_median is not None:
+            if (
+                row.ablation
+                and base is not None
+                and row.ms_median is not None
+                and base.ms_median is not None
+            ):
                 off = ", ".join(name for name in row.without if name not in base.without)
-                times = [digits(base.ms_median), digits(row.ms_median), ratio(row.ms_median / base.ms_median)]
+                times = [
+                    digits(base.ms_median),
+                    digits(row.ms_median),
+                    ratio(row.ms_median / base.ms_median),
+                ]
                 lines.append([base.label, off, *times])
         header = ["row", "optimization", "ms with it", "ms without it", "factor"]
         used = {name for row in self.rows if row.ablation for name in row.without}
-        legend = markdown_list({f"`{name}`": each.what for name, each in OPTIMIZATIONS.items() if name in used})
-        return f"## Ablation\n\n{markdown_table(header, lines, text_columns=2)}\n\n{legend}" if lines else ""
+        legend = markdown_list(
+            {f"`{name}`": each.what for name, each in OPTIMIZATIONS.items() if name in used}
+        )
+        return (
+            f"## Ablation\n\n{markdown_table(header, lines, text_columns=2)}\n\n{legend}"
+            if lines
+            else ""
+        )
 
     def facts(self) -> str:
         machine, flops = self.machine, (self.original.flops or 0) / 1e9
@@ -255,29 +359,61 @@ class BenchReport(Report):
             found, passed = row.speedup_over_fastest or 0.0, row.status == "passed"
             colour = GREY if row.baseline else BLUE if passed else ORANGE
             (bar,) = axes.barh(
-                place, found, color=colour, height=0.66, hatch=None if passed else "///", edgecolor="white"
+                place,
+                found,
+                color=colour,
+                height=0.66,
+                hatch=None if passed else "///",
+                edgecolor="white",
             )
-            hover(bar, [f"{row.label}: {digits(row.ms_median)} ms per candidate, {ratio(found)} × fastest baseline"])
-            note = f"{found:.2f}×  ({digits(row.ms_median)} ms)  " * bool(found) + row.status * (not passed)
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # keeps lines from running through the text
+            hover(
+                bar,
+                [
+                    f"{row.label}: {digits(row.ms_median)} ms per candidate, {ratio(found)} × fastest baseline"
+                ],
+            )
+            note = f"{found:.2f}×  ({digits(row.ms_median)} ms)  " * bool(found) + row.status * (
+                not passed
+            )
+            box = {
+                "facecolor": "white",
+                "edgecolor": "none",
+                "pad": 1.0,
+            }  # keeps lines from running through the text
             axes.text(found + 0.015 * most, place, note, va="center", fontsize=9, bbox=box)
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlim(0, 1.42 * most)
-        axes.set_xlabel(f"times as fast as the fastest baseline, {self.fastest_baseline} (ms per candidate)")
+        axes.set_xlabel(
+            f"times as fast as the fastest baseline, {self.fastest_baseline} (ms per candidate)"
+        )
         axes.set_title(f"Speed on {self.processor}", fontsize=11, loc="left")
 
     def _draw_scores(self, axes: Any) -> None:
-        name, tuned = METRICS[self.metric], {"color": "black", "markerfacecolor": "none", "markersize": 8, "capsize": 3}
+        name, tuned = (
+            METRICS[self.metric],
+            {"color": "black", "markerfacecolor": "none", "markersize": 8, "capsize": 3},
+        )
         for place, row in enumerate(self.rows):
             if row.score is not None:
-                (point,) = axes.plot(row.score, place, "o", color=BLUE, markersize=8, label=self.prompt)
+                (point,) = axes.plot(
+                    row.score, place, "o", color=BLUE, markersize=8, label=self.prompt
+                )
                 hover(point, [f"{row.label}, {self.prompt}: {name} {row.score:.3f}"])
             if row.tuned is not None:
                 label = f"tuned on the row's engine, {len(row.tuned.seeds)} seeds (mean ± std)"
-                drawn = axes.errorbar(row.tuned.mean, place, xerr=row.tuned.std or 0.0, fmt="D", label=label, **tuned)
+                drawn = axes.errorbar(
+                    row.tuned.mean, place, xerr=row.tuned.std or 0.0, fmt="D", label=label, **tuned
+                )
                 hover(drawn[0], [f"{row.label}, {label}: {name} {row.tuned}"])
         handles, labels = axes.get_legend_handles_labels()
         shown = dict(zip(labels, handles, strict=True))
-        axes.figure.legend(shown.values(), shown.keys(), fontsize=9, loc="outside lower right", ncols=2, frameon=False)
+        axes.figure.legend(
+            shown.values(),
+            shown.keys(),
+            fontsize=9,
+            loc="outside lower right",
+            ncols=2,
+            frameon=False,
+        )
         axes.set(xlim=(-0.03, 1.03), xlabel=f"test {name}, {self.n_test_rows} rows")
         axes.set_title(name[0].upper() + name[1:], fontsize=11, loc="left")

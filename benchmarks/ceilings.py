@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bbt_accel.benchmarks.gpu_state import identity, read_under_load
-from bbt_accel.engine_specs import index_of, kind_of
+from bbt_accel.core.engine_specs import index_of, kind_of
 from bbt_accel.errors import first_line
 
 SIZE = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the ceiling
@@ -19,8 +19,9 @@ Multiply = Callable[[], object]
 def matrix_rates(device: str, threads: int) -> dict[str, Any]:
     """The ceilings of this machine.
 
-    rates: 10⁹ operations/s of each product, by precision and library, and on a GPU 10⁹ bytes/s read and written by a
-    copy. fp32_rate, fp32_rate_by: the best in fp32, and its library. unavailable: what is missing or failed, and why.
+    rates: 10⁹ operations/s of each product, by precision and library, and on a GPU 10⁹ bytes/s read
+    and written by a copy. fp32_rate, fp32_rate_by: the best in fp32, and its library. unavailable:
+    what is missing or failed, and why.
     gpu, on a GPU: its state meanwhile.
     """
     kind = kind_of(device)
@@ -40,7 +41,13 @@ def matrix_rates(device: str, threads: int) -> dict[str, Any]:
         more["gpu"] = gpu_under_load(index_of(device))
     best = max((name for name in rates if name.startswith("fp32")), key=rates.__getitem__)
     by = best.removeprefix("fp32 ")
-    return {"fp32_rate": rates[best], "fp32_rate_by": by, "rates": rates, "unavailable": unavailable, **more}
+    return {
+        "fp32_rate": rates[best],
+        "fp32_rate_by": by,
+        "rates": rates,
+        "unavailable": unavailable,
+        **more,
+    }
 
 
 def gpu_under_load(index: int) -> dict[str, Any] | None:
@@ -61,11 +68,17 @@ def median_seconds(call: Callable[[], object], threads: int) -> float:
     """Median duration of a call, GPU included; PyTorch on as many CPU threads."""
     from torch.utils.benchmark import Timer
 
-    return Timer("call()", globals={"call": call}, num_threads=threads).blocked_autorange(min_run_time=SECONDS).median
+    return (
+        Timer("call()", globals={"call": call}, num_threads=threads)
+        .blocked_autorange(min_run_time=SECONDS)
+        .median
+    )
 
 
 def _torch(n: int, device: str = "cpu", half: bool = False, tf32: bool = False) -> Multiply:
-    """torch.mm: MKL in PyTorch's builds for x86, cuBLAS on a GPU, whose fp32 is TF32 only where that is asked for."""
+    """torch.mm: MKL in PyTorch's builds for x86, cuBLAS on a GPU, whose fp32 is TF32 only where
+    that is asked for.
+    """
     import torch
 
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -78,7 +91,10 @@ def _onednn(n: int) -> Multiply:
     import torch
     from torch.utils import mkldnn
 
-    layer, x = mkldnn.to_mkldnn(torch.nn.Linear(n, n, bias=False).requires_grad_(False)), torch.rand(n, n).to_mkldnn()
+    layer, x = (
+        mkldnn.to_mkldnn(torch.nn.Linear(n, n, bias=False).requires_grad_(False)),
+        torch.rand(n, n).to_mkldnn(),
+    )
     return lambda: layer(x)
 
 
@@ -95,24 +111,30 @@ def _ort(n: int, threads: int, int8: bool = False) -> Multiply:
 def _openvino(n: int, threads: int) -> Multiply:
     import openvino
 
-    from bbt_accel.exporters.openvino_ir import compile_options
+    from bbt_accel.engines.openvino_ir import compile_options
 
     core = openvino.Core()
-    model = core.compile_model(core.read_model(product(n), b""), "CPU", compile_options("fp32", threads))
+    model = core.compile_model(
+        core.read_model(product(n), b""), "CPU", compile_options("fp32", threads)
+    )
     request = model.create_infer_request()
     a = np.ones((n, n), np.float32)
     return lambda: request.infer({"a": a}, share_inputs=True, share_outputs=True)
 
 
 def product(n: int, int8: bool = False) -> bytes:
-    """An ONNX model of the product of an n × n matrix with a constant one, in fp32 or uint8 by int8."""
+    """An ONNX model of the product of an n × n matrix with a constant one, in fp32 or uint8 by
+    int8.
+    """
     from onnx import parser
 
     left, right, result = ("uint8", "int8", "int32") if int8 else ("float",) * 3
     constant = f"ConstantOfShape<value = {right}[1] {{{7 if int8 else 0.5}}}>(s)"
     nodes = f"s = Constant<value = int64[2] {{{n}, {n}}}>() b = {constant} y = MatMul{'Integer' * int8}(a, b)"
     graph = f"product ({left}[{n}, {n}] a) => ({result}[{n}, {n}] y) {{ {nodes} }}"
-    return bytes(parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {graph}').SerializeToString())
+    return bytes(
+        parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {graph}').SerializeToString()
+    )
 
 
 PRODUCTS: dict[str, dict[str, Callable[[int, int], Multiply]]] = {

@@ -1,4 +1,6 @@
-"""Accuracy per forward pass: every readout, the searches, and training by gradients, on the same few rows."""
+"""Accuracy per forward pass: every readout, the searches, and training by gradients, on the same
+few rows.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,15 @@ from typing import Any
 import numpy as np
 
 from bbt_accel import __version__
-from bbt_accel.backbone_names import backbone_digest
 from bbt_accel.benchmarks import steps
-from bbt_accel.benchmarks.compare_report import ENSEMBLE, CompareReport, Score, draw, make_report, markdown
+from bbt_accel.benchmarks.compare_report import (
+    ENSEMBLE,
+    CompareReport,
+    Score,
+    draw,
+    make_report,
+    markdown,
+)
 from bbt_accel.benchmarks.options import (
     DECISIVE,
     REFERENCES,
@@ -29,26 +37,37 @@ from bbt_accel.benchmarks.options import (
     parse_contender,
     readout_of,
 )
-from bbt_accel.bundle import Bundle
-from bbt_accel.data import labels, rows_digest, task_folders
-from bbt_accel.encoding import Encoder, encoder_with_demonstrations
-from bbt_accel.engine_specs import engine_spec, kind_of, local_engine
+from bbt_accel.benchmarks.sweep.grid import check_names
+from bbt_accel.core.backbone_names import backbone_digest
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.engine_specs import engine_spec, kind_of, local_engine
+from bbt_accel.core.objective import Objective, most_frequent
+from bbt_accel.core.settings import FITTED, check_given, resolve
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, UsageError
-from bbt_accel.files import fingerprint, remove_leftovers, reserved, reserved_folder, write_atomically
-from bbt_accel.inference import class_scores, scores_before
-from bbt_accel.machine import describe_machine
-from bbt_accel.objective import Objective, most_frequent
-from bbt_accel.pools import Pool, PoolJob, open_pool
-from bbt_accel.reporting import now, write_report
-from bbt_accel.run import Run
-from bbt_accel.settings import FITTED, check_given, resolve
-from bbt_accel.splits import check_rows, load_few_shot
-from bbt_accel.sweeps.grid import check_names
-from bbt_accel.tasks import Task, absolute_file, load_task
-from bbt_accel.tuning import tune
+from bbt_accel.io.files import (
+    fingerprint,
+    remove_leftovers,
+    reserved,
+    reserved_folder,
+    write_atomically,
+)
+from bbt_accel.io.machine import describe_machine
+from bbt_accel.io.pools import Pool, PoolJob, open_pool
+from bbt_accel.io.reporting import now, write_report
+from bbt_accel.predict.inference import class_scores, scores_before
+from bbt_accel.search import tune
+from bbt_accel.search.run import Run
+from bbt_accel.tasks.data import labels, rows_digest, task_folders
+from bbt_accel.tasks.encoding import Encoder, encoder_with_demonstrations
+from bbt_accel.tasks.splits import check_rows, load_few_shot
+from bbt_accel.tasks.task import Task, absolute_file, load_task
 
-TRIALS, BUNDLES, RUNS = "trials", "bundles", "runs"  # folders: of finished trials, of bundles, of runs
+TRIALS, BUNDLES, RUNS = (
+    "trials",
+    "bundles",
+    "runs",
+)  # folders: of finished trials, of bundles, of runs
 
 
 def run_compare(
@@ -60,11 +79,13 @@ def run_compare(
     resume: bool = False,
     progress: bool = True,
 ) -> CompareReport:
-    """Compare contenders on tasks, and write report.json, report.md and report.png into the folder `output`.
+    """Compare contenders on tasks, and write report.json, report.md and report.png into the folder
+    `output`.
 
     resume: keep the trials that are there. ray: address of a Ray cluster to run the trials on.
-    A trial that fails is a line of the report, which is written after each, and also when Ctrl-C ends the comparison.
-    Raises UsageError, TaskError and DataError for what does not exist, BbtError when `output` exists.
+    A trial that fails is a line of the report, which is written after each, and also when Ctrl-C
+    ends the comparison. Raises UsageError, TaskError and DataError for what does not exist,
+    BbtError when `output` exists.
     """
     folder = Path(output).absolute()
     if len(set(tasks)) < len(tasks):
@@ -76,7 +97,9 @@ def run_compare(
     local_engine(options.engine, "compare").target(options.precision)
     found = {path: load_task(path) for path in tasks}
     check_names("tasks", {path: task.name for path, task in found.items()})
-    named = {task.name: absolute_file(path) for path, task in found.items()}  # a trial on Ray runs elsewhere
+    named = {
+        task.name: absolute_file(path) for path, task in found.items()
+    }  # a trial on Ray runs elsewhere
     folders = task_folders(options.data, list(named))
     for task in found.values():  # fail before the bundles are exported, not in every trial
         check_searches(task, options)
@@ -86,19 +109,40 @@ def run_compare(
         device = kind_of(engine_spec(options.engine).device("cpu"))
         with closing(open_pool(ray, options.jobs, options.threads, device, progress)) as pool:
             _open(folder, options, resume)
-            jobs = list(_jobs(folder, named, folders, options, prepare(folder / BUNDLES, options), pool.threads))
-            facts = {"command": options.command_line(tasks, Path(output)), "machine": describe_machine()["cpu"]}
+            jobs = list(
+                _jobs(
+                    folder,
+                    named,
+                    folders,
+                    options,
+                    prepare(folder / BUNDLES, options),
+                    pool.threads,
+                )
+            )
+            facts = {
+                "command": options.command_line(tasks, Path(output)),
+                "machine": describe_machine()["cpu"],
+            }
             return _run(folder, jobs, pool, progress, facts, options.reference or "auto")
 
 
 def _run(
-    folder: Path, jobs: Sequence[PoolJob], pool: Pool, progress: bool, facts: dict[str, str], reference: str
+    folder: Path,
+    jobs: Sequence[PoolJob],
+    pool: Pool,
+    progress: bool,
+    facts: dict[str, str],
+    reference: str,
 ) -> CompareReport:
     """The report of all trials, those that were done before included."""
     folders = {job.arguments["data"] for job in jobs}
     rows = {data: "the task's own" if data is None else fingerprint(data) for data in folders}
     wanted = {job.name: asked(job, rows[job.arguments["data"]]) for job in jobs}
-    done = {name: found for name, what in wanted.items() if (found := read_trial(folder, name, what)) is not None}
+    done = {
+        name: found
+        for name, what in wanted.items()
+        if (found := read_trial(folder, name, what)) is not None
+    }
     failures = dict[str, str]()
 
     def write(plot: bool) -> CompareReport:
@@ -109,13 +153,17 @@ def _run(
         return report
 
     try:
-        for name, reply in pool.run([job for job in jobs if job.name not in done], len(done), progress):
+        for name, reply in pool.run(
+            [job for job in jobs if job.name not in done], len(done), progress
+        ):
             if "error" in reply:
                 failures[name] = " ".join(reply["message"].split())
             else:
                 done[name] = [Score.model_validate(value) for value in reply["value"]]
                 content = {"asked": wanted[name], "scores": reply["value"]}
-                write_atomically(folder / TRIALS / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
+                write_atomically(
+                    folder / TRIALS / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n"
+                )
             write(plot=False)
     except KeyboardInterrupt:
         write(plot=True)
@@ -124,7 +172,9 @@ def _run(
 
 
 def _open(folder: Path, options: CompareOptions, resume: bool) -> None:
-    """Make the folder with its bundles in one step, so that whatever is left of a comparison can be resumed."""
+    """Make the folder with its bundles in one step, so that whatever is left of a comparison can be
+    resumed.
+    """
     if not folder.exists():
         with reserved_folder(folder) as new:
             (new / TRIALS).mkdir()
@@ -145,8 +195,14 @@ def _jobs(
     bundles: dict[str, str],
     threads: int,
 ) -> Iterator[PoolJob]:
-    """A job for each task, contender and seed. tasks: name → what `load_task` takes. data: name → its rows."""
-    shared = {"options": options.model_dump(mode="json"), "threads": threads, "work": str(folder / RUNS)}
+    """A job for each task, contender and seed. tasks: name → what `load_task` takes. data: name →
+    its rows.
+    """
+    shared = {
+        "options": options.model_dump(mode="json"),
+        "threads": threads,
+        "work": str(folder / RUNS),
+    }
     for (name, task), contender, seed in product(tasks.items(), options.contenders, options.seeds):
         own = {
             "contender": contender,
@@ -159,20 +215,28 @@ def _jobs(
 
 
 def prepare(work: Path, options: CompareOptions) -> dict[str, str]:
-    """The bundles that the contenders read, by `bundle_of`: in the engine's precision, or as exported."""
+    """The bundles that the contenders read, by `bundle_of`: in the engine's precision, or as
+    exported.
+    """
     spec, paths = engine_spec(options.engine), dict[str, str]()
     checkpoint = f"{Path(options.backbone).name}-{backbone_digest(options.backbone)[:8]}"
     for name in map(bundle_of, options.contenders):
         method = name.split()[0]
         place = work / f"{checkpoint}-{options.n_prompt_tokens}" / method
         place.mkdir(parents=True, exist_ok=True)
-        made = steps.Bundles(place, options.backbone, {"method": method, "n_prompt_tokens": options.n_prompt_tokens})
-        paths[name] = str(made.bundle(spec, options.precision) if name == method else made.exported())
+        made = steps.Bundles(
+            place, options.backbone, {"method": method, "n_prompt_tokens": options.n_prompt_tokens}
+        )
+        paths[name] = str(
+            made.bundle(spec, options.precision) if name == method else made.exported()
+        )
     return paths
 
 
 def check_searches(task: Task, options: CompareOptions) -> None:
-    """Raises UsageError for settings that exclude each other, and for a search that no budget pays for."""
+    """Raises UsageError for settings that exclude each other, and for a search that no budget pays
+    for.
+    """
     for contender in options.contenders:
         name, given = parse_contender(contender)
         if name in SEARCHES:
@@ -185,24 +249,37 @@ def check_searches(task: Task, options: CompareOptions) -> None:
 
 
 def asked(job: PoolJob, data: str) -> dict[str, Any]:
-    """What decides the scores of a trial: options, what the files that it reads hold, and the version of bbt-accel.
+    """What decides the scores of a trial: options, what the files that it reads hold, and the
+    version of bbt-accel.
 
     data: fingerprint of the rows.
     """
     given, task = job.arguments, load_task(job.arguments["task"])
     searches = parse_contender(given["contender"])[0] in SEARCHES
-    options = {name: given["options"][name] for name in (*DECISIVE, *(["budgets"] if searches else []))}
-    own = {"contender": given["contender"], "seed": given["seed"], "task": task.model_dump(mode="json")}
+    options = {
+        name: given["options"][name] for name in (*DECISIVE, *(["budgets"] if searches else []))
+    }
+    own = {
+        "contender": given["contender"],
+        "seed": given["seed"],
+        "task": task.model_dump(mode="json"),
+    }
     bundle = Bundle.read(given["bundle"], verify=False).digest
     return options | own | {"version": __version__, "data": data, "bundle": bundle}
 
 
 def read_trial(folder: Path, name: str, wanted: dict[str, Any]) -> list[Score] | None:
-    """The scores of a trial that was asked for the same; None where there is none, or its file is damaged."""
+    """The scores of a trial that was asked for the same; None where there is none, or its file is
+    damaged.
+    """
     file = folder / TRIALS / f"{name}.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return [Score.model_validate(value) for value in found["scores"]] if found["asked"] == wanted else None
+        return (
+            [Score.model_validate(value) for value in found["scores"]]
+            if found["asked"] == wanted
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -221,7 +298,9 @@ def contend(
 
     work: folder of its runs. bundle: that of `bundle_of`.
     """
-    trial = CompareTrial(task, data, seed, Path(work), bundle, CompareOptions.model_validate(options), threads)
+    trial = CompareTrial(
+        task, data, seed, Path(work), bundle, CompareOptions.model_validate(options), threads
+    )
     if contender == "readouts":
         scores = trial.readouts()
     else:
@@ -252,35 +331,47 @@ class CompareTrial:
         self.train, self.dev = load_few_shot(self.task, folder, self.settings)
 
     def readouts(self) -> list[Score]:
-        """Every readout without a search; what takes no labels; and the most frequent class of the test rows."""
+        """Every readout without a search; what takes no labels; and the most frequent class of the
+        test rows.
+        """
         with load_engine(self.bundle, self.options.engine, threads=self.threads) as engine:
-            encoder, _ = encoder_with_demonstrations(engine.bundle, self.task, self.train, self.settings)
+            encoder, _ = encoder_with_demonstrations(
+                engine.bundle, self.task, self.train, self.settings
+            )
             plain, calibrated = scores_before(engine, encoder, self.test)
         frequent = most_frequent(labels(self.test), self.task.n_classes, self.task.metric)
         majority = np.eye(self.task.n_classes)[frequent]
         found = [self.measured("majority class", 0, np.tile(majority, (len(self.test), 1)), 0.0)]
         found.append(self.measured("without a prompt", 0, plain, 0.0))
         found.append(self.measured("batch calibration", 0, calibrated, 0.0))
-        return found + [self.score(name, *self.tune(f"readouts:{name}", name, 1)) for name in FITTED]
+        return found + [
+            self.score(name, *self.tune(f"readouts:{name}", name, 1)) for name in FITTED
+        ]
 
     def search(self, contender: str) -> list[Score]:
-        """For each budget that it can spend: the original search by a method, or one with a fitted readout.
+        """For each budget that it can spend: the original search by a method, or one with a fitted
+        readout.
 
-        One search: with each budget it continues where the one before it ended. Its seconds are those from the start.
+        One search: with each budget it continues where the one before it ended. Its seconds are
+        those from the start.
         """
         name, given = parse_contender(contender)
         readout = readout_of(name)
         info = Bundle.read(self.bundle, verify=False).info
         scores, total = list[Score](), 0.0
         for budget in sorted({*([1] if name == "auto" else []), *self.options.budgets}):
-            settings = resolve(self.task.preset(info.method), given, {"readout": readout, "budget": budget})
+            settings = resolve(
+                self.task.preset(info.method), given, {"readout": readout, "budget": budget}
+            )
             turn = settings.turn(info.searched_layers)
             if settings.fitted or budget >= turn:
                 run, seconds = self.tune(contender, readout, budget, given, resume=bool(scores))
                 total += seconds
                 scores.append(self.score(contender, run, total, budget))
         if not scores:
-            raise UsageError(f"{contender} needs {turn} calls for one generation per layer; give larger --budgets")
+            raise UsageError(
+                f"{contender} needs {turn} calls for one generation per layer; give larger --budgets"
+            )
         return scores
 
     def reference(self, contender: str) -> list[Score]:
@@ -304,7 +395,9 @@ class CompareTrial:
             calls, seconds = found.calls, loading + found.seconds
             scores.append(self.measured(contender, calls, found.scores, seconds, budget=calls))
             fitted, seconds = found.ensemble, seconds + found.fitting
-            scores.append(self.measured(f"{contender}{ENSEMBLE}", calls + 1, fitted, seconds, budget=calls))
+            scores.append(
+                self.measured(f"{contender}{ENSEMBLE}", calls + 1, fitted, seconds, budget=calls)
+            )
         return scores
 
     def tune(
@@ -316,12 +409,23 @@ class CompareTrial:
         resume: bool = False,
     ) -> tuple[Run, float]:
         """A run, and its seconds. given: further settings. resume: continue the contender's run."""
-        own = {"seed": self.seed, "k_shot": self.options.k_shot, "readout": readout, "budget": budget}
+        own = {
+            "seed": self.seed,
+            "k_shot": self.options.k_shot,
+            "readout": readout,
+            "budget": budget,
+        }
         place = self.work / f"{self.task.name}-{contender.replace(':', ',')}-{self.seed}"
         started = perf_counter()
-        where: dict[str, Any] = {"engine": self.options.engine, "threads": self.threads, "data": self.data}
+        where: dict[str, Any] = {
+            "engine": self.options.engine,
+            "threads": self.threads,
+            "data": self.data,
+        }
         again: dict[str, Any] = {"resume": resume, "overwrite": not resume, "progress": False}
-        run = tune(self.bundle, self.task, output=place, settings={**given, **own}, **where, **again)
+        run = tune(
+            self.bundle, self.task, output=place, settings={**given, **own}, **where, **again
+        )
         return run, perf_counter() - started
 
     def score(self, name: str, run: Run, seconds: float, budget: int | None = None) -> Score:
@@ -330,10 +434,18 @@ class CompareTrial:
             scores = class_scores(engine, encoder, self.test, run)
         readout = run.info.readout
         chosen = readout.name + (", searched" if readout.searched else "")
-        return self.measured(name, run.info.calls, scores, seconds, budget, chosen if readout.tried else None)
+        return self.measured(
+            name, run.info.calls, scores, seconds, budget, chosen if readout.tried else None
+        )
 
     def measured(
-        self, name: str, calls: int, scores: Any, seconds: float, budget: int | None = None, chosen: str | None = None
+        self,
+        name: str,
+        calls: int,
+        scores: Any,
+        seconds: float,
+        budget: int | None = None,
+        chosen: str | None = None,
     ) -> Score:
         _, metric = self.objective.score(scores[None], labels(self.test))
         return Score(

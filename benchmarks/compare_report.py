@@ -1,4 +1,6 @@
-"""The report of a comparison: scores by contender and task, differences in pairs, and accuracy over calls."""
+"""The report of a comparison: scores by contender and task, differences in pairs, and accuracy over
+calls.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from statistics import fmean, variance
 from pydantic import Field
 from scipy.stats import t
 
-from bbt_accel.report_page import hover
-from bbt_accel.reporting import (
+from bbt_accel.core.settings import Metric
+from bbt_accel.io.report_page import hover
+from bbt_accel.io.reporting import (
     MARKERS,
     PALETTE,
     PLOT,
@@ -26,7 +29,6 @@ from bbt_accel.reporting import (
     tidy,
     with_metric,
 )
-from bbt_accel.settings import Metric
 
 Pair = tuple[str, int]
 """A task and a seed, by which contenders are compared in pairs."""
@@ -35,7 +37,9 @@ PAIRS = "Points, over pairs of the same task and seed; the intervals are of the 
 NARROW = 5
 """Points that the vertical axis of a plot covers at least."""
 ENSEMBLE = ", ensemble"
-"""Ends the name of a trained contender that is read by a fitted ensemble instead of the label words."""
+"""Ends the name of a trained contender that is read by a fitted ensemble instead of the label
+words.
+"""
 
 
 class Score(Schema):
@@ -45,17 +49,25 @@ class Score(Schema):
     task: str = Field(description="Name of the task.")
     metric: Metric = Field(description="The metric of the task.")
     seed: int = Field(description="Seed of the few-shot rows, the projection and the search.")
-    budget: int | None = Field(description="API calls that it was allowed; None where it takes a fixed number.")
+    budget: int | None = Field(
+        description="API calls that it was allowed; None where it takes a fixed number."
+    )
     calls: int
-    """Forward passes of the train rows; a training step counts as three. Those for dev scores are not counted."""
+    """Forward passes of the train rows; a training step counts as three. Those for dev scores are
+    not counted.
+    """
     score: float
     """The task's metric on the test rows."""
     seconds: float
-    """Wall clock, from loading the model to the last fit, smaller budgets included; without the test rows."""
+    """Wall clock, from loading the model to the last fit, smaller budgets included; without the
+    test rows.
+    """
     peak_mib: float | None
     """Largest resident memory of its process so far."""
     chosen: str | None = Field(description="What `auto` chose.")
-    test_rows: str | None = Field(default=None, description="sha256 of the test rows; None in older reports.")
+    test_rows: str | None = Field(
+        default=None, description="sha256 of the test rows; None in older reports."
+    )
 
     @property
     def label(self) -> str:
@@ -67,7 +79,9 @@ class Score(Schema):
 
 
 class Difference(Schema):
-    """The reference with a budget, minus another contender, over all tasks and seeds that have both."""
+    """The reference with a budget, minus another contender, over all tasks and seeds that have
+    both.
+    """
 
     reference: str = Field(description="Label of the reference: contender and budget.")
     other: str = Field(description="Label of the other contender.")
@@ -82,16 +96,23 @@ class CompareReport(Schema):
     """report.json of `bbt-accel compare`."""
 
     scores: list[Score] = Field(description="Of every contender, task, seed and budget.")
-    differences: list[Difference] = Field(description="Of the reference with each budget from every other contender.")
+    differences: list[Difference] = Field(
+        description="Of the reference with each budget from every other contender."
+    )
     failures: dict[str, str]
     """Trial → why it failed."""
     facts: dict[str, str] = Field(description="The command, the machine and the date.")
 
 
 def make_report(
-    scores: list[Score], failures: dict[str, str], facts: dict[str, str], reference: str | None = "auto"
+    scores: list[Score],
+    failures: dict[str, str],
+    facts: dict[str, str],
+    reference: str | None = "auto",
 ) -> CompareReport:
-    """reference: the contender whose differences from the others are shown; None for no differences."""
+    """reference: the contender whose differences from the others are shown; None for no
+    differences.
+    """
     labels = dict.fromkeys((score.contender, score.label) for score in scores)
     own = [label for contender, label in labels if contender == reference]
     pairs = [(one, other) for one in own for _, other in labels if other not in own]
@@ -101,14 +122,27 @@ def make_report(
 
 def difference(scores: Sequence[Score], reference: str, other: str) -> Difference | None:
     """None where no task and seed has both."""
-    pairs = paired(*({score.pair: score for score in scores if score.label == label} for label in (reference, other)))
+    pairs = paired(
+        *(
+            {score.pair: score for score in scores if score.label == label}
+            for label in (reference, other)
+        )
+    )
     if not pairs:
         return None
     mean, limits = interval(pairs)
-    tasks = {task: fmean(value for (name, _), value in pairs.items() if name == task) for task, _ in pairs}
+    tasks = {
+        task: fmean(value for (name, _), value in pairs.items() if name == task)
+        for task, _ in pairs
+    }
     worst = min(tasks, key=lambda task: tasks[task])
     return Difference(
-        reference=reference, other=other, mean=mean, interval=limits, worst_task=worst, worst=tasks[worst]
+        reference=reference,
+        other=other,
+        mean=mean,
+        interval=limits,
+        worst_task=worst,
+        worst=tasks[worst],
     )
 
 
@@ -118,10 +152,12 @@ def paired(own: Mapping[Pair, Score], other: Mapping[Pair, Score]) -> dict[Pair,
 
 
 def interval(pairs: Mapping[Pair, float]) -> tuple[float, tuple[float, float] | None]:
-    """The mean over tasks of values by task and seed, and its 95 % interval; None for a task with a single value.
+    """The mean over tasks of values by task and seed, and its 95 % interval; None for a task with a
+    single value.
 
-    By Student's t, from the deviations within each task, with Satterthwaite's degrees of freedom: of these tasks, with
-    other seeds; of other tasks it says nothing. Not by the bootstrap, whose intervals of so few values are too narrow.
+    By Student's t, from the deviations within each task, with Satterthwaite's degrees of freedom:
+    of these tasks, with other seeds; of other tasks it says nothing. Not by the bootstrap, whose
+    intervals of so few values are too narrow.
     """
     by_task = defaultdict[str, list[float]](list)
     for (task, _), value in pairs.items():
@@ -132,14 +168,20 @@ def interval(pairs: Mapping[Pair, float]) -> tuple[float, tuple[float, float] | 
         return mean, None
     parts = [variance(own) / len(own) / len(tasks) ** 2 for own in tasks]
     total = sum(parts)
-    freedom = total**2 / sum(part**2 / (len(own) - 1) for part, own in zip(parts, tasks, strict=True)) if total else 1
+    freedom = (
+        total**2 / sum(part**2 / (len(own) - 1) for part, own in zip(parts, tasks, strict=True))
+        if total
+        else 1
+    )
     half = float(t.ppf(0.975, freedom)) * total**0.5
     return mean, (mean - half, mean + half)
 
 
 def points(mean: float, limits: tuple[float, float] | None) -> tuple[str, str]:
     """A difference and its interval, for a table."""
-    return f"{100 * mean:+.1f}", "–" if limits is None else " to ".join(f"{100 * limit:+.1f}" for limit in limits)
+    return f"{100 * mean:+.1f}", "–" if limits is None else " to ".join(
+        f"{100 * limit:+.1f}" for limit in limits
+    )
 
 
 def markdown(report: CompareReport, plot: bool = True) -> str:
@@ -171,9 +213,7 @@ def summary(report: CompareReport) -> str:
     counts = Counter((score.label, score.task) for score in report.scores).values()
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     over = "one seed" if seeds == "1" else f"mean over {seeds} seeds ± standard deviation"
-    legend = (
-        f"Percent on the test rows, {over}. Calls, seconds: mean per search. MiB: largest memory of a process so far."
-    )
+    legend = f"Percent on the test rows, {over}. Calls, seconds: mean per search. MiB: largest memory of a process so far."
     return f"{markdown_table(header, lines)}\n\n{legend}"
 
 
@@ -201,7 +241,9 @@ def by_label(scores: Sequence[Score]) -> dict[str, list[Score]]:
 
 
 def draw(file: Path, report: CompareReport) -> None:
-    """Mean score over all tasks against forward passes, on a logarithmic axis, of contenders that have them all."""
+    """Mean score over all tasks against forward passes, on a logarithmic axis, of contenders that
+    have them all.
+    """
     lines: dict[str, list[tuple[float, float, str]]] = {}
     tasks = list(dict.fromkeys(score.task for score in report.scores))
     for label, own in by_label(report.scores).items():
@@ -213,7 +255,9 @@ def draw(file: Path, report: CompareReport) -> None:
     with figure(file, 9, 5.2) as (drawn, axes):
         for name, style in styles({name: len(points) for name, points in lines.items()}).items():
             x, y, values = zip(*sorted(lines[name]), strict=True)
-            (line,) = axes.plot(x, y, label=name, linewidth=1.4 if len(x) > 1 else 0, markersize=6, **style)
+            (line,) = axes.plot(
+                x, y, label=name, linewidth=1.4 if len(x) > 1 else 0, markersize=6, **style
+            )
             hover(line, values)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -225,22 +269,34 @@ def draw(file: Path, report: CompareReport) -> None:
             middle = (low + high) / 2
             axes.set_ylim(middle - NARROW / 2, middle + NARROW / 2)
         zero = " (0 is drawn at 1)" if any(score.calls < 1 for score in report.scores) else ""
-        axes.set(xlabel=f"forward passes of the train rows{zero}", ylabel="mean test score, percent")
-        axes.set_title("Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left")
+        axes.set(
+            xlabel=f"forward passes of the train rows{zero}", ylabel="mean test score, percent"
+        )
+        axes.set_title(
+            "Accuracy per forward pass, mean over tasks and seeds", fontsize=11, loc="left"
+        )
         tidy(axes)
         drawn.legend(fontsize=9, loc="outside right upper", frameon=False)
 
 
 def styles(counts: Mapping[str, int]) -> dict[str, dict[str, str]]:
-    """How matplotlib draws each contender: curves first, in distinct colours; an ensemble as what it reads, dashed.
+    """How matplotlib draws each contender: curves first, in distinct colours; an ensemble as what
+    it reads, dashed.
 
     counts: contender → its points.
     """
     order = sorted(counts, key=lambda name: counts[name] == 1)
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(n.removesuffix(ENSEMBLE) for n in order))}
+    numbers = {
+        name: number
+        for number, name in enumerate(dict.fromkeys(n.removesuffix(ENSEMBLE) for n in order))
+    }
     found = dict[str, dict[str, str]]()
     for name in order:
         mark, colour = divmod(numbers[name.removesuffix(ENSEMBLE)], len(PALETTE))
         line = "--" if name.endswith(ENSEMBLE) else "-"
-        found[name] = {"color": PALETTE[colour], "marker": MARKERS[mark % len(MARKERS)], "linestyle": line}
+        found[name] = {
+            "color": PALETTE[colour],
+            "marker": MARKERS[mark % len(MARKERS)],
+            "linestyle": line,
+        }
     return found

@@ -10,27 +10,31 @@ from pydantic import Field
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
 from bbt_accel.benchmarks.gpu_state import GpuState, doubts, peak_of
 from bbt_accel.benchmarks.script import Columns, Outcome, Report, page, rows_table
-from bbt_accel.option_types import PROMPT_TOKENS
-from bbt_accel.reporting import digits, markdown_list, markdown_table, percent, plain
-from bbt_accel.settings import DEFAULTS
+from bbt_accel.core.option_types import PROMPT_TOKENS
+from bbt_accel.core.settings import DEFAULTS
+from bbt_accel.io.reporting import digits, markdown_list, markdown_table, percent, plain
 
 GPU, SECONDS, SPEEDUP, SHARE = "H100", 30.0, 12.0, 0.6
-"""Targets on one GPU of this name, on `WORKLOAD`: seconds of a search, the ratio to the original's forward (eager
-PyTorch in fp32 without TF32), and the share of the measured fp16 rate by the operations that the torch engine needs."""
+"""Targets on one GPU of this name, on `WORKLOAD`: seconds of a search, the ratio to the original's
+forward (eager PyTorch in fp32 without TF32), and the share of the measured fp16 rate by the
+operations that the torch engine needs."""
 WORKLOAD = {
     "backbone": "roberta-large", "popsize": DEFAULTS.popsize, "n_prompt_tokens": PROMPT_TOKENS,
     "budget": DEFAULTS.budget,
 }  # fmt: skip
 ROWS = 32  # of SST-2; the targets are for `WORKLOAD` on these rows
 NOISE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.08}
-"""Largest noise of label logits, relative to their spread between the labels (`exporters.validate.relative_rmse`); and
-largest error of losses, relative to the largest where that is beyond 1. bf16 has three bits fewer than fp16."""
+"""Largest noise of label logits, relative to their spread between the labels
+(`exporters.validate.relative_rmse`); and largest error of losses, relative to the largest where
+that is beyond 1. bf16 has three bits fewer than fp16."""
 TF32, HALF = "eager-tf32 fp32", "eager fp16"
 """Further baselines that the speed is compared with."""
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest; infinity where one is not finite. Python's max would drop a NaN that does not come first."""
+    """The largest; infinity where one is not finite. Python's max would drop a NaN that does not
+    come first.
+    """
     found = list(errors)
     return max(found) if found and all(map(math.isfinite, found)) else math.inf
 
@@ -40,7 +44,9 @@ class EngineCheck(Outcome):
 
     case: str = Field(description="Backbone, method and mode; or the recorded trace.")
     engine: str = Field(description="Engine and precision.")
-    error: float | None = Field(default=None, description="Largest noise of its logits, or error of its losses.")
+    error: float | None = Field(
+        default=None, description="Largest noise of its logits, or error of its losses."
+    )
 
     @property
     def limit(self) -> float:
@@ -61,12 +67,20 @@ class EngineCheck(Outcome):
 
 
 class TimedCheck(EngineCheck):
-    """The numbers of a plan or graph that is timed, on one bucket of its rows, compared with eager fp32."""
+    """The numbers of a plan or graph that is timed, on one bucket of its rows, compared with eager
+    fp32.
+    """
 
     tokens: int = Field(default=0, description="Of the bucket, padding included, per candidate.")
-    noise: dict[str, float] = Field(default={}, description="By how it ran: enqueued, captured, launched.")
-    launches: bool = Field(default=False, description="Whether the engine makes CUDA graphs of such calls.")
-    identical: bool | None = Field(default=None, description="Whether a launched graph gives the enqueued call's bits.")
+    noise: dict[str, float] = Field(
+        default={}, description="By how it ran: enqueued, captured, launched."
+    )
+    launches: bool = Field(
+        default=False, description="Whether the engine makes CUDA graphs of such calls."
+    )
+    identical: bool | None = Field(
+        default=None, description="Whether a launched graph gives the enqueued call's bits."
+    )
 
     @property
     def passed(self) -> bool:
@@ -87,14 +101,26 @@ class TimedCheck(EngineCheck):
 class GpuReport(Report):
     """GPU check."""
 
-    interrupted: bool = Field(default=False, description="Whether the check ended before it was complete.")
-    errors: list[str] = Field(default_factory=list, description="What ended the measurement of a method.")
-    expected: list[tuple[str, str]] = Field(default=[], description="Case and engine of every check of `rows`.")
-    left_out: list[str] = Field(default=[], description="What was not checked, and why; it is no failure.")
-    partial: list[str] = Field(default=[], description="What belongs to the check and was not asked for.")
+    interrupted: bool = Field(
+        default=False, description="Whether the check ended before it was complete."
+    )
+    errors: list[str] = Field(
+        default_factory=list, description="What ended the measurement of a method."
+    )
+    expected: list[tuple[str, str]] = Field(
+        default=[], description="Case and engine of every check of `rows`."
+    )
+    left_out: list[str] = Field(
+        default=[], description="What was not checked, and why; it is no failure."
+    )
+    partial: list[str] = Field(
+        default=[], description="What belongs to the check and was not asked for."
+    )
     gpu: GpuState | None = Field(default=None, description="The GPU under load.")
     rows: list[EngineCheck] = Field(description="Every engine on every family and recorded trace.")
-    timed: list[TimedCheck] = Field(default=[], description="What is timed, compared with eager fp32.")
+    timed: list[TimedCheck] = Field(
+        default=[], description="What is timed, compared with eager fp32."
+    )
     attention: list[str] = Field(
         default=[], description="In which plans attention is one kernel, by method and engine."
     )
@@ -103,9 +129,17 @@ class GpuReport(Report):
     def failures(self) -> list[str]:
         """What is not as it should be, one line each; empty when the check has passed."""
         checks: Sequence[EngineCheck] = [*self.rows, *self.timed]
-        found = [f"{check.engine} on {check.case}: {check.problem}" for check in checks if not check.passed]
+        found = [
+            f"{check.engine} on {check.case}: {check.problem}"
+            for check in checks
+            if not check.passed
+        ]
         done = {(check.case, check.engine) for check in self.rows}
-        found += [f"{engine} on {case}: not checked" for case, engine in self.expected if (case, engine) not in done]
+        found += [
+            f"{engine} on {case}: not checked"
+            for case, engine in self.expected
+            if (case, engine) not in done
+        ]
         if self.interrupted:
             found.append("interrupted: the rest has not been checked")
         elif not self.expected:
@@ -114,7 +148,8 @@ class GpuReport(Report):
         return [*found, *self.errors, *self.unmeasured(), *self.missed_targets()]
 
     def unmeasured(self) -> list[str]:
-        """Engines that failed, gave logits that are not finite, were not compared, or did not run as CUDA graphs.
+        """Engines that failed, gave logits that are not finite, were not compared, or did not run
+        as CUDA graphs.
 
         Of the baselines those that the speed is compared with.
         """
@@ -125,7 +160,8 @@ class GpuReport(Report):
             for row in report.rows:
                 where = f"{method}, {row.label}"
                 wanted = not row.baseline or row.label in (TF32, HALF)
-                # Random weights make labels close: how often predictions agree is reported, and no failure.
+                # Random weights make labels close: how often predictions agree is reported, and no
+                # failure.
                 infinite = row.status == "differs" and row.max_error is None
                 if wanted and (row.status in ("failed", "not installed") or infinite):
                     found.append(f"{where}: {row.reason}")
@@ -137,16 +173,23 @@ class GpuReport(Report):
         return found
 
     def missed_targets(self) -> list[str]:
-        """The targets of bbt on TensorRT in fp16 that are not met, and why they do not apply to another workload."""
+        """The targets of bbt on TensorRT in fp16 that are not met, and why they do not apply to
+        another workload.
+        """
         report = next((b for b in self.benchmarks if b.options.method == "bbt"), None)
-        goal = next((row for row in report.rows if row.label == "trt fp16"), None) if report else None
+        goal = (
+            next((row for row in report.rows if row.label == "trt fp16"), None) if report else None
+        )
         if report is None or goal is None or goal.ms_median is None:
             return ["bbt, trt fp16: not measured, so the target is not met"]
         seconds, speedup = goal.search_seconds or math.inf, goal.speedup or 0.0
         share = self.fp16_share(report, goal) or 0.0
         targets = [
             (seconds < SECONDS, f"the search takes {seconds:.1f} s, not under {SECONDS:.0f} s"),
-            (speedup >= SPEEDUP, f"trt fp16 is {speedup:.1f} times as fast as eager fp32, not {SPEEDUP:.0f}"),
+            (
+                speedup >= SPEEDUP,
+                f"trt fp16 is {speedup:.1f} times as fast as eager fp32, not {SPEEDUP:.0f}",
+            ),
             (share >= SHARE, f"trt fp16 reaches {share:.0%} of the fp16 rate, not {SHARE:.0%}"),
         ]
         missed = [text for met, text in targets if not met]
@@ -155,11 +198,17 @@ class GpuReport(Report):
     def fp16_share(self, report: BenchReport, row: Measurement) -> float | None:
         """A row's share of the fp16 rate, by the operations that it computes.
 
-        Those that are not counted are the torch engine's per token, times its own tokens: their buckets differ.
+        Those that are not counted are the torch engine's per token, times its own tokens: their
+        buckets differ.
         """
         counted = next((r for r in (row, *report.rows[::-1]) if r.flops), None)
         rate: float | None = report.machine["rates"].get("fp16 PyTorch")
-        if rate is None or counted is None or not counted.flops or row.candidates_per_second is None:
+        if (
+            rate is None
+            or counted is None
+            or not counted.flops
+            or row.candidates_per_second is None
+        ):
             return None
         own, others = (self.tokens(report, r) for r in (row, counted))
         if counted is not row and not (own and others):
@@ -168,14 +217,26 @@ class GpuReport(Report):
         return flops * row.candidates_per_second / (rate * 1e9)
 
     def tokens(self, report: BenchReport, row: Measurement) -> int:
-        """Tokens per candidate that a row computes, padding included; 0 if its buckets were not compared."""
+        """Tokens per candidate that a row computes, padding included; 0 if its buckets were not
+        compared.
+        """
         case = f"{report.options.method}, "
-        return sum(check.tokens for check in self.timed if check.engine == row.label and check.case.startswith(case))
+        return sum(
+            check.tokens
+            for check in self.timed
+            if check.engine == row.label and check.case.startswith(case)
+        )
 
     def other_workload(self, report: BenchReport) -> list[str]:
-        """In what the measured workload and GPU are not those of the targets; empty when they are."""
+        """In what the measured workload and GPU are not those of the targets; empty when they
+        are.
+        """
         measured = {**dict(report.options), "backbone": self.options["backbone"]}
-        others = [f"{name} {measured[name]}" for name, value in WORKLOAD.items() if measured[name] != value]
+        others = [
+            f"{name} {measured[name]}"
+            for name, value in WORKLOAD.items()
+            if measured[name] != value
+        ]
         others += [f"{report.n_rows} rows"] if report.n_rows != ROWS else []
         others += ["the shipped rows"] if report.task == "demo" else []
         name = "an unknown GPU" if self.gpu is None else self.gpu.name
@@ -183,7 +244,9 @@ class GpuReport(Report):
         if not others:
             return []
         wanted = ", ".join(f"{name} {value}" for name, value in WORKLOAD.items())
-        return [f"the target is for {wanted} and {ROWS} rows of SST-2 on an {GPU}; this was {', '.join(others)}"]
+        return [
+            f"the target is for {wanted} and {ROWS} rows of SST-2 on an {GPU}; this was {', '.join(others)}"
+        ]
 
     def markdown(self) -> str:
         failures = self.failures()
@@ -208,21 +271,48 @@ class GpuReport(Report):
         if self.gpu is None or not self.benchmarks:
             return ""
         rates, peak = self.benchmarks[0].machine["rates"], peak_of(self.gpu.name)
-        published = "not known" if peak is None else f"fp16 {digits(peak.fp16)}, bytes {digits(peak.bytes)}"
+        published = (
+            "not known" if peak is None else f"fp16 {digits(peak.fp16)}, bytes {digits(peak.bytes)}"
+        )
         return f"## GPU\n\n{self.gpu}\n\nMeasured, 10⁹/s: {plain(rates)}. Published: {published}."
 
     def speed(self, report: BenchReport) -> str:
-        """ms per candidate, seconds of a whole search, CMA-ES included, ratios, and the share of the fp16 rate."""
-        header = ["engine", "ms", "search, s", "× eager fp32", "× eager TF32", "× eager fp16", "× fastest baseline"]
+        """ms per candidate, seconds of a whole search, CMA-ES included, ratios, and the share of
+        the fp16 rate.
+        """
+        header = [
+            "engine",
+            "ms",
+            "search, s",
+            "× eager fp32",
+            "× eager TF32",
+            "× eager fp16",
+            "× fastest baseline",
+        ]
         header += ["share of fp16 rate, %", "CUDA graphs, %"]
         lines = []
         for row in report.rows:
-            ratios = row.speedup, ratio(report, row, TF32), ratio(report, row, HALF), row.speedup_over_fastest
-            shares = [percent(share, 0) for share in (self.fp16_share(report, row), row.graph_share)]
-            lines.append([row.label, *map(digits, (row.ms_median, row.search_seconds, *ratios)), *shares])
+            ratios = (
+                row.speedup,
+                ratio(report, row, TF32),
+                ratio(report, row, HALF),
+                row.speedup_over_fastest,
+            )
+            shares = [
+                percent(share, 0) for share in (self.fp16_share(report, row), row.graph_share)
+            ]
+            lines.append(
+                [row.label, *map(digits, (row.ms_median, row.search_seconds, *ratios)), *shares]
+            )
         title = f"## Speed: {report.options.method}, {report.batch}, {report.processor}"
-        reasons = "\n".join(f"- {row.label}: {row.status}: {row.reason}" for row in report.rows if row.reason)
-        overheads = [f"{row.label} {digits(row.call_overhead)}" for row in report.rows if row.call_overhead is not None]
+        reasons = "\n".join(
+            f"- {row.label}: {row.status}: {row.reason}" for row in report.rows if row.reason
+        )
+        overheads = [
+            f"{row.label} {digits(row.call_overhead)}"
+            for row in report.rows
+            if row.call_overhead is not None
+        ]
         note = f"A call's overhead, in tokens: {', '.join(overheads)}." if overheads else ""
         return page(title, markdown_table(header, lines), reasons, note).rstrip()
 

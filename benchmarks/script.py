@@ -1,4 +1,6 @@
-"""The frame of every benchmark: options, one-line errors, the report with its tables and plot, and its folder."""
+"""The frame of every benchmark: options, one-line errors, the report with its tables and plot, and
+its folder.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,24 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from bbt_accel.command import comma_separated, exit_on_error, print_markdown
 from bbt_accel.errors import BbtError, MissingDependency
-from bbt_accel.files import new_folder
-from bbt_accel.machine import describe_machine, installed_versions
-from bbt_accel.progress import StepProgress
-from bbt_accel.reporting import PLOT, Schema, digits, markdown_list, markdown_table, now, write_report
+from bbt_accel.io.command import comma_separated, exit_on_error, print_markdown
+from bbt_accel.io.files import new_folder
+from bbt_accel.io.machine import describe_machine, installed_versions
+from bbt_accel.io.progress import StepProgress
+from bbt_accel.io.reporting import (
+    PLOT,
+    Schema,
+    digits,
+    markdown_list,
+    markdown_table,
+    now,
+    write_report,
+)
 
-Columns = dict[str, tuple[str, Callable[[Any], str]]]  # header → the attribute shown, and how it is written
+Columns = dict[
+    str, tuple[str, Callable[[Any], str]]
+]  # header → the attribute shown, and how it is written
 
 
 class Outcome(Schema):
@@ -31,7 +43,9 @@ class Outcome(Schema):
 
     status: Literal["passed", "differs", "failed", "not installed"] = "passed"
     """passed; differs (from the reference by more than allowed); failed; not installed."""
-    reason: str | None = Field(default=None, description="Why the status is not `passed`, in one line.")
+    reason: str | None = Field(
+        default=None, description="Why the status is not `passed`, in one line."
+    )
 
     @contextmanager
     def capture_errors(self) -> Iterator[None]:
@@ -50,12 +64,15 @@ class Timed(Schema):
     """Milliseconds, median of the timed calls; per candidate unless the report says otherwise."""
     ms_p90: float | None = Field(default=None, description="The 90th percentile of the same.")
     ms_p99: float | None = Field(
-        default=None, description="The 99th percentile; with few calls it is close to the slowest one."
+        default=None,
+        description="The 99th percentile; with few calls it is close to the slowest one.",
     )
 
     def set_times(self, milliseconds: Sequence[float]) -> float:
         """Set the percentiles, and return the median."""
-        self.ms_median, self.ms_p90, self.ms_p99 = map(float, np.percentile(milliseconds, (50, 90, 99)))
+        self.ms_median, self.ms_p90, self.ms_p99 = map(
+            float, np.percentile(milliseconds, (50, 90, 99))
+        )
         return self.ms_median
 
 
@@ -64,11 +81,13 @@ class Report(Schema):
 
     caption: ClassVar[str] = ""
     """Of the plot; empty for a report without one."""
-    created: str = Field(default_factory=now, description="When the measurement ended, UTC, ISO 8601.")
+    created: str = Field(
+        default_factory=now, description="When the measurement ended, UTC, ISO 8601."
+    )
     command: str = Field(description="The command line that repeats it.")
     options: Any = Field(description="What was asked for.")
     machine: dict[str, Any] = Field(default_factory=lambda: dict(describe_machine()))
-    """Where it ran, by the names in `bbt_accel.machine.Machine`."""
+    """Where it ran, by the names in `bbt_accel.io.machine.Machine`."""
     versions: dict[str, str] = Field(default_factory=installed_versions)
     """Versions of Python, bbt-accel and its installed dependencies."""
     rows: Sequence[Schema] = Field(description="What was measured.")
@@ -87,7 +106,9 @@ class Report(Schema):
         columns: Columns = {name.replace("_", " "): (name, written) for name in shown}
         title = f"# {(type(self).__doc__ or '').removesuffix('.')}"
         facts = markdown_list(own | self.options | self.provenance())
-        return page(title, self.image(), rows_table(self.rows, columns), facts, columns_legend(row, columns))
+        return page(
+            title, self.image(), rows_table(self.rows, columns), facts, columns_legend(row, columns)
+        )
 
     def image(self) -> str:
         return f"![{self.caption}]({PLOT})" if self.caption else ""
@@ -100,7 +121,8 @@ R = TypeVar("R", bound=Report)
 
 
 def record(output: Path, measure: Callable[[Path, StepProgress], R], progress: bool = True) -> R:
-    """Measure, and write report.json, report.md and, if the report has a caption, report.png into a new folder.
+    """Measure, and write report.json, report.md and, if the report has a caption, report.png into a
+    new folder.
 
     measure: gets a folder for its own files, which is removed at the end, and the progress bar.
     Raises BbtError when `output` exists, and what `measure` raises; then nothing is written.
@@ -123,12 +145,16 @@ def run_script(
 ) -> R:
     """Run the script `name` of this package: parse its options, record its report and print it.
 
-    about: the script's docstring. measure: gets the options; `report` among them goes into its report.
-    An error ends the process with one line and its exit code.
+    about: the script's docstring. measure: gets the options; `report` among them goes into its
+    report. An error ends the process with one line and its exit code.
     """
     module = f"{__package__}.{name}"
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(about or "").partition("\n")[0])
-    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder for the report")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=(about or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="new folder for the report"
+    )
     add_options(parser)
     words = sys.argv[1:] if arguments is None else arguments
     given = parser.parse_args(words)
@@ -180,4 +206,8 @@ def written(value: object) -> str:
 def columns_legend(schema: type[Schema], columns: Columns) -> str:
     """A Markdown list that explains the columns which show fields of the schema."""
     fields = [(header, schema.model_fields.get(name)) for header, (name, _) in columns.items()]
-    return "\n".join(f"- **{name}**: {' '.join((f.description or '').split())}" for name, f in fields if f is not None)
+    return "\n".join(
+        f"- **{name}**: {' '.join((f.description or '').split())}"
+        for name, f in fields
+        if f is not None
+    )

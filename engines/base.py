@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from bbt_accel.batch import Batch, Float32, Float64
-from bbt_accel.bundle import Bundle
+from bbt_accel.core.batch import Batch, Float32, Float64
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.objective import batch_statistics
+from bbt_accel.core.population import LayerPrompts, Population
 from bbt_accel.engines.bucketing import row_lengths
 from bbt_accel.errors import DataError, EngineError, UsageError, first_line
-from bbt_accel.objective import batch_statistics
-from bbt_accel.population import LayerPrompts, Population
 
 
 class Closing:
@@ -29,9 +29,12 @@ class Closing:
 
 
 class BoundBatch(Closing, ABC):
-    """The rows of a batch, held by an engine, against which populations are evaluated. A context manager."""
+    """The rows of a batch, held by an engine, against which populations are evaluated. A context
+    manager.
+    """
 
-    projects = False  # whether the engine projects `Latent` prompts on its device; others get them projected
+    # whether the engine projects `Latent` prompts on its device; others get them projected
+    projects = False
 
     def __init__(self, bundle: Bundle, batch: Batch) -> None:
         self.bundle, self.batch = bundle, batch
@@ -39,39 +42,45 @@ class BoundBatch(Closing, ABC):
     def label_logits(self, prompts: LayerPrompts | Population) -> Float32:
         """Logits of the label words at the readout position of every row, for every candidate.
 
-        prompts: float32 (P, n, H), for bbtv2 whole stacks (P, L, n, H); or a `Population`, which for bbtv2 may vary
-            one layer alone, so that the layers below it are computed once.
-        Returns float32 (P, N, M), in the order of `label_token_ids`; `class_logits` makes scores of classes of them.
-        Raises UsageError for prompts of another shape, EngineError when the pass fails.
+        prompts: float32 (P, n, H), for bbtv2 whole stacks (P, L, n, H); or a `Population`, which
+            for bbtv2 may vary one layer alone, so that the layers below it are computed once.
+        Returns float32 (P, N, M), in the order of `label_token_ids`; `class_logits` makes scores of
+        classes of them. Raises UsageError for prompts of another shape, EngineError when the pass
+        fails.
         """
         return self._label_logits(self._population(prompts))
 
     def statistics(self, prompts: LayerPrompts | Population) -> Float64:
-        """The sums over the rows from which every loss and metric follows, `objective.COLUMNS`: float64 (P, 5).
+        """The sums over the rows from which every loss and metric follows, `objective.COLUMNS`:
+        float64 (P, 5).
 
-        For tasks with one label word for each class: columns of the logits are compared with `targets`. An engine on a
-        GPU sums there, in float32, and the label logits stay there. Takes and raises what `label_logits` does, and
-        UsageError for a target that is not a class.
+        For tasks with one label word for each class: columns of the logits are compared with
+        `targets`. An engine on a GPU sums there, in float32, and the label logits stay there. Takes
+        and raises what `label_logits` does, and UsageError for a target that is not a class.
         """
         return self._statistics(self._population(prompts))
 
     def outputs(self, prompts: LayerPrompts | Population) -> dict[str, Float32]:
-        """The label logits as `label_logits`, and from the same pass two hidden states of every row.
+        """The label logits as `label_logits`, and from the same pass two hidden states of every
+        row.
 
-        `readout_state`, float32 (P, N, E): what the LM head's last matmul takes at the readout position; E is H, but
-            for families whose head is narrower (ALBERT, ELECTRA).
-        `mean_state`, float32 (P, N, H): what enters the last block (encoder-decoders: what the encoder returns), the
-        mean over the row's tokens and the prompt's; of a decoder over the tokens behind the prompt.
-        Raises what `label_logits` raises, and UsageError from an engine that returns label logits alone.
+        `readout_state`, float32 (P, N, E): what the LM head's last matmul takes at the readout
+            position; E is H, but for families whose head is narrower (ALBERT, ELECTRA).
+        `mean_state`, float32 (P, N, H): what enters the last block (encoder-decoders: what the
+        encoder returns), the mean over the row's tokens and the prompt's; of a decoder over the
+        tokens behind the prompt. Raises what `label_logits` raises, and UsageError from an engine
+        that returns label logits alone.
         """
         return self._outputs(self._population(prompts))
 
     def layer_stds(self) -> Float32:
-        """bbtv2: standard deviation of the hidden states that enter each block when all prompts are zero.
+        """bbtv2: standard deviation of the hidden states that enter each block when all prompts are
+        zero.
 
-        float32 (L,), over the whole padded batch as in the original program, after five rounds of clipping to
-        mean ± 3 standard deviations (BBTv2, section 4.2). Raises BundleError for a bundle for bbt, DataError for rows
-        that are too long with their padding, UsageError from an engine that cannot measure them.
+        float32 (L,), over the whole padded batch as in the original program, after five rounds of
+        clipping to mean ± 3 standard deviations (BBTv2, section 4.2). Raises BundleError for a
+        bundle for bbt, DataError for rows that are too long with their padding, UsageError from an
+        engine that cannot measure them.
         """
         problem = f"{type(self).__name__.removesuffix('BoundBatch')} cannot measure hidden states, which bbtv2 needs"
         raise UsageError(f"{problem}; use another engine, or a bundle for bbt")
@@ -81,7 +90,9 @@ class BoundBatch(Closing, ABC):
 
     def _outputs(self, population: Population) -> dict[str, Float32]:
         problem = f"{type(self).__name__.removesuffix('BoundBatch')} returns label logits alone"
-        raise UsageError(f"{problem}; use another engine, or a readout of logits: --readout calibrated")
+        raise UsageError(
+            f"{problem}; use another engine, or a readout of logits: --readout calibrated"
+        )
 
     def _statistics(self, population: Population) -> Float64:
         return batch_statistics(self._label_logits(population), self.batch.targets)
@@ -92,7 +103,8 @@ class BoundBatch(Closing, ABC):
 
 
 class Engine(Closing, ABC):
-    """A backbone that is ready to run. Made by `load_engine`, whose arguments these are; a context manager.
+    """A backbone that is ready to run. Made by `load_engine`, whose arguments these are; a context
+    manager.
 
     Not thread-safe: an engine and its rows are for one thread at a time.
     without: names of optimizations that are switched off. Raises what `load` raises.
@@ -102,29 +114,35 @@ class Engine(Closing, ABC):
     """The name that it was loaded by."""
 
     def __init__(
-        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, without: frozenset[str] = frozenset()
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        threads: int | None = None,
+        without: frozenset[str] = frozenset(),
     ) -> None:
         self.bundle, self.device, self.threads, self.without = bundle, device, threads, without
         self.load()
 
     def load(self) -> None:
-        """Load what runs the bundle. Raises EngineError for what cannot run; never falls back silently."""
+        """Load what runs the bundle. Raises EngineError for what cannot run; never falls back
+        silently.
+        """
 
     @abstractmethod
     def bind(self, batch: Batch) -> BoundBatch:
         """Hold the rows of `batch` for many candidates.
 
-        Raises UsageError for a token that is not in the vocabulary, DataError for a row that is longer than the
-        backbone takes and for a decoder's row that is read within the prompt, EngineError for rows that a TensorRT plan
-        does not take.
+        Raises UsageError for a token that is not in the vocabulary, DataError for a row that is
+        longer than the backbone takes and for a decoder's row that is read within the prompt,
+        EngineError for rows that a TensorRT plan does not take.
         """
 
     capturing = False
     """Whether calls that come again become CUDA graphs. May be set to False, to compare."""
 
     def counts(self) -> dict[str, int]:
-        """`calls` of the device so far, how many of them were `captured` as CUDA graphs and how many `launched`; empty
-        for an engine without CUDA graphs.
+        """`calls` of the device so far, how many of them were `captured` as CUDA graphs and how
+        many `launched`; empty for an engine without CUDA graphs.
         """
         return {}
 
@@ -134,14 +152,20 @@ class Engine(Closing, ABC):
 
 
 def read(rows: BoundBatch, prompt: Float32, states: bool) -> dict[str, Float32]:
-    """Outputs of one prompt, (n, H) or (L, n, H), by name, without the population axis; states only if asked."""
-    found = rows.outputs(prompt[None]) if states else {"label_logits": rows.label_logits(prompt[None])}
+    """Outputs of one prompt, (n, H) or (L, n, H), by name, without the population axis; states only
+    if asked.
+    """
+    found = (
+        rows.outputs(prompt[None]) if states else {"label_logits": rows.label_logits(prompt[None])}
+    )
     return {name: value[0] for name, value in found.items()}
 
 
 @contextmanager
 def failing(library: str, where: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turns these errors of a library into an EngineError; by default all, for those without a public base class."""
+    """Turns these errors of a library into an EngineError; by default all, for those without a
+    public base class.
+    """
     caught = errors or (Exception,)
     try:
         yield
@@ -150,7 +174,8 @@ def failing(library: str, where: str, *errors: type[Exception]) -> Iterator[None
 
 
 def check_tokens(bundle: Bundle, batch: Batch, without: frozenset[str] = frozenset()) -> None:
-    """Raises UsageError for a token id outside the backbone's vocabulary, DataError for a row that is too long.
+    """Raises UsageError for a token id outside the backbone's vocabulary, DataError for a row that
+    is too long.
 
     Of such a row OpenVINO would return what the call before had left in its outputs.
     """
@@ -164,4 +189,6 @@ def check_tokens(bundle: Bundle, batch: Batch, without: frozenset[str] = frozens
     for name, ids in batch.arrays().items():
         outside = ids[(ids < 0) | (ids >= limit)]
         if name.endswith("_ids") and outside.size:
-            raise UsageError(f"{name} holds {outside[0]} but the backbone's vocabulary has {limit} entries")
+            raise UsageError(
+                f"{name} holds {outside[0]} but the backbone's vocabulary has {limit} entries"
+            )

@@ -10,20 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bbt_accel.batch import Batch, Float32
-from bbt_accel.engine_specs import kind_of
+from bbt_accel.core.batch import Batch, Float32
+from bbt_accel.core.engine_specs import kind_of
+from bbt_accel.core.population import Latent, Population
+from bbt_accel.core.projection import Projection
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.pytorch import computing, load, torch_device, torch_versions
 from bbt_accel.engines.staged import clipped_std
-from bbt_accel.exporters.reference import Reference
-from bbt_accel.population import Latent, Population
-from bbt_accel.projection import Projection
+from bbt_accel.exporters.families.reference import Reference
 
 
 class EagerEngine(Engine):
-    """The baseline: transformers' own class with sdpa attention, one candidate at a time on the whole padded batch.
+    """The baseline: transformers' own class with sdpa attention, one candidate at a time on the
+    whole padded batch.
 
-    It computes what the original program computes. On a GPU prompts are projected there, as in the other engines.
+    It computes what the original program computes. On a GPU prompts are projected there, as in the
+    other engines.
     """
 
     head_at_readout: ClassVar[bool] = False
@@ -43,10 +45,14 @@ class EagerEngine(Engine):
         """Prompts (P, n, H) on the device; the matrix is uploaded once."""
         projection = prompts.projection
         if projection not in self.projections:
-            matrix, p0 = (torch.from_numpy(a).to(self.place) for a in (projection.matrix, projection.p0))
+            matrix, p0 = (
+                torch.from_numpy(a).to(self.place) for a in (projection.matrix, projection.p0)
+            )
             self.projections[projection] = matrix, p0
         z = torch.from_numpy(prompts.z).to(self.place)
-        return functional.linear(z, *self.projections[projection]).unflatten(1, projection.prompt_shape)
+        return functional.linear(z, *self.projections[projection]).unflatten(
+            1, projection.prompt_shape
+        )
 
     def versions(self) -> dict[str, str]:
         return torch_versions(self.device)
@@ -69,7 +75,9 @@ class EagerReadoutEngine(EagerEngine):
 
 
 class CompiledEngine(EagerReadoutEngine):
-    """The same under torch.compile, which on a CPU needs a C++ compiler. It compiles at the first call of a shape."""
+    """The same under torch.compile, which on a CPU needs a C++ compiler. It compiles at the first
+    call of a shape.
+    """
 
     def load(self) -> None:
         super().load()
@@ -82,15 +90,23 @@ class EagerBoundBatch(BoundBatch):
         self.engine = engine
         self.projects = kind_of(engine.device) == "cuda"
         with computing("to upload the rows"):
-            self.rows = {name: torch.from_numpy(value).to(engine.place) for name, value in batch.inputs().items()}
+            self.rows = {
+                name: torch.from_numpy(value).to(engine.place)
+                for name, value in batch.inputs().items()
+            }
 
     def _label_logits(self, population: Population) -> Float32:
         return self._outputs(population)["label_logits"]
 
     def _outputs(self, population: Population) -> dict[str, Float32]:
         with computing("in the naive forward", self.engine.tf32):
-            found = [self.engine.reference.run(prompt, **self.rows) for prompt in self.prompts(population)]
-            return {name: torch.stack([one[name] for one in found]).cpu().numpy() for name in found[0]}
+            found = [
+                self.engine.reference.run(prompt, **self.rows)
+                for prompt in self.prompts(population)
+            ]
+            return {
+                name: torch.stack([one[name] for one in found]).cpu().numpy() for name in found[0]
+            }
 
     def prompts(self, population: Population) -> Tensor:
         """Whole prompts on the device, (P, n, H) or (P, L, n, H)."""
@@ -108,5 +124,9 @@ class EagerBoundBatch(BoundBatch):
         self.bundle.require("bbtv2")
         rows, reference = self.rows, self.engine.reference
         with computing("in the naive forward", self.engine.tf32):
-            states = reference.hidden_states(rows["input_ids"], rows["attention_mask"], rows.get("context_ids"))
-            return np.array([clipped_std(h.float().cpu().numpy().reshape(-1)) for h in states], np.float32)
+            states = reference.hidden_states(
+                rows["input_ids"], rows["attention_mask"], rows.get("context_ids")
+            )
+            return np.array(
+                [clipped_std(h.float().cpu().numpy().reshape(-1)) for h in states], np.float32
+            )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from bbt_accel.batch import Batch, Int64, group_by_beginning
-from bbt_accel.bundle import BundleInfo
+from bbt_accel.core.batch import Batch, Int64, group_by_beginning
+from bbt_accel.core.bundle import BundleInfo
 
 
 def row_lengths(info: BundleInfo, batch: Batch, without: frozenset[str]) -> Int64:
-    """Columns that each row needs, (N,): up to its last real token, and to a readout position in the input.
+    """Columns that each row needs, (N,): up to its last real token, and to a readout position in
+    the input.
 
     All of them without buckets; and never fewer than the graphs take.
     """
@@ -24,11 +25,12 @@ def bucket_rows(
     info: BundleInfo, batch: Batch, without: frozenset[str], step: int, max_tokens: int, max_rows: int,
     overhead: int = 0,
 ) -> list[Int64]:  # fmt: skip
-    """Row indices of each bucket: rows whose lengths are `aligned` to similar ones, at most so many tokens and rows.
+    """Row indices of each bucket: rows whose lengths are `aligned` to similar ones, at most so many
+    tokens and rows.
 
-    overhead: what a further call costs, in tokens per candidate. A decoder computes the n positions of its prompt once
-    per bucket and candidate, so it gets no more buckets than pay off; the rows of a bucket have the same begin token
-    and, in add mode, the same tokens under the prompt.
+    overhead: what a further call costs, in tokens per candidate. A decoder computes the n positions
+    of its prompt once per bucket and candidate, so it gets no more buckets than pay off; the rows
+    of a bucket have the same begin token and, in add mode, the same tokens under the prompt.
     """
     lengths = row_lengths(info, batch, without)
     prefix = info.n_prompt_tokens if info.causal and "prefix-cache" not in info.without else 0
@@ -45,9 +47,13 @@ def bucket_rows(
 def split_points(lengths: Int64, overhead: int) -> list[int]:
     """Where to split rows, sorted by length (N,), so that the fewest tokens are computed.
 
-    A bucket costs its rows times its longest, plus `overhead`. By dynamic programming over the lengths.
+    A bucket costs its rows times its longest, plus `overhead`. By dynamic programming over the
+    lengths.
     """
-    ends = [*np.flatnonzero(np.diff(lengths)) + 1, len(lengths)]  # one past the last row of each length
+    ends = [
+        *np.flatnonzero(np.diff(lengths)) + 1,
+        len(lengths),
+    ]  # one past the last row of each length
     best, before = {0: 0}, {}
     for end in ends:
         longest = int(lengths[end - 1])
@@ -60,11 +66,18 @@ def split_points(lengths: Int64, overhead: int) -> list[int]:
 
 
 def trim(
-    info: BundleInfo, batch: Batch, rows: Int64, without: frozenset[str], step: int = 1, longest: int = 0
+    info: BundleInfo,
+    batch: Batch,
+    rows: Int64,
+    without: frozenset[str],
+    step: int = 1,
+    longest: int = 0,
 ) -> Batch:
-    """Some rows of a batch without the columns that none of them needs; padded if too short for the graphs.
+    """Some rows of a batch without the columns that none of them needs; padded if too short for the
+    graphs.
 
-    step: padded to where attention sees a multiple of this, if the row is then no longer than `longest`.
+    step: padded to where attention sees a multiple of this, if the row is then no longer than
+    `longest`.
     """
     part = batch.rows(rows)
     needed = row_lengths(info, part, without).max()

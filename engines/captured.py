@@ -6,18 +6,20 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from bbt_accel.cuda import Cuda
+from bbt_accel.engines.cuda import Cuda
 
 RESERVE = 2**29
-"""Bytes of the GPU's memory that are left free: every graph has an execution context, and contexts hold memory that the
-shared scratch buffer does not cover."""
+"""Bytes of the GPU's memory that are left free: every graph has an execution context, and contexts
+hold memory that the shared scratch buffer does not cover."""
 CALLS = 10_000  # that are remembered until they come again
 ATTEMPTS = 2  # to capture the same call: a failure may pass, as when memory was short
 
 
 @dataclass
 class Captured:
-    """A CUDA graph, the context that it was captured from, which must live as long, and when it was launched last."""
+    """A CUDA graph, the context that it was captured from, which must live as long, and when it was
+    launched last.
+    """
 
     graph: Any
     context: Any
@@ -25,10 +27,13 @@ class Captured:
 
 
 class CapturedCalls:
-    """Calls by what identifies them: their stage, shapes and addresses. A call is captured when it comes again.
+    """Calls by what identifies them: their stage, shapes and addresses. A call is captured when it
+    comes again.
 
-    Where memory is short, the graph that was launched the longest ago gives way to the new one, if it has not been
-    launched since that call came the last time: a search that repeats more calls than fit keeps the graphs it has.
+    Where memory is short, the graph that was launched the longest ago gives way to the new one, if
+    it has not been
+    launched since that call came the last time: a search that repeats more calls than fit keeps the
+    graphs it has.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -57,7 +62,9 @@ class CapturedCalls:
         return True
 
     def worth_capturing(self, call: object) -> bool:
-        """Whether the call came before, and there is memory for its graph, or an idle one's to be freed."""
+        """Whether the call came before, and there is memory for its graph, or an idle one's to be
+        freed.
+        """
         before = self.came.pop(call, None)  # so that the last one of the dictionary came last
         self.came[call] = self.turn
         if len(self.came) > CALLS:

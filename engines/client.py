@@ -1,4 +1,6 @@
-"""The client of a server of the Open Inference Protocol: what it is asked, and when it is asked again."""
+"""The client of a server of the Open Inference Protocol: what it is asked, and when it is asked
+again.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ import tritonclient.http as triton
 from geventhttpclient.response import HTTPParseError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from bbt_accel import inference_protocol as protocol
-from bbt_accel.bundle import Bundle
+from bbt_accel.core import inference_protocol as protocol
+from bbt_accel.core.bundle import Bundle
 from bbt_accel.errors import BundleError, EngineError, UsageError, clipped
 
 CONNECTING = 10.0  # seconds to wait for a connection
@@ -36,14 +38,21 @@ TRUNCATED = re.compile("closed|incomplete")
 
 
 class Server:
-    """A server at `http://HOST:PORT[/BASE]`, with `/v2/models/NAME` appended to choose one of several models."""
+    """A server at `http://HOST:PORT[/BASE]`, with `/v2/models/NAME` appended to choose one of
+    several models.
+    """
 
     closed = False
 
     def __init__(self, url: str) -> None:
         try:
             parts = urlsplit(url)
-            wrong = parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query
+            wrong = (
+                parts.scheme not in ("http", "https")
+                or not parts.hostname
+                or "@" in parts.netloc
+                or parts.query
+            )
             _ = parts.port  # ValueError for one that is no number, or too large
         except ValueError:
             wrong = True
@@ -52,7 +61,9 @@ class Server:
         base, _, name = parts.path.rstrip("/").partition("/v2/models/")
         self.url, self.model, self.patience = url, name or None, patience()
         hub = gevent.get_hub()
-        if KeyboardInterrupt not in hub.NOT_ERROR:  # gevent would print Ctrl-C instead of raising it
+        if (
+            KeyboardInterrupt not in hub.NOT_ERROR
+        ):  # gevent would print Ctrl-C instead of raising it
             hub.NOT_ERROR += (KeyboardInterrupt,)
         secure, host = parts.scheme == "https", parts.netloc + base.removesuffix("/v2")
         context = gevent.ssl.create_default_context if secure else None
@@ -68,14 +79,19 @@ class Server:
         return self.described(self.client.get_server_metadata)
 
     def described(self, call: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        """The JSON object that a client call returns. Raises what `ask` raises, and EngineError for anything else."""
+        """The JSON object that a client call returns. Raises what `ask` raises, and EngineError for
+        anything else.
+        """
         found = self.ask(call, *arguments)
         if not isinstance(found, dict):
-            raise EngineError(f"{self.url} is no server of the Open Inference Protocol; check --url")
+            raise EngineError(
+                f"{self.url} is no server of the Open Inference Protocol; check --url"
+            )
         return found
 
     def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What a client call returns; it is tried again while the server cannot be reached or is not ready.
+        """What a client call returns; it is tried again while the server cannot be reached or is
+        not ready.
 
         Raises EngineError or ServerRefused.
         """
@@ -114,19 +130,31 @@ class Server:
         raise error
 
     def infer(
-        self, model: str, arrays: Mapping[str, Any], rows: str | None = None, outputs: Sequence[str] | None = None
+        self,
+        model: str,
+        arrays: Mapping[str, Any],
+        rows: str | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> Any:
-        """The result of one request with these arrays, and a hash that refers to rows. outputs: all unless given."""
+        """The result of one request with these arrays, and a hash that refers to rows. outputs: all
+        unless given.
+        """
         inputs = [
-            triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)).set_data_from_numpy(array)
+            triton.InferInput(
+                name, list(array.shape), np_to_triton_dtype(array.dtype)
+            ).set_data_from_numpy(array)
             for name, array in arrays.items()
         ]
         parameters = None if rows is None else {protocol.ROWS: rows}
-        wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
+        wanted = (
+            None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
+        )
         return self.ask(self.client.infer, model, inputs, outputs=wanted, parameters=parameters)
 
     def check(self, bundle: Bundle, model: str) -> dict[str, str]:
-        """The parameters of a model's configuration, if any. Raises BundleError when they name another bundle."""
+        """The parameters of a model's configuration, if any. Raises BundleError when they name
+        another bundle.
+        """
         try:
             parameters = self.described(self.client.get_model_config, model).get("parameters") or {}
         except ServerRefused as error:
@@ -170,7 +198,9 @@ def status_of(error: InferenceServerException) -> int | None:
 
 
 def passes(error: Exception) -> bool:
-    """Whether an error may pass by itself: the server is not reached (502: by its proxy), or its model not ready."""
+    """Whether an error may pass by itself: the server is not reached (502: by its proxy), or its
+    model not ready.
+    """
     if isinstance(error, InferenceServerException):
         status = status_of(error)
         loading = status in (400, 404) and NOT_READY.search(str(error.message()).lower())
@@ -179,11 +209,15 @@ def passes(error: Exception) -> bool:
         return TRUNCATED.search(str(error).lower()) is not None
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
-    return isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in UNREACHABLE)
+    return isinstance(error, ConnectionError) or (
+        isinstance(error, OSError) and error.errno in UNREACHABLE
+    )
 
 
 def patience() -> float:
-    """Seconds for which requests are tried again. Raises UsageError for an environment variable that is no number."""
+    """Seconds for which requests are tried again. Raises UsageError for an environment variable
+    that is no number.
+    """
     given = os.environ.get(protocol.PATIENCE) or PATIENCE
     try:
         seconds = float(given)

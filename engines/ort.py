@@ -9,20 +9,24 @@ from typing import Any, ClassVar
 import onnxruntime
 
 from bbt_accel.engines.base import failing
+from bbt_accel.engines.ort_sessions import inference_session, session_options
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import EngineError
-from bbt_accel.machine import installed
-from bbt_accel.ort_sessions import inference_session, session_options
+from bbt_accel.io.machine import installed
 
 
 @functools.cache
 def share_memory() -> None:
-    """One arena of host memory for all stages: a session's own would keep the tensors of its largest call.
+    """One arena of host memory for all stages: a session's own would keep the tensors of its
+    largest call.
 
-    It grows by doubling, so that tensors of the many shapes of a search share its blocks. Untouched pages take no
-    memory.
+    It grows by doubling, so that tensors of the many shapes of a search share its blocks. Untouched
+    pages take no memory.
     """
-    arena, default = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
+    arena, default = (
+        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+        onnxruntime.OrtMemType.DEFAULT,
+    )
     memory = onnxruntime.OrtMemoryInfo("Cpu", arena, 0, default)
     doubling = 0  # kNextPowerOfTwo
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, doubling, -1, -1))
@@ -56,11 +60,15 @@ class OrtEngine(StagedEngine):
         with failing("ONNX Runtime", f"to load {stage}.onnx"):
             session = self.session(stage, options)
         if session.get_providers()[0] != self.provider:  # it fell back to the CPU silently
-            raise EngineError(f"--device {self.device}: {self.provider} could not start; see bbt-accel doctor")
+            raise EngineError(
+                f"--device {self.device}: {self.provider} could not start; see bbt-accel doctor"
+            )
         return session
 
     def session(self, stage: str, options: Any, providers: Sequence[Any] = ()) -> Any:
-        return inference_session(self.bundle.path / f"{stage}.onnx", options, providers or [self.provider])
+        return inference_session(
+            self.bundle.path / f"{stage}.onnx", options, providers or [self.provider]
+        )
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:
         if stage not in self.sessions:  # closed, or it could not be opened again
@@ -76,7 +84,11 @@ class OrtEngine(StagedEngine):
         return list(self.sessions[stage].run(names, given))
 
     def versions(self) -> dict[str, str]:
-        found = {name: version for name in ("onnxruntime", "onnxruntime-gpu") if (version := installed(name))}
+        found = {
+            name: version
+            for name in ("onnxruntime", "onnxruntime-gpu")
+            if (version := installed(name))
+        }
         return {**found, "provider": self.provider}
 
     def close(self) -> None:

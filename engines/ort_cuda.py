@@ -17,17 +17,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import onnxruntime
 
-from bbt_accel.batch import Float32, Int64
-from bbt_accel.bundle import PROJECT, STATISTICS
-from bbt_accel.cuda import GPU_TOKENS
-from bbt_accel.engine_specs import ORT_GRAPHS_SINCE, index_of
+from bbt_accel.core.batch import Float32, Int64
+from bbt_accel.core.bundle import PROJECT, STATISTICS
+from bbt_accel.core.engine_specs import ORT_GRAPHS_SINCE, index_of
+from bbt_accel.core.population import Latent, LayerPrompts
 from bbt_accel.engines.base import failing
+from bbt_accel.engines.cuda import GPU_TOKENS
 from bbt_accel.engines.ort import OrtEngine
 from bbt_accel.engines.staged import GPU_CALL, Arrays
 from bbt_accel.errors import EngineError, first_line
-from bbt_accel.machine import release
-from bbt_accel.population import Latent, LayerPrompts
-from bbt_accel.progress import note
+from bbt_accel.io.machine import release
+from bbt_accel.io.progress import note
 
 MAX_GRAPHS = 64  # CUDA graphs at most: ONNX Runtime frees them only with the session
 DTYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -38,29 +38,39 @@ DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 @functools.cache
 def find_cuda() -> None:
-    """Load CUDA and cuDNN from pip's packages if they are installed; otherwise ONNX Runtime finds the system's.
+    """Load CUDA and cuDNN from pip's packages if they are installed; otherwise ONNX Runtime finds
+    the system's.
 
-    Raises EngineError without NVIDIA's driver: ONNX Runtime would log it at length and fall back to the CPU.
+    Raises EngineError without NVIDIA's driver: ONNX Runtime would log it at length and fall back to
+    the CPU.
     """
     try:
         ctypes.CDLL(DRIVER)
     except OSError:
         why = f"there is no NVIDIA GPU, or no driver for it ({DRIVER})"
-        raise EngineError(f"--device cuda: {why}; use --device cpu or see bbt-accel doctor") from None
+        raise EngineError(
+            f"--device cuda: {why}; use --device cpu or see bbt-accel doctor"
+        ) from None
     if hasattr(onnxruntime, "preload_dlls"):
         with redirect_stdout(StringIO()):  # it prints what it cannot find
             onnxruntime.preload_dlls()
 
 
 class Places:
-    """Arrays on the device that prompts are written to, at the same addresses each time, as CUDA graphs need it."""
+    """Arrays on the device that prompts are written to, at the same addresses each time, as CUDA
+    graphs need it.
+    """
 
     def __init__(self) -> None:
         self.known: list[Any] = []
-        self.idle: dict[tuple[int, ...], list[int]] = {}  # shape → numbers of arrays that nobody reads, a heap
+        self.idle: dict[
+            tuple[int, ...], list[int]
+        ] = {}  # shape → numbers of arrays that nobody reads, a heap
 
     def take(self, shape: tuple[int, ...], make: Callable[[], Any]) -> Place:
-        """The idle array of this shape that was made first, or a new one; idle again when the result is collected."""
+        """The idle array of this shape that was made first, or a new one; idle again when the
+        result is collected.
+        """
         numbers = self.idle.setdefault(shape, [])
         if not numbers:
             self.known.append(make())
@@ -86,18 +96,23 @@ class Call:
 
 
 class OrtCudaEngine(OrtEngine):
-    """Arrays are OrtValues on the device; prompts are copied, or projected, once per generation for all buckets.
+    """Arrays are OrtValues on the device; prompts are copied, or projected, once per generation for
+    all buckets.
 
-    CUDA graphs are for bbt, whose one stage has fixed shapes and addresses. In bbtv2 a layer's state may be cached
-    while the layer runs again, so its outputs cannot have a fixed address. Every session has a stream of its own, so
-    the host waits for each call before the next one, of another session, reads its outputs.
+    CUDA graphs are for bbt, whose one stage has fixed shapes and addresses. In bbtv2 a layer's
+    state may be cached while the layer runs again, so its outputs cannot have a fixed address.
+    Every session has a stream of its own, so the host waits for each call before the next one, of
+    another session, reads its outputs.
     """
 
     provider: ClassVar[str] = "CUDAExecutionProvider"
     memory_patterns: ClassVar[bool] = True
     memory: ClassVar[str] = "cuda"
     # fp32 matmuls stay in fp32: TF32, the default on GPUs that have it, keeps 10 bits.
-    provider_options: ClassVar[dict[str, str]] = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    provider_options: ClassVar[dict[str, str]] = {
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
     bucket_step = 8
     call_overhead = GPU_CALL
     tokens_per_call = GPU_TOKENS
@@ -108,12 +123,17 @@ class OrtCudaEngine(OrtEngine):
         self.capturing = self.bundle.info.method == "bbt"
         if self.capturing and release(onnxruntime.__version__) < release(ORT_GRAPHS_SINCE):
             self.capturing = False
-            note(f"no CUDA graphs: onnxruntime-gpu before {ORT_GRAPHS_SINCE} frees memory that they read; update it")
+            note(
+                f"no CUDA graphs: onnxruntime-gpu before {ORT_GRAPHS_SINCE} frees memory that they read; update it"
+            )
         if self.bundle.info.method == "bbtv2":
-            self.tokens_per_call = 2**14  # there are many stages, and each session keeps the memory of its largest call
+            self.tokens_per_call = (
+                2**14
+            )  # there are many stages, and each session keeps the memory of its largest call
         self.seen: WeakKeyDictionary[Any, dict[object, Shapes | Call]] = WeakKeyDictionary()
-        """Rows → their calls: captured, or the shapes of the outputs of one that came once. Rows that are bound for one
-        call, as in `predict`, are worth no graph, and later rows may get their addresses."""
+        """Rows → their calls: captured, or the shapes of the outputs of one that came once. Rows
+        that are bound for one call, as in `predict`, are worth no graph, and later rows may get
+        their addresses."""
         self.places = Places()
         self.called = self.launched = self.captured = 0
         self.held = 0  # graphs in the session
@@ -130,7 +150,9 @@ class OrtCudaEngine(OrtEngine):
             try:
                 return super().session(stage, options, self.providers({"enable_cuda_graph": "1"}))
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
-                if "graph capture" not in str(error):  # a damaged file, a driver that is too old, too little memory
+                if "graph capture" not in str(
+                    error
+                ):  # a damaged file, a driver that is too old, too little memory
                     raise
                 self.capturing = False
                 note(f"no CUDA graphs: {first_line(error)}")
@@ -150,12 +172,17 @@ class OrtCudaEngine(OrtEngine):
                     self.reopen(stage)
                 return self.replay(self.sessions[stage], given, names)
             except Exception as error:
-                note(f"no CUDA graphs from here on, because a call failed as one: {first_line(error)}")
-            self.stop_capturing(stage)  # not above, where the error's traceback still holds the session
+                note(
+                    f"no CUDA graphs from here on, because a call failed as one: {first_line(error)}"
+                )
+            self.stop_capturing(
+                stage
+            )  # not above, where the error's traceback still holds the session
         return self.once(self.sessions[stage], given, names)
 
     def stop_capturing(self, stage: str) -> None:
-        """Open the session again without CUDA graphs: one whose capture has failed runs nothing more.
+        """Open the session again without CUDA graphs: one whose capture has failed runs nothing
+        more.
 
         Its memory is freed first: the likely cause is that there was too little.
         """
@@ -164,7 +191,9 @@ class OrtCudaEngine(OrtEngine):
 
     def live(self) -> int:
         """Captured calls of rows that are still bound."""
-        return sum(isinstance(call, Call) for calls in self.seen.values() for call in calls.values())
+        return sum(
+            isinstance(call, Call) for calls in self.seen.values() for call in calls.values()
+        )
 
     def reopen(self, stage: str) -> None:
         """Free every graph, which ONNX Runtime does with the session alone."""
@@ -181,7 +210,9 @@ class OrtCudaEngine(OrtEngine):
         return list(binding.get_outputs())
 
     def bind_arrays(self, session: Any, inputs: Arrays, outputs: Arrays) -> Any:
-        """Arrays on the device as a session takes them; an output that is None becomes a new one."""
+        """Arrays on the device as a session takes them; an output that is None becomes a new
+        one.
+        """
         binding = session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
@@ -193,7 +224,9 @@ class OrtCudaEngine(OrtEngine):
         return binding
 
     def bind_addresses(self, session: Any, inputs: Arrays, outputs: Arrays) -> Any:
-        """The same, but the binding holds no input: a graph is launched only with inputs at the same addresses."""
+        """The same, but the binding holds no input: a graph is launched only with inputs at the
+        same addresses.
+        """
         binding = self.bind_arrays(session, {}, outputs)
         for name, value in inputs.items():
             dtype, shape = DTYPES[value.data_type()], value.shape()
@@ -221,7 +254,9 @@ class OrtCudaEngine(OrtEngine):
         return call.outputs
 
     def new_array(self, shape: tuple[int, ...]) -> Any:
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.memory, self.index)
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            shape, np.float32, self.memory, self.index
+        )
 
     def on_gpu(self, value: Any) -> Any:
         """A numpy array as an OrtValue on the device; what is there already unchanged."""
@@ -235,9 +270,13 @@ class OrtCudaEngine(OrtEngine):
             return super().upload_prompts(prompts)
         shared = self.upload_projection(prompts.projection) if isinstance(prompts, Latent) else {}
         with failing("ONNX Runtime", "to make prompts on the GPU"):
-            place = self.places.take(tuple(prompts.shape), lambda: self.new_array(tuple(prompts.shape)))
+            place = self.places.take(
+                tuple(prompts.shape), lambda: self.new_array(tuple(prompts.shape))
+            )
             if isinstance(prompts, Latent):
-                self.once(self.sessions[PROJECT], {"z": prompts.z, **shared}, ["prompts"], place.value)
+                self.once(
+                    self.sessions[PROJECT], {"z": prompts.z, **shared}, ["prompts"], place.value
+                )
             else:
                 place.value.update_inplace(np.ascontiguousarray(prompts))
         return place

@@ -11,26 +11,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bbt_accel.batch import Float32, Int64
-from bbt_accel.bundle import PROJECT, STATISTICS, Bundle
-from bbt_accel.cuda import GPU_TOKENS
-from bbt_accel.engine_specs import index_of, kind_of
+from bbt_accel.core.batch import Float32, Int64
+from bbt_accel.core.bundle import PROJECT, STATISTICS, Bundle
+from bbt_accel.core.engine_specs import index_of, kind_of
+from bbt_accel.core.optimizations import in_graph
 from bbt_accel.engines.base import failing
+from bbt_accel.engines.cuda import GPU_TOKENS
 from bbt_accel.engines.staged import GPU_CALL, Arrays, StagedEngine
+from bbt_accel.engines.torch_statistics import batch_statistics
 from bbt_accel.errors import EngineError
-from bbt_accel.exporters.device_graphs import batch_statistics
-from bbt_accel.exporters.families import family_of
-from bbt_accel.exporters.loading import DTYPES, load_model
-from bbt_accel.optimizations import in_graph
+from bbt_accel.exporters.families.loading import DTYPES, load_model
+from bbt_accel.exporters.families.registry import family_of
 
 
 def torch_device(device: str) -> torch.device:
-    """PyTorch's own `cuda` is the current GPU of the thread, which an engine on another may have changed."""
+    """PyTorch's own `cuda` is the current GPU of the thread, which an engine on another may have
+    changed.
+    """
     return torch.device("cuda:0" if device == "cuda" else device)
 
 
 class TorchThreads:
-    """A limit of PyTorch's threads, which are the whole process's, until it is closed or collected; None sets none.
+    """A limit of PyTorch's threads, which are the whole process's, until it is closed or collected;
+    None sets none.
 
     Of several, the last that is open decides.
     """
@@ -64,11 +67,15 @@ def load(bundle: Bundle, device: str, threads: int | None) -> tuple[torch.nn.Mod
     Raises EngineError where the device is not available.
     """
     if kind_of(device) == "cuda" and index_of(device) >= torch.cuda.device_count():
-        raise EngineError(f"--device {device}: PyTorch finds no such GPU; use --device cpu or see bbt-accel doctor")
+        raise EngineError(
+            f"--device {device}: PyTorch finds no such GPU; use --device cpu or see bbt-accel doctor"
+        )
     limit = TorchThreads(threads)
     try:
         with computing("to load the checkpoint"):
-            return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(torch_device(device)), limit
+            return load_model(bundle.path, dtype=DTYPES[bundle.info.precision]).to(
+                torch_device(device)
+            ), limit
     except BaseException:
         limit.close()
         raise
@@ -76,10 +83,12 @@ def load(bundle: Bundle, device: str, threads: int | None) -> tuple[torch.nn.Mod
 
 @contextmanager
 def computing(where: str, tf32: bool = False) -> Iterator[None]:
-    """PyTorch's errors as an EngineError of one line; one for a GPU that is out of memory says what to do.
+    """PyTorch's errors as an EngineError of one line; one for a GPU that is out of memory says what
+    to do.
 
-    tf32: let a GPU round the inputs of fp32 matmuls to TF32. Otherwise they are fp32, whatever the process has set.
-    The setting is that of the whole process, so it is put back; but for one made per backend, which becomes fp32.
+    tf32: let a GPU round the inputs of fp32 matmuls to TF32. Otherwise they are fp32, whatever the
+    process has set. The setting is that of the whole process, so it is put back; but for one made
+    per backend, which becomes fp32.
     """
     try:
         before = torch.get_float32_matmul_precision()
@@ -102,7 +111,11 @@ def torch_versions(device: str) -> dict[str, str]:
     import transformers
 
     cpu = kind_of(device) == "cpu"
-    name = f"cpu, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(index_of(device))
+    name = (
+        f"cpu, {torch.get_num_threads()} threads"
+        if cpu
+        else torch.cuda.get_device_name(index_of(device))
+    )
     return {"torch": torch.__version__, "transformers": transformers.__version__, "device": name}
 
 
@@ -135,7 +148,9 @@ class TorchEngine(StagedEngine):
                 return {"prompts": flat.unflatten(1, self.bundle.info.prompt_shape[-2:])}
             if stage == STATISTICS:
                 logits = inputs["label_logits"].float()
-                return {"statistics": batch_statistics(logits, inputs["targets"], inputs["classes"])}
+                return {
+                    "statistics": batch_statistics(logits, inputs["targets"], inputs["classes"])
+                }
             taken = {name: inputs[name] for name in self.backbone.inputs(stage)}
             if "prompts" in taken:
                 taken["prompts"] = taken["prompts"].to(self.dtype)

@@ -1,4 +1,6 @@
-"""A backbone on a server of the Open Inference Protocol: `bbt-accel serve` here, any other in `triton.py`."""
+"""A backbone on a server of the Open Inference Protocol: `bbt-accel serve` here, any other in
+`triton.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from bbt_accel import inference_protocol as protocol
-from bbt_accel.batch import Batch, Float32
-from bbt_accel.bundle import STATES, Bundle
+from bbt_accel.core import inference_protocol as protocol
+from bbt_accel.core.batch import Batch, Float32
+from bbt_accel.core.bundle import STATES, Bundle
+from bbt_accel.core.population import Population
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.client import Server, ServerRefused
 from bbt_accel.engines.triton import TritonEngine
 from bbt_accel.errors import EngineError, UsageError
-from bbt_accel.population import Population
 
 HEAD = 65536  # bytes of a request that are reserved for its JSON header
 
@@ -22,8 +24,8 @@ HEAD = 65536  # bytes of a request that are reserved for its JSON header
 def connect(bundle: Bundle, *, url: str, without: frozenset[str] = frozenset()) -> Engine:
     """An engine that sends its work to `url`, after checking that the server has the same bundle.
 
-    Raises UsageError for `without` where the server decides, EngineError when it cannot be reached or refuses,
-    BundleError when it has another bundle.
+    Raises UsageError for `without` where the server decides, EngineError when it cannot be reached
+    or refuses, BundleError when it has another bundle.
     """
     server = Server(url)
     try:
@@ -44,7 +46,9 @@ class RemoteEngine(Engine):
         super().__init__(bundle)
         self.server = server
         self.facts = server.check(bundle, protocol.BACKBONE)
-        self.max_batch = int(self.facts.get("max_batch", 2**31))  # rows times candidates, per request
+        self.max_batch = int(
+            self.facts.get("max_batch", 2**31)
+        )  # rows times candidates, per request
         self.max_bytes = int(self.facts.get("max_request_bytes", 2**31))
 
     def bind(self, batch: Batch) -> RemoteBoundBatch:
@@ -85,19 +89,37 @@ class RemoteBoundBatch(BoundBatch):
 
     def _label_logits(self, population: Population) -> Float32:
         if population.layer is None:
-            return self.request(protocol.BACKBONE, "prompts", population, ["label_logits"])["label_logits"]
+            return self.request(protocol.BACKBONE, "prompts", population, ["label_logits"])[
+                "label_logits"
+            ]
         other = {"stack": population.fixed, "layer": np.array([population.layer], np.int64)}
-        return self.request(protocol.LAYER, "candidates", population, ["label_logits"], other)["label_logits"]
+        return self.request(protocol.LAYER, "candidates", population, ["label_logits"], other)[
+            "label_logits"
+        ]
 
     def _outputs(self, population: Population) -> dict[str, Float32]:
-        return self.request(protocol.OUTPUTS, "prompts", population.whole(), ["label_logits", *STATES])
+        return self.request(
+            protocol.OUTPUTS, "prompts", population.whole(), ["label_logits", *STATES]
+        )
 
     def request(
-        self, model: str, name: str, population: Population, outputs: Sequence[str], other: dict[str, Any] | None = None
+        self,
+        model: str,
+        name: str,
+        population: Population,
+        outputs: Sequence[str],
+        other: dict[str, Any] | None = None,
     ) -> dict[str, Float32]:
         """Outputs of all candidates, as many per request as the server takes."""
-        candidates, other = np.asarray(population.candidates), other or {}  # this engine does not project
-        room = self.engine.max_bytes - HEAD - sum(array.nbytes for array in (*other.values(), *self.rows.values()))
+        candidates, other = (
+            np.asarray(population.candidates),
+            other or {},
+        )  # this engine does not project
+        room = (
+            self.engine.max_bytes
+            - HEAD
+            - sum(array.nbytes for array in (*other.values(), *self.rows.values()))
+        )
         step = max(1, min(self.engine.max_batch // len(self.batch), room // candidates[:1].nbytes))
         parts = [candidates[i : i + step] for i in range(0, len(candidates), step)]
         found = [self.infer(model, {name: part, **other}, outputs) for part in parts]

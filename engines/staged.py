@@ -1,6 +1,8 @@
-"""What all engines that run a bundle's stages share: buckets, populations, and bbtv2's cached layers.
+"""What all engines that run a bundle's stages share: buckets, populations, and bbtv2's cached
+layers.
 
-A subclass of `StagedEngine` defines how to run one stage, and how arrays reach its device; about 60 lines.
+A subclass of `StagedEngine` defines how to run one stage, and how arrays reach its device; about 60
+lines.
 """
 
 from __future__ import annotations
@@ -14,41 +16,50 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from bbt_accel.batch import Batch, Float32, Float64, Int64
-from bbt_accel.bundle import PROJECT, STATES, STATISTICS, block_stage, state_name
+from bbt_accel.core.batch import Batch, Float32, Float64, Int64
+from bbt_accel.core.bundle import PROJECT, STATES, STATISTICS, block_stage, state_name
+from bbt_accel.core.objective import COLUMNS, check_targets
+from bbt_accel.core.optimizations import in_graph
+from bbt_accel.core.population import Latent, LayerPrompts, Population
+from bbt_accel.core.projection import Projection
+from bbt_accel.core.settings import DEFAULTS
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.errors import EngineError, UsageError
-from bbt_accel.objective import COLUMNS, check_targets
-from bbt_accel.optimizations import in_graph
-from bbt_accel.population import Latent, LayerPrompts, Population
-from bbt_accel.projection import Projection
-from bbt_accel.settings import DEFAULTS
 
 if TYPE_CHECKING:
-    from bbt_accel.exporters.plans import ShapeProfile
+    from bbt_accel.engines.plans import ShapeProfile
 
 Array = Any
 """An array of the engine's own kind, on its device: numpy, torch, OrtValue, device memory."""
 Arrays = dict[str, Array]
 GPU_CALL = 1024
-"""`call_overhead` of a call that is a CUDA graph: what passes between its kernels, and the last wave of each matmul. An
-estimate for RoBERTa-large on an H100 (docs/explanation/gpu.md); `make gpu-check` measures it."""
+"""`call_overhead` of a call that is a CUDA graph: what passes between its kernels, and the last
+wave of each matmul. An estimate for RoBERTa-large on an H100 (docs/explanation/gpu.md); `make
+gpu-check` measures it."""
 CONTEXTS = 4
-"""Contexts whose keys and values an engine keeps: those of the train and dev rows, and of another task."""
+"""Contexts whose keys and values an engine keeps: those of the train and dev rows, and of another
+task.
+"""
 
 
 class StagedEngine(Engine):
-    """An engine over the stages of a bundle: `model` for bbt; `embed`, `block_00` … and `last` for bbtv2.
+    """An engine over the stages of a bundle: `model` for bbt; `embed`, `block_00` … and `last` for
+    bbtv2.
 
-    Those of a decoder also read what the stage `context` makes of the tokens that all rows begin with.
+    Those of a decoder also read what the stage `context` makes of the tokens that all rows begin
+    with.
     """
 
     tokens_per_call = 4096
-    """Tokens (candidates × rows × length) per call: bounds the memory, and keeps activations in the caches."""
+    """Tokens (candidates × rows × length) per call: bounds the memory, and keeps activations in the
+    caches.
+    """
     bucket_step = 1
-    """Rows whose keys round up to the same multiple of this share a bucket; on a device they are padded to it, which
-    fused attention asks for: ONNX Runtime's with a bias takes multiples of 8 alone, and 8 halves are a vector."""
+    """Rows whose keys round up to the same multiple of this share a bucket; on a device they are
+    padded to it, which
+    fused attention asks for: ONNX Runtime's with a bias takes multiples of 8 alone, and 8 halves
+    are a vector."""
     call_overhead = 0
     """What a call costs beyond its tokens, as a number of tokens (candidates × rows × length)."""
     candidates = DEFAULTS.popsize
@@ -56,8 +67,9 @@ class StagedEngine(Engine):
     rows_per_call = candidates_per_call = 2**31
     """Rows and candidates per call at most, where compiled code accepts no more."""
     on_device = False
-    """Whether `run` also runs the graphs `project` and `statistics`: then projection matrices and targets are uploaded
-    once, z is sent instead of prompts, and batch statistics come back instead of label logits."""
+    """Whether `run` also runs the graphs `project` and `statistics`: then projection matrices and
+    targets are uploaded once, z is sent instead of prompts, and batch statistics come back instead
+    of label logits."""
 
     def load(self) -> None:
         self.longest = self.bundle.info.max_length
@@ -65,12 +77,16 @@ class StagedEngine(Engine):
         self.projections: WeakKeyDictionary[Projection, Arrays] = WeakKeyDictionary()
         """Uploaded projections, for as long as they are in use."""
         self.fixed_prompts: dict[tuple[int, int], tuple[Float32, Array]] = {}
-        """bbtv2 on a device: layer and population → the layer's last fixed prompt, and its array."""
+        """bbtv2 on a device: layer and population → the layer's last fixed prompt, and its
+        array.
+        """
         self.contexts: dict[bytes, Arrays] = {}
         """The tokens of a context → what the stage `context` makes of them, the latest last."""
         for name in in_graph(self.without):
             if name not in self.bundle.info.without:
-                raise UsageError(f"{name} is part of the graphs of {self.bundle.path}: export --without {name}")
+                raise UsageError(
+                    f"{name} is part of the graphs of {self.bundle.path}: export --without {name}"
+                )
 
     def limit(self, profile: ShapeProfile) -> None:
         """Keep to what compiled plans take."""
@@ -99,11 +115,15 @@ class StagedEngine(Engine):
         return self.run(PROJECT, inputs)["prompts"]
 
     def overwrite(self, array: Array | None, prompts: Float32) -> Array:
-        """Upload prompts, replacing others: into the same array where CUDA graphs depend on its address."""
+        """Upload prompts, replacing others: into the same array where CUDA graphs depend on its
+        address.
+        """
         return self.upload_prompts(prompts)
 
     def upload_fixed(self, layer: int, prompt: Float32, population: int) -> Array:
-        """A layer's fixed prompt (n, H), repeated for each candidate; on a device it is kept until it changes."""
+        """A layer's fixed prompt (n, H), repeated for each candidate; on a device it is kept until
+        it changes.
+        """
         if not self.on_device:
             return self.upload_prompts(np.repeat(prompt[None], population, axis=0))
         known, array = self.fixed_prompts.get((layer, population), (None, None))
@@ -120,7 +140,9 @@ class StagedEngine(Engine):
         return self.projections[projection]
 
     def shared_context(self, inputs: Arrays, key: bytes) -> Arrays:
-        """A decoder's keys and values of the context that these rows begin with, from the cache if they are there."""
+        """A decoder's keys and values of the context that these rows begin with, from the cache if
+        they are there.
+        """
         if "context-cache" in self.without:
             return self.run("context", inputs)
         found = self.contexts.pop(key, None) or self.run("context", inputs)
@@ -139,7 +161,9 @@ class StagedEngine(Engine):
 
     def bind(self, batch: Batch) -> StagedBoundBatch:
         check_tokens(self.bundle, batch, self.without)
-        return StagedBoundBatch(self, batch.with_decoder_input(self.bundle.info, "short-decoder" not in self.without))
+        return StagedBoundBatch(
+            self, batch.with_decoder_input(self.bundle.info, "short-decoder" not in self.without)
+        )
 
 
 @dataclass
@@ -168,16 +192,24 @@ class StagedBoundBatch(BoundBatch):
 
     def upload_buckets(self, without: frozenset[str], step: int) -> list[Bucket]:
         engine, aligned = self.engine, step if self.engine.on_device else 1
-        limits = engine.tokens_per_call, engine.rows_per_call, engine.call_overhead // engine.candidates
+        limits = (
+            engine.tokens_per_call,
+            engine.rows_per_call,
+            engine.call_overhead // engine.candidates,
+        )
         longest = engine.longest
-        if longest == self.info.max_length and self.batch.context_ids is not None:  # plans count rows without a context
+        if (
+            longest == self.info.max_length and self.batch.context_ids is not None
+        ):  # plans count rows without a context
             longest -= len(self.batch.context_ids)
         buckets = []
         for rows in bucket_rows(self.info, self.batch, without, step, *limits):
             part = trim(self.info, self.batch, rows, without, aligned, longest)
             part = part.with_decoder_input(self.info, "short-decoder" not in without)
             arrays: dict[str, Any] = part.graph_inputs(self.info)
-            context = b"".join(arrays[name].tobytes() for name in ("context_ids", "context_mask") if name in arrays)
+            context = b"".join(
+                arrays[name].tobytes() for name in ("context_ids", "context_mask") if name in arrays
+            )
             if self.engine.on_device:
                 arrays["classes"] = classes = np.arange(len(part.label_token_ids), dtype=np.float32)
                 arrays["targets"] = np.equal.outer(part.targets, classes).astype(np.float32)
@@ -194,11 +226,15 @@ class StagedBoundBatch(BoundBatch):
     def gather(self, population: Population, names: Collection[str]) -> dict[str, Float32]:
         """Outputs of all calls by name, on the host: (P, N, …)."""
         whole: dict[str, Float32] = {}
-        for bucket, some, found in self.calls(population, [name for name in STATES if name not in names]):
+        for bucket, some, found in self.calls(
+            population, [name for name in STATES if name not in names]
+        ):
             for name in names:
                 part = self.engine.to_host(found[name])
                 if name not in whole:
-                    whole[name] = np.empty((len(population), len(self.batch), part.shape[-1]), np.float32)
+                    whole[name] = np.empty(
+                        (len(population), len(self.batch), part.shape[-1]), np.float32
+                    )
                 whole[name][some, bucket.rows] = part
         return whole
 
@@ -222,8 +258,12 @@ class StagedBoundBatch(BoundBatch):
         if not self.buckets:
             raise EngineError("these rows are closed; bind them again")
 
-    def calls(self, population: Population, skip: Collection[str] = STATES) -> Iterator[tuple[Bucket, slice, Arrays]]:
-        """Run the population on every bucket, a few candidates at a time; yields their outputs on the device."""
+    def calls(
+        self, population: Population, skip: Collection[str] = STATES
+    ) -> Iterator[tuple[Bucket, slice, Arrays]]:
+        """Run the population on every bucket, a few candidates at a time; yields their outputs on
+        the device.
+        """
         self.require_open()
         if "layer-cache" in self.engine.without:
             population = population.whole()
@@ -234,21 +274,29 @@ class StagedBoundBatch(BoundBatch):
             for some in self.chunks(len(population), bucket):
                 key = some.start, some.stop
                 prompts = uploaded.get(key) or self.upload_candidates(population[some])
-                if self.engine.on_device:  # one upload serves all buckets; on a host a copy would only take memory
+                if (
+                    self.engine.on_device
+                ):  # one upload serves all buckets; on a host a copy would only take memory
                     uploaded[key] = prompts
                 if self.info.method == "bbt":
-                    outputs = self.engine.run("model", {**bucket.inputs, "prompts": prompts[0]}, skip)
+                    outputs = self.engine.run(
+                        "model", {**bucket.inputs, "prompts": prompts[0]}, skip
+                    )
                 else:
                     outputs = self.run_from(population.layer or 0, bucket, state, prompts, skip)
                 yield bucket, some, outputs
 
     def add_context(self, bucket: Bucket) -> None:
-        """Add to a decoder's inputs what the stage `context` makes of the tokens that its rows begin with."""
+        """Add to a decoder's inputs what the stage `context` makes of the tokens that its rows
+        begin with.
+        """
         if self.info.causal:
             bucket.inputs |= self.engine.shared_context(bucket.inputs, bucket.context)
 
     def upload_candidates(self, some: Population) -> list[Array]:
-        """The prompts of each layer from the first in which candidates differ; of bbt the only ones."""
+        """The prompts of each layer from the first in which candidates differ; of bbt the only
+        ones.
+        """
         if self.info.method == "bbt":
             return [self.engine.upload_prompts(some.candidates)]
         arrays = []
@@ -261,14 +309,17 @@ class StagedBoundBatch(BoundBatch):
         return arrays
 
     def entering(self, bucket: Bucket, population: Population) -> Arrays:
-        """bbtv2: the hidden states that enter the first layer in which candidates differ, from the cache if it fits."""
+        """bbtv2: the hidden states that enter the first layer in which candidates differ, from the
+        cache if it fits.
+        """
         if self.info.method == "bbt":
             return {}
         if population.layer is None or population.fixed is None:
             return self.engine.run("embed", bucket.inputs)
         layer, fixed = population.layer, population.fixed
         if not (0 <= bucket.layer <= layer and bucket.key == fixed[: bucket.layer].tobytes()):
-            # Its memory is free again, as in the first sweep over the layers; a call that fails leaves no key behind.
+            # Its memory is free again, as in the first sweep over the layers; a call that fails
+            # leaves no key behind.
             bucket.layer, bucket.key, bucket.state = -1, b"", {}
             bucket.layer, bucket.state = 0, self.engine.run("embed", bucket.inputs)
         while bucket.layer < layer:
@@ -286,7 +337,9 @@ class StagedBoundBatch(BoundBatch):
     def run_from(
         self, layer: int, bucket: Bucket, state: Arrays, prompts: list[Array], skip: Collection[str]
     ) -> Arrays:
-        """From what enters block `layer` to the last outputs; one array of prompts for each block from there."""
+        """From what enters block `layer` to the last outputs; one array of prompts for each block
+        from there.
+        """
         for i, own in enumerate(prompts[:-1]):
             state = self.run_block(layer + i, bucket, state, own)
         return self.engine.run("last", {**bucket.inputs, **state, "prompts": prompts[-1]}, skip)
@@ -295,7 +348,9 @@ class StagedBoundBatch(BoundBatch):
         self.require_open()
         self.bundle.require("bbtv2")
         check_tokens(self.bundle, self.batch, frozenset({"buckets"}))
-        buckets = self.upload_buckets(frozenset({"buckets"}), 1)  # the original measures the padded batch
+        buckets = self.upload_buckets(
+            frozenset({"buckets"}), 1
+        )  # the original measures the padded batch
         for bucket in buckets:
             self.add_context(bucket)
         states = [self.engine.run("embed", bucket.inputs) for bucket in buckets]
@@ -303,12 +358,19 @@ class StagedBoundBatch(BoundBatch):
         stds = []
         for layer in range(self.info.n_layers):
             if layer:
-                states = [self.run_block(layer - 1, b, s, zero) for b, s in zip(buckets, states, strict=True)]
-            stds.append(clipped_std(np.concatenate(list(map(partial(self.hidden, layer), buckets, states)))))
+                states = [
+                    self.run_block(layer - 1, b, s, zero)
+                    for b, s in zip(buckets, states, strict=True)
+                ]
+            stds.append(
+                clipped_std(np.concatenate(list(map(partial(self.hidden, layer), buckets, states))))
+            )
         return np.array(stds, np.float32)
 
     def hidden(self, layer: int, bucket: Bucket, state: Arrays) -> Float32:
-        """All hidden states that enter a block, as one flat array; what rows share counts once per row."""
+        """All hidden states that enter a block, as one flat array; what rows share counts once per
+        row.
+        """
         text: Float32 = self.engine.to_host(state["hidden"])[0]
         parts = [text]
         if "prefix" in state:
@@ -322,7 +384,11 @@ class StagedBoundBatch(BoundBatch):
     def chunks(self, population: int, bucket: Bucket) -> Iterator[slice]:
         """Candidates per call."""
         fitting = self.engine.tokens_per_call // (len(bucket.rows) * bucket.length)
-        size = 1 if "population" in self.engine.without else max(1, min(fitting, self.engine.candidates_per_call))
+        size = (
+            1
+            if "population" in self.engine.without
+            else max(1, min(fitting, self.engine.candidates_per_call))
+        )
         for start in range(0, population, size):
             yield slice(start, min(start + size, population))
 

@@ -1,4 +1,6 @@
-"""A backbone whose stages are models of Triton, or of any other server of the Open Inference Protocol."""
+"""A backbone whose stages are models of Triton, or of any other server of the Open Inference
+Protocol.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +8,25 @@ from collections.abc import Collection
 
 import numpy as np
 
-from bbt_accel import inference_protocol as protocol
-from bbt_accel.bundle import Bundle
+from bbt_accel.core import inference_protocol as protocol
+from bbt_accel.core.bundle import Bundle
 from bbt_accel.engines.client import Server
 from bbt_accel.engines.staged import Arrays, StagedEngine
 from bbt_accel.errors import BundleError
 
 
 class TritonEngine(StagedEngine):
-    """Any other server, with one model for each stage of the bundle (`bbt-accel triton` writes them).
+    """Any other server, with one model for each stage of the bundle (`bbt-accel triton` writes
+    them).
 
-    Every request carries all its tensors; buckets, chunks and bbtv2's cached layers stay on the client.
+    Every request carries all its tensors; buckets, chunks and bbtv2's cached layers stay on the
+    client.
     """
 
     def __init__(self, bundle: Bundle, server: Server, without: frozenset[str]) -> None:
         super().__init__(bundle, without=without)
         if bundle.info.target == "trt":
-            from bbt_accel.exporters.plans import profile_of
+            from bbt_accel.engines.plans import profile_of
 
             self.limit(profile_of(bundle))
         self.server = server
@@ -33,10 +37,14 @@ class TritonEngine(StagedEngine):
             self.inputs[stage], self.outputs[stage] = self.tensors_of(stage, model)
 
     def tensors_of(self, stage: str, model: str) -> tuple[list[str], list[str]]:
-        """Names of a model's inputs and outputs. BundleError for another bundle, or prompts of another shape."""
+        """Names of a model's inputs and outputs. BundleError for another bundle, or prompts of
+        another shape.
+        """
         self.server.check(self.bundle, model)
         metadata = self.server.described(self.server.client.get_model_metadata, model)
-        shapes = {tensor["name"]: [int(size) for size in tensor["shape"]] for tensor in metadata["inputs"]}
+        shapes = {
+            tensor["name"]: [int(size) for size in tensor["shape"]] for tensor in metadata["inputs"]
+        }
         found, wanted = shapes.get("prompts"), [-1, *self.bundle.info.prompt_shape[-2:]]
         if stage not in ("context", "embed") and found != wanted:
             takes = f"model {model} of {self.server.url} takes prompts {found}, not {wanted}"
@@ -47,7 +55,9 @@ class TritonEngine(StagedEngine):
         arrays = {name: np.ascontiguousarray(inputs[name]) for name in self.inputs[stage]}
         wanted = [name for name in self.outputs[stage] if name not in skip]
         result = self.server.infer(self.models[stage], arrays, outputs=wanted)
-        return {out["name"]: result.as_numpy(out["name"]) for out in result.get_response()["outputs"]}
+        return {
+            out["name"]: result.as_numpy(out["name"]) for out in result.get_response()["outputs"]
+        }
 
     def versions(self) -> dict[str, str]:
         return self.server.versions()

@@ -1,8 +1,9 @@
 """What `make demo` shows: how far each step goes on the shipped task, and that two engines agree.
 
-Exports the shipped backbone, then scores on 240 test rows: the label words alone, calibrated, with a fitted readout,
-and with a search for a prompt on top, in PyTorch and in ONNX Runtime; then packages the result. Nothing is downloaded
-but the libraries of the page, by npm where it is installed.
+Exports the shipped backbone, then scores on 240 test rows: the label words alone, calibrated, with
+a fitted readout, and with a search for a prompt on top, in PyTorch and in ONNX Runtime; then
+packages the result. Nothing is downloaded but the libraries of the page, by npm where it is
+installed.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from pathlib import Path
 from time import perf_counter
 
 from bbt_accel import export_bundle, tune
-from bbt_accel.command import exit_on_error, print_table
+from bbt_accel.cli.printing import print_predictions
 from bbt_accel.errors import MissingDependency, PackageError
-from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.inference import evaluate, predict
-from bbt_accel.packaging.package import Options, package_run
-from bbt_accel.printing import print_predictions
-from bbt_accel.progress import progress_bar
-from bbt_accel.reporting import percent
-from bbt_accel.run import Run
+from bbt_accel.exporters.convert.optimize import optimize_bundle
+from bbt_accel.io.command import exit_on_error, print_table
+from bbt_accel.io.progress import progress_bar
+from bbt_accel.io.reporting import percent
+from bbt_accel.package.package import Options, package_run
+from bbt_accel.predict.inference import evaluate, predict
+from bbt_accel.search.run import Run
 
 BUDGET = 300
 TEXTS = (
@@ -32,8 +33,13 @@ TEXTS = (
 
 
 def search(bundle: Path, engine: str, output: Path, budget: int) -> Run:
-    """A run of the demo task with the default readout; one call fits it, the rest of the budget searches."""
-    print(f"bbt-accel tune --bundle {bundle} --task demo --engine {engine} --budget {budget} -o {output}", flush=True)
+    """A run of the demo task with the default readout; one call fits it, the rest of the budget
+    searches.
+    """
+    print(
+        f"bbt-accel tune --bundle {bundle} --task demo --engine {engine} --budget {budget} -o {output}",
+        flush=True,
+    )
     return tune(bundle, "demo", engine=engine, output=output, settings={"budget": budget})
 
 
@@ -47,14 +53,22 @@ def tell(folder: Path, budget: int) -> None:
     with progress_bar("optimizing") as step:
         optimize_bundle(exported, optimized, on_progress=step)
     fitted = search(optimized, "ort", folder / "fitted", 1)
-    runs = [search(place, e, folder / e, budget) for e, place in (("torch", exported), ("ort", optimized))]
+    runs = [
+        search(place, e, folder / e, budget)
+        for e, place in (("torch", exported), ("ort", optimized))
+    ]
     scores = {run.path: evaluate(run.path) for run in (fitted, *runs)}
     plain = scores[fitted.path]
     lines = [
         ("a class drawn at random", percent(plain["chance"], 1), "–", "–"),
         ("label words, without a prompt", percent(plain["without_prompt"], 1), "0", "–"),
         ("the same, calibrated without labels", percent(plain["calibrated"], 1), "0", "–"),
-        (f"readout {fitted.info.readout.name}, fitted on 128 rows", percent(plain["score"], 1), "1", "–"),
+        (
+            f"readout {fitted.info.readout.name}, fitted on 128 rows",
+            percent(plain["score"], 1),
+            "1",
+            "–",
+        ),
     ]
     for run in runs:
         name = f"a search on top, in {'PyTorch' if run.info.engine.name == 'torch' else 'ONNX Runtime'}"
@@ -63,7 +77,11 @@ def tell(folder: Path, budget: int) -> None:
     print()
     header = ["on the demo task", "accuracy", "calls", "calls/s"]
     print_table(f"{plain['rows']} test rows, {perf_counter() - started:.0f} seconds", lines, header)
-    print_predictions([{"text": text} for text in TEXTS], predict(runs[-1].path, [{"text": t} for t in TEXTS]), False)
+    print_predictions(
+        [{"text": text} for text in TEXTS],
+        predict(runs[-1].path, [{"text": t} for t in TEXTS]),
+        False,
+    )
     last = folder / "ort"
     print(f"{last} holds {', '.join(sorted(file.name for file in last.iterdir()))}")
 
@@ -71,7 +89,9 @@ def tell(folder: Path, budget: int) -> None:
 
 
 def packaged(run: Path, folder: Path) -> None:
-    """A page that classifies in the browser; where npm cannot be asked for its libraries, a package in ONNX."""
+    """A page that classifies in the browser; where npm cannot be asked for its libraries, a package
+    in ONNX.
+    """
     print(f"bbt-accel package {run} -o {folder / 'page'} --format web", flush=True)
     try:
         with progress_bar("packaging") as step:
@@ -81,12 +101,16 @@ def packaged(run: Path, folder: Path) -> None:
         with progress_bar("packaging") as step:
             package_run(run, folder / "package", Options(), step)
         return
-    print(f"to see it: python3 -m http.server -d {folder / 'page'}, then open http://localhost:8000")
+    print(
+        f"to see it: python3 -m http.server -d {folder / 'page'}, then open http://localhost:8000"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("demo-run"), help="folder to create")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("demo-run"), help="folder to create"
+    )
     parser.add_argument("--budget", type=int, default=BUDGET, help="calls of each search")
     given = parser.parse_args()
     with exit_on_error():

@@ -1,7 +1,9 @@
-"""MkDocs hooks: what the pages of the site take from the repository and from the program when they are built.
+"""MkDocs hooks: what the pages of the site take from the repository and from the program when they
+are built.
 
-Pages link to files as they lie in the repository, so that the links work there too. README.md is the start page; the
-other files outside docs/ that pages link to are part of the site at their own paths.
+Pages link to files as they lie in the repository, so that the links work there too. README.md is
+the start page; the other files outside docs/ that pages link to are part of the site at their own
+paths.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ ROOT = Path(__file__).parents[1]
 START = "README.md"
 MOUNTED = (
     START, "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "benchmarks/README.md", "benchmarks/results/**/*.md",
-    "benchmarks/results/**/*.png", "examples/**/*.md", "bbt_accel/demo/**/*.md",
+    "benchmarks/results/**/*.png", "examples/**/*.md", "bbt_accel/core/demo/**/*.md",
 )  # fmt: skip
 EXECUTED = "tutorial.md"
 GENERATED = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
 
 
 _tutorial: list[str] = []  # the page, after it was run
-_names: dict[str, str] = {}  # where a file outside docs/ lies in the site → its name in the repository
+_names: dict[
+    str, str
+] = {}  # where a file outside docs/ lies in the site → its name in the repository
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -42,9 +46,13 @@ def on_files(files: Any, config: Any) -> Any:
             files.append(File.generated(config, _in_site(name), abs_src_path=str(file)))
             _names[_in_site(name)] = name
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    os.environ.update({"PATH": paths, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"})  # of what is run on the pages
+    os.environ.update(
+        {"PATH": paths, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
+    )  # of what is run on the pages
     with ThreadPoolExecutor(2) as pool:
-        notebooks = {file: pool.submit(_notebook, file) for file in sorted((ROOT / "docs").rglob("*.ipynb"))}
+        notebooks = {
+            file: pool.submit(_notebook, file) for file in sorted((ROOT / "docs").rglob("*.ipynb"))
+        }
         _tutorial.append(_executed((ROOT / "docs" / EXECUTED).read_text(encoding="utf-8")))
     for file, page in notebooks.items():
         place = _in_site(file.relative_to(ROOT).as_posix())
@@ -63,7 +71,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     place = page.file.src_uri
     name = _names.get(place, f"docs/{place}")
     markdown = _tutorial.pop() if place == EXECUTED else markdown
-    markdown = re.sub(r"(?<=\]\()[^)\s]+(?=\))", lambda found: _link(found[0], name, place), markdown)
+    markdown = re.sub(
+        r"(?<=\]\()[^)\s]+(?=\))", lambda found: _link(found[0], name, place), markdown
+    )
     return GENERATED.sub(_generated, markdown)
 
 
@@ -93,7 +103,18 @@ def _generated(found: re.Match[str]) -> str:
 
 def _commands(_: str) -> str:
     """The commands as typer documents them, without its title."""
-    words = [sys.executable, "-m", "typer", "bbt_accel.cli", "utils", "docs", "--name", "bbt-accel", "--title", "-"]
+    words = [
+        sys.executable,
+        "-m",
+        "typer",
+        "bbt_accel.cli.commands",
+        "utils",
+        "docs",
+        "--name",
+        "bbt-accel",
+        "--title",
+        "-",
+    ]
     made = subprocess.run(words, capture_output=True, text=True, check=True)
     return made.stdout.split("\n", 1)[1]
 
@@ -116,14 +137,19 @@ def _fields(what: str) -> str:
     parts = [_table(schema)]
     for name, part in schema.get("$defs", {}).items():
         if "properties" in part:
-            parts += [f'<a id="{name.lower()}"></a>**{name}.** {part.get("description", "")}', _table(part)]
+            parts += [
+                f'<a id="{name.lower()}"></a>**{name}.** {part.get("description", "")}',
+                _table(part),
+            ]
     return "\n\n".join(parts)
 
 
 def _table(schema: dict[str, Any]) -> str:
     lines = ["| field | type | default | |", "|---|---|---|---|"]
     for name, field in schema["properties"].items():
-        known = "default" in field and not isinstance(field["default"], dict)  # a model's is in its own table
+        known = "default" in field and not isinstance(
+            field["default"], dict
+        )  # a model's is in its own table
         default = f"`{json.dumps(field['default'])}`" if known else ""
         about = " ".join(field.get("description", "").split()).replace("|", "\\|")
         lines.append(f"| `{name}` | {_type(field)} | {default} | {about} |")
@@ -148,17 +174,23 @@ def _type(field: dict[str, Any]) -> str:
 
 
 def _notebook(file: Path) -> str:
-    """A notebook as a page, with what its cells print and return; run from the first to the last in an empty folder."""
+    """A notebook as a page, with what its cells print and return; run from the first to the last in
+    an empty folder.
+    """
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(file, as_version=4)
     with tempfile.TemporaryDirectory(prefix="bbt-accel-docs-") as folder:
         environment = os.environ | {"BBT_ACCEL_CACHE": folder}
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute(env=environment)
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute(
+            env=environment
+        )
     parts = []
     for cell in notebook.cells:
-        parts.append(cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```")
+        parts.append(
+            cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```"
+        )
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":  # warnings of this machine's libraries
                 continue
@@ -168,14 +200,20 @@ def _notebook(file: Path) -> str:
 
 
 def _executed(markdown: str) -> str:
-    """The page with the output of its bash and python blocks, run one after the other in an empty folder."""
+    """The page with the output of its bash and python blocks, run one after the other in an empty
+    folder.
+    """
     with tempfile.TemporaryDirectory(prefix="bbt-accel-docs-") as folder:
 
         def run(found: re.Match[str]) -> str:
-            words = {"bash": ["bash", "-e", "-c"], "python": [sys.executable, "-c"]}[found[1]] + [found[2]]
+            words = {"bash": ["bash", "-e", "-c"], "python": [sys.executable, "-c"]}[found[1]] + [
+                found[2]
+            ]
             made = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600)
             if made.returncode:
-                raise PluginError(f"{EXECUTED}: this block ends with {made.returncode}\n{found[2]}\n{made.stderr}")
+                raise PluginError(
+                    f"{EXECUTED}: this block ends with {made.returncode}\n{found[2]}\n{made.stderr}"
+                )
             return f"{found[0]}\n```text\n{made.stdout}```\n" if made.stdout else found[0]
 
         return re.sub(r"^```(bash|python)\n(.*?)^```\n", run, markdown, flags=re.M | re.S)

@@ -24,4 +24,6 @@ def as_lists(text: str) -> str:
 def _listed(paragraph: str) -> str:
     if not ENTRY.match(paragraph):
         return paragraph
-    return ENTRY.sub(lambda found: f"- `{found['names']}`: " + " ".join(found["text"].split()), paragraph)
+    return ENTRY.sub(
+        lambda found: f"- `{found['names']}`: " + " ".join(found["text"].split()), paragraph
+    )

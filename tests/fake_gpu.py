@@ -1,8 +1,9 @@
 """A GPU of the tests' own: TensorRT and the CUDA runtime as far as bbt-accel uses them, on the CPU.
 
-Device memory is host memory, a plan names the ONNX file that it was built from, and running it is running ONNX Runtime
-on what lies at the addresses. So the engine's own work (addresses, shapes, CUDA graphs, caches, errors) is validated
-against the naive forward without a GPU. What TensorRT and CUDA themselves do is not tested by it.
+Device memory is host memory, a plan names the ONNX file that it was built from, and running it is
+running ONNX Runtime on what lies at the addresses. So the engine's own work (addresses, shapes,
+CUDA graphs, caches, errors) is validated against the naive forward without a GPU. What TensorRT and
+CUDA themselves do is not tested by it.
 """
 
 # ruff: noqa: N802, N815 - the names are CUDA's
@@ -37,7 +38,9 @@ FIRST_STREAM = 7
 
 
 class FakeRuntime:
-    """cuda.bindings.runtime. Each GPU has one stream, numbered from 7; a thread's current GPU is 0 until it is set."""
+    """cuda.bindings.runtime. Each GPU has one stream, numbered from 7; a thread's current GPU is 0
+    until it is set.
+    """
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
@@ -66,7 +69,11 @@ class FakeRuntime:
         return status
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
-        return (Status.cudaSuccess, self.devices) if self.devices >= 0 else (Status.cudaErrorInsufficientDriver, None)
+        return (
+            (Status.cudaSuccess, self.devices)
+            if self.devices >= 0
+            else (Status.cudaErrorInsufficientDriver, None)
+        )
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
         return Status.cudaSuccess, self.properties
@@ -108,7 +115,9 @@ class FakeRuntime:
         if size > self.memory:
             return self.failed(Status.cudaErrorMemoryAllocation), None
         self.memory -= size
-        block = ctypes.create_string_buffer(b"\xff" * size, size)  # NaN to whoever reads what nobody wrote
+        block = ctypes.create_string_buffer(
+            b"\xff" * size, size
+        )  # NaN to whoever reads what nobody wrote
         self.blocks[ctypes.addressof(block)] = block
         self.places[ctypes.addressof(block)] = self.device
         return Status.cudaSuccess, ctypes.addressof(block)
@@ -119,8 +128,12 @@ class FakeRuntime:
         self.memory += len(self.blocks.pop(address))
         return (Status.cudaSuccess,)
 
-    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[Any, ...]:
-        assert self.places[to if kind == 1 else source] == stream - FIRST_STREAM, "memory of another GPU"
+    def cudaMemcpyAsync(
+        self, to: int, source: int, size: int, kind: int, stream: int
+    ) -> tuple[Any, ...]:
+        assert self.places[to if kind == 1 else source] == stream - FIRST_STREAM, (
+            "memory of another GPU"
+        )
         assert self.capturing is None, "a copy from pageable memory cannot be captured"
         if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
             self.uploaded += size
@@ -253,14 +266,18 @@ class Context:
         self.addresses[name] = address
 
     def view(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        block = (ctypes.c_char * (int(np.prod(shape)) * np.dtype(dtype).itemsize)).from_address(self.addresses[name])
+        block = (ctypes.c_char * (int(np.prod(shape)) * np.dtype(dtype).itemsize)).from_address(
+            self.addresses[name]
+        )
         return np.frombuffer(block, dtype).reshape(shape)
 
     skew = 0.0
     """Share by which numbers that a CUDA graph computes are wrong."""
 
     def run(self, shapes: dict[str, tuple[int, ...]], skew: float = 0.0) -> None:
-        feeds = {t.name: self.view(t.name, shapes[t.name], t.dtype.value) for t in self.engine.inputs}
+        feeds = {
+            t.name: self.view(t.name, shapes[t.name], t.dtype.value) for t in self.engine.inputs
+        }
         outputs = self.engine.session.run(None, feeds)
         for tensor, value in zip(self.engine.outputs, outputs, strict=True):
             noise = 1 + skew * np.arange(value.size).reshape(value.shape) if skew else 1
@@ -279,11 +296,15 @@ class Context:
             self.engine.cuda.error
         ):  # TensorRT looks for errors of CUDA after a launch, and takes an older one for its own
             return False
-        if self.engine.fails or (self.engine.fails_in_capture and self.engine.cuda.capturing is not None):
+        if self.engine.fails or (
+            self.engine.fails_in_capture and self.engine.cuda.capturing is not None
+        ):
             return False
         shapes, runtime = dict(self.shapes), self.engine.cuda
         assert runtime.device == stream - FIRST_STREAM, "kernels are launched on the current GPU"
-        assert {runtime.places[a] for a in self.addresses.values()} == {runtime.device}, "memory of another GPU"
+        assert {runtime.places[a] for a in self.addresses.values()} == {runtime.device}, (
+            "memory of another GPU"
+        )
         if runtime.capturing is not None:
             self.captured = True
             runtime.capturing.append(lambda: self.run(shapes, self.skew))
@@ -355,7 +376,9 @@ class Builder:
         if self.out_of_memory:
             self.logger.log(Logger.ERROR, "Error Code 2: OutOfMemory (no memory for tactic 0x0)")
             return None
-        return Host(json.dumps({"file": kept(Path(network.file)), "profile": config.profile}).encode())
+        return Host(
+            json.dumps({"file": kept(Path(network.file)), "profile": config.profile}).encode()
+        )
 
 
 KEPT: list[tempfile.TemporaryDirectory[str]] = []

@@ -1,6 +1,8 @@
-"""A Hugging Face hub on loopback: what its clients ask for to download a repository, and to push to one.
+"""A Hugging Face hub on loopback: what its clients ask for to download a repository, and to push to
+one.
 
-Repositories are folders: ROOT/models/OWNER/NAME, ROOT/datasets/OWNER/NAME. Every request is recorded.
+Repositories are folders: ROOT/models/OWNER/NAME, ROOT/datasets/OWNER/NAME. Every request is
+recorded.
 """
 
 from __future__ import annotations
@@ -33,8 +35,18 @@ class FakeHub(ThreadingHTTPServer):
 
     def environment(self, cache: Path) -> dict[str, str]:
         """For a process that uses this hub, with a cache and a token of its own."""
-        home = {"HF_HOME": str(cache), "HF_ENDPOINT": self.url, "HF_TOKEN": "hf_fake", "HF_HUB_OFFLINE": "0"}
-        return {**home, "HF_HUB_DISABLE_XET": "1", "HF_DATASETS_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        home = {
+            "HF_HOME": str(cache),
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": "hf_fake",
+            "HF_HUB_OFFLINE": "0",
+        }
+        return {
+            **home,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_DATASETS_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+        }
 
 
 @contextmanager
@@ -76,24 +88,44 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name'].rpartition('/')[2]}"
             (self.server.root / "models" / name).mkdir(parents=True, exist_ok=True)
-            return self.json({"url": f"{self.server.url}/{name}", "private": asked.get("private", False)})
+            return self.json(
+                {"url": f"{self.server.url}/{name}", "private": asked.get("private", False)}
+            )
         if path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
         if found := re.fullmatch(
             r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^/]+))?(?:/(.*))?)?", path
         ):
-            return self.repository(self.folder(found[1], found[2]), found[2], found[3] or "", found[5] or "", body)
+            return self.repository(
+                self.folder(found[1], found[2]), found[2], found[3] or "", found[5] or "", body
+            )
         return self.json({"error": "not found"}, 404)
 
     def folder(self, kind: str | None, name: str) -> Path:
-        return self.server.root / ("datasets" if kind and kind.startswith("datasets") else "models") / name
+        return (
+            self.server.root
+            / ("datasets" if kind and kind.startswith("datasets") else "models")
+            / name
+        )
 
     def repository(self, folder: Path, name: str, what: str, inside: str, body: bytes) -> None:
         if not folder.is_dir():
             self.json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         elif what in ("", "revision"):
-            files = [{"rfilename": str(f.relative_to(folder)), "size": f.stat().st_size} for f in files_of(folder)]
-            self.json({"id": name, "sha": COMMIT, "siblings": files, "tags": [], "private": False, "downloads": 0})
+            files = [
+                {"rfilename": str(f.relative_to(folder)), "size": f.stat().st_size}
+                for f in files_of(folder)
+            ]
+            self.json(
+                {
+                    "id": name,
+                    "sha": COMMIT,
+                    "siblings": files,
+                    "tags": [],
+                    "private": False,
+                    "downloads": 0,
+                }
+            )
         elif what == "tree":
             self.json(
                 [
@@ -107,7 +139,10 @@ class Handler(BaseHTTPRequestHandler):
             self.json([entry(folder / path, folder) for path in wanted if (folder / path).exists()])
         elif what == "preupload":
             wanted = json.loads(body)["files"]
-            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in wanted]
+            modes = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in wanted
+            ]
             self.json({"files": modes})
         elif what == "commit":
             for line in map(json.loads, body.splitlines()):
@@ -117,7 +152,9 @@ class Handler(BaseHTTPRequestHandler):
                     file = folder / line["value"]["path"]
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(base64.b64decode(line["value"]["content"]))
-            self.json({"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+            self.json(
+                {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+            )
         else:
             self.json({"error": "not found"}, 404)
 
@@ -125,11 +162,19 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             return self.json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         content = file.read_bytes()
-        tags = {"ETag": f'"{sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        tags = {
+            "ETag": f'"{sha1(content).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         return self.reply(200, content, tags)
 
     def json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.reply(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+        self.reply(
+            status,
+            json.dumps(value).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
 
     def reply(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -2,11 +2,12 @@
 
 python tests/kills.py COMMAND [EVERY]
 
-COMMAND: tune, tune-v2, overwrite, export, optimize, package, fit, sweep or compare. A fork of a process that has
-loaded everything is killed before and after each call that makes, opens for writing, renames, replaces, removes or
-syncs a file or folder, or at every n-th of these points. Then nothing half-written may have its final name, and the
-same command (with --resume) must end with the result that it has when nobody kills it, and leave nothing else. (An
-export that was killed when it was complete is not made again, and may leave the empty file of its lock; so may what
+COMMAND: tune, tune-v2, overwrite, export, optimize, package, fit, sweep or compare. A fork of a
+process that has loaded everything is killed before and after each call that makes, opens for
+writing, renames, replaces, removes or syncs a file or folder, or at every n-th of these points.
+Then nothing half-written may have its final name, and the same command (with --resume) must end
+with the result that it has when nobody kills it, and leave nothing else. (An export that was killed
+when it was complete is not made again, and may leave the empty file of its lock; so may what
 exports.)
 """
 
@@ -28,9 +29,9 @@ from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import Bundle, tune
 from bbt_accel.benchmarks.compare_report import CompareReport
-from bbt_accel.run import Run
-from bbt_accel.sweeps.report import SweepReport
-from bbt_accel.sweeps.runner import run_sweep
+from bbt_accel.benchmarks.sweep.report import SweepReport
+from bbt_accel.benchmarks.sweep.runner import run_sweep
+from bbt_accel.search.run import Run
 
 OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of os
 
@@ -50,7 +51,9 @@ class Command(ABC):
 
     @abstractmethod
     def result(self, output: Path) -> object:
-        """What it made, checked, in a form that can be compared. Raises an error for what is not whole."""
+        """What it made, checked, in a form that can be compared. Raises an error for what is not
+        whole.
+        """
 
     def acceptable(self, output: Path, whole: object) -> bool:
         """Whether what a kill has left under the final name is whole."""
@@ -62,19 +65,33 @@ class Tune(Command):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.bundle, self.task = search_bundle(folder / "bundle", self.method), task_file(folder / "data")
+        self.bundle, self.task = (
+            search_bundle(folder / "bundle", self.method),
+            task_file(folder / "data"),
+        )
 
     def prepare(self, output: Path) -> None:
         pass
 
     def run(self, output: Path, again: bool, **more: Any) -> None:
         settings = {**SETTINGS, "budget": 24, **more.pop("settings", {})}
-        options = {"data": self.task.parent, "engine": "dummy", "progress": False, "resume": again, **more}
+        options = {
+            "data": self.task.parent,
+            "engine": "dummy",
+            "progress": False,
+            "resume": again,
+            **more,
+        }
         tune(self.bundle.path, self.task, output=output, settings=settings, **options)
 
     def result(self, output: Path) -> object:
         run = Run.read(output)
-        return run.prompt.tobytes(), run.info.best, run.info.status, sorted(p.name for p in output.iterdir())
+        return (
+            run.prompt.tobytes(),
+            run.info.best,
+            run.info.status,
+            sorted(p.name for p in output.iterdir()),
+        )
 
 
 class TuneV2(Tune):
@@ -82,7 +99,9 @@ class TuneV2(Tune):
 
 
 class Overwrite(Tune):
-    """A run in place of another: at any moment one of them is there, or is put back by the next command."""
+    """A run in place of another: at any moment one of them is there, or is put back by the next
+    command.
+    """
 
     def prepare(self, output: Path) -> None:
         super().run(output, False, settings={"seed": 8})
@@ -101,7 +120,7 @@ class Export(Command):
         super().__init__(folder)
         from tiny_backbones import save_recorded_backbone
 
-        from bbt_accel.exporters import export, validate
+        from bbt_accel.exporters.trace import export, validate
 
         export.validated = validate.validate  # in this process
         self.checkpoint = folder / "checkpoint"
@@ -111,7 +130,7 @@ class Export(Command):
         pass
 
     def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.exporters.export import export_bundle
+        from bbt_accel.exporters.trace.export import export_bundle
 
         if again and output.exists():
             return
@@ -127,7 +146,7 @@ class Optimize(Export):
         super().run(folder / "source", False)
 
     def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.exporters.optimize import optimize_bundle
+        from bbt_accel.exporters.convert.optimize import optimize_bundle
 
         if again and output.exists():
             return
@@ -143,17 +162,19 @@ class Package(Export):
         self.tuned = tuned(Bundle.read(folder / "source"), folder / "tuned")
 
     def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.packaging.package import Options, package_run
+        from bbt_accel.package.package import Options, package_run
 
         if again and output.exists():
             return
         package_run(self.tuned.path, output, Options(threads=1))
 
     def result(self, output: Path) -> object:
-        from bbt_accel.packaging.manifest import read_info
+        from bbt_accel.package.manifest import read_info
 
         found = read_info(output).sha256
-        return {name: digest for name, digest in found.items() if name != "README.md"}  # which names the output
+        return {
+            name: digest for name, digest in found.items() if name != "README.md"
+        }  # which names the output
 
 
 class Fit(Export):
@@ -166,7 +187,7 @@ class Fit(Export):
         self.rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
 
     def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.fit import fit_file
+        from bbt_accel.predict.fit import fit_file
 
         if again and output.exists():
             return
@@ -223,7 +244,9 @@ class Compare(Export):
             backbone=str(self.checkpoint), data=self.task.parents[1], contenders=["readouts", "bbt"], budgets=[40],
             seeds=[1], k_shot=3, n_prompt_tokens=3, test_rows=8, threads=1,
         )  # fmt: skip
-        run_compare([str(self.task)], output, options, resume=again and output.exists(), progress=False)
+        run_compare(
+            [str(self.task)], output, options, resume=again and output.exists(), progress=False
+        )
 
     def result(self, output: Path) -> object:
         report = CompareReport.model_validate_json((output / "report.json").read_bytes())
@@ -240,7 +263,9 @@ COMMANDS: dict[str, type[Command]] = {
 
 
 def in_a_fork(work: Callable[[], object], at: int = 0) -> tuple[int, int]:
-    """Do something in a fork that is killed at the n-th point; its exit status, and how many points it passed."""
+    """Do something in a fork that is killed at the n-th point; its exit status, and how many points
+    it passed.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -260,7 +285,9 @@ def in_a_fork(work: Callable[[], object], at: int = 0) -> tuple[int, int]:
 
 
 def armed(at: int) -> Callable[[], int]:
-    """Kill this process before or after the n-th operation. Returns the number of points passed so far."""
+    """Kill this process before or after the n-th operation. Returns the number of points passed so
+    far.
+    """
     count = 0
 
     def point() -> None:
@@ -278,14 +305,16 @@ def armed(at: int) -> Callable[[], int]:
 
         return call
 
-    from bbt_accel import files
+    from bbt_accel.io import files
 
     for name in OPERATIONS:
         setattr(os, name, deadly(getattr(os, name)))
     opened = io.open
 
     def written(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        return (deadly(opened) if set(mode) & set("wax+") else opened)(file, mode, *arguments, **options)
+        return (deadly(opened) if set(mode) & set("wax+") else opened)(
+            file, mode, *arguments, **options
+        )
 
     io.open = builtins.open = written  # type: ignore[assignment]
     native = files._renameat2()
@@ -293,8 +322,12 @@ def armed(at: int) -> Callable[[], int]:
     return lambda: count
 
 
-def kill_everywhere(name: str, folder: Path, every: int = 1, first: int = 1) -> tuple[int, list[str]]:
-    """Kill the command at every n-th point; returns the number of kills, and a line for each that went wrong."""
+def kill_everywhere(
+    name: str, folder: Path, every: int = 1, first: int = 1
+) -> tuple[int, list[str]]:
+    """Kill the command at every n-th point; returns the number of kills, and a line for each that
+    went wrong.
+    """
     command = COMMANDS[name](folder)
     for output in (folder / "whole", folder / "counted"):
         command.prepare(output)
@@ -309,7 +342,9 @@ def kill_everywhere(name: str, folder: Path, every: int = 1, first: int = 1) -> 
         in_a_fork(lambda output=output: command.prepare(output))  # type: ignore[misc]
         status, _ = in_a_fork(lambda output=output: command.run(output, False), at)  # type: ignore[misc]
         kills += status == signal.SIGKILL
-        wrong += [f"{name} at {at} of {points}: {problem}" for problem in problems(command, output, whole)]
+        wrong += [
+            f"{name} at {at} of {points}: {problem}" for problem in problems(command, output, whole)
+        ]
         shutil.rmtree(place)
     return kills, wrong
 
@@ -325,7 +360,11 @@ def problems(command: Command, output: Path, whole: object) -> list[str]:
         elif command.result(output) != whole:
             found.append("the result is another one")
         locks = isinstance(command, Export)
-        hidden = [p for p in output.parent.rglob(".*") if not (locks and p.suffix == ".lock" and not p.stat().st_size)]
+        hidden = [
+            p
+            for p in output.parent.rglob(".*")
+            if not (locks and p.suffix == ".lock" and not p.stat().st_size)
+        ]
         left = [str(p.relative_to(output.parent)) for p in hidden]
         found += [f"{left} is left"] if left else []
     except Exception as error:
@@ -338,6 +377,10 @@ if __name__ == "__main__":
 
     begun = time.monotonic()
     with TemporaryDirectory() as place:
-        killed, gone_wrong = kill_everywhere(sys.argv[1], Path(place), int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+        killed, gone_wrong = kill_everywhere(
+            sys.argv[1], Path(place), int(sys.argv[2]) if len(sys.argv) > 2 else 1
+        )
     print(*gone_wrong, sep="\n")
-    print(f"{sys.argv[1]}: {killed} kills in {time.monotonic() - begun:.0f} s, {len(gone_wrong)} went wrong")
+    print(
+        f"{sys.argv[1]}: {killed} kills in {time.monotonic() - begun:.0f} s, {len(gone_wrong)} went wrong"
+    )

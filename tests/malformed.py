@@ -2,9 +2,10 @@
 
 python tests/malformed.py [EVERY]
 
-Every kind of file that a command reads is damaged in the same ways: each value is replaced by each of some others, and
-bytes are cut, flipped, repeated or replaced. An input is handled when it is accepted, or refused in a line that says
-what is wrong, within `LIMIT` seconds; what has a checksum must be refused, and no library may print lines of its own.
+Every kind of file that a command reads is damaged in the same ways: each value is replaced by each
+of some others, and bytes are cut, flipped, repeated or replaced. An input is handled when it is
+accepted, or refused in a line that says what is wrong, within `LIMIT` seconds; what has a checksum
+must be refused, and no library may print lines of its own.
 EVERY: try only every n-th input.
 """
 
@@ -36,16 +37,16 @@ from pyarrow import parquet
 from search_parts import SETTINGS, TASK, search_bundle, task_file
 
 from bbt_accel import Bundle, Encoder, load_engine, load_task, tune
-from bbt_accel.command import explain
-from bbt_accel.data import load_rows
+from bbt_accel.benchmarks.sweep.grid import read_sweep
 from bbt_accel.errors import ExportError
-from bbt_accel.fit import check_table
-from bbt_accel.inference import predict
-from bbt_accel.manifests import facts_digest
-from bbt_accel.packaging.manifest import INFO, Comparison, PackageInfo, Source, read_info, write_info
-from bbt_accel.run import Run
-from bbt_accel.sweeps.grid import read_sweep
-from bbt_accel.tables import read_table
+from bbt_accel.io.command import explain
+from bbt_accel.io.manifests import facts_digest
+from bbt_accel.io.tables import read_table
+from bbt_accel.package.manifest import INFO, Comparison, PackageInfo, Source, read_info, write_info
+from bbt_accel.predict.fit import check_table
+from bbt_accel.predict.inference import predict
+from bbt_accel.search.run import Run
+from bbt_accel.tasks.data import load_rows
 
 LIMIT = 10  # seconds
 VALUES: tuple[Any, ...] = (
@@ -72,7 +73,9 @@ TOML_VALUES = (
 
 @dataclass(frozen=True)
 class Case:
-    """A malformed input: what it is, the file to damage, its content, and who reads it. strict: must be refused."""
+    """A malformed input: what it is, the file to damage, its content, and who reads it. strict:
+    must be refused.
+    """
 
     name: str
     file: Path
@@ -85,7 +88,13 @@ class Case:
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where a JSON value has values, itself not included."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield (*path, key)
         yield from places(inner, (*path, key))
@@ -103,12 +112,24 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 def damaged_bytes(content: bytes, seed: int, count: int) -> Iterator[tuple[str, bytes]]:
     rng = random.Random(seed)
-    yield from (("empty", b""), ("zeros", bytes(len(content))), ("twice", content * 2), ("bom", b"\xff\xfe" + content))
-    yield from (("deep list", b"[" * 100_000), ("deep object", b'{"a":' * 100_000), ("number", b"9" * 5000))
+    yield from (
+        ("empty", b""),
+        ("zeros", bytes(len(content))),
+        ("twice", content * 2),
+        ("bom", b"\xff\xfe" + content),
+    )
+    yield from (
+        ("deep list", b"[" * 100_000),
+        ("deep object", b'{"a":' * 100_000),
+        ("number", b"9" * 5000),
+    )
     for i in range(count):
         at = rng.randrange(len(content))
         yield f"cut at {at}", content[:at]
-        yield f"flipped at {at}", content[:at] + bytes([content[at] ^ (1 << i % 8)]) + content[at + 1 :]
+        yield (
+            f"flipped at {at}",
+            content[:at] + bytes([content[at] ^ (1 << i % 8)]) + content[at + 1 :],
+        )
         yield f"noise at {at}", content[:at] + rng.randbytes(40) + content[at + 40 :]
 
 
@@ -123,7 +144,13 @@ class Corpus:
         self.manifest = self.bundle.path / "bundle.json"
 
     def tuned(self, output: Path, **more: Any) -> Run:
-        options = {"data": self.data, "engine": "dummy", "settings": SETTINGS, "progress": False, **more}
+        options = {
+            "data": self.data,
+            "engine": "dummy",
+            "settings": SETTINGS,
+            "progress": False,
+            **more,
+        }
         return tune(self.bundle.path, self.task, output=output, **options)
 
     def cases(self) -> Iterator[Case]:
@@ -147,8 +174,17 @@ class Corpus:
         for number, line in enumerate(lines):
             if " = " in line:
                 for value in TOML_VALUES:
-                    changed = [*lines[:number], f"{line.split(' = ')[0]} = {value}", *lines[number + 1 :]]
-                    yield Case(f"task: {line:.20} → {value:.20}", self.task, "\n".join(changed).encode(), read)
+                    changed = [
+                        *lines[:number],
+                        f"{line.split(' = ')[0]} = {value}",
+                        *lines[number + 1 :],
+                    ]
+                    yield Case(
+                        f"task: {line:.20} → {value:.20}",
+                        self.task,
+                        "\n".join(changed).encode(),
+                        read,
+                    )
         for what, content in damaged_bytes(TASK.encode(), 1, 20):
             yield Case(f"task: {what}", self.task, content, read)
 
@@ -161,18 +197,31 @@ class Corpus:
         for path in places(json.loads(first)):
             for value in VALUES:
                 changed = json.dumps(put(json.loads(first), path, value))
-                yield Case(f"rows: {path} → {value!r:.20}", file, "\n".join([changed, *others]).encode(), read)
+                yield Case(
+                    f"rows: {path} → {value!r:.20}",
+                    file,
+                    "\n".join([changed, *others]).encode(),
+                    read,
+                )
         for what, content in damaged_bytes(file.read_bytes(), 2, 20):
             yield Case(f"rows: {what}", file, content, read)
 
     def tables(self) -> Iterator[Case]:
         """Files that `fit` reads, in every format that needs no further package."""
         records = [{"text": f'w{i} "é; w{i}', "label": ["a", "b"][i % 2]} for i in range(12)]
-        lines = "\n".join(f'"{r["text"].replace(chr(34), chr(34) * 2)}";{r["label"]}' for r in records)
-        sound = {".csv": f"text;label\n{lines}\n", ".tsv": f"text;label\n{lines}\n".replace(";", "\t")}
+        lines = "\n".join(
+            f'"{r["text"].replace(chr(34), chr(34) * 2)}";{r["label"]}' for r in records
+        )
+        sound = {
+            ".csv": f"text;label\n{lines}\n",
+            ".tsv": f"text;label\n{lines}\n".replace(";", "\t"),
+        }
         parquet.write_table(pa.Table.from_pylist(records), self.data / "table.parquet")
         contents = {suffix: text.encode("cp1252") for suffix, text in sound.items()}
-        contents |= {".json": json.dumps(records).encode(), ".parquet": (self.data / "table.parquet").read_bytes()}
+        contents |= {
+            ".json": json.dumps(records).encode(),
+            ".parquet": (self.data / "table.parquet").read_bytes(),
+        }
         for suffix, content in contents.items():
             file = self.data / f"table{suffix}"
             file.write_bytes(content)
@@ -199,16 +248,22 @@ class Corpus:
                     continue
                 text = json.dumps(changed).encode()
                 strict = json.loads(text) != sound
-                yield Case(f"bundle.json: {path} → {value!r:.20}", self.manifest, text, read, strict=strict)
+                yield Case(
+                    f"bundle.json: {path} → {value!r:.20}", self.manifest, text, read, strict=strict
+                )
                 if path != ("facts",):  # as someone would who also corrects the checksum
                     text = json.dumps(changed | {"facts": facts_digest(text)}).encode()
-                    yield Case(f"bundle.json, hashed: {path} → {value!r:.20}", self.manifest, text, use)
+                    yield Case(
+                        f"bundle.json, hashed: {path} → {value!r:.20}", self.manifest, text, use
+                    )
         for what, content in damaged_bytes(self.manifest.read_bytes(), 3, 20):
             yield Case(f"bundle.json: {what}", self.manifest, content, read, strict=True)
         tokenizer = self.bundle.path / "tokenizer.json"
         for what, content in damaged_bytes(tokenizer.read_bytes(), 4, 20):
             yield Case(f"tokenizer.json: {what}", tokenizer, content, read, strict=True)
-            hashed = sound | {"sha256": sound["sha256"] | {"tokenizer.json": hashlib.sha256(content).hexdigest()}}
+            hashed = sound | {
+                "sha256": sound["sha256"] | {"tokenizer.json": hashlib.sha256(content).hexdigest()}
+            }
             hashed["facts"] = facts_digest(json.dumps(hashed).encode())
             beside = ((self.manifest, json.dumps(hashed).encode()),)
             yield Case(f"tokenizer.json, hashed: {what}", tokenizer, content, use, beside=beside)
@@ -224,7 +279,10 @@ class Corpus:
                 continue
             for value in VALUES[:15]:
                 yield Case(
-                    f"run.json: {path} → {value!r:.20}", file, json.dumps(put(sound, path, value)).encode(), read
+                    f"run.json: {path} → {value!r:.20}",
+                    file,
+                    json.dumps(put(sound, path, value)).encode(),
+                    read,
                 )
         for what, content in damaged_bytes(file.read_bytes(), 5, 20):
             yield Case(f"run.json: {what}", file, content, read)
@@ -241,7 +299,9 @@ class Corpus:
         partial = self.folder / ".resumed.partial"
         partial.mkdir()
         lines = (self.run.path / "history.jsonl").read_text().splitlines()[:8]
-        running = self.run.info.model_copy(update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""})
+        running = self.run.info.model_copy(
+            update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""}
+        )
         manifest, history = partial / "run.json", partial / "history.jsonl"
 
         def resume() -> None:
@@ -252,7 +312,14 @@ class Corpus:
             return Case(f"history: {name}", history, content, resume, strict, beside)
 
         sound = json.loads(lines[2])
-        free = ("seconds", "evaluations_per_second", "best_loss", "mean_loss", "metric", "step_size")  # nothing follows
+        free = (
+            "seconds",
+            "evaluations_per_second",
+            "best_loss",
+            "mean_loss",
+            "metric",
+            "step_size",
+        )  # nothing follows
         for path in places(sound):
             for value in VALUES[:13]:
                 line = json.dumps(put(sound, path, value))
@@ -281,7 +348,9 @@ class Corpus:
         for path in places(found):
             for value in VALUES[:15]:
                 content = json.dumps(put(found, path, value)).encode()
-                yield Case(f"{INFO}: {path} → {value!r:.20}", file, content, partial(read_info, folder))
+                yield Case(
+                    f"{INFO}: {path} → {value!r:.20}", file, content, partial(read_info, folder)
+                )
         for what, content in damaged_bytes(file.read_bytes(), 9, 20):
             yield Case(f"{INFO}: {what}", file, content, partial(read_info, folder))
         card = folder / "README.md"
@@ -301,7 +370,12 @@ class Corpus:
 
         for path in places(sound):
             for value in VALUES:
-                yield Case(f"sweep: {path} → {value!r:.20}", file, json.dumps(put(sound, path, value)).encode(), read)
+                yield Case(
+                    f"sweep: {path} → {value!r:.20}",
+                    file,
+                    json.dumps(put(sound, path, value)).encode(),
+                    read,
+                )
         for what, content in damaged_bytes(file.read_bytes(), 8, 10):
             yield Case(f"sweep: {what}", file, content, read)
 
@@ -309,7 +383,7 @@ class Corpus:
         """What export reads, up to the graphs."""
         from tiny_backbones import save_recorded_backbone
 
-        from bbt_accel.exporters import export
+        from bbt_accel.exporters.trace import export
 
         folder = self.folder / "checkpoint"
         save_recorded_backbone("roberta", folder)
@@ -329,19 +403,24 @@ class Corpus:
         for path in places(sound):
             for value in VALUES[:12]:
                 yield Case(
-                    f"config.json: {path} → {value!r:.20}", config, json.dumps(put(sound, path, value)).encode(), read
+                    f"config.json: {path} → {value!r:.20}",
+                    config,
+                    json.dumps(put(sound, path, value)).encode(),
+                    read,
                 )
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
             for what, content in damaged_bytes((folder / name).read_bytes(), 9, 6):
                 yield Case(f"checkpoint, {name}: {what}", folder / name, content, read)
 
     def graphs(self) -> Iterator[Case]:
-        """Graphs whose checksums are those of the damaged files, in every program that reads them."""
+        """Graphs whose checksums are those of the damaged files, in every program that reads
+        them.
+        """
         import onnx
 
-        from bbt_accel.exporters import export, validate
-        from bbt_accel.exporters.optimize import optimize_bundle
-        from bbt_accel.exporters.triton import write_repository
+        from bbt_accel.exporters.convert.optimize import optimize_bundle
+        from bbt_accel.exporters.convert.triton import write_repository
+        from bbt_accel.exporters.trace import export, validate
 
         folder, made = self.folder / "exported", self.folder / "made"
         export.validated = validate.validate
@@ -354,14 +433,22 @@ class Corpus:
 
             return call
 
-        readers = {name: partial(load_engine, folder, name, threads=1) for name in ("ort", "torch", "openvino")}
-        readers |= {f"optimize --{p}": partial(optimize_bundle, folder, made, precision=p) for p in ("fp32", "int8")}
+        readers = {
+            name: partial(load_engine, folder, name, threads=1)
+            for name in ("ort", "torch", "openvino")
+        }
+        readers |= {
+            f"optimize --{p}": partial(optimize_bundle, folder, made, precision=p)
+            for p in ("fp32", "int8")
+        }
         readers |= {"triton": lambda: write_repository(Bundle.read(folder), made)}
         manifest = folder / "bundle.json"
         sound = json.loads(manifest.read_text())
 
         def cases(what: str, file: Path, content: bytes) -> Iterator[Case]:
-            hashed = sound | {"sha256": sound["sha256"] | {file.name: hashlib.sha256(content).hexdigest()}}
+            hashed = sound | {
+                "sha256": sound["sha256"] | {file.name: hashlib.sha256(content).hexdigest()}
+            }
             hashed["facts"] = facts_digest(json.dumps(hashed).encode())
             beside = ((manifest, json.dumps(hashed).encode()),)
             for name, read in readers.items():
@@ -388,7 +475,7 @@ class Corpus:
 
     def optimized(self, source: Path) -> Iterator[Case]:
         """The files that one engine reads of a bundle that is optimized for it."""
-        from bbt_accel.exporters.optimize import optimize_bundle
+        from bbt_accel.exporters.convert.optimize import optimize_bundle
 
         for target in ("ort", "openvino"):
             if find_spec("openvino") is None and target == "openvino":
@@ -403,7 +490,11 @@ class Corpus:
                     hashed["facts"] = facts_digest(json.dumps(hashed).encode())
                     beside = ((manifest, json.dumps(hashed).encode()),)
                     yield Case(
-                        f"optimized for {target}, {name}: {what}", bundle.path / name, content, read, beside=beside
+                        f"optimized for {target}, {name}: {what}",
+                        bundle.path / name,
+                        content,
+                        read,
+                        beside=beside,
                     )
 
 
@@ -425,7 +516,9 @@ def attack(case: Case) -> str | None:
         if line.strip() and not line.startswith("internal error"):
             return None
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error!s:.100} ({Path(where.filename).name}:{where.lineno})"
+        return (
+            f"{type(error).__name__}: {error!s:.100} ({Path(where.filename).name}:{where.lineno})"
+        )
     finally:
         for file, content in former.items():
             if content is None:
@@ -441,7 +534,9 @@ class Printed(Exception):
 
 @contextlib.contextmanager
 def silent_libraries() -> Iterator[None]:
-    """As the command line has it. Raises Printed, after the block, when its standard error is not empty."""
+    """As the command line has it. Raises Printed, after the block, when its standard error is not
+    empty.
+    """
     logging.disable(logging.WARNING)
     former = os.dup(2)
     with TemporaryFile() as file, warnings.catch_warnings(action="ignore"):
@@ -487,4 +582,7 @@ if __name__ == "__main__":
         count, found = attack_all(Path(place), int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     print(*found, sep="\n")
     kinds = Counter(line.partition(":")[0] for line in found)
-    print(f"{count} malformed inputs in {time.monotonic() - begun:.0f} s, mishandled {len(found)}", dict(kinds) or "")
+    print(
+        f"{count} malformed inputs in {time.monotonic() - begun:.0f} s, mishandled {len(found)}",
+        dict(kinds) or "",
+    )

@@ -1,4 +1,6 @@
-"""Runs of tiny backbones to package, and packages as a loader reads them: with tokenizers and a runtime alone."""
+"""Runs of tiny backbones to package, and packages as a loader reads them: with tokenizers and a
+runtime alone.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bbt_accel import tune
-from bbt_accel.bundle import Bundle
-from bbt_accel.run import Run
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.search.run import Run
 
 COLUMNS = {False: ["text"], True: ["first", "second"]}
 TEMPLATES = {
@@ -28,7 +30,16 @@ TEMPLATES = {
 }
 WORDS = {"masked": ["bad", "great"], "span": ["negative", "positive"], "causal": ["bad", "great"]}
 SEVERAL = {group: [[words[0], "it"], [words[1]]] for group, words in WORDS.items()}
-TEXTS = ["it was great", "a bad one", "7 apples, in total", "it", "was it great? it was", "b a d", "4 of 5", "so so"]
+TEXTS = [
+    "it was great",
+    "a bad one",
+    "7 apples, in total",
+    "it",
+    "was it great? it was",
+    "b a d",
+    "4 of 5",
+    "so so",
+]
 
 
 def task_file(
@@ -39,7 +50,9 @@ def task_file(
     templates: dict[str, str] | None = None,
     **changes: Any,
 ) -> Path:
-    """A task with a text or a pair of texts, or other columns and templates, and its rows beside it."""
+    """A task with a text or a pair of texts, or other columns and templates, and its rows beside
+    it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     columns, templates = columns or COLUMNS[pair], templates or TEMPLATES[pair]
     words = {group: (SEVERAL if several else WORDS)[group] for group in templates}
@@ -54,7 +67,9 @@ def task_file(
             again = f" {i}" if i >= len(TEXTS) else ""  # held-out rows are of different texts
             texts = [TEXTS[(i + k) % len(TEXTS)] + again for k in range(len(columns))]
             rows.append(dict(zip(columns, texts, strict=True)) | {"label": i % 2})
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     return folder / "task.toml"
 
 
@@ -68,7 +83,13 @@ def tuned(
 ) -> Run:
     """A run of a few calls, with a prompt that is not zero."""
     file = task_file(folder / "data", **task)
-    settings: dict[str, object] = {"budget": 12, "popsize": 4, "intrinsic_dim": 6, "sigma": 3.0, "alpha": 3.0}
+    settings: dict[str, object] = {
+        "budget": 12,
+        "popsize": 4,
+        "intrinsic_dim": 6,
+        "sigma": 3.0,
+        "alpha": 3.0,
+    }
     settings |= {"readout": readout, "k_shot": 3 if hold_out else 4}
     settings |= {"demonstrations": demonstrations, "hold_out": hold_out}
     return tune(
@@ -84,11 +105,15 @@ class Foreign:
         import onnxruntime
 
         self.read_texts(folder)
-        self.session = onnxruntime.InferenceSession(str(folder / model), providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            str(folder / model), providers=["CPUExecutionProvider"]
+        )
 
     def read_texts(self, folder: Path) -> None:
         """All but the model."""
-        self.configuration = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self.configuration = json.loads(
+            (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+        )
         self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         pad = self.configuration["pad_token"]
@@ -97,7 +122,9 @@ class Foreign:
     def feeds(self, texts: list[Any]) -> dict[str, Any]:
         """What the tokenizer makes of texts, or pairs."""
         found = self.tokenizer.encode_batch(texts)
-        ids, mask = (np.array([getattr(e, name) for e in found]) for name in ("ids", "attention_mask"))
+        ids, mask = (
+            np.array([getattr(e, name) for e in found]) for name in ("ids", "attention_mask")
+        )
         return {"input_ids": ids, "attention_mask": mask}
 
     @staticmethod

@@ -1,4 +1,6 @@
-"""What the tests of the search share: a bundle without graphs, a task with its rows, and batches made by hand."""
+"""What the tests of the search share: a bundle without graphs, a task with its rows, and batches
+made by hand.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,26 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bbt_accel.batch import Batch
-from bbt_accel.bundle import Bundle, BundleInfo, SpecialTokens, write_info
-from bbt_accel.objective import Objective
-from bbt_accel.run import EngineRecord
-from bbt_accel.settings import Settings
-from bbt_accel.tuning.evaluator import Job
+from bbt_accel.core.batch import Batch
+from bbt_accel.core.bundle import Bundle, BundleInfo, SpecialTokens, write_info
+from bbt_accel.core.objective import Objective
+from bbt_accel.core.settings import Settings
+from bbt_accel.search.evaluator import Job
+from bbt_accel.search.run import EngineRecord
 
-WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "bad", "great", "it", "was", ".", *(f"w{i}" for i in range(90))]
+WORDS = [
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<mask>",
+    "bad",
+    "great",
+    "it",
+    "was",
+    ".",
+    *(f"w{i}" for i in range(90)),
+]
 TASK = """
 name = "toy"
 metric = "accuracy"
@@ -42,7 +56,9 @@ SETTINGS: dict[str, object] = {"readout": "verbalizer", "k_shot": 3, "eval_every
 def search_bundle(folder: Path, method: str = "bbt", precision: str = "fp32") -> Bundle:
     """4 prompt tokens, hidden size 3, 3 layers."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(WORDS[:5])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -60,7 +76,9 @@ def search_bundle(folder: Path, method: str = "bbt", precision: str = "fp32") ->
         vocab_size=len(WORDS),
         max_length=40,
         word_embedding_std=1.0,
-        special=SpecialTokens(begin=0, end=2, pad=1, mask=4, mask_text="<mask>", decoder_start=None),
+        special=SpecialTokens(
+            begin=0, end=2, pad=1, mask=4, mask_text="<mask>", decoder_start=None
+        ),
         precision=precision,  # type: ignore[arg-type]
         target="onnx",
         opset=20,
@@ -83,12 +101,20 @@ def task_file(folder: Path) -> Path:
 
 
 def job(bundle: Bundle, settings: Settings, train: Batch, dev: Batch, engine: str = "dummy") -> Job:
-    """What a search of these rows needs; the words whose logits are features are tokens 20 to 39."""
+    """What a search of these rows needs; the words whose logits are features are tokens 20 to
+    39.
+    """
     record = EngineRecord(name=engine, device="cpu", threads=1, without=[])
-    whole = {name: np.concatenate([value, getattr(dev, name)]) for name, value in train.arrays().items()}
-    rows = Batch(**{**whole, "label_token_ids": np.concatenate([train.label_token_ids, np.arange(20, 40)])})
+    whole = {
+        name: np.concatenate([value, getattr(dev, name)]) for name, value in train.arrays().items()
+    }
+    rows = Batch(
+        **{**whole, "label_token_ids": np.concatenate([train.label_token_ids, np.arange(20, 40)])}
+    )
     classes = np.arange(len(train.label_token_ids))
-    return Job(bundle, record, settings, Objective(settings.loss, "accuracy"), train, dev, rows, classes)
+    return Job(
+        bundle, record, settings, Objective(settings.loss, "accuracy"), train, dev, rows, classes
+    )
 
 
 def batch(rows: int = 8, classes: int = 2, seed: int = 0) -> Batch:

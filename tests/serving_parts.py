@@ -1,4 +1,6 @@
-"""Shared by the tests of the server and its client: an app on the dummy engine, requests, and a server in a thread."""
+"""Shared by the tests of the server and its client: an app on the dummy engine, requests, and a
+server in a thread.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +21,29 @@ import uvicorn
 from search_parts import batch
 from starlette.testclient import TestClient
 
-from bbt_accel.batch import Batch
-from bbt_accel.bundle import Bundle
+from bbt_accel.core.batch import Batch
+from bbt_accel.core.bundle import Bundle
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
-from bbt_accel.run import Run
-from bbt_accel.serving import Limits
-from bbt_accel.serving.app import make_app
-from bbt_accel.serving.models import make_models
-from bbt_accel.serving.server import address, configuration, listen
+from bbt_accel.search.run import Run
+from bbt_accel.serve.app import make_app
+from bbt_accel.serve.limits import Limits
+from bbt_accel.serve.models import make_models
+from bbt_accel.serve.server import address, configuration, listen
 
 LIMITS = Limits(request_bytes=2**20, batch=200, timeout=30.0, cached_batches=3)
 HEADER = "Inference-Header-Content-Length"
 
 
-def app(bundle: Bundle, limits: Limits = LIMITS, token: str | None = None, run: Run | None = None) -> Any:
+def app(
+    bundle: Bundle, limits: Limits = LIMITS, token: str | None = None, run: Run | None = None
+) -> Any:
     return app_of(load_engine(bundle, "dummy"), limits, token, run)
 
 
-def app_of(engine: Engine, limits: Limits = LIMITS, token: str | None = None, run: Run | None = None) -> Any:
+def app_of(
+    engine: Engine, limits: Limits = LIMITS, token: str | None = None, run: Run | None = None
+) -> Any:
     return make_app(make_models(engine, limits, run), limits, token)
 
 
@@ -85,10 +91,17 @@ def in_binary(tensors: Mapping[str, Any], **parameters: Any) -> tuple[bytes, dic
     """Body and header of a request with binary tensors that asks for binary outputs."""
     blobs = [bytes_of(a) for a in tensors.values()]
     inputs = [
-        {"name": n, "datatype": datatype(a), "shape": list(a.shape), "parameters": {"binary_data_size": len(blob)}}
+        {
+            "name": n,
+            "datatype": datatype(a),
+            "shape": list(a.shape),
+            "parameters": {"binary_data_size": len(blob)},
+        }
         for (n, a), blob in zip(tensors.items(), blobs, strict=True)
     ]
-    head = json.dumps({"inputs": inputs, "parameters": {**parameters, "binary_data_output": True}}).encode()
+    head = json.dumps(
+        {"inputs": inputs, "parameters": {**parameters, "binary_data_output": True}}
+    ).encode()
     return b"".join([head, *blobs]), {HEADER: str(len(head))}
 
 
@@ -110,7 +123,9 @@ def from_binary(answer: Any) -> dict[str, Any]:
     for output in json.loads(answer.content[:at])["outputs"]:
         size = output["parameters"]["binary_data_size"]
         dtype = {"FP32": "<f4", "INT64": "<i8"}[output["datatype"]]
-        found[output["name"]] = np.frombuffer(answer.content[at : at + size], dtype).reshape(output["shape"])
+        found[output["name"]] = np.frombuffer(answer.content[at : at + size], dtype).reshape(
+            output["shape"]
+        )
         at += size
     assert at == len(answer.content)
     return found
@@ -126,7 +141,9 @@ def running(application: Any, limits: Limits = LIMITS) -> Iterator[str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
-            yield address(listener)  # it listens already: connections wait until the server accepts them
+            yield address(
+                listener
+            )  # it listens already: connections wait until the server accepts them
         finally:
             server.should_exit = True
             thread.join(timeout=20)

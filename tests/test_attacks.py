@@ -12,13 +12,18 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL"),
+]
 ALL = os.environ.get("BBT_ATTACKS") == "all"
 TESTS = Path(__file__).parent
 
 
 def attacked(*words: str) -> str:
-    """The output of an attack, run as a script: it forks, and forks of a process with threads may hang."""
+    """The output of an attack, run as a script: it forks, and forks of a process with threads may
+    hang.
+    """
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / words[0]), *words[1:]]

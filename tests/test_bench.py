@@ -1,4 +1,6 @@
-"""bench: which rows a report has, what each says, and what becomes of failures, with steps in this process."""
+"""bench: which rows a report has, what each says, and what becomes of failures, with steps in this
+process.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +16,43 @@ from conftest import blank_plot
 from tiny_bundles import tiny_bundle
 from typer.testing import CliRunner
 
-from bbt_accel import processes
 from bbt_accel.benchmarks import bench as module
 from bbt_accel.benchmarks import steps
 from bbt_accel.benchmarks.bench import run_bench
 from bbt_accel.benchmarks.bench_report import BenchReport
 from bbt_accel.benchmarks.ceilings import matrix_rates
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
-from bbt_accel.bundle import write_info
-from bbt_accel.cli import app
-from bbt_accel.demo import DATA
-from bbt_accel.errors import BbtError, DataError, EngineError, ExportError, MissingDependency, UsageError
-from bbt_accel.tasks import load_task, to_toml
+from bbt_accel.cli.commands import app
+from bbt_accel.core.bundle import write_info
+from bbt_accel.core.demo import DATA
+from bbt_accel.errors import (
+    BbtError,
+    DataError,
+    EngineError,
+    ExportError,
+    MissingDependency,
+    UsageError,
+)
+from bbt_accel.io import processes
+from bbt_accel.tasks.task import load_task, to_toml
 
-SMALL: dict[str, Any] = {"backbone": "demo", "task": "demo", "rows": 4, "popsize": 2, "repeats": 1, "test_rows": 8}
+SMALL: dict[str, Any] = {
+    "backbone": "demo",
+    "task": "demo",
+    "rows": 4,
+    "popsize": 2,
+    "repeats": 1,
+    "test_rows": 8,
+}
 BASELINES = ["eager fp32", "eager-readout fp32"]
 DRAW = BenchReport.draw
 Ablated = tuple[BenchReport, str, "Inside"]
 
 
 class Inside:
-    """The steps in this process, on a bundle without graphs; every engine computes what `dummy` does."""
+    """The steps in this process, on a bundle without graphs; every engine computes what `dummy`
+    does.
+    """
 
     def __init__(self, method: str = "bbt") -> None:
         self.method = method
@@ -98,7 +116,9 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Inside:
     return fake
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, features: Sequence[str] = (), compiler: bool = False) -> None:
+def machine(
+    monkeypatch: pytest.MonkeyPatch, features: Sequence[str] = (), compiler: bool = False
+) -> None:
     facts = {**module.describe_machine(), "features": list(features)}
     monkeypatch.setattr(module, "describe_machine", lambda: facts)
     monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/c++" if compiler else None)
@@ -125,9 +145,13 @@ def test_every_row_has_its_speed_and_how_exact_it_is(inside: Inside, tmp_path: P
     assert report.drift is not None
 
 
-def test_every_row_is_compared_with_the_fastest_baseline_and_with_the_original(inside: Inside, tmp_path: Path) -> None:
+def test_every_row_is_compared_with_the_fastest_baseline_and_with_the_original(
+    inside: Inside, tmp_path: Path
+) -> None:
     report = bench(tmp_path / "out", engines=["ort"])
-    fastest = min((row for row in report.rows if row.baseline), key=lambda row: row.ms_median or 0.0)
+    fastest = min(
+        (row for row in report.rows if row.baseline), key=lambda row: row.ms_median or 0.0
+    )
     assert report.fastest_baseline == fastest.label
     assert fastest.speedup_over_fastest == 1.0
     for row in report.rows:
@@ -154,11 +178,17 @@ def test_bf16_and_compiled_baselines_where_the_machine_has_them(
     machine(monkeypatch, ["AVX2", "bf16"], compiler=True)
     report = bench(tmp_path / "out", engines=["torch", "openvino"])
     baselines = [row.label for row in report.rows if row.baseline]
-    assert baselines == [f"{name} {p}" for name in ("eager", "eager-readout", "compiled") for p in ("fp32", "bf16")]
+    assert baselines == [
+        f"{name} {p}" for name in ("eager", "eager-readout", "compiled") for p in ("fp32", "bf16")
+    ]
     assert "openvino bf16" in engine_rows(report)
     assert report.notes == []
-    made = [given for step, given in inside.calls if step == "optimize" and given["target"] == "torch"]
-    assert [given["precision"] for given in made] == ["bf16"]  # one bundle for three baselines and the torch engine
+    made = [
+        given for step, given in inside.calls if step == "optimize" and given["target"] == "torch"
+    ]
+    assert [given["precision"] for given in made] == [
+        "bf16"
+    ]  # one bundle for three baselines and the torch engine
 
 
 def test_what_this_machine_leaves_out_is_noted(inside: Inside, tmp_path: Path) -> None:
@@ -168,7 +198,9 @@ def test_what_this_machine_leaves_out_is_noted(inside: Inside, tmp_path: Path) -
     assert bf16.startswith("no bf16 baselines: this processor has neither AVX512_BF16 nor AMX")
     assert compiler.startswith("no torch.compile: there is no C++ compiler")
     assert bf16 in (tmp_path / "out" / "report.md").read_text()
-    assert "openvino bf16" in engine_rows(bench(tmp_path / "asked", engines=["openvino"], precisions=["bf16"]))
+    assert "openvino bf16" in engine_rows(
+        bench(tmp_path / "asked", engines=["openvino"], precisions=["bf16"])
+    )
 
 
 def test_a_baseline_that_fails_is_a_row(inside: Inside, tmp_path: Path) -> None:
@@ -179,10 +211,17 @@ def test_a_baseline_that_fails_is_a_row(inside: Inside, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_the_files_of_a_report_have_all_rows_and_are_not_replaced(inside: Inside, tmp_path: Path) -> None:
+def test_the_files_of_a_report_have_all_rows_and_are_not_replaced(
+    inside: Inside, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     report = bench(output, engines=["ort"])
-    assert sorted(file.name for file in output.iterdir()) == ["report.html", "report.json", "report.md", "report.png"]
+    assert sorted(file.name for file in output.iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+        "report.png",
+    ]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert BenchReport.model_validate_json((output / "report.json").read_text()) == report
     text = (output / "report.md").read_text()
@@ -199,7 +238,9 @@ def test_failures_are_rows(inside: Inside, tmp_path: Path) -> None:
         ("optimize", "openvino-int8"): MissingDependency('pip install "bbt-accel[openvino]"'),
         ("compare", "torch"): EngineError("out of memory"),
     }
-    report = bench(tmp_path / "out", engines=["torch", "openvino", "trt"], precisions=["fp32", "int8"])
+    report = bench(
+        tmp_path / "out", engines=["torch", "openvino", "trt"], precisions=["fp32", "int8"]
+    )
     found = {row.label: (row.status, row.reason, row.speedup is not None) for row in report.rows}
     assert found == {
         **dict.fromkeys(BASELINES, ("passed", None, True)),
@@ -218,7 +259,9 @@ def test_failures_are_rows(inside: Inside, tmp_path: Path) -> None:
 
 def test_the_original_must_run(inside: Inside, tmp_path: Path) -> None:
     inside.errors = {("measure", "eager"): EngineError("out of memory")}
-    with pytest.raises(EngineError, match=r"the original's forward \(eager fp32\) failed: out of memory"):
+    with pytest.raises(
+        EngineError, match=r"the original's forward \(eager fp32\) failed: out of memory"
+    ):
         bench(tmp_path / "out", engines=["ort"])
     assert list(tmp_path.iterdir()) == []
 
@@ -233,7 +276,14 @@ def test_what_would_fail_everywhere_is_an_error(inside: Inside, tmp_path: Path) 
 
 @pytest.mark.usefixtures("drawn")
 def test_each_engine_has_the_scores_of_its_own_searches(inside: Inside, tmp_path: Path) -> None:
-    asked = {"popsize": 4, "k_shot": 2, "engines": ["ort"], "precisions": ["fp32"], "seeds": 2, "budget": 8}
+    asked = {
+        "popsize": 4,
+        "k_shot": 2,
+        "engines": ["ort"],
+        "precisions": ["fp32"],
+        "seeds": 2,
+        "budget": 8,
+    }
     report = bench(tmp_path / "out", tune=True, **asked)
     assert [row.label for row in report.rows if row.tuned] == ["eager fp32", "ort fp32"]
     for row in report.rows:
@@ -267,10 +317,26 @@ def test_prompts_are_scored_behind_the_demonstrations_of_their_own_search(
     monkeypatch.setattr(processes, "call", Decoder())
     machine(monkeypatch)
     demo = load_task("demo")
-    own = demo.model_copy(update={"name": "own", "context": demo.context.model_copy(update={"demonstrations": 2})})
+    own = demo.model_copy(
+        update={"name": "own", "context": demo.context.model_copy(update={"demonstrations": 2})}
+    )
     (tmp_path / "own.toml").write_text(to_toml(own))
-    changes = {"task": str(tmp_path / "own.toml"), "data": DATA, "engines": ["ort"], "precisions": ["fp32"]}
-    report = bench(tmp_path / "out", **changes, prompt_mode="cat", tune=True, seeds=2, budget=4, popsize=4, k_shot=4)
+    changes = {
+        "task": str(tmp_path / "own.toml"),
+        "data": DATA,
+        "engines": ["ort"],
+        "precisions": ["fp32"],
+    }
+    report = bench(
+        tmp_path / "out",
+        **changes,
+        prompt_mode="cat",
+        tune=True,
+        seeds=2,
+        budget=4,
+        popsize=4,
+        k_shot=4,
+    )
     assert [row.tuned.seeds for row in report.rows if row.tuned] == [[42, 43]] * 2
     assert contexts["tested 42"] == contexts["tested"] != contexts["tested 43"]
 
@@ -278,7 +344,9 @@ def test_prompts_are_scored_behind_the_demonstrations_of_their_own_search(
 def test_a_budget_that_cannot_be(inside: Inside, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="budget 1 is too small"):
         bench(tmp_path / "out", popsize=4, k_shot=2, tune=True, budget=1)
-    with pytest.raises(UsageError, match="popsize: Input should be greater than or equal to 4; got 2"):
+    with pytest.raises(
+        UsageError, match="popsize: Input should be greater than or equal to 4; got 2"
+    ):
         bench(tmp_path / "out", popsize=2, tune=True)
     assert inside.calls == []  # not even an export
 
@@ -297,14 +365,18 @@ def ablated(tmp_path_factory: pytest.TempPathFactory) -> Ablated:
 def test_an_ablation_leaves_out_each_optimization_and_then_all(ablated: Ablated) -> None:
     report, text, _ = ablated
     off = [row.without for row in report.rows if row.ablation]
-    assert {"buckets", "population", "label-head", "last-block", "shared-first"} == {n for names in off for n in names}
+    assert {"buckets", "population", "label-head", "last-block", "shared-first"} == {
+        n for names in off for n in names
+    }
     assert max(off, key=len) == off[-1]
     assert "## Ablation" in text
 
 
 def test_optimizations_of_other_architectures_and_methods_are_not_ablated(ablated: Ablated) -> None:
     off = [tuple(row.without) for row in ablated[0].rows if row.ablation]
-    assert not {"prefix-cache", "short-decoder", "layer-cache"} & {name for names in off for name in names}
+    assert not {"prefix-cache", "short-decoder", "layer-cache"} & {
+        name for names in off for name in names
+    }
     assert len(set(off)) == len(off)
 
 
@@ -325,17 +397,39 @@ def test_a_bundle_of_bbtv2_is_measured_as_one_of_bbt_is(inside: Inside, tmp_path
 
 def test_command_line_repeats_the_options() -> None:
     options = BenchOptions(
-        backbone="a b", task="demo", engines=["ort", "trt"], tune=True, popsize=4, threads=2, data=Path("rows")
+        backbone="a b",
+        task="demo",
+        engines=["ort", "trt"],
+        tune=True,
+        popsize=4,
+        threads=2,
+        data=Path("rows"),
     )
     assert shlex.split(options.command_line(Path("out"))) == [
-        *["bbt-accel", "bench", "--backbone", "a b", "--task", "demo", "--data", "rows", "--popsize", "4", "--tune"],
+        *[
+            "bbt-accel",
+            "bench",
+            "--backbone",
+            "a b",
+            "--task",
+            "demo",
+            "--data",
+            "rows",
+            "--popsize",
+            "4",
+            "--tune",
+        ],
         *["--threads", "2", "--engines", "ort,trt", "-o", "out"],
     ]
 
 
-@pytest.mark.parametrize("name", ["rows", "popsize", "repeats", "seeds", "threads", "k_shot", "test_rows", "budget"])
+@pytest.mark.parametrize(
+    "name", ["rows", "popsize", "repeats", "seeds", "threads", "k_shot", "test_rows", "budget"]
+)
 def test_numbers_have_a_minimum(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: .* greater than or equal to"):
+    with pytest.raises(
+        UsageError, match=f"--{name.replace('_', '-')}: .* greater than or equal to"
+    ):
         bench_options(**SMALL | {name: 0})
 
 

@@ -10,14 +10,16 @@ import pytest
 pytest.importorskip("transformers")
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.errors import DataError, UsageError
-from bbt_accel.exporters import families as module
-from bbt_accel.exporters.export import special_tokens
-from bbt_accel.exporters.families import families
-from bbt_accel.exporters.loading import load_config, load_model, load_tokenizer
+from bbt_accel.exporters.families import registry as module
+from bbt_accel.exporters.families.loading import load_config, load_model, load_tokenizer
+from bbt_accel.exporters.families.registry import families
+from bbt_accel.exporters.trace.export import special_tokens
 
 
 @pytest.mark.parametrize("model_type", families())
-def test_a_shape_loads_as_a_checkpoint(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_loads_as_a_checkpoint(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = families()[model_type]
     size = 9000  # the shipped tokenizer has fewer tokens
     small = replace(spec, shapes={"small": spec.tiny | {"vocab_size": size}})
@@ -25,20 +27,31 @@ def test_a_shape_loads_as_a_checkpoint(model_type: str, tmp_path: Path, monkeypa
     make_backbone("small", tmp_path / "made")
     assert load_config(tmp_path / "made").vocab_size == size
     load_model(tmp_path / "made")
-    special = special_tokens(load_config(tmp_path / "made"), load_tokenizer(tmp_path / "made"), spec)
+    special = special_tokens(
+        load_config(tmp_path / "made"), load_tokenizer(tmp_path / "made"), spec
+    )
     assert (special.mask is None) == (spec.template_group == "causal")
     assert special.pad == 0
 
 
 @pytest.mark.parametrize("model_type", families())
-def test_a_tiny_backbone_has_the_vocabulary_of_its_tokenizer(model_type: str, tmp_path: Path) -> None:
+def test_a_tiny_backbone_has_the_vocabulary_of_its_tokenizer(
+    model_type: str, tmp_path: Path
+) -> None:
     make_backbone(f"tiny-{model_type}", tmp_path / "tiny")
     assert load_config(tmp_path / "tiny").vocab_size == len(load_tokenizer(tmp_path / "tiny"))
 
 
 def test_the_shapes_of_common_checkpoints_are_known() -> None:
     shapes = {name for spec in families().values() for name in spec.shapes}
-    assert {"roberta-base", "roberta-large", "bert-small", "bart-large", "t5-small", "gpt2"} <= shapes
+    assert {
+        "roberta-base",
+        "roberta-large",
+        "bert-small",
+        "bart-large",
+        "t5-small",
+        "gpt2",
+    } <= shapes
 
 
 def test_an_unknown_shape_and_a_folder_without_a_tokenizer_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The parts of bench: which rows there are, what they are checked by, what is timed, and the ceilings."""
+"""The parts of bench: which rows there are, what they are checked by, what is timed, and the
+ceilings.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ import numpy as np
 import pytest
 from tiny_bundles import tiny_bundle
 
-from bbt_accel.batch import Batch
 from bbt_accel.benchmarks import bench, ceilings
 from bbt_accel.benchmarks.bench import ablations, plan_measurements, run_bench
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
@@ -29,13 +30,14 @@ from bbt_accel.benchmarks.steps import (
     random_prompts,
     save_batch,
 )
-from bbt_accel.bundle import Bundle, write_info
-from bbt_accel.demo import DATA
-from bbt_accel.engine_specs import Precision, engine_spec, engine_specs
+from bbt_accel.core.batch import Batch
+from bbt_accel.core.bundle import Bundle, write_info
+from bbt_accel.core.demo import DATA
+from bbt_accel.core.engine_specs import Precision, engine_spec, engine_specs
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import DataError, UsageError
-from bbt_accel.machine import describe_machine
-from bbt_accel.tasks import load_task
+from bbt_accel.io.machine import describe_machine
+from bbt_accel.tasks.task import load_task
 
 TARGETS = np.array([0, 1, 2, 0] * 25)
 EAGER = np.eye(3, dtype=np.float32)[TARGETS]
@@ -81,7 +83,9 @@ def options(**changes: Any) -> BenchOptions:
 
 
 @pytest.fixture
-def engine_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Measurement]]:
+def engine_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[Measurement]]:
     """Rows after the baselines, on a processor with bf16 unless it is said to have none."""
     info = tiny_bundle(tmp_path).info
 
@@ -98,16 +102,24 @@ def pairs(rows: list[Measurement]) -> list[tuple[str, str]]:
     return [(row.engine, row.precision) for row in rows]
 
 
-def test_the_engines_declare_which_rows_there_are(engine_rows: Callable[..., list[Measurement]]) -> None:
+def test_the_engines_declare_which_rows_there_are(
+    engine_rows: Callable[..., list[Measurement]],
+) -> None:
     known = engine_specs().values()
-    every = [(spec.name, precision) for spec in known if not spec.baseline for precision in spec.benched]
+    every = [
+        (spec.name, precision) for spec in known if not spec.baseline for precision in spec.benched
+    ]
     assert pairs(engine_rows()) == every
     assert pairs(engine_rows(features=())) == [pair for pair in every if pair[1] != "bf16"]
 
 
-def test_engines_on_a_gpu_are_measured_in_fp32_and_fp16(engine_rows: Callable[..., list[Measurement]]) -> None:
+def test_engines_on_a_gpu_are_measured_in_fp32_and_fp16(
+    engine_rows: Callable[..., list[Measurement]],
+) -> None:
     rows = [row for row in engine_rows(device="cuda") if row.status == "passed"]
-    assert pairs(rows) == [(name, precision) for name in ("torch", "ort", "trt") for precision in ("fp32", "fp16")]
+    assert pairs(rows) == [
+        (name, precision) for name in ("torch", "ort", "trt") for precision in ("fp32", "fp16")
+    ]
 
 
 def test_a_gpu_is_compared_with_eager_in_half_precision_and_with_tf32_too(tmp_path: Path) -> None:
@@ -115,16 +127,28 @@ def test_a_gpu_is_compared_with_eager_in_half_precision_and_with_tf32_too(tmp_pa
         rows, _ = plan_measurements(options(device=device), tiny_bundle(tmp_path).info)
         return {(row.engine, row.precision) for row in rows if row.baseline}
 
-    assert baselines("cuda:1") >= {("eager", "fp32"), ("eager", "fp16"), ("eager", "bf16"), ("eager-tf32", "fp32")}
+    assert baselines("cuda:1") >= {
+        ("eager", "fp32"),
+        ("eager", "fp16"),
+        ("eager", "bf16"),
+        ("eager-tf32", "fp32"),
+    }
     assert ("eager-tf32", "bf16") not in baselines("cuda")
-    assert not {engine for engine, precision in baselines("cpu") if engine == "eager-tf32" or precision == "fp16"}
+    assert not {
+        engine
+        for engine, precision in baselines("cpu")
+        if engine == "eager-tf32" or precision == "fp16"
+    }
 
 
 def test_pairs_that_do_not_exist_are_rows_only_if_both_were_asked_for(
     engine_rows: Callable[..., list[Measurement]],
 ) -> None:
     assert pairs(engine_rows(precisions=["int8"])) == [("ort", "int8"), ("openvino", "int8")]
-    assert pairs(engine_rows(engines=["torch", "eager", "torch"])) == [("torch", "fp32"), ("torch", "bf16")]
+    assert pairs(engine_rows(engines=["torch", "eager", "torch"])) == [
+        ("torch", "fp32"),
+        ("torch", "bf16"),
+    ]
     (row,) = engine_rows(engines=["torch"], precisions=["int8"])
     assert (row.status, row.reason) == ("failed", "torch runs in fp32, bf16, fp16")
 
@@ -143,7 +167,9 @@ def test_a_single_file_has_no_rows_to_compare_on() -> None:
         ({"engines": ["remote"]}, "bench has no --url for the engine remote"),
     ],
 )
-def test_names_that_bench_does_not_have_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_names_that_bench_does_not_have_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=words):
         run_bench(options(**changes), tmp_path / "out")
 
@@ -159,12 +185,22 @@ def test_an_ablation_is_of_each_optimization_and_then_of_all(method: str, tmp_pa
 
 
 def test_which_bundle_an_engine_reads() -> None:
-    read = {("torch", "fp32"): "onnx", ("ort", "fp32"): "ort", ("dummy", "fp32"): "onnx", ("trt", "fp16"): "trt"}
+    read = {
+        ("torch", "fp32"): "onnx",
+        ("ort", "fp32"): "ort",
+        ("dummy", "fp32"): "onnx",
+        ("trt", "fp16"): "trt",
+    }
     for (name, precision), target in read.items():
         assert engine_spec(name).target(precision) == target
     for name in ("eager", "eager-readout", "compiled"):
-        assert (engine_spec(name).target("fp32"), engine_spec(name).target("bf16")) == ("onnx", "torch")
-    with pytest.raises(UsageError, match="engine openvino runs in fp32, bf16, int8, int4, not in fp16"):
+        assert (engine_spec(name).target("fp32"), engine_spec(name).target("bf16")) == (
+            "onnx",
+            "torch",
+        )
+    with pytest.raises(
+        UsageError, match="engine openvino runs in fp32, bf16, int8, int4, not in fp16"
+    ):
         engine_spec("openvino").target("fp16")
 
 
@@ -191,7 +227,9 @@ def test_logits_in_parts(tmp_path: Path) -> None:
     np.save(tmp_path / "prompt.npy", prompt)
     engine = {"bundle": tmp_path / "bundle", "name": "dummy"}
     found = compare(engine, str(tmp_path / "rows.npz"), str(tmp_path / "prompt.npy"))
-    np.testing.assert_allclose(found, DummyEngine(bundle).bind(batch).label_logits(prompt[None])[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        found, DummyEngine(bundle).bind(batch).label_logits(prompt[None])[0], rtol=1e-6
+    )
 
 
 def test_batches_travel(tmp_path: Path) -> None:
@@ -247,17 +285,36 @@ def test_the_largest_memory_of_this_process_is_known() -> None:
 
 
 def test_summary_warns_of_an_unsteady_machine() -> None:
-    rows = [Measurement(engine="eager", precision="fp32", baseline=True, ms_median=4.0, speedup=1.0)]
-    rows.append(Measurement(engine="ort", precision="fp32", ms_median=2.0, speedup=2.0, speedup_over_fastest=1.5))
+    rows = [
+        Measurement(engine="eager", precision="fp32", baseline=True, ms_median=4.0, speedup=1.0)
+    ]
+    rows.append(
+        Measurement(
+            engine="ort", precision="fp32", ms_median=2.0, speedup=2.0, speedup_over_fastest=1.5
+        )
+    )
     off = {"without": ["buckets"], "ablation": True}
     rows.append(Measurement(engine="ort", precision="fp32", ms_median=1.0, speedup=4.0, **off))
-    machine = {**describe_machine(), "fp32_rate": 1, "fp32_rate_by": "x", "rates": {}, "unavailable": {}}
+    machine = {
+        **describe_machine(),
+        "fp32_rate": 1,
+        "fp32_rate_by": "x",
+        "rates": {},
+        "unavailable": {},
+    }
     for change, warned in ((0.05, False), (-0.2, True), (None, False)):
         report = BenchReport.model_construct(
-            options=options(), machine=machine, rows=rows, fastest_baseline="eager fp32", drift=change
+            options=options(),
+            machine=machine,
+            rows=rows,
+            fastest_baseline="eager fp32",
+            drift=change,
         )
         assert ("not steady" in report.summary()) == warned
-        assert "**ort fp32**: 1.50 times the fastest baseline and 2.00 times the original's" in report.summary()
+        assert (
+            "**ort fp32**: 1.50 times the fastest baseline and 2.00 times the original's"
+            in report.summary()
+        )
 
 
 def test_an_ablation_is_compared_with_the_same_engine_and_precision() -> None:
@@ -265,14 +322,20 @@ def test_an_ablation_is_compared_with_the_same_engine_and_precision() -> None:
         return Measurement(engine="ort", precision=precision, ms_median=ms, **more)
 
     off = row("fp32", 10.0, without=["buckets"], ablation=True)
-    report = BenchReport.model_construct(options=options(), rows=[row("fp32", 4.0), row("int8", 1.0), off])
+    report = BenchReport.model_construct(
+        options=options(), rows=[row("fp32", 4.0), row("int8", 1.0), off]
+    )
     assert "| ort fp32 | buckets | 4 | 10 | 2.50 |" in report.ablation()
     assert "rows of similar length together" in report.ablation()
 
 
 def test_the_growth_of_cost_is_a_table_and_a_plot(tmp_path: Path) -> None:
     values = [(factor, value) for factor, (_, several) in FACTORS.items() for value in several]
-    rows = [GrowthPoint(factor=f, value=v, engine=e, ms_median=float(v)) for f, v in values for e in ENGINES]
+    rows = [
+        GrowthPoint(factor=f, value=v, engine=e, ms_median=float(v))
+        for f, v in values
+        for e in ENGINES
+    ]
     report = GrowthReport(command="c", options={"shape": "tiny-bert"}, rows=rows)
     report.draw(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -24,7 +24,9 @@ def cost(lengths: np.ndarray, where: list[int], overhead: int) -> int:
 def test_no_other_buckets_cost_fewer_tokens(lengths: list[int], overhead: int) -> None:
     rows = np.array(lengths)
     every = (c for k in range(len(rows)) for c in itertools.combinations(range(1, len(rows)), k))
-    assert cost(rows, split_points(rows, overhead), overhead) == min(cost(rows, list(c), overhead) for c in every)
+    assert cost(rows, split_points(rows, overhead), overhead) == min(
+        cost(rows, list(c), overhead) for c in every
+    )
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -34,12 +36,18 @@ def test_no_other_buckets_cost_fewer_tokens(lengths: list[int], overhead: int) -
     context=st.integers(0, 11),
 )  # fmt: skip
 def test_rows_of_a_bucket_are_padded_to_the_same_length_that_they_would_have_alone(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], n: int, case: tuple[str, str], context: int
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    n: int,
+    case: tuple[str, str],
+    context: int,
 ) -> None:
     """With no cost of a bucket, and a step of 8 keys."""
     family, mode = case
     info = tiny_bundle(tmp_path_factory.mktemp("bundle"), family, mode, n, max_length=100).info
-    info = info.model_copy(update={"without": ["prefix-cache"]})  # with it a decoder's bucket has a cost
+    info = info.model_copy(
+        update={"without": ["prefix-cache"]}
+    )  # with it a decoder's bucket has a cost
     lengths = [length + (n if mode == "add" else 0) for length in lengths]
     mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
     shared = np.arange(context) if info.causal else None
@@ -49,7 +57,10 @@ def test_rows_of_a_bucket_are_padded_to_the_same_length_that_they_would_have_alo
     assert sorted(np.concatenate(buckets).tolist()) == list(range(len(lengths)))
     for rows in buckets:
         padded = trim(info, batch, rows, frozenset(), 8, 1000).input_ids.shape[1]
-        alone = {trim(info, batch, rows[i : i + 1], frozenset(), 8, 1000).input_ids.shape[1] for i in range(len(rows))}
+        alone = {
+            trim(info, batch, rows[i : i + 1], frozenset(), 8, 1000).input_ids.shape[1]
+            for i in range(len(rows))
+        }
         assert alone == {padded}
 
 

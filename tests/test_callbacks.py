@@ -13,9 +13,9 @@ from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import Callback, tune
 from bbt_accel.errors import BbtError, MissingDependency, NonFiniteLoss, UsageError
-from bbt_accel.history import Generation
-from bbt_accel.run import Run, RunInfo
-from bbt_accel.tuning.callbacks import TRACKERS
+from bbt_accel.search.callbacks import TRACKERS
+from bbt_accel.search.history import Generation
+from bbt_accel.search.run import Run, RunInfo
 
 Tune = Callable[..., Run]
 
@@ -45,7 +45,12 @@ def start(tmp_path: Path) -> Tune:
     bundle, task = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data")
 
     def call(**more: Any) -> Run:
-        options = {"data": tmp_path / "data", "engine": "dummy", "output": tmp_path / "run", "settings": SETTINGS}
+        options = {
+            "data": tmp_path / "data",
+            "engine": "dummy",
+            "output": tmp_path / "run",
+            "settings": SETTINGS,
+        }
         return tune(bundle, task, progress=False, **{**options, **more})
 
     return call
@@ -89,11 +94,15 @@ def test_a_callback_is_closed_after_an_error(start: Tune) -> None:
     assert recorder.seen[-2:] == [("end", "run"), ("close", None)]
 
 
-def test_unknown_and_missing_trackers_are_one_line(start: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_trackers_are_one_line(
+    start: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match="unknown tracker 'wanddb'; did you mean wandb"):
         start(track=["wanddb"])
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingDependency, match=r'wandb is not installed; pip install "bbt-accel\[wandb\]"'):
+    with pytest.raises(
+        MissingDependency, match=r'wandb is not installed; pip install "bbt-accel\[wandb\]"'
+    ):
         start(track=["wandb"])
 
 
@@ -111,7 +120,11 @@ def test_trackers_with_the_interface_of_weights_and_biases(
     )
     monkeypatch.setitem(sys.modules, name, library)
     run = start(track=[name])
-    assert (begun[0]["project"], begun[0]["name"], begun[0]["config"]["budget"]) == ("bbt-accel-toy", "run", 80)
+    assert (begun[0]["project"], begun[0]["name"], begun[0]["config"]["budget"]) == (
+        "bbt-accel-toy",
+        "run",
+        80,
+    )
     assert begun[1:] == [{"finished": True}]
     assert [step for step, _ in logged] == [*(g.calls for g in run.history), run.info.calls]
     assert logged[0][1]["best_loss"] == run.history[0].best_loss
@@ -119,7 +132,9 @@ def test_trackers_with_the_interface_of_weights_and_biases(
     assert logged[-1][1]["best_dev_score"] == run.info.best.dev_score
 
 
-def test_mlflow_holds_settings_metrics_and_files(start: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_holds_settings_metrics_and_files(
+    start: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no database
@@ -128,7 +143,11 @@ def test_mlflow_holds_settings_metrics_and_files(start: Tune, tmp_path: Path, mo
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("bbt-accel toy")
     (found,) = client.search_runs([experiment.experiment_id])
-    assert (found.info.status, found.info.run_name, found.data.params["budget"]) == ("FINISHED", "run", "80")
+    assert (found.info.status, found.info.run_name, found.data.params["budget"]) == (
+        "FINISHED",
+        "run",
+        "80",
+    )
     losses = client.get_metric_history(found.info.run_id, "best_loss")
     assert [(m.step, m.value) for m in losses] == [(g.calls, g.best_loss) for g in run.history]
     assert run.info.best is not None
@@ -137,12 +156,16 @@ def test_mlflow_holds_settings_metrics_and_files(start: Tune, tmp_path: Path, mo
     assert files == {p.name for p in run.path.iterdir()}
 
 
-def test_a_tracker_that_does_not_start_is_one_line(start: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_does_not_start_is_one_line(
+    start: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse() -> None:
         raise RuntimeError("no such store\nmore")
 
     monkeypatch.setitem(TRACKERS, "mlflow", refuse)
-    with pytest.raises(BbtError, match=r"^--track mlflow does not start \(no such store\); see its documentation$"):
+    with pytest.raises(
+        BbtError, match=r"^--track mlflow does not start \(no such store\); see its documentation$"
+    ):
         start(track=["mlflow"])
 
 
@@ -158,7 +181,9 @@ def test_a_tracker_that_fails_is_one_line_and_the_search_goes_on_without_it(
             raise RuntimeError("no route either")
 
     monkeypatch.setitem(TRACKERS, "mlflow", Gone)
-    with pytest.raises(BbtError, match=r"^the tracker mlflow failed \(no route to host\); --resume .* continues"):
+    with pytest.raises(
+        BbtError, match=r"^the tracker mlflow failed \(no route to host\); --resume .* continues"
+    ):
         start(track=["mlflow"])
     assert start(resume=True).info.status == "done"
     monkeypatch.setattr(Gone, "on_generation", Callback.on_generation)

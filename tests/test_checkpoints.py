@@ -18,12 +18,13 @@ import torch
 from tiny_backbones import save_tokenizer, tiny_model
 
 from bbt_accel import export_bundle
-from bbt_accel.bundle import Architecture
+from bbt_accel.core.bundle import Architecture
 from bbt_accel.errors import ExportError, MissingDependency
-from bbt_accel.exporters import export, loading, validate
-from bbt_accel.exporters.checkpoint import check_attention, check_config
-from bbt_accel.exporters.llama import LLAMA, MISTRAL, PHI3, QWEN2
-from bbt_accel.exporters.modernbert import MODERNBERT
+from bbt_accel.exporters.families import loading
+from bbt_accel.exporters.families.checkpoint import check_attention, check_config
+from bbt_accel.exporters.families.llama import LLAMA, MISTRAL, PHI3, QWEN2
+from bbt_accel.exporters.families.modernbert import MODERNBERT
+from bbt_accel.exporters.trace import export, validate
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +63,8 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     assert not weights.exists() or weights.stat().st_size < 320 * 16 * 4
 
 
-# Damage ------------------------------------------------------------------------------------------------------
+# Damage
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,9 @@ def refused(checkpoint: Path, complaint: str) -> None:
     assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", 3, None])
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", 3, None]
+)
 def test_an_index_that_names_files_elsewhere_is_refused(checkpoint: Path, shard: object) -> None:
     index = checkpoint / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -114,7 +118,9 @@ def test_an_index_that_is_none_is_refused(checkpoint: Path, content: str) -> Non
         ("num_key_value_heads", 3), ("head_dim", -1),
     ],
 )  # fmt: skip
-def test_a_configuration_of_nonsense_is_one_line(checkpoint: Path, name: str, value: object) -> None:
+def test_a_configuration_of_nonsense_is_one_line(
+    checkpoint: Path, name: str, value: object
+) -> None:
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     refused(checkpoint, re.escape(str(checkpoint)))
@@ -123,7 +129,9 @@ def test_a_configuration_of_nonsense_is_one_line(checkpoint: Path, name: str, va
 @pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
 def test_relative_positions_whose_weights_transformers_leaves_out_are_refused(kind: str) -> None:
     check_config("checkpoint", SimpleNamespace(position_embedding_type="absolute"))
-    with pytest.raises(ExportError, match=f"has '{kind}' positions; only absolute ones are supported"):
+    with pytest.raises(
+        ExportError, match=f"has '{kind}' positions; only absolute ones are supported"
+    ):
         check_config("checkpoint", SimpleNamespace(position_embedding_type=kind))
 
 
@@ -132,11 +140,17 @@ def test_other_names_of_positions_mean_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "trait"), [("encoder", {"is_decoder": True}), ("decoder", {"is_causal": False})]
+    ("architecture", "trait"),
+    [("encoder", {"is_decoder": True}), ("decoder", {"is_causal": False})],
 )
-def test_attention_of_another_architecture_is_refused(architecture: Architecture, trait: dict[str, bool]) -> None:
+def test_attention_of_another_architecture_is_refused(
+    architecture: Architecture, trait: dict[str, bool]
+) -> None:
     check_attention("checkpoint", SimpleNamespace(is_decoder=False, is_causal=True), architecture)
-    with pytest.raises(ExportError, match=f"config.json has {next(iter(trait))} .* not supported for {architecture}s"):
+    with pytest.raises(
+        ExportError,
+        match=f"config.json has {next(iter(trait))} .* not supported for {architecture}s",
+    ):
         check_attention("checkpoint", SimpleNamespace(**trait), architecture)
 
 
@@ -145,7 +159,10 @@ def test_weights_that_the_configuration_has_no_place_for_are_refused(tmp_path: P
     save_tokenizer("llama", tmp_path / "llama")
     file = tmp_path / "llama" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_bias": False}))
-    refused(tmp_path / "llama", r"has model\.layers\.0\.self_attn\..*\.bias, for which its config\.json has no place")
+    refused(
+        tmp_path / "llama",
+        r"has model\.layers\.0\.self_attn\..*\.bias, for which its config\.json has no place",
+    )
 
 
 def test_poolers_other_heads_and_further_blocks_may_be_left_out(tmp_path: Path) -> None:
@@ -169,7 +186,10 @@ def test_rows_of_modernbert_end_where_its_frequencies_would_change() -> None:
         "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64},
         "sliding_attention": {"rope_type": "default"},
     }
-    assert MODERNBERT.positions(SimpleNamespace(max_position_embeddings=256, rope_parameters=rope)) == 64
+    assert (
+        MODERNBERT.positions(SimpleNamespace(max_position_embeddings=256, rope_parameters=rope))
+        == 64
+    )
 
 
 def test_a_window_that_the_class_does_not_use_bounds_nothing() -> None:
@@ -181,12 +201,21 @@ def test_a_window_that_the_class_does_not_use_bounds_nothing() -> None:
 def test_a_window_that_every_layer_has_bounds_the_rows_whatever_layer_types_says() -> None:
     rope = {"rope_type": "default"}
     config = SimpleNamespace(
-        max_position_embeddings=4096, sliding_window=64, layer_types=["full_attention"] * 2, rope_parameters=rope
+        max_position_embeddings=4096,
+        sliding_window=64,
+        layer_types=["full_attention"] * 2,
+        rope_parameters=rope,
     )
-    assert (MISTRAL.positions(config), PHI3.positions(config), QWEN2.positions(config)) == (64, 64, 4096)
+    assert (MISTRAL.positions(config), PHI3.positions(config), QWEN2.positions(config)) == (
+        64,
+        64,
+        4096,
+    )
 
 
-@pytest.mark.parametrize("size", ["inner_group_num", "num_hidden_groups", "encoder_attention_heads", "type_vocab_size"])
+@pytest.mark.parametrize(
+    "size", ["inner_group_num", "num_hidden_groups", "encoder_attention_heads", "type_vocab_size"]
+)
 def test_a_size_that_no_checkpoint_has_is_refused_before_anything_is_made(size: str) -> None:
     with pytest.raises(ExportError, match=f"config.json has {size} 100000000; it must lie in 1"):
         check_config("checkpoint", SimpleNamespace(**{size: 10**8}))
@@ -210,7 +239,8 @@ def test_a_file_of_nonsense_is_one_line(checkpoint: Path, file: str, content: by
     refused(checkpoint, re.escape(str(checkpoint)))
 
 
-# GGUF --------------------------------------------------------------------------------------------------------
+# GGUF
+# --------------------------------------------------------------------------------------------------------
 
 
 def write_gguf(file: Path) -> dict[str, np.ndarray]:
@@ -240,16 +270,30 @@ def write_gguf(file: Path) -> dict[str, np.ndarray]:
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(2)
     kv = shared * hidden // heads
-    shapes = {"token_embd": (vocabulary, hidden), "output": (vocabulary, hidden), "output_norm": (hidden,)}
+    shapes = {
+        "token_embd": (vocabulary, hidden),
+        "output": (vocabulary, hidden),
+        "output_norm": (hidden,),
+    }
     for i in range(2):
-        shapes |= {f"blk.{i}.attn_{name}": (size, hidden) for name, size in (("q", hidden), ("k", kv), ("v", kv))}
+        shapes |= {
+            f"blk.{i}.attn_{name}": (size, hidden)
+            for name, size in (("q", hidden), ("k", kv), ("v", kv))
+        }
         shapes |= {f"blk.{i}.attn_output": (hidden, hidden), f"blk.{i}.ffn_down": (hidden, inner)}
         shapes |= {f"blk.{i}.ffn_{name}": (inner, hidden) for name in ("gate", "up")}
         shapes |= {f"blk.{i}.{name}_norm": (hidden,) for name in ("attn", "ffn")}
-    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
     for name, tensor in tensors.items():
         writer.add_tensor(f"{name}.weight", tensor)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         step()
     return tensors
 
@@ -273,7 +317,9 @@ def test_a_truncated_gguf_file_is_refused_in_one_line(tmp_path: Path, size: int)
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_missing_gguf_file_or_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gguf_file_or_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if find_spec("gguf"):
         with pytest.raises(ExportError, match=r"there is no file .*none\.gguf"):
             export_bundle(tmp_path / "none.gguf", tmp_path / "bundle")

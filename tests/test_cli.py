@@ -1,4 +1,6 @@
-"""The command line: what each command passes on and prints, its exit codes, and its errors of one line."""
+"""The command line: what each command passes on and prints, its exit codes, and its errors of one
+line.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,19 @@ from pydantic_core import PydanticUndefined
 from tiny_bundles import tiny_bundle
 from typer.testing import CliRunner
 
-from bbt_accel import cli_options
 from bbt_accel.benchmarks.options import BenchOptions
-from bbt_accel.bundle import Bundle
-from bbt_accel.cli import app, main
-from bbt_accel.command import exit_on_error, print_table
+from bbt_accel.cli import options as cli_options
+from bbt_accel.cli.commands import app, main
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.settings import Settings
 from bbt_accel.errors import BbtError, BundleError, EngineError
-from bbt_accel.inference import EngineOptions
-from bbt_accel.machine import release
-from bbt_accel.progress import StepProgress
-from bbt_accel.run import Baselines, ReadoutRecord, TriedReadout
-from bbt_accel.serving import Limits
-from bbt_accel.settings import Settings
-from bbt_accel.tasks import load_task
+from bbt_accel.io.command import exit_on_error, print_table
+from bbt_accel.io.machine import release
+from bbt_accel.io.progress import StepProgress
+from bbt_accel.predict.inference import EngineOptions
+from bbt_accel.search.run import Baselines, ReadoutRecord, TriedReadout
+from bbt_accel.serve.limits import Limits
+from bbt_accel.tasks.task import load_task
 
 COMMANDS = ["export", "optimize", "triton", "fit", "tune", "sweep", "evaluate", "predict"]
 COMMANDS += ["package", "push", "serve", "bench", "compare", "doctor"]
@@ -53,7 +55,9 @@ SCORE = {
 
 
 class Program:
-    """Replaces the functions behind the commands: they record their arguments and return `result`."""
+    """Replaces the functions behind the commands: they record their arguments and return
+    `result`.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -71,7 +75,9 @@ class Program:
             "serving.server.serve",
         ):
             module, _, function = f"bbt_accel.{place}".rpartition(".")
-            fake = sys.modules[module] if isinstance(sys.modules.get(module), Fake) else Fake(module)
+            fake = (
+                sys.modules[module] if isinstance(sys.modules.get(module), Fake) else Fake(module)
+            )
             setattr(fake, function, self._call)
             monkeypatch.setitem(sys.modules, module, fake)
 
@@ -115,7 +121,9 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert "--json" in plain(result.output)
 
 
-def test_help_keeps_brackets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_keeps_brackets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     assert "or a task file with [prompt] init" in run(capsys, "export", "--help")[1]
 
@@ -129,7 +137,9 @@ def test_brackets_in_names_are_printed(capsys: pytest.CaptureFixture[str]) -> No
         bar("exporting out/b[/v1]")
 
 
-def test_control_characters_of_foreign_files_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_of_foreign_files_do_not_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     print_table("t", [("a", "\x1b]52;c;eA==\x07\x1b[2J \u00e9")])
     with pytest.raises(SystemExit), exit_on_error():
         raise BbtError("no such \x1b[31mfile")
@@ -140,10 +150,13 @@ def test_control_characters_of_foreign_files_do_not_reach_the_terminal(capsys: p
 
 
 def test_a_terminal_without_unicode_gets_escapes() -> None:
-    code = "from bbt_accel.cli import main; from bbt_accel.command import print_json; import bbt_accel.cli as c\n"
+    code = "from bbt_accel.cli.commands import main; from bbt_accel.io.command import print_json; import bbt_accel.cli.commands as c\n"
     code += "c.app = lambda **_: print('\u6771') or print_json({'a': '\u6771'})\nmain(['x'])"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["\\u6771", '{"a": "\\u6771"}'])
 
@@ -155,9 +168,21 @@ def test_help_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import bbt_accel.cli, sys; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"numpy", "torch", "transformers", "onnx", "onnxruntime", "openvino", "pyarrow", "datasets", "matplotlib"}
+    code = "import bbt_accel.cli.commands, sys; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {
+        "numpy",
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "pyarrow",
+        "datasets",
+        "matplotlib",
+    }
     assert not heavy & set(loaded)
 
 
@@ -169,18 +194,30 @@ def test_help_loads_nothing_heavy() -> None:
             ["tune", "--bundle", "b", "--task", "t", "--engine", "openvin"],
             "unknown engine 'openvin'; did you mean openvino?",
         ),
-        (["evaluate", "r", "--engine", "tf"], "unknown engine 'tf'; choose from torch, ort, openvino, trt, remote"),
+        (
+            ["evaluate", "r", "--engine", "tf"],
+            "unknown engine 'tf'; choose from torch, ort, openvino, trt, remote",
+        ),
         (["tune", "--bundle", "b", "--task", "t", "--seed", "x"], "Invalid value for '--seed'"),
         (["export"], "Missing argument '"),
         (["export", "demo"], "Missing option '-o' / '--output'"),
         (["serve", "b", "--engine", "remote"], "a server cannot use --engine remote"),
         (["serve", "b", "--port", "70000"], "Invalid value for '--port'"),
-        (["serve", "b", "--keep-alive", "inf"], "--keep-alive: Input should be a finite number; got inf"),
+        (
+            ["serve", "b", "--keep-alive", "inf"],
+            "--keep-alive: Input should be a finite number; got inf",
+        ),
         (["serve", "b", "--timeout", "nan"], NO_TIMEOUT),
         (["optimise"], "No such command 'optimise'"),
         (["doctor", "--jsn"], "No such option"),
-        (["optimize", "b", "-o", "c", "--fp16", "--int8"], "choose one of --fp16, --bf16, --int8 and --int4"),
-        (["export", "demo", "-o", "b", "--n-prompt-tokens", "0"], "Invalid value for '--n-prompt-tokens'"),
+        (
+            ["optimize", "b", "-o", "c", "--fp16", "--int8"],
+            "choose one of --fp16, --bf16, --int8 and --int4",
+        ),
+        (
+            ["export", "demo", "-o", "b", "--n-prompt-tokens", "0"],
+            "Invalid value for '--n-prompt-tokens'",
+        ),
         (["optimize", "b", "-o", "c", "--threads", "1000000000"], "Invalid value for '--threads'"),
         (["package", "r", "-o", "p", "--threads", "1000000000"], "Invalid value for '--threads'"),
         (["tune", "--bundle", "b", "--task", "t", "--budget", "0"], "Invalid value for '--budget'"),
@@ -227,7 +264,9 @@ def test_failures_are_one_line(
 
 
 @pytest.mark.parametrize("words", [["--debug", "evaluate", "r"], ["evaluate", "r", "--debug"]])
-def test_debug_shows_the_traceback(program: Program, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+def test_debug_shows_the_traceback(
+    program: Program, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
     program.error = BundleError("broken")
     code, _, err = run(capsys, *words)
     assert code == 1
@@ -240,7 +279,9 @@ def test_export_passes_what_is_given_and_prints_the_bundle(
 ) -> None:
     program.result = tiny_bundle(tmp_path)
     more = ["--without", "last-block", "--json"]
-    code, out, _ = run(capsys, "export", "demo", "-o", "b", "--method", "bbtv2", "--revision", "main", *more)
+    code, out, _ = run(
+        capsys, "export", "demo", "-o", "b", "--method", "bbtv2", "--revision", "main", *more
+    )
     assert code == 0
     assert json.loads(out)["backbone"] == "tiny-roberta"
     assert program.calls[0][0] == ("demo", Path("b"))
@@ -252,7 +293,10 @@ def test_export_passes_what_is_given_and_prints_the_bundle(
 
 
 def test_triton_passes_the_bundle_and_prints_the_names_of_the_models(
-    program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: Program,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bundle = tiny_bundle(tmp_path)
     monkeypatch.setattr(Bundle, "read", lambda path: bundle)
@@ -260,15 +304,28 @@ def test_triton_passes_the_bundle_and_prints_the_names_of_the_models(
     code, out, _ = run(capsys, "triton", "b", "-o", "models", "--name", "sst2", "--json")
     assert (code, json.loads(out)) == (0, {"repository": "models", "models": program.result})
     assert program.calls[0] == ((bundle, Path("models"), "sst2"), {})
-    assert "wrote sst2_embedding, sst2_blocks to models" in run(capsys, "triton", "b", "-o", "models")[1]
+    assert (
+        "wrote sst2_embedding, sst2_blocks to models"
+        in run(capsys, "triton", "b", "-o", "models")[1]
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "precision"),
-    [([], "fp32"), (["--fp16"], "fp16"), (["--bf16"], "bf16"), (["--int8"], "int8"), (["--int4"], "int4")],
+    [
+        ([], "fp32"),
+        (["--fp16"], "fp16"),
+        (["--bf16"], "bf16"),
+        (["--int8"], "int8"),
+        (["--int4"], "int4"),
+    ],
 )
 def test_optimize_passes_the_precision_and_prints_what_was_fused(
-    program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], precision: str
+    program: Program,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    flags: list[str],
+    precision: str,
 ) -> None:
     program.result = tiny_bundle(tmp_path)
     program.result.info.optimization = {"agreement": 1.0, "fused": ["LayerNormalization"]}
@@ -277,7 +334,12 @@ def test_optimize_passes_the_precision_and_prints_what_was_fused(
     code, out, _ = run(capsys, "optimize", "a", "-o", "b", *options, *flags)
     assert code == 0
     assert "LayerNormalization" in out
-    read = {"calibrate": "sst2", "data": Path("d"), "max_rmse": 0.1, "compute_capability": "8.6,8.9"}
+    read = {
+        "calibrate": "sst2",
+        "data": Path("d"),
+        "max_rmse": 0.1,
+        "compute_capability": "8.6,8.9",
+    }
     assert callable(program.options.pop("on_progress"))
     assert program.options == {"precision": precision, "target": "openvino", **read}
 
@@ -294,18 +356,36 @@ def finished(status: str = "done") -> SimpleNamespace:
         best=SimpleNamespace(dev_score=0.9375, dev_loss=0.2, calls=7900),
         baselines=Baselines(chance=0.5, majority=0.5, without_prompt=0.79, calibrated=0.85),
         verdict=lambda: "no better than",
-        readout=ReadoutRecord(name="states", tried=[TriedReadout(name="mean", log_loss=0.5, score=0.8, seconds=1.0)]),
+        readout=ReadoutRecord(
+            name="states", tried=[TriedReadout(name="mean", log_loss=0.5, score=0.8, seconds=1.0)]
+        ),
         model_dump=lambda mode: {"status": status},
     )
     return SimpleNamespace(path=Path("runs/x"), info=info)
 
 
-def test_tune_passes_only_what_is_given(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_passes_only_what_is_given(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     program.result = finished()
-    words = ["tune", "--bundle", "b", "--task", "sst2", "--sigma", "0.5", "--loss", "hinge", "--without", "kv, cache"]
+    words = [
+        "tune",
+        "--bundle",
+        "b",
+        "--task",
+        "sst2",
+        "--sigma",
+        "0.5",
+        "--loss",
+        "hinge",
+        "--without",
+        "kv, cache",
+    ]
     code, out, _ = run(capsys, *words, "-o", "r", "--resume", "--random-proj", "uniform")
     assert code == 0
-    assert all(value in out for value in ("0.9375", "without prompt", "0.79", "note: no better than"))
+    assert all(
+        value in out for value in ("0.9375", "without prompt", "0.79", "note: no better than")
+    )
     assert program.options == {
         "bundle": Path("b"),
         "task": "sst2",
@@ -335,8 +415,12 @@ def test_options_are_arguments_of_the_function_and_have_its_defaults(
     module, _, name = function.partition(":")
     if module.startswith("exporters"):
         pytest.importorskip("torch")
-    arguments = dict(inspect.signature(getattr(import_module(f"bbt_accel.{module}"), name)).parameters)
-    if arguments.pop("options", None):  # **options: Unpack[EngineOptions], none of which has a default
+    arguments = dict(
+        inspect.signature(getattr(import_module(f"bbt_accel.{module}"), name)).parameters
+    )
+    if arguments.pop(
+        "options", None
+    ):  # **options: Unpack[EngineOptions], none of which has a default
         arguments |= dict.fromkeys(EngineOptions.__annotations__)
     for name, field in (pair for model in models for pair in model.model_fields.items()):
         if name in ("fp16", "bf16", "int8", "int4"):  # together the argument `precision`
@@ -346,12 +430,17 @@ def test_options_are_arguments_of_the_function_and_have_its_defaults(
             assert arguments[name].default == field.default, name
 
 
-def test_an_interrupted_search_exits_with_130(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_search_exits_with_130(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     program.result = finished("interrupted")
     code, out, err = run(capsys, "tune", "--bundle", "b", "--task", "sst2")
     assert (code, err) == (130, "interrupted\n")
     assert "continue with --resume" in out
-    assert json.loads(run(capsys, "tune", "--bundle", "b", "--task", "sst2", "--json")[1])["status"] == "interrupted"
+    assert (
+        json.loads(run(capsys, "tune", "--bundle", "b", "--task", "sst2", "--json")[1])["status"]
+        == "interrupted"
+    )
 
 
 def test_evaluate_passes_what_is_given_and_prints_the_score(
@@ -367,15 +456,20 @@ def test_evaluate_passes_what_is_given_and_prints_the_score(
 
 @pytest.fixture
 def sst2_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Fake("bbt_accel.run")
+    fake = Fake("bbt_accel.search.run")
     fake.Run = SimpleNamespace(read=lambda path: SimpleNamespace(task=load_task("sst2")))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "bbt_accel.run", fake)
+    monkeypatch.setitem(sys.modules, "bbt_accel.search.run", fake)
 
 
 def test_predict_passes_texts_as_rows_and_prints_their_classes(
     program: Program, capsys: pytest.CaptureFixture[str], sst2_run: None
 ) -> None:
-    prediction = {"label": 1, "word": "great", "class": "great", "probabilities": {"bad": 0.125, "great": 0.875}}
+    prediction = {
+        "label": 1,
+        "word": "great",
+        "class": "great",
+        "probabilities": {"bad": 0.125, "great": 0.875},
+    }
     program.result = [prediction] * 2
     code, out, _ = run(capsys, "predict", "r", "fun [b]", "dull", "--json")
     assert code == 0
@@ -393,7 +487,9 @@ def test_predict_takes_debug_for_a_text_after_two_dashes(
     program: Program, capsys: pytest.CaptureFixture[str], sst2_run: None
 ) -> None:
     program.result = [{"label": 0, "word": "bad", "class": "bad", "probabilities": {"bad": 1.0}}]
-    assert json.loads(run(capsys, "predict", "r", "--json", "--", "--debug")[1])["text"] == "--debug"
+    assert (
+        json.loads(run(capsys, "predict", "r", "--json", "--", "--debug")[1])["text"] == "--debug"
+    )
 
 
 def test_predict_of_a_folder_that_is_no_run(
@@ -407,19 +503,42 @@ def test_predict_of_a_folder_that_is_no_run(
 def test_serve_passes_what_is_given_and_prints_its_address(
     program: Program, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(capsys, "serve", "r", "--engine", "ort", "--port", "0", "--max-request-mib", "2", "--json")[0] == 0
+    assert (
+        run(
+            capsys,
+            "serve",
+            "r",
+            "--engine",
+            "ort",
+            "--port",
+            "0",
+            "--max-request-mib",
+            "2",
+            "--json",
+        )[0]
+        == 0
+    )
     assert program.calls[0][0] == (Path("r"),)
     limits, ready = program.options.pop("limits"), program.options.pop("ready")
-    assert limits == Limits(2 * 2**20, 16384, 300.0, 16, requests=64, bodies=4, idle=10.0, keep_alive=75.0)
+    assert limits == Limits(
+        2 * 2**20, 16384, 300.0, 16, requests=64, bodies=4, idle=10.0, keep_alive=75.0
+    )
     assert program.options == {"engine": "ort", "host": "127.0.0.1", "port": 0}
     ready("http://127.0.0.1:8000", ["backbone"])
-    assert json.loads(capsys.readouterr().out) == {"url": "http://127.0.0.1:8000", "models": ["backbone"]}
+    assert json.loads(capsys.readouterr().out) == {
+        "url": "http://127.0.0.1:8000",
+        "models": ["backbone"],
+    }
 
 
-def test_limits_of_a_server_are_options(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limits_of_a_server_are_options(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     some = ["--max-batch", "8", "--timeout", "3", "--keep-rows", "2", "--max-tokens", "512"]
     run(capsys, "serve", "r", "--keep-alive", "5", *some)
-    assert program.options["limits"] == Limits(64 * 2**20, 8, 3.0, 2, row_tokens=512, keep_alive=5.0)
+    assert program.options["limits"] == Limits(
+        64 * 2**20, 8, 3.0, 2, row_tokens=512, keep_alive=5.0
+    )
 
 
 def test_bench_passes_what_is_given_and_prints_the_report(
@@ -427,16 +546,36 @@ def test_bench_passes_what_is_given_and_prints_the_report(
 ) -> None:
     (tmp_path / "report.json").write_text('{"rows": []}')
     (tmp_path / "report.md").write_text("| engine | ms |\n|---|---|\n| ort | 12 |\n")
-    words = ["bench", "--backbone", "demo", "--task", "demo", "-o", str(tmp_path), "--engines", "torch,ort", "--ablate"]
-    code, out, _ = run(capsys, *words, "--seeds", "2", "--without", "buckets, layer-cache", "--json")
+    words = [
+        "bench",
+        "--backbone",
+        "demo",
+        "--task",
+        "demo",
+        "-o",
+        str(tmp_path),
+        "--engines",
+        "torch,ort",
+        "--ablate",
+    ]
+    code, out, _ = run(
+        capsys, *words, "--seeds", "2", "--without", "buckets, layer-cache", "--json"
+    )
     assert (code, json.loads(out)) == (0, {"rows": []})
-    wanted = {"engines": ["torch", "ort"], "seeds": 2, "without": ["buckets", "layer-cache"], "ablate": True}
+    wanted = {
+        "engines": ["torch", "ort"],
+        "seeds": 2,
+        "without": ["buckets", "layer-cache"],
+        "ablate": True,
+    }
     assert program.calls[0][0] == (BenchOptions(backbone="demo", task="demo", **wanted), tmp_path)
     assert program.options == {"progress": False}
     assert "ort" in run(capsys, *words)[1]
 
 
-def test_doctor_prints_the_versions_and_what_can_run_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_the_versions_and_what_can_run_here(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert json.loads(run(capsys, "doctor", "--json")[1])["versions"]["bbt-accel"] == "0.2.0"
     out = run(capsys, "doctor")[1]
     assert "can run here" in out
@@ -452,19 +591,32 @@ def test_settings_are_documented_with_their_defaults(command: str) -> None:
     assert options - set(text.split()) == ({"--seed"} if command == "sweep" else set())
 
 
-@pytest.mark.parametrize("name", ["k_shot", "budget", "seed", "threads", "n_prompt_tokens", "demonstrations"])
+@pytest.mark.parametrize(
+    "name", ["k_shot", "budget", "seed", "threads", "n_prompt_tokens", "demonstrations"]
+)
 def test_an_option_has_the_same_limits_in_every_command(name: str) -> None:
-    signatures = [inspect.signature(command.callback) for command in app.registered_commands if command.callback]
-    options = [get_args(found.parameters[name].annotation)[1] for found in signatures if name in found.parameters]
+    signatures = [
+        inspect.signature(command.callback)
+        for command in app.registered_commands
+        if command.callback
+    ]
+    options = [
+        get_args(found.parameters[name].annotation)[1]
+        for found in signatures
+        if name in found.parameters
+    ]
     [limits] = {(option.min, option.max) for option in options}
     assert limits != (None, None)
 
 
 def test_the_estimator_has_the_defaults_of_fit() -> None:
     pytest.importorskip("sklearn")
-    from bbt_accel.classifier import PromptClassifier
+    from bbt_accel.predict.classifier import PromptClassifier
 
-    estimator = {name: value.default for name, value in inspect.signature(PromptClassifier).parameters.items()}
+    estimator = {
+        name: value.default
+        for name, value in inspect.signature(PromptClassifier).parameters.items()
+    }
     fields = cli_options.FitOptions.model_fields
     for name in ("budget", "n_prompt_tokens", "seed", "engine", "precision", "method", "readout"):
         assert estimator[name] == fields[name].default, name
@@ -482,7 +634,11 @@ def test_the_estimator_has_the_defaults_of_fit() -> None:
 def test_the_shell_completes_options_and_names(
     line: str, found: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = {"_BBT_ACCEL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    words = {
+        "_BBT_ACCEL_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1),
+    }
     for name, value in words.items():
         monkeypatch.setenv(name, value)
     assert run(capsys)[1].split() == found

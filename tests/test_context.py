@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_bundles import tiny_bundle
 
-from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row
-from bbt_accel.encoding import Encoder
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.settings import resolve
 from bbt_accel.errors import DataError, TaskError, UsageError
-from bbt_accel.run import Run
-from bbt_accel.settings import resolve
-from bbt_accel.splits import choose_demonstrations, load_few_shot
-from bbt_accel.tasks import Task, load_task
+from bbt_accel.search.run import Run
+from bbt_accel.tasks.data import Row
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.splits import choose_demonstrations, load_few_shot
+from bbt_accel.tasks.task import Task, load_task
 
 TASK = """
 name = "mood"
@@ -62,7 +62,8 @@ def bundle(tmp_path: Path) -> Bundle:
     return tiny_bundle(tmp_path / "llama", "llama", "cat", max_length=200)
 
 
-# Encoding ----------------------------------------------------------------------------------------------------
+# Encoding
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_instruction_and_the_demonstrations_stand_in_front_of_the_row(bundle: Bundle) -> None:
@@ -76,15 +77,24 @@ def test_the_instruction_and_the_demonstrations_stand_in_front_of_the_row(bundle
 
 
 def test_a_template_for_demonstrations_has_the_label_where_it_says(bundle: Bundle) -> None:
-    encoder = Encoder(bundle, task(template="{label}: {text}", instruction="", separator="\n"), ROWS[1:2])
+    encoder = Encoder(
+        bundle, task(template="{label}: {text}", instruction="", separator="\n"), ROWS[1:2]
+    )
     assert encoder.context_ids is not None
     assert text_of(encoder, encoder.context_ids) == "great: t1\n"
 
 
 def test_a_label_is_shown_with_the_space_with_which_it_is_read(bundle: Bundle) -> None:
     own = task(instruction="", separator="\n")
-    for ending, shown in (("", " great"), (" ", " great"), ("\n", "\ngreat"), ("</s>", "</s>great")):
-        own = own.model_copy(update={"templates": own.templates | {"causal": f"{{text}} is{ending}"}})
+    for ending, shown in (
+        ("", " great"),
+        (" ", " great"),
+        ("\n", "\ngreat"),
+        ("</s>", "</s>great"),
+    ):
+        own = own.model_copy(
+            update={"templates": own.templates | {"causal": f"{{text}} is{ending}"}}
+        )
         encoder = Encoder(bundle, own, ROWS[1:2])
         assert encoder.context_ids is not None
         assert text_of(encoder, encoder.context_ids) == f"t1 is{shown}\n"
@@ -96,17 +106,24 @@ def test_escaped_braces_are_no_placeholder(bundle: Bundle, tmp_path: Path) -> No
     encoder = Encoder(bundle, odd, ROWS[1:2])
     assert encoder.context_ids is not None
     assert text_of(encoder, encoder.context_ids) == "{{prompt}} ; {label}: t1 great ; "
-    assert text_of(encoder, encoder.encode([Row({"text": "new"})]).input_ids[0, 1:]) == "{prompt} new is"
+    assert (
+        text_of(encoder, encoder.encode([Row({"text": "new"})]).input_ids[0, 1:])
+        == "{prompt} new is"
+    )
     added = Encoder(tiny_bundle(tmp_path / "add", "llama", "add", max_length=200), odd)
     n = added.bundle.info.n_prompt_tokens
-    assert text_of(added, added.encode([Row({"text": "new"})]).input_ids[0, 1 + n :]).endswith("{prompt} new is")
+    assert text_of(added, added.encode([Row({"text": "new"})]).input_ids[0, 1 + n :]).endswith(
+        "{prompt} new is"
+    )
 
 
 def test_a_column_named_label_cannot_be_part_of_a_demonstration(bundle: Bundle) -> None:
     own = task().model_copy(update={"text": ["label"], "label": "y", "templates": {"masked": None, "span": None,
                                     "causal": "{label} is"}})  # fmt: skip
     assert Encoder(bundle, own).context_ids is not None
-    with pytest.raises(TaskError, match="a column of demonstrations cannot have the name 'label'; rename it"):
+    with pytest.raises(
+        TaskError, match="a column of demonstrations cannot have the name 'label'; rename it"
+    ):
         Encoder(bundle, own, [Row({"label": "a"}, 1)])
 
 
@@ -121,11 +138,15 @@ def test_chat_tokens_may_be_written_in_a_task_but_not_in_a_text(bundle: Bundle) 
     encoder = Encoder(bundle, chat, [Row({"text": "</s>"}, 0)])
     end = encoder._tokenizer.token_to_id("</s>")
     assert encoder.context_ids is not None
-    assert encoder.context_ids.tolist().count(end) == 2 + 1 + 2 + 1  # instruction, separator, template, separator
+    assert (
+        encoder.context_ids.tolist().count(end) == 2 + 1 + 2 + 1
+    )  # instruction, separator, template, separator
     (row,) = encoder.encode([Row({"text": "</s> <s>"})]).input_ids.tolist()
     assert row.count(end) == 2
     assert text_of(encoder, row[-3:]).endswith("is\n"), "a line break at the end stays"
-    assert text_of(encoder, encoder.label_token_ids[:1]) == "b", "and the label word behind it has no space"
+    assert text_of(encoder, encoder.label_token_ids[:1]) == "b", (
+        "and the label word behind it has no space"
+    )
 
 
 def test_a_row_is_truncated_to_what_the_context_leaves(bundle: Bundle) -> None:
@@ -133,24 +154,39 @@ def test_a_row_is_truncated_to_what_the_context_leaves(bundle: Bundle) -> None:
     assert encoder.context_ids is not None
     batch = encoder.encode([Row({"text": "a" * 1000})])
     assert batch.input_ids.shape[1] + len(encoder.context_ids) == 200
-    with pytest.raises(TaskError, match=r"template and context of task mood alone exceeds the 200 tokens .*; shorten"):
+    with pytest.raises(
+        TaskError,
+        match=r"template and context of task mood alone exceeds the 200 tokens .*; shorten",
+    ):
         Encoder(bundle, task(), ROWS * 3)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [("{text}", "needs {label} exactly once"), ("{label}", "has no text column"), ("{text} {x} {label}", "unknown")],
+    [
+        ("{text}", "needs {label} exactly once"),
+        ("{label}", "has no text column"),
+        ("{text} {x} {label}", "unknown"),
+    ],
 )
 def test_a_wrong_demonstration_template_is_refused(template: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_toml(TASK.replace("separator", f'template = "{template}"\nseparator'))
 
 
-# Choice ------------------------------------------------------------------------------------------------------
+# Choice
+# ------------------------------------------------------------------------------------------------------
 
 
-@given(classes=st.integers(2, 4), k=st.integers(1, 5), count=st.integers(0, 19), seed=st.integers(0, 99))
-def test_demonstrations_are_balanced_and_leave_the_other_rows(classes: int, k: int, count: int, seed: int) -> None:
+@given(
+    classes=st.integers(2, 4),
+    k=st.integers(1, 5),
+    count=st.integers(0, 19),
+    seed=st.integers(0, 99),
+)
+def test_demonstrations_are_balanced_and_leave_the_other_rows(
+    classes: int, k: int, count: int, seed: int
+) -> None:
     train = [Row({"text": str(i)}, i % classes) for i in range(classes * k)]
     if count >= len(train):
         with pytest.raises(DataError, match=f"--demonstrations {count} leaves none"):
@@ -171,13 +207,17 @@ def test_more_demonstrations_include_the_fewer() -> None:
     assert few != choose_demonstrations(ROWS, 2, 3, seed=6)[0]
 
 
-# A search ----------------------------------------------------------------------------------------------------
+# A search
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for split in ("train", "test"):
-        lines = [json.dumps({"text": f"{'up' if i % 2 else 'down'} {i}", "label": i % 2}) for i in range(40)]
+        lines = [
+            json.dumps({"text": f"{'up' if i % 2 else 'down'} {i}", "label": i % 2})
+            for i in range(40)
+        ]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     (tmp_path / "mood.toml").write_text(TASK)
     return tmp_path
@@ -188,10 +228,15 @@ def folder(tmp_path: Path) -> Path:
 def test_a_run_keeps_its_demonstrations(tiny: Any, folder: Path, method: str, mode: str) -> None:
     """So that `evaluate` and `predict` need neither the rows nor the settings of the search."""
     from bbt_accel import tune
-    from bbt_accel.inference import evaluate, predict
+    from bbt_accel.predict.inference import evaluate, predict
 
     settings = {"k_shot": 4, "demonstrations": 2, "budget": 8, "popsize": 4, "intrinsic_dim": 6}
-    options: dict[str, Any] = {"data": folder, "settings": settings, "progress": False, "output": folder / "run"}
+    options: dict[str, Any] = {
+        "data": folder,
+        "settings": settings,
+        "progress": False,
+        "output": folder / "run",
+    }
     run = tune(tiny("llama", method, mode), str(folder / "mood.toml"), **options)
     train, _ = load_few_shot(run.task, folder, run.info.settings)
     assert run.info.demonstrations == choose_demonstrations(train, 2, 2, run.info.settings.seed)[0]
@@ -217,12 +262,22 @@ def test_the_context_is_computed_once_for_all_calls(
     from bbt_accel import load_engine
 
     bundle = tiny("llama", "bbt", "cat")
-    shape = {"rows": 6, "text": 9, "labels": 3, "padding": "right", "decoder": None, "context": 5, "seed": 1}
+    shape = {
+        "rows": 6,
+        "text": 9,
+        "labels": 3,
+        "padding": "right",
+        "decoder": None,
+        "context": 5,
+        "seed": 1,
+    }
     rows, prompts = batch_of(bundle, shape), random_prompts(bundle, 3, 0)
     rows.input_ids[:, 0] = rows.input_ids[0, 0]  # one begin token
     with load_engine(bundle, "ort", threads=1, without=without) as engine:
         ran, run = [], engine.run  # type: ignore[attr-defined]
-        monkeypatch.setattr(engine, "run", lambda stage, *given: ran.append(stage) or run(stage, *given))
+        monkeypatch.setattr(
+            engine, "run", lambda stage, *given: ran.append(stage) or run(stage, *given)
+        )
         for part in (slice(0, 3), slice(3, 6)):
             with engine.bind(rows.rows(part)) as bound:
                 bound.label_logits(prompts)
@@ -236,7 +291,12 @@ def test_demonstrations_for_an_encoder_are_refused(folder: Path) -> None:
     from bbt_accel import tune
 
     with pytest.raises(UsageError, match="--demonstrations is for decoders"):
-        tune(search_bundle(folder / "b"), str(folder / "mood.toml"), data=folder, settings={"demonstrations": 2})
+        tune(
+            search_bundle(folder / "b"),
+            str(folder / "mood.toml"),
+            data=folder,
+            settings={"demonstrations": 2},
+        )
 
 
 def test_the_task_sets_the_number_and_the_command_line_overrides_it() -> None:

@@ -11,14 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
-from bbt_accel.data import Row, load_rows, rows_digest, task_folders
 from bbt_accel.errors import DataError, UsageError
-from bbt_accel.splits import few_shot
-from bbt_accel.tasks import load_task
-from bbt_accel.texts import read_texts
+from bbt_accel.predict.texts import read_texts
+from bbt_accel.tasks.data import Row, load_rows, rows_digest, task_folders
+from bbt_accel.tasks.splits import few_shot
+from bbt_accel.tasks.task import load_task
 
 SST2 = load_task("sst2")
-ROWS = [("good , really", 1), ("1984", 0), ('a "quoted"\nline', 1), ("2020-01-01", 0), ("", 1), ("NA", 0)]
+ROWS = [
+    ("good , really", 1),
+    ("1984", 0),
+    ('a "quoted"\nline', 1),
+    ("2020-01-01", 0),
+    ("", 1),
+    ("NA", 0),
+]
 
 
 def jsonl(file: Path, rows: list[dict[str, object]]) -> None:
@@ -38,9 +45,13 @@ def write(file: Path, labels_as_text: bool = False) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("labels_as_text", [False, True])
-def test_three_formats_give_the_same_rows(tmp_path: Path, suffix: str, labels_as_text: bool) -> None:
+def test_three_formats_give_the_same_rows(
+    tmp_path: Path, suffix: str, labels_as_text: bool
+) -> None:
     write(tmp_path / f"train.{suffix}", labels_as_text)
-    assert load_rows(SST2, "train", tmp_path) == [Row({"sentence": text}, label) for text, label in ROWS]
+    assert load_rows(SST2, "train", tmp_path) == [
+        Row({"sentence": text}, label) for text, label in ROWS
+    ]
 
 
 def test_test_falls_back_to_validation(tmp_path: Path) -> None:
@@ -83,7 +94,11 @@ def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
         (["-1.0", "0.0", "1.0"], [-1, 0, 1, "-1", "0.0", 1.0, "+1"], [0, 1, 2, 0, 1, 2, 2]),
         (["0.5", "1.0", "1.5", "2.0"], [2, 1.0, 0.5, "2.00"], [3, 1, 0, 3]),
         (["01", "1"], ["01", "1", 1], [0, 1, 1]),
-        (["9007199254740992", "9007199254740993"], [9007199254740993, "9007199254740992.0"], [1, 0]),
+        (
+            ["9007199254740992", "9007199254740993"],
+            [9007199254740993, "9007199254740992.0"],
+            [1, 0],
+        ),
     ],
 )
 def test_classes_that_are_numbers_are_found_in_every_form(
@@ -99,7 +114,10 @@ def test_classes_that_are_numbers_are_found_in_every_form(
 
 def test_a_number_is_no_index_where_a_class_may_be_meant_by_it(tmp_path: Path) -> None:
     task = SST2.model_copy(update={"classes": ["1 star", "2 stars"]})
-    jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": "1 star"}, {"sentence": "b", "label": 1}])
+    jsonl(
+        tmp_path / "train.jsonl",
+        [{"sentence": "a", "label": "1 star"}, {"sentence": "b", "label": 1}],
+    )
     with pytest.raises(DataError, match="row 2: label is 1, no class of task sst2"):
         load_rows(task, "train", tmp_path)
 
@@ -134,14 +152,26 @@ def test_bad_rows_are_named(tmp_path: Path, row: object, complaint: str) -> None
         ("train.csv", b"sentence,label\n", "has no rows"),
         ("train.csv", b"text,label\na,1\n", "has no column 'sentence'; it has 'text', 'label'"),
         ("train.csv", b"sentence,label\na,1,2\n", "cannot read"),
-        ("train.csv", b"sentence,label,label\na,1,0\n", "has 2 columns named 'label'; rename or remove one"),
-        ("train.jsonl", b'{"text": "a", "label": 1}', "has no column 'sentence'; it has 'text', 'label'"),
+        (
+            "train.csv",
+            b"sentence,label,label\na,1,0\n",
+            "has 2 columns named 'label'; rename or remove one",
+        ),
+        (
+            "train.jsonl",
+            b'{"text": "a", "label": 1}',
+            "has no column 'sentence'; it has 'text', 'label'",
+        ),
         ("train.jsonl", b'{"sentence": "a", ', "line 1 is not JSON"),
         ("train.jsonl", b'{"sentence": "\xff", "label": 1}', "cannot read"),
         ("train.jsonl", b'{"sentence": "a", "label": -1}', "no labelled rows"),
         ("train.jsonl", b'{"sentence": ' + b"[" * 100_000, "line 1 is not JSON"),
         ("train.jsonl", b'{"sentence": "a", "label": ' + b"1" * 5000 + b"}", "line 1 is not JSON"),
-        ("train.jsonl", json.dumps(dict.fromkeys(map(str, range(200_000)), 1)).encode(), "has no column"),
+        (
+            "train.jsonl",
+            json.dumps(dict.fromkeys(map(str, range(200_000)), 1)).encode(),
+            "has no column",
+        ),
         ("train.parquet", b"not parquet at all", "cannot read"),
         ("other.jsonl", b"", r"has no train\.jsonl \(or .*\); it holds other\.jsonl"),
     ],
@@ -185,7 +215,9 @@ def test_hub_failure_says_to_pass_data(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"nyu-mll/glue/sst2 from the hub .*no network.*pass --data DIR") as caught:
+    with pytest.raises(
+        DataError, match=r"nyu-mll/glue/sst2 from the hub .*no network.*pass --data DIR"
+    ) as caught:
         load_rows(SST2, "train")
     assert "\n" not in str(caught.value)
 
@@ -210,16 +242,26 @@ def test_task_without_hub_data_set_needs_data() -> None:
         load_rows(task, "train")
 
 
-@given(labels=st.lists(st.integers(0, 2), min_size=12), k=st.integers(1, 2), seed=st.integers(0, 2**32))
-def test_few_shot_takes_k_of_each_class_for_train_and_for_dev(labels: list[int], k: int, seed: int) -> None:
+@given(
+    labels=st.lists(st.integers(0, 2), min_size=12), k=st.integers(1, 2), seed=st.integers(0, 2**32)
+)
+def test_few_shot_takes_k_of_each_class_for_train_and_for_dev(
+    labels: list[int], k: int, seed: int
+) -> None:
     rows = [Row({"text": str(i)}, label) for i, label in enumerate(labels)]
     rarest = min(range(3), key=labels.count)
     if labels.count(rarest) < 2 * k:
-        with pytest.raises(DataError, match=f"class '{rarest}' has {labels.count(rarest)} rows.*needs {2 * k}"):
+        with pytest.raises(
+            DataError, match=f"class '{rarest}' has {labels.count(rarest)} rows.*needs {2 * k}"
+        ):
             few_shot(rows, 3, k, seed)
         return
     train, dev = few_shot(rows, 3, k, seed)
-    assert sorted(row.label or 0 for row in train) == sorted(row.label or 0 for row in dev) == sorted([0, 1, 2] * k)
+    assert (
+        sorted(row.label or 0 for row in train)
+        == sorted(row.label or 0 for row in dev)
+        == sorted([0, 1, 2] * k)
+    )
     assert len({row.fields["text"] for row in [*train, *dev]}) == 6 * k, "no row twice"
     assert (train, dev) == few_shot(rows, 3, k, seed), "the seed determines the rows"
 
@@ -228,7 +270,9 @@ def test_few_shot_refuses_labels_that_are_no_classes() -> None:
     rows = [Row({"text": str(i)}, i % 3) for i in range(100)]
     with pytest.raises(DataError, match=r"a row has the label 2, classes are 0\.\.1"):
         few_shot(rows, 2, 2, 1)
-    assert all(row.label is not None for row in few_shot([*rows, Row({"text": "unlabelled"})], 3, 2, 1)[0])
+    assert all(
+        row.label is not None for row in few_shot([*rows, Row({"text": "unlabelled"})], 3, 2, 1)[0]
+    )
     for n_classes, k in ((0, 2), (3, 0)):
         with pytest.raises(UsageError, match="must be at least 1"):
             few_shot(rows, n_classes, k, 1)
@@ -244,17 +288,29 @@ def test_digest_follows_content_and_order() -> None:
     digest = rows_digest(rows)
     assert digest == rows_digest(list(rows))
     assert (
-        len({digest, rows_digest(rows[::-1]), rows_digest(rows[:1]), rows_digest([rows[0], Row({"text": "b"})])}) == 4
+        len(
+            {
+                digest,
+                rows_digest(rows[::-1]),
+                rows_digest(rows[:1]),
+                rows_digest([rows[0], Row({"text": "b"})]),
+            }
+        )
+        == 4
     )
 
 
 def test_rows_of_the_only_task_may_lie_in_the_folder_itself(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", [{"sentence": "good", "label": 1}])
     assert task_folders(tmp_path, ["sst2"]) == {"sst2": str(tmp_path)}
-    assert task_folders(tmp_path / "train.jsonl", ["sst2"]) == {"sst2": str(tmp_path / "train.jsonl")}
+    assert task_folders(tmp_path / "train.jsonl", ["sst2"]) == {
+        "sst2": str(tmp_path / "train.jsonl")
+    }
     several = {name: str(tmp_path / name) for name in ("sst2", "rte")}
     assert task_folders(tmp_path, list(several)) == several
     assert task_folders(tmp_path / "none", ["sst2"]) == {"sst2": str(tmp_path / "none" / "sst2")}
     assert task_folders(None, ["sst2"]) == {"sst2": None}
     (tmp_path / "sst2").mkdir()
-    assert task_folders(tmp_path, ["sst2"]) == {"sst2": str(tmp_path / "sst2")}, "a folder of its own comes first"
+    assert task_folders(tmp_path, ["sst2"]) == {"sst2": str(tmp_path / "sst2")}, (
+        "a folder of its own comes first"
+    )

@@ -1,4 +1,6 @@
-"""The graphs before and after the backbone on a device, and PyTorch's own batch statistics, against numpy's."""
+"""The graphs before and after the backbone on a device, and PyTorch's own batch statistics, against
+numpy's.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbt_accel import Objective, Projection
+from bbt_accel.core.objective import batch_statistics
 from bbt_accel.errors import NonFiniteLoss
-from bbt_accel.exporters import device_graphs
-from bbt_accel.objective import batch_statistics
+from bbt_accel.exporters.trace import device_graphs
 
 many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 GRAPHS = ("project", "statistics")
@@ -43,7 +45,9 @@ def scored(draw: st.DrawFn, special: tuple[float, ...] = ()) -> tuple[np.ndarray
     """Logits (P, N, C), with repeated values, and targets (N,)."""
     P, N, C = draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    logits = rng.standard_normal((P, N, C)).astype(np.float32) * np.float32(draw(st.sampled_from((0.1, 3.0, 1e4))))
+    logits = rng.standard_normal((P, N, C)).astype(np.float32) * np.float32(
+        draw(st.sampled_from((0.1, 3.0, 1e4)))
+    )
     if draw(st.booleans()):
         logits = logits.round(0)
     for value in special:
@@ -51,12 +55,19 @@ def scored(draw: st.DrawFn, special: tuple[float, ...] = ()) -> tuple[np.ndarray
     return logits, rng.integers(0, C, N)
 
 
-def statistics_of(sessions: dict[str, Any], logits: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+def statistics_of(
+    sessions: dict[str, Any], logits: np.ndarray, targets: np.ndarray
+) -> list[np.ndarray]:
     """Those of the graph, and of PyTorch."""
     classes = np.arange(logits.shape[2], dtype=np.float32)
     one_hot = np.eye(logits.shape[2], dtype=np.float32)[targets]
-    (graph,) = sessions["statistics"].run(None, {"label_logits": logits, "targets": one_hot, "classes": classes})
-    return [graph, device_graphs.batch_statistics(*map(torch.from_numpy, (logits, one_hot, classes))).numpy()]
+    (graph,) = sessions["statistics"].run(
+        None, {"label_logits": logits, "targets": one_hot, "classes": classes}
+    )
+    return [
+        graph,
+        device_graphs.batch_statistics(*map(torch.from_numpy, (logits, one_hot, classes))).numpy(),
+    ]
 
 
 def test_they_are_valid_and_of_the_bundles_opset(tiny: Export, folder: Path) -> None:
@@ -68,7 +79,9 @@ def test_they_are_valid_and_of_the_bundles_opset(tiny: Export, folder: Path) -> 
 
 @many
 @given(case=scored())
-def test_batch_statistics_are_those_of_numpy(sessions: dict[str, Any], case: tuple[np.ndarray, np.ndarray]) -> None:
+def test_batch_statistics_are_those_of_numpy(
+    sessions: dict[str, Any], case: tuple[np.ndarray, np.ndarray]
+) -> None:
     """Counts exactly, equal logits included; losses within fp32."""
     logits, targets = case
     wanted = batch_statistics(logits, targets)
@@ -94,9 +107,13 @@ def test_batch_statistics_reveal_logits_that_are_not_finite(
 
 @many
 @given(count=st.integers(1, 20), dim=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
-def test_a_projection_is_that_of_numpy(tiny: Export, sessions: dict[str, Any], count: int, dim: int, seed: int) -> None:
+def test_a_projection_is_that_of_numpy(
+    tiny: Export, sessions: dict[str, Any], count: int, dim: int, seed: int
+) -> None:
     rng, (n, hidden) = np.random.default_rng(seed), tiny("roberta", "bbt", "add").info.prompt_shape
     projection = Projection.normal(rng, dim, n, hidden, 0.3, p0=rng.standard_normal(n * hidden))
     z = rng.standard_normal((count, dim), dtype=np.float32)
-    (found,) = sessions["project"].run(None, {"z": z, "matrix": projection.matrix, "p0": projection.p0})
+    (found,) = sessions["project"].run(
+        None, {"z": z, "matrix": projection.matrix, "p0": projection.p0}
+    )
     np.testing.assert_allclose(found, projection.prompts(z), rtol=0, atol=1e-5)

@@ -1,4 +1,6 @@
-"""README.md, docs/ and CONTRIBUTING.md say what the program has: tables, commands, options, files, links, examples."""
+"""README.md, docs/ and CONTRIBUTING.md say what the program has: tables, commands, options, files,
+links, examples.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ import pytest
 import typer
 from conftest import Export
 
-from bbt_accel.cli import app
-from bbt_accel.engine_specs import ENGINES, engine_names
-from bbt_accel.tasks import load_task, task_names
+from bbt_accel.cli.commands import app
+from bbt_accel.core.engine_specs import ENGINES, engine_names
+from bbt_accel.tasks.task import load_task, task_names
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "README.md"
-PAGES = {file: file.read_text(encoding="utf-8") for file in [START, *sorted((ROOT / "docs").rglob("*.md"))]}
+PAGES = {
+    file: file.read_text(encoding="utf-8")
+    for file in [START, *sorted((ROOT / "docs").rglob("*.md"))]
+}
 CONTRIBUTING = {file: file.read_text(encoding="utf-8") for file in [ROOT / "CONTRIBUTING.md"]}
 OTHER_PROGRAMS = re.compile(r"^(python3?|pip|npm|docker|curl) .*", re.M)
 cli: Any = typer.main.get_command(app)
@@ -48,18 +53,29 @@ def commands(text: str) -> list[str]:
     """Every `bbt-accel ...` of a document, in code blocks and in lines of text."""
     lines = [line for block in blocks(text) for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`(bbt-accel [^`]+)`", text)
-    return [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?bbt-accel ", line)]
+    return [
+        line.removeprefix(".venv/bin/")
+        for line in lines
+        if re.match(r"(\.venv/bin/)?bbt-accel ", line)
+    ]
 
 
 def options(command: str) -> set[str]:
-    return {name for parameter in COMMANDS[command].params for name in parameter.opts} | {"--help", "--debug"}
+    return {name for parameter in COMMANDS[command].params for name in parameter.opts} | {
+        "--help",
+        "--debug",
+    }
 
 
-@pytest.mark.parametrize("line", sorted({line for page in (PAGES | CONTRIBUTING).values() for line in commands(page)}))
+@pytest.mark.parametrize(
+    "line", sorted({line for page in (PAGES | CONTRIBUTING).values() for line in commands(page)})
+)
 def test_commands_and_their_options_exist(line: str) -> None:
     words = shlex.split(line)[1:]
     if words[0].startswith("-"):
-        assert words[0] in {name for parameter in cli.params for name in parameter.opts} | {"--help"}
+        assert words[0] in {name for parameter in cli.params for name in parameter.opts} | {
+            "--help"
+        }
         return
     assert words[0] in COMMANDS
     assert {word for word in words[1:] if re.match("--?[a-z]", word)} <= options(words[0])
@@ -74,13 +90,17 @@ def test_options_named_alone_exist() -> None:
     known = set().union(*map(options, COMMANDS), *(parameter.opts for parameter in cli.params))
     for file, text in PAGES.items():
         if file.name != "from-black-box-tuning.md":  # which names those of the original
-            assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", OTHER_PROGRAMS.sub("", text))) <= known, file
+            assert (
+                set(re.findall(r"(?<![\w-])--[a-z][\w-]+", OTHER_PROGRAMS.sub("", text))) <= known
+            ), file
 
 
 def test_options_that_replace_those_of_the_original_exist() -> None:
     for row in table("original"):
         for command, names in re.findall(r"`(\w+)((?: --?[\w-]+)+)", row["here"]):
-            assert {name for name in names.split() if name.startswith("-")} <= options(command), row["here"]
+            assert {name for name in names.split() if name.startswith("-")} <= options(command), (
+                row["here"]
+            )
     same = next(row["original"] for row in table("original") if "same names" in row["here"])
     assert {name.replace("_", "-") for name in re.findall(r"--\w+", same)} <= options("tune")
 
@@ -89,17 +109,23 @@ def test_table_of_families() -> None:
     pytest.importorskip("torch")
     from tiny_backbones import BACKBONES, RELATIVES, VARIANTS
 
-    from bbt_accel.exporters.families import FAMILIES
+    from bbt_accel.exporters.families.registry import FAMILIES
 
     rows = table("`model_type`")
-    assert {row["`model_type`"]: row["class"] for row in rows} == {s.model_type: s.class_name for s in FAMILIES}
+    assert {row["`model_type`"]: row["class"] for row in rows} == {
+        s.model_type: s.class_name for s in FAMILIES
+    }
     of_class = {spec.class_name: spec.model_type for spec in FAMILIES}
-    tested = {(of_class[BACKBONES[name][1]], method, mode) for name, method, mode in VARIANTS + RELATIVES}
+    tested = {
+        (of_class[BACKBONES[name][1]], method, mode) for name, method, mode in VARIANTS + RELATIVES
+    }
     for row in rows:
         for method, mode in (("bbt", "add"), ("bbt", "cat"), ("bbtv2", "add")):
             wanted = "yes" if (row["`model_type`"], method, mode) in tested else "untested"
             assert row[f"{method}, {mode}"] == wanted, row
-        assert {name for name in engine_names() if row.get(name) == "yes"} == set(engine_names()) - {"remote"}, row
+        assert {name for name in engine_names() if row.get(name) == "yes"} == set(
+            engine_names()
+        ) - {"remote"}, row
 
 
 def test_table_of_engines() -> None:
@@ -118,32 +144,42 @@ def test_table_of_engines() -> None:
 def test_table_of_extras() -> None:
     import tomllib
 
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     rows = {row["extra"].strip("`"): row["brings"] for row in table("extra")}
     assert set(rows) == set(extras) - {"docs", "test", "dev"}
     for name, brings in rows.items():
-        assert set(brings.split(", ")) == {re.split("[>=;]", need)[0] for need in extras[name]}, name
+        assert set(brings.split(", ")) == {re.split("[>=;]", need)[0] for need in extras[name]}, (
+            name
+        )
 
 
 def test_optimizations_and_tasks_are_named() -> None:
-    from bbt_accel.optimizations import OPTIMIZATIONS
+    from bbt_accel.core.optimizations import OPTIMIZATIONS
 
     described = {row["optimization"].strip("`"): row[""] for row in table("optimization")}
     assert described.keys() == OPTIMIZATIONS.keys()
     for name, optimization in OPTIMIZATIONS.items():
         assert described[name].endswith(optimization.what)
-    (listed,) = [found for page in PAGES.values() for found in re.findall(r"Built-in tasks: ([\w, ]+) \(", page)]
+    (listed,) = [
+        found
+        for page in PAGES.values()
+        for found in re.findall(r"Built-in tasks: ([\w, ]+) \(", page)
+    ]
     assert {*listed.split(", "), "demo"} == set(task_names())
 
 
 def test_the_start_page_names_every_backbone_and_engine() -> None:
     pytest.importorskip("torch")
-    from bbt_accel.exporters.families import FAMILIES
+    from bbt_accel.exporters.families.registry import FAMILIES
 
     lines = re.findall(r"^\| ([\w -]+) \| ([\w, -]+) \|$", PAGES[START], re.M)
     found = {title: set(names.split(", ")) for title, names in lines}
     for architecture in ("encoder", "encoder-decoder", "decoder"):
-        assert found[f"{architecture}s"] == {s.model_type for s in FAMILIES if s.architecture == architecture}
+        assert found[f"{architecture}s"] == {
+            s.model_type for s in FAMILIES if s.architecture == architecture
+        }
     for title, device in (("engines on a CPU", "cpu"), ("engines on an NVIDIA GPU", "cuda")):
         local = [spec for spec in ENGINES if not spec.internal and not spec.remote]
         assert found[title] == {spec.name for spec in local if device in spec.backends}
@@ -154,7 +190,12 @@ def test_the_start_page_is_short() -> None:
 
 
 def test_task_example_loads(tmp_path: Path) -> None:
-    (tickets,) = [text for page in PAGES.values() for text in blocks(page, "toml") if 'name = "tickets"' in text]
+    (tickets,) = [
+        text
+        for page in PAGES.values()
+        for text in blocks(page, "toml")
+        if 'name = "tickets"' in text
+    ]
     (tmp_path / "tickets.toml").write_text(tickets, encoding="utf-8")
     task = load_task(tmp_path / "tickets.toml")
     assert (task.n_classes, task.text) == (3, ["subject", "body"])
@@ -166,34 +207,51 @@ def test_the_schema_of_a_task_takes_every_example_and_refuses_a_misspelled_key()
     jsonschema = pytest.importorskip("jsonschema")
     import tomllib
 
-    from bbt_accel.tasks import FOLDER, Task
+    from bbt_accel.tasks.task import FOLDER, Task
 
     schema = jsonschema.Draft202012Validator(Task.model_json_schema())
     written = [file.read_text(encoding="utf-8") for file in FOLDER.glob("*.toml")]
-    written += [text for page in PAGES.values() for text in blocks(page, "toml") if 'name = "tickets"' in text]
+    written += [
+        text
+        for page in PAGES.values()
+        for text in blocks(page, "toml")
+        if 'name = "tickets"' in text
+    ]
     for text in written:
         task = tomllib.loads(text)
         assert schema.is_valid(task), task["name"]
         assert not schema.is_valid({**task, "metrik": "f1"})
-        assert not schema.is_valid({name: value for name, value in task.items() if name != "templates"})
+        assert not schema.is_valid(
+            {name: value for name, value in task.items() if name != "templates"}
+        )
 
 
-@pytest.mark.parametrize("name", re.findall(r"generated: fields (\S+)", PAGES[ROOT / "docs/reference/files.md"]))
+@pytest.mark.parametrize(
+    "name", re.findall(r"generated: fields (\S+)", PAGES[ROOT / "docs/reference/files.md"])
+)
 def test_every_field_of_a_file_is_described(name: str) -> None:
     schema = resolve_name(name).model_json_schema()
     models = {name: schema, **schema.get("$defs", {})}
-    fields = {f"{m}.{f}": about for m, model in models.items() for f, about in model.get("properties", {}).items()}
+    fields = {
+        f"{m}.{f}": about
+        for m, model in models.items()
+        for f, about in model.get("properties", {}).items()
+    }
     assert fields
     assert [field for field, about in fields.items() if not about.get("description")] == []
 
 
 def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
-    from bbt_accel.sweeps.grid import read_sweep
+    from bbt_accel.benchmarks.sweep.grid import read_sweep
 
     text = section("sweep: ")
     (tmp_path / "sweep.toml").write_text(blocks(text, "toml")[0], encoding="utf-8")
     found, words = read_sweep(tmp_path / "sweep.toml", {}), shlex.split(commands(text)[0])
-    for option, values in (("--bundles", found.bundles), ("--tasks", found.tasks), ("--seeds", found.seeds)):
+    for option, values in (
+        ("--bundles", found.bundles),
+        ("--tasks", found.tasks),
+        ("--seeds", found.seeds),
+    ):
         assert words[words.index(option) + 1] == ",".join(map(str, values))
     assert {name: str(value) for name, value in found.settings.items()} == {
         name: words[words.index(f"--{name}") + 1] for name in ("budget", "readout")
@@ -202,7 +260,9 @@ def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
 
 def test_files_named_exist() -> None:
     for file, text in (PAGES | CONTRIBUTING).items():
-        for name in re.findall(r"`((?:exporters|engines|bbt_accel|tests|benchmarks)/[\w/.]+\.py)`", text):
+        for name in re.findall(
+            r"`((?:exporters|engines|bbt_accel|tests|benchmarks)/[\w/.]+\.py)`", text
+        ):
             assert "NAME" in name or (ROOT / name).exists(), (file, name)
 
 
@@ -221,7 +281,10 @@ def test_links_lead_somewhere() -> None:
                 continue
             there = (file.parent / name).resolve() if name else file
             assert there.exists(), (file, target)
-            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), (file, target)
+            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), (
+                file,
+                target,
+            )
             found += 1
     assert found > 50
 
@@ -230,20 +293,26 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for file in [*PAGES, *(ROOT / "docs").rglob("*.ipynb")]:
         if file != START:
-            assert f"{file.relative_to(ROOT / 'docs').with_suffix('.md').as_posix()}\n" in navigation, file
+            assert (
+                f"{file.relative_to(ROOT / 'docs').with_suffix('.md').as_posix()}\n" in navigation
+            ), file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [file for file, text in PAGES.items() if blocks(text, "python")], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "file", [file for file, text in PAGES.items() if blocks(text, "python")], ids=lambda f: f.name
+)
 def test_python_blocks_run_as_printed(
     file: Path, tiny: Export, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after the other, as a reader would; but with a tiny backbone in place of the demo's, and few calls."""
+    """One after the other, as a reader would; but with a tiny backbone in place of the demo's, and
+    few calls.
+    """
     pytest.importorskip("onnxruntime")
     if file.name == "tutorial.md":
         pytest.skip("its blocks run when the site is built")
-    from bbt_accel import bundle_cache
-    from bbt_accel.exporters import export
+    from bbt_accel.exporters.trace import export
+    from bbt_accel.predict import bundle_cache
 
     tiny("roberta")
     best = {"engine": "ort", "device": "cpu", "precision": "fp32", "reason": ""}
@@ -275,5 +344,8 @@ def means(text: str) -> list[dict[str, str]]:
     """The rows of the table at the start of a text: task → its score, without the deviation."""
     header, _, *rows = [line.strip("|").split("|") for line in text.split("\n\n")[0].splitlines()]
     tasks = [name.split()[0] if name.strip() else "" for name in header]
-    found = [{task: cell.split()[0] for task, cell in zip(tasks, row, strict=True) if cell.strip()} for row in rows]
+    found = [
+        {task: cell.split()[0] for task, cell in zip(tasks, row, strict=True) if cell.strip()}
+        for row in rows
+    ]
     return [{task: row[task] for task in tasks if task in {*task_names(), "mean"}} for row in found]

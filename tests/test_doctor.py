@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from bbt_accel import bundle_cache, doctor
+from bbt_accel.core import doctor
 from bbt_accel.errors import UsageError
-from bbt_accel.machine import Machine, dependencies, describe_machine
+from bbt_accel.io.machine import Machine, dependencies, describe_machine
+from bbt_accel.predict import bundle_cache
 
 NOTHING = dict.fromkeys(doctor.versions())
 TORCH = dict.fromkeys(("torch", "transformers"), "2")
@@ -25,7 +26,15 @@ def test_the_diagnosis_is_json() -> None:
     assert set(dependencies()) <= set(diagnosis["versions"])
     assert diagnosis["machine"]["cores"] >= 1
     assert any("have not been run on a GPU" in note for note in diagnosis["notes"])
-    engines = {"torch (cpu)", "torch (cuda)", "ort (cpu)", "ort (cuda)", "openvino", "trt", "remote"}
+    engines = {
+        "torch (cpu)",
+        "torch (cuda)",
+        "ort (cpu)",
+        "ort (cuda)",
+        "openvino",
+        "trt",
+        "remote",
+    }
     assert engines <= set(diagnosis["engines"])
     assert {"engine", "precision", "reason"} <= set(diagnosis["recommended"])
 
@@ -37,39 +46,109 @@ def test_a_bare_installation_names_the_extra_of_each_engine() -> None:
     assert [state["install"] for state in engines.values()][: len(extras)] == [
         f'pip install "bbt-accel[{extra}]"' for extra in extras
     ]
-    assert engines["trt"]["reason"].startswith("tensorrt or tensorrt-rtx-cu13 and cuda-python not installed; no NVIDIA")
+    assert engines["trt"]["reason"].startswith(
+        "tensorrt or tensorrt-rtx-cu13 and cuda-python not installed; no NVIDIA"
+    )
 
 
 def test_engines_of_a_machine_with_a_gpu() -> None:
     found = NOTHING | dict.fromkeys(("onnxruntime-gpu", "tensorrt-rtx-cu13", "cuda-python"), "1")
     engines = doctor.engines(found, ["NVIDIA X"], [doctor.CUDA])
-    assert {name for name, state in engines.items() if state["runs"]} == {"ort (cpu)", "ort (cuda)", "trt"}
+    assert {name for name, state in engines.items() if state["runs"]} == {
+        "ort (cpu)",
+        "ort (cuda)",
+        "trt",
+    }
     without_gpu = doctor.engines(found, [], [])
-    assert without_gpu["trt"] == {"runs": False, "reason": "no NVIDIA GPU found (nvidia-smi)", "install": None}
+    assert without_gpu["trt"] == {
+        "runs": False,
+        "reason": "no NVIDIA GPU found (nvidia-smi)",
+        "install": None,
+    }
 
 
 @pytest.mark.parametrize(
     ("engine", "packages", "gpu", "reason", "install"),
     [
-        ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 9.0", "does not support compute capability 9.0", "tensorrt"),
-        ("trt", {"tensorrt-rtx-cu13": "1.7"}, "570.12, 8.9", "needs NVIDIA's driver 580 or later, not 570.12", None),
-        ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 7.0", "needs compute capability 7.5, not 7.0", None),
+        (
+            "trt",
+            {"tensorrt-rtx-cu13": "1.7"},
+            "580.65, 9.0",
+            "does not support compute capability 9.0",
+            "tensorrt",
+        ),
+        (
+            "trt",
+            {"tensorrt-rtx-cu13": "1.7"},
+            "570.12, 8.9",
+            "needs NVIDIA's driver 580 or later, not 570.12",
+            None,
+        ),
+        (
+            "trt",
+            {"tensorrt-rtx-cu13": "1.7"},
+            "580.65, 7.0",
+            "needs compute capability 7.5, not 7.0",
+            None,
+        ),
         ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 8.9", "installed", None),
         ("trt", {"tensorrt": "11.4"}, "580.65, 9.0", "installed", None),
-        ("trt", {"tensorrt": "11.4"}, "570.12, 9.0", "tensorrt 11.4 needs NVIDIA's driver 580", '"cuda-python<13"'),
-        ("trt", {"tensorrt": "10.13.2.6"}, "570.12, 9.0", "needs NVIDIA's driver 580", '"cuda-python<13"'),
-        ("trt", {"tensorrt": "10.13.0.35", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
+        (
+            "trt",
+            {"tensorrt": "11.4"},
+            "570.12, 9.0",
+            "tensorrt 11.4 needs NVIDIA's driver 580",
+            '"cuda-python<13"',
+        ),
+        (
+            "trt",
+            {"tensorrt": "10.13.2.6"},
+            "570.12, 9.0",
+            "needs NVIDIA's driver 580",
+            '"cuda-python<13"',
+        ),
+        (
+            "trt",
+            {"tensorrt": "10.13.0.35", "cuda-python": "12.9"},
+            "570.12, 9.0",
+            "installed",
+            None,
+        ),
         ("trt", {"tensorrt-cu13": "11.4"}, "580.65, 9.0", "installed", None),
         ("trt", {"tensorrt-cu13": "11.4"}, "570.12, 9.0", "needs NVIDIA's driver 580", None),
         ("trt", {"tensorrt-cu12": "11.4", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
         ("trt", {"tensorrt": "10.9", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
-        ("ort (cuda)", {"onnxruntime-gpu": "1.32.0"}, "570.12, 9.0", "needs NVIDIA's driver 580 or later", None),
-        ("ort (cuda)", {"onnxruntime-gpu": "1.27.0"}, "570.12, 9.0", "needs NVIDIA's driver 580 or later", None),
+        (
+            "ort (cuda)",
+            {"onnxruntime-gpu": "1.32.0"},
+            "570.12, 9.0",
+            "needs NVIDIA's driver 580 or later",
+            None,
+        ),
+        (
+            "ort (cuda)",
+            {"onnxruntime-gpu": "1.27.0"},
+            "570.12, 9.0",
+            "needs NVIDIA's driver 580 or later",
+            None,
+        ),
         ("ort (cuda)", {"onnxruntime-gpu": "1.26.0"}, "570.12, 9.0", "installed", None),
-        ("torch (cuda)", {"torch": "2.9.0+cpu"}, "580.65, 9.0", "this PyTorch has no CUDA", "torch"),
+        (
+            "torch (cuda)",
+            {"torch": "2.9.0+cpu"},
+            "580.65, 9.0",
+            "this PyTorch has no CUDA",
+            "torch",
+        ),
         ("torch (cuda)", {"torch": "2.9.0"}, "580.65, 9.0", "installed", None),
         ("torch (cuda)", {"torch": "2.9.0"}, "470.1", "installed", None),
-        ("torch (cuda)", {"torch": "2.13.0"}, "570.12, 9.0", "torch 2.13.0 needs NVIDIA's driver", '"torch<2.11"'),
+        (
+            "torch (cuda)",
+            {"torch": "2.13.0"},
+            "570.12, 9.0",
+            "torch 2.13.0 needs NVIDIA's driver",
+            '"torch<2.11"',
+        ),
         ("torch (cuda)", {"torch": "2.13.0+cu126"}, "570.12, 9.0", "installed", None),
         ("torch (cuda)", {"torch": "2.13.0"}, "580.65, 9.0", "installed", None),
     ],
@@ -88,7 +167,10 @@ def test_an_onnxruntime_without_cuda_does_not_run_on_a_gpu() -> None:
     found = NOTHING | {"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"}
     state = doctor.engines(found, ["X"], ["CPUExecutionProvider"])["ort (cuda)"]
     assert not state["runs"]
-    assert state["install"] == 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "bbt-accel[gpu]"'
+    assert (
+        state["install"]
+        == 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "bbt-accel[gpu]"'
+    )
 
 
 def test_the_cpu_package_is_uninstalled_before_the_gpu_package_is_installed() -> None:
@@ -103,7 +185,9 @@ def test_the_cpu_package_is_uninstalled_before_the_gpu_package_is_installed() ->
 def recommended(
     found: dict[str, Any], features: tuple[str, ...] = (), gpus: tuple[str, ...] = ()
 ) -> doctor.Recommendation:
-    machine = Machine(system="", cpu="", cores=1, features=list(features), memory_gib=None, gpus=list(gpus))
+    machine = Machine(
+        system="", cpu="", cores=1, features=list(features), memory_gib=None, gpus=list(gpus)
+    )
     return doctor.recommend(machine, doctor.engines(NOTHING | found, gpus, [doctor.CUDA]))
 
 
@@ -122,7 +206,9 @@ def test_the_fastest_precision_follows_from_the_instruction_sets(
 ) -> None:
     found = recommended(CPU, features)
     assert (found["engine"], found["device"], found["precision"]) == (engine, "cpu", precision)
-    assert ("--bf16 is slower but needs no calibration" in found["reason"]) == (features == ("AVX-512 VNNI", "bf16"))
+    assert ("--bf16 is slower but needs no calibration" in found["reason"]) == (
+        features == ("AVX-512 VNNI", "bf16")
+    )
     flag = "" if precision == "fp32" else f" --{precision}"
     assert found["command"] == f"bbt-accel optimize BUNDLE -o OPTIMIZED --target openvino{flag}"
 
@@ -138,7 +224,11 @@ def test_a_faster_engine_that_is_not_installed_is_named() -> None:
     assert (found["engine"], found["device"], found["precision"]) == ("ort", "cuda", "fp16")
     assert 'trt in fp16 is faster: pip install "bbt-accel[trt]"' in found["reason"]
     found = recommended({"tensorrt": "10.12", "cuda-python": "13"}, gpus=("X",))
-    assert (found["engine"], found["precision"], "install" in found["reason"]) == ("trt", "fp16", False)
+    assert (found["engine"], found["precision"], "install" in found["reason"]) == (
+        "trt",
+        "fp16",
+        False,
+    )
     found = recommended(TORCH)
     assert (found["engine"], found["precision"]) == ("openvino", "fp32")
     assert 'to run it: pip install "bbt-accel[openvino]"' in found["reason"]
@@ -192,14 +282,20 @@ def test_packages_that_do_not_fit_each_other() -> None:
     ],
 )
 def test_a_fit_runs_on_the_fastest_engine_of_what_is_given(
-    monkeypatch: pytest.MonkeyPatch, engine: str, precision: Any, gpu: bool, wanted: tuple[str, str, str]
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    precision: Any,
+    gpu: bool,
+    wanted: tuple[str, str, str],
 ) -> None:
     found = CPU | ({"onnxruntime": None, "onnxruntime-gpu": "1.32"} if gpu else {})
     diagnosed(monkeypatch, found, ["X"] if gpu else [])
     assert bundle_cache.choose(engine, precision)[:3] == wanted
 
 
-def test_a_fit_runs_a_named_engine_on_the_gpu_though_another_is_faster_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_runs_a_named_engine_on_the_gpu_though_another_is_faster_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     trt = {"onnxruntime": None, "onnxruntime-gpu": "1.32", "tensorrt": "11.4", "cuda-python": "13"}
     diagnosed(monkeypatch, CPU | trt, ["X"])
     assert bundle_cache.choose()[:3] == ("trt", "cuda", "fp16")
@@ -209,16 +305,24 @@ def test_a_fit_runs_a_named_engine_on_the_gpu_though_another_is_faster_there(mon
 
 def diagnosed(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], gpus: list[str]) -> None:
     """What doctor says of a processor with these packages and GPUs."""
-    machine = Machine(system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gib=None, gpus=gpus)
+    machine = Machine(
+        system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gib=None, gpus=gpus
+    )
     states = doctor.engines(NOTHING | found, gpus, [doctor.CUDA])
     diagnosis = {"recommended": doctor.recommend(machine, states), "engines": states}
     monkeypatch.setattr(bundle_cache, "diagnose", lambda: diagnosis)
 
 
-def test_a_precision_that_no_engine_here_runs_in_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_that_no_engine_here_runs_in_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     states = doctor.engines(NOTHING, [], [])
     monkeypatch.setattr(
-        bundle_cache, "diagnose", lambda: {"recommended": {"engine": "ort", "precision": "fp32"}, "engines": states}
+        bundle_cache,
+        "diagnose",
+        lambda: {"recommended": {"engine": "ort", "precision": "fp32"}, "engines": states},
     )
-    with pytest.raises(UsageError, match="no engine of this machine runs in int4; see bbt-accel doctor"):
+    with pytest.raises(
+        UsageError, match="no engine of this machine runs in int4; see bbt-accel doctor"
+    ):
         bundle_cache.choose("auto", "int4")

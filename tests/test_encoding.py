@@ -1,4 +1,6 @@
-"""From rows to token ids: templates, special tokens, where the readout is, what is cut off, and what is refused."""
+"""From rows to token ids: templates, special tokens, where the readout is, what is cut off, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_bundles import bundle_info, tiny_bundle
 
-from bbt_accel import encoding
-from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row
-from bbt_accel.encoding import Encoder
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.label_words import distinct_words
 from bbt_accel.errors import BundleError, DataError, TaskError
-from bbt_accel.label_words import distinct_words
-from bbt_accel.tasks import Task, load_task
+from bbt_accel.tasks import encoding
+from bbt_accel.tasks.data import Row
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.task import Task, load_task
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 SST2 = load_task("sst2")
@@ -69,7 +71,9 @@ def test_any_text_gives_a_valid_batch(family: str, mode: str, texts: list[str]) 
             assert readout == length - 1
         if info.template_group == "span":
             assert (readout, row[-2:]) == (1, [special.mask, special.end])
-        first = {"causal": 0, "span": row.index(1000) if 1000 in row else -1}.get(info.template_group, 1)
+        first = {"causal": 0, "span": row.index(1000) if 1000 in row else -1}.get(
+            info.template_group, 1
+        )
         assert (row[first : first + 10] == list(range(1000, 1010))) == (mode == "add")
 
 
@@ -78,7 +82,10 @@ def test_any_text_gives_a_valid_batch(family: str, mode: str, texts: list[str]) 
 @given(first=TEXTS, second=TEXTS)
 def test_truncation_keeps_template_prompt_and_end(family: str, first: str, second: str) -> None:
     enc = encoder(family, "add", pair=True)
-    row, empty = Row({"sentence1": first, "sentence2": second}), Row({"sentence1": "", "sentence2": ""})
+    row, empty = (
+        Row({"sentence1": first, "sentence2": second}),
+        Row({"sentence1": "", "sentence2": ""}),
+    )
     ids = enc.encode([row]).input_ids[0].tolist()
     template = enc.encode([empty]).input_ids[0].tolist()
     assert len(ids) <= 64
@@ -91,12 +98,16 @@ def test_truncation_keeps_template_prompt_and_end(family: str, first: str, secon
 @settings(max_examples=20, deadline=None)
 @given(text=TEXTS | st.text("ab é😀 <>", min_size=64))
 @example(text="abba 😀é " * 40)
-def test_truncation_removes_the_last_tokens_of_a_text_and_changes_no_other(family: str, mode: str, text: str) -> None:
+def test_truncation_removes_the_last_tokens_of_a_text_and_changes_no_other(
+    family: str, mode: str, text: str
+) -> None:
     enc = encoder(family, mode)
     row = Row({"sentence": text})
     whole, found = enc.ids([enc.fields(row)])[0], enc.encode([row]).input_ids[0].tolist()
     assert len(found) == min(len(whole), enc.limit), "no token is wasted"
-    end = len(shared_beginning(*(enc.ids([{"sentence": text}])[0][::-1] for text in "ab")))  # of the template
+    end = len(
+        shared_beginning(*(enc.ids([{"sentence": text}])[0][::-1] for text in "ab"))
+    )  # of the template
     kept = len(found) - end
     assert found == whole[:kept] + whole[len(whole) - end :]
 
@@ -106,16 +117,26 @@ def test_truncation_removes_the_last_tokens_of_a_text_and_changes_no_other(famil
 @settings(max_examples=20, deadline=None)
 @given(first=TEXTS | st.text("ab 7é", min_size=30), second=TEXTS | st.text("ab 7é", min_size=30))
 @example(first="7 " * 40, second="ab " * 40)
-def test_the_longer_text_of_a_pair_is_truncated_first(family: str, mode: str, first: str, second: str) -> None:
+def test_the_longer_text_of_a_pair_is_truncated_first(
+    family: str, mode: str, first: str, second: str
+) -> None:
     enc = encoder(family, mode, pair=True)
     row = Row({"sentence1": first, "sentence2": second})
     tokens, found = enc.tokens(enc.fields(row)), enc.encode([row]).input_ids[0].tolist()
     assert [token for token, _ in tokens] == enc.ids([enc.fields(row)])[0]
     own = [[token for token, place in tokens if place == i] for i in range(2)]
     rest = len(tokens) - sum(map(len, own))
-    lengths = [(i, min(len(tokens), enc.limit) - rest - i) for i in range(enc.limit)]  # of both, for every split
-    fits = [pair for pair in lengths if all(0 <= n <= len(text) for n, text in zip(pair, own, strict=True))]
-    kept = min(fits, key=lambda pair: (max(pair), pair))  # of two equal texts the first is truncated first
+    lengths = [
+        (i, min(len(tokens), enc.limit) - rest - i) for i in range(enc.limit)
+    ]  # of both, for every split
+    fits = [
+        pair
+        for pair in lengths
+        if all(0 <= n <= len(text) for n, text in zip(pair, own, strict=True))
+    ]
+    kept = min(
+        fits, key=lambda pair: (max(pair), pair)
+    )  # of two equal texts the first is truncated first
     expected = []
     for place, n in enumerate(kept):
         own[place][n:] = [-1] * (len(own[place]) - n)
@@ -125,7 +146,9 @@ def test_the_longer_text_of_a_pair_is_truncated_first(family: str, mode: str, fi
 
 
 def shared_beginning(first: list[int], second: list[int]) -> list[int]:
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
+    return [
+        a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    ]
 
 
 def test_a_row_is_truncated_no_further_than_needed_and_the_longest_column_first() -> None:
@@ -142,18 +165,71 @@ END = ["Ġ", ".", "ĠT", "h", "e", "Ġs", *"entiment", "Ġi", "s"]
 def test_every_template_group_and_mode_has_its_order_of_tokens() -> None:
     row = [Row({"sentence": "ab"}, 0)]
     expected = {
-        ("bert", "add"): ["[CLS]", *"0123456789", ".", "a", "##b", ".", "it", "was", "[MASK]", ".", "[SEP]"],
+        ("bert", "add"): [
+            "[CLS]",
+            *"0123456789",
+            ".",
+            "a",
+            "##b",
+            ".",
+            "it",
+            "was",
+            "[MASK]",
+            ".",
+            "[SEP]",
+        ],
         ("bert", "cat"): ["[CLS]", "a", "##b", ".", "it", "was", "[MASK]", ".", "[SEP]"],
-        ("roberta", "cat"): ["<s>", "a", "b", "Ġ", ".", "ĠI", "t", "Ġw", "a", "s", "<mask>", "Ġ", ".", "</s>"],
-        ("t5", "add"): ["▁text", "<unk>", *"0123456789", "▁", "a", "b", "▁.", "▁It", "▁was", "<extra_id_0>", "</s>"],
-        ("t5", "cat"): ["▁text", "<unk>", "▁", "a", "b", "▁.", "▁It", "▁was", "<extra_id_0>", "</s>"],
+        ("roberta", "cat"): [
+            "<s>",
+            "a",
+            "b",
+            "Ġ",
+            ".",
+            "ĠI",
+            "t",
+            "Ġw",
+            "a",
+            "s",
+            "<mask>",
+            "Ġ",
+            ".",
+            "</s>",
+        ],
+        ("t5", "add"): [
+            "▁text",
+            "<unk>",
+            *"0123456789",
+            "▁",
+            "a",
+            "b",
+            "▁.",
+            "▁It",
+            "▁was",
+            "<extra_id_0>",
+            "</s>",
+        ],
+        ("t5", "cat"): [
+            "▁text",
+            "<unk>",
+            "▁",
+            "a",
+            "b",
+            "▁.",
+            "▁It",
+            "▁was",
+            "<extra_id_0>",
+            "</s>",
+        ],
         ("gpt2", "cat"): ["a", "b", *END],
         ("gpt2", "add"): [*"0123456789", "Ġ", ".", "Ġa", "b", *END],
     }
     for (family, mode), tokens in expected.items():
         enc = encoder(family, mode)
         ids = enc.encode(row).input_ids[0].tolist()
-        assert [str(i - 1000) if 1000 <= i < 1010 else t for i, t in zip(ids, decoded(enc, ids), strict=True)] == tokens
+        assert [
+            str(i - 1000) if 1000 <= i < 1010 else t
+            for i, t in zip(ids, decoded(enc, ids), strict=True)
+        ] == tokens
 
 
 def test_label_words_take_the_form_of_their_position() -> None:
@@ -185,7 +261,9 @@ def with_masked(task: Task, template: str, words: list[str]) -> Task:
 
 def test_ambiguous_and_unknown_label_words_are_refused(tmp_path: Path) -> None:
     template = SST2.template("masked")
-    with pytest.raises(TaskError, match="'good' and 'great' of task sst2 begin with the same token"):
+    with pytest.raises(
+        TaskError, match="'good' and 'great' of task sst2 begin with the same token"
+    ):
         Encoder(tiny_bundle(tmp_path / "r"), with_masked(SST2, template, ["good", "great"]))
     with pytest.raises(TaskError, match="'日本' of task sst2 is not in the vocabulary"):
         Encoder(tiny_bundle(tmp_path / "b", "bert"), with_masked(SST2, template, ["bad", "日本"]))
@@ -197,11 +275,15 @@ def test_a_small_vocabulary_repeats_its_ordinary_tokens(tmp_path: Path) -> None:
     assert ((ids >= 5) & (ids < 200)).all(), "no special token, none outside the vocabulary"
 
 
-def test_only_tokens_of_the_tokenizer_are_prompt_or_feature_where_the_embedding_has_more_rows(tmp_path: Path) -> None:
+def test_only_tokens_of_the_tokenizer_are_prompt_or_feature_where_the_embedding_has_more_rows(
+    tmp_path: Path,
+) -> None:
     bundle = tiny_bundle(tmp_path, "bert", size=200, n=50, max_length=100)
     padded = Bundle(bundle.path, bundle.info.model_copy(update={"vocab_size": 256}))
     encoder = Encoder(padded, SST2)
-    assert set(encoder.feature_token_ids(seed=1)) == {1, *range(5, 200)}, "[UNK] and every ordinary token, no other"
+    assert set(encoder.feature_token_ids(seed=1)) == {1, *range(5, 200)}, (
+        "[UNK] and every ordinary token, no other"
+    )
     assert encoder.encode([Row({"sentence": "a"})]).input_ids[0, 1:51].max() < 200
     bundle = tiny_bundle(tmp_path, "bert", size=1020, n=50, max_length=100)
     padded = Bundle(bundle.path, bundle.info.model_copy(update={"vocab_size": 1100}))
@@ -246,22 +328,30 @@ def test_rows_of_the_original_program(trace: str, tmp_path: Path) -> None:
         pytest.skip("needs the golden traces in ../shared")
     transformers = pytest.importorskip("transformers")
     model, family, mode, special = GOLDEN[trace]
-    transformers.AutoTokenizer.from_pretrained(SHARED / "golden" / "models" / model).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(
+        SHARED / "golden" / "models" / model
+    ).save_pretrained(tmp_path)
     golden = np.load(SHARED / "golden" / f"{trace}.npz")
     files = [SHARED / "data" / "sst2" / f"{name}.jsonl" for name in ("train", "validation")]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    texts = [json.loads(line)["sentence"].replace("-lrb- ", "(").replace(" -rrb-", ")") for line in lines]
+    texts = [
+        json.loads(line)["sentence"].replace("-lrb- ", "(").replace(" -rrb-", ")") for line in lines
+    ]
     enc = Encoder(Bundle(tmp_path, bundle_info(family, mode, 10, 512, 2600, special)), SST2)
     batch = enc.encode([Row({"sentence": text}) for text in texts])
     ours = {
         tuple(ids[: mask.sum()].tolist()): readout
-        for ids, mask, readout in zip(batch.input_ids, batch.attention_mask, batch.readout, strict=True)
+        for ids, mask, readout in zip(
+            batch.input_ids, batch.attention_mask, batch.readout, strict=True
+        )
     }
     for split in ("train", "dev"):
         masks = golden[f"{split}_attention_mask"]
         for number, (ids, mask) in enumerate(zip(golden[f"{split}_input_ids"], masks, strict=True)):
             row = ids[: mask.sum()].tolist()
-            if family == "t5":  # the original decoded the prompt to text and back, which put a "▁" before it
+            if (
+                family == "t5"
+            ):  # the original decoded the prompt to text and back, which put a "▁" before it
                 assert row.pop(4) == 3
             assert tuple(row) in ours
             if f"{split}_mask_pos" in golden:
@@ -270,18 +360,23 @@ def test_rows_of_the_original_program(trace: str, tmp_path: Path) -> None:
         assert enc.label_token_ids.tolist() == golden["label_ids"].tolist()
 
 
-LONG = st.sampled_from(["word ", "a", " ", "\n", "filler1 ", "😀", "</s>", "x " + "y" * 150 + " ", "of the "])
+LONG = st.sampled_from(
+    ["word ", "a", " ", "\n", "filler1 ", "😀", "</s>", "x " + "y" * 150 + " ", "of the "]
+)
 
 
 @pytest.mark.parametrize("mode", ["add", "cat"])
 @pytest.mark.parametrize("family", [*FAMILIES, "llama"])
 @settings(max_examples=20, deadline=None)
 @given(pieces=st.lists(st.tuples(LONG, st.integers(1, 6000)), min_size=1, max_size=4))
-@example(pieces=[("word ", 5), ("filler1 ", 1272), ("</s>", 4)])  # a special token of T5, cut off in the middle
+@example(
+    pieces=[("word ", 5), ("filler1 ", 1272), ("</s>", 4)]
+)  # a special token of T5, cut off in the middle
 def test_what_is_cut_off_before_tokenizing_never_changes_a_row(
     family: str, mode: str, pieces: list[tuple[str, int]]
 ) -> None:
-    """Not even a row that fits although its text is long, e.g. because the tokenizer drops most of it.
+    """Not even a row that fits although its text is long, e.g. because the tokenizer drops most of
+    it.
 
     pieces: strings, each repeated to about so many characters.
     """
@@ -296,7 +391,9 @@ def test_what_is_cut_off_before_tokenizing_never_changes_a_row(
     assert cut.readout.tolist() == whole.readout.tolist()
 
 
-@pytest.mark.parametrize("text", ["word " * 2_000_000, " word" + " " * 10_000_000 + "end", "a" * 10_000_000])
+@pytest.mark.parametrize(
+    "text", ["word " * 2_000_000, " word" + " " * 10_000_000 + "end", "a" * 10_000_000]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_work_on_a_text_is_bounded_whatever_its_length(family: str, text: str) -> None:
     enc, tokenized = encoder(family, "add"), []
@@ -321,7 +418,10 @@ def test_the_work_on_a_text_is_bounded_whatever_its_length(family: str, text: st
 
 
 def test_label_words_come_from_labels_and_differ_in_their_first_token(tmp_path: Path) -> None:
-    bundle, template = tiny_bundle(tmp_path, "bert"), "{text} {mask}"  # whose words are pieces: great, bad, it, was
+    bundle, template = (
+        tiny_bundle(tmp_path, "bert"),
+        "{text} {mask}",
+    )  # whose words are pieces: great, bad, it, was
     assert distinct_words(bundle, template, ["bad", "great"]) == ["bad", "great"]
     assert distinct_words(bundle, template, ["was-bad", "was_great"]) == ["bad", "great"]
     assert distinct_words(bundle, template, ["great", "very great"]) == ["great", "very great"]

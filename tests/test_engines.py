@@ -26,8 +26,15 @@ from conftest import THREADS, Export, Load, one_line
 from tiny_backbones import POSITIONS, VARIANTS, VOCABULARY
 
 from bbt_accel import Batch, Bundle, Population, load_engine, load_task
-from bbt_accel.errors import BbtError, BundleError, DataError, EngineError, MissingDependency, UsageError
-from bbt_accel.exporters.validate import sample_rows
+from bbt_accel.errors import (
+    BbtError,
+    BundleError,
+    DataError,
+    EngineError,
+    MissingDependency,
+    UsageError,
+)
+from bbt_accel.exporters.trace.validate import sample_rows
 
 ROOT = Path(__file__).parents[1]
 REAL = ["torch", "eager", "ort"]
@@ -55,7 +62,11 @@ def like(bundle: Bundle, **changes: object) -> Bundle:
 
 def test_rows_that_are_too_long_are_refused_and_padding_is_not(bundle: Bundle) -> None:
     """OpenVINO returned what the call before had left in its outputs."""
-    batch, limit, prompts = rows(), bundle.info.max_length, np.zeros((2, *bundle.info.prompt_shape), np.float32)
+    batch, limit, prompts = (
+        rows(),
+        bundle.info.max_length,
+        np.zeros((2, *bundle.info.prompt_shape), np.float32),
+    )
     for name in REAL_STAGED:
         with load_engine(bundle, name, threads=THREADS) as engine:
             with engine.bind(batch) as bound:
@@ -63,8 +74,13 @@ def test_rows_that_are_too_long_are_refused_and_padding_is_not(bundle: Bundle) -
             with engine.bind(batch.padded(limit + 9, bundle.info.special.pad)) as bound:
                 np.testing.assert_allclose(bound.label_logits(prompts), found, atol=1e-5)
             far = batch.padded(limit + 9, bundle.info.special.pad)
-            for wrong in (rows(tokens=limit + 1), dataclasses.replace(far, readout=np.full(3, limit))):
-                with pytest.raises(DataError, match=f"a row has {limit + 1} tokens, the backbone takes {limit}"):
+            for wrong in (
+                rows(tokens=limit + 1),
+                dataclasses.replace(far, readout=np.full(3, limit)),
+            ):
+                with pytest.raises(
+                    DataError, match=f"a row has {limit + 1} tokens, the backbone takes {limit}"
+                ):
                     engine.bind(wrong)
         whole = load_engine(bundle, name, threads=THREADS, without=["buckets"])
         with whole as engine, pytest.raises(DataError, match=f"a row has {limit + 9} tokens"):
@@ -101,21 +117,28 @@ def test_a_batch_holds_integers(name: str) -> None:
             Batch(**{**given, name: wrong})
 
 
-# Which engine ------------------------------------------------------------------------------------------------
+# Which engine
+# ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("trch", "torch"), ("onrt", "ort"), ("OpenVINO", "openvino")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("trch", "torch"), ("onrt", "ort"), ("OpenVINO", "openvino")]
+)
 def test_an_engine_that_is_misspelled(bundle: Bundle, typed: str, meant: str) -> None:
     assert f"did you mean {meant}?" in one_line(lambda: load_engine(bundle, typed), UsageError)
 
 
 def test_an_engine_that_does_not_exist_gets_the_list(bundle: Bundle) -> None:
-    assert "torch, ort, openvino, trt" in one_line(lambda: load_engine(bundle, "quantum"), UsageError)
+    assert "torch, ort, openvino, trt" in one_line(
+        lambda: load_engine(bundle, "quantum"), UsageError
+    )
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_device_that_does_not_exist(bundle: Bundle, name: str) -> None:
-    assert "cpu, cuda or cuda:N" in one_line(lambda: load_engine(bundle, name, device="tpu"), UsageError)
+    assert "cpu, cuda or cuda:N" in one_line(
+        lambda: load_engine(bundle, name, device="tpu"), UsageError
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -137,12 +160,16 @@ def test_a_provider_that_is_listed_but_cannot_start_is_an_error(
     assert "CUDAExecutionProvider could not start; see bbt-accel doctor" in message
 
 
-def test_a_provider_that_this_onnxruntime_lacks_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_this_onnxruntime_lacks_is_named(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", list)
     assert "CPUExecutionProvider" in one_line(lambda: load_engine(bundle, "ort"), EngineError)
 
 
-def test_two_onnxruntimes_that_broke_each_other_are_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_onnxruntimes_that_broke_each_other_are_told(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(onnxruntime, "InferenceSession")
     assert "uninstall both" in one_line(lambda: load_engine(bundle, "ort"), EngineError)
 
@@ -158,7 +185,12 @@ def test_two_onnxruntimes_that_broke_each_other_are_told(bundle: Bundle, monkeyp
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, module: str, library: str, extra: str
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    module: str,
+    library: str,
+    extra: str,
 ) -> None:
     for loaded in (module, name):
         monkeypatch.delitem(sys.modules, f"bbt_accel.engines.{loaded}", raising=False)
@@ -181,11 +213,15 @@ def test_an_engine_that_runs_optimized_bundles_alone_says_how_to_make_one(bundle
 
 
 def test_a_graph_that_cannot_be_loaded_is_named(bundle: Bundle) -> None:
-    assert "nothing.onnx" in one_line(lambda: load_engine(like(bundle, stages=["nothing"]), "ort"), EngineError)
+    assert "nothing.onnx" in one_line(
+        lambda: load_engine(like(bundle, stages=["nothing"]), "ort"), EngineError
+    )
 
 
 def test_an_optimization_that_is_misspelled(bundle: Bundle) -> None:
-    assert "did you mean buckets?" in one_line(lambda: load_engine(bundle, "ort", without=["bucket"]), UsageError)
+    assert "did you mean buckets?" in one_line(
+        lambda: load_engine(bundle, "ort", without=["bucket"]), UsageError
+    )
 
 
 def test_an_optimization_that_is_part_of_the_graphs(bundle: Bundle) -> None:
@@ -201,7 +237,8 @@ def test_an_engine_loads_a_path_as_well_as_a_bundle(bundle: Bundle, name: str) -
         assert engine.versions()
 
 
-# Precision and baselines -------------------------------------------------------------------------------------
+# Precision and baselines
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["torch", "eager", "eager-readout"])
@@ -211,7 +248,9 @@ def test_pytorch_computes_in_the_precision_of_the_bundle(
 ) -> None:
     exact, half = tiny(*variant), like(tiny(*variant), precision="bf16", target="torch")
     batch = sample_rows(exact)
-    prompts = 0.3 * np.random.default_rng(0).standard_normal((2, *exact.info.prompt_shape), dtype=np.float32)
+    prompts = 0.3 * np.random.default_rng(0).standard_normal(
+        (2, *exact.info.prompt_shape), dtype=np.float32
+    )
     with loaded(exact, "eager").bind(batch) as bound:
         wanted = bound.label_logits(prompts)
     with load_engine(half, name, threads=THREADS) as engine, engine.bind(batch) as bound:
@@ -226,21 +265,29 @@ def test_the_lm_head_at_the_readout_alone_gives_the_numbers_of_the_whole(
     bundle = tiny(*variant)
     batch, rng = sample_rows(bundle), np.random.default_rng(0)
     prompts = rng.standard_normal((2, *bundle.info.prompt_shape), dtype=np.float32)
-    with loaded(bundle, "eager").bind(batch) as whole, loaded(bundle, "eager-readout").bind(batch) as readout:
-        np.testing.assert_allclose(readout.label_logits(prompts), whole.label_logits(prompts), rtol=0, atol=1e-5)
+    with (
+        loaded(bundle, "eager").bind(batch) as whole,
+        loaded(bundle, "eager-readout").bind(batch) as readout,
+    ):
+        np.testing.assert_allclose(
+            readout.label_logits(prompts), whole.label_logits(prompts), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_compiled_baseline_gives_the_numbers_of_eager(bundle: Bundle, loaded: Load) -> None:
-    prompts = np.random.default_rng(0).standard_normal((3, *bundle.info.prompt_shape), dtype=np.float32)
+    prompts = np.random.default_rng(0).standard_normal(
+        (3, *bundle.info.prompt_shape), dtype=np.float32
+    )
     with loaded(bundle, "eager").bind(rows()) as bound:
         wanted = bound.label_logits(prompts)
     with load_engine(bundle, "compiled", threads=THREADS) as engine, engine.bind(rows()) as bound:
         np.testing.assert_allclose(bound.label_logits(prompts), wanted, rtol=0, atol=1e-5)
 
 
-# Threads -----------------------------------------------------------------------------------------------------
+# Threads
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -253,7 +300,9 @@ def _threads_as_before() -> Iterator[None]:
 @pytest.mark.usefixtures("_threads_as_before")
 @pytest.mark.parametrize("name", ["torch", "eager"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_pytorch_takes_the_threads_that_it_is_given(bundle: Bundle, name: str, threads: int) -> None:
+def test_pytorch_takes_the_threads_that_it_is_given(
+    bundle: Bundle, name: str, threads: int
+) -> None:
     before = torch.get_num_threads()
     with load_engine(bundle, name, threads=threads) as engine:
         assert torch.get_num_threads() == threads
@@ -286,7 +335,9 @@ with load_engine(path, name, threads=1) as engine, engine.bind(batch) as bound, 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="shown by Linux only")
 @pytest.mark.parametrize("name", ["torch", "ort", "openvino"])
-def test_a_thread_may_use_any_core_so_that_processes_do_not_share_one(bundle: Bundle, name: str) -> None:
+def test_a_thread_may_use_any_core_so_that_processes_do_not_share_one(
+    bundle: Bundle, name: str
+) -> None:
     if name == "openvino":
         pytest.importorskip("openvino")
     command = [sys.executable, "-c", CORES_OF_THREADS, str(bundle.path), name]
@@ -295,7 +346,9 @@ def test_a_thread_may_use_any_core_so_that_processes_do_not_share_one(bundle: Bu
 
 
 @pytest.mark.usefixtures("_threads_as_before")
-def test_engines_that_are_closed_in_any_order_leave_pytorchs_threads_as_they_were(bundle: Bundle) -> None:
+def test_engines_that_are_closed_in_any_order_leave_pytorchs_threads_as_they_were(
+    bundle: Bundle,
+) -> None:
     before = torch.get_num_threads()
     first, second = (load_engine(bundle, "torch", threads=before + more) for more in (1, 2))
     first.close()
@@ -306,7 +359,9 @@ def test_engines_that_are_closed_in_any_order_leave_pytorchs_threads_as_they_wer
 
 @pytest.mark.usefixtures("_threads_as_before")
 @pytest.mark.parametrize("name", ["torch", "eager"])
-def test_a_load_that_fails_leaves_pytorchs_threads_as_they_were(tiny: Export, tmp_path: Path, name: str) -> None:
+def test_a_load_that_fails_leaves_pytorchs_threads_as_they_were(
+    tiny: Export, tmp_path: Path, name: str
+) -> None:
     bundle = Bundle(tmp_path, tiny("roberta").info)  # without a checkpoint
     before = torch.get_num_threads()
     with pytest.raises(BbtError):
@@ -334,7 +389,8 @@ def test_no_threads_at_all_is_wrong_usage(bundle: Bundle) -> None:
     assert "--threads" in one_line(lambda: load_engine(bundle, "ort", threads=0), UsageError)
 
 
-# What an engine is given -------------------------------------------------------------------------------------
+# What an engine is given
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*REAL, "dummy"])
@@ -349,7 +405,9 @@ def test_prompts_of_another_shape_are_wrong_usage(
 
 
 @pytest.mark.parametrize("name", [*REAL, "dummy"])
-def test_a_population_without_candidates_is_wrong_usage(bundle: Bundle, loaded: Load, name: str) -> None:
+def test_a_population_without_candidates_is_wrong_usage(
+    bundle: Bundle, loaded: Load, name: str
+) -> None:
     with loaded(bundle, name).bind(rows()) as bound:
         message = one_line(lambda: bound.label_logits(np.zeros((0, 3, 16), np.float32)), UsageError)
     assert "at least one candidate" in message
@@ -379,11 +437,15 @@ def test_layers_that_are_not_there_and_stacks_of_another_shape_are_wrong_usage(
 def test_a_bbt_bundle_has_no_layers_to_search(bundle: Bundle, loaded: Load, name: str) -> None:
     with loaded(bundle, name).bind(rows()) as bound:
         none = np.zeros((2, 3, 16), np.float32)
-        assert "bbtv2" in one_line(lambda: bound.label_logits(Population(none, 0, none)), UsageError)
+        assert "bbtv2" in one_line(
+            lambda: bound.label_logits(Population(none, 0, none)), UsageError
+        )
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_prompts_may_come_in_double_precision_and_any_layout(bundle: Bundle, deep: Bundle, name: str) -> None:
+def test_prompts_may_come_in_double_precision_and_any_layout(
+    bundle: Bundle, deep: Bundle, name: str
+) -> None:
     rng = np.random.default_rng(0)
     with load_engine(bundle, name, threads=THREADS) as engine, engine.bind(rows()) as bound:
         prompts = rng.standard_normal((16, 3, 2)).T
@@ -391,7 +453,9 @@ def test_prompts_may_come_in_double_precision_and_any_layout(bundle: Bundle, dee
         np.testing.assert_array_equal(bound.label_logits(prompts), wanted)  # type: ignore[arg-type]
     with load_engine(deep, name, threads=THREADS) as engine, engine.bind(rows()) as bound:
         stack, some = rng.standard_normal((2, 3, 16)), rng.standard_normal((4, 3, 16))
-        wanted = bound.label_logits(Population(some.astype(np.float32), 1, stack.astype(np.float32)))
+        wanted = bound.label_logits(
+            Population(some.astype(np.float32), 1, stack.astype(np.float32))
+        )
         np.testing.assert_array_equal(bound.label_logits(Population(some, 1, stack)), wanted)  # type: ignore[arg-type]
 
 
@@ -405,18 +469,26 @@ def test_tokens_outside_the_vocabulary_are_named(
     ids = getattr(batch, field).copy()
     ids.flat[-1] = token
     strange = dataclasses.replace(batch, **{field: ids})
-    assert f"{field} holds {token}" in one_line(lambda: loaded(bundle, name).bind(strange), UsageError)
+    assert f"{field} holds {token}" in one_line(
+        lambda: loaded(bundle, name).bind(strange), UsageError
+    )
 
 
 @pytest.mark.parametrize("name", ["torch", "ort"])
 def test_a_forward_pass_that_fails_is_one_clear_line(bundle: Bundle, name: str) -> None:
     boastful = like(bundle, max_length=2 * POSITIONS)
-    with load_engine(boastful, name, threads=THREADS) as engine, engine.bind(rows(tokens=POSITIONS + 5)) as bound:
-        message = one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
+    with (
+        load_engine(boastful, name, threads=THREADS) as engine,
+        engine.bind(rows(tokens=POSITIONS + 5)) as bound,
+    ):
+        message = one_line(
+            lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError
+        )
     assert "failed in model" in message
 
 
-# What is freed -----------------------------------------------------------------------------------------------
+# What is freed
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -434,10 +506,14 @@ def test_leaving_an_engine_frees_its_model(bundle: Bundle, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "ort"])
-def test_rows_that_were_closed_give_an_error_and_no_numbers(bundle: Bundle, loaded: Load, name: str) -> None:
+def test_rows_that_were_closed_give_an_error_and_no_numbers(
+    bundle: Bundle, loaded: Load, name: str
+) -> None:
     with loaded(bundle, name).bind(rows()) as bound:
         pass
-    assert "closed" in one_line(lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError)
+    assert "closed" in one_line(
+        lambda: bound.label_logits(np.zeros((1, 3, 16), np.float32)), EngineError
+    )
 
 
 @pytest.mark.parametrize("name", ["torch", "ort", "openvino"])
@@ -449,7 +525,9 @@ def test_an_engine_that_was_closed_gives_an_error_and_no_numbers(bundle: Bundle,
     assert "load it again" in message
 
 
-def test_a_call_that_fails_leaves_no_layer_in_the_cache(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_fails_leaves_no_layer_in_the_cache(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise the states of one stack would be taken for those of another."""
     deep, rng = tiny("electra", "bbtv2", "add"), np.random.default_rng(0)
     one, other = rng.standard_normal((2, *deep.info.prompt_shape)).astype(np.float32)
@@ -468,7 +546,8 @@ def test_a_call_that_fails_leaves_no_layer_in_the_cache(tiny: Export, monkeypatc
         np.testing.assert_array_equal(bound.label_logits(Population(some, 1, one)), wanted)
 
 
-# What needs nothing ------------------------------------------------------------------------------------------
+# What needs nothing
+# ------------------------------------------------------------------------------------------
 
 BLOCK = """
 import sys
@@ -482,14 +561,19 @@ sys.meta_path.insert(0, Blocker())
 
 def python(code: str, *arguments: str, folder: Path) -> str:
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_importing_bbt_accel_loads_no_runtime(tmp_path: Path) -> None:
     heavy = "{'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'numpy', 'datasets', 'matplotlib', 'cma'}"
-    assert python(f"import sys, bbt_accel; print({heavy} & set(sys.modules))", folder=tmp_path) == "set()"
+    assert (
+        python(f"import sys, bbt_accel; print({heavy} & set(sys.modules))", folder=tmp_path)
+        == "set()"
+    )
 
 
 def test_what_is_public_is_listed_and_loads() -> None:
@@ -504,7 +588,10 @@ def test_what_is_public_is_listed_and_loads() -> None:
 def modules() -> list[str]:
     """Every module of the package, from the folders it is installed from."""
     names = []
-    for folder, prefix in (("bbt_accel", ""), *((f, "bbt_accel.") for f in ("engines", "exporters", "benchmarks"))):
+    for folder, prefix in (
+        ("bbt_accel", ""),
+        *((f, "bbt_accel.") for f in ("engines", "exporters", "benchmarks")),
+    ):
         for file in sorted((ROOT / folder).rglob("*.py")):
             parts = file.relative_to(ROOT).with_suffix("").parts
             names.append(prefix + ".".join(parts[:-1] if parts[-1] == "__init__" else parts))
@@ -527,9 +614,14 @@ for name in sys.argv[1:]:
     strange = [
         (name, library)
         for name, library in failed
-        if not name.startswith(("bbt_accel.exporters.", "bbt_accel.packaging."))
+        if not name.startswith(("bbt_accel.exporters.", "bbt_accel.package."))
         and name.removeprefix("bbt_accel.")
-        not in ("engines.pytorch", "engines.baselines", "benchmarks.make_backbone", "benchmarks.references")
+        not in (
+            "engines.pytorch",
+            "engines.baselines",
+            "benchmarks.make_backbone",
+            "benchmarks.references",
+        )
         and library.split(".")[0] not in absent
     ]
     assert strange == []
@@ -539,7 +631,7 @@ def test_tuning_and_predicting_need_onnxruntime_alone(tiny: Export, tmp_path: Pa
     code = f"""{BLOCK}
 import os
 from bbt_accel import tune
-from bbt_accel.inference import evaluate, predict
+from bbt_accel.predict.inference import evaluate, predict
 settings = dict(k_shot=2, intrinsic_dim=5, popsize=4, budget=16, eval_every=8)
 for bundle in sys.argv[1:]:
     output = os.path.basename(bundle)

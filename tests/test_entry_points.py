@@ -7,25 +7,31 @@ from typing import Any
 
 import pytest
 
-from bbt_accel import plugins
-from bbt_accel.engine_specs import ENGINES, EngineSpec
-from bbt_accel.plugins import with_plugins
+from bbt_accel.core import plugins
+from bbt_accel.core.engine_specs import ENGINES, EngineSpec
+from bbt_accel.core.plugins import with_plugins
 
 
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("no_such_package:ENGINE", "cannot be loaded and is ignored: No module named 'no_such_package'"),
+        (
+            "no_such_package:ENGINE",
+            "cannot be loaded and is ignored: No module named 'no_such_package'",
+        ),
         ("json:dumps", "is no EngineSpec and is ignored"),
-        ("bbt_accel.engine_specs:TAKEN", "is ignored: there is another ort"),
+        ("bbt_accel.core.engine_specs:TAKEN", "is ignored: there is another ort"),
     ],
 )
 def test_a_broken_one_is_noted_and_left_out(
     value: str, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bbt_accel.engine_specs.TAKEN", EngineSpec("ort", {}), raising=False)
-    monkeypatch.setattr("bbt_accel.engine_specs.NEW", EngineSpec("new", {}), raising=False)
-    entries = [EntryPoint("x", value, "g"), EntryPoint("new", "bbt_accel.engine_specs:NEW", "g")]
+    monkeypatch.setattr("bbt_accel.core.engine_specs.TAKEN", EngineSpec("ort", {}), raising=False)
+    monkeypatch.setattr("bbt_accel.core.engine_specs.NEW", EngineSpec("new", {}), raising=False)
+    entries = [
+        EntryPoint("x", value, "g"),
+        EntryPoint("new", "bbt_accel.core.engine_specs:NEW", "g"),
+    ]
     monkeypatch.setattr(plugins, "entry_points", lambda **given: entries)
     found: dict[str, Any] = with_plugins(ENGINES, "g", EngineSpec, "name")
     assert list(found) == [*(spec.name for spec in ENGINES), "new"]

@@ -76,7 +76,16 @@ def backbone(tiny: Export, shared: Path) -> Iterator[None]:
 
 @pytest.mark.slow
 @parametrize_with_checks(
-    [OnNumbers(engine="ort", precision="fp32", budget=1, readout="calibrated", n_prompt_tokens=5, threads=1)],
+    [
+        OnNumbers(
+            engine="ort",
+            precision="fp32",
+            budget=1,
+            readout="calibrated",
+            n_prompt_tokens=5,
+            threads=1,
+        )
+    ],
     expected_failed_checks=lambda _: EXPECTED,
 )
 def test_scikit_learns_checks(estimator: Any, check: Callable[[Any], None]) -> None:

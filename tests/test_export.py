@@ -29,12 +29,17 @@ from transformers import PreTrainedTokenizerFast
 
 from bbt_accel import Bundle, export_bundle
 from bbt_accel.errors import BbtError, BundleError, ExportError, UsageError
-from bbt_accel.exporters import export, graph, sessions, validate
-from bbt_accel.exporters.families import family_of
-from bbt_accel.exporters.loading import load_model, load_tokenizer
-from bbt_accel.files import sha256
+from bbt_accel.exporters.families.loading import load_model, load_tokenizer
+from bbt_accel.exporters.families.registry import family_of
+from bbt_accel.exporters.trace import export, graph, sessions, validate
+from bbt_accel.io.files import sha256
 
-SIZE = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE = {
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 """Weights that outweigh the graphs, as those of a real backbone do."""
 
 
@@ -57,7 +62,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, told: list[str]) -> tuple[Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "validated", VALIDATED)
         options: dict[str, Any] = {"method": "bbtv2", "n_prompt_tokens": 4}
-        return source, export_bundle(source, root / "bundle", **options, on_progress=lambda what, *_: told.append(what))
+        return source, export_bundle(
+            source, root / "bundle", **options, on_progress=lambda what, *_: told.append(what)
+        )
 
 
 VALIDATED = export.validated
@@ -66,10 +73,14 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """Export what cannot be exported: returns the message, one line; the folder is as it was before."""
+    """Export what cannot be exported: returns the message, one line; the folder is as it was
+    before.
+    """
     monkeypatch.setattr(export, "validated", VALIDATED)
 
-    def call(error: type[BaseException], backbone: str | Path, output: str = "bundle", **options: Any) -> str:
+    def call(
+        error: type[BaseException], backbone: str | Path, output: str = "bundle", **options: Any
+    ) -> str:
         before = sorted(tmp_path.iterdir())
         with pytest.raises(error) as caught:
             export_bundle(backbone, tmp_path / output, **{"n_prompt_tokens": 3, **options})
@@ -80,7 +91,8 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
     return call
 
 
-# What is written ---------------------------------------------------------------------------------------------
+# What is written
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_bundle_says_what_it_holds(whole: tuple[Path, Bundle]) -> None:
@@ -115,7 +127,10 @@ def test_a_backbone_that_cannot_be_traced_is_one_line_with_the_reason(
         raise ValueError("an operator of its own")
 
     monkeypatch.setattr(graph.Traced, "forward", broken)
-    assert refuse(ExportError, checkpoint) == f"cannot trace {checkpoint} (ValueError: an operator of its own)"
+    assert (
+        refuse(ExportError, checkpoint)
+        == f"cannot trace {checkpoint} (ValueError: an operator of its own)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,10 +149,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(
     options: dict[str, Any],
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(owner, function, full)
-    with pytest.raises(ExportError, match=r"cannot write .*No space left.*; free some space") as caught:
+    with pytest.raises(
+        ExportError, match=r"cannot write .*No space left.*; free some space"
+    ) as caught:
         export_bundle(whole[0], tmp_path / "bundle", **options)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +175,8 @@ def test_weights_are_written_once(whole: tuple[Path, Bundle]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "mode"), [("roberta", "bbt", "add"), ("t5", "bbtv2", "add"), ("gpt2", "bbtv2", "add")]
+    ("name", "method", "mode"),
+    [("roberta", "bbt", "add"), ("t5", "bbtv2", "add"), ("gpt2", "bbtv2", "add")],
 )
 def test_weights_lie_outside_the_graphs_in_the_checkpoints_file(
     tiny: Export, name: str, method: str, mode: str
@@ -176,7 +196,9 @@ def test_weights_lie_outside_the_graphs_in_the_checkpoints_file(
 
 
 def shapes(values: Any) -> dict[str, list[str | int]]:
-    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+    return {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values
+    }
 
 
 def test_the_axes_of_a_bbt_graph_are_open_and_named(tiny: Export) -> None:
@@ -211,7 +233,9 @@ def test_the_stages_of_a_bbtv2_bundle_fit_together(tiny: Export) -> None:
 
 
 @pytest.mark.slow
-def test_gpt_neox_with_the_feed_forward_behind_the_attention(exported: Export, tmp_path: Path) -> None:
+def test_gpt_neox_with_the_feed_forward_behind_the_attention(
+    exported: Export, tmp_path: Path
+) -> None:
     """The export compares it with transformers' own forward; Pythia has both side by side."""
     backbone = save_backbone("gpt_neox", tmp_path / "serial", use_parallel_residual=False)
     assert exported(backbone, "bbt", "cat", 3).info.max_error < 1e-5
@@ -225,7 +249,8 @@ def test_progress_is_told(told: list[str]) -> None:
     ]  # fmt: skip
 
 
-# What is refused ---------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_saving_that_is_no_part_of_the_graphs_is_refused(refuse: Refuse) -> None:
@@ -251,7 +276,9 @@ def test_a_checkpoint_without_its_lm_head_is_refused_by_name(
 
 
 @pytest.mark.parametrize("config", ["DebertaV2Config", "OPTConfig"])
-def test_a_foreign_model_type_is_refused_with_those_that_are_not(refuse: Refuse, tmp_path: Path, config: str) -> None:
+def test_a_foreign_model_type_is_refused_with_those_that_are_not(
+    refuse: Refuse, tmp_path: Path, config: str
+) -> None:
     foreign = getattr(transformers, config)()
     foreign.save_pretrained(tmp_path / "source")
     message = refuse(ExportError, tmp_path / "source")
@@ -264,7 +291,11 @@ def test_code_of_a_checkpoint_is_never_run(
     refuse: Refuse, checkpoint: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(checkpoint, tmp_path / "source")
-    own = {"AutoConfig": "own.Own", "AutoModelForMaskedLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    own = {
+        "AutoConfig": "own.Own",
+        "AutoModelForMaskedLM": "own.Own",
+        "AutoTokenizer": ["own.Own", "own.Own"],
+    }
     for name in ("config.json", "tokenizer_config.json"):
         facts = json.loads((source / name).read_text()) | {"auto_map": own}
         kinds = {"model_type": kind} if name == "config.json" and kind == "foo" else {}
@@ -310,7 +341,9 @@ def test_a_checkpoint_that_is_not_there_is_named(refuse: Refuse, backbone: str) 
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "other shapes", "config"])
-def test_a_damaged_checkpoint_is_refused(refuse: Refuse, checkpoint: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_refused(
+    refuse: Refuse, checkpoint: Path, tmp_path: Path, damage: str
+) -> None:
     source = shutil.copytree(checkpoint, tmp_path / "source")
     weights, config = source / "model.safetensors", source / "config.json"
     if damage == "truncated":
@@ -326,7 +359,9 @@ def test_a_damaged_checkpoint_is_refused(refuse: Refuse, checkpoint: Path, tmp_p
     assert str(source) in refuse(ExportError, source)
 
 
-def test_a_tokenizer_without_a_mask_token_is_refused(refuse: Refuse, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_mask_token_is_refused(
+    refuse: Refuse, checkpoint: Path, tmp_path: Path
+) -> None:
     source = shutil.copytree(checkpoint, tmp_path / "source")
     plain = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(source / "tokenizer.json"), unk_token="[UNK]", pad_token="[PAD]"
@@ -341,7 +376,9 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(refuse: Refuse, tmp_path: P
 
 
 @pytest.mark.parametrize("filled", [True, False])
-def test_an_existing_output_is_left_alone(refuse: Refuse, checkpoint: Path, tmp_path: Path, filled: bool) -> None:
+def test_an_existing_output_is_left_alone(
+    refuse: Refuse, checkpoint: Path, tmp_path: Path, filled: bool
+) -> None:
     (tmp_path / "bundle").mkdir()
     if filled:
         (tmp_path / "bundle" / "mine").write_text("kept")
@@ -368,7 +405,8 @@ def test_options_that_cannot_be_are_wrong_usage(
     assert says in refuse(UsageError, source, **options)
 
 
-# What a failure leaves behind: `refuse` looks for it ---------------------------------------------------------
+# What a failure leaves behind: `refuse` looks for it
+# ---------------------------------------------------------
 
 
 def test_graphs_that_compute_something_else_are_not_kept(
@@ -388,7 +426,9 @@ def test_graphs_that_compute_something_else_are_not_kept(
     assert "differ from eager PyTorch" in refuse(ExportError, shared / "bert")
 
 
-def test_graphs_that_do_not_run_are_not_kept(refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_that_do_not_run_are_not_kept(
+    refuse: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(model: object, folder: Path, name: str, *rest: object) -> None:
         (folder / f"{name}.onnx").write_bytes(b"no graph")
 
@@ -409,7 +449,8 @@ def test_ctrl_c_leaves_nothing_behind(
     refuse(KeyboardInterrupt, checkpoint)
 
 
-# What a reader refuses ---------------------------------------------------------------------------------------
+# What a reader refuses
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -417,7 +458,9 @@ def copy(tiny: Export, tmp_path: Path) -> Path:
     return shutil.copytree(tiny("roberta", "bbt", "add").path, tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    "file", ["model.onnx", "model.safetensors", "tokenizer.json", "config.json"]
+)
 def test_a_file_that_has_changed_or_is_gone_is_named(copy: Path, file: str) -> None:
     content = (copy / file).read_bytes()
     (copy / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -467,8 +510,12 @@ def test_a_prompt_that_was_added_to_a_bundle_is_not_read(copy: Path) -> None:
         {"max_error": None}, {"sha256": {}}, {"facts": ""}, {"method": "bbtv2"},
     ],
 )  # fmt: skip
-def test_a_bundle_json_that_was_changed_by_hand_is_refused(copy: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(BundleError, match=r"bundle\.json has been changed by hand .*export the bundle again"):
+def test_a_bundle_json_that_was_changed_by_hand_is_refused(
+    copy: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        BundleError, match=r"bundle\.json has been changed by hand .*export the bundle again"
+    ):
         Bundle.read(edited(copy, **changes))
 
 
@@ -484,7 +531,9 @@ def test_a_bundle_json_may_be_formatted_otherwise(copy: Path) -> None:
         {"hidden_size": -1}, {"vocab_size": 0}, {"n_layers": 10**7}, {"max_length": 2**62},
     ],
 )  # fmt: skip
-def test_a_bundle_json_that_makes_no_sense_is_refused_with_the_field(copy: Path, changes: dict[str, Any]) -> None:
+def test_a_bundle_json_that_makes_no_sense_is_refused_with_the_field(
+    copy: Path, changes: dict[str, Any]
+) -> None:
     with pytest.raises(BundleError, match=next(iter(changes))):
         Bundle.read(edited(copy, **changes))
 
@@ -498,7 +547,9 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
         Bundle.read(tmp_path)
 
 
-@pytest.mark.parametrize("variant", [("roberta", "bbt", "add"), ("t5", "bbt", "add"), ("gpt2", "bbt", "cat")])
+@pytest.mark.parametrize(
+    "variant", [("roberta", "bbt", "add"), ("t5", "bbt", "add"), ("gpt2", "bbt", "cat")]
+)
 def test_an_export_is_also_validated_on_a_row_as_long_as_the_backbone_takes(
     tiny: Export, variant: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -507,9 +558,13 @@ def test_an_export_is_also_validated_on_a_row_as_long_as_the_backbone_takes(
     context = 0 if rows.context_ids is None else len(rows.context_ids)
     assert bundle.info.max_length - 3 <= rows.input_ids.shape[1] + context <= bundle.info.max_length
     lengths = list[int]()
-    monkeypatch.setattr(sessions, "run_stages", lambda _, rows, prompts: lengths.append(rows.input_ids.shape[1]))
+    monkeypatch.setattr(
+        sessions, "run_stages", lambda _, rows, prompts: lengths.append(rows.input_ids.shape[1])
+    )
     monkeypatch.setattr(validate, "naive_forward", lambda _: lambda rows, prompts: None)
-    monkeypatch.setattr(validate, "scaled_error", lambda found, wanted: 0.0 if len(lengths) < 2 else float("nan"))
+    monkeypatch.setattr(
+        validate, "scaled_error", lambda found, wanted: 0.0 if len(lengths) < 2 else float("nan")
+    )
     assert np.isnan(validate.validate(str(bundle.path))), "neither batch may be lost"
     assert max(lengths) == rows.input_ids.shape[1]
 
@@ -531,22 +586,30 @@ def test_tiny_tokenizers_fit_their_backbones(family: str, tmp_path: Path) -> Non
 def tokenizer_of(family: str, folder: Path, **named: str) -> PreTrainedTokenizerFast:
     """A tiny tokenizer of which only these tokens are named."""
     save_tokenizer(family, folder)
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), unk_token="<unk>", **named)
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), unk_token="<unk>", **named
+    )
 
 
 def test_the_sentinel_of_mt5_is_a_piece_behind_a_space(tmp_path: Path) -> None:
     config = transformers.MT5Config(decoder_start_token_id=0, pad_token_id=0)
-    found = export.special_tokens(config, tokenizer_of("mt5", tmp_path, eos_token="</s>"), family_of(config))
+    found = export.special_tokens(
+        config, tokenizer_of("mt5", tmp_path, eos_token="</s>"), family_of(config)
+    )
     assert (found.mask, found.mask_text, found.end) == (3, "▁<extra_id_0>", 1)
 
 
 def test_tokens_that_the_tokenizer_writes_without_a_name_are_in_a_row(tmp_path: Path) -> None:
     named = {"mask_token": "<mask>", "pad_token": "<pad>"}
     config = transformers.RobertaConfig()
-    found = export.special_tokens(config, tokenizer_of("roberta", tmp_path / "roberta", **named), family_of(config))
+    found = export.special_tokens(
+        config, tokenizer_of("roberta", tmp_path / "roberta", **named), family_of(config)
+    )
     assert (found.begin, found.end) == (0, 2)
     decoder = transformers.LlamaConfig(pad_token_id=1)
-    found = export.special_tokens(decoder, tokenizer_of("llama", tmp_path / "llama"), family_of(decoder))
+    found = export.special_tokens(
+        decoder, tokenizer_of("llama", tmp_path / "llama"), family_of(decoder)
+    )
     assert (found.begin, found.end) == (0, None)
 
 

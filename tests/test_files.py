@@ -1,4 +1,6 @@
-"""Folders that are made whole or not at all, by one process at a time, and never in place of another."""
+"""Folders that are made whole or not at all, by one process at a time, and never in place of
+another.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bbt_accel import files
 from bbt_accel.errors import BbtError, UsageError
-from bbt_accel.files import new_folder, rename_new, reserved, write_atomically
+from bbt_accel.io import files
+from bbt_accel.io.files import new_folder, rename_new, reserved, write_atomically
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,11 @@ def test_a_folder_appears_when_it_is_whole_and_alone(tmp_path: Path) -> None:
     with new_folder(tmp_path / "a" / "b") as folder:
         (folder / "file").write_text("new")
         assert not (tmp_path / "a" / "b").exists()
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["a", "a/b", "a/b/file"]
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        "a",
+        "a/b",
+        "a/b/file",
+    ]
 
 
 def test_an_error_leaves_nothing_not_even_the_parents(tmp_path: Path) -> None:
@@ -84,7 +90,9 @@ def test_of_two_at_once_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
     path = tmp_path / "name"
     with new_folder(path) as folder:
         (folder / "file").write_text("first")
-        with pytest.raises(BbtError, match="in use by another bbt-accel; wait for it or choose another -o"):
+        with pytest.raises(
+            BbtError, match="in use by another bbt-accel; wait for it or choose another -o"
+        ):
             make(path, "second")
     assert (path / "file").read_text() == "first"
 
@@ -94,7 +102,7 @@ def test_a_name_is_free_again_when_its_owner_is_gone(tmp_path: Path) -> None:
     dying = f"""
 import os
 from pathlib import Path
-from bbt_accel.files import new_folder
+from bbt_accel.io.files import new_folder
 with new_folder(Path({str(path)!r})) as folder:
     (folder / "half").touch()
     os._exit(9)
@@ -106,7 +114,9 @@ with new_folder(Path({str(path)!r})) as folder:
     assert [p.name for p in path.iterdir()] == ["file"]
 
 
-def test_who_waits_for_a_lock_that_is_removed_makes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_for_a_lock_that_is_removed_makes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("fcntl")
     monkeypatch.setattr(files, "PATIENCE", 30.0)
     first = reserved(tmp_path / "name")
@@ -133,7 +143,9 @@ def test_a_path_that_names_no_new_folder_is_wrong_usage(path: str) -> None:
         make(Path(path))
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
+@pytest.mark.skipif(
+    os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user"
+)
 def test_a_parent_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
@@ -143,7 +155,9 @@ def test_a_parent_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_a_full_disk_is_named_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 

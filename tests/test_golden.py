@@ -1,4 +1,6 @@
-"""Recorded losses are reproduced: those of the original program, and those of transformers at the time of writing."""
+"""Recorded losses are reproduced: those of the original program, and those of transformers at the
+time of writing.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ def read_trace(file: Path | None, export: Export) -> Trace:
     method = "bbt" if len(arrays["A"]) == 1 else "bbtv2"
     bundle = export(checkpoint, method, "cat" if "cat" in words else "add", N)
     objective = Objective(next((word for word in words if word in ("hinge", "perf")), "ce"))  # type: ignore[arg-type]
-    return {**arrays, "bundle": bundle, "batch": traced_batch(arrays, bundle.info), "objective": objective}
+    return {
+        **arrays,
+        "bundle": bundle,
+        "batch": traced_batch(arrays, bundle.info),
+        "objective": objective,
+    }
 
 
 def projections(trace: Trace) -> list[Projection]:
@@ -45,7 +52,9 @@ def projections(trace: Trace) -> list[Projection]:
     return [Projection(A, (N, A.shape[0] // N), p0) for A in trace["A"]]
 
 
-each_trace = pytest.mark.parametrize("file", TRACES or [None], ids=lambda file: file.stem if file else "none")
+each_trace = pytest.mark.parametrize(
+    "file", TRACES or [None], ids=lambda file: file.stem if file else "none"
+)
 
 
 @each_trace
@@ -56,12 +65,16 @@ def test_the_losses_of_the_original_are_reproduced(file: Path | None, tmp_path: 
         return export_bundle(checkpoint, tmp_path / "bundle", **options)
 
     trace = read_trace(file, export)
-    assert_reproduced(trace, "torch", step=3 if len(trace["A"]) == 1 else 5)  # 5, so that every layer comes up
+    assert_reproduced(
+        trace, "torch", step=3 if len(trace["A"]) == 1 else 5
+    )  # 5, so that every layer comes up
 
 
 @each_trace
 @pytest.mark.slow
-def test_the_losses_of_the_original_are_those_of_the_graphs(file: Path | None, exported: Export) -> None:
+def test_the_losses_of_the_original_are_those_of_the_graphs(
+    file: Path | None, exported: Export
+) -> None:
     assert_reproduced(read_trace(file, exported), "ort", step=1)
 
 
@@ -70,7 +83,10 @@ def assert_reproduced(trace: Trace, engine: str, step: int) -> None:
     losses, layers = [], projections(trace)
     compared = sorted({*range(0, len(trace["X"]), step), len(trace["X"]) - 1})
     best = [(np.inf, np.zeros(layer.prompt_shape, np.float32)) for layer in layers]
-    with load_engine(trace["bundle"], engine, threads=THREADS) as loaded, loaded.bind(trace["batch"]) as bound:
+    with (
+        load_engine(trace["bundle"], engine, threads=THREADS) as loaded,
+        loaded.bind(trace["batch"]) as bound,
+    ):
         for generation, z in enumerate(trace["X"]):
             at = generation % len(layers)
             prompts = layers[at].prompts(z)
@@ -79,32 +95,46 @@ def assert_reproduced(trace: Trace, engine: str, step: int) -> None:
                 logits = scored(bound, prompts, at, stack, first=len(losses) % 5)
                 losses.append(trace["objective"].score(logits, trace["batch"].targets)[0])
             winner = int(trace["fitness"][generation].argmin())
-            best[at] = min(best[at], (trace["fitness"][generation][winner], prompts[winner]), key=lambda pair: pair[0])
+            best[at] = min(
+                best[at],
+                (trace["fitness"][generation][winner], prompts[winner]),
+                key=lambda pair: pair[0],
+            )
     np.testing.assert_allclose(losses, trace["fitness"][compared], rtol=0, atol=TOLERANCE)
 
 
 def scored(bound: BoundBatch, prompts: Any, at: int, stack: Any, first: int) -> Any:
-    """Logits of the prompts; of a layer's, those of every fifth are compared with the logits of its whole stack."""
+    """Logits of the prompts; of a layer's, those of every fifth are compared with the logits of its
+    whole stack.
+    """
     if bound.bundle.info.method == "bbt":
         return bound.label_logits(prompts)
     logits = bound.label_logits(Population(prompts, at, stack))
     some = slice(first, None, 5)
     whole = np.repeat(stack[None], len(prompts), axis=0)
     whole[:, at] = prompts
-    np.testing.assert_allclose(bound.label_logits(whole[some]), logits[some], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        bound.label_logits(whole[some]), logits[some], rtol=0, atol=TOLERANCE
+    )
     return logits
 
 
 @pytest.mark.parametrize("engine", ["eager", "torch", "ort"])
-@pytest.mark.parametrize(("name", "method", "mode"), VARIANTS, ids=["-".join(variant) for variant in VARIANTS])
+@pytest.mark.parametrize(
+    ("name", "method", "mode"), VARIANTS, ids=["-".join(variant) for variant in VARIANTS]
+)
 def test_the_recorded_losses_of_transformers_are_reproduced(
     tiny: Export, name: str, method: str, mode: str, engine: str
 ) -> None:
-    """fixtures/make_parity.py wrote them: a later torch, transformers or exporter has to give the same numbers."""
+    """fixtures/make_parity.py wrote them: a later torch, transformers or exporter has to give the
+    same numbers.
+    """
     bundle: Bundle = tiny(name, method, mode)
     with np.load(PARITY) as file:
         prefix = f"{name}-{method}-{mode}/"
-        recorded = {key.removeprefix(prefix): file[key] for key in file.files if key.startswith(prefix)}
+        recorded = {
+            key.removeprefix(prefix): file[key] for key in file.files if key.startswith(prefix)
+        }
     fields = ("input_ids", "attention_mask", "readout", "targets", "label_token_ids")
     rows = Batch(*(recorded[field] for field in fields))
     layers = [
@@ -115,4 +145,6 @@ def test_the_recorded_losses_of_transformers_are_reproduced(
     with load_engine(bundle, engine, threads=THREADS) as loaded, loaded.bind(rows) as bound:
         logits = bound.label_logits(prompts)
     np.testing.assert_allclose(logits, recorded["label_logits"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(Objective("ce").score(logits, rows.targets)[0], recorded["losses"], atol=1e-5)
+    np.testing.assert_allclose(
+        Objective("ce").score(logits, rows.targets)[0], recorded["losses"], atol=1e-5
+    )

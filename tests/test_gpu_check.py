@@ -1,4 +1,6 @@
-"""The GPU check without a GPU: its verdict, its report, and the whole script with the CPU as its device."""
+"""The GPU check without a GPU: its verdict, its report, and the whole script with the CPU as its
+device.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ import torch
 from conftest import Export
 from tiny_bundles import tiny_bundle
 
-from bbt_accel import load_engine, processes
+from bbt_accel import load_engine
 from bbt_accel.benchmarks import gpu_check, gpu_state, steps
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement, TuningScores
 from bbt_accel.benchmarks.ceilings import matrix_rates
@@ -30,9 +32,10 @@ from bbt_accel.benchmarks.gpu_steps import validation_error
 from bbt_accel.benchmarks.make_backbone import make_backbone
 from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.engines.staged import StagedBoundBatch
-from bbt_accel.exporters.validate import sample_rows
-from bbt_accel.machine import describe_machine
-from bbt_accel.progress import StepProgress
+from bbt_accel.exporters.trace.validate import sample_rows
+from bbt_accel.io import processes
+from bbt_accel.io.machine import describe_machine
+from bbt_accel.io.progress import StepProgress
 
 
 def tuned(seconds: float) -> TuningScores:
@@ -40,14 +43,30 @@ def tuned(seconds: float) -> TuningScores:
 
 
 def speed(
-    task: str = "sst2", asked: dict[str, Any] | None = None, rates: dict[str, float] | None = None, **changes: Any
+    task: str = "sst2",
+    asked: dict[str, Any] | None = None,
+    rates: dict[str, float] | None = None,
+    **changes: Any,
 ) -> BenchReport:
     """A benchmark that meets every target; `changes` are to the row of TensorRT in fp16."""
-    options = {"backbone": "work/roberta-large", "task": task, "n_prompt_tokens": 50, "popsize": 20, "budget": 8000}
+    options = {
+        "backbone": "work/roberta-large",
+        "task": task,
+        "n_prompt_tokens": 50,
+        "popsize": 20,
+        "budget": 8000,
+    }
     goal = {"ms_median": 3.0, "candidates_per_second": 333.0, "speedup": 20.0, "tuned": tuned(28.0)}
     measured = {"fp16 PyTorch": 600e3, "copy, bytes": 2800.0} | (rates or {})
     rows = [
-        Measurement(engine="eager", precision="fp32", baseline=True, ms_median=60, speedup=1, flops=3 * 10**12),
+        Measurement(
+            engine="eager",
+            precision="fp32",
+            baseline=True,
+            ms_median=60,
+            speedup=1,
+            flops=3 * 10**12,
+        ),
         Measurement(engine="torch", precision="fp16", ms_median=6, speedup=10, flops=15 * 10**11),
         Measurement(engine="trt", precision="fp16", **goal | changes),
     ]
@@ -79,7 +98,9 @@ def timed(**changes: Any) -> TimedCheck:
         "identical": True,
         "tokens": 2960,
     }
-    return TimedCheck(**{**facts, "noise": {"enqueued": 2e-3, "captured": 2e-3, "launched": 2e-3}} | changes)
+    return TimedCheck(
+        **{**facts, "noise": {"enqueued": 2e-3, "captured": 2e-3, "launched": 2e-3}} | changes
+    )
 
 
 def timed_as(**changes: Any) -> dict[str, Any]:
@@ -93,7 +114,9 @@ def goal(**changes: Any) -> dict[str, Any]:
 def baseline(engine: str, precision: str) -> dict[str, Any]:
     """A baseline that has failed, and nothing else."""
     measured = speed()
-    failed = Measurement(engine=engine, precision=precision, baseline=True, status="failed", reason="out of memory")
+    failed = Measurement(
+        engine=engine, precision=precision, baseline=True, status="failed", reason="out of memory"
+    )
     return {"benchmarks": [measured.model_copy(update={"rows": [*measured.rows, failed]})]}
 
 
@@ -116,11 +139,19 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
         (goal(candidates_per_second=None), "not 60%"),
         (
             goal(candidates_per_second=240.0)
-            | {"timed": [timed(engine="torch fp16", launches=False, tokens=3040), timed(tokens=2960)]},
+            | {
+                "timed": [
+                    timed(engine="torch fp16", launches=False, tokens=3040),
+                    timed(tokens=2960),
+                ]
+            },
             "58% of the fp16 rate, not 60%",
         ),
         (goal(status="failed", reason="out of memory", ms_median=None), "out of memory"),
-        (goal(status="differs", reason="64 of 64 test rows have NaN"), "64 of 64 test rows have NaN"),
+        (
+            goal(status="differs", reason="64 of 64 test rows have NaN"),
+            "64 of 64 test rows have NaN",
+        ),
         ({"benchmarks": []}, "not measured"),
         (goal(graph_share=0.0), "0.0% of the timed calls were CUDA graphs"),
         ({"partial": ["the family bert"]}, "a partial check: the family bert was not asked for"),
@@ -134,18 +165,33 @@ def test_a_check_that_meets_every_target_has_passed() -> None:
         ({"interrupted": True}, "the rest has not been checked"),
         ({"rows": [], "expected": []}, "no engine was validated"),
         ({"rows": []}, "trt fp16 on t5 bbt add: not checked"),
-        ({"expected": [("t5 bbt add", "trt fp16"), ("t5 bbt add", "trt bf16")]}, "trt bf16 on t5 bbt add: not checked"),
+        (
+            {"expected": [("t5 bbt add", "trt fp16"), ("t5 bbt add", "trt bf16")]},
+            "trt bf16 on t5 bbt add: not checked",
+        ),
         (failed_check(engine="trt fp16", error=0.03), "3.0e-02, more than 1e-02"),
         (failed_check(engine="trt bf16", error=0.09), "9.0e-02, more than 8e-02"),
         (failed_check(error=1e-3), "1.0e-03, more than 1e-04"),
         (failed_check(error=float("nan")), "nan, more than"),
         (goal(graph_share=0.5), "50.0% of the timed calls were CUDA graphs"),
-        ({"timed": [timed(engine="torch fp16", launches=False)]}, "bbt, trt fp16: timed, but not compared"),
+        (
+            {"timed": [timed(engine="torch fp16", launches=False)]},
+            "bbt, trt fp16: timed, but not compared",
+        ),
         (timed_as(error=0.02), "more than 1e-02"),
-        (timed_as(noise={"enqueued": 1e-3, "captured": 1e-3}, identical=None), "never launched as a CUDA graph"),
+        (
+            timed_as(noise={"enqueued": 1e-3, "captured": 1e-3}, identical=None),
+            "never launched as a CUDA graph",
+        ),
         (timed_as(identical=False), "launched and enqueued calls differ"),
-        ({"gpu": GpuState(name="NVIDIA GeForce RTX 4090")}, "on an H100; this was NVIDIA GeForce RTX 4090"),
-        ({"gpu": GpuState(name="NVIDIA GeForce RTX 9090")}, "the peak of NVIDIA GeForce RTX 9090 is not known"),
+        (
+            {"gpu": GpuState(name="NVIDIA GeForce RTX 4090")},
+            "on an H100; this was NVIDIA GeForce RTX 4090",
+        ),
+        (
+            {"gpu": GpuState(name="NVIDIA GeForce RTX 9090")},
+            "the peak of NVIDIA GeForce RTX 9090 is not known",
+        ),
         ({"gpu": None}, "its ceilings cannot be checked"),
         ({"gpu": GpuState(name="NVIDIA H100 80GB HBM3", others=2)}, "2 other processes"),
         (goal(rates={"fp16 PyTorch": 300e3}), "30% of the peak of NVIDIA H100"),
@@ -173,7 +219,10 @@ def test_the_overhead_of_a_call_is_found_by_the_calls_that_are_made(
 ) -> None:
     """An engine whose calls cost 700 tokens: the time is (calls · 700 + tokens) · slope."""
     bundle, popsize = tiny("roberta", "bbt", "add"), 7
-    with load_engine(bundle, "torch", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+    with (
+        load_engine(bundle, "torch", threads=1) as engine,
+        engine.bind(sample_rows(bundle, 12)) as bound,
+    ):
         assert isinstance(bound, StagedBoundBatch)
         bound.engine.call_overhead, bound.engine.tokens_per_call = 1, per_call
         tokens = sum(len(bucket.rows) * bucket.length for bucket in bound.buckets)
@@ -183,9 +232,13 @@ def test_the_overhead_of_a_call_is_found_by_the_calls_that_are_made(
             return (700 * calls + count * tokens) * 0.01 / count
 
         monkeypatch.setattr(steps, "generation", lambda bound, count: count)
-        monkeypatch.setattr(steps, "milliseconds", lambda count, repeats: [ms_per_candidate(count)] * repeats)
+        monkeypatch.setattr(
+            steps, "milliseconds", lambda count, repeats: [ms_per_candidate(count)] * repeats
+        )
         found = steps.call_overhead(bound, popsize, [ms_per_candidate(popsize)], 0)
-        bound.engine.tokens_per_call = 1  # a call for each candidate: its overhead cannot be told from its tokens
+        bound.engine.tokens_per_call = (
+            1  # a call for each candidate: its overhead cannot be told from its tokens
+        )
         assert steps.call_overhead(bound, popsize, [1.0], 0) is None
     assert found == pytest.approx(700)
 
@@ -199,15 +252,24 @@ def test_a_baseline_that_nothing_depends_on_may_fail() -> None:
 def test_traces_of_another_loss_are_named(tmp_path: Path) -> None:
     for name in ("bert_hinge_cat", "bert_perf"):
         (tmp_path / f"{name}.npz").touch()
-    given = argparse.Namespace(device="cpu", golden=tmp_path, report={"command": "c", "options": {}})
+    given = argparse.Namespace(
+        device="cpu", golden=tmp_path, report={"command": "c", "options": {}}
+    )
     check = GpuCheck(given, tmp_path, StepProgress(False))
     check.replay_traces()
-    assert "traces of another loss than the cross entropy: bert_hinge_cat, bert_perf" in check.report.left_out
+    assert (
+        "traces of another loss than the cross entropy: bert_hinge_cat, bert_perf"
+        in check.report.left_out
+    )
 
 
 def test_what_was_not_asked_for_makes_a_check_partial(tmp_path: Path) -> None:
     given = argparse.Namespace(
-        device="cpu", families=[], methods=["bbt"], golden=tmp_path, report={"command": "c", "options": {}}
+        device="cpu",
+        families=[],
+        methods=["bbt"],
+        golden=tmp_path,
+        report={"command": "c", "options": {}},
     )
     check = GpuCheck(given, tmp_path, StepProgress(False))
     check.measure = lambda method: None  # type: ignore[method-assign]
@@ -229,11 +291,16 @@ def test_the_report_says_where_attention_is_one_kernel(
 ) -> None:
     info = tiny_bundle(tmp_path).info.model_copy(update={"optimization": optimization})
     assert gpu_check.fused_attention(info) == says
-    assert f"- Attention of bbt, trt fp16: {says}" in report(attention=[f"bbt, trt fp16: {says}"]).markdown()
+    assert (
+        f"- Attention of bbt, trt fp16: {says}"
+        in report(attention=[f"bbt, trt fp16: {says}"]).markdown()
+    )
 
 
 def test_predictions_that_differ_are_said_and_are_no_failure() -> None:
-    found = report(**goal(status="differs", reason="agreement 0.950 is less than 0.97", max_error=0.01))
+    found = report(
+        **goal(status="differs", reason="agreement 0.950 is less than 0.97", max_error=0.01)
+    )
     assert found.failures() == []
     assert "- trt fp16: differs: agreement 0.950" in found.markdown()
 
@@ -257,7 +324,9 @@ esac
     found = gpu_state.read_gpu("GPU-3")
     assert found is not None
     assert (found.clock_mhz, found.power_limit_w, found.temperature) == (1755, 700, None)
-    assert str(found) == "NVIDIA H100 80GB HBM3, driver 580.1, 1755.0 of 1980.0 MHz, 612.5 of 700.0 W"
+    assert (
+        str(found) == "NVIDIA H100 80GB HBM3, driver 580.1, 1755.0 of 1980.0 MHz, 612.5 of 700.0 W"
+    )
     assert gpu_state.processes_on("GPU-3") == 2
     assert gpu_state.read_gpu("GPU-0") is None
 
@@ -274,7 +343,9 @@ def test_nvidia_smi_is_asked_for_the_gpu_that_this_process_computes_on(
     monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], named: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", {1: SimpleNamespace(**properties)}.__getitem__)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", {1: SimpleNamespace(**properties)}.__getitem__
+    )
     assert gpu_state.identity(1) == named
 
 
@@ -290,8 +361,14 @@ def test_nvidia_smi_is_asked_for_the_gpu_that_this_process_computes_on(
         ("Tesla T4", 65e3),
         ("Tesla V100-SXM2-16GB", 125e3),
         ("NVIDIA GeForce RTX 4090", 165e3),
-        *((f"NVIDIA {name}", None) for name in ("L40", "T400", "A10G", "RTX A1000", "GH200 480GB", "TITAN X")),
-        *((f"NVIDIA GeForce RTX {name}", None) for name in ("4090 D", "4090 Laptop GPU", "3090 Ti")),
+        *(
+            (f"NVIDIA {name}", None)
+            for name in ("L40", "T400", "A10G", "RTX A1000", "GH200 480GB", "TITAN X")
+        ),
+        *(
+            (f"NVIDIA GeForce RTX {name}", None)
+            for name in ("4090 D", "4090 Laptop GPU", "3090 Ti")
+        ),
     ],
 )
 def test_a_gpu_has_the_peak_of_its_own_name(name: str, fp16: float | None) -> None:
@@ -333,7 +410,12 @@ def test_the_script_runs_with_the_cpu_as_its_device(
 ) -> None:
     def inside(step: Callable[..., Any], **arguments: Any) -> Any:
         if step is matrix_rates:
-            return {"fp32_rate": 1, "fp32_rate_by": "x", "rates": {"fp16 PyTorch": 700e3}, "unavailable": {}}
+            return {
+                "fp32_rate": 1,
+                "fp32_rate_by": "x",
+                "rates": {"fp16 PyTorch": 700e3},
+                "unavailable": {},
+            }
         return json.loads(json.dumps(step(**json.loads(json.dumps(arguments, default=str)))))
 
     monkeypatch.setattr(processes, "call", inside)

@@ -1,4 +1,5 @@
-"""The engines of NVIDIA GPUs: their own work on a GPU of the tests' own, and the real thing where there is one.
+"""The engines of NVIDIA GPUs: their own work on a GPU of the tests' own, and the real thing where
+there is one.
 
 `-m gpu` runs what needs a GPU; everything else runs anywhere.
 """
@@ -30,12 +31,14 @@ from onnx.reference import ReferenceEvaluator
 from tiny_backbones import VARIANTS
 from torch.nn import functional
 
-from bbt_accel import Batch, Bundle, Projection, cuda, load_engine, tune
+from bbt_accel import Batch, Bundle, Projection, load_engine, tune
 from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors
 from bbt_accel.benchmarks.steps import generation, measure, save_batch
-from bbt_accel.bundle import write_info
-from bbt_accel.engine_specs import engine_spec
-from bbt_accel.engines import captured, ort_cuda, pytorch, trt
+from bbt_accel.core.bundle import write_info
+from bbt_accel.core.engine_specs import engine_spec
+from bbt_accel.core.objective import batch_statistics
+from bbt_accel.core.population import Latent, Population
+from bbt_accel.engines import captured, cuda, ort_cuda, pytorch, trt
 from bbt_accel.engines.baselines import EagerEngine, EagerTf32Engine
 from bbt_accel.engines.bucketing import bucket_rows, trim
 from bbt_accel.engines.captured import CapturedCalls
@@ -43,13 +46,11 @@ from bbt_accel.engines.ort_cuda import Call, OrtCudaEngine
 from bbt_accel.engines.pytorch import TorchEngine
 from bbt_accel.engines.staged import StagedBoundBatch
 from bbt_accel.engines.trt import TrtEngine
+from bbt_accel.engines.trt_api import Api
 from bbt_accel.errors import DataError, EngineError, PlanError, UsageError
-from bbt_accel.exporters import tensorrt
-from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.trt_api import Api
-from bbt_accel.exporters.validate import relative_rmse, sample_rows
-from bbt_accel.objective import batch_statistics
-from bbt_accel.population import Latent, Population
+from bbt_accel.exporters.convert import tensorrt
+from bbt_accel.exporters.convert.optimize import optimize_bundle
+from bbt_accel.exporters.trace.validate import relative_rmse, sample_rows
 
 DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"),
              ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add")]  # fmt: skip
@@ -99,7 +100,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def candidates(bundle: Bundle, count: int = 5) -> Any:
-    return np.random.default_rng(0).standard_normal((count, *bundle.info.prompt_shape), dtype=np.float32)
+    return np.random.default_rng(0).standard_normal(
+        (count, *bundle.info.prompt_shape), dtype=np.float32
+    )
 
 
 def latent(bundle: Bundle, count: int = 5, dim: int = 16) -> Latent:
@@ -114,7 +117,9 @@ def moved(prompts: Latent, step: int) -> Latent:
     return Latent(prompts.projection, prompts.z + step)
 
 
-def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any) -> dict[str, int]:
+def assert_alike(
+    name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, **options: Any
+) -> dict[str, int]:
     """The same numbers as ONNX Runtime on the CPU, call after call, whatever the engine caches.
 
     Returns the engine's counts.
@@ -129,14 +134,19 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
     ):
         for times in range(1, 5):
             np.testing.assert_allclose(
-                found.label_logits(prompts * times), wanted.label_logits(prompts * times), rtol=0, atol=atol
+                found.label_logits(prompts * times),
+                wanted.label_logits(prompts * times),
+                rtol=0,
+                atol=atol,
             )
         assert found.projects
         assert not wanted.projects
         if info.method == "bbt":
             for turn in range(4):
                 z = moved(there, turn)
-                np.testing.assert_allclose(found.label_logits(z), wanted.label_logits(z), rtol=0, atol=atol)
+                np.testing.assert_allclose(
+                    found.label_logits(z), wanted.label_logits(z), rtol=0, atol=atol
+                )
                 assert_statistics(found.statistics(z), found.label_logits(z), rows)
         else:
             stack = prompts[0].copy()
@@ -151,7 +161,9 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
                     atol=atol,
                 )
                 assert_statistics(
-                    found.statistics(Population(z, layer, stack)), found.label_logits(Population(z, layer, stack)), rows
+                    found.statistics(Population(z, layer, stack)),
+                    found.label_logits(Population(z, layer, stack)),
+                    rows,
                 )
                 np.testing.assert_allclose(
                     found.label_logits(Population(some, layer, stack)),
@@ -160,11 +172,18 @@ def assert_alike(name: str, bundle: Bundle, source: Bundle, atol: float = 1e-5, 
                     atol=atol,
                 )
                 np.testing.assert_allclose(
-                    found.label_logits(stack[None]), wanted.label_logits(stack[None]), rtol=0, atol=atol
+                    found.label_logits(stack[None]),
+                    wanted.label_logits(stack[None]),
+                    rtol=0,
+                    atol=atol,
                 )
-                assert_statistics(found.statistics(stack[None]), found.label_logits(stack[None]), rows)
+                assert_statistics(
+                    found.statistics(stack[None]), found.label_logits(stack[None]), rows
+                )
                 stack[layer] = some[turn % 5]
-            np.testing.assert_allclose(found.layer_stds(), wanted.layer_stds(), rtol=max(atol, 1e-4))
+            np.testing.assert_allclose(
+                found.layer_stds(), wanted.layer_stds(), rtol=max(atol, 1e-4)
+            )
         return engine.counts()
 
 
@@ -173,12 +192,16 @@ def assert_statistics(found: Any, logits: Any, rows: Batch) -> None:
     np.testing.assert_allclose(found, batch_statistics(logits, rows.targets), rtol=1e-4, atol=1e-4)
 
 
-# TensorRT on the tests' own GPU ------------------------------------------------------------------------------
+# TensorRT on the tests' own GPU
+# ------------------------------------------------------------------------------
 
 
 @each
 def test_trt_gives_the_numbers_of_the_graphs(
-    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, variant: tuple[str, str, str]
+    tiny: Export,
+    made: Callable[..., Bundle],
+    gpu: fake_gpu.FakeRuntime,
+    variant: tuple[str, str, str],
 ) -> None:
     counts = assert_alike("trt", made(*variant), tiny(*variant))
     assert counts["launched"] > counts["captured"] > 0
@@ -187,7 +210,10 @@ def test_trt_gives_the_numbers_of_the_graphs(
 
 
 def test_where_nothing_can_be_captured_calls_are_enqueued(
-    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, capsys: pytest.CaptureFixture[str]
+    tiny: Export,
+    made: Callable[..., Bundle],
+    gpu: fake_gpu.FakeRuntime,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     gpu.captures = False
     assert_alike("trt", made("roberta", "bbtv2", "add"), tiny("roberta", "bbtv2", "add"))
@@ -217,7 +243,9 @@ def test_where_there_is_no_memory_for_another_context_the_search_goes_on(
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         wanted = bound.label_logits(candidates(bundle))
-        monkeypatch.setattr(fake_gpu.Engine, "create_execution_context", lambda self, strategy: None)
+        monkeypatch.setattr(
+            fake_gpu.Engine, "create_execution_context", lambda self, strategy: None
+        )
         for _ in range(3):
             np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
         assert engine.versions()["cuda graphs"] == "off"
@@ -266,7 +294,9 @@ def test_graphs_are_launched_for_as_long_as_the_same_calls_come(
         assert engine.versions()["device"] == "NVIDIA Fake 1000, compute capability 8.9"
 
 
-def test_a_generation_of_bbt_moves_z_and_losses_alone(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+def test_a_generation_of_bbt_moves_z_and_losses_alone(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         prompts = latent(bundle)
@@ -314,7 +344,8 @@ def test_a_generation_of_bbtv2_sends_z_and_the_prompt_that_has_changed(
         graphs, gpu.launches = len(engine.calls.graphs), 0
         z, prompt = spaces[0].z.nbytes, 4 * int(np.prod(one))
         for number in range(4 * layers):
-            # The layer before is fixed below now, once; and above the next sweep's lowest layers, once per candidate.
+            # The layer before is fixed below now, once; and above the next sweep's lowest layers,
+            # once per candidate.
             sent = generation(number) - z
             assert sent in (prompt, len(spaces[0]) * prompt), (number, sent)
             bound.statistics(stack[None])
@@ -324,7 +355,9 @@ def test_a_generation_of_bbtv2_sends_z_and_the_prompt_that_has_changed(
         assert sent_unchanged == [z] * layers
 
 
-def test_a_projection_is_kept_as_long_as_its_search(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+def test_a_projection_is_kept_as_long_as_its_search(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
         assert isinstance(engine, TrtEngine)
@@ -335,7 +368,9 @@ def test_a_projection_is_kept_as_long_as_its_search(made: Callable[..., Bundle],
         assert not engine.projections
 
 
-def test_a_space_that_the_plan_does_not_take_says_what_to_lower(made: Callable[..., Bundle]) -> None:
+def test_a_space_that_the_plan_does_not_take_says_what_to_lower(
+    made: Callable[..., Bundle],
+) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 3)) as bound:
         large = latent(bundle, dim=1025)
@@ -343,11 +378,15 @@ def test_a_space_that_the_plan_does_not_take_says_what_to_lower(made: Callable[.
 
 
 @pytest.mark.parametrize("graph", ["project", "statistics"])
-def test_a_bundle_without_the_graphs_of_a_device_has_to_be_made_again(made: Callable[..., Bundle], graph: str) -> None:
+def test_a_bundle_without_the_graphs_of_a_device_has_to_be_made_again(
+    made: Callable[..., Bundle], graph: str
+) -> None:
     bundle = made("roberta", "bbt", "add")
     (bundle.path / f"{graph}.onnx").unlink()
     old = write_info(bundle.path, bundle.info)
-    assert f"lacks {graph}.onnx" in one_line(lambda: load_engine(Bundle(bundle.path, old), "trt"), PlanError)
+    assert f"lacks {graph}.onnx" in one_line(
+        lambda: load_engine(Bundle(bundle.path, old), "trt"), PlanError
+    )
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbtv2"])
@@ -357,16 +396,31 @@ def test_a_search_follows_the_path_of_the_cpu(
     settings = {"k_shot": 2, "intrinsic_dim": 5, "popsize": 4, "budget": 48, "eval_every": 16}
 
     def losses(bundle: Bundle, engine: str) -> list[list[float]]:
-        run = tune(bundle, "demo", engine=engine, output=tmp_path / engine, settings=settings, progress=False)
+        run = tune(
+            bundle,
+            "demo",
+            engine=engine,
+            output=tmp_path / engine,
+            settings=settings,
+            progress=False,
+        )
         return [generation.losses for generation in run.history]
 
-    on_gpu, wanted = losses(made("roberta", method, "add"), "trt"), losses(tiny("roberta", method, "add"), "ort")
+    on_gpu, wanted = (
+        losses(made("roberta", method, "add"), "trt"),
+        losses(tiny("roberta", method, "add"), "ort"),
+    )
     np.testing.assert_allclose(on_gpu, wanted, rtol=0, atol=1e-4)
 
 
 def test_optimizations_can_be_switched_off(tiny: Export, made: Callable[..., Bundle]) -> None:
     bundle = made("roberta", "bbtv2", "add")
-    assert_alike("trt", bundle, tiny("roberta", "bbtv2", "add"), without=["buckets", "population", "layer-cache"])
+    assert_alike(
+        "trt",
+        bundle,
+        tiny("roberta", "bbtv2", "add"),
+        without=["buckets", "population", "layer-cache"],
+    )
 
 
 def test_a_population_larger_than_the_profile_is_split(
@@ -380,7 +434,9 @@ def test_a_population_larger_than_the_profile_is_split(
         other.bind(rows) as wanted,
     ):
         for prompts in (candidates(bundle, 45), latent(bundle, 45)):
-            np.testing.assert_allclose(found.label_logits(prompts), wanted.label_logits(prompts), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                found.label_logits(prompts), wanted.label_logits(prompts), rtol=0, atol=1e-5
+            )
 
 
 def test_a_new_driver_has_the_plans_built_again_and_says_so(
@@ -396,28 +452,37 @@ def test_a_new_driver_has_the_plans_built_again_and_says_so(
     assert capsys.readouterr().err == ""
 
 
-def test_a_plan_that_tensorrt_refuses_is_an_error(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_tensorrt_refuses_is_an_error(
+    made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = made("roberta", "bbt", "add")
     monkeypatch.setattr(trt, "each_plan", lambda *_, **__: [("model", b"of another version")])
     message = one_line(lambda: load_engine(bundle, "trt"), PlanError)
     assert "cannot load the plan of model (Serialization assertion magicTag failed)" in message
 
 
-def test_no_memory_for_a_plan_says_what_to_do(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_for_a_plan_says_what_to_do(
+    made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = made("roberta", "bbt", "add")
     shutil.rmtree(bundle.path / "plans")
     monkeypatch.setattr(fake_gpu.Builder, "out_of_memory", True)
     assert "out of memory" in one_line(lambda: load_engine(bundle, "trt"), PlanError)
 
 
-def test_no_memory_on_the_gpu_says_what_to_do(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+def test_no_memory_on_the_gpu_says_what_to_do(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
     bundle = made("roberta", "bbt", "add")
     gpu.memory = 1000
     assert "--popsize" in one_line(lambda: load_engine(bundle, "trt"), EngineError)
 
 
 def test_graphs_are_made_again_when_memory_was_short(
-    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, monkeypatch: pytest.MonkeyPatch
+    tiny: Export,
+    made: Callable[..., Bundle],
+    gpu: fake_gpu.FakeRuntime,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bundle, prompts = made("roberta", "bbt", "add"), candidates(tiny("roberta", "bbt", "add"))
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
@@ -472,7 +537,9 @@ def test_memory_that_was_short_is_no_error_of_the_next_call(
         assert isinstance(engine, TrtEngine)
         wanted = bound.label_logits(candidates(bundle))
         gpu.memory = 0
-        one_line(lambda: engine.cuda.empty((2**20,), np.uint8), EngineError)  # after the idle buffers were freed
+        one_line(
+            lambda: engine.cuda.empty((2**20,), np.uint8), EngineError
+        )  # after the idle buffers were freed
         gpu.memory = 2**30
         np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
 
@@ -527,7 +594,9 @@ def replay(calls: CapturedCalls, names: str) -> str:
     return done
 
 
-def test_where_memory_is_short_repeated_calls_keep_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_memory_is_short_repeated_calls_keep_their_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(captured, "RESERVE", 1)
     calls: Any = CapturedCalls(Gpu(2))  # type: ignore[arg-type]
     assert replay(calls, "abcabc") == "EEECCE"
@@ -551,7 +620,9 @@ def test_a_call_that_cannot_be_captured_is_tried_twice() -> None:
     assert tried == [False, True, True, False, False]
 
 
-def test_a_device_is_chosen_by_its_number(made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime) -> None:
+def test_a_device_is_chosen_by_its_number(
+    made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime
+) -> None:
     bundle = made("roberta", "bbt", "add")
     gpu.devices = 2
     with load_engine(bundle, "trt", device="cuda:1"):
@@ -569,7 +640,11 @@ def test_engines_on_different_gpus_run_in_one_thread_that_loaded_none_of_them(
         def serve() -> list[Any]:
             batch = sample_rows(bundle, 4)
             with second.bind(batch) as there, first.bind(batch) as here:
-                return [bound.label_logits(candidates(bundle)) for _ in range(4) for bound in (there, here)]
+                return [
+                    bound.label_logits(candidates(bundle))
+                    for _ in range(4)
+                    for bound in (there, here)
+                ]
 
         with ThreadPoolExecutor(1) as thread:
             found = thread.submit(serve).result()
@@ -582,14 +657,19 @@ def test_a_plan_shows_nothing_to_profilers_while_it_runs(made: Callable[..., Bun
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine:
         assert isinstance(engine, TrtEngine)
-        assert engine.plans["model"].context.nvtx_verbosity == engine.api.module.ProfilingVerbosity.NONE
+        assert (
+            engine.plans["model"].context.nvtx_verbosity
+            == engine.api.module.ProfilingVerbosity.NONE
+        )
 
 
 @pytest.mark.parametrize("context", [True, False])
 @pytest.mark.parametrize(
     ("family", "mode"), [("roberta", "add"), ("roberta", "cat"), ("gpt2", "add"), ("llama", "cat")]
 )
-def test_attention_on_a_device_sees_a_multiple_of_8(tiny: Export, family: str, mode: str, context: bool) -> None:
+def test_attention_on_a_device_sees_a_multiple_of_8(
+    tiny: Export, family: str, mode: str, context: bool
+) -> None:
     info = tiny(family, "bbt", mode).info
     batch = sample_rows(tiny(family, "bbt", mode), 12)
     batch = batch if context else replace(batch, context_ids=None)
@@ -603,7 +683,9 @@ def test_attention_on_a_device_sees_a_multiple_of_8(tiny: Export, family: str, m
 
 SST2 = [65, 66, 67, 70, 71, 71, 73, 74, 75, 75, 76, 76, 77, 77, 78, 79,
         81, 82, 83, 86, 87, 91, 94, 96, 99, 99, 101, 104, 105, 108, 117, 125]  # fmt: skip
-"""Tokens of 32 rows of SST-2 with 50 prompt tokens and the shipped tokenizer: those of docs/explanation/gpu.md."""
+"""Tokens of 32 rows of SST-2 with 50 prompt tokens and the shipped tokenizer: those of
+docs/explanation/gpu.md.
+"""
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -621,7 +703,10 @@ def test_rows_of_sst2_are_computed_in_few_calls(
     batch = Batch(np.ones_like(mask), mask, last, last * 0, np.arange(2))
     source = tiny("roberta", "bbt", "add")
     bundle = Bundle(source.path, source.info.model_copy(update={"max_length": 512}))
-    with load_engine(bundle, engine, device=device, threads=1) as loaded, loaded.bind(batch) as bound:
+    with (
+        load_engine(bundle, engine, device=device, threads=1) as loaded,
+        loaded.bind(batch) as bound,
+    ):
         assert isinstance(bound, StagedBoundBatch)
         assert {bucket.length: len(bucket.rows) for bucket in bound.buckets} == buckets
         assert all(len([*bound.chunks(20, bucket)]) == 1 for bucket in bound.buckets)
@@ -636,15 +721,22 @@ def test_rows_are_not_padded_beyond_the_positions_that_a_context_leaves(
     bundle = Bundle(source.path, source.info.model_copy(update={"max_length": limit}))
     ids = np.ones((2, limit - context), np.int64)
     last = np.full(2, limit - context - 1)
-    batch = Batch(ids, ids, last, last * 0, np.arange(2), context_ids=np.arange(context) if context else None)
+    batch = Batch(
+        ids, ids, last, last * 0, np.arange(2), context_ids=np.arange(context) if context else None
+    )
     monkeypatch.setattr(pytorch, "kind_of", lambda device: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with load_engine(bundle, "torch", device="cpu", threads=1) as loaded, loaded.bind(batch) as bound:
+    with (
+        load_engine(bundle, "torch", device="cpu", threads=1) as loaded,
+        loaded.bind(batch) as bound,
+    ):
         assert [bucket.length for bucket in bound.buckets] == [limit - context]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("mode", ["add", "cat"])
-def test_rows_on_a_device_are_as_long_as_fused_attention_asks(made: Callable[..., Bundle], mode: str) -> None:
+def test_rows_on_a_device_are_as_long_as_fused_attention_asks(
+    made: Callable[..., Bundle], mode: str
+) -> None:
     bundle = made("roberta", "bbt", mode)
     prompt = bundle.info.n_prompt_tokens if mode == "cat" else 0
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 12)) as bound:
@@ -658,9 +750,15 @@ def test_whatever_is_timed_is_compared_however_it_ran(
     tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, tmp_path: Path, method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    bundle, batch, reference = made("roberta", method, "add"), str(tmp_path / "rows.npz"), str(tmp_path / "wanted.npy")
+    bundle, batch, reference = (
+        made("roberta", method, "add"),
+        str(tmp_path / "rows.npz"),
+        str(tmp_path / "wanted.npy"),
+    )
     save_batch(Path(batch), sample_rows(bundle, 12))
-    save_reference({"bundle": tiny("roberta", method, "add").path, "name": "eager"}, batch, 4, reference)
+    save_reference(
+        {"bundle": tiny("roberta", method, "add").path, "name": "eager"}, batch, 4, reference
+    )
     engine = {"bundle": bundle.path, "name": "trt", "device": "cuda"}
     *buckets, sums = timed_errors(engine, batch, 4, reference)
     assert len(buckets) > 1
@@ -673,19 +771,28 @@ def test_whatever_is_timed_is_compared_however_it_ran(
     monkeypatch.setattr(fake_gpu.Context, "skew", 1e-2)  # of what a CUDA graph computes
     assert all(not found["identical"] for found in timed_errors(engine, batch, 4, reference)[:-1])
     monkeypatch.setattr(fake_gpu.Context, "skew", float("nan"))
-    assert all(found["noise"]["launched"] == np.inf for found in timed_errors(engine, batch, 4, reference)[:-1])
+    assert all(
+        found["noise"]["launched"] == np.inf
+        for found in timed_errors(engine, batch, 4, reference)[:-1]
+    )
 
 
-def test_a_call_that_fails_names_the_stage(made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_fails_names_the_stage(
+    made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = made("roberta", "bbt", "add")
     with load_engine(bundle, "trt") as engine, engine.bind(sample_rows(bundle, 3)) as bound:
         monkeypatch.setattr(fake_gpu.Engine, "fails", True)
-        assert "failed in model" in one_line(lambda: bound.label_logits(candidates(bundle)), EngineError)
+        assert "failed in model" in one_line(
+            lambda: bound.label_logits(candidates(bundle)), EngineError
+        )
 
 
 def test_rows_that_are_longer_than_the_profile_are_refused(made: Callable[..., Bundle]) -> None:
     source = made("roberta", "bbt", "add")
-    bundle = Bundle(source.path, source.info.model_copy(update={"max_length": 2 * source.info.max_length}))
+    bundle = Bundle(
+        source.path, source.info.model_copy(update={"max_length": 2 * source.info.max_length})
+    )
     with load_engine(bundle, "trt") as engine:
         rows = sample_rows(source, 2)
         assert engine.longest < bundle.info.max_length  # type: ignore[attr-defined]
@@ -701,12 +808,17 @@ def test_a_bundle_that_was_not_made_for_tensorrt_names_the_command(tiny: Export,
     assert "--target trt" in one_line(lambda: load_engine(bundle, "trt"), EngineError)
     assert "--target trt" in one_line(lambda: TrtEngine(bundle), PlanError)
     assert "--engine trt" in one_line(
-        lambda: load_engine(Bundle(bundle.path, bundle.info.model_copy(update={"target": "trt"})), "ort"), EngineError
+        lambda: load_engine(
+            Bundle(bundle.path, bundle.info.model_copy(update={"target": "trt"})), "ort"
+        ),
+        EngineError,
     )
 
 
 class Rounding:
-    """A session that rounds every value as its type says; ONNX Runtime computes halves in fp32 on a CPU."""
+    """A session that rounds every value as its type says; ONNX Runtime computes halves in fp32 on a
+    CPU.
+    """
 
     def __init__(self, file: str) -> None:
         whole = onnxruntime.InferenceSession(file)
@@ -714,7 +826,9 @@ class Rounding:
         self.run = ReferenceEvaluator(file).run
 
 
-@pytest.mark.skipif(np.__version__ < "2", reason="onnx's reference evaluator needs NumPy 2 for long rows")
+@pytest.mark.skipif(
+    np.__version__ < "2", reason="onnx's reference evaluator needs NumPy 2 for long rows"
+)
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_norms_are_right_for_activations_that_calibration_did_not_reach(
@@ -733,26 +847,37 @@ def test_norms_are_right_for_activations_that_calibration_did_not_reach(
         assert relative_rmse(found.label_logits(prompts), wanted.label_logits(prompts)) < 0.01
 
 
-# ONNX Runtime, its device being the CPU ----------------------------------------------------------------------
+# ONNX Runtime, its device being the CPU
+# ----------------------------------------------------------------------
 
 
 @each
 @pytest.mark.usefixtures("on_cpu")
-def test_ort_with_bound_arrays_gives_the_same_numbers(tiny: Export, variant: tuple[str, str, str]) -> None:
+def test_ort_with_bound_arrays_gives_the_same_numbers(
+    tiny: Export, variant: tuple[str, str, str]
+) -> None:
     assert_alike("ort", tiny(*variant), tiny(*variant))
 
 
 @pytest.mark.usefixtures("on_cpu")
 def test_calls_of_bbt_that_come_again_have_fixed_arrays(tiny: Export) -> None:
     bundle = tiny("roberta", "bbt", "add")
-    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+    with (
+        load_engine(bundle, "ort", device="cuda", threads=1) as engine,
+        engine.bind(sample_rows(bundle, 12)) as bound,
+    ):
         assert isinstance(engine, OrtCudaEngine)
         bound.label_logits(candidates(bundle))
         assert engine.live() == 0
         for _ in range(3):
             bound.label_logits(candidates(bundle))
         assert engine.live() == engine.counts()["captured"] == len(bound.buckets)  # type: ignore[attr-defined]
-        calls = [call for calls in engine.seen.values() for call in calls.values() if isinstance(call, Call)]
+        calls = [
+            call
+            for calls in engine.seen.values()
+            for call in calls.values()
+            if isinstance(call, Call)
+        ]
         numbers = [call.options.get_run_config_entry("gpu_graph_id") for call in calls]
         assert len(set(numbers)) == len(numbers)
 
@@ -770,7 +895,9 @@ def test_rows_that_are_bound_for_one_call_become_no_graph(tiny: Export) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_graphs_of_rows_that_were_closed_make_room_for_others(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_of_rows_that_were_closed_make_room_for_others(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a server, which binds and closes rows for as long as it runs."""
     monkeypatch.setattr(ort_cuda, "MAX_GRAPHS", 8)
     bundle = tiny("roberta", "bbt", "add")
@@ -827,11 +954,19 @@ def test_a_call_that_fails_as_a_graph_has_its_session_opened_again(
         return real(self, session, given, names)
 
     bundle = tiny("roberta", "bbt", "add")
-    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+    with (
+        load_engine(bundle, "ort", device="cuda", threads=1) as engine,
+        engine.bind(sample_rows(bundle, 12)) as bound,
+    ):
         assert isinstance(engine, OrtCudaEngine)
-        wanted, session = bound.label_logits(candidates(bundle)), weakref.ref(engine.sessions["model"])
+        wanted, session = (
+            bound.label_logits(candidates(bundle)),
+            weakref.ref(engine.sessions["model"]),
+        )
         opened, alive = engine.open, list[bool]()
-        monkeypatch.setattr(engine, "open", lambda stage: (alive.append(session() is not None), opened(stage))[1])
+        monkeypatch.setattr(
+            engine, "open", lambda stage: (alive.append(session() is not None), opened(stage))[1]
+        )
         monkeypatch.setattr(OrtCudaEngine, "replay", replay)
         for _ in range(3):
             np.testing.assert_array_equal(bound.label_logits(candidates(bundle)), wanted)
@@ -841,16 +976,25 @@ def test_a_call_that_fails_as_a_graph_has_its_session_opened_again(
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_a_session_that_cannot_be_opened_again_is_one_line(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_cannot_be_opened_again_is_one_line(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_memory(*_: Any) -> Any:
         raise EngineError("out of memory")
 
     bundle = tiny("roberta", "bbt", "add")
-    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 4)) as bound:
+    with (
+        load_engine(bundle, "ort", device="cuda", threads=1) as engine,
+        engine.bind(sample_rows(bundle, 4)) as bound,
+    ):
         monkeypatch.setattr(OrtCudaEngine, "replay", no_memory)
         monkeypatch.setattr(OrtCudaEngine, "open", no_memory)
-        assert "out of memory" in one_line(lambda: bound.label_logits(candidates(bundle)), EngineError)
-        assert "load the engine again" in one_line(lambda: bound.label_logits(candidates(bundle)), EngineError)
+        assert "out of memory" in one_line(
+            lambda: bound.label_logits(candidates(bundle)), EngineError
+        )
+        assert "load the engine again" in one_line(
+            lambda: bound.label_logits(candidates(bundle)), EngineError
+        )
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -859,10 +1003,15 @@ def test_no_memory_for_prompts_is_one_line(tiny: Export, monkeypatch: pytest.Mon
         raise RuntimeError("Failed to allocate memory\nmore")
 
     bundle = tiny("roberta", "bbt", "add")
-    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 4)) as bound:
+    with (
+        load_engine(bundle, "ort", device="cuda", threads=1) as engine,
+        engine.bind(sample_rows(bundle, 4)) as bound,
+    ):
         monkeypatch.setattr(OrtCudaEngine, "new_array", no_memory)
         for prompts in (candidates(bundle), latent(bundle)):
-            assert "allocate memory" in one_line(lambda p=prompts: bound.label_logits(p), EngineError)  # type: ignore[misc]
+            assert "allocate memory" in one_line(
+                lambda p=prompts: bound.label_logits(p), EngineError
+            )  # type: ignore[misc]
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -874,7 +1023,10 @@ def test_ort_projects_once_a_generation(tiny: Export, monkeypatch: pytest.Monkey
         return real(self, session, *rest, **more)
 
     monkeypatch.setattr(OrtCudaEngine, "once", once)
-    with load_engine(bundle, "ort", device="cuda", threads=1) as engine, engine.bind(sample_rows(bundle, 12)) as bound:
+    with (
+        load_engine(bundle, "ort", device="cuda", threads=1) as engine,
+        engine.bind(sample_rows(bundle, 12)) as bound,
+    ):
         engine.tokens_per_call = 200  # type: ignore[attr-defined] # the population in parts, which keep apart
         whole = bound.label_logits(latent(bundle))
         for _ in range(3):
@@ -886,7 +1038,8 @@ def test_ort_projects_once_a_generation(tiny: Export, monkeypatch: pytest.Monkey
         assert counts["launched"] == 2 * counts["captured"]
 
 
-# PyTorch -----------------------------------------------------------------------------------------------------
+# PyTorch
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbtv2"])
@@ -895,7 +1048,10 @@ def test_eager_on_a_device_projects_there(tiny: Export, method: str) -> None:
     population = Population(latent(bundle))
     if method == "bbtv2":
         population = Population(latent(bundle), 1, candidates(bundle, 1)[0])
-    with load_engine(bundle, "eager", threads=1) as engine, engine.bind(sample_rows(bundle, 4)) as bound:
+    with (
+        load_engine(bundle, "eager", threads=1) as engine,
+        engine.bind(sample_rows(bundle, 4)) as bound,
+    ):
         wanted = bound.label_logits(population)
         bound.projects = True  # as on a GPU
         np.testing.assert_allclose(bound.label_logits(population), wanted, rtol=0, atol=1e-5)
@@ -918,12 +1074,15 @@ def test_fp32_is_fp32_beside_an_engine_with_tf32_and_whatever_the_process_has_se
     try:
         with ExitStack() as live:
             engines: dict[str, Any] = {
-                name: live.enter_context(engine(bundle, threads=1)) for name, engine in classes.items()
+                name: live.enter_context(engine(bundle, threads=1))
+                for name, engine in classes.items()
             }
             for name, engine in engines.items():
                 computes = engine.backbone if name == "torch" else engine.reference
                 monkeypatch.setattr(computes, "run", recorded(name, computes.run))
-                live.enter_context(engine.bind(sample_rows(bundle, 2))).label_logits(candidates(bundle, 1))
+                live.enter_context(engine.bind(sample_rows(bundle, 2))).label_logits(
+                    candidates(bundle, 1)
+                )
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -938,8 +1097,13 @@ def test_wherever_eager_runs_out_of_memory_is_one_line(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     bundle = tiny("roberta", method, "add")
-    projected = Population(latent(bundle), *([1, candidates(bundle, 1)[0]] if method == "bbtv2" else []))
-    with load_engine(bundle, "eager", threads=1) as engine, engine.bind(sample_rows(bundle, 2)) as bound:
+    projected = Population(
+        latent(bundle), *([1, candidates(bundle, 1)[0]] if method == "bbtv2" else [])
+    )
+    with (
+        load_engine(bundle, "eager", threads=1) as engine,
+        engine.bind(sample_rows(bundle, 2)) as bound,
+    ):
         bound.projects = True  # as on a GPU
         for function in ("linear", "embedding"):  # of the projection, and of the forward
             with monkeypatch.context() as patch:
@@ -963,13 +1127,18 @@ def test_a_gpu_out_of_memory_is_one_line_that_says_what_to_do() -> None:
 def test_an_engine_takes_a_gpu_by_its_number_and_needs_none_without_a_cpu() -> None:
     assert engine_spec("trt").device("cpu") == "cuda"
     assert engine_spec("torch").device("cuda:3") == "cuda:3"
-    assert "not on cuda:1" in one_line(lambda: engine_spec("openvino").device("cuda:1"), EngineError)
+    assert "not on cuda:1" in one_line(
+        lambda: engine_spec("openvino").device("cuda:1"), EngineError
+    )
 
 
-# ONNX Runtime's options --------------------------------------------------------------------------------------
+# ONNX Runtime's options
+# --------------------------------------------------------------------------------------
 
 
-def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle, seen = tiny("roberta", "bbt", "add"), list[Any]()
 
     def session(file: str, options: Any, providers: Any, **more: Any) -> Any:
@@ -997,7 +1166,8 @@ def test_ort_without_a_driver_is_one_line_that_names_the_cpu(
     assert "--device cpu" in message
 
 
-# On a GPU ----------------------------------------------------------------------------------------------------
+# On a GPU
+# ----------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no NVIDIA GPU: run pytest -m gpu where there is one"
@@ -1013,7 +1183,11 @@ def test_torch_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
 
 
 def test_cuda_is_the_first_gpu_whatever_the_thread_has_used_before() -> None:
-    assert [str(pytorch.torch_device(name)) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]
+    assert [str(pytorch.torch_device(name)) for name in ("cpu", "cuda", "cuda:1")] == [
+        "cpu",
+        "cuda:0",
+        "cuda:1",
+    ]
 
 
 @pytest.mark.gpu
@@ -1029,12 +1203,19 @@ def test_ort_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.skipif(not (find_spec("tensorrt") or find_spec("tensorrt_rtx")), reason="TensorRT is not installed: [trt]")
+@pytest.mark.skipif(
+    not (find_spec("tensorrt") or find_spec("tensorrt_rtx")),
+    reason="TensorRT is not installed: [trt]",
+)
 @pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-4), ("fp16", 0.05)])
 @all_variants
-def test_trt_on_a_gpu(tiny: Export, tmp_path: Path, variant: tuple[str, str, str], precision: Any, atol: float) -> None:
+def test_trt_on_a_gpu(
+    tiny: Export, tmp_path: Path, variant: tuple[str, str, str], precision: Any, atol: float
+) -> None:
     try:
-        made = optimize_bundle(tiny(*variant).path, tmp_path / "made", precision=precision, target="trt")
+        made = optimize_bundle(
+            tiny(*variant).path, tmp_path / "made", precision=precision, target="trt"
+        )
     except PlanError as error:
         if "pip install tensorrt" in str(error):
             pytest.skip(str(error))

@@ -1,4 +1,6 @@
-"""The Hugging Face hub, as a server on loopback: export a hub id, read a data set, push a run and use it there."""
+"""The Hugging Face hub, as a server on loopback: export a hub id, read a data set, push a run and
+use it there.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,17 @@ from fake_hub import FakeHub, fake_hub
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
-from bbt_accel.backbone_names import hub_id
-from bbt_accel.bundle import Bundle
-from bbt_accel.bundle import write_info as write_bundle_info
-from bbt_accel.data import Row
+from bbt_accel.core.backbone_names import hub_id
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.bundle import write_info as write_bundle_info
 from bbt_accel.errors import BundleError, PackageError, RunError, UsageError
-from bbt_accel.hub import fetched
-from bbt_accel.inference import predict
-from bbt_accel.model_card import model_card
-from bbt_accel.run import Run, write_info
-from bbt_accel.sharing import portable, push
-from bbt_accel.tasks import Context
+from bbt_accel.io.hub import fetched
+from bbt_accel.package.push import portable, push
+from bbt_accel.predict.inference import predict
+from bbt_accel.search.model_card import model_card
+from bbt_accel.search.run import Run, write_info
+from bbt_accel.tasks.data import Row
+from bbt_accel.tasks.task import Context
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -44,8 +46,10 @@ def cli(hub: FakeHub, tmp_path: Path) -> Cli:
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **hub.environment(tmp_path / "cache")}
-        command = [sys.executable, "-m", "bbt_accel.cli", *words]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        command = [sys.executable, "-m", "bbt_accel.cli.commands", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
 
     return call
 
@@ -53,13 +57,21 @@ def cli(hub: FakeHub, tmp_path: Path) -> Cli:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     bundle, task = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data")
-    options = {"data": tmp_path / "data", "engine": "dummy", "progress": False, "settings": SETTINGS}
+    options = {
+        "data": tmp_path / "data",
+        "engine": "dummy",
+        "progress": False,
+        "settings": SETTINGS,
+    }
     return tune(bundle, task, output=tmp_path / "run", **options)  # type: ignore[arg-type]
 
 
 def test_a_pushed_run_works_from_the_hub(cli: Cli, hub: FakeHub, run: Run, tmp_path: Path) -> None:
     asked = cli("push", "run", "me/toy")
-    assert (asked.returncode, hub.requests) == (2, [])  # nothing leaves the machine unless confirmed
+    assert (asked.returncode, hub.requests) == (
+        2,
+        [],
+    )  # nothing leaves the machine unless confirmed
     assert "confirm with --yes" in asked.stderr
     done = cli("push", "run", "me/toy", "--yes")
     assert done.returncode == 0, done.stderr
@@ -110,15 +122,22 @@ def test_a_model_card_has_the_scores_and_the_licence(run: Run) -> None:
     bundle = run.info.bundle.model_copy(update={"license": "mit", "backbone": "owner/name"})
     other = ModelCard(model_card(run.info.model_copy(update={"bundle": bundle})))
     assert (other.data.license, other.data.base_model) == ("mit", "owner/name")
-    odd = run.task.model_copy(update={"templates": {"masked": "a | b\n{text} {mask}", "span": None, "causal": None}})
-    assert r"| template | `a \| b\n{text} {mask}` |" in model_card(run.info.model_copy(update={"task": odd}))
+    odd = run.task.model_copy(
+        update={"templates": {"masked": "a | b\n{text} {mask}", "span": None, "causal": None}}
+    )
+    assert r"| template | `a \| b\n{text} {mask}` |" in model_card(
+        run.info.model_copy(update={"task": odd})
+    )
     local = run.info.bundle.model_copy(update={"backbone": "/home/somebody/checkpoint"})
     assert "somebody" not in model_card(run.info.model_copy(update={"bundle": local}))
 
 
 def test_a_model_card_says_what_is_in_front_of_every_row_of_a_decoder(run: Run) -> None:
     assert "before every row" not in model_card(run.info)
-    of_decoder = {"context": Context(instruction="Topic?"), "templates": {"causal": "{text} {mask}"}}
+    of_decoder = {
+        "context": Context(instruction="Topic?"),
+        "templates": {"causal": "{text} {mask}"},
+    }
     decoder = {
         "bundle": run.info.bundle.model_copy(update={"template_group": "causal"}),
         "task": run.task.model_copy(update=of_decoder),
@@ -141,7 +160,10 @@ def test_a_link_out_of_a_run_is_not_uploaded(run: Run, tmp_path: Path) -> None:
     secret.write_text("my key")
     card.unlink()
     card.symlink_to(secret)
-    with pytest.raises(RunError, match=r"README.md is a link to .*secret; replace it"), portable(run.path):
+    with (
+        pytest.raises(RunError, match=r"README.md is a link to .*secret; replace it"),
+        portable(run.path),
+    ):
         pass
     cached = tmp_path / "models--me--toy" / "snapshots" / "1" / "run"
     shutil.copytree(run.path, cached)  # follows the link
@@ -153,7 +175,8 @@ def test_a_link_out_of_a_run_is_not_uploaded(run: Run, tmp_path: Path) -> None:
         assert (copy / "README.md").read_text() == "my key"
 
 
-# What nobody else should see -----------------------------------------------------------------------------------
+# What nobody else should see
+# -----------------------------------------------------------------------------------
 
 PRIVATE = ("alice", "gpu-host")
 """Parts of paths and addresses of this machine, in `private`."""
@@ -161,13 +184,19 @@ PRIVATE = ("alice", "gpu-host")
 
 @pytest.fixture
 def private(tmp_path: Path) -> Run:
-    """A run of a local checkpoint, with the address of a server and TensorBoard's file, which has the host's name."""
+    """A run of a local checkpoint, with the address of a server and TensorBoard's file, which has
+    the host's name.
+    """
     home = tmp_path / "alice"
-    info = search_bundle(home / "bundle").info.model_copy(update={"backbone": str(home / "checkpoint")})
+    info = search_bundle(home / "bundle").info.model_copy(
+        update={"backbone": str(home / "checkpoint")}
+    )
     write_bundle_info(home / "bundle", info)
     options = {"data": home / "data", "engine": "dummy", "progress": False, "settings": SETTINGS}
     run = tune(home / "bundle", task_file(home / "data"), output=home / "run", **options)  # type: ignore[arg-type]
-    engine = run.info.engine.model_copy(update={"url": "http://gpu-host:8000", "versions": {"url": "http://gpu-host"}})
+    engine = run.info.engine.model_copy(
+        update={"url": "http://gpu-host:8000", "versions": {"url": "http://gpu-host"}}
+    )
     write_info(run.path, run.info.model_copy(update={"engine": engine}))
     (run.path / "tensorboard").mkdir()
     (run.path / "tensorboard" / "events.out.tfevents.1.gpu-host").write_text("gpu-host")
@@ -177,7 +206,9 @@ def private(tmp_path: Path) -> Run:
 
 def tells_nothing(folder: Path, *private: str) -> None:
     for file in folder.rglob("*"):
-        told = str(file.relative_to(folder)) + (file.read_text(encoding="latin-1") if file.is_file() else "")
+        told = str(file.relative_to(folder)) + (
+            file.read_text(encoding="latin-1") if file.is_file() else ""
+        )
         assert not [name for name in (*PRIVATE, *private) if name in told], file
 
 
@@ -195,11 +226,19 @@ def test_a_pushed_run_takes_a_local_bundle_of_its_backbone(private: Run, tmp_pat
         local = tmp_path / "alice" / "bundle"
         assert Run.read(copy).open_bundle(local).path == local
         for backbone in ("/home/bob/another", "owner/checkpoint"):
-            write_bundle_info(local, Bundle.read(local).info.model_copy(update={"backbone": backbone}))
-            with pytest.raises(BundleError, match=f"has the backbone {backbone}, the prompt .* needs checkpoint"):
+            write_bundle_info(
+                local, Bundle.read(local).info.model_copy(update={"backbone": backbone})
+            )
+            with pytest.raises(
+                BundleError, match=f"has the backbone {backbone}, the prompt .* needs checkpoint"
+            ):
                 Run.read(copy).open_bundle(local)
-    write_bundle_info(local, Bundle.read(local).info.model_copy(update={"backbone": "/home/bob/checkpoint"}))
-    with pytest.raises(BundleError, match="has the backbone /home/bob/checkpoint"):  # of that name, but another
+    write_bundle_info(
+        local, Bundle.read(local).info.model_copy(update={"backbone": "/home/bob/checkpoint"})
+    )
+    with pytest.raises(
+        BundleError, match="has the backbone /home/bob/checkpoint"
+    ):  # of that name, but another
         private.open_bundle(local)
 
 
@@ -233,17 +272,28 @@ def test_a_pushed_run_or_classifier_is_used_by_its_address(
         "for name in ('run', 'saved'): print(P.load(f'hf://me/{name}').predict_proba(['w1 w2']).tolist())"
     )
     environment = {**os.environ, **hub.environment(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         assert json.loads(line)[0] == pytest.approx(probabilities[0], abs=1e-6)
     assert done.stdout.count("\n") == 2
 
 
-def test_a_push_replaces_what_the_repository_held(cli: Cli, hub: FakeHub, run: Run, tmp_path: Path) -> None:
+def test_a_push_replaces_what_the_repository_held(
+    cli: Cli, hub: FakeHub, run: Run, tmp_path: Path
+) -> None:
     former = tmp_path / "hub" / "models" / "me" / "toy"
     (former / "run").mkdir(parents=True)
-    for name in ("classifier.json", "run/run.json"):  # by which it would be taken for a saved classifier
+    for name in (
+        "classifier.json",
+        "run/run.json",
+    ):  # by which it would be taken for a saved classifier
         (former / name).write_text("{}")
     assert cli("push", "run", "me/toy", "--yes").returncode == 0
     assert not (former / "classifier.json").exists()
@@ -256,7 +306,10 @@ def test_a_private_push_to_a_public_repository_uploads_nothing(
     (tmp_path / "hub" / "models" / "me" / "public").mkdir(parents=True)  # the fake hub's are public
     found = cli("push", "run", "me/public", "--yes", "--private")
     assert found.returncode == 1
-    assert found.stderr == "error: me/public exists and is public; make it private on the hub, or choose another name\n"
+    assert (
+        found.stderr
+        == "error: me/public exists and is public; make it private on the hub, or choose another name\n"
+    )
     assert list((tmp_path / "hub" / "models" / "me" / "public").iterdir()) == []
 
 
@@ -273,7 +326,7 @@ def test_what_a_saved_classifier_needs_is_not_left_out(run: Run, tmp_path: Path)
 
 
 def test_an_adapter_of_a_local_checkpoint_is_not_pushed(tmp_path: Path) -> None:
-    from bbt_accel.sharing import check_base_model
+    from bbt_accel.package.push import check_base_model
 
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({"base_model_name_or_path": "owner/name", "revision": None}))
@@ -285,7 +338,9 @@ def test_an_adapter_of_a_local_checkpoint_is_not_pushed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_pushed_package_is_loaded_by_its_name(cli: Cli, hub: FakeHub, tmp_path: Path, tiny: Export) -> None:
+def test_a_pushed_package_is_loaded_by_its_name(
+    cli: Cli, hub: FakeHub, tmp_path: Path, tiny: Export
+) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")
     from package_parts import TEXTS, Foreign, tuned
@@ -299,7 +354,11 @@ def test_a_pushed_package_is_loaded_by_its_name(cli: Cli, hub: FakeHub, tmp_path
     script = "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sys.argv[1]))"
     environment = {**os.environ, **hub.environment(tmp_path / "another cache")}
     fetch = [sys.executable, "-c", script, "me/mood"]
-    folder = Path(subprocess.run(fetch, capture_output=True, text=True, env=environment, check=True).stdout.strip())
+    folder = Path(
+        subprocess.run(
+            fetch, capture_output=True, text=True, env=environment, check=True
+        ).stdout.strip()
+    )
     tells_nothing(folder, str(tmp_path), ".env")
     found = Foreign(folder).probabilities(TEXTS)
     predicted = predict(run.path, [{"text": text} for text in TEXTS], threads=1)
@@ -327,10 +386,32 @@ def test_a_hub_id_is_exported_and_its_data_set_read(cli: Cli, tmp_path: Path) ->
         'name = "rows"\ntext = "text"\nn_classes = 2\n[hub]\npath = "owner/rows"\n'
         '[templates]\nmasked = "{text} {mask}"\n[label_words]\nmasked = ["a", "b"]\n'
     )
-    exported = cli("export", "owner/tiny", "-o", "bundle", "--n-prompt-tokens", "5", "--revision", "main", "--json")
+    exported = cli(
+        "export",
+        "owner/tiny",
+        "-o",
+        "bundle",
+        "--n-prompt-tokens",
+        "5",
+        "--revision",
+        "main",
+        "--json",
+    )
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["license"] == "cc-by-4.0"
-    words = ["tune", "--bundle", "bundle", "--task", "task.toml", "--budget", "1", "--k-shot", "4", "--threads", "1"]
+    words = [
+        "tune",
+        "--bundle",
+        "bundle",
+        "--task",
+        "task.toml",
+        "--budget",
+        "1",
+        "--k-shot",
+        "4",
+        "--threads",
+        "1",
+    ]
     tuned = cli(*words, "-o", "tuned", "--json")
     assert tuned.returncode == 0, tuned.stderr
     assert "license: cc-by-4.0" in (tmp_path / "tuned" / "README.md").read_text()

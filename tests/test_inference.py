@@ -13,17 +13,17 @@ import pytest
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
-from bbt_accel.bundle import write_info as write_bundle_info
-from bbt_accel.data import Row, load_rows
-from bbt_accel.encoding import Encoder
+from bbt_accel.core.bundle import write_info as write_bundle_info
+from bbt_accel.core.logits import log_softmax
+from bbt_accel.core.objective import Objective
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError, RunError, UsageError
-from bbt_accel.inference import evaluate, predict, scored_rows
-from bbt_accel.logits import log_softmax
-from bbt_accel.objective import Objective
-from bbt_accel.run import Run, write_info
-from bbt_accel.splits import split_rows
-from bbt_accel.tasks import load_task
+from bbt_accel.predict.inference import evaluate, predict, scored_rows
+from bbt_accel.search.run import Run, write_info
+from bbt_accel.tasks.data import Row, load_rows
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.splits import split_rows
+from bbt_accel.tasks.task import load_task
 
 TEXTS = [{"text": f"w{i} w{i + 1}"} for i in range(80)]
 
@@ -33,20 +33,41 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     bundle = search_bundle(tmp_path / "bundle", request.param)
     task = task_file(tmp_path / "data")
     return tune(
-        bundle, task, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS, progress=False
+        bundle,
+        task,
+        data=tmp_path / "data",
+        engine="dummy",
+        output=tmp_path / "run",
+        settings=SETTINGS,
+        progress=False,
     )
 
 
-def test_evaluate_scores_every_test_row_with_and_without_the_prompt(run: Run, tmp_path: Path) -> None:
+def test_evaluate_scores_every_test_row_with_and_without_the_prompt(
+    run: Run, tmp_path: Path
+) -> None:
     report = evaluate(run.path)
     rows = load_rows(run.task, "test", tmp_path / "data")
     engine = DummyEngine(run.open_bundle())
-    batch = Encoder(engine.bundle, run.task).encode(rows)  # 70 rows at once, which evaluate splits in two
+    batch = Encoder(engine.bundle, run.task).encode(
+        rows
+    )  # 70 rows at once, which evaluate splits in two
     logits = engine.bind(batch).label_logits(np.stack([run.prompt, np.zeros_like(run.prompt)]))
     plain = log_softmax(logits[1])
-    _, (score, without, calibrated) = Objective().score(np.stack([*logits, plain - plain.mean(0)]), batch.targets)
-    assert (report["score"], report["without_prompt"], report["calibrated"]) == (score, without, calibrated)
-    assert (report["split"], report["metric"], report["rows"], report["engine"]) == ("test", "accuracy", 70, "dummy")
+    _, (score, without, calibrated) = Objective().score(
+        np.stack([*logits, plain - plain.mean(0)]), batch.targets
+    )
+    assert (report["score"], report["without_prompt"], report["calibrated"]) == (
+        score,
+        without,
+        calibrated,
+    )
+    assert (report["split"], report["metric"], report["rows"], report["engine"]) == (
+        "test",
+        "accuracy",
+        70,
+        "dummy",
+    )
     dev = evaluate(run.path, split="dev")
     assert run.info.best is not None
     assert (dev["rows"], dev["score"]) == (6, run.info.best.dev_score)
@@ -73,7 +94,13 @@ def test_an_unknown_split_or_preset_is_named(run: Run, tmp_path: Path) -> None:
 def test_another_engine_runs_on_the_runs_device_only_if_it_can(run: Run) -> None:
     on_gpu = run.info.engine.model_copy(update={"name": "trt", "device": "cuda:1"})
     names = ("trt", "ort", "torch", "openvino", "remote")
-    assert [on_gpu.used_with(name, None)[1] for name in names] == ["cuda:1", "cuda:1", "cuda:1", "cpu", "cpu"]
+    assert [on_gpu.used_with(name, None)[1] for name in names] == [
+        "cuda:1",
+        "cuda:1",
+        "cuda:1",
+        "cpu",
+        "cpu",
+    ]
     on_cpu = run.info.engine.model_copy(update={"name": "ort", "without": ["buckets"]})
     assert on_cpu.used_with(None, None) == ("ort", "cpu", ["buckets"])
     assert on_cpu.used_with("trt", None) == ("trt", "cuda", [])  # which runs nowhere else
@@ -103,7 +130,9 @@ def test_a_run_whose_parts_do_not_fit_each_other_is_refused(run: Run, name: str)
 
 def test_a_readout_with_other_classes_than_the_tasks_is_refused(run: Run) -> None:
     readout = replace(run.readout, classes=np.array([0, 10**10]))
-    record = run.info.readout.model_copy(update={"sha256": readout.save(run.path / "readout.safetensors")})
+    record = run.info.readout.model_copy(
+        update={"sha256": readout.save(run.path / "readout.safetensors")}
+    )
     write_info(run.path, run.info.model_copy(update={"readout": record}))
     with pytest.raises(RunError, match=r"does not fit run\.json; tune again"):
         Run.read(run.path)
@@ -162,10 +191,15 @@ def test_a_bundle_of_the_other_method_is_refused(run: Run, tmp_path: Path) -> No
         ("n_prompt_tokens", 5),
     ],
 )
-def test_a_bundle_that_takes_other_prompts_is_refused(run: Run, tmp_path: Path, fact: str, value: Any) -> None:
+def test_a_bundle_that_takes_other_prompts_is_refused(
+    run: Run, tmp_path: Path, fact: str, value: Any
+) -> None:
     other = search_bundle(tmp_path / "other", run.info.bundle.method)
     write_bundle_info(other.path, other.info.model_copy(update={fact: value}))
-    with pytest.raises(BundleError, match="takes prompts" if fact == "n_prompt_tokens" else f"has the {fact} {value}"):
+    with pytest.raises(
+        BundleError,
+        match="takes prompts" if fact == "n_prompt_tokens" else f"has the {fact} {value}",
+    ):
         predict(run.path, TEXTS[:1], bundle=other.path)
 
 
@@ -189,32 +223,60 @@ def test_a_run_with_held_out_rows_is_scored_on_them(tmp_path: Path) -> None:
         assert scored_rows(run, copy, "test") == rest  # and not the rows of the search
 
 
-def test_a_text_that_comes_again_is_held_out_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_that_comes_again_is_held_out_from_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
     data = tmp_path / "data" / "train.jsonl"
     text = data.read_text()
-    data.write_text(text + text.replace('"text": "', '"text": "  ') + text)  # white space in front does not count
+    data.write_text(
+        text + text.replace('"text": "', '"text": "  ') + text
+    )  # white space in front does not count
     settings = {**SETTINGS, "hold_out": True}
     run = tune(bundle, task, data=data, engine="dummy", output=tmp_path / "run", settings=settings)
     assert "60 of 90 rows repeat the text of another and are left out" in capsys.readouterr().err
-    texts = [row.fields["text"] for split in ("dev", "test") for row in scored_rows(run, None, split)]  # type: ignore[arg-type]
+    texts = [
+        row.fields["text"] for split in ("dev", "test") for row in scored_rows(run, None, split)
+    ]  # type: ignore[arg-type]
     assert len(texts) == len(set(texts)) == 30 - 6
 
 
-def test_a_run_without_test_rows_says_so_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_test_rows_says_so_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
     for data in (tmp_path / "data", tmp_path / "data" / "train.jsonl"):
         (tmp_path / "data" / "test.jsonl").unlink(missing_ok=True)
-        run = tune(bundle, task, data=data, engine="dummy", output=tmp_path / data.name / "run", settings=SETTINGS)
+        run = tune(
+            bundle,
+            task,
+            data=data,
+            engine="dummy",
+            output=tmp_path / data.name / "run",
+            settings=SETTINGS,
+        )
         assert "no test rows, so there will be no test score; --hold-out" in capsys.readouterr().err
-        with pytest.raises(DataError, match="has no test rows; give some with --data, or tune with --hold-out"):
+        with pytest.raises(
+            DataError, match="has no test rows; give some with --data, or tune with --hold-out"
+        ):
             evaluate(run.path)
         assert evaluate(run.path, split="dev")["rows"] == 6
         with pytest.raises(DataError, match="has no test rows"):  # the same rows under another name
-            evaluate(run.path, data=shutil.copytree(data, tmp_path / "copy") if data.is_dir() else linked(data))
+            evaluate(
+                run.path,
+                data=shutil.copytree(data, tmp_path / "copy") if data.is_dir() else linked(data),
+            )
     few = {**SETTINGS, "k_shot": 5, "hold_out": True}
     rows = few_rows(tmp_path / "few.jsonl", 20)
-    run = tune(bundle, task, data=rows, engine="dummy", output=tmp_path / "few", settings=few, progress=False)
+    run = tune(
+        bundle,
+        task,
+        data=rows,
+        engine="dummy",
+        output=tmp_path / "few",
+        settings=few,
+        progress=False,
+    )
     with pytest.raises(DataError, match=r"class '1' has 1 rows, --k-shot 5 needs 10.*; add rows$"):
         split_rows([Row({"text": "a"}, 0)] * 20 + [Row({"text": "b"}, 1)], 2, 5, 1)
     with pytest.raises(DataError, match="leaves no row to hold out; lower --k-shot 5"):
@@ -227,12 +289,24 @@ def linked(file: Path) -> Path:
     return link
 
 
-def test_rows_that_have_changed_since_the_search_are_not_taken_for_test_rows(tmp_path: Path) -> None:
+def test_rows_that_have_changed_since_the_search_are_not_taken_for_test_rows(
+    tmp_path: Path,
+) -> None:
     task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
     data = tmp_path / "data" / "train.jsonl"
     settings = {**SETTINGS, "hold_out": True}
-    run = tune(bundle, task, data=data, engine="dummy", output=tmp_path / "run", settings=settings, progress=False)
-    with data.open("a") as file:  # the seed draws other rows now, so that those of the search would be test rows
+    run = tune(
+        bundle,
+        task,
+        data=data,
+        engine="dummy",
+        output=tmp_path / "run",
+        settings=settings,
+        progress=False,
+    )
+    with data.open(
+        "a"
+    ) as file:  # the seed draws other rows now, so that those of the search would be test rows
         file.write('{"text": "w1", "label": 1}\n')
     for split in ("test", "dev"):
         with pytest.raises(DataError, match="has other rows than when the prompt was searched for"):
@@ -249,8 +323,18 @@ def test_a_label_word_of_which_only_a_token_is_read_is_named(
 ) -> None:
     task, bundle = task_file(tmp_path / "data"), search_bundle(tmp_path / "bundle")
     task.write_text(task.read_text().replace('["bad", "great"]', '["bad it", "great"]'))
-    tune(bundle, task, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS)
-    assert "label word 'bad it' has several tokens, of which the first, 'bad', is read" in capsys.readouterr().err
+    tune(
+        bundle,
+        task,
+        data=tmp_path / "data",
+        engine="dummy",
+        output=tmp_path / "run",
+        settings=SETTINGS,
+    )
+    assert (
+        "label word 'bad it' has several tokens, of which the first, 'bad', is read"
+        in capsys.readouterr().err
+    )
 
 
 def test_classes_are_predicted_by_name(tmp_path: Path) -> None:
@@ -260,14 +344,25 @@ def test_classes_are_predicted_by_name(tmp_path: Path) -> None:
         data = tmp_path / "data" / f"{split}.jsonl"
         data.write_text(data.read_text().replace(": 0}", ': "neg"}').replace(": 1}", ': "pos"}'))
     run = tune(
-        bundle, file, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS, progress=False
+        bundle,
+        file,
+        data=tmp_path / "data",
+        engine="dummy",
+        output=tmp_path / "run",
+        settings=SETTINGS,
+        progress=False,
     )
     assert evaluate(run.path)["rows"] == 70
     for answer in predict(run.path, TEXTS[:5]):
         assert answer["probabilities"].keys() == {"neg", "pos"}
         assert (answer["class"], answer["word"]) in (("neg", "bad"), ("pos", "great"))
     data.write_text('{"text": "w1", "label": "poss"}\n')
-    with pytest.raises(DataError, match="row 1: label is 'poss', no class of task toy; did you mean pos"):
+    with pytest.raises(
+        DataError, match="row 1: label is 'poss', no class of task toy; did you mean pos"
+    ):
         evaluate(run.path)
     data.write_text('{"text": "w1", "label": 1}\n{"text": "w1", "label": "0"}\n')
-    assert [row.label for row in scored_rows(run, None, "test")] == [1, 0]  # integers still name classes
+    assert [row.label for row in scored_rows(run, None, "test")] == [
+        1,
+        0,
+    ]  # integers still name classes

@@ -15,17 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbt_accel import load_engine
-from bbt_accel.exporters.calibration import TaskRows, calibration_prompts
-from bbt_accel.exporters.int4 import BLOCKS, quantize_blocks
-from bbt_accel.exporters.optimize import optimize_bundle
+from bbt_accel.exporters.convert.calibration import Calibration, calibration_prompts
+from bbt_accel.exporters.convert.int4 import BLOCKS, quantize_blocks
+from bbt_accel.exporters.convert.optimize import optimize_bundle
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(blocks=st.integers(1, 4), block=st.sampled_from(BLOCKS), columns=st.integers(1, 8), seed=st.integers(0, 99))
+@given(
+    blocks=st.integers(1, 4),
+    block=st.sampled_from(BLOCKS),
+    columns=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
 def test_no_block_has_a_larger_error_than_with_the_scale_that_clips_nothing(
     blocks: int, block: int, columns: int, seed: int
 ) -> None:
-    exact = np.random.default_rng(seed).standard_normal((blocks * block, columns)).astype(np.float32)
+    exact = (
+        np.random.default_rng(seed).standard_normal((blocks * block, columns)).astype(np.float32)
+    )
     values, scale = quantize_blocks(exact, block)
     assert (values.shape, scale.shape) == (exact.shape, (blocks, columns))
     assert values.min() >= -8
@@ -45,7 +52,9 @@ def test_a_block_of_zeros_stays_zero() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["ort", "openvino"])
-@pytest.mark.parametrize("variant", [("llama", "bbt", "cat"), ("roberta", "bbtv2", "add")], ids="-".join)
+@pytest.mark.parametrize(
+    "variant", [("llama", "bbt", "cat"), ("roberta", "bbtv2", "add")], ids="-".join
+)
 def test_logits_in_4_bits_resemble_those_in_fp32(
     tiny: Export, tmp_path: Path, variant: tuple[str, str, str], target: str
 ) -> None:
@@ -56,7 +65,7 @@ def test_logits_in_4_bits_resemble_those_in_fp32(
     report = made.info.optimization or {}
     assert report["quantized"] > 0  # type: ignore[operator]
     assert 1e-4 < report["logit_rmse"] < 0.35  # type: ignore[operator]
-    batch, prompts = TaskRows(source, None).calibration(), calibration_prompts(source)
+    batch, prompts = Calibration.shipped(source).batch(source.info), calibration_prompts(source)
     with load_engine(made, target, threads=THREADS) as engine, engine.bind(batch) as bound:
         alone = [bound.label_logits(prompt[None])[0] for prompt in prompts]
         np.testing.assert_allclose(bound.label_logits(prompts), alone, atol=1e-4)

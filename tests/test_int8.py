@@ -20,17 +20,30 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import SessionOptions
 from tiny_backbones import N_PROMPT, save_tokenizer, tiny_model
 
-from bbt_accel.bundle import Bundle
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.engines.openvino_ir import StageReader
+from bbt_accel.engines.ort_sessions import WIDE_SUMS, lacks_vnni, warn
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import UsageError
-from bbt_accel.exporters.calibration import Channels, TaskRows, calibration_prompts
-from bbt_accel.exporters.convert import fuse_for_ort
-from bbt_accel.exporters.int8 import switch, to_int8
-from bbt_accel.exporters.int8_calibration import CalibratedStage, calibrate, calibrate_graph, fit_ranges, frequent
-from bbt_accel.exporters.openvino_ir import StageReader
-from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.outlier_channels import SPLIT_SHARE, SplitRange, extra_columns, fit_range, split_weight
-from bbt_accel.exporters.sensitivity import (
+from bbt_accel.exporters.convert.calibration import Calibration, Channels, calibration_prompts
+from bbt_accel.exporters.convert.formats import fuse_for_ort
+from bbt_accel.exporters.convert.int8 import switch, to_int8
+from bbt_accel.exporters.convert.int8_calibration import (
+    CalibratedStage,
+    calibrate,
+    calibrate_graph,
+    fit_ranges,
+    frequent,
+)
+from bbt_accel.exporters.convert.optimize import optimize_bundle
+from bbt_accel.exporters.convert.outlier_channels import (
+    SPLIT_SHARE,
+    SplitRange,
+    extra_columns,
+    fit_range,
+    split_weight,
+)
+from bbt_accel.exporters.convert.sensitivity import (
     MEASUREMENTS,
     SwitchableStage,
     by_sensitivity,
@@ -38,10 +51,9 @@ from bbt_accel.exporters.sensitivity import (
     make_switchable,
     run_from,
 )
-from bbt_accel.exporters.sessions import Feeds, open_session, run_stages
-from bbt_accel.exporters.validate import relative_rmse, sample_rows
-from bbt_accel.ort_sessions import WIDE_SUMS, lacks_vnni, warn
-from bbt_accel.progress import silent
+from bbt_accel.exporters.trace.sessions import Feeds, open_session, run_stages
+from bbt_accel.exporters.trace.validate import relative_rmse, sample_rows
+from bbt_accel.io.progress import silent
 
 few = settings(
     max_examples=25, deadline=None, derandomize=True, database=None,
@@ -98,7 +110,9 @@ def assert_whole(x: np.ndarray, fitted: SplitRange) -> None:
     sums = found[:, : x.shape[1]].copy()
     for j, channel in enumerate(fitted.channel):
         sums[:, channel] += found[:, x.shape[1] + j]
-    np.testing.assert_allclose(sums, x, atol=float(fitted.scale) * (1 + columns_of(fitted, x).max()))
+    np.testing.assert_allclose(
+        sums, x, atol=float(fitted.scale) * (1 + columns_of(fitted, x).max())
+    )
 
 
 @few
@@ -112,7 +126,9 @@ def test_the_columns_of_a_channel_add_up_to_its_values(x: np.ndarray) -> None:
 
 @few
 @given(x=activations(), seed=st.integers(0, 2**32 - 1))
-def test_uses_of_a_weight_share_columns_and_keep_ranges_of_their_own(x: np.ndarray, seed: int) -> None:
+def test_uses_of_a_weight_share_columns_and_keep_ranges_of_their_own(
+    x: np.ndarray, seed: int
+) -> None:
     order = np.random.default_rng(seed).permutation(x.shape[1])
     uses = [x, 0.01 * x[:, order]]
     extra = extra_columns([seen(use) for use in uses])
@@ -125,7 +141,9 @@ def test_uses_of_a_weight_share_columns_and_keep_ranges_of_their_own(x: np.ndarr
 
 @few
 @given(x=activations(), seed=st.integers(0, 2**32 - 1))
-def test_an_outlier_is_not_multiplied_by_the_rounding_error_of_one_weight(x: np.ndarray, seed: int) -> None:
+def test_an_outlier_is_not_multiplied_by_the_rounding_error_of_one_weight(
+    x: np.ndarray, seed: int
+) -> None:
     fitted = fitted_range(x)
     x = np.clip(x, *(end * (1 + columns_of(fitted, x)) for end in ends(fitted)))
     exact = np.random.default_rng(seed).uniform(-127, 127, (x.shape[1], 8)).astype(np.float32)
@@ -134,7 +152,11 @@ def test_an_outlier_is_not_multiplied_by_the_rounding_error_of_one_weight(x: np.
     error = columns(x, fitted) @ rows - x @ exact
     # Half a step of every weight, over values that are no larger than the range.
     low, high = ends(fitted)
-    bound = 0.5 * np.clip(np.abs(x), 0, max(high, -low)).sum(1) + max(high, -low) * len(fitted.channel) + 1e-2
+    bound = (
+        0.5 * np.clip(np.abs(x), 0, max(high, -low)).sum(1)
+        + max(high, -low) * len(fitted.channel)
+        + 1e-2
+    )
     assert (np.abs(error) <= bound[:, None]).all()
 
 
@@ -145,9 +167,13 @@ def columns_of(fitted: SplitRange, x: np.ndarray) -> np.ndarray:
 
 def matmul(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) -> np.ndarray:
     """x · weight by a quantized graph, calibrated on x."""
-    initializer = numpy_helper.from_array(np.ascontiguousarray(weight.T) if transpose else weight, "w")
+    initializer = numpy_helper.from_array(
+        np.ascontiguousarray(weight.T) if transpose else weight, "w"
+    )
     node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1) if transpose else None
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", None]) for name in ("x", "y")]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", None]) for name in ("x", "y")
+    ]
     nodes = [node or helper.make_node("MatMul", ["x", "w"], ["y"])]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [initializer])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -162,7 +188,9 @@ def matmul(x: np.ndarray, weight: np.ndarray, folder: Path, transpose: bool) -> 
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_one_outlier_channel_does_not_cost_the_others_their_precision(tmp_path: Path, transpose: bool) -> None:
+def test_one_outlier_channel_does_not_cost_the_others_their_precision(
+    tmp_path: Path, transpose: bool
+) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((512, 32), dtype=np.float32)
     x = rng.standard_normal((200, 512), dtype=np.float32)
@@ -186,15 +214,19 @@ def test_without_vnni_sums_are_wide_where_onnxruntime_can_convert_the_weights(
     optimized: Export, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     variant: tuple[str, str, str], wanted: list[str],
 ) -> None:  # fmt: skip
-    """Here a processor that overflows is only pretended, so that all numbers are right in any case."""
+    """Here a processor that overflows is only pretended, so that all numbers are right in any
+    case.
+    """
     made = optimized(variant, "int8", max_rmse=1)
     prompts, rows = np.zeros((2, *made.info.prompt_shape), np.float32), sample_rows(made, 4)
     found, asked, add = [], [], SessionOptions.add_session_config_entry
-    monkeypatch.setattr(SessionOptions, "add_session_config_entry", lambda *e: (asked.append(e[1:]), add(*e))[1])
+    monkeypatch.setattr(
+        SessionOptions, "add_session_config_entry", lambda *e: (asked.append(e[1:]), add(*e))[1]
+    )
     warn.cache_clear()
-    monkeypatch.setattr("bbt_accel.ort_sessions.lacks_vnni", lacks_vnni.__wrapped__)
+    monkeypatch.setattr("bbt_accel.engines.ort_sessions.lacks_vnni", lacks_vnni.__wrapped__)
     for known in (["AVX2", "AVX-512 VNNI"], ["AVX2"]):
-        monkeypatch.setattr("bbt_accel.ort_sessions.features", lambda known=known: known)
+        monkeypatch.setattr("bbt_accel.engines.ort_sessions.features", lambda known=known: known)
         with load_engine(made, "ort", threads=1) as engine, engine.bind(rows) as bound:
             found.append(bound.label_logits(prompts))
         states = [value for name, value in asked if name == WIDE_SUMS]
@@ -205,7 +237,11 @@ def test_without_vnni_sums_are_wide_where_onnxruntime_can_convert_the_weights(
 
 @pytest.mark.parametrize(
     ("variant", "target"),
-    [(("roberta", "bbt", "add"), "ort"), (("roberta", "bbtv2", "add"), "ort"), (("roberta", "bbt", "add"), "openvino")],
+    [
+        (("roberta", "bbt", "add"), "ort"),
+        (("roberta", "bbtv2", "add"), "ort"),
+        (("roberta", "bbt", "add"), "openvino"),
+    ],
 )
 def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
     optimized: Export, variant: tuple[str, str, str], target: str
@@ -227,9 +263,11 @@ def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
     assert report(none)[2] < 1e-5
 
 
-def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     source = tiny("bert", "bbt", "cat")
-    batch, prompts = TaskRows(source, None).calibration(), calibration_prompts(source)
+    batch, prompts = Calibration.shipped(source).batch(source.info), calibration_prompts(source)
     with ExitStack() as files:
         stages = calibrate(files, source, fuse_for_ort, batch, prompts, tmp_path, silent)
         weights = frequent(stages)
@@ -248,7 +286,11 @@ def test_the_matmuls_kept_in_fp32_are_those_with_the_largest_error(tiny: Tiny, t
 
 
 @few
-@given(errors=st.lists(st.floats(0, 1), min_size=1, max_size=9), share=st.sampled_from([0, 0.3, 0.99]), data=st.data())
+@given(
+    errors=st.lists(st.floats(0, 1), min_size=1, max_size=9),
+    share=st.sampled_from([0, 0.3, 0.99]),
+    data=st.data(),
+)
 def test_the_next_matmuls_to_keep_leave_the_share_of_the_error_that_is_allowed(
     errors: list[float], share: float, data: st.DataObject
 ) -> None:
@@ -261,13 +303,18 @@ def test_the_next_matmuls_to_keep_leave_the_share_of_the_error_that_is_allowed(
 
 
 @st.composite
-def networks(draw: st.DrawFn) -> tuple[list[SwitchableStage], dict[str, tuple[int, ...]], dict[str, float], list[int]]:
-    """Stages whose weights add noise to the logits while they are in int8; the work and noise of each; a list of runs.
+def networks(
+    draw: st.DrawFn,
+) -> tuple[list[SwitchableStage], dict[str, tuple[int, ...]], dict[str, float], list[int]]:
+    """Stages whose weights add noise to the logits while they are in int8; the work and noise of
+    each; a list of runs.
 
     Each stage after the first one uses a few weights of the stage before it as well.
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    shapes = [(int(t), 8, 8) for t in rng.choice([4, 40, 400], draw(st.integers(1, 3)), replace=False)]
+    shapes = [
+        (int(t), 8, 8) for t in rng.choice([4, 40, 400], draw(st.integers(1, 3)), replace=False)
+    ]
     depth, runs = draw(st.integers(1, 3)), list[int]()
     names = [f"w{i}" for i in range(12 * depth)]
     noise = {name: float(rng.lognormal(-5, 1.5)) for name in names}
@@ -281,7 +328,9 @@ def networks(draw: st.DrawFn) -> tuple[list[SwitchableStage], dict[str, tuple[in
             runs.append(i)
             rounded = [name for name in own if not feeds[switch(name)]]
             before = feeds.get("label_logits", logits)
-            return {"label_logits": before + sum(noise[name] * directions[name] for name in rounded)}
+            return {
+                "label_logits": before + sum(noise[name] * directions[name] for name in rounded)
+            }
 
         return SwitchableStage(run, set(own), [{}])
 
@@ -305,7 +354,9 @@ def test_few_measurements_rank_the_weights(
 
 
 @pytest.mark.parametrize("target", ["ort", "openvino"])
-@pytest.mark.parametrize("variant", [("llama", "bbt", "cat"), ("gpt2", "bbtv2", "add")], ids="-".join)
+@pytest.mark.parametrize(
+    "variant", [("llama", "bbt", "cat"), ("gpt2", "bbtv2", "add")], ids="-".join
+)
 def test_a_weight_has_one_copy_in_int8_or_fp32_over_all_stages(
     optimized: Export, variant: tuple[str, str, str], target: str
 ) -> None:
@@ -331,7 +382,9 @@ def test_a_decoder_in_int8_takes_less_than_half_of_its_size(
     tiny_model("llama", **wide).save_pretrained(tmp_path / "wide")
     save_tokenizer("llama", tmp_path / "wide")
     source = exported(tmp_path / "wide", "bbt", "cat", N_PROMPT, ())
-    made = optimize_bundle(source.path, tmp_path / "made", precision="int8", target=target, max_rmse=1)
+    made = optimize_bundle(
+        source.path, tmp_path / "made", precision="int8", target=target, max_rmse=1
+    )
     assert made.size < 0.5 * source.size
 
 
@@ -346,7 +399,9 @@ def int8_matrices(bundle: Bundle) -> list[np.ndarray]:
         else:
             weights = onnx.load(bundle.path / f"{stage}.onnx").graph.initializer
             arrays = [numpy_helper.to_array(tensor) for tensor in weights]
-        found |= {array.tobytes(): array for array in arrays if array.dtype == np.int8 and array.ndim == 2}
+        found |= {
+            array.tobytes(): array for array in arrays if array.dtype == np.int8 and array.ndim == 2
+        }
     return list(found.values())
 
 
@@ -358,14 +413,16 @@ def test_relative_rmse_ignores_an_offset_that_all_classes_share() -> None:
 
 def test_a_negative_limit_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--max-rmse must be 0 or more"):
-        optimize_bundle(tiny("bert", "bbt", "cat").path, tmp_path / "made", precision="int8", max_rmse=-0.1)
+        optimize_bundle(
+            tiny("bert", "bbt", "cat").path, tmp_path / "made", precision="int8", max_rmse=-0.1
+        )
 
 
 def test_an_int8_engine_gives_a_candidate_the_same_logits_alone_and_in_a_population(
     tiny: Tiny, optimized: Export
 ) -> None:
     source, made = tiny("t5", "bbt", "add"), optimized(("t5", "bbt", "add"), "int8")
-    batch, prompts = TaskRows(source, None).calibration(), calibration_prompts(source)
+    batch, prompts = Calibration.shipped(source).batch(source.info), calibration_prompts(source)
     together = run_stages(made, batch, prompts)
     for i in range(len(prompts)):
         np.testing.assert_array_equal(run_stages(made, batch, prompts[i : i + 1])[0], together[i])

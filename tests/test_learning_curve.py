@@ -11,21 +11,26 @@ import pytest
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
-from bbt_accel.objective import Objective, uninformed, wilson
-from bbt_accel.run import Baselines, BestRecord, Run, RunInfo
-from bbt_accel.tuning.learning_curve import draw_curve, draw_scores
+from bbt_accel.core.objective import Objective, uninformed, wilson
+from bbt_accel.search.learning_curve import draw_curve, draw_scores
+from bbt_accel.search.run import Baselines, BestRecord, Run, RunInfo
 
 
 @pytest.fixture(params=["verbalizer", "auto"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     bundle, task = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data")
     settings = {**SETTINGS, "readout": request.param}
-    options: dict[str, Any] = {"data": tmp_path / "data", "engine": "dummy", "progress": False, "settings": settings}
+    options: dict[str, Any] = {
+        "data": tmp_path / "data",
+        "engine": "dummy",
+        "progress": False,
+        "settings": settings,
+    }
     return tune(bundle, task, output=tmp_path / "run", **options)
 
 
 def test_a_run_records_what_takes_no_search(run: Run) -> None:
-    from bbt_accel.inference import evaluate
+    from bbt_accel.predict.inference import evaluate
 
     dev = evaluate(run.path, split="dev")
     assert run.info.baselines is not None
@@ -36,7 +41,9 @@ def test_a_run_records_what_takes_no_search(run: Run) -> None:
 
 def test_the_curve_shows_no_path(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     titles: list[str] = []
-    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, title, **_: titles.append(title))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.suptitle", lambda self, title, **_: titles.append(title)
+    )
     bundle = run.info.bundle.model_copy(update={"backbone": "/home/alice/checkpoint"})
     draw_curve(tmp_path / "curve.png", run.history, run.info.model_copy(update={"bundle": bundle}))
     assert titles == ["toy · checkpoint · bbt · dummy"]
@@ -56,7 +63,9 @@ def test_the_curve_shows_no_path(run: Run, tmp_path: Path, monkeypatch: pytest.M
 def test_a_search_that_was_not_worth_it_is_told_in_words(score: float, words: str | None) -> None:
     best = BestRecord(generation=3, calls=80, dev_score=score, dev_loss=1.0)
     baselines = Baselines(chance=0.25, majority=0.4, without_prompt=0.5, calibrated=0.6)
-    info: Any = SimpleNamespace(best=best, baselines=baselines, settings=SimpleNamespace(fitted=False))
+    info: Any = SimpleNamespace(
+        best=best, baselines=baselines, settings=SimpleNamespace(fitted=False)
+    )
     found = RunInfo.verdict(info)
     assert (found is None) == (words is None)
     assert (words or "") in (found or "")
@@ -71,7 +80,11 @@ def test_the_curve_shows_baselines_and_the_uncertainty_of_few_rows(run: Run) -> 
     assert axes.get_ylim()[1] >= 1
     assert run.info.baselines is not None
     lines = {float(line.get_ydata()[0]) for line in axes.lines if line.get_linestyle() == "--"}  # type: ignore[index]
-    assert lines == {run.info.baselines.chance, run.info.baselines.without_prompt, run.info.baselines.calibrated}
+    assert lines == {
+        run.info.baselines.chance,
+        run.info.baselines.without_prompt,
+        run.info.baselines.calibrated,
+    }
     labels = [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
     assert "95 % interval, 6 rows" in labels
 
@@ -90,4 +103,6 @@ def test_scores_without_information(metric: Any, classes: list[int]) -> None:
     always = np.tile([0.0, 1.0], (300, 1))
     assert majority == Objective("ce", metric).score(always[None], targets)[1][0]
     drawn = np.eye(2)[np.random.default_rng(0).integers(0, 2, (400, 300))]
-    assert chance == pytest.approx(Objective("ce", metric).score(drawn, targets)[1].mean(), abs=0.005)
+    assert chance == pytest.approx(
+        Objective("ce", metric).score(drawn, targets)[1].mean(), abs=0.005
+    )

@@ -25,7 +25,13 @@ from bbt_accel.benchmarks.load import LoadReport, Request, load
 from bbt_accel.benchmarks.script import run_script
 from bbt_accel.errors import EngineError
 
-SETTINGS: dict[str, object] = {"k_shot": 2, "intrinsic_dim": 5, "popsize": 4, "budget": 4, "eval_every": 4}
+SETTINGS: dict[str, object] = {
+    "k_shot": 2,
+    "intrinsic_dim": 5,
+    "popsize": 4,
+    "budget": 4,
+    "eval_every": 4,
+}
 HEALTH: Request = ("GET", "/v2/health/live", b"", {})
 
 
@@ -36,11 +42,19 @@ def measure(path: Path, output: Path, *words: str) -> LoadReport:
 
 def test_a_run_under_load(tiny: Export, tmp_path: Path) -> None:
     run = tune(
-        tiny("roberta"), "demo", engine="ort", threads=1, output=tmp_path / "run", settings=SETTINGS, progress=False
+        tiny("roberta"),
+        "demo",
+        engine="ort",
+        threads=1,
+        output=tmp_path / "run",
+        settings=SETTINGS,
+        progress=False,
     )
     sizes = "--threads 1 --clients 1,2 --rows 4 --popsize 3"
     report = measure(run.path, tmp_path / "report", *sizes.split())
-    assert LoadReport.model_validate_json((tmp_path / "report" / "report.json").read_bytes()) == report
+    assert (
+        LoadReport.model_validate_json((tmp_path / "report" / "report.json").read_bytes()) == report
+    )
     found = [(row.request, row.clients) for row in report.rows]
     assert found == [
         ("population, no server", 1),
@@ -85,7 +99,9 @@ def test_a_client_that_fails_beside_others_is_counted(tmp_path: Path) -> None:
     assert found.requests >= 2
 
 
-def test_what_cannot_be_measured(tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured(
+    tiny: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path, words, says in (
         (tiny("roberta", "bbtv2").path, (), "was exported for bbtv2, not bbt"),
         (tiny("roberta").path, ("--engine", "nothing"), "unknown engine 'nothing'"),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from bbt_accel import Objective
+from bbt_accel.core.objective import batch_statistics
 from bbt_accel.errors import NonFiniteLoss, UsageError
-from bbt_accel.objective import batch_statistics
 
 
 @st.composite
@@ -30,7 +30,9 @@ def test_cross_entropy_is_its_definition(case: tuple[np.ndarray, np.ndarray]) ->
     losses, _ = Objective("ce").score(logits, targets)
     for candidate, loss in zip(logits.tolist(), losses, strict=True):
         rows = zip(candidate, targets, strict=True)
-        wanted = sum(math.log(math.fsum(math.exp(x) for x in row)) - row[t] for row, t in rows) / len(targets)
+        wanted = sum(
+            math.log(math.fsum(math.exp(x) for x in row)) - row[t] for row, t in rows
+        ) / len(targets)
         assert loss == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
 
@@ -50,7 +52,9 @@ def test_perf_is_minus_the_metric(case: tuple[np.ndarray, np.ndarray]) -> None:
     losses, metrics = Objective("perf").score(*case)
     assert (losses == -metrics).all()
     logits, targets = case
-    assert metrics.tolist() == pytest.approx([float(np.mean(x.argmax(-1) == targets)) for x in logits])
+    assert metrics.tolist() == pytest.approx(
+        [float(np.mean(x.argmax(-1) == targets)) for x in logits]
+    )
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=20))
@@ -80,12 +84,16 @@ def test_a_loss_that_is_not_finite_names_its_candidate(loss: str, value: float) 
 
 
 @given(scored(), st.data())
-def test_batch_statistics_of_several_batches_add_up(case: tuple[np.ndarray, np.ndarray], data: st.DataObject) -> None:
+def test_batch_statistics_of_several_batches_add_up(
+    case: tuple[np.ndarray, np.ndarray], data: st.DataObject
+) -> None:
     logits, targets = case
     split = data.draw(st.integers(0, len(targets)))
     halves = [half for half in (slice(split), slice(split, None)) if len(targets[half])]
     parts = [batch_statistics(logits[:, half], targets[half]) for half in halves]
-    np.testing.assert_allclose(sum(parts), batch_statistics(logits, targets), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        sum(parts), batch_statistics(logits, targets), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_unknown_names_and_shapes_are_refused() -> None:

@@ -25,27 +25,35 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_bundles import linked
 
-from bbt_accel import engine_specs
-from bbt_accel.batch import Batch
-from bbt_accel.bundle import OPENVINO_WEIGHTS, Bundle
-from bbt_accel.data import Row
-from bbt_accel.demo import DATA
-from bbt_accel.encoding import Encoder
-from bbt_accel.engine_specs import Backend, EngineSpec, Precision
+from bbt_accel.core import engine_specs
+from bbt_accel.core.batch import Batch
+from bbt_accel.core.bundle import OPENVINO_WEIGHTS, Bundle
+from bbt_accel.core.demo import DATA
+from bbt_accel.core.engine_specs import Backend, EngineSpec, Precision
+from bbt_accel.engines import openvino_ir
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, BundleError, ExportError, MissingDependency, UsageError
-from bbt_accel.exporters import calibration, graph, openvino_ir, targets
-from bbt_accel.exporters.backbone import MASKED
-from bbt_accel.exporters.calibration import TaskRows
-from bbt_accel.exporters.convert import Fused, convert_checkpoint, fuse_for_ort
-from bbt_accel.exporters.half import angles, to_half
-from bbt_accel.exporters.optimize import optimize_bundle, padded_length
-from bbt_accel.exporters.validate import fidelity, sample_rows, scaled_error
-from bbt_accel.splits import load_few_shot
-from bbt_accel.tasks import FOLDER, load_task
+from bbt_accel.exporters.convert import targets
+from bbt_accel.exporters.convert.formats import Fused, convert_checkpoint, fuse_for_ort
+from bbt_accel.exporters.convert.half import angles, to_half
+from bbt_accel.exporters.convert.optimize import optimize_bundle, padded_length
+from bbt_accel.exporters.families.backbone import MASKED
+from bbt_accel.exporters.trace import graph
+from bbt_accel.exporters.trace.validate import fidelity, sample_rows, scaled_error
+from bbt_accel.search import calibration
+from bbt_accel.search.calibration import task_calibration
+from bbt_accel.tasks.data import Row
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.splits import load_few_shot
+from bbt_accel.tasks.task import FOLDER, load_task
 
 Tiny = Callable[[str, str, str], Bundle]
-FAMILIES = [("roberta", "bbt", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"), ("gpt2", "bbt", "cat")]
+FAMILIES = [
+    ("roberta", "bbt", "add"),
+    ("bart", "bbtv2", "add"),
+    ("t5", "bbt", "add"),
+    ("gpt2", "bbt", "cat"),
+]
 
 
 def logits(bundle: Bundle, prompts: np.ndarray, columns: int = 0) -> np.ndarray:
@@ -58,7 +66,9 @@ def logits(bundle: Bundle, prompts: np.ndarray, columns: int = 0) -> np.ndarray:
 
 def prompts_for(bundle: Bundle) -> np.ndarray:
     shape = (3, *bundle.info.prompt_shape)
-    return (bundle.info.word_embedding_std * np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
+    return (
+        bundle.info.word_embedding_std * np.random.default_rng(0).standard_normal(shape)
+    ).astype(np.float32)
 
 
 @pytest.mark.parametrize("variant", FAMILIES, ids="-".join)
@@ -67,30 +77,41 @@ def test_an_optimized_bundle_gives_nearly_the_same_logits(
     tiny: Tiny, optimized: Export, variant: tuple[str, str, str], precision: str, most: float
 ) -> None:
     source, made = tiny(*variant), optimized(variant, precision)
-    assert (made.info.precision, made.info.target, made.info.source) == (precision, "ort", source.digest)
+    assert (made.info.precision, made.info.target, made.info.source) == (
+        precision,
+        "ort",
+        source.digest,
+    )
     prompts = prompts_for(source)
     wanted, found = logits(source, prompts), logits(made, prompts)
     assert np.abs(found - wanted).max() <= most * max(1.0, np.abs(wanted).max())
     for stage in made.info.stages:
         graph = onnx.load(made.path / f"{stage}.onnx", load_external_data=False).graph
-        assert not [node.name for node in graph.node if node.op_type == "Softmax"], "attention is not fused"
+        assert not [node.name for node in graph.node if node.op_type == "Softmax"], (
+            "attention is not fused"
+        )
 
 
 @pytest.mark.parametrize(
-    ("target", "precision"), [("ort", "fp32"), ("ort", "int8"), ("openvino", "fp32"), ("torch", "bf16")]
+    ("target", "precision"),
+    [("ort", "fp32"), ("ort", "int8"), ("openvino", "fp32"), ("torch", "bf16")],
 )
 def test_a_bundle_of_links_as_in_the_cache_of_the_hub(
     tiny: Tiny, optimized: Export, tmp_path: Path, target: str, precision: Precision
 ) -> None:
     source = tiny("roberta", "bbt", "add")
-    made = optimize_bundle(linked(source, tmp_path).path, tmp_path / "made", precision=precision, target=target)
+    made = optimize_bundle(
+        linked(source, tmp_path).path, tmp_path / "made", precision=precision, target=target
+    )
     wanted = optimized(("roberta", "bbt", "add"), precision, target)
     prompts = prompts_for(source)
     np.testing.assert_array_equal(logits(made, prompts), logits(wanted, prompts))
 
 
 @pytest.mark.parametrize("variant", FAMILIES, ids="-".join)
-def test_int8_keeps_the_attention_mask_and_candidates_apart(optimized: Export, variant: tuple[str, str, str]) -> None:
+def test_int8_keeps_the_attention_mask_and_candidates_apart(
+    optimized: Export, variant: tuple[str, str, str]
+) -> None:
     made = optimized(variant, "int8")
     prompts = prompts_for(made)
     together = logits(made, prompts)
@@ -105,22 +126,34 @@ def test_the_report_says_what_was_done(tiny: Tiny, optimized: Export) -> None:
     assert source.info.max_error is not None
     assert made.info.max_error == source.info.max_error + float(str(report["logit_error"]))
     assert report["fused"]["mha2"] == made.info.n_layers  # type: ignore[index]
-    # All but the first block's projections, which are shared, and what the last block does at the readout alone.
+    # All but the first block's projections, which are shared, and what the last block does at the
+    # readout alone.
     assert report["quantized"] == 6 * made.info.n_layers - 3 - 4
     assert report["fp32_fallback"] == []
     assert 0 < float(str(report["fp32_share"])) < 0.3
     assert 0 <= float(str(report["agreement"])) <= 1
-    assert {"logit_error", "logit_rmse", "padding_error", "bytes", "bytes_before", "kept_fp32"} <= set(report)
+    assert {
+        "logit_error",
+        "logit_rmse",
+        "padding_error",
+        "bytes",
+        "bytes_before",
+        "kept_fp32",
+    } <= set(report)
 
 
-def test_threads_bound_every_session(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_bound_every_session(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime
     import torch
 
     source = tiny("roberta", "bbt", "add")  # before sessions are counted
     opened, whole = [], onnxruntime.InferenceSession
 
-    def session(file: str, options: onnxruntime.SessionOptions, *more: object, **named: object) -> object:
+    def session(
+        file: str, options: onnxruntime.SessionOptions, *more: object, **named: object
+    ) -> object:
         opened.append((options.intra_op_num_threads, torch.get_num_threads()))
         return whole(file, options, *more, **named)
 
@@ -136,7 +169,9 @@ def test_threads_bound_every_session(tiny: Tiny, tmp_path: Path, monkeypatch: py
 def test_fidelity_compares_logits_with_a_reference() -> None:
     reference = np.array([[[1.0, 3.0], [-2.0, -4.0]]], np.float32)
     assert fidelity(reference, reference) == {"logit_error": 0, "logit_rmse": 0, "agreement": 1}
-    found = fidelity(reference * np.float32([[[1, 1], [1, 0.25]]]), reference)  # the second prediction is another one
+    found = fidelity(
+        reference * np.float32([[[1, 1], [1, 0.25]]]), reference
+    )  # the second prediction is another one
     assert (found["logit_error"], found["agreement"]) == (0.75, 0.5)
     assert fidelity(reference / 10, reference)["logit_error"] == pytest.approx(0.9)
     assert scaled_error(reference[:, :1], reference) == float("inf")
@@ -156,7 +191,9 @@ def test_nodes_that_overflow_stay_in_fp32(tmp_path: Path) -> None:
     assert to_half(model, [{"x": np.ones(3, np.float32)}], tmp_path) == ["big", "back"]
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     (out,) = session.run(None, {"x": np.full(3, 2.0, np.float32)})
     np.testing.assert_allclose(out, 8.0, rtol=1e-2)
     assert any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
@@ -171,26 +208,45 @@ def test_an_optimized_bundle_has_its_weights_once(optimized: Export) -> None:
         for tensor in model.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 places.add(tuple(sorted((e.key, e.value) for e in tensor.external_data)))
-    assert sum(int(dict(p)["length"]) for p in places) <= (made.path / "weights.data").stat().st_size
+    assert (
+        sum(int(dict(p)["length"]) for p in places) <= (made.path / "weights.data").stat().st_size
+    )
 
 
-@pytest.mark.parametrize("variant", [("roberta", "bbt", "add"), ("llama", "bbt", "cat")], ids="-".join)
+@pytest.mark.parametrize(
+    "variant", [("roberta", "bbt", "add"), ("llama", "bbt", "cat")], ids="-".join
+)
 def test_no_weight_is_transposed_at_load(optimized: Export, variant: tuple[str, str, str]) -> None:
     """A node that transposes a weight would hold a second copy of all of them in memory."""
     made = optimized(variant)
-    assert not (made.path / "weights.data").exists() or (made.path / "weights.data").stat().st_size < 20_000
+    assert (
+        not (made.path / "weights.data").exists()
+        or (made.path / "weights.data").stat().st_size < 20_000
+    )
     for stage in made.info.stages:
         read = onnx.load(made.path / f"{stage}.onnx", load_external_data=False).graph
         weights = {t.name for t in read.initializer if len(t.dims) == 2}
-        assert not [node.name for node in read.node if node.op_type == "Transpose" and node.input[0] in weights]
-        assert [node.name for node in read.node if node.op_type == "FusedMatMul" and node.input[1] in weights]
+        assert not [
+            node.name
+            for node in read.node
+            if node.op_type == "Transpose" and node.input[0] in weights
+        ]
+        assert [
+            node.name
+            for node in read.node
+            if node.op_type == "FusedMatMul" and node.input[1] in weights
+        ]
 
 
-@pytest.mark.parametrize("variant", [("llama", "bbt", "cat"), ("gpt2", "bbtv2", "add")], ids="-".join)
+@pytest.mark.parametrize(
+    "variant", [("llama", "bbt", "cat"), ("gpt2", "bbtv2", "add")], ids="-".join
+)
 def test_an_openvino_bundle_has_its_weights_once(
     tiny: Tiny, optimized: Export, tmp_path: Path, variant: tuple[str, str, str]
 ) -> None:
-    """A decoder's context has the same blocks as its rows, and an input embedding may be the output's."""
+    """A decoder's context has the same blocks as its rows, and an input embedding may be the
+    output's.
+    """
     pytest.importorskip("openvino", reason="openvino is not installed")
     source, made = tiny(*variant), optimized(variant, target="openvino")
     assert {file.name for file in made.path.glob("*.bin")} == {OPENVINO_WEIGHTS}
@@ -200,7 +256,9 @@ def test_an_openvino_bundle_has_its_weights_once(
     moved = tmp_path / "moved"
     shutil.copytree(made.path, moved)
     prompts = prompts_for(source)
-    np.testing.assert_allclose(logits(Bundle.read(moved), prompts), logits(source, prompts), atol=1e-4)
+    np.testing.assert_allclose(
+        logits(Bundle.read(moved), prompts), logits(source, prompts), atol=1e-4
+    )
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -243,11 +301,17 @@ def test_a_bundle_for_pytorch_holds_the_checkpoint_in_its_precision(
     assert {file.name for file in made.path.iterdir()} == {
         "bundle.json", "config.json", "model.safetensors", "tokenizer.json",
     }  # fmt: skip
-    assert (made.info.precision, made.info.target, made.info.stages) == (precision, "torch", source.info.stages)
+    assert (made.info.precision, made.info.target, made.info.stages) == (
+        precision,
+        "torch",
+        source.info.stages,
+    )
     with safe_open(made.path / "model.safetensors", "np") as weights:
         types = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
     assert types <= {precision.upper().replace("FP", "F"), "I64"}
-    assert made.size < 0.75 * (source.path / "model.safetensors").stat().st_size + 60_000  # tokenizer and bundle.json
+    assert (
+        made.size < 0.75 * (source.path / "model.safetensors").stat().st_size + 60_000
+    )  # tokenizer and bundle.json
     report = made.info.optimization or {}
     assert report["agreement"] >= 0.9  # type: ignore[operator]
     assert 1e-5 < report["logit_rmse"] < 0.1  # type: ignore[operator]
@@ -265,14 +329,20 @@ def test_weights_beyond_the_range_of_fp16_are_clipped(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "made" / "config.json").read_text()) == {"dtype": "float16"}
 
 
-@pytest.mark.parametrize("variant", [("roberta", "bbt", "add"), ("gpt2", "bbtv2", "add")], ids="-".join)
-def test_openvino_computes_a_bf16_bundle_in_bf16(tiny: Tiny, optimized: Export, variant: tuple[str, str, str]) -> None:
+@pytest.mark.parametrize(
+    "variant", [("roberta", "bbt", "add"), ("gpt2", "bbtv2", "add")], ids="-".join
+)
+def test_openvino_computes_a_bf16_bundle_in_bf16(
+    tiny: Tiny, optimized: Export, variant: tuple[str, str, str]
+) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     source = tiny(*variant)
     made, whole = optimized(variant, "bf16", "openvino"), optimized(variant, target="openvino")
     assert (made.info.precision, whole.info.precision) == ("bf16", "fp32")
     # bf16 is how the graphs are compiled, not what they hold.
-    assert (made.path / OPENVINO_WEIGHTS).read_bytes() == (whole.path / OPENVINO_WEIGHTS).read_bytes()
+    assert (made.path / OPENVINO_WEIGHTS).read_bytes() == (
+        whole.path / OPENVINO_WEIGHTS
+    ).read_bytes()
     report, exact = made.info.optimization or {}, whole.info.optimization or {}
     assert exact["logit_rmse"] < 1e-4 < report["logit_rmse"] < 0.1  # type: ignore[operator]
     assert report["agreement"] >= 0.9  # type: ignore[operator]
@@ -284,7 +354,11 @@ def test_openvino_computes_a_bf16_bundle_in_bf16(tiny: Tiny, optimized: Export, 
 
 @pytest.mark.parametrize(
     ("features", "capabilities", "expected"),
-    [(["AVX-512", "bf16"], ["BF16"], "native"), (["AVX-512"], ["BF16"], "emulated"), (["AVX2"], [], "not supported")],
+    [
+        (["AVX-512", "bf16"], ["BF16"], "native"),
+        (["AVX-512"], ["BF16"], "emulated"),
+        (["AVX2"], [], "not supported"),
+    ],
 )
 def test_the_report_says_when_a_processor_has_no_bf16(
     monkeypatch: pytest.MonkeyPatch, features: list[str], capabilities: list[str], expected: str
@@ -295,18 +369,22 @@ def test_the_report_says_when_a_processor_has_no_bf16(
     assert openvino_ir.openvino_bf16().startswith(expected)
 
 
-def test_calibration_rows_are_those_of_the_tasks_preset(exported: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_calibration_rows_are_those_of_the_tasks_preset(
+    exported: Callable[..., Bundle], tmp_path: Path
+) -> None:
     bundle = exported(Path("demo"), n=20)
     own = tmp_path / "own.toml"
     text = (FOLDER / "demo.toml").read_text().partition("[presets")[0]
     own.write_text(f"{text}\n[presets.bbt]\nk_shot = 2\nseed = 7\n")
-    rows, default = TaskRows(bundle, str(own), DATA), TaskRows(bundle, "demo")
+    rows, default = task_calibration(bundle, str(own), DATA), task_calibration(bundle, "demo")
     assert (rows.settings.k_shot, rows.settings.seed) == (2, 7)
     task = load_task(own)
     train, _ = load_few_shot(task, DATA, rows.settings)
-    np.testing.assert_array_equal(rows.train.input_ids, Encoder(bundle, task).encode(train).input_ids)
-    assert len(rows.calibration()) == 2 * task.n_classes
-    assert len(default.calibration()) == min(32, len(default.train))
+    np.testing.assert_array_equal(
+        rows.train.input_ids, Encoder(bundle, task).encode(train).input_ids
+    )
+    assert len(rows.batch(bundle.info)) == 2 * task.n_classes
+    assert len(default.batch(bundle.info)) == min(32, len(default.train))
 
 
 def test_the_longest_test_row_counts_wherever_it_is(
@@ -315,20 +393,28 @@ def test_the_longest_test_row_counts_wherever_it_is(
     monkeypatch.setattr(calibration, "TEST_ROWS", 2)
     shutil.copy(DATA / "train.jsonl", tmp_path)
     texts = ["short"] * 5 + ["a longer text of many words, " * 12, "short"]
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": text, "label": 0}) for text in texts))
+    (tmp_path / "test.jsonl").write_text(
+        "\n".join(json.dumps({"text": text, "label": 0}) for text in texts)
+    )
     bundle = exported(Path("demo"), n=20)
     row = Encoder(bundle, load_task("demo")).encode([Row({"text": texts[5]}, 0)])
-    assert TaskRows(bundle, "demo", tmp_path).longest() == row.input_ids.shape[1]
+    assert task_calibration(bundle, "demo", tmp_path).longest == row.input_ids.shape[1]
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))
 def test_an_engine_without_a_converter_of_its_own_gets_plain_onnx(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:
-    spec = EngineSpec("toy", {"cpu": Backend("toy:Engine")}, reads=("toy",), optimized=get_args(Precision))
+    spec = EngineSpec(
+        "toy", {"cpu": Backend("toy:Engine")}, reads=("toy",), optimized=get_args(Precision)
+    )
     monkeypatch.setattr(engine_specs, "engine_specs", lambda: {"toy": spec})
     made = optimize_bundle(
-        tiny("roberta", "bbt", "add").path, tmp_path / "made", target="toy", precision=precision, max_rmse=math.inf
+        tiny("roberta", "bbt", "add").path,
+        tmp_path / "made",
+        target="toy",
+        precision=precision,
+        max_rmse=math.inf,
     )
     assert (made.info.target, made.info.precision) == ("toy", precision)
     assert made.info.optimization["operators"] == {}  # type: ignore[index] # nothing is fused for ONNX Runtime
@@ -344,9 +430,12 @@ def test_an_unknown_target_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "target"), [("bf16", "ort"), ("int8", "trt"), ("fp16", "openvino"), ("fp32", "torch")]
+    ("precision", "target"),
+    [("bf16", "ort"), ("int8", "trt"), ("fp16", "openvino"), ("fp32", "torch")],
 )
-def test_refuses_combinations_that_do_not_exist(tiny: Tiny, tmp_path: Path, precision: str, target: str) -> None:
+def test_refuses_combinations_that_do_not_exist(
+    tiny: Tiny, tmp_path: Path, precision: str, target: str
+) -> None:
     with pytest.raises(UsageError, match=f"--target {target}"):
         optimize_bundle(
             tiny("roberta", "bbt", "add").path,
@@ -358,19 +447,25 @@ def test_refuses_combinations_that_do_not_exist(tiny: Tiny, tmp_path: Path, prec
 
 
 def test_refuses_more_threads_than_runtimes_start(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--threads must be a whole number in 1\.\.1024, not 1000000000"):
+    with pytest.raises(
+        UsageError, match=r"--threads must be a whole number in 1\.\.1024, not 1000000000"
+    ):
         optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", threads=10**9)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_says_what_to_do(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_says_what_to_do(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
 
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("basic_ios::clear: iostream error")
 
     monkeypatch.setattr(openvino, "save_model", full)
-    with pytest.raises(ExportError, match=r"cannot write .*xml .*; free some space or choose another -o"):
+    with pytest.raises(
+        ExportError, match=r"cannot write .*xml .*; free some space or choose another -o"
+    ):
         optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="openvino")
     assert list(tmp_path.iterdir()) == []
 
@@ -379,7 +474,9 @@ def test_a_target_whose_library_is_missing_names_the_extra(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(targets, "installed", lambda name: False)
-    with pytest.raises(MissingDependency, match=r'openvino needs openvino: pip install "bbt-accel\[openvino\]"'):
+    with pytest.raises(
+        MissingDependency, match=r'openvino needs openvino: pip install "bbt-accel\[openvino\]"'
+    ):
         optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", target="openvino")
     assert list(tmp_path.iterdir()) == []
 
@@ -409,7 +506,9 @@ def test_padding_and_a_context_fit_the_backbone() -> None:
 
 
 @pytest.mark.slow
-def test_rows_that_fill_the_backbone_leave_no_room_for_padding(exported: Export, tmp_path: Path) -> None:
+def test_rows_that_fill_the_backbone_leave_no_room_for_padding(
+    exported: Export, tmp_path: Path
+) -> None:
     """More of which than it has positions would be no question of the mask."""
     from tiny_backbones import save_recorded_backbone
 
@@ -438,14 +537,18 @@ def unmask(model: ir.Model) -> None:
     """Attend to padding as to any token."""
     for value in model.graph.initializers.values():
         if value.const_value is not None and (value.const_value.numpy() == MASKED).all():
-            value.const_value = ir.tensor(np.zeros(value.const_value.shape.numpy(), np.float32), name=value.name)
+            value.const_value = ir.tensor(
+                np.zeros(value.const_value.shape.numpy(), np.float32), name=value.name
+            )
 
 
 def test_a_graph_in_fp32_that_computes_something_else_is_not_written(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(targets, "fuse_for_ort", damaged(subtract))
-    with pytest.raises(ExportError, match=r"the fp32 bundle's logits differ by .* from those of its source"):
+    with pytest.raises(
+        ExportError, match=r"the fp32 bundle's logits differ by .* from those of its source"
+    ):
         optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made")
     assert list(tmp_path.iterdir()) == []
 
@@ -455,5 +558,10 @@ def test_a_graph_that_loses_its_mask_is_not_written(
 ) -> None:
     monkeypatch.setattr(targets, "fuse_for_ort", damaged(unmask))
     with pytest.raises(ExportError, match="attention mask was lost"):
-        optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", precision="int8", max_rmse=math.inf)
+        optimize_bundle(
+            tiny("roberta", "bbt", "add").path,
+            tmp_path / "made",
+            precision="int8",
+            max_rmse=math.inf,
+        )
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,6 @@
-"""The optimizers of examples/optimizers: every one lowers a loss, and does the same again; and the README's table."""
+"""The optimizers of examples/optimizers: every one lowers a loss, and does the same again; and the
+README's table.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from sklearn.linear_model import Ridge
 
 from bbt_accel import load_engine, load_task, tune
 from bbt_accel.benchmarks.compare_report import CompareReport, summary
-from bbt_accel.inference import evaluate
-from bbt_accel.settings import Settings
-from bbt_accel.tuning.methods import PromptSpace
+from bbt_accel.core.settings import Settings
+from bbt_accel.predict.inference import evaluate
+from bbt_accel.search.methods import PromptSpace
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "optimizers"
 
@@ -78,7 +80,10 @@ def test_an_optimizer_approaches_the_prompt_with_the_lowest_loss(tmp_path: Path,
 def test_the_leave_one_out_error_of_a_ridge_classifier_is_that_of_fits_without_each_row(
     seed: int, rows: int, words: int, classes: int, penalty: float
 ) -> None:
-    x, targets = np.random.default_rng(seed).standard_normal((rows, words)), np.arange(rows) % classes
+    x, targets = (
+        np.random.default_rng(seed).standard_normal((rows, words)),
+        np.arange(rows) % classes,
+    )
     wanted = ridge.signs(targets)
     errors = []
     for i in range(rows):
@@ -87,20 +92,35 @@ def test_the_leave_one_out_error_of_a_ridge_classifier_is_that_of_fits_without_e
         errors.append((model.predict(x[i : i + 1])[0] - wanted[i]) ** 2)
     assert ridge.leave_one_out(x, targets, penalty) == pytest.approx(np.mean(errors))
     weight, bias = ridge.fit(x, targets, penalty)
-    np.testing.assert_allclose(x @ weight + bias, Ridge(alpha=penalty).fit(x, wanted).predict(x), atol=1e-8)
+    np.testing.assert_allclose(
+        x @ weight + bias, Ridge(alpha=penalty).fit(x, wanted).predict(x), atol=1e-8
+    )
 
 
 def test_the_prompt_that_a_run_chose_is_chosen_again_without_the_means(tmp_path: Path) -> None:
     bundle, file = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data" / "toy")
     own = {**SEARCH, "readout": "verbalizer", "budget": 80, "popsize": 4, "eval_every": 12}
-    tuned = tune(bundle, file, data=file.parent, engine="dummy", output=tmp_path / "run", settings=own, progress=False)
+    tuned = tune(
+        bundle,
+        file,
+        data=file.parent,
+        engine="dummy",
+        output=tmp_path / "run",
+        settings=own,
+        progress=False,
+    )
     data = file.parent.rename(file.parent.with_name(tuned.task.name)).parent
     scores = {s.contender: s.score for s in mean.contend(tuned, data, [40, 80], 70, 1)}
     assert len(scores) == 4
-    assert scores["best candidate, 80 calls"] == evaluate(tuned.path, data=data / tuned.task.name)["score"]
+    assert (
+        scores["best candidate, 80 calls"]
+        == evaluate(tuned.path, data=data / tuned.task.name)["score"]
+    )
 
 
-def test_the_loss_of_a_search_with_a_ridge_classifier_is_its_leave_one_out_error(tmp_path: Path) -> None:
+def test_the_loss_of_a_search_with_a_ridge_classifier_is_its_leave_one_out_error(
+    tmp_path: Path,
+) -> None:
     bundle, file = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data")
     prompts = np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)
     with load_engine(bundle, "dummy") as engine:
@@ -114,8 +134,13 @@ def test_the_loss_of_a_search_with_a_ridge_classifier_is_its_leave_one_out_error
 
 
 def test_the_table_of_the_readme_is_that_of_the_recorded_report() -> None:
-    report = CompareReport.model_validate_json((EXAMPLE / "recorded" / "report.json").read_text(encoding="utf-8"))
-    (own, recorded), gains = map(rows, ((EXAMPLE / "README.md").read_text(encoding="utf-8"), summary(report))), {}
+    report = CompareReport.model_validate_json(
+        (EXAMPLE / "recorded" / "report.json").read_text(encoding="utf-8")
+    )
+    (own, recorded), gains = (
+        map(rows, ((EXAMPLE / "README.md").read_text(encoding="utf-8"), summary(report))),
+        {},
+    )
     for found in report.differences:  # the report subtracts in the other direction
         assert found.interval is not None
         mean, high, low = (round(-100 * value, 1) + 0.0 for value in (found.mean, *found.interval))
@@ -126,5 +151,9 @@ def test_the_table_of_the_readme_is_that_of_the_recorded_report() -> None:
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
     return {name: cells for name, *cells in lines}

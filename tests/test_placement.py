@@ -1,4 +1,6 @@
-"""Graphs that ONNX Runtime computes on a GPU as a whole: a copy from or to the host rules CUDA graphs out."""
+"""Graphs that ONNX Runtime computes on a GPU as a whole: a copy from or to the host rules CUDA
+graphs out.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,19 @@ SMALL = 100
 def copies(graph: ir.Graph) -> list[str]:
     """Values that ONNX Runtime copies from the host to the GPU.
 
-    Its rule: a node that reads nothing but values computed from shapes, constants and inputs of the graph is computed
-    on the host, unless its kernel for the GPU reads the values there anyway (`GetCpuPreferredNodes`).
+    Its rule: a node that reads nothing but values computed from shapes, constants and inputs of the
+    graph is computed on the host, unless its kernel for the GPU reads the values there anyway
+    (`GetCpuPreferredNodes`).
     """
     host: set[ir.Value] = set()
     found = []
     for node in graph:
         given = [(i, value) for i, value in enumerate(node.inputs) if value is not None]
-        read = [value for i, value in given if i not in CPU_INPUTS.get(node.op_type, ()) and value in host]
+        read = [
+            value
+            for i, value in given
+            if i not in CPU_INPUTS.get(node.op_type, ()) and value in host
+        ]
         if node.op_type in ("Shape", "Size") or (
             len(read) > 0 and all(v in host or _anywhere(v, graph) for _, v in given)
         ):
@@ -51,8 +58,12 @@ def _anywhere(value: ir.Value, graph: ir.Graph) -> bool:
     return value in graph.inputs or (node is not None and node.op_type == "Constant")
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=marks(v), id="-".join(v)) for v in VARIANTS + RELATIVES])
-def test_every_node_of_a_graph_can_be_computed_on_a_gpu(tiny: Export, variant: tuple[str, str, str]) -> None:
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=marks(v), id="-".join(v)) for v in VARIANTS + RELATIVES]
+)
+def test_every_node_of_a_graph_can_be_computed_on_a_gpu(
+    tiny: Export, variant: tuple[str, str, str]
+) -> None:
     bundle = tiny(*variant)
     for stage in bundle.info.stages:
         assert not copies(ir.load(bundle.path / f"{stage}.onnx").graph), stage

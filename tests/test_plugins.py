@@ -1,4 +1,6 @@
-"""A package that is installed beside bbt-accel adds an engine and a family, by entry points alone."""
+"""A package that is installed beside bbt-accel adds an engine and a family, by entry points
+alone.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from tiny_backbones import BACKBONES, save_tokenizer
 pytestmark = pytest.mark.slow
 FILES = {
     "toy_plugin/__init__.py": """
-from bbt_accel.engine_specs import Backend, EngineSpec
+from bbt_accel.core.engine_specs import Backend, EngineSpec
 
 ENGINE = EngineSpec(
     "toy",
@@ -40,7 +42,7 @@ class ToyEngine(DummyEngine):
         return {"toy": "1.0"}
 """,
     "toy_plugin/converter.py": """
-from bbt_accel.exporters.targets import Target
+from bbt_accel.exporters.convert.targets import Target
 
 class ToyTarget(Target):
     def write_fp32(self, file, folder, stage, others):
@@ -50,7 +52,7 @@ class ToyTarget(Target):
     "toy_plugin/family.py": """
 from dataclasses import replace
 from transformers import AutoConfig, BertConfig, BertForMaskedLM
-from bbt_accel.exporters.bert import BERT
+from bbt_accel.exporters.families.bert import BERT
 
 class ToyConfig(BertConfig):
     model_type = "toy"
@@ -82,12 +84,24 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, content in FILES.items():
             archive.writestr(name, content)
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(folder / "site")]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        str(folder / "site"),
+    ]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "bbt_accel.cli", *map(str, words)]
-        path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "bbt_accel.cli.commands", *map(str, words)]
+        path = os.pathsep.join(
+            [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         environment = os.environ | {"PYTHONPATH": path}
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -96,15 +110,21 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
 
 def test_its_family_is_exported_and_its_engine_tunes(cli: Cli, tmp_path: Path) -> None:
     config = transformers.BertConfig(**BACKBONES["bert"][2]).to_dict() | {"model_type": "toy"}
-    transformers.BertForMaskedLM(transformers.BertConfig(**BACKBONES["bert"][2])).save_pretrained(tmp_path / "toy")
+    transformers.BertForMaskedLM(transformers.BertConfig(**BACKBONES["bert"][2])).save_pretrained(
+        tmp_path / "toy"
+    )
     (tmp_path / "toy" / "config.json").write_text(json.dumps(config))
     save_tokenizer("bert", tmp_path / "toy")
 
-    exported = cli("export", tmp_path / "toy", "-o", tmp_path / "bundle", "--n-prompt-tokens", 3, "--json")
+    exported = cli(
+        "export", tmp_path / "toy", "-o", tmp_path / "bundle", "--n-prompt-tokens", 3, "--json"
+    )
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["family"] == "toy"
 
-    optimized = cli("optimize", tmp_path / "bundle", "-o", tmp_path / "converted", "--target", "toy", "--json")
+    optimized = cli(
+        "optimize", tmp_path / "bundle", "-o", tmp_path / "converted", "--target", "toy", "--json"
+    )
     assert optimized.returncode == 0, optimized.stderr
     assert json.loads(optimized.stdout)["target"] == "toy"
     assert [file.name for file in (tmp_path / "converted").glob("*.toy")] == ["model.toy"]
@@ -130,7 +150,14 @@ def test_its_family_is_exported_and_its_engine_tunes(cli: Cli, tmp_path: Path) -
 
 def test_its_engine_is_listed_and_runs_where_it_says(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(cli("doctor", "--json").stdout)["engines"]["toy"]["runs"]
-    wrong = cli("tune", "--bundle", tmp_path, "--task", "demo", "--engine", "tyo", "-o", tmp_path / "run")
+    wrong = cli(
+        "tune", "--bundle", tmp_path, "--task", "demo", "--engine", "tyo", "-o", tmp_path / "run"
+    )
     assert (wrong.returncode, "did you mean toy?" in wrong.stderr) == (2, True)
-    refused = cli("optimize", tmp_path / "bundle", "-o", tmp_path / "made", "--target", "toy", "--int8")
-    assert (refused.returncode, "--target toy supports fp32, not int8" in refused.stderr) == (2, True)
+    refused = cli(
+        "optimize", tmp_path / "bundle", "-o", tmp_path / "made", "--target", "toy", "--int8"
+    )
+    assert (refused.returncode, "--target toy supports fp32, not int8" in refused.stderr) == (
+        2,
+        True,
+    )

@@ -1,4 +1,6 @@
-"""Libraries that report their use: none does where bbt-accel was imported first, and none leaves files."""
+"""Libraries that report their use: none does where bbt-accel was imported first, and none leaves
+files.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,22 @@ assert not [name for name in sys.modules if name.startswith("openvino_telemetry.
 def test_no_files_and_no_reports(library: str, program: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-    silenced = {"CI", "TF_BUILD", "JENKINS_URL", "ORT_DISABLE_TELEMETRY"}  # some libraries are silent there anyway
+    silenced = {
+        "CI",
+        "TF_BUILD",
+        "JENKINS_URL",
+        "ORT_DISABLE_TELEMETRY",
+    }  # some libraries are silent there anyway
     environment = {name: value for name, value in os.environ.items() if name not in silenced}
-    places = {name: str(tmp_path / name) for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")}
+    places = {
+        name: str(tmp_path / name)
+        for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
+    }
     for place in places.values():
         Path(place).mkdir()
-    done = subprocess.run([sys.executable, "-c", program], env=environment | places, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment | places, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
@@ -50,7 +62,7 @@ OFF = {
 
 
 def test_the_settings_reach_every_child() -> None:
-    from bbt_accel import processes
+    from bbt_accel.io import processes
 
     assert processes.environment().items() >= OFF.items()
 
@@ -58,5 +70,7 @@ def test_the_settings_reach_every_child() -> None:
 def test_a_users_own_choice_is_kept() -> None:
     code = f"import bbt_accel, os; print(*(os.environ[name] for name in {list(OFF)}))"
     environment = os.environ | dict.fromkeys(OFF, "mine")
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    ).stdout
     assert found.split() == ["mine"] * len(OFF)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bbt_accel import processes
 from bbt_accel.errors import BbtError, MissingDependency
-from bbt_accel.machine import physical_cores
+from bbt_accel.io import processes
+from bbt_accel.io.machine import physical_cores
 
 BROKEN = 'raise RuntimeError("imported from the working directory")\n'
 
@@ -37,25 +37,33 @@ def imported_twice() -> bool:
     return done.stdout.strip() == numpy.__version__
 
 
-def test_folders_in_the_working_directory_are_no_modules(surrounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_in_the_working_directory_are_no_modules(
+    surrounded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert processes.call(physical_cores) == physical_cores()
-    there = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    there = os.pathsep.join(
+        filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    )
     monkeypatch.setenv("PYTHONPATH", there)
     assert processes.call(imported_twice)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("last", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "child.wait()"])
+@pytest.mark.parametrize(
+    "last", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "child.wait()"]
+)
 def test_a_child_ends_with_its_parent(tmp_path: Path, last: str) -> None:
     parent = f"""
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from bbt_accel import processes
+from bbt_accel.io import processes
 child = subprocess.Popen(processes.prepare(signal.pause, {{}}, Path({str(tmp_path)!r})), stdin=subprocess.PIPE)
 print("started", flush=True)
 {last}
 """
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         if last == "child.wait()":
@@ -66,7 +74,7 @@ print("started", flush=True)
 
 TERMINATED = """
 import signal
-from bbt_accel import processes
+from bbt_accel.io import processes
 former = signal.getsignal(signal.SIGTERM)
 try:
     with processes.interrupted_by_sigterm():
@@ -90,7 +98,9 @@ def test_sigterm_is_an_interrupt_inside_the_block_alone() -> None:
         (ImportError("libx.so: no memory"), "a library cannot be loaded (libx.so: no memory)"),
     ],
 )
-def test_a_module_that_cannot_be_loaded_is_named_or_explained(error: ImportError, message: str) -> None:
+def test_a_module_that_cannot_be_loaded_is_named_or_explained(
+    error: ImportError, message: str
+) -> None:
     def fail() -> None:
         raise error
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from bbt_accel import Projection
+from bbt_accel.core.population import Latent
+from bbt_accel.core.projection import one_blas_thread, prompt_std
 from bbt_accel.errors import UsageError
-from bbt_accel.population import Latent
-from bbt_accel.projection import one_blas_thread, prompt_std
 
 
 def test_prompt_is_az_plus_p0_row_major() -> None:
@@ -44,7 +44,9 @@ def test_latent_prompts_have_the_shape_of_the_prompts() -> None:
 
 
 @given(st.integers(1, 24), st.integers(0, 24), st.integers(0, 24), st.integers(0, 24))
-def test_a_slice_of_a_population_has_the_bits_of_the_population(size: int, start: int, stop: int, low: int) -> None:
+def test_a_slice_of_a_population_has_the_bits_of_the_population(
+    size: int, start: int, stop: int, low: int
+) -> None:
     projection = Projection.normal(0, d=150, n=10, H=48, std=0.3)
     latent = Latent(projection, np.random.default_rng(size).standard_normal((size, 150)))
     part = latent[start:stop][low:]
@@ -85,7 +87,8 @@ def test_first_prompts_look_like_word_embeddings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("matrix", "p0"), [(np.zeros((5, 2)), None), (np.zeros(6), None), (np.zeros((6, 2)), np.zeros(5))]
+    ("matrix", "p0"),
+    [(np.zeros((5, 2)), None), (np.zeros(6), None), (np.zeros((6, 2)), np.zeros(5))],
 )
 def test_shapes_that_do_not_fit_are_refused(matrix: np.ndarray, p0: np.ndarray | None) -> None:
     with pytest.raises(UsageError, match="needs a matrix"):
@@ -94,7 +97,9 @@ def test_shapes_that_do_not_fit_are_refused(matrix: np.ndarray, p0: np.ndarray |
 
 def test_there_is_one_blas_thread_while_any_python_thread_needs_it() -> None:
     def threads() -> int:
-        return max(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
+        return max(
+            library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"
+        )
 
     with threadpool_limits(2, user_api="blas"):
         first, second = ExitStack(), ExitStack()

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from bbt_accel import Batch, Bundle, export_bundle, tune
-from bbt_accel.demo import DATA
-from bbt_accel.encoding import Encoder
+from bbt_accel.core.demo import DATA
 from bbt_accel.errors import UsageError
-from bbt_accel.exporters import export, validate
-from bbt_accel.exporters.loading import load_model, load_tokenizer
-from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.tasks import load_task
-from bbt_accel.tuning.methods import PromptSpace
+from bbt_accel.exporters.convert.optimize import optimize_bundle
+from bbt_accel.exporters.families.loading import load_model, load_tokenizer
+from bbt_accel.exporters.trace import export, validate
+from bbt_accel.search.methods import PromptSpace
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.task import load_task
 
 TEXT = "to it"
 FAMILIES = ["roberta", "electra", "albert", "modernbert", "bart", "t5", "gpt2", "llama", "gemma3"]
@@ -60,8 +60,12 @@ def test_the_prompt_has_the_tokens_of_the_text(root: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bart", "t5", "gpt2", "llama", "gemma3"])
-def test_in_cat_mode_p0_gives_the_logits_of_the_text_in_front(root: Path, loaded: Load, name: str) -> None:
-    """Where embeddings are of tokens alone: the naive forward of a row that begins with the text's own tokens."""
+def test_in_cat_mode_p0_gives_the_logits_of_the_text_in_front(
+    root: Path, loaded: Load, name: str
+) -> None:
+    """Where embeddings are of tokens alone: the naive forward of a row that begins with the text's
+    own tokens.
+    """
     checkpoint, bundle = made(root, name, "cat")
     info, n = bundle.info, bundle.info.n_prompt_tokens
     p0 = bundle.initial_prompt()
@@ -69,7 +73,9 @@ def test_in_cat_mode_p0_gives_the_logits_of_the_text_in_front(root: Path, loaded
     ids = np.random.default_rng(0).integers(5, 300, (2, 9))
     if (begin := info.special.begin) is not None:
         ids[:, 0] = begin
-    rows = Batch(ids, np.ones_like(ids), np.array([1, 1] if info.decodes else [8, 8]), [0, 0], [7, 8, 9])  # type: ignore[arg-type]
+    rows = Batch(
+        ids, np.ones_like(ids), np.array([1, 1] if info.decodes else [8, 8]), [0, 0], [7, 8, 9]
+    )  # type: ignore[arg-type]
     with loaded(bundle, "ort").bind(rows) as bound:
         found = bound.label_logits(p0[None])[0]
     at = info.prompt_start
@@ -97,7 +103,9 @@ def test_in_add_mode_the_text_stands_where_the_prompt_is_added(root: Path) -> No
 def test_a_search_starts_at_the_text(root: Path, tmp_path: Path) -> None:
     _, bundle = made(root, "gpt2", "cat")
     settings: dict[str, object] = {"k_shot": 2, "popsize": 4, "budget": 4, "intrinsic_dim": 5}
-    run = tune(bundle, "demo", data=DATA, output=tmp_path / "run", settings=settings, progress=False)
+    run = tune(
+        bundle, "demo", data=DATA, output=tmp_path / "run", settings=settings, progress=False
+    )
     space = PromptSpace(bundle, run.info.settings)
     np.testing.assert_array_equal(space.prompt(0, np.zeros(5)), bundle.initial_prompt())
 
@@ -128,13 +136,19 @@ def test_a_task_file_may_have_the_text(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "mood.toml"
     file.write_text(TASK)
     checkpoint, other = made(root / "untraced", "gpt2", "cat")
-    bundle = export_bundle(checkpoint, tmp_path / "bundle", prompt_mode="cat", prompt_init=str(file))
+    bundle = export_bundle(
+        checkpoint, tmp_path / "bundle", prompt_mode="cat", prompt_init=str(file)
+    )
     assert bundle.info.prompt_init == "go to"
-    with pytest.raises(UsageError, match="task mood starts from a text; export the bundle with --prompt-init"):
+    with pytest.raises(
+        UsageError, match="task mood starts from a text; export the bundle with --prompt-init"
+    ):
         tune(other, str(file), data=tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "has no tokens"), ("demo.toml", "no \\[prompt\\] init")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "has no tokens"), ("demo.toml", "no \\[prompt\\] init")]
+)
 def test_what_cannot_start_a_prompt_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "demo.toml").write_text(TASK.split("[prompt]")[0])
     checkpoint = save_backbone("gpt2", tmp_path / "gpt2")
@@ -144,13 +158,15 @@ def test_what_cannot_start_a_prompt_is_refused(tmp_path: Path, text: str, messag
 
 
 def _row(text: str) -> Any:
-    from bbt_accel.data import Row
+    from bbt_accel.tasks.data import Row
 
     return Row({"text": text}, 0)
 
 
 def test_a_mask_token_in_the_text_is_ordinary_text(root: Path) -> None:
-    """As a second mask token it would be where every row is read, within the prompt; a decoder's text may have some."""
+    """As a second mask token it would be where every row is read, within the prompt; a decoder's
+    text may have some.
+    """
     save_backbone("roberta", root / "masked")
     tokenizer = load_tokenizer(root / "masked")
     _, ids = export.initial_text("go <mask> to", tokenizer, causal=False)

@@ -1,4 +1,6 @@
-"""--engine remote: the same search as with the engine itself, against our server and against a plain Triton."""
+"""--engine remote: the same search as with the engine itself, against our server and against a
+plain Triton.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,19 @@ from search_parts import SETTINGS, search_bundle, task_file
 from serving_parts import LIMITS, app, app_of, prompts, row_tensors, rows, rows_for, running
 
 from bbt_accel import Population, load_engine, tune
-from bbt_accel.bundle import Bundle
+from bbt_accel.core.bundle import Bundle
 from bbt_accel.engines import client, remote
 from bbt_accel.engines.client import Server
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.engines.staged import StagedEngine
 from bbt_accel.engines.triton import TritonEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
-from bbt_accel.inference import evaluate, predict
-from bbt_accel.run import Run
-from bbt_accel.serving import Limits
-from bbt_accel.serving.app import make_app
-from bbt_accel.serving.models import Model
-from bbt_accel.serving.protocol import HEADER_LENGTH, TensorSpec
+from bbt_accel.predict.inference import evaluate, predict
+from bbt_accel.search.run import Run
+from bbt_accel.serve.app import make_app
+from bbt_accel.serve.limits import Limits
+from bbt_accel.serve.models import Model
+from bbt_accel.serve.protocol import HEADER_LENGTH, TensorSpec
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,9 @@ def plain(tmp_path: Path) -> Bundle:
 
 
 class Watched:
-    """An app whose inference requests are noted: the names of their inputs, and the answer's status."""
+    """An app whose inference requests are noted: the names of their inputs, and the answer's
+    status.
+    """
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -80,7 +84,9 @@ class Watched:
 
         async def note(message: Any) -> None:
             if message["type"] == "http.response.start":
-                self.requests.append(({tensor["name"] for tensor in head["inputs"]}, message["status"]))
+                self.requests.append(
+                    ({tensor["name"] for tensor in head["inputs"]}, message["status"])
+                )
             await send(message)
 
         await self.inner(scope, replay, note)
@@ -91,14 +97,24 @@ def tuned(bundle: Bundle, folder: Path, name: str, engine: str, **options: Any) 
     settings = SETTINGS | {"budget": 60}
     output = folder / name
     return tune(
-        bundle, task, data=folder / "data", engine=engine, output=output, settings=settings, progress=False, **options
+        bundle,
+        task,
+        data=folder / "data",
+        engine=engine,
+        output=output,
+        settings=settings,
+        progress=False,
+        **options,
     )
 
 
-# Our server --------------------------------------------------------------------------------------------------
+# Our server
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_search_walks_the_same_path_as_with_the_engine_itself(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_search_walks_the_same_path_as_with_the_engine_itself(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     local = tuned(bundle, tmp_path, "local", "dummy")
     with running(app(bundle)) as url:
         far = tuned(bundle, tmp_path, "far", "remote", url=url)
@@ -106,11 +122,17 @@ def test_a_search_walks_the_same_path_as_with_the_engine_itself(bundle: Bundle, 
         assert (record.name, record.versions["url"]) == ("remote", url)
         assert record.versions["server"].startswith("bbt-accel ")
         assert record.versions["engine"] == "dummy dummy 1"
-        # a run may be somebody else's: its texts go to the server that the caller names, never to that of the run
+        # a run may be somebody else's: its texts go to the server that the caller names, never to
+        # that of the run
         for call in (lambda: evaluate(far.path), lambda: predict(far.path, [{"text": "w1 w2"}])):
-            with pytest.raises(UsageError, match=f"the search asked a server: pass --url {url} to send texts there"):
+            with pytest.raises(
+                UsageError, match=f"the search asked a server: pass --url {url} to send texts there"
+            ):
                 call()
-        score, answers = evaluate(far.path, url=url), predict(far.path, [{"text": "w1 w2"}], url=url)
+        score, answers = (
+            evaluate(far.path, url=url),
+            predict(far.path, [{"text": "w1 w2"}], url=url),
+        )
     assert [g.losses for g in far.history] == [g.losses for g in local.history]
     assert far.prompt.tobytes() == local.prompt.tobytes()
     assert {**score, "engine": "dummy"} == evaluate(local.path)
@@ -122,14 +144,22 @@ def test_a_search_walks_the_same_path_as_with_the_engine_itself(bundle: Bundle, 
     [("roberta", "bbt", "ort"), ("roberta", "bbtv2", "ort"), ("bart", "bbt", "ort"), ("roberta", "bbtv2", "torch"),
      ("llama", "bbtv2", "ort")],
 )  # fmt: skip
-def test_a_real_backbone_gives_the_same_numbers(tiny: Export, name: str, method: str, engine: str) -> None:
+def test_a_real_backbone_gives_the_same_numbers(
+    tiny: Export, name: str, method: str, engine: str
+) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny(name, method)
     found = rows_for(bundle)
     with load_engine(bundle, engine, threads=1) as local, running(app_of(local)) as url:  # noqa: SIM117
-        with load_engine(bundle, "remote", url=url) as far, local.bind(found) as near, far.bind(found) as there:
+        with (
+            load_engine(bundle, "remote", url=url) as far,
+            local.bind(found) as near,
+            far.bind(found) as there,
+        ):
             population = prompts(bundle)
-            np.testing.assert_array_equal(there.label_logits(population), near.label_logits(population))
+            np.testing.assert_array_equal(
+                there.label_logits(population), near.label_logits(population)
+            )
             outputs = near.outputs(population)
             for output, value in there.outputs(population).items():
                 np.testing.assert_array_equal(value, outputs[output])
@@ -145,7 +175,11 @@ def test_a_real_backbone_gives_the_same_numbers(tiny: Export, name: str, method:
 
 def test_rows_are_sent_once(plain: Bundle) -> None:
     watched = Watched(app(plain))
-    with running(watched) as url, load_engine(plain, "remote", url=url) as far, far.bind(rows()) as bound:
+    with (
+        running(watched) as url,
+        load_engine(plain, "remote", url=url) as far,
+        far.bind(rows()) as bound,
+    ):
         for seed in range(3):
             bound.label_logits(prompts(plain, seed=seed))
     names = [names for names, _ in watched.requests]
@@ -155,7 +189,11 @@ def test_rows_are_sent_once(plain: Bundle) -> None:
 
 def test_rows_that_the_server_dropped_are_sent_again(plain: Bundle) -> None:
     watched = Watched(app(plain, Limits(2**20, 200, 30.0, cached_batches=1)))
-    with running(watched) as url, load_engine(plain, "remote", url=url) as far, DummyEngine(plain) as near:
+    with (
+        running(watched) as url,
+        load_engine(plain, "remote", url=url) as far,
+        DummyEngine(plain) as near,
+    ):
         first, second = far.bind(rows(0)), far.bind(rows(1))
         for bound, seed in ((first, 0), (second, 1), (first, 0), (second, 1)):
             wanted = near.bind(rows(seed)).label_logits(prompts(plain))
@@ -170,7 +208,11 @@ def test_a_population_is_split_to_the_servers_limits(bundle: Bundle) -> None:
     small = remote.HEAD + beside + 3 * population[0].nbytes
     for limits in (Limits(2**20, 8 * 4, 30.0), Limits(small, 200, 30.0)):
         watched = Watched(app(bundle, limits))
-        with running(watched) as url, load_engine(bundle, "remote", url=url) as far, far.bind(rows()) as bound:
+        with (
+            running(watched) as url,
+            load_engine(bundle, "remote", url=url) as far,
+            far.bind(rows()) as bound,
+        ):
             np.testing.assert_array_equal(bound.label_logits(population), wanted)
         assert len(watched.requests) > 2
         assert {status for _, status in watched.requests} == {200}
@@ -178,11 +220,16 @@ def test_a_population_is_split_to_the_servers_limits(bundle: Bundle) -> None:
 
 def test_another_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     other = search_bundle(tmp_path / "other", bundle.info.method, precision="fp16")
-    with running(app(bundle)) as url, pytest.raises(BundleError, match=r"serves another bundle.*--bundle"):
+    with (
+        running(app(bundle)) as url,
+        pytest.raises(BundleError, match=r"serves another bundle.*--bundle"),
+    ):
         load_engine(other, "remote", url=url)
 
 
-def test_the_token_comes_from_the_environment(plain: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_comes_from_the_environment(
+    plain: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(app(plain, token="secret")) as url:
         with pytest.raises(EngineError, match=r"401.*set BBT_ACCEL_TOKEN"):
             load_engine(plain, "remote", url=url)
@@ -222,7 +269,8 @@ def test_a_url_is_for_the_remote_engine(plain: Bundle) -> None:
         load_engine(plain, "dummy", url="http://127.0.0.1:8000")
 
 
-# Retries -----------------------------------------------------------------------------------------------------
+# Retries
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -279,12 +327,18 @@ def test_what_passes_is_tried_again(server: Server, error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(ConnectionRefusedError(), "cannot reach .*is the server running"), (refusal("503"), "refused")]
+    ("error", "kind"),
+    [
+        (ConnectionRefusedError(), "cannot reach .*is the server running"),
+        (refusal("503"), "refused"),
+    ],
 )
 def test_patience_ends(server: Server, error: Exception, kind: str, clock: list[float]) -> None:
     server.patience = 60.0
     call, _ = failing(*[error] * 1000)
-    with pytest.raises(EngineError, match=rf"{kind}.*\(tried for 60 seconds; --resume continues a search\)$") as caught:
+    with pytest.raises(
+        EngineError, match=rf"{kind}.*\(tried for 60 seconds; --resume continues a search\)$"
+    ) as caught:
         server.ask(call)
     assert sum(clock) == 55.5  # the next wait would be longer than what is left of the minute
     assert clock[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
@@ -297,7 +351,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits; time passes only in them."""
     waited: list[float] = []
     monkeypatch.setattr(client, "WAITS", (0.5, 1.0, 2.0, 4.0, 8.0))
-    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=waited.append, monotonic=lambda: sum(waited)))
+    monkeypatch.setattr(
+        client, "time", SimpleNamespace(sleep=waited.append, monotonic=lambda: sum(waited))
+    )
     return waited
 
 
@@ -312,12 +368,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_nothing_else_is_tried_again(server: Server, error: Exception) -> None:
     call, attempts = failing(error)
     refused = isinstance(error, client.InferenceServerException)
-    with pytest.raises(EngineError, match=r"refused: .+ \(status \d+\)" if refused else "cannot query .*; check --url"):
+    with pytest.raises(
+        EngineError,
+        match=r"refused: .+ \(status \d+\)" if refused else "cannot query .*; check --url",
+    ):
         server.ask(call)
     assert len(attempts) == 1
 
 
-def test_a_response_that_takes_too_long_is_not_asked_for_again(server: Server, clock: list[float]) -> None:
+def test_a_response_that_takes_too_long_is_not_asked_for_again(
+    server: Server, clock: list[float]
+) -> None:
     attempts = []
 
     def call(headers: dict[str, str]) -> str:
@@ -331,7 +392,9 @@ def test_a_response_that_takes_too_long_is_not_asked_for_again(server: Server, c
 
 
 @pytest.mark.parametrize("value", ["a minute", "-1", "inf", "nan"])
-def test_a_patience_that_is_no_time_is_wrong_usage(plain: Bundle, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patience_that_is_no_time_is_wrong_usage(
+    plain: Bundle, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BBT_ACCEL_PATIENCE", value)
     with pytest.raises(UsageError, match="BBT_ACCEL_PATIENCE must be a number of seconds"):
         load_engine(plain, "remote", url="http://127.0.0.1:1")
@@ -363,7 +426,7 @@ def on_port(application: Any, port: int) -> Iterator[str]:
 
 DYING = """
 import os, sys
-from bbt_accel.cli import main
+from bbt_accel.cli.commands import main
 from bbt_accel.engines.dummy import DummyBoundBatch
 calls, computed = int(sys.argv[3]), DummyBoundBatch._label_logits
 def label_logits(self, *given):
@@ -375,7 +438,9 @@ main(["serve", sys.argv[1], "--engine", "dummy", "--port", sys.argv[2], "--json"
 """
 
 
-def test_a_search_outlives_its_server(plain: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_outlives_its_server(
+    plain: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whose process dies in the middle of a call, and is started again."""
     monkeypatch.setattr(client, "WAITS", (0.1,))
     monkeypatch.setenv("BBT_ACCEL_PATIENCE", "60")
@@ -397,11 +462,14 @@ def test_a_search_outlives_its_server(plain: Bundle, tmp_path: Path, monkeypatch
     assert found.prompt.tobytes() == tuned(plain, tmp_path, "local", "dummy").prompt.tobytes()
 
 
-# Any other server --------------------------------------------------------------------------------------------
+# Any other server
+# --------------------------------------------------------------------------------------------
 
 
 class StageModel(Model):
-    """One stage of a bundle as Triton's onnxruntime backend serves it: its graph's inputs and outputs, no more."""
+    """One stage of a bundle as Triton's onnxruntime backend serves it: its graph's inputs and
+    outputs, no more.
+    """
 
     def __init__(self, engine: Any, stage: str, name: str) -> None:
         super().__init__(name, engine, LIMITS)
@@ -417,13 +485,17 @@ class StageModel(Model):
 
 def spec(value: Any) -> TensorSpec:
     datatype = {"tensor(float)": "FP32", "tensor(int64)": "INT64"}[value.type]
-    return TensorSpec(value.name, datatype, tuple(d if isinstance(d, int) else -1 for d in value.shape))
+    return TensorSpec(
+        value.name, datatype, tuple(d if isinstance(d, int) else -1 for d in value.shape)
+    )
 
 
 @contextmanager
 def plain_triton(engine: StagedEngine, monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
     """Our server without what only ours has."""
-    monkeypatch.setattr("bbt_accel.serving.app.EXTENSIONS", ["binary_tensor_data", "model_configuration"])
+    monkeypatch.setattr(
+        "bbt_accel.serve.app.EXTENSIONS", ["binary_tensor_data", "model_configuration"]
+    )
     stages = engine.bundle.info.stages
     models = [StageModel(engine, s, name if s == "model" else f"{name}_{s}") for s in stages]
     with running(make_app(models, LIMITS)) as url:
@@ -431,7 +503,8 @@ def plain_triton(engine: StagedEngine, monkeypatch: pytest.MonkeyPatch, name: st
 
 
 @pytest.mark.parametrize(
-    ("backbone", "method"), [("roberta", "bbt"), ("bart", "bbt"), ("roberta", "bbtv2"), ("gpt2", "bbt")]
+    ("backbone", "method"),
+    [("roberta", "bbt"), ("bart", "bbt"), ("roberta", "bbtv2"), ("gpt2", "bbt")],
 )
 def test_a_plain_triton_gives_the_same_numbers(
     tiny: Export, backbone: str, method: str, monkeypatch: pytest.MonkeyPatch
@@ -442,9 +515,15 @@ def test_a_plain_triton_gives_the_same_numbers(
     with load_engine(bundle, "ort", threads=1) as local:
         assert isinstance(local, StagedEngine)
         with plain_triton(local, monkeypatch, bundle.path.name) as url:  # noqa: SIM117
-            with load_engine(bundle, "remote", url=url) as far, far.bind(found) as there, local.bind(found) as near:
+            with (
+                load_engine(bundle, "remote", url=url) as far,
+                far.bind(found) as there,
+                local.bind(found) as near,
+            ):
                 assert isinstance(far, TritonEngine)
-                np.testing.assert_array_equal(there.label_logits(population), near.label_logits(population))
+                np.testing.assert_array_equal(
+                    there.label_logits(population), near.label_logits(population)
+                )
                 if method == "bbtv2":
                     np.testing.assert_array_equal(there.layer_stds(), near.layer_stds())
                     np.testing.assert_array_equal(
@@ -453,7 +532,9 @@ def test_a_plain_triton_gives_the_same_numbers(
                     )
 
 
-def test_the_model_of_a_plain_triton_may_be_named(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_of_a_plain_triton_may_be_named(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny("roberta")
     with load_engine(bundle, "ort", threads=1) as local:
@@ -461,7 +542,10 @@ def test_the_model_of_a_plain_triton_may_be_named(tiny: Export, monkeypatch: pyt
         with plain_triton(local, monkeypatch, "mine") as url:
             with pytest.raises(EngineError, match="404"):
                 load_engine(bundle, "remote", url=url)
-            with load_engine(bundle, "remote", url=f"{url}/v2/models/mine") as far, far.bind(rows()) as bound:
+            with (
+                load_engine(bundle, "remote", url=f"{url}/v2/models/mine") as far,
+                far.bind(rows()) as bound,
+            ):
                 assert bound.label_logits(prompts(bundle)).shape == (5, 8, 2)
 
 
@@ -472,7 +556,8 @@ def test_plans_on_a_plain_triton_get_no_larger_calls_than_they_take(
     bundle = tiny("roberta")
     profile = {"candidates": [1, 2, 2], "rows": [1, 3, 3], "tokens": [5, 20, 30]}
     planned = Bundle(
-        bundle.path, bundle.info.model_copy(update={"target": "trt", "optimization": {"profile": profile}})
+        bundle.path,
+        bundle.info.model_copy(update={"target": "trt", "optimization": {"profile": profile}}),
     )
     with load_engine(bundle, "ort", threads=1) as local:
         assert isinstance(local, StagedEngine)
@@ -486,7 +571,9 @@ def test_plans_on_a_plain_triton_get_no_larger_calls_than_they_take(
     assert max(n for _, n in sizes) <= 3
 
 
-def test_a_plain_triton_with_another_bundle_is_refused(tiny: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_triton_with_another_bundle_is_refused(
+    tiny: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny("roberta")
     other = Bundle(bundle.path, bundle.info.model_copy(update={"n_prompt_tokens": 7}))
@@ -496,6 +583,10 @@ def test_a_plain_triton_with_another_bundle_is_refused(tiny: Export, monkeypatch
             with pytest.raises(BundleError, match="serves another bundle"):
                 load_engine(tiny("bert"), "remote", url=f"{url}/v2/models/{bundle.path.name}")
             # Of a server without a configuration the tensors are checked.
-            monkeypatch.setattr("tritonclient.http.InferenceServerClient.get_model_config", lambda *_, **__: {})
-            with pytest.raises(BundleError, match=r"takes prompts \[-1, 3, 16\], not \[-1, 7, 16\]"):
+            monkeypatch.setattr(
+                "tritonclient.http.InferenceServerClient.get_model_config", lambda *_, **__: {}
+            )
+            with pytest.raises(
+                BundleError, match=r"takes prompts \[-1, 3, 16\], not \[-1, 7, 16\]"
+            ):
                 load_engine(other, "remote", url=url)

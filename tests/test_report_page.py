@@ -13,13 +13,24 @@ import pytest
 
 from bbt_accel.benchmarks import compare_report
 from bbt_accel.benchmarks.compare_report import CompareReport, Score
-from bbt_accel.report_page import hover, report_page
-from bbt_accel.reporting import PLOT, figure, write_report
-from bbt_accel.sweeps import rendering
-from bbt_accel.sweeps.grid import Sweep
-from bbt_accel.sweeps.report import ScoreCell, SweepReport, SweepRow, TrialRow
+from bbt_accel.benchmarks.sweep import rendering
+from bbt_accel.benchmarks.sweep.grid import Sweep
+from bbt_accel.benchmarks.sweep.report import ScoreCell, SweepReport, SweepRow, TrialRow
+from bbt_accel.io.report_page import hover, report_page
+from bbt_accel.io.reporting import PLOT, figure, write_report
 
-NEEDS_ANOTHER_FILE = {"img", "link", "iframe", "object", "embed", "base", "image", "audio", "video", "source"}
+NEEDS_ANOTHER_FILE = {
+    "img",
+    "link",
+    "iframe",
+    "object",
+    "embed",
+    "base",
+    "image",
+    "audio",
+    "video",
+    "source",
+}
 
 
 class Page(HTMLParser):
@@ -59,11 +70,21 @@ class Page(HTMLParser):
 
 def comparison() -> tuple[CompareReport, str, Callable[[Path], None]]:
     def score(contender: str, calls: int, value: float, budget: int | None = None) -> Score:
-        facts: dict[str, Any] = {"task": "demo", "metric": "accuracy", "seed": 42, "peak_mib": None, "chosen": None}
-        return Score(contender=contender, budget=budget, calls=calls, score=value, seconds=1.0, **facts)
+        facts: dict[str, Any] = {
+            "task": "demo",
+            "metric": "accuracy",
+            "seed": 42,
+            "peak_mib": None,
+            "chosen": None,
+        }
+        return Score(
+            contender=contender, budget=budget, calls=calls, score=value, seconds=1.0, **facts
+        )
 
     scores = [score("words", 1, 0.5), score("auto", 281, 0.75, 300), score("auto", 61, 0.625, 64)]
-    report = compare_report.make_report(scores, {"bbt": "<script>alert(1)</script>"}, {"command": "bbt-accel compare"})
+    report = compare_report.make_report(
+        scores, {"bbt": "<script>alert(1)</script>"}, {"command": "bbt-accel compare"}
+    )
     return report, compare_report.markdown(report), lambda file: compare_report.draw(file, report)
 
 
@@ -73,7 +94,13 @@ def a_sweep() -> tuple[SweepReport, str, Callable[[Path], None]]:
         calibrated=0.375, failed=0,
     )  # fmt: skip
     row = SweepRow(
-        method="bbt", bundle="b", engine="ort", cells=[cell], mean=0.625, without_prompt=0.25, calibrated=0.375
+        method="bbt",
+        bundle="b",
+        engine="ort",
+        cells=[cell],
+        mean=0.625,
+        without_prompt=0.25,
+        calibrated=0.375,
     )
     plan = Sweep(tasks=["demo"], bundles=["b"], seeds=[1, 2])
     facts: dict[str, Any] = {"task": "demo", "bundle": "b", "engine": "ort", "status": "done"}
@@ -83,12 +110,19 @@ def a_sweep() -> tuple[SweepReport, str, Callable[[Path], None]]:
 
 
 @pytest.fixture(scope="module", params=[comparison, a_sweep])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str, str]:
+def written(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Page, str, str]:
     """The page of a report, its source, and the report's Markdown."""
     folder = tmp_path_factory.mktemp("report")
     report, markdown, draw = request.param()
     write_report(folder, report, markdown, draw)
-    assert sorted(file.name for file in folder.iterdir()) == ["report.html", "report.json", "report.md", PLOT]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+        PLOT,
+    ]
     text = (folder / "report.html").read_text(encoding="utf-8")
     return Page(text), text, markdown
 
@@ -97,11 +131,16 @@ def test_a_sweeps_page_has_the_dev_scores_of_each_search(tmp_path: Path) -> None
     report, markdown, draw = a_sweep()
     write_report(tmp_path, report, markdown, draw)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    for value in ("demo, b, ort, seed 1, 20 calls: 25.00", "demo, b, ort, seed 1, 1,020 calls: 50.00"):
+    for value in (
+        "demo, b, ort, seed 1, 20 calls: 25.00",
+        "demo, b, ort, seed 1, 1,020 calls: 50.00",
+    ):
         assert value in page.values
 
 
-def test_a_full_disk_at_the_plot_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_at_the_plot_keeps_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report, markdown, _ = a_sweep()
 
     def full(file: Path) -> None:
@@ -120,7 +159,11 @@ def test_a_page_asks_for_nothing(written: tuple[Page, str, str]) -> None:
         assert "src" not in found, name
         assert (found.get("href") or "#").startswith("#"), name
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", text)
-    (policy,) = [found["content"] for found in page.of("meta") if found.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        found["content"]
+        for found in page.of("meta")
+        if found.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy is not None
     assert policy.startswith("default-src 'none'")
 
@@ -144,7 +187,9 @@ def test_a_page_can_be_read_aloud_and_by_keyboard(written: tuple[Page, str, str]
     assert len(page.of("svg")) == len(page.of("h1")) == len(page.of("main")) == 1
 
 
-def test_the_plot_shows_values_and_takes_the_colours_of_the_page(written: tuple[Page, str, str]) -> None:
+def test_the_plot_shows_values_and_takes_the_colours_of_the_page(
+    written: tuple[Page, str, str],
+) -> None:
     page, text, _ = written
     assert len(page.values) >= 3
     assert "var(--ink)" in text
@@ -158,7 +203,11 @@ def test_marks_have_the_values_of_their_points(tmp_path: Path) -> None:
     across = [float(str(found["x"])) for _, found in page.tags if found.get("data-hover")]
     assert len(set(across)) == 3
     shown = [value for _, value in sorted(zip(across, page.values, strict=True))]
-    assert shown == ["words: 50.0 %, calls 1", "auto 64: 62.5 %, calls 61", "auto 300: 75.0 %, calls 281"]
+    assert shown == [
+        "words: 50.0 %, calls 1",
+        "auto 64: 62.5 %, calls 61",
+        "auto 300: 75.0 %, calls 281",
+    ]
 
 
 def test_text_of_a_report_is_no_markup(tmp_path: Path) -> None:
@@ -170,7 +219,9 @@ def test_text_of_a_report_is_no_markup(tmp_path: Path) -> None:
 
 
 def test_a_page_without_a_plot_has_its_caption_alone() -> None:
-    page = Page(report_page("# Title\n\n![A plot](report.png)\n\n| a | b |\n| --- | ---: |\n| x | 1 |\n"))
+    page = Page(
+        report_page("# Title\n\n![A plot](report.png)\n\n| a | b |\n| --- | ---: |\n| x | 1 |\n")
+    )
     assert not page.of("svg")
     assert page.rows == [["a", "b"], ["x", "1"]]
 

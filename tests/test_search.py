@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from search_parts import batch, job, search_bundle
 
-from bbt_accel.bundle import Bundle
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.objective import Objective
+from bbt_accel.core.population import Population
+from bbt_accel.core.settings import Settings
 from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import NonFiniteLoss, RunError
-from bbt_accel.history import Generation, History
-from bbt_accel.objective import Objective
-from bbt_accel.population import Population
-from bbt_accel.settings import Settings
-from bbt_accel.tuning.evaluator import LocalEvaluator
-from bbt_accel.tuning.methods import Cma, PromptSpace
-from bbt_accel.tuning.search import SearchOutcome, search
+from bbt_accel.search.evaluator import LocalEvaluator
+from bbt_accel.search.history import Generation, History
+from bbt_accel.search.loop import SearchOutcome, search
+from bbt_accel.search.methods import Cma, PromptSpace
 
 SMALL = Settings(readout="verbalizer", intrinsic_dim=6, popsize=4, budget=96, eval_every=10, seed=3)
 TRAIN, DEV = batch(8, seed=0), batch(8, seed=1)
@@ -44,7 +44,9 @@ def test_the_loss_falls_within_the_budget(bundle: Bundle, tmp_path: Path) -> Non
     outcome, done = run(bundle, tmp_path / "h")
     assert done[-1].calls == 96
     assert [g.calls for g in done] == list(range(4, 100, 4))
-    draws = PromptSpace(bundle, SMALL, np.ones(3, np.float32) if bundle.info.method == "bbtv2" else None)
+    draws = PromptSpace(
+        bundle, SMALL, np.ones(3, np.float32) if bundle.info.method == "bbtv2" else None
+    )
     Z = np.random.default_rng(0).standard_normal((96, 6))
     by_chance, _ = Objective().score(
         DummyEngine(bundle).bind(TRAIN).label_logits(draws.population(0, Z)), TRAIN.targets
@@ -64,7 +66,9 @@ def test_the_seed_determines_the_search(bundle: Bundle, tmp_path: Path) -> None:
     assert first.best.prompt.tobytes() != other.best.prompt.tobytes()
 
 
-def test_dev_is_scored_when_calls_pass_a_multiple_of_eval_every_and_at_the_end(bundle: Bundle, tmp_path: Path) -> None:
+def test_dev_is_scored_when_calls_pass_a_multiple_of_eval_every_and_at_the_end(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     settings = SMALL.model_copy(update={"budget": 36})
     _, done = run(bundle, tmp_path / "h", settings)
     assert [g.calls for g in done if g.dev_score is not None] == [12, 20, 32, 36]
@@ -72,7 +76,11 @@ def test_dev_is_scored_when_calls_pass_a_multiple_of_eval_every_and_at_the_end(b
 
 def test_the_best_prompt_is_the_best_on_dev(bundle: Bundle, tmp_path: Path) -> None:
     outcome, done = run(bundle, tmp_path / "h")
-    scored = [(g.dev_score, -g.dev_loss) for g in done if g.dev_score is not None and g.dev_loss is not None]
+    scored = [
+        (g.dev_score, -g.dev_loss)
+        for g in done
+        if g.dev_score is not None and g.dev_loss is not None
+    ]
     assert (outcome.best.dev_score, -outcome.best.dev_loss) == max(scored)
     logits = DummyEngine(bundle).bind(DEV).label_logits(outcome.best.prompt[None])
     losses, metrics = Objective().score(logits, DEV.targets)
@@ -81,14 +89,20 @@ def test_the_best_prompt_is_the_best_on_dev(bundle: Bundle, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 12, 23])
-def test_a_search_continues_from_any_generation_to_the_same_end(bundle: Bundle, tmp_path: Path, stop: int) -> None:
+def test_a_search_continues_from_any_generation_to_the_same_end(
+    bundle: Bundle, tmp_path: Path, stop: int
+) -> None:
     whole, done = run(bundle, tmp_path / "whole")
     lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
-    (tmp_path / "part").write_bytes(b"".join(lines[:stop]) + lines[stop][:20])  # the last line is incomplete
+    (tmp_path / "part").write_bytes(
+        b"".join(lines[:stop]) + lines[stop][:20]
+    )  # the last line is incomplete
     engine = CountingEngine(bundle)
     resumed, again = run(bundle, tmp_path / "part", engine=engine)
     assert resumed.best.prompt.tobytes() == whole.best.prompt.tobytes()
-    assert [(g.losses, g.candidates, g.dev_loss) for g in again] == [(g.losses, g.candidates, g.dev_loss) for g in done]
+    assert [(g.losses, g.candidates, g.dev_loss) for g in again] == [
+        (g.losses, g.candidates, g.dev_loss) for g in done
+    ]
     assert engine.populations == len(done) - stop  # known generations are not computed again
 
 
@@ -129,7 +143,9 @@ DAMAGE: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_history_that_no_search_makes_is_refused(bundle: Bundle, tmp_path: Path, name: str) -> None:
+def test_a_history_that_no_search_makes_is_refused(
+    bundle: Bundle, tmp_path: Path, name: str
+) -> None:
     run(bundle, tmp_path / "h")
     lines = [json.loads(line) for line in (tmp_path / "h").read_text().splitlines()]
     lines[3] |= DAMAGE[name]
@@ -144,12 +160,16 @@ def test_a_history_beyond_its_budget_is_refused(bundle: Bundle, tmp_path: Path) 
     more = json.loads(lines[-1])
     more["generation"], more["calls"] = len(lines), more["calls"] + more["calls"] // len(lines)
     (tmp_path / "h").write_text("\n".join([*lines, json.dumps(more)]) + "\n")
-    with pytest.raises(RunError, match=f"has {len(lines) + 1} generations, its budget {len(lines)}"):
+    with pytest.raises(
+        RunError, match=f"has {len(lines) + 1} generations, its budget {len(lines)}"
+    ):
         run(bundle, tmp_path / "h")
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1" * 5000, "[" * 100_000])
-def test_a_history_with_nonsense_for_a_score_names_its_line(bundle: Bundle, tmp_path: Path, value: str) -> None:
+def test_a_history_with_nonsense_for_a_score_names_its_line(
+    bundle: Bundle, tmp_path: Path, value: str
+) -> None:
     run(bundle, tmp_path / "h")
     first, *others = (tmp_path / "h").read_text().splitlines()
     nonsense = re.sub(r'"dev_score": [^,]*', f'"dev_score": {value}', first)
@@ -158,7 +178,9 @@ def test_a_history_with_nonsense_for_a_score_names_its_line(bundle: Bundle, tmp_
         History(tmp_path / "h")
 
 
-def test_ctrl_c_returns_the_best_so_far_and_the_search_can_continue(bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_returns_the_best_so_far_and_the_search_can_continue(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     whole, _ = run(bundle, tmp_path / "whole")
     outcome, done = run(bundle, tmp_path / "h", engine=CountingEngine(bundle, interrupt_at=7))
     assert outcome.interrupted
@@ -170,7 +192,9 @@ def test_ctrl_c_returns_the_best_so_far_and_the_search_can_continue(bundle: Bund
     assert resumed.best.prompt.tobytes() == whole.best.prompt.tobytes()
 
 
-def test_ctrl_c_before_the_first_score_scores_the_current_prompt(bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_before_the_first_score_scores_the_current_prompt(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     outcome, done = run(bundle, tmp_path / "h", engine=CountingEngine(bundle, interrupt_at=1))
     assert outcome.interrupted
     assert outcome.best.generation == 0
@@ -231,8 +255,12 @@ def test_resuming_writes_the_history_again_only_where_a_score_is_dropped(
     assert replaced == [11]  # the last of the smaller budget
 
 
-def test_ctrl_c_while_a_complete_search_is_extended_keeps_its_best_prompt(bundle: Bundle, tmp_path: Path) -> None:
-    rare = SMALL.model_copy(update={"eval_every": 1000})  # so that the score at the end of 24 calls is not due later
+def test_ctrl_c_while_a_complete_search_is_extended_keeps_its_best_prompt(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    rare = SMALL.model_copy(
+        update={"eval_every": 1000}
+    )  # so that the score at the end of 24 calls is not due later
     complete, _ = run(bundle, tmp_path / "h", rare.model_copy(update={"budget": 24}))
     for generations in (7, 8):  # twice
         outcome, done = run(bundle, tmp_path / "h", rare, CountingEngine(bundle, interrupt_at=1))
@@ -242,12 +270,15 @@ def test_ctrl_c_while_a_complete_search_is_extended_keeps_its_best_prompt(bundle
     resumed, _ = run(bundle, tmp_path / "h", rare)
     assert resumed.best.prompt.tobytes() == whole.best.prompt.tobytes()
     scored = [
-        [json.loads(line)["dev_loss"] for line in (tmp_path / file).read_text().splitlines()] for file in ("h", "whole")
+        [json.loads(line)["dev_loss"] for line in (tmp_path / file).read_text().splitlines()]
+        for file in ("h", "whole")
     ]
     assert scored[0] == scored[1]
 
 
-def test_ctrl_c_before_the_end_of_the_first_generation_is_raised(bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_before_the_end_of_the_first_generation_is_raised(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(bundle, tmp_path / "h", engine=CountingEngine(bundle, interrupt_at=0))
 
@@ -263,7 +294,9 @@ def test_nan_stops_the_search_with_the_best_prompt_so_far_and_names_the_candidat
     assert outcome.best.prompt.tobytes() == interrupted.best.prompt.tobytes()
 
 
-def test_nan_before_the_end_of_the_first_generation_is_raised(bundle: Bundle, tmp_path: Path) -> None:
+def test_nan_before_the_end_of_the_first_generation_is_raised(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     with pytest.raises(NonFiniteLoss, match="candidate 1"):
         run(bundle, tmp_path / "h", engine=CountingEngine(bundle, nan_at=0))
 
@@ -292,20 +325,30 @@ def test_bbtv2_scales_each_layer_by_its_hidden_states(tmp_path: Path) -> None:
 
 def test_alpha_is_the_scale_of_the_prompts(tmp_path: Path) -> None:
     bundle, z = search_bundle(tmp_path / "bundle"), np.random.default_rng(0).standard_normal(6)
-    once, twice = (PromptSpace(bundle, SMALL.model_copy(update={"alpha": a})).prompt(0, z) for a in (1.0, 2.0))
+    once, twice = (
+        PromptSpace(bundle, SMALL.model_copy(update={"alpha": a})).prompt(0, z) for a in (1.0, 2.0)
+    )
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
 
 
 def test_a_uniform_projection_has_entries_within_its_bounds(tmp_path: Path) -> None:
     bundle, units = search_bundle(tmp_path / "bundle"), np.eye(50)
     settings = SMALL.model_copy(update={"intrinsic_dim": 50, "random_proj": "uniform"})
-    spaces = PromptSpace(bundle, settings), PromptSpace(bundle, settings.model_copy(update={"random_proj": "normal"}))
-    uniform, normal = (np.abs(np.concatenate([space.prompt(0, z) for z in units])).max() for space in spaces)
+    spaces = (
+        PromptSpace(bundle, settings),
+        PromptSpace(bundle, settings.model_copy(update={"random_proj": "normal"})),
+    )
+    uniform, normal = (
+        np.abs(np.concatenate([space.prompt(0, z) for z in units])).max() for space in spaces
+    )
     assert 0.9 / np.sqrt(50) < uniform <= 1 / np.sqrt(50) < normal
 
 
 def test_the_layers_of_bbtv2_share_neither_projection_nor_candidates(tmp_path: Path) -> None:
-    bundle, z = search_bundle(tmp_path / "bundle", "bbtv2"), np.random.default_rng(0).standard_normal(6)
+    bundle, z = (
+        search_bundle(tmp_path / "bundle", "bbtv2"),
+        np.random.default_rng(0).standard_normal(6),
+    )
     space = PromptSpace(bundle, SMALL, np.ones(3, np.float32))
     assert len({space.prompt(layer, z).tobytes() for layer in range(3)}) == 3
     _, done = run(bundle, tmp_path / "h", SMALL.model_copy(update={"budget": 12}))
@@ -341,7 +384,9 @@ def test_cma_is_determined_by_its_seed_and_losses(covariance: Literal["full", "d
 
 def test_cma_never_stops_by_itself() -> None:
     cma = Cma(Settings(intrinsic_dim=5, popsize=4), 1)
-    for _ in range(1500):  # flat losses, a vanishing step size: pycma's stopping criteria are ignored
+    for _ in range(
+        1500
+    ):  # flat losses, a vanishing step size: pycma's stopping criteria are ignored
         Z = cma.ask()
         cma.tell(Z, np.zeros(4))
     assert np.isfinite(Z).all()
@@ -362,7 +407,9 @@ class CountingBound(DummyBoundBatch):
                 logits[1] = np.nan
             self.engine.populations += 1
             if population.layer is not None:
-                self.engine.layers.append((population.layer, population.fixed.copy(), population.candidates.copy()))
+                self.engine.layers.append(
+                    (population.layer, population.fixed.copy(), population.candidates.copy())
+                )
         return logits
 
 

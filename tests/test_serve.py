@@ -47,19 +47,19 @@ from serving_parts import (
 from starlette.testclient import TestClient
 
 from bbt_accel import load_engine, tune
-from bbt_accel.bundle import Bundle
-from bbt_accel.data import Row
-from bbt_accel.encoding import Encoder
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.population import Population
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import BbtError, EngineError, RequestError, TaskError, UsageError
-from bbt_accel.inference import predict
-from bbt_accel.population import Population
-from bbt_accel.run import Run
-from bbt_accel.serving import Limits
-from bbt_accel.serving.connection import Connection
-from bbt_accel.serving.models import RowModel, make_models
-from bbt_accel.serving.server import listen, serve
+from bbt_accel.predict.inference import predict
+from bbt_accel.search.run import Run
+from bbt_accel.serve.connection import Connection
+from bbt_accel.serve.limits import Limits
+from bbt_accel.serve.models import RowModel, make_models
+from bbt_accel.serve.server import listen, serve
+from bbt_accel.tasks.data import Row
+from bbt_accel.tasks.encoding import Encoder
 
 INFER = "/v2/models/backbone/infer"
 
@@ -96,7 +96,8 @@ def assert_correct(client: TestClient, bundle: Bundle) -> None:
     )
 
 
-# Responses ---------------------------------------------------------------------------------------------
+# Responses
+# ---------------------------------------------------------------------------------------------
 
 
 def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
@@ -108,10 +109,19 @@ def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
     for path in ("/v2/models/backbone", "/v2/models/backbone/versions/1"):
         model = client.get(path).json()
         assert model["inputs"][0] == {"name": "prompts", "datatype": "FP32", "shape": [-1, 4, 3]}
-        assert model["outputs"] == [{"name": "label_logits", "datatype": "FP32", "shape": [-1, -1, -1]}]
+        assert model["outputs"] == [
+            {"name": "label_logits", "datatype": "FP32", "shape": [-1, -1, -1]}
+        ]
         assert client.get(f"{path}/ready").json() == {"name": "backbone", "ready": True}
-        assert client.get(f"{path}/config").json()["parameters"]["bundle"]["string_value"] == plain.digest
-    assert client.post("/v2/repository/index").json()[0] == {"name": "backbone", "version": "1", "state": "READY"}
+        assert (
+            client.get(f"{path}/config").json()["parameters"]["bundle"]["string_value"]
+            == plain.digest
+        )
+    assert client.post("/v2/repository/index").json()[0] == {
+        "name": "backbone",
+        "version": "1",
+        "state": "READY",
+    }
 
 
 def test_json_and_binary_return_the_engines_numbers_bit_for_bit(bundle: Bundle) -> None:
@@ -126,7 +136,9 @@ def test_nested_and_flat_data_are_the_same(client: TestClient, plain: Bundle) ->
     request = in_json(whole(plain))
     for tensor in request["inputs"]:
         tensor["data"] = np.array(tensor["data"]).reshape(-1).tolist()
-    np.testing.assert_array_equal(from_json(client.post(INFER, json=request))["label_logits"], wanted(plain))
+    np.testing.assert_array_equal(
+        from_json(client.post(INFER, json=request))["label_logits"], wanted(plain)
+    )
 
 
 def test_the_states_of_bbtv2_are_bounded_by_the_rows_with_their_padding(
@@ -137,14 +149,20 @@ def test_the_states_of_bbtv2_are_bounded_by_the_rows_with_their_padding(
     size = given["input_ids"].size
     monkeypatch.setattr(Limits, "tokens", size - 1)
     with local_client(app(bundle)) as client:
-        refused(client.post("/v2/models/backbone_stds/infer", json=in_json(given)), 413, f"columns exceed {size - 1}")
+        refused(
+            client.post("/v2/models/backbone_stds/infer", json=in_json(given)),
+            413,
+            f"columns exceed {size - 1}",
+        )
 
 
 def test_the_id_is_returned_and_outputs_may_be_chosen(client: TestClient, plain: Bundle) -> None:
     request = in_json(whole(plain)) | {"id": "42"}
     assert client.post(INFER, json=request).json()["id"] == "42"
     request["outputs"] = [{"name": "label_logits", "parameters": {"binary_data": True}}]
-    np.testing.assert_array_equal(from_binary(client.post(INFER, json=request))["label_logits"], wanted(plain))
+    np.testing.assert_array_equal(
+        from_binary(client.post(INFER, json=request))["label_logits"], wanted(plain)
+    )
 
 
 def test_one_layer_of_bbtv2(tmp_path: Path) -> None:
@@ -152,17 +170,22 @@ def test_one_layer_of_bbtv2(tmp_path: Path) -> None:
     stack, candidates = prompts(bundle, 1)[0], prompts(bundle, 5, seed=1)[:, 0]
     own = {"stack": stack, "layer": np.array([1]), "candidates": candidates}
     with local_client(app(bundle)) as client, DummyEngine(bundle).bind(rows()) as bound:
-        answer = client.post("/v2/models/backbone_layer/infer", json=in_json(own | row_tensors(rows())))
+        answer = client.post(
+            "/v2/models/backbone_layer/infer", json=in_json(own | row_tensors(rows()))
+        )
         np.testing.assert_array_equal(
             from_json(answer)["label_logits"], bound.label_logits(Population(candidates, 1, stack))
         )
         answer = client.post("/v2/models/backbone_stds/infer", json=in_json(row_tensors(rows())))
         np.testing.assert_array_equal(from_json(answer)["layer_stds"], bound.layer_stds())
-        wrong = client.post("/v2/models/backbone_layer/infer", json=in_json(own | {"layer": np.array([3])}))
+        wrong = client.post(
+            "/v2/models/backbone_layer/infer", json=in_json(own | {"layer": np.array([3])})
+        )
         assert wrong.status_code == 400
 
 
-# The row cache ------------------------------------------------------------------------------------------
+# The row cache
+# ------------------------------------------------------------------------------------------
 
 
 def test_rows_are_referred_to_by_their_hash(client: TestClient, plain: Bundle) -> None:
@@ -180,7 +203,11 @@ def test_the_least_recently_used_rows_are_dropped_and_may_be_sent_again(plain: B
             return str(client.post(INFER, json=request).json()["parameters"]["rows"])
 
         def known(hash_: str) -> int:
-            return int(client.post(INFER, json=in_json({"prompts": prompts(plain)}, rows=hash_)).status_code)
+            return int(
+                client.post(
+                    INFER, json=in_json({"prompts": prompts(plain)}, rows=hash_)
+                ).status_code
+            )
 
         hashes = [send(seed) for seed in range(3)]  # as many as are cached
         assert known(hashes[0]) == 200  # which makes the second the oldest
@@ -196,7 +223,8 @@ def test_a_hash_that_is_not_that_of_the_rows_is_refused(client: TestClient, plai
     assert "hash" in answer.json()["error"]
 
 
-# Invalid requests ---------------------------------------------------------------------------------------------
+# Invalid requests
+# ---------------------------------------------------------------------------------------------
 
 
 def refused(answer: Any, status: int, text: str) -> None:
@@ -276,10 +304,16 @@ def one(**changes: Any) -> bytes:
         (one(name="input_ids", shape=[2**62, 0], data=[]), "a shape that is too large"),
         (one(name="x" * 20_000), "there is no input 'xxx"),
         (one(datatype="x" * 20_000), "must be INT64, not xxx"),
-        (json.dumps({"inputs": [], "outputs": [{"name": "x" * 20_000}]}).encode(), "there is no output 'xxx"),
+        (
+            json.dumps({"inputs": [], "outputs": [{"name": "x" * 20_000}]}).encode(),
+            "there is no output 'xxx",
+        ),
         (json.dumps({"inputs": [{}] * 1_000_000}).encode()[: 2**20], "malformed"),
         (b'{"inputs": [' + b"{}, " * 200_000 + b"{}]}", "malformed"),
-        (b'{"inputs": [{"name": "readout", "datatype": "INT64", "shape": [1], "data": [NaN]}]}', "INT64 numbers"),
+        (
+            b'{"inputs": [{"name": "readout", "datatype": "INT64", "shape": [1], "data": [NaN]}]}',
+            "INT64 numbers",
+        ),
         (one(name="\ud800"), "there is no input"),
         (one(datatype="\ud800"), "must be INT64, not ?"),
         (one(data=[1, "x" * 100_000]), "INT64 numbers"),
@@ -298,7 +332,9 @@ def one(**changes: Any) -> bytes:
         (json.dumps({"inputs": [json.loads(one())["inputs"][0]] * 2}).encode(), "given twice"),
     ],
 )
-def test_malformed_bodies_are_refused(client: TestClient, plain: Bundle, body: bytes, text: str) -> None:
+def test_malformed_bodies_are_refused(
+    client: TestClient, plain: Bundle, body: bytes, text: str
+) -> None:
     refused(client.post(INFER, content=body), 400, text)
     assert_correct(client, plain)
 
@@ -319,7 +355,9 @@ def test_binary_data_of_the_wrong_length_is_refused(
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 """NaN and infinities too, which Python writes and JSON does not have."""
@@ -329,7 +367,11 @@ json_values = st.recursive(
 def damaged(draw: st.DrawFn) -> tuple[str, Any]:
     """A place in a valid request, and another value for it."""
     places = ["inputs", "outputs", "parameters", "id"]
-    places += [f"inputs.{i}{member}" for i in range(5) for member in ("", ".name", ".shape", ".datatype", ".data")]
+    places += [
+        f"inputs.{i}{member}"
+        for i in range(5)
+        for member in ("", ".name", ".shape", ".datatype", ".data")
+    ]
     places += ["inputs.0.data.0", "inputs.1.shape.0", "inputs.2.data.3.1", "inputs.0.parameters"]
     return draw(st.sampled_from(places)), draw(json_values)
 
@@ -356,9 +398,12 @@ def test_a_request_with_arbitrary_values_is_answered_or_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("roberta", "add"), ("bart", "add"), ("t5", "add"), ("gpt2", "add"), ("gpt2", "cat")]
+    ("name", "mode"),
+    [("roberta", "add"), ("bart", "add"), ("t5", "add"), ("gpt2", "add"), ("gpt2", "cat")],
 )
-def test_rows_that_a_backbone_cannot_process_are_refused_before_it_fails(tiny: Export, name: str, mode: str) -> None:
+def test_rows_that_a_backbone_cannot_process_are_refused_before_it_fails(
+    tiny: Export, name: str, mode: str
+) -> None:
     pytest.importorskip("onnxruntime")
     bundle = tiny(name, "bbt", mode)
     answered = []
@@ -373,9 +418,13 @@ def test_rows_that_a_backbone_cannot_process_are_refused_before_it_fails(tiny: E
 
         length = 9 if last else length
         tensors = {"prompts": prompts(bundle, 2), "input_ids": numbers(0, 12, count, length)}
-        # One beyond the end, too; or the last token of the longest row, so that some requests are answered.
+        # One beyond the end, too; or the last token of the longest row, so that some requests are
+        # answered.
         tensors["readout"] = np.full(count, length - 1) if last else numbers(0, length, count)
-        tensors |= {"attention_mask": np.ones((count, length), np.int64), "label_token_ids": np.array([7, 8])}
+        tensors |= {
+            "attention_mask": np.ones((count, length), np.int64),
+            "label_token_ids": np.array([7, 8]),
+        }
         if bundle.info.decodes and data.draw(st.booleans()):
             tensors["decoder_input_ids"] = numbers(0, 12, count, data.draw(st.integers(0, 3)))
         answer = client.post(INFER, json=in_json(tensors))
@@ -415,7 +464,11 @@ def test_unknown_paths_methods_and_encodings_are_refused(client: TestClient) -> 
     refused(client.get("/v2/models/backbone/versions/2"), 404, "version 2")
     refused(client.get("/v3"), 404, "Not Found")
     refused(client.get(INFER), 405, "Method Not Allowed")
-    refused(client.post(INFER, content=b"{}", headers={"Content-Encoding": "br"}), 415, "content encoding br")
+    refused(
+        client.post(INFER, content=b"{}", headers={"Content-Encoding": "br"}),
+        415,
+        "content encoding br",
+    )
     refused(client.get(f"/v2/models/{'x' * 20_000}"), 404, "there is no model 'xxx")
 
 
@@ -445,7 +498,9 @@ def compressed(encoding: str, body: bytes) -> bytes:
 def test_compressed_bodies(client: TestClient, plain: Bundle, encoding: str) -> None:
     body, headers = in_binary(whole(plain))
     answer = client.post(
-        INFER, content=compressed(encoding.lower(), body), headers=headers | {"Content-Encoding": encoding}
+        INFER,
+        content=compressed(encoding.lower(), body),
+        headers=headers | {"Content-Encoding": encoding},
     )
     np.testing.assert_array_equal(from_binary(answer)["label_logits"], wanted(plain))
 
@@ -454,8 +509,18 @@ def test_compressed_bodies(client: TestClient, plain: Bundle, encoding: str) -> 
 @pytest.mark.parametrize("damage", ["none", "cut", "empty", "more", "other"])
 def test_damaged_compression_is_refused(client: TestClient, encoding: str, damage: str) -> None:
     good = compressed(encoding, b"{}")
-    body = {"none": b"{}", "cut": good[:-2], "empty": b"", "more": good + b"x", "other": b"\x1f\x8b" * 9}[damage]
-    refused(client.post(INFER, content=body, headers={"Content-Encoding": encoding}), 400, f"is not {encoding} data")
+    body = {
+        "none": b"{}",
+        "cut": good[:-2],
+        "empty": b"",
+        "more": good + b"x",
+        "other": b"\x1f\x8b" * 9,
+    }[damage]
+    refused(
+        client.post(INFER, content=body, headers={"Content-Encoding": encoding}),
+        400,
+        f"is not {encoding} data",
+    )
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
@@ -468,7 +533,8 @@ def test_a_body_is_bounded_after_decompression(client: TestClient, encoding: str
     tracemalloc.stop()
 
 
-# Limits ------------------------------------------------------------------------------------------------------
+# Limits
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_body_that_is_too_large_is_refused(plain: Bundle) -> None:
@@ -477,7 +543,9 @@ def test_a_body_that_is_too_large_is_refused(plain: Bundle) -> None:
     with local_client(app(plain, limits)) as client:
         assert client.post(INFER, content=body, headers=headers).status_code == 200
         refused(client.post(INFER, content=body + b" ", headers=headers), 413, "larger")
-        in_parts = client.post(INFER, content=iter([body, b" "]), headers=headers)  # chunked: no length is announced
+        in_parts = client.post(
+            INFER, content=iter([body, b" "]), headers=headers
+        )  # chunked: no length is announced
         refused(in_parts, 413, "larger")
         assert_correct_binary(client, plain)
 
@@ -485,14 +553,17 @@ def test_a_body_that_is_too_large_is_refused(plain: Bundle) -> None:
 def assert_correct_binary(client: TestClient, bundle: Bundle) -> None:
     body, headers = in_binary(whole(bundle))
     np.testing.assert_array_equal(
-        from_binary(client.post(INFER, content=body, headers=headers))["label_logits"], wanted(bundle)
+        from_binary(client.post(INFER, content=body, headers=headers))["label_logits"],
+        wanted(bundle),
     )
 
 
 def test_a_batch_that_is_too_large_is_refused(plain: Bundle) -> None:
     with local_client(app(plain)) as client:
         for population, status in ((25, 200), (26, 413)):  # of 8 rows; the limit is 200
-            answer = client.post(INFER, json=in_json(whole(plain, prompts=prompts(plain, population))))
+            answer = client.post(
+                INFER, json=in_json(whole(plain, prompts=prompts(plain, population)))
+            )
             assert answer.status_code == status
 
 
@@ -500,9 +571,17 @@ def test_what_a_request_would_make_of_memory_is_refused_before_it_is_bound(plain
     small = replace(LIMITS, batch=40, words=30)
     with local_client(app(plain, small)) as client:
         found = row_tensors(rows(count=41))
-        refused(client.post(INFER, json=in_json({"prompts": prompts(plain, 1), **found})), 413, "41 rows exceed 40")
+        refused(
+            client.post(INFER, json=in_json({"prompts": prompts(plain, 1), **found})),
+            413,
+            "41 rows exceed 40",
+        )
         words = np.zeros(31, np.int64)
-        refused(client.post(INFER, json=in_json(whole(plain, label_token_ids=words))), 413, "31 label words exceed 30")
+        refused(
+            client.post(INFER, json=in_json(whole(plain, label_token_ids=words))),
+            413,
+            "31 label words exceed 30",
+        )
     long = Bundle(plain.path, plain.info.model_copy(update={"max_length": 600}))
     with local_client(app(long, replace(LIMITS, batch=4))) as client:
         last = np.zeros((4, 100), np.int64)
@@ -514,7 +593,11 @@ def test_what_a_request_would_make_of_memory_is_refused_before_it_is_bound(plain
     with local_client(app(plain, few)) as client:
         many = whole(plain, prompts=prompts(plain, 100), label_token_ids=np.zeros(2000, np.int64))
         body, headers = in_binary(many)
-        refused(client.post(INFER, content=body, headers=headers), 413, "8 rows times 2000 label words exceed")
+        refused(
+            client.post(INFER, content=body, headers=headers),
+            413,
+            "8 rows times 2000 label words exceed",
+        )
 
 
 def test_without_a_token_no_other_name_than_localhost_is_answered(plain: Bundle) -> None:
@@ -528,7 +611,12 @@ def test_without_a_token_no_other_name_than_localhost_is_answered(plain: Bundle)
             answer = client.get("/v2", headers={"host": host})
             assert (host, answer.status_code) == (host, status)
         with local_client(app(plain, token="secret")) as client:
-            assert client.get("/v2", headers={"host": host, "authorization": "Bearer secret"}).status_code == 200
+            assert (
+                client.get(
+                    "/v2", headers={"host": host, "authorization": "Bearer secret"}
+                ).status_code
+                == 200
+            )
 
 
 def test_without_a_token_no_page_of_another_host_is_answered(plain: Bundle) -> None:
@@ -571,7 +659,9 @@ def ask(url: str, method: str, path: str, body: bytes | None = None) -> tuple[in
     return found
 
 
-def test_health_and_metadata_respond_while_the_engine_computes(plain: Bundle, gates: type[Waiting]) -> None:
+def test_health_and_metadata_respond_while_the_engine_computes(
+    plain: Bundle, gates: type[Waiting]
+) -> None:
     body = json.dumps(in_json(whole(plain))).encode()
     answers: list[Any] = []
     with running(app_of(WaitingEngine(plain))) as url:
@@ -585,7 +675,9 @@ def test_health_and_metadata_respond_while_the_engine_computes(plain: Bundle, ga
     assert answers[0][0] == 200
 
 
-def test_waiting_longer_than_the_limit_is_503_and_the_server_stays_up(plain: Bundle, gates: type[Waiting]) -> None:
+def test_waiting_longer_than_the_limit_is_503_and_the_server_stays_up(
+    plain: Bundle, gates: type[Waiting]
+) -> None:
     body = json.dumps(in_json(whole(plain))).encode()
     with running(app_of(WaitingEngine(plain), Limits(2**20, 200, timeout=0.3))) as url:
         status, answer = ask(url, "POST", INFER, body)
@@ -654,7 +746,9 @@ HEADERS = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v2/hea", HEADERS, HEADERS + b"{"])
-def test_silent_connections_block_nobody_and_are_closed_after_a_while(plain: Bundle, sent: bytes) -> None:
+def test_silent_connections_block_nobody_and_are_closed_after_a_while(
+    plain: Bundle, sent: bytes
+) -> None:
     limits = replace(LIMITS, idle=0.5)
     with running(app(plain, limits), limits) as url:
         silent = connections(url, 70, sent)
@@ -665,7 +759,9 @@ def test_silent_connections_block_nobody_and_are_closed_after_a_while(plain: Bun
 
 
 def test_a_connection_is_kept_between_requests_as_long_as_it_was_asked_for(plain: Bundle) -> None:
-    """Longer than a proxy keeps it, which would otherwise send a request to a connection that is being closed."""
+    """Longer than a proxy keeps it, which would otherwise send a request to a connection that is
+    being closed.
+    """
     limits = replace(LIMITS, idle=0.2, keep_alive=1.0)
     with running(app(plain, limits), limits) as url:
         begun = time.monotonic()
@@ -681,21 +777,33 @@ def test_a_client_that_reads_nothing_and_asks_again_is_closed_after_a_while(
     paused, pause = threading.Event(), Connection.pause_writing
     lost, lose = threading.Event(), Connection.connection_lost
     monkeypatch.setattr(Connection, "pause_writing", lambda self: (pause(self), paused.set()))
-    monkeypatch.setattr(Connection, "connection_lost", lambda self, error: (lose(self, error), lost.set()))
+    monkeypatch.setattr(
+        Connection, "connection_lost", lambda self, error: (lose(self, error), lost.set())
+    )
     limits = replace(LIMITS, idle=0.5, batch=1000)
-    body = json.dumps(in_json(whole(plain, prompts=prompts(plain, 100), label_token_ids=np.full(1000, 5)))).encode()
-    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    body = json.dumps(
+        in_json(whole(plain, prompts=prompts(plain, 100), label_token_ids=np.full(1000, 5)))
+    ).encode()
+    head = (
+        f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    )
     with running(app(plain, limits), limits) as url:
-        [deaf] = connections(url, 1, head + body)  # to which the answer is more than any buffer takes
+        [deaf] = connections(
+            url, 1, head + body
+        )  # to which the answer is more than any buffer takes
         assert paused.wait(20)
         deaf.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert lost.wait(10)
 
 
 @pytest.mark.parametrize("timeout", [30.0, 2.0])
-def test_a_slow_client_gets_a_response_to_its_end_within_the_timeout(plain: Bundle, timeout: float) -> None:
+def test_a_slow_client_gets_a_response_to_its_end_within_the_timeout(
+    plain: Bundle, timeout: float
+) -> None:
     limits = replace(LIMITS, idle=1.0, batch=1000, timeout=timeout)
-    body = json.dumps(in_json(whole(plain, prompts=prompts(plain, 50), label_token_ids=np.full(1000, 5)))).encode()
+    body = json.dumps(
+        in_json(whole(plain, prompts=prompts(plain, 50), label_token_ids=np.full(1000, 5)))
+    ).encode()
     head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     with running(app(plain, limits), limits) as url:
         [slow] = connections(url, 1, head.encode() + body)
@@ -731,7 +839,7 @@ def test_a_header_in_drops_does_not_keep_a_connection(plain: Bundle) -> None:
 def test_beyond_the_limit_the_connection_that_waits_longest_is_closed(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bbt_accel.serving.connection.MAX_CONNECTIONS", 5)
+    monkeypatch.setattr("bbt_accel.serve.connection.MAX_CONNECTIONS", 5)
     with running(app(plain)) as url:
         silent = connections(url, 5)
         assert ask(url, "GET", "/v2/health/live")[0] == 200
@@ -774,11 +882,13 @@ def test_the_bodies_of_all_requests_are_bounded_together(plain: Bundle) -> None:
         assert answer_without(503, url, body)[0] == 200  # when the server has noticed
 
 
-# Failures of the engine --------------------------------------------------------------------------------------
+# Failures of the engine
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("error", "text"), [(EngineError("out of memory"), "out of memory"), (ValueError("odd"), "internal error")]
+    ("error", "text"),
+    [(EngineError("out of memory"), "out of memory"), (ValueError("odd"), "internal error")],
 )
 def test_a_failed_forward_pass_is_500_and_the_server_stays_up(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
@@ -797,38 +907,68 @@ def test_a_failed_forward_pass_is_500_and_the_server_stays_up(
 def test_logits_that_are_not_finite_are_returned_as_binary_data_only(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DummyBoundBatch, "_label_logits", lambda *_: np.full((5, 8, 2), np.nan, np.float32))
+    monkeypatch.setattr(
+        DummyBoundBatch, "_label_logits", lambda *_: np.full((5, 8, 2), np.nan, np.float32)
+    )
     with local_client(app(plain)) as client:
         refused(client.post(INFER, json=in_json(whole(plain))), 400, "not finite")
         body, headers = in_binary(whole(plain))
-        assert np.isnan(from_binary(client.post(INFER, content=body, headers=headers))["label_logits"]).all()
+        assert np.isnan(
+            from_binary(client.post(INFER, content=body, headers=headers))["label_logits"]
+        ).all()
 
 
-# The token ---------------------------------------------------------------------------------------------------
+# The token
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_every_request_except_health_needs_the_token(plain: Bundle) -> None:
     with local_client(app(plain, token="secret")) as client:
-        for given_header in (None, "secret", "Bearer wrong", "Bearer secret2", "Basic secret", "Bearer \u00e9"):
-            headers = {} if given_header is None else {"Authorization": given_header.encode("latin-1")}
-            for method, path in (("GET", "/v2"), ("GET", "/v2/models/backbone"), ("POST", INFER), ("GET", "/x")):
+        for given_header in (
+            None,
+            "secret",
+            "Bearer wrong",
+            "Bearer secret2",
+            "Basic secret",
+            "Bearer \u00e9",
+        ):
+            headers = (
+                {} if given_header is None else {"Authorization": given_header.encode("latin-1")}
+            )
+            for method, path in (
+                ("GET", "/v2"),
+                ("GET", "/v2/models/backbone"),
+                ("POST", INFER),
+                ("GET", "/x"),
+            ):
                 answer = client.request(method, path, headers=headers)
                 refused(answer, 401, "token")
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert client.get("/v2/health/live").status_code == 200
         for scheme in ("Bearer", "bearer"):
-            assert client.get("/v2", headers={"Authorization": f"{scheme} secret"}).status_code == 200
+            assert (
+                client.get("/v2", headers={"Authorization": f"{scheme} secret"}).status_code == 200
+            )
 
 
-# A tuned prompt ----------------------------------------------------------------------------------------------
+# A tuned prompt
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(bundle: Bundle, tmp_path: Path) -> Run:
     task = task_file(tmp_path / "data")
-    task.write_text(task.read_text().replace("n_classes = 2", 'classes = ["0", "1"]'))  # other than the label words
+    task.write_text(
+        task.read_text().replace("n_classes = 2", 'classes = ["0", "1"]')
+    )  # other than the label words
     return tune(
-        bundle, task, data=tmp_path / "data", engine="dummy", output=tmp_path / "run", settings=SETTINGS, progress=False
+        bundle,
+        task,
+        data=tmp_path / "data",
+        engine="dummy",
+        output=tmp_path / "run",
+        settings=SETTINGS,
+        progress=False,
     )
 
 
@@ -843,11 +983,13 @@ def test_a_classifier_ends_between_batches_once_nobody_waits(run: Run) -> None:
         assert caught.value.status == 503
 
 
-def test_a_backbone_ends_between_candidates_once_nobody_waits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backbone_ends_between_candidates_once_nobody_waits(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with DummyEngine(bundle) as engine:
         model, gone, there = make_models(engine, LIMITS)[0], threading.Event(), threading.Event()
         at_once, _ = model.infer(whole(bundle), {}, there)
-        monkeypatch.setattr("bbt_accel.serving.models.STEP", 1)
+        monkeypatch.setattr("bbt_accel.serve.models.STEP", 1)
         one_by_one, _ = model.infer(whole(bundle), {}, there)
         np.testing.assert_array_equal(one_by_one["label_logits"], at_once["label_logits"])
 
@@ -865,7 +1007,9 @@ def test_hidden_states_count_as_what_a_request_returns(plain: Bundle) -> None:
     with DummyEngine(plain) as engine:
         engine.bundle = wide
         given = whole(plain)
-        with pytest.raises(RequestError, match=r"rows times \d+ logits and states exceed 204800; send fewer"):
+        with pytest.raises(
+            RequestError, match=r"rows times \d+ logits and states exceed 204800; send fewer"
+        ):
             make_models(engine, LIMITS)[1].infer(given, {}, threading.Event())
 
 
@@ -883,7 +1027,14 @@ def test_a_run_is_served_with_another_bundle(run: Run, tmp_path: Path) -> None:
         raise Listening
 
     with pytest.raises(Listening):
-        serve(run.path, bundle=tmp_path / "elsewhere", engine="dummy", port=0, limits=LIMITS, ready=ready)
+        serve(
+            run.path,
+            bundle=tmp_path / "elsewhere",
+            engine="dummy",
+            port=0,
+            limits=LIMITS,
+            ready=ready,
+        )
     with pytest.raises(UsageError, match="is a bundle itself; --bundle is for a run"):
         start(tmp_path / "elsewhere", bundle=former)
 
@@ -901,12 +1052,16 @@ def test_the_classifier_returns_what_predict_returns(run: Run) -> None:
                 head, blob = body[: int(headers[HEADER])], body[int(headers[HEADER]) :]
                 head = head.replace(b'"binary_data_output": true', b'"binary_data_output": false')
                 body, headers = head + blob, {HEADER: str(len(head))}
-            found = from_json(client.post("/v2/models/classifier/infer", content=body, headers=headers))
+            found = from_json(
+                client.post("/v2/models/classifier/infer", content=body, headers=headers)
+            )
             assert found["label"].tolist() == [answer["label"] for answer in answers]
             assert found["word"].tolist() == [answer["word"] for answer in answers]
             assert found["class"].tolist() == [answer["class"] for answer in answers]
             for row, answer in zip(found["probabilities"], answers, strict=True):
-                assert row.tolist() == pytest.approx(list(answer["probabilities"].values()), rel=1e-6)
+                assert row.tolist() == pytest.approx(
+                    list(answer["probabilities"].values()), rel=1e-6
+                )
 
 
 @pytest.mark.parametrize(
@@ -919,7 +1074,9 @@ def test_the_classifier_returns_what_predict_returns(run: Run) -> None:
         ({"text": np.array(["a"] * 201, object)}, 413, "201 texts"),
     ],
 )
-def test_invalid_texts_are_refused(run: Run, tensors: dict[str, Any], status: int, text: str) -> None:
+def test_invalid_texts_are_refused(
+    run: Run, tensors: dict[str, Any], status: int, text: str
+) -> None:
     with local_client(app(run.open_bundle(), run=run)) as client:
         refused(client.post("/v2/models/classifier/infer", json=in_json(tensors)), status, text)
 
@@ -934,7 +1091,9 @@ def test_rows_are_no_longer_than_the_server_allows(run: Run) -> None:
     assert longest.encode([Row({"text": " ".join(words)})]).input_ids.shape == (1, 16)
     with local_client(app(bundle, limits, run=run)) as client:
         refused(
-            client.post(INFER, json=in_json(given)), 400, "rows have 20 tokens, serve --max-tokens allows at most 16"
+            client.post(INFER, json=in_json(given)),
+            400,
+            "rows have 20 tokens, serve --max-tokens allows at most 16",
         )
         texts = np.array([" ".join(words), " ".join(words[:16])], object)
         found = from_json(client.post("/v2/models/classifier/infer", json=in_json({"text": texts})))
@@ -948,29 +1107,48 @@ def test_a_column_of_texts_is_the_same_as_a_list(run: Run) -> None:
     texts = np.array([f"w{i} w{i + 1}" for i in range(5)], object)
     with local_client(app(run.open_bundle(), run=run)) as client:
         path = "/v2/models/classifier/infer"
-        answers = [client.post(path, json=in_json({"text": given})).json() for given in (texts, texts[:, None])]
+        answers = [
+            client.post(path, json=in_json({"text": given})).json()
+            for given in (texts, texts[:, None])
+        ]
         flat = in_json({"text": texts[:, None]})
         flat["inputs"][0]["data"] = texts.tolist()
         answers.append(client.post(path, json=flat).json())
         body, headers = in_binary({"text": texts[:, None]})
         head, blob = body[: int(headers[HEADER])], body[int(headers[HEADER]) :]
         head = head.replace(b'"binary_data_output": true', b'"binary_data_output": false')
-        answers.append(client.post(path, content=head + blob, headers={HEADER: str(len(head))}).json())
+        answers.append(
+            client.post(path, content=head + blob, headers={HEADER: str(len(head))}).json()
+        )
         assert answers[0]["outputs"][0]["shape"] == [5]
         assert all(answer == answers[0] for answer in answers)
-        refused(client.post(path, json=in_json({"text": texts.reshape(1, 5)})), 400, "must have the shape [-1]")
+        refused(
+            client.post(path, json=in_json({"text": texts.reshape(1, 5)})),
+            400,
+            "must have the shape [-1]",
+        )
 
 
-@pytest.mark.parametrize("blob", [b"\x01", b"\x05\0\0\0abc", b"\x01\0\0\0\xff", b"\x01\0\0\0a\x01\0\0\0b"])
+@pytest.mark.parametrize(
+    "blob", [b"\x01", b"\x05\0\0\0abc", b"\x01\0\0\0\xff", b"\x01\0\0\0a\x01\0\0\0b"]
+)
 def test_malformed_binary_texts_are_refused(run: Run, blob: bytes) -> None:
-    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(blob)}}
+    tensor = {
+        "name": "text",
+        "datatype": "BYTES",
+        "shape": [1],
+        "parameters": {"binary_data_size": len(blob)},
+    }
     head = json.dumps({"inputs": [tensor]}).encode()
     with local_client(app(run.open_bundle(), run=run)) as client:
-        answer = client.post("/v2/models/classifier/infer", content=head + blob, headers={HEADER: str(len(head))})
+        answer = client.post(
+            "/v2/models/classifier/infer", content=head + blob, headers={HEADER: str(len(head))}
+        )
         refused(answer, 400, "text")
 
 
-# The command -------------------------------------------------------------------------------------------------
+# The command
+# -------------------------------------------------------------------------------------------------
 
 
 def start(path: Path, **options: Any) -> None:
@@ -978,14 +1156,19 @@ def start(path: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org", "::"])
-def test_a_public_address_needs_a_token(plain: Bundle, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_address_needs_a_token(
+    plain: Bundle, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("BBT_ACCEL_TOKEN", raising=False)
     with pytest.raises(UsageError, match="BBT_ACCEL_TOKEN"):
         start(plain.path, host=host)
 
 
 def test_a_port_in_use(plain: Bundle) -> None:
-    with running(app(plain)) as url, pytest.raises(BbtError, match=r"cannot listen on 127.0.0.1:.*another --port"):
+    with (
+        running(app(plain)) as url,
+        pytest.raises(BbtError, match=r"cannot listen on 127.0.0.1:.*another --port"),
+    ):
         serve(
             plain.path,
             engine="dummy",
@@ -996,17 +1179,22 @@ def test_a_port_in_use(plain: Bundle) -> None:
 
 
 def test_responses_do_not_wait_for_an_acknowledgement() -> None:
-    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+    with (
+        listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+    ):
         accepted, _ = listener.accept()
         with accepted:
-            assert accepted.proto == socket.IPPROTO_TCP  # which asyncio asks for before it sets TCP_NODELAY
+            assert (
+                accepted.proto == socket.IPPROTO_TCP
+            )  # which asyncio asks for before it sets TCP_NODELAY
         assert client.getpeername() == listener.getsockname()
 
 
 SERVE = """
 import sys
-from bbt_accel.serving import Limits
-from bbt_accel.serving.server import serve
+from bbt_accel.serve.limits import Limits
+from bbt_accel.serve.server import serve
 serve(sys.argv[1], engine="dummy", port=0, limits=Limits(2**20, 200, 30.0), ready=lambda *a: print(a[0], flush=True))
 print("closed")
 """
@@ -1032,9 +1220,10 @@ def test_ctrl_c_shuts_the_server_down(plain: Bundle) -> None:
 
 COMPUTING = """
 import sys, time
-from bbt_accel.cli import main
+from bbt_accel.cli.commands import main
 from bbt_accel.engines.dummy import DummyBoundBatch
-from bbt_accel.serving import app, server
+from bbt_accel.serve import app
+from bbt_accel.serve import server
 whole = server.configuration
 def configuration(*given):
     found = whole(*given)
@@ -1059,7 +1248,10 @@ def test_sigterm_ends_a_server_that_computes_within_seconds(plain: Bundle) -> No
             assert process.stdout is not None
             url = json.loads(process.stdout.readline())["url"]
             answers: list[Any] = []
-            clients = [threading.Thread(target=lambda: answers.append(ask(url, "POST", INFER, body))) for _ in range(2)]
+            clients = [
+                threading.Thread(target=lambda: answers.append(ask(url, "POST", INFER, body)))
+                for _ in range(2)
+            ]
             for client in clients:
                 client.start()
             assert process.stdout.readline() == "computing\n"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from bbt_accel.core.settings import Settings, check_given, resolve
 from bbt_accel.errors import UsageError
-from bbt_accel.settings import Settings, check_given, resolve
 
 
 def test_given_values_override_the_preset_which_overrides_the_defaults() -> None:
@@ -47,7 +47,9 @@ def test_a_misspelt_name_suggests_the_right_one() -> None:
 def test_alpha_is_refused_where_it_has_no_effect() -> None:
     with pytest.raises(UsageError, match="--alpha is the scale of the normal projection; omit it"):
         check_given(resolve({"random_proj": "uniform"}), {"alpha": 2.0})
-    check_given(resolve({"alpha": 2.0, "random_proj": "uniform"}), {"random_proj": "uniform"})  # the task's own
+    check_given(
+        resolve({"alpha": 2.0, "random_proj": "uniform"}), {"random_proj": "uniform"}
+    )  # the task's own
 
 
 def test_generations_never_exceed_the_budget() -> None:

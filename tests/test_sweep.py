@@ -15,19 +15,19 @@ import typer
 from conftest import blank_plot
 from search_parts import search_bundle, task_file
 
-from bbt_accel import processes
-from bbt_accel.cli import app, main
+from bbt_accel.benchmarks.sweep import runner
+from bbt_accel.benchmarks.sweep.cross_evaluation import score_prompts
+from bbt_accel.benchmarks.sweep.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
+from bbt_accel.benchmarks.sweep.rendering import markdown, scores
+from bbt_accel.benchmarks.sweep.report import SweepReport, TrialResult, make_report
+from bbt_accel.benchmarks.sweep.runner import run_sweep
+from bbt_accel.cli.commands import app, main
 from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, BundleError, DataError, EngineError, RunError, UsageError
-from bbt_accel.pools import Pool, PoolJob
-from bbt_accel.run import Run
-from bbt_accel.sweeps import runner
-from bbt_accel.sweeps.cross_evaluation import score_prompts
-from bbt_accel.sweeps.grid import PRESETS, Sweep, Trial, preset_names, read_sweep
-from bbt_accel.sweeps.rendering import markdown, scores
-from bbt_accel.sweeps.report import SweepReport, TrialResult, make_report
-from bbt_accel.sweeps.runner import run_sweep
-from bbt_accel.tasks import load_task
+from bbt_accel.io import processes
+from bbt_accel.io.pools import Pool, PoolJob
+from bbt_accel.search.run import Run
+from bbt_accel.tasks.task import load_task
 
 FAST = {"readout": "verbalizer", "k_shot": 3, "eval_every": 10, "budget": 24}
 
@@ -58,19 +58,31 @@ def sweep(folder: Path, given: dict[str, Any] | None = None, **more: Any) -> Swe
 
 
 @pytest.mark.usefixtures("in_process")
-def test_every_combination_is_tuned_scored_and_in_the_table(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_every_combination_is_tuned_scored_and_in_the_table(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
     search_bundle(tmp_path / "deep", "bbtv2")
-    report = sweep(tmp_path / "sweep", {**toy, "bundles": [*toy["bundles"], str(tmp_path / "deep")]})
+    report = sweep(
+        tmp_path / "sweep", {**toy, "bundles": [*toy["bundles"], str(tmp_path / "deep")]}
+    )
     assert [(t.name, t.status) for t in report.trials] == [
-        (f"toy-{bundle}-dummy-{seed}", "done") for bundle in ("toy-bundle", "deep") for seed in (1, 2)
+        (f"toy-{bundle}-dummy-{seed}", "done")
+        for bundle in ("toy-bundle", "deep")
+        for seed in (1, 2)
     ]
     assert [(row.method, row.bundle, row.engine) for row in report.rows] == [
         ("bbt", "toy-bundle", "dummy"),
         ("bbtv2", "deep", "dummy"),
     ]
     run = Run.read(tmp_path / "sweep" / "trials" / "toy-deep-dummy-2" / "run")
-    assert (run.info.settings.seed, run.info.settings.budget, run.info.bundle.method) == (2, 24, "bbtv2")
-    assert SweepReport.model_validate_json((tmp_path / "sweep" / "report.json").read_text()) == report
+    assert (run.info.settings.seed, run.info.settings.budget, run.info.bundle.method) == (
+        2,
+        24,
+        "bbtv2",
+    )
+    assert (
+        SweepReport.model_validate_json((tmp_path / "sweep" / "report.json").read_text()) == report
+    )
     table = (tmp_path / "sweep" / "report.md").read_text()
     mean, std = report.rows[0].cells[0].mean, report.rows[0].cells[0].std
     assert mean is not None
@@ -116,14 +128,18 @@ def test_an_interrupted_trial_is_resumed(toy: dict[str, Any], tmp_path: Path) ->
         (partial / name).unlink()
     lines = (partial / "history.jsonl").read_text().splitlines(keepends=True)
     (partial / "history.jsonl").write_text("".join(lines[:2]))
-    running = whole.info.model_copy(update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""})
+    running = whole.info.model_copy(
+        update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""}
+    )
     (partial / "run.json").write_text(running.model_dump_json())
     (trial / "score.json").unlink()
     again = sweep(folder, resume=True)
     assert again.trials[0].score == first.trials[0].score
     resumed = Run.read(trial / "run")
     assert (resumed.prompt == whole.prompt).all()
-    assert (resumed.path / "history.jsonl").read_text().startswith("".join(lines[:2]))  # their times, too
+    assert (
+        (resumed.path / "history.jsonl").read_text().startswith("".join(lines[:2]))
+    )  # their times, too
 
 
 @pytest.mark.usefixtures("in_process", "without_plots")
@@ -137,7 +153,9 @@ def test_a_loss_for_the_verbalizer_alone_makes_it_the_readout_of_every_trial(
     assert (found.loss, found.readout) == ("hinge", "verbalizer")
 
 
-def test_rows_that_are_missing_end_a_sweep_before_its_first_search(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_that_are_missing_end_a_sweep_before_its_first_search(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="--k-shot 500 needs 1000"):
         sweep(tmp_path / "sweep", {**toy, "settings": {**FAST, "k_shot": 500}})
     (tmp_path / "data" / "toy" / "test.jsonl").unlink()
@@ -151,7 +169,9 @@ def test_two_trials_of_the_same_name_are_refused(toy: dict[str, Any], tmp_path: 
     other.write_text(Path(toy["tasks"][0]).read_text().replace('name = "toy"', 'name = "toy-a"'))
     bundles = [str(search_bundle(tmp_path / name).path) for name in ("b", "a-b")]
     with pytest.raises(UsageError, match="2 trials are named toy-a-b-dummy-1; rename"):
-        Sweep(tasks=[*toy["tasks"], str(other)], bundles=bundles, engines=["dummy"], seeds=[1]).trials()
+        Sweep(
+            tasks=[*toy["tasks"], str(other)], bundles=bundles, engines=["dummy"], seeds=[1]
+        ).trials()
 
 
 def test_failures_are_rows_and_the_other_trials_run(
@@ -176,7 +196,10 @@ def test_failures_are_rows_and_the_other_trials_run(
     assert sweep(tmp_path / "sweep", resume=True).count("done") == 2
 
     before = (tmp_path / "sweep" / "report.md").read_text()
-    with pytest.raises(RunError, match=r"finished trial with another budget \(was 24, is now 20\); choose another -o"):
+    with pytest.raises(
+        RunError,
+        match=r"finished trial with another budget \(was 24, is now 20\); choose another -o",
+    ):
         sweep(tmp_path / "sweep", {"seeds": [2], "settings": {"budget": 20}}, resume=True)
     assert (tmp_path / "sweep" / "report.md").read_text() == before
     assert sweep(tmp_path / "sweep", resume=True).count("done") == 2
@@ -187,7 +210,9 @@ def test_a_sweep_is_continued_to_a_larger_budget(toy: dict[str, Any], tmp_path: 
     whole = sweep(tmp_path / "whole", {**toy, "settings": {**FAST, "budget": 40}})
     sweep(tmp_path / "sweep", toy)
     larger = sweep(tmp_path / "sweep", {"settings": {"budget": 40}}, resume=True)
-    assert [(t.status, t.calls, t.score) for t in larger.trials] == [("done", t.calls, t.score) for t in whole.trials]
+    assert [(t.status, t.calls, t.score) for t in larger.trials] == [
+        ("done", t.calls, t.score) for t in whole.trials
+    ]
     assert [t.calls for t in larger.trials] == [40, 40]
 
 
@@ -197,7 +222,11 @@ def test_a_setting_that_is_gone_from_the_sweep_is_not_taken_from_its_former_runs
 ) -> None:
     sweep(tmp_path / "sweep", {**toy, "seeds": [1], "settings": {**FAST, "alpha": 2.0}})
     config = tmp_path / "sweep.toml"
-    lines = [f"{name} = {json.dumps(value)}" for name, value in {**toy, "seeds": [1]}.items() if name != "settings"]
+    lines = [
+        f"{name} = {json.dumps(value)}"
+        for name, value in {**toy, "seeds": [1]}.items()
+        if name != "settings"
+    ]
     settings = [f"{name} = {json.dumps(value)}" for name, value in FAST.items()]
     config.write_text("\n".join([*lines, "[settings]", *settings]))
     with pytest.raises(RunError, match=r"alpha \(was 2.0, is now 1.0\)"):
@@ -206,7 +235,9 @@ def test_a_setting_that_is_gone_from_the_sweep_is_not_taken_from_its_former_runs
 
 @pytest.mark.usefixtures("in_process", "without_plots")
 @pytest.mark.parametrize("changed", ["task definition", "data"])
-def test_a_trial_of_another_task_or_other_rows_is_not_kept(toy: dict[str, Any], tmp_path: Path, changed: str) -> None:
+def test_a_trial_of_another_task_or_other_rows_is_not_kept(
+    toy: dict[str, Any], tmp_path: Path, changed: str
+) -> None:
     sweep(tmp_path / "sweep", {**toy, "seeds": [1]})
     if changed == "data":
         file = tmp_path / "data" / "toy" / "train.jsonl"
@@ -214,7 +245,9 @@ def test_a_trial_of_another_task_or_other_rows_is_not_kept(toy: dict[str, Any], 
     else:
         file = Path(toy["tasks"][0])
         file.write_text(file.read_text().replace("it was", "it is"))
-    with pytest.raises(RunError, match=f"finished trial with another .*{changed}.*; choose another -o"):
+    with pytest.raises(
+        RunError, match=f"finished trial with another .*{changed}.*; choose another -o"
+    ):
         sweep(tmp_path / "sweep", resume=True)
 
 
@@ -276,12 +309,18 @@ def test_options_override_the_toml_file(toy: dict[str, Any], tmp_path: Path) -> 
         "[settings]\nbudget = 40\nk_shot = 3\n"
     )
     found = read_sweep(file, {"seeds": [5], "engines": None, "settings": {"budget": 24}})
-    assert (found.seeds, found.engines, found.settings) == ([5], ["dummy"], {"budget": 24, "k_shot": 3})
+    assert (found.seeds, found.engines, found.settings) == (
+        [5],
+        ["dummy"],
+        {"budget": 24, "k_shot": 3},
+    )
     assert [trial.seed for trial in found.trials()] == [5]
 
 
 @pytest.mark.usefixtures("in_process", "without_plots")
-def test_settings_that_do_not_apply_are_not_taken_for_given_ones(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_that_do_not_apply_are_not_taken_for_given_ones(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
     report = sweep(tmp_path / "sweep", {**toy, "settings": {**FAST, "random_proj": "uniform"}})
     assert [trial.status for trial in report.trials] == ["done", "done"]
 
@@ -293,12 +332,21 @@ def test_settings_that_do_not_apply_are_not_taken_for_given_ones(toy: dict[str, 
         ({"seeds": [1, 1]}, "seeds: the same value is listed twice"),
         ({"seeds": ["1", "x"]}, "unable to parse string as an integer; got 'x'"),
         ({"engines": ["ortt"]}, "unknown engine 'ortt'; did you mean ort?"),
-        ({"engines": ["remote"]}, "sweep has no --url for the engine remote; use tune and evaluate"),
+        (
+            {"engines": ["remote"]},
+            "sweep has no --url for the engine remote; use tune and evaluate",
+        ),
         ({"settings": {"budgett": 3}}, "did you mean budget"),
         ({"settings": {"seed": 3}}, "a sweep takes no setting 'seed'"),
-        ({"settings": {"hold_out": True}, "cross_evaluate": True}, "--cross-evaluate scores on test rows"),
+        (
+            {"settings": {"hold_out": True}, "cross_evaluate": True},
+            "--cross-evaluate scores on test rows",
+        ),
         ({"settings": {"readout": "verbalizer", "budget": 3}}, "budget 3 is too small"),
-        ({"settings": {"readout": "auto", "loss": "hinge"}}, "--loss hinge is for --readout verbalizer"),
+        (
+            {"settings": {"readout": "auto", "loss": "hinge"}},
+            "--loss hinge is for --readout verbalizer",
+        ),
         ({"settings": {"demonstrations": 4}}, "--demonstrations is for decoders"),
         ({"engines": ["dummy", "openvino"], "device": "cuda"}, "runs on the CPU, not on cuda"),
         ({"tasks": ["sst"]}, "did you mean sst2"),
@@ -315,14 +363,20 @@ def test_an_invalid_sweep_is_refused_before_anything_runs(
 
 
 def test_a_trial_on_ray_has_a_gpu_of_its_own(toy: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--device cuda:1: a trial on Ray gets a GPU of its own; use --device cuda"):
+    with pytest.raises(
+        UsageError, match="--device cuda:1: a trial on Ray gets a GPU of its own; use --device cuda"
+    ):
         sweep(tmp_path / "sweep", {**toy, "device": "cuda:1"}, ray="local")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.toml").write_text("tasks = [")
     (tmp_path / "odd.toml").write_text('taskes = ["sst2"]')
-    found = {"broken": "broken.toml: ", "odd": "odd.toml: 'taskes'; did you mean tasks", "no": "cannot read the sweep"}
+    found = {
+        "broken": "broken.toml: ",
+        "odd": "odd.toml: 'taskes'; did you mean tasks",
+        "no": "cannot read the sweep",
+    }
     for name, complaint in found.items():
         with pytest.raises(UsageError, match=complaint):
             sweep(tmp_path / "sweep", config=tmp_path / f"{name}.toml")
@@ -343,7 +397,9 @@ def test_presets_are_the_papers_and_say_how_to_make_the_bundle(
     assert set(found.tasks) == {"sst2", "yelpp", "agnews", "dbpedia", "mrpc", "rte", "snli"}
     assert len(found.seeds) == 3
     assert found.needs is not None
-    with pytest.raises(BundleError, match=re.escape(f"create it with {found.needs}, or pass yours as --bundles")):
+    with pytest.raises(
+        BundleError, match=re.escape(f"create it with {found.needs}, or pass yours as --bundles")
+    ):
         sweep(tmp_path / "sweep", preset=name)
     words = shlex.split(found.needs)
     cli: Any = typer.main.get_command(app)
@@ -404,7 +460,11 @@ def test_the_table_is_in_the_form_of_the_papers() -> None:
     ]
     assert "9 trials: 4 done, 4 failed, 1 not run." in markdown(report, plot=False)
     results |= {t.name: made_up_result(t, 0.6) for t in trials[4:]}
-    assert scores(make_report(plan, trials, results, {})).splitlines()[2].endswith("| 60.00 (0.00) | 70.03 |")
+    assert (
+        scores(make_report(plan, trials, results, {}))
+        .splitlines()[2]
+        .endswith("| 60.00 (0.00) | 70.03 |")
+    )
 
 
 def test_every_field_of_the_report_is_documented() -> None:
@@ -436,12 +496,29 @@ def test_the_command_passes_what_was_given_and_ends_with_1_if_a_trial_failed(
         return report
 
     monkeypatch.setattr(runner, "run_sweep", fake)
-    words = ["sweep", "-o", "s", "--tasks", "sst2, rte", "--bundles", "b", "--seeds", "1,2", "--budget", "9"]
+    words = [
+        "sweep",
+        "-o",
+        "s",
+        "--tasks",
+        "sst2, rte",
+        "--bundles",
+        "b",
+        "--seeds",
+        "1,2",
+        "--budget",
+        "9",
+    ]
     code, out, err = command(capsys, *words, "--jobs", "2", "--cross-evaluate")
     assert (code, err) == (1, "error: 1 of 2 trials failed; retry them with --resume\n")
     assert "90.00" in out
     assert "out of memory" in out
-    given = {"tasks": ["sst2", "rte"], "bundles": ["b"], "seeds": ["1", "2"], "cross_evaluate": True}
+    given = {
+        "tasks": ["sst2", "rte"],
+        "bundles": ["b"],
+        "seeds": ["1", "2"],
+        "cross_evaluate": True,
+    }
     assert calls[0]["given"] == {**given, "settings": {"budget": 9}}
     assert (calls[0]["output"], calls[0]["jobs"], "resume" in calls[0]) == (Path("s"), 2, False)
     report = make_report(plan, trials, results, {}, interrupted=True)
@@ -491,14 +568,22 @@ def test_cross_evaluation_scores_every_prompt_in_each_bundle_that_takes_it(
     assert found.failures == {}
     own = {row.bundle: row.cells[0].scores for row in report.rows}
     crossed = {(s.tuned_in, s.scored_in): s.scores for s in found.scores}
-    assert set(crossed) == {(a, b) for a in ("toy-bundle", "half") for b in ("toy-bundle", "half")} | {("deep", "deep")}
+    assert set(crossed) == {
+        (a, b) for a in ("toy-bundle", "half") for b in ("toy-bundle", "half")
+    } | {("deep", "deep")}
     for (tuned_in, scored_in), values in crossed.items():
         assert values == pytest.approx([1 - s if scored_in == "half" else s for s in own[tuned_in]])
-    assert {(a.tuned_in, a.agreement) for a in found.agreements} == {("toy-bundle", 0.0), ("half", 0.0)}
+    assert {(a.tuned_in, a.agreement) for a in found.agreements} == {
+        ("toy-bundle", 0.0),
+        ("half", 0.0),
+    }
     mean = 100 * sum(crossed["half", "toy-bundle"]) / 2
     table = (tmp_path / "sweep" / "report.md").read_text()
     assert f"| toy | dummy | half | toy-bundle | 2 | {mean:.2f} (" in table
-    assert "prompts tuned in half: toy-bundle and half predict the same class for 0.00 % of the test rows" in table
+    assert (
+        "prompts tuned in half: toy-bundle and half predict the same class for 0.00 % of the test rows"
+        in table
+    )
     assert sweep(tmp_path / "sweep", resume=True).cross_evaluation == found
 
 
@@ -521,7 +606,10 @@ def test_a_failed_cross_evaluation_is_part_of_the_report(
     found = report.cross_evaluation
     assert found is not None
     assert found.failures == {"toy-half-dummy": "out of memory"}
-    assert [(s.tuned_in, s.scored_in) for s in found.scores] == [("toy-bundle", "toy-bundle"), ("half", "toy-bundle")]
+    assert [(s.tuned_in, s.scored_in) for s in found.scores] == [
+        ("toy-bundle", "toy-bundle"),
+        ("half", "toy-bundle"),
+    ]
     assert "- **toy-half-dummy:** out of memory" in (tmp_path / "sweep" / "report.md").read_text()
 
 

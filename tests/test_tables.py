@@ -14,13 +14,18 @@ import pytest
 from pyarrow import parquet
 
 from bbt_accel.errors import BbtError, DataError
-from bbt_accel.tables import Table, plain, read_table
+from bbt_accel.io.tables import Table, plain, read_table
 
-ROWS = [{"review": 'Schön, "wirklich" schön', "stars": "5"}, {"review": "NA\nzwei Zeilen; schlecht", "stars": "1"}]
+ROWS = [
+    {"review": 'Schön, "wirklich" schön', "stars": "5"},
+    {"review": "NA\nzwei Zeilen; schlecht", "stars": "1"},
+]
 
 
 def written(file: Path, separator: str = ",", encoding: str = "utf-8") -> Path:
-    quoted = [[f'"{value}"' for value in (r["review"].replace('"', '""'), r["stars"])] for r in ROWS]
+    quoted = [
+        [f'"{value}"' for value in (r["review"].replace('"', '""'), r["stars"])] for r in ROWS
+    ]
     lines = "".join(separator.join(row) + "\r\n" for row in [["review", "stars"], *quoted])
     file.write_bytes(lines.encode(encoding))
     return file
@@ -28,19 +33,24 @@ def written(file: Path, separator: str = ",", encoding: str = "utf-8") -> Path:
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize(
-    ("encoding", "found"), [("utf-8", "utf-8"), ("utf-8-sig", "utf-8"), ("utf-16", "utf-16"), ("latin-1", "cp1252")]
+    ("encoding", "found"),
+    [("utf-8", "utf-8"), ("utf-8-sig", "utf-8"), ("utf-16", "utf-16"), ("latin-1", "cp1252")],
 )
 def test_separator_and_encoding_of_a_csv_file_are_detected(
     tmp_path: Path, separator: str, encoding: str, found: str
 ) -> None:
-    assert read_table(written(tmp_path / "t.csv", separator, encoding)) == Table(ROWS, found, separator)
+    assert read_table(written(tmp_path / "t.csv", separator, encoding)) == Table(
+        ROWS, found, separator
+    )
 
 
 def test_a_long_text_hides_no_separator(tmp_path: Path) -> None:
     before = csv.field_size_limit(131_072)  # Python's own
     try:
         (tmp_path / "t.csv").write_text(f"review;stars\n{'good, ' * 30_000};5\n")
-        assert read_table(tmp_path / "t.csv").records == [{"review": "good, " * 30_000, "stars": "5"}]
+        assert read_table(tmp_path / "t.csv").records == [
+            {"review": "good, " * 30_000, "stars": "5"}
+        ]
     finally:
         csv.field_size_limit(before)
 
@@ -48,11 +58,17 @@ def test_a_long_text_hides_no_separator(tmp_path: Path) -> None:
 def test_a_long_cyrillic_text_is_recognized(tmp_path: Path) -> None:
     text = "Фильм оказался очень хорошим, актёры играют прекрасно, музыка великолепна; сюжет захватывает сразу."
     (tmp_path / "t.csv").write_bytes(f'review,stars\n"{text * 5}",5\n'.encode("cp1251"))
-    assert read_table(tmp_path / "t.csv") == Table([{"review": text * 5, "stars": "5"}], "cp1251", ",")
+    assert read_table(tmp_path / "t.csv") == Table(
+        [{"review": text * 5, "stars": "5"}], "cp1251", ","
+    )
 
 
-@pytest.mark.parametrize("damage", [lambda b: b.replace(b"1 ", b"\xe9 ", 1), lambda b: b[: b.rindex(b"\xc3") + 1]])
-def test_utf8_with_a_damaged_byte_is_not_taken_for_another_encoding(tmp_path: Path, damage: Any) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda b: b.replace(b"1 ", b"\xe9 ", 1), lambda b: b[: b.rindex(b"\xc3") + 1]]
+)
+def test_utf8_with_a_damaged_byte_is_not_taken_for_another_encoding(
+    tmp_path: Path, damage: Any
+) -> None:
     content = "text,label\n" + "".join(f"{i} Züge über die Brücke,{i % 2}\n" for i in range(9))
     (tmp_path / "t.csv").write_bytes(damage(content.encode()))
     with pytest.raises(DataError, match=r"t\.csv is UTF-8 but for byte \d+; repair it"):
@@ -71,7 +87,10 @@ def test_one_column_is_not_split_at_a_character_of_its_texts(tmp_path: Path) -> 
 
 def test_quotes_in_a_tsv_file_without_quoting_are_characters(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text('text\tlabel\n"open, never closed\t1\nplain\t0\n')
-    assert read_table(tmp_path / "t.tsv").records[0] == {"text": '"open, never closed', "label": "1"}
+    assert read_table(tmp_path / "t.tsv").records[0] == {
+        "text": '"open, never closed',
+        "label": "1",
+    }
 
 
 def test_quoted_speech_in_a_tsv_file_swallows_no_rows(tmp_path: Path) -> None:
@@ -96,7 +115,12 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
     assert read_table(tmp_path / "t.parquet").records == ROWS
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
-    for row in (["review", "stars"], [ROWS[0]["review"], 5], [None, None], [ROWS[1]["review"], 1.0]):
+    for row in (
+        ["review", "stars"],
+        [ROWS[0]["review"], 5],
+        [None, None],
+        [ROWS[1]["review"], 1.0],
+    ):
         book.active.append(row)
     book.save(tmp_path / "t.xlsx")
     assert read_table(tmp_path / "t.xlsx").records == ROWS
@@ -109,7 +133,10 @@ def test_what_an_excel_file_says_of_its_size_is_not_believed(tmp_path: Path, sai
     for row in (["review", "stars", "note"], ["a", 5], ["b", 1, "late"], ["c"]):
         book.active.append(row)
     book.save(tmp_path / "whole.xlsx")
-    with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "t.xlsx", "w") as other:
+    with (
+        zipfile.ZipFile(tmp_path / "whole.xlsx") as whole,
+        zipfile.ZipFile(tmp_path / "t.xlsx", "w") as other,
+    ):
         for name in whole.namelist():
             other.writestr(name, re.sub(rb"<dimension[^>]*/>", said, whole.read(name)))
     assert [list(row.values()) for row in read_table(tmp_path / "t.xlsx").records] == [
@@ -117,7 +144,9 @@ def test_what_an_excel_file_says_of_its_size_is_not_believed(tmp_path: Path, sai
     ]  # fmt: skip
 
 
-def test_excel_without_its_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excel_without_its_reader_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     (tmp_path / "t.xlsx").write_bytes(b"PK")
     with pytest.raises(BbtError, match=r"needs openpyxl: pip install openpyxl, or save it as CSV"):
@@ -138,7 +167,9 @@ def test_excel_without_its_reader_says_what_to_install(tmp_path: Path, monkeypat
         ("t.csv", bytes(range(128, 256)) * 40, "cannot be detected|columns|cannot read"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: bytes | None, complaint: str) -> None:
+def test_what_cannot_be_read_is_one_line(
+    tmp_path: Path, name: str, content: bytes | None, complaint: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=complaint) as caught:
@@ -147,4 +178,12 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: byt
 
 
 def test_cells_as_text() -> None:
-    assert [plain(v) for v in (None, float("nan"), 1.0, 1.5, True, " a ", 3)] == ["", "", "1", "1.5", "True", "a", "3"]
+    assert [plain(v) for v in (None, float("nan"), 1.0, 1.5, True, " a ", 3)] == [
+        "",
+        "",
+        "1",
+        "1.5",
+        "True",
+        "a",
+        "3",
+    ]

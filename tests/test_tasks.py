@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bbt_accel.errors import TaskError
-from bbt_accel.tasks import GROUPS, Context, load_task, task_names, to_toml
+from bbt_accel.tasks.task import GROUPS, Context, load_task, task_names, to_toml
 
 GOOD = """
 name = "mine"
@@ -56,14 +56,28 @@ def test_templates_and_words_of_the_paper(name: str, template: str, words: list[
 
 def test_presets_of_the_paper() -> None:
     assert load_task("dbpedia").preset("bbt")["budget"] == 20000
-    assert load_task("sst2").preset("bbt") == {"sigma": 1.0, "alpha": 1.0, "budget": 8000, "loss": "ce"}
-    assert {n for n in task_names() if load_task(n).preset("bbt")["loss"] == "hinge"} == {"mrpc", "rte", "snli"}
+    assert load_task("sst2").preset("bbt") == {
+        "sigma": 1.0,
+        "alpha": 1.0,
+        "budget": 8000,
+        "loss": "ce",
+    }
+    assert {n for n in task_names() if load_task(n).preset("bbt")["loss"] == "hinge"} == {
+        "mrpc",
+        "rte",
+        "snli",
+    }
     assert load_task("mrpc").metric == "f1"
 
 
 def test_a_task_file_has_defaults_and_no_template_that_it_does_not_give(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, GOOD))
-    assert (task.separator, task.label, task.metric, task.preset("bbt")) == (" . ", "label", "accuracy", {})
+    assert (task.separator, task.label, task.metric, task.preset("bbt")) == (
+        " . ",
+        "label",
+        "accuracy",
+        {},
+    )
     with pytest.raises(TaskError, match=r"no templates\.span"):
         task.template("span")
 
@@ -87,7 +101,10 @@ def test_unknown_name_lists_the_tasks() -> None:
         (('name = "mine"', ""), "name: Field required"),
         (("n_classes", "klasses"), "n_classes: Field required|klasses: Extra"),
         (("name =", "colour = 1\nname ="), "colour: Extra inputs"),
-        (("{review}", "{text}"), r"templates\.masked: unknown placeholder {text}; known here: {review}"),
+        (
+            ("{review}", "{text}"),
+            r"templates\.masked: unknown placeholder {text}; known here: {review}",
+        ),
         (("{review} .", ""), r"templates\.masked: has no text column"),
         (("{mask}", ""), r"templates\.masked: needs {mask} exactly once"),
         (("{mask}", "{mask} {mask}"), "exactly once"),
@@ -95,18 +112,33 @@ def test_unknown_name_lists_the_tasks() -> None:
         (("{mask}", "{mask"), r"templates\.masked: .*brace"),
         (("{review}", "{review!r}"), r"templates\.masked: a placeholder is a name alone"),
         (('masked = "{', 'causal = "{'), r"templates\.masked: missing"),
-        (('masked = "{', 'gpt2 = "{'), "templates: unknown template group 'gpt2'; choose from masked, span, causal"),
-        (('masked = ["', 't5 = ["'), "label_words: unknown template group 't5'; choose from masked, span, causal"),
+        (
+            ('masked = "{', 'gpt2 = "{'),
+            "templates: unknown template group 'gpt2'; choose from masked, span, causal",
+        ),
+        (
+            ('masked = ["', 't5 = ["'),
+            "label_words: unknown template group 't5'; choose from masked, span, causal",
+        ),
         (('["bad", "great"]', '["bad", "bad"]'), "a word of its own"),
         (('["bad", "great"]', '["bad", " "]'), "a word of its own"),
         (('["review"]', "[]"), "text: "),
         (('["review"]', '["review", "mask"]'), "text: 'mask'"),
         (("n_classes = 2", 'n_classes = 2\nmetric = "bleu"'), "metric: "),
         (("[templates]", "[presets.bbt]\nsigma = -1\n[templates]"), r"presets\.bbt: sigma: "),
-        (("[templates]", "[presets.bbtv2]\npopsize = 2\n[templates]"), r"presets\.bbtv2: popsize: .*equal to 4; got 2"),
-        (("[templates]", "[presets.bbt]\nsteps = 1\n[templates]"), r"presets\.bbt: unknown setting 'steps'"),
+        (
+            ("[templates]", "[presets.bbtv2]\npopsize = 2\n[templates]"),
+            r"presets\.bbtv2: popsize: .*equal to 4; got 2",
+        ),
+        (
+            ("[templates]", "[presets.bbt]\nsteps = 1\n[templates]"),
+            r"presets\.bbt: unknown setting 'steps'",
+        ),
         (("[templates]", "[templates"), "not valid TOML"),
-        (("n_classes = 2", "n_classes = 2\nseparator = ' {mask} '"), "separator: takes no placeholder"),
+        (
+            ("n_classes = 2", "n_classes = 2\nseparator = ' {mask} '"),
+            "separator: takes no placeholder",
+        ),
         (("n_classes = 2", "n_classes = 2\nseparator = ' { '"), "separator: .*for braces"),
         (("n_classes = 2", "n_classes = 2\nseparator = ' {{ '"), None),
         (("n_classes = 2", f"n_classes = {'1' * 5000}"), "not valid TOML"),

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from bbt_accel.errors import DataError, UsageError
-from bbt_accel.texts import read_texts
+from bbt_accel.predict.texts import read_texts
 
 PAIR = ["premise", "hypothesis"]
 
 
 def test_texts_of_a_task_with_one_column_are_taken_literally() -> None:
-    assert read_texts(["a\tb", '{"text": 1}'], None, ["text"]) == [{"text": "a\tb"}, {"text": '{"text": 1}'}]
+    assert read_texts(["a\tb", '{"text": 1}'], None, ["text"]) == [
+        {"text": "a\tb"},
+        {"text": '{"text": 1}'},
+    ]
 
 
 def test_pairs_by_tab_or_json() -> None:
@@ -26,7 +29,11 @@ def test_pairs_by_tab_or_json() -> None:
 def test_each_line_of_a_file_is_a_row(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("one\n\nthree\u2028still three\n", encoding="utf-8")
-    assert [row["text"] for row in read_texts([], file, ["text"])] == ["one", "", "three\u2028still three"]
+    assert [row["text"] for row in read_texts([], file, ["text"])] == [
+        "one",
+        "",
+        "three\u2028still three",
+    ]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSONL", "rows.ndjson", "rows.txt", "-"])
@@ -53,12 +60,16 @@ def test_objects_without_the_column_are_no_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [None, Path("-")])
-def test_each_line_of_standard_input_is_a_row(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> None:
+def test_each_line_of_standard_input_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, file: Path | None
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
     assert read_texts([], file, ["text"]) == [{"text": "one"}, {"text": "two"}]
 
 
-@pytest.mark.parametrize("content", [b"one\r\ntwo\r\n", b"\xef\xbb\xbfone\ntwo", b"one\rtwo", b"caf\xe9"])
+@pytest.mark.parametrize(
+    "content", [b"one\r\ntwo\r\n", b"\xef\xbb\xbfone\ntwo", b"one\rtwo", b"caf\xe9"]
+)
 def test_bytes_on_standard_input_are_read_as_those_of_a_file_whatever_the_locale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:

@@ -1,4 +1,6 @@
-"""A Triton model repository: config.pbtxt matches the graphs, and the model files run from the repository alone."""
+"""A Triton model repository: config.pbtxt matches the graphs, and the model files run from the
+repository alone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
-pytest.importorskip("tritonclient.grpc", reason="tritonclient and grpcio are not installed", exc_type=ImportError)
+pytest.importorskip(
+    "tritonclient.grpc", reason="tritonclient and grpcio are not installed", exc_type=ImportError
+)
 pytest.importorskip("grpc")
 pytest.importorskip("google.protobuf")
 
@@ -28,15 +32,25 @@ from tiny_bundles import linked
 from tritonclient.grpc import model_config_pb2 as model_config
 
 from bbt_accel import load_engine
-from bbt_accel.bundle import Bundle
-from bbt_accel.cli import main
+from bbt_accel.cli.commands import main
+from bbt_accel.core.bundle import Bundle
 from bbt_accel.engines.staged import StagedEngine
 from bbt_accel.errors import BbtError, BundleError, UsageError
-from bbt_accel.exporters.triton import write_repository
+from bbt_accel.exporters.convert.triton import write_repository
 
-KINDS = [("roberta", "bbt", "add"), ("bart", "bbt", "cat"), ("gpt2", "bbtv2", "add"), ("t5", "bbtv2", "add")]
-KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in (("llama", "bbt", "cat"), ("llama", "bbtv2", "add"))]
-OTHERS = [pytest.param(variant, marks=marks(variant)) for variant in RELATIVES if variant[1:] == EACH[0]]
+KINDS = [
+    ("roberta", "bbt", "add"),
+    ("bart", "bbt", "cat"),
+    ("gpt2", "bbtv2", "add"),
+    ("t5", "bbtv2", "add"),
+]
+KINDS += [
+    pytest.param(kind, marks=pytest.mark.slow)
+    for kind in (("llama", "bbt", "cat"), ("llama", "bbtv2", "add"))
+]
+OTHERS = [
+    pytest.param(variant, marks=marks(variant)) for variant in RELATIVES if variant[1:] == EACH[0]
+]
 
 
 def read_config(folder: Path) -> Any:
@@ -48,14 +62,22 @@ def read_config(folder: Path) -> Any:
 def test_config_matches_the_graph(tiny: Export, tmp_path: Path, kind: tuple[str, str, str]) -> None:
     bundle = tiny(*kind)
     models = write_repository(bundle, tmp_path, "model")
-    assert models == ["model" if stage == "model" else f"model_{stage}" for stage in bundle.info.stages]
+    assert models == [
+        "model" if stage == "model" else f"model_{stage}" for stage in bundle.info.stages
+    ]
     assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(models)
     for stage, name in zip(bundle.info.stages, models, strict=True):
         found = read_config(tmp_path / name)
-        assert (found.name, found.backend, found.platform) == (name, "onnxruntime", "onnxruntime_onnx")
+        assert (found.name, found.backend, found.platform) == (
+            name,
+            "onnxruntime",
+            "onnxruntime_onnx",
+        )
         assert found.max_batch_size == 0  # rows and candidates are axes of their own
         assert found.parameters["bundle"].string_value == bundle.digest
-        assert found.parameters["backbone"].string_value == kind[0]  # and not its path on this machine
+        assert (
+            found.parameters["backbone"].string_value == kind[0]
+        )  # and not its path on this machine
         graph = onnx.load(bundle.path / f"{stage}.onnx", load_external_data=False).graph
         for listed, values in ((found.input, graph.input), (found.output, graph.output)):
             assert [tensor_of(t) for t in listed] == [value_of(v) for v in values]
@@ -72,7 +94,9 @@ def value_of(value: Any) -> tuple[str, str, list[int]]:
 
 
 class RepositoryEngine(StagedEngine):
-    """Runs the models of a repository, each from its own folder, as Triton's onnxruntime backend does."""
+    """Runs the models of a repository, each from its own folder, as Triton's onnxruntime backend
+    does.
+    """
 
     name = "repository"
 
@@ -82,7 +106,9 @@ class RepositoryEngine(StagedEngine):
         options.intra_op_num_threads = 1
         self.sessions = {
             stage: onnxruntime.InferenceSession(
-                repository / name / "1" / "model.onnx" / "model.onnx", options, providers=["CPUExecutionProvider"]
+                repository / name / "1" / "model.onnx" / "model.onnx",
+                options,
+                providers=["CPUExecutionProvider"],
             )
             for stage, name in zip(bundle.info.stages, models, strict=True)
         }
@@ -103,7 +129,9 @@ class RepositoryEngine(StagedEngine):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-def test_models_run_from_the_repository_alone(tiny: Export, tmp_path: Path, kind: tuple[str, str, str]) -> None:
+def test_models_run_from_the_repository_alone(
+    tiny: Export, tmp_path: Path, kind: tuple[str, str, str]
+) -> None:
     bundle = Bundle.read(shutil.copytree(tiny(*kind).path, tmp_path / "bundle"))
     population, batch = prompts(bundle), rows(readout=4 if bundle.info.causal else 1)
     with load_engine(bundle, "ort", threads=1) as engine, engine.bind(batch) as bound:
@@ -117,10 +145,15 @@ def test_models_run_from_the_repository_alone(tiny: Export, tmp_path: Path, kind
         np.testing.assert_allclose(bound.label_logits(population), wanted, atol=1e-5)
 
 
-def test_the_models_of_an_int8_bundle_run_from_the_repository_alone(optimized: Export, tmp_path: Path) -> None:
+def test_the_models_of_an_int8_bundle_run_from_the_repository_alone(
+    optimized: Export, tmp_path: Path
+) -> None:
     bundle = optimized(("roberta", "bbt", "add"), "int8")
     models = write_repository(bundle, tmp_path / "repository", "bundle")
-    assert read_config(tmp_path / "repository" / "bundle").parameters["precision"].string_value == "int8"
+    assert (
+        read_config(tmp_path / "repository" / "bundle").parameters["precision"].string_value
+        == "int8"
+    )
     population = prompts(bundle)
     with load_engine(bundle, "ort", threads=1) as engine, engine.bind(rows()) as bound:
         wanted = bound.label_logits(population)
@@ -133,7 +166,11 @@ def test_a_bundle_of_links_as_in_the_cache_of_the_hub(tiny: Export, tmp_path: Pa
     for name, source in (("bundle", bundle), ("links", linked(bundle, tmp_path))):
         write_repository(source, tmp_path / name, "model")
     wanted, found = (
-        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        {
+            file.relative_to(folder): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
         for folder in (tmp_path / "bundle", tmp_path / "links")
     )
     assert found == wanted
@@ -149,7 +186,9 @@ def test_each_model_holds_only_the_weights_that_it_needs(tiny: Export, tmp_path:
         assert written < needed + 200_000  # the graph itself, and padding to pages
 
 
-def test_files_are_readable_for_a_server_that_runs_as_another_user(tiny: Export, tmp_path: Path) -> None:
+def test_files_are_readable_for_a_server_that_runs_as_another_user(
+    tiny: Export, tmp_path: Path
+) -> None:
     write_repository(tiny("roberta"), tmp_path)
     for path in (p for p in tmp_path.rglob("*")):
         wanted = stat.S_IROTH | stat.S_IXOTH if path.is_dir() else stat.S_IROTH
@@ -161,7 +200,9 @@ def add_plan(bundle: Path, gpu: str, runtime: str, capability: str) -> None:
     folder = bundle / "plans" / gpu
     folder.mkdir(parents=True)
     (folder / "model.plan").write_text(f"plan of {gpu}")
-    (folder / "model.json").write_text(json.dumps({"key": {"runtime": runtime, "capability": [capability]}}))
+    (folder / "model.json").write_text(
+        json.dumps({"key": {"runtime": runtime, "capability": [capability]}})
+    )
 
 
 def test_the_plans_of_several_gpus_are_one_model(tiny: Export, tmp_path: Path) -> None:
@@ -192,13 +233,19 @@ def test_what_is_refused(tiny: Export, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a valid Triton model name"):
         write_repository(bundle, tmp_path, "a model")
     with pytest.raises(BundleError, match="openvino"):
-        write_repository(Bundle(bundle.path, bundle.info.model_copy(update={"target": "openvino"})), tmp_path, "third")
+        write_repository(
+            Bundle(bundle.path, bundle.info.model_copy(update={"target": "openvino"})),
+            tmp_path,
+            "third",
+        )
     with pytest.raises(UsageError, match="inside the bundle itself"):
         write_repository(bundle, bundle.path / "repository")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["model", "other"]
 
 
-def test_a_call_that_was_killed_between_two_models_is_continued(tiny: Export, tmp_path: Path) -> None:
+def test_a_call_that_was_killed_between_two_models_is_continued(
+    tiny: Export, tmp_path: Path
+) -> None:
     bundle, other = tiny("roberta", "bbtv2"), tiny("bert", "bbtv2")
     names = write_repository(bundle, tmp_path, "model")
     assert len(names) > 2

@@ -27,29 +27,40 @@ from hypothesis import strategies as st
 from tiny_backbones import VARIANTS
 from tiny_bundles import tiny_bundle
 
-from bbt_accel import Batch, cuda
+from bbt_accel import Batch
 from bbt_accel.benchmarks.make_backbone import make_backbone
-from bbt_accel.bundle import PLANS, Bundle
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.settings import Settings
+from bbt_accel.engines import cuda, plan_building, plans, trt_api
+from bbt_accel.engines.plan_building import each_plan
+from bbt_accel.engines.plan_layers import Layers, read_layers
+from bbt_accel.engines.plans import Key, Record, ShapeProfile
+from bbt_accel.engines.trt_api import Api, find_api
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, PlanError, UsageError
-from bbt_accel.exporters import plan_building, plans, tensorrt, trt_api
-from bbt_accel.exporters.calibration import TaskRows
-from bbt_accel.exporters.families import families
-from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.exporters.plan_building import each_plan
-from bbt_accel.exporters.plan_layers import Layers, read_layers
-from bbt_accel.exporters.plans import Key, Record, ShapeProfile
-from bbt_accel.exporters.tensorrt import check_capabilities, shape_profile
-from bbt_accel.exporters.trt_api import Api, find_api
-from bbt_accel.progress import silent
-from bbt_accel.settings import Settings
+from bbt_accel.exporters.convert import tensorrt
+from bbt_accel.exporters.convert.calibration import Calibration
+from bbt_accel.exporters.convert.optimize import optimize_bundle
+from bbt_accel.exporters.convert.tensorrt import check_capabilities, shape_profile
+from bbt_accel.exporters.families.registry import families
+from bbt_accel.io.manifests import PLANS
+from bbt_accel.io.progress import silent
+from bbt_accel.search.calibration import task_calibration
 
 SURFACES = json.loads((Path(__file__).parent / "fixtures" / "trt_api.json").read_text())
 """What real modules have: class → names, of tensorrt 10.12 and 11.4 and of tensorrt_rtx 1.7."""
 PROFILE = ShapeProfile(candidates=(1, 20, 20), rows=(1, 8, 32), tokens=(5, 16, 64))
-KEY = Key(graph="a", runtime="tensorrt 11.4", gpu="GPU", capability=("9.0",), driver="580.1", profile=PROFILE)
+KEY = Key(
+    graph="a",
+    runtime="tensorrt 11.4",
+    gpu="GPU",
+    capability=("9.0",),
+    driver="580.1",
+    profile=PROFILE,
+)
 
 
-# Which TensorRT ----------------------------------------------------------------------------------------------
+# Which TensorRT
+# ----------------------------------------------------------------------------------------------
 
 
 def recorded(name: str) -> ModuleType:
@@ -70,7 +81,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def only(**modules: str | ModuleType) -> None:
         for name in trt_api.MODULES:
             found = modules.get(name)
-            monkeypatch.setitem(sys.modules, name, recorded(found) if isinstance(found, str) else found)  # type: ignore[arg-type]
+            monkeypatch.setitem(
+                sys.modules, name, recorded(found) if isinstance(found, str) else found
+            )  # type: ignore[arg-type]
 
     return only
 
@@ -101,8 +114,12 @@ def test_tensorrt_alone_cannot_build_ahead(install: Any) -> None:
     assert "--compute-capability" in one_line(lambda: find_api(ahead=True), MissingDependency)
 
 
-@pytest.mark.parametrize(("cls", "name"), [(cls, n) for cls, names in trt_api.NEEDED.items() for n in names])
-def test_an_outdated_api_is_an_error_that_names_what_is_missing(install: Any, cls: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("cls", "name"), [(cls, n) for cls, names in trt_api.NEEDED.items() for n in names]
+)
+def test_an_outdated_api_is_an_error_that_names_what_is_missing(
+    install: Any, cls: str, name: str
+) -> None:
     module = recorded("tensorrt 10.12")
     delattr(getattr(module, cls), name)
     install(tensorrt=module)
@@ -125,7 +142,8 @@ def test_compute_capabilities_are_those_that_the_api_knows(install: Any) -> None
     assert "--compute-capability banana" in one_line(lambda: api.capability("banana"), UsageError)
 
 
-# What a plan depends on --------------------------------------------------------------------------------------
+# What a plan depends on
+# --------------------------------------------------------------------------------------
 
 ranges = st.tuples(st.integers(1, 4), st.integers(5, 9), st.integers(10, 99))
 words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
@@ -142,7 +160,9 @@ PARTS = {"graph": "graph", "runtime": "runtime", "gpu": "GPU", "capability": "ca
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(one=keys, other=keys, part=st.sampled_from(list(PARTS)))
-def test_any_part_that_changes_makes_another_key_and_is_named(one: Key, other: Key, part: str) -> None:
+def test_any_part_that_changes_makes_another_key_and_is_named(
+    one: Key, other: Key, part: str
+) -> None:
     changed = one.model_copy(update={part: getattr(other, part)})
     same = getattr(one, part) == getattr(other, part)
     changes = one.differences(changed)
@@ -175,10 +195,14 @@ def test_reasons_say_what_it_was_and_what_it_is() -> None:
 
 def test_folders_are_named_after_what_a_plan_is_for() -> None:
     assert KEY.model_copy(update={"gpu": "NVIDIA H100 80GB HBM3"}).folder == "nvidia-h100-80gb-hbm3"
-    assert KEY.model_copy(update={"gpu": None, "capability": ("8.9", "12.0")}).folder == "sm89-sm120"
+    assert (
+        KEY.model_copy(update={"gpu": None, "capability": ("8.9", "12.0")}).folder == "sm89-sm120"
+    )
 
 
-def test_a_plan_uses_the_memory_of_its_caller_alone_where_tensorrt_can_demand_that(install: Any) -> None:
+def test_a_plan_uses_the_memory_of_its_caller_alone_where_tensorrt_can_demand_that(
+    install: Any,
+) -> None:
     for name in SURFACES:
         module = name.split()[0]
         install(**{module: name})
@@ -186,7 +210,8 @@ def test_a_plan_uses_the_memory_of_its_caller_alone_where_tensorrt_can_demand_th
         assert demands == (module == "tensorrt_rtx")
 
 
-# Progress ----------------------------------------------------------------------------------------------------
+# Progress
+# ----------------------------------------------------------------------------------------------------
 
 
 class Phases:
@@ -195,7 +220,9 @@ class Phases:
 
 def test_the_share_of_a_build_that_is_done_counts_nested_phases() -> None:
     shares: list[float] = []
-    monitor = plan_building.new_monitor(Api("tensorrt", SimpleNamespace(IProgressMonitor=Phases)), shares.append)
+    monitor = plan_building.new_monitor(
+        Api("tensorrt", SimpleNamespace(IProgressMonitor=Phases)), shares.append
+    )
     monitor.phase_start("Building engine", None, 2)
     monitor.phase_start("Timing", "Building engine", 4)
     for step in range(4):
@@ -207,7 +234,9 @@ def test_the_share_of_a_build_that_is_done_counts_nested_phases() -> None:
     assert plan_building.new_monitor(Api("tensorrt", SimpleNamespace()), shares.append) is None
 
 
-def test_the_time_left_is_that_of_the_plans_that_the_cache_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_is_that_of_the_plans_that_the_cache_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock, told, cached = [0.0], list[tuple[str, int, int]](), {"block_00", "block_02"}
 
     def build(api: Api, bundle: Bundle, stage: str, key: Key, monitor: Any) -> tuple[bytes, None]:
@@ -215,7 +244,9 @@ def test_the_time_left_is_that_of_the_plans_that_the_cache_lacks(monkeypatch: py
         return b"plan", None
 
     monkeypatch.setattr(plan_building, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(plan_building, "find_plan", lambda _, stage, key: (b"plan" if stage in cached else None, ""))
+    monkeypatch.setattr(
+        plan_building, "find_plan", lambda _, stage, key: (b"plan" if stage in cached else None, "")
+    )
     monkeypatch.setattr(plan_building, "build", build)
     monkeypatch.setattr(plan_building, "keep_plan", lambda *_: None)
     wanted = dict.fromkeys(["embed", "block_00", "block_01", "block_02", "last"], KEY)
@@ -230,7 +261,8 @@ def test_the_time_left_is_that_of_the_plans_that_the_cache_lacks(monkeypatch: py
     ]
 
 
-# What TensorRT made of a graph -------------------------------------------------------------------------------
+# What TensorRT made of a graph
+# -------------------------------------------------------------------------------
 
 LOG = """Layers:
 Name: node_q+node_k+node_v_myl0_4, LayerType: gemm, Inputs: [ { Name: x }], Outputs: [], TacticName: t, StreamId: 0, \
@@ -244,21 +276,39 @@ Name: node_o_myl0_13, LayerType: gemm, Inputs: [], Outputs: [], TacticName: , Me
 
 
 def test_layers_are_read_from_the_builders_log() -> None:
-    matmuls = dict.fromkeys(("node_q", "node_k", "node_v", "node_o", "node_scores", "node_context"), "MATRIX_MULTIPLY")
-    operators = {**matmuls, "node_softmax": "SOFTMAX", "node_softmax_2": "SOFTMAX", "node_mask": "ELEMENTWISE"}
+    matmuls = dict.fromkeys(
+        ("node_q", "node_k", "node_v", "node_o", "node_scores", "node_context"), "MATRIX_MULTIPLY"
+    )
+    operators = {
+        **matmuls,
+        "node_softmax": "SOFTMAX",
+        "node_softmax_2": "SOFTMAX",
+        "node_mask": "ELEMENTWISE",
+    }
     assert read_layers(["Reading weights", LOG.replace("\\\n", "")], operators) == Layers(
-        layers=4, fused_attention=1, other_attention=["node_softmax_2"], merged_matmuls=[["node_q", "node_k", "node_v"]]
+        layers=4,
+        fused_attention=1,
+        other_attention=["node_softmax_2"],
+        merged_matmuls=[["node_q", "node_k", "node_v"]],
     )
     assert read_layers(["Reading weights"], operators) is None
 
 
-# Plans that are kept -----------------------------------------------------------------------------------------
+# Plans that are kept
+# -----------------------------------------------------------------------------------------
 
 
 def keep(folder: Path, key: Key, plan: bytes = b"plan", stage: str = "model") -> Path:
     place = folder / PLANS / key.folder
     place.mkdir(parents=True, exist_ok=True)
-    record = Record(key=key, sha256=plans.hashlib.sha256(b"plan").hexdigest(), bytes=4, layers=1, inputs=[], outputs=[])
+    record = Record(
+        key=key,
+        sha256=plans.hashlib.sha256(b"plan").hexdigest(),
+        bytes=4,
+        layers=1,
+        inputs=[],
+        outputs=[],
+    )
     (place / f"{stage}.json").write_text(record.model_dump_json())
     (place / f"{stage}.plan").write_bytes(plan)
     return place
@@ -285,7 +335,8 @@ def test_the_reason_is_that_of_the_nearest_plan(tmp_path: Path) -> None:
     assert plans.find_plan(tmp_path, "model", KEY)[1] == "the driver was 579 and is 580.1"
 
 
-# Profiles ----------------------------------------------------------------------------------------------------
+# Profiles
+# ----------------------------------------------------------------------------------------------------
 
 
 def rows_of(lengths: list[int], width: int) -> Batch:
@@ -296,7 +347,9 @@ def rows_of(lengths: list[int], width: int) -> Batch:
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
-    lengths=st.lists(st.integers(13, 60), min_size=1, max_size=40), more=st.integers(0, 4), popsize=st.integers(4, 80)
+    lengths=st.lists(st.integers(13, 60), min_size=1, max_size=40),
+    more=st.integers(0, 4),
+    popsize=st.integers(4, 80),
 )
 def test_a_profile_is_in_order_and_takes_the_rows_that_it_was_made_from(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], more: int, popsize: int
@@ -315,8 +368,12 @@ def test_a_profile_is_in_order_and_takes_the_rows_that_it_was_made_from(
     assert [s[0] for s in shapes] == [1, popsize, popsize]
 
 
-@pytest.mark.parametrize(("family", "mode"), [("roberta", "add"), ("roberta", "cat"), ("llama", "cat")])
-def test_the_longest_row_of_a_profile_is_aligned_with_the_other_keys(tmp_path: Path, family: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "mode"), [("roberta", "add"), ("roberta", "cat"), ("llama", "cat")]
+)
+def test_the_longest_row_of_a_profile_is_aligned_with_the_other_keys(
+    tmp_path: Path, family: str, mode: str
+) -> None:
     info, batch = tiny_bundle(tmp_path, family, mode, max_length=512).info, rows_of([40, 81], 81)
     tokens = shape_profile(info, batch, 81, Settings()).tokens
     for length in tokens[1:]:
@@ -333,16 +390,22 @@ def test_a_profile_bounds_the_tokens_of_a_call(tmp_path: Path) -> None:
     assert (found.candidates[2], found.rows[2]) == (4, 1)
 
 
-def test_without_a_task_a_profile_takes_rows_of_which_a_whole_population_fits_a_call(tmp_path: Path) -> None:
+def test_without_a_task_a_profile_takes_rows_of_which_a_whole_population_fits_a_call(
+    tmp_path: Path,
+) -> None:
     long = tiny_bundle(tmp_path, "roberta", max_length=2**15)
-    assert TaskRows(long, None).longest() == 2**17 // 20
+    assert Calibration.shipped(long).longest == 2**17 // 20
 
 
-def test_without_its_prefix_cache_a_decoders_states_have_the_prompt_in_every_row(tmp_path: Path) -> None:
+def test_without_its_prefix_cache_a_decoders_states_have_the_prompt_in_every_row(
+    tmp_path: Path,
+) -> None:
     info = tiny_bundle(tmp_path, "llama", "add").info
     found = shape_profile(info, rows_of([20, 30], 40), 40, Settings())
     uncached = info.model_copy(update={"without": ["prefix-cache"]})
-    cached, whole = ([s[2] for s in found.shapes("hidden", (-1, -1, -1, 8), one)] for one in (info, uncached))
+    cached, whole = (
+        [s[2] for s in found.shapes("hidden", (-1, -1, -1, 8), one)] for one in (info, uncached)
+    )
     masks = [s[1] for s in found.shapes("attention_mask", (-1, -1), info)]
     assert whole == masks == [size + info.n_prompt_tokens for size in cached]
 
@@ -351,15 +414,16 @@ def test_a_task_sets_lengths_population_and_labels(exported: Export) -> None:
     bundle = exported(Path("demo"), n=20)
     profiles = []
     for task in ("demo", None):
-        rows = TaskRows(bundle, task)
-        profiles.append(shape_profile(bundle.info, rows.train, rows.longest(), rows.settings))
+        rows = task_calibration(bundle, task) if task else Calibration.shipped(bundle)
+        profiles.append(shape_profile(bundle.info, rows.train, rows.longest, rows.settings))
     found, other = profiles
     assert found.labels == (1, 4, 1024)
     assert found.tokens[2] < other.tokens[2] == bundle.info.max_length
     assert found.rows[2] == 64
 
 
-# Errors of CUDA ----------------------------------------------------------------------------------------------
+# Errors of CUDA
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -423,7 +487,9 @@ def test_memory_is_used_again_at_the_same_address(fake: Any) -> None:
 
 
 class Both:
-    """The fake CUDA runtime, every call of which is made in the installed cuda-python too; that has no driver."""
+    """The fake CUDA runtime, every call of which is made in the installed cuda-python too; that has
+    no driver.
+    """
 
     def __init__(self, fake: Any, real: Any) -> None:
         self.fake, self.real, self.called = fake, real, set[str]()
@@ -434,11 +500,18 @@ class Both:
 
         def call(*arguments: Any) -> Any:
             self.called.add(name)
-            graph = self.real.cudaGraphExec_t if name in ("cudaGraphLaunch", "cudaGraphExecDestroy") else None
+            graph = (
+                self.real.cudaGraphExec_t
+                if name in ("cudaGraphLaunch", "cudaGraphExecDestroy")
+                else None
+            )
             handles = {int: self.real.cudaStream_t, list: graph or self.real.cudaGraph_t}
             is_handle = [type(a) is list or a == 7 for a in arguments]
             getattr(self.real, name)(
-                *(handles[type(a)](0) if h else a for a, h in zip(arguments, is_handle, strict=True))
+                *(
+                    handles[type(a)](0) if h else a
+                    for a, h in zip(arguments, is_handle, strict=True)
+                )
             )
             return getattr(self.fake, name)(*arguments)
 
@@ -446,7 +519,9 @@ class Both:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="cuda-python is not installed")
-def test_every_call_is_one_that_the_installed_cuda_python_takes(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_call_is_one_that_the_installed_cuda_python_takes(
+    fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = cuda.load_runtime()
     if not int(real.cudaGetDeviceCount()[0]):
         pytest.skip("this machine has a GPU")
@@ -473,7 +548,9 @@ def failing() -> None:
 
 
 @pytest.mark.parametrize("present", cuda.LAYOUTS)
-def test_cuda_python_is_found_in_each_of_its_layouts(monkeypatch: pytest.MonkeyPatch, present: str) -> None:
+def test_cuda_python_is_found_in_each_of_its_layouts(
+    monkeypatch: pytest.MonkeyPatch, present: str
+) -> None:
     def load(name: str) -> str:
         if name != present:
             raise ModuleNotFoundError(name=name)
@@ -491,7 +568,8 @@ def test_no_cuda_python_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
     assert '"bbt-accel[trt]"' in one_line(cuda.load_runtime, MissingDependency)
 
 
-# Building ahead of time, with the real TensorRT for RTX -------------------------------------------------------
+# Building ahead of time, with the real TensorRT for RTX
+# -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -523,7 +601,9 @@ def test_plans_are_built_ahead_of_time_for_every_method_and_mode(
     tiny: Export, rtx: Api, tmp_path: Path, variant: tuple[str, str, str]
 ) -> None:
     source = tiny(*variant)
-    made = optimize_bundle(source.path, tmp_path / "made", precision="fp16", target="trt", compute_capability="8.9")
+    made = optimize_bundle(
+        source.path, tmp_path / "made", precision="fp16", target="trt", compute_capability="8.9"
+    )
     report, info = made.info.optimization or {}, made.info
     assert (info.precision, info.target) == ("fp16", "trt")
     assert report["plans"] == len(info.stages) + 2
@@ -547,7 +627,18 @@ def inspect(bundle: Bundle, stage: str, record: Record) -> None:
     assert [t.name for t in record.outputs] == [o.name for o in graph.output]
     assert {t.dtype for t in record.outputs} == {"float"}
     for tensor in record.inputs:
-        floats = ("prompts", "context", "hidden", "prefix", "z", "matrix", "p0", "label_logits", "targets", "classes")
+        floats = (
+            "prompts",
+            "context",
+            "hidden",
+            "prefix",
+            "z",
+            "matrix",
+            "p0",
+            "label_logits",
+            "targets",
+            "classes",
+        )
         assert tensor.dtype == ("float" if tensor.name in floats else "int64")
         assert tensor.profile is not None
         low, best, high = tensor.profile
@@ -559,28 +650,48 @@ def inspect(bundle: Bundle, stage: str, record: Record) -> None:
 
 
 SEPARATE = ("olmo2",)
-"""Families whose queries and keys are normalized over all heads, right behind their matmuls, which stay apart then."""
+"""Families whose queries and keys are normalized over all heads, right behind their matmuls, which
+stay apart then.
+"""
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name == "roberta" else pytest.mark.slow) for name in families()]
+    "family",
+    [
+        pytest.param(name, marks=[] if name == "roberta" else pytest.mark.slow)
+        for name in families()
+    ],
 )
-def test_every_family_is_built_with_fused_attention(exported: Export, rtx: Api, tmp_path: Path, family: str) -> None:
-    make_backbone(f"tiny-{family}", tmp_path / family)  # with heads of 16, the smallest that TensorRT fuses
+def test_every_family_is_built_with_fused_attention(
+    exported: Export, rtx: Api, tmp_path: Path, family: str
+) -> None:
+    make_backbone(
+        f"tiny-{family}", tmp_path / family
+    )  # with heads of 16, the smallest that TensorRT fuses
     source, output = exported(tmp_path / family, "bbt", "add", 5), tmp_path / "made"
-    made = optimize_bundle(source.path, output, precision="fp16", target="trt", compute_capability="8.9")
+    made = optimize_bundle(
+        source.path, output, precision="fp16", target="trt", compute_capability="8.9"
+    )
     report, found = made.info.optimization or {}, records(made)
     inspect_all(made, found)
     fused = 0
     for stage in made.info.stages:
-        kernels, graph = found[stage].kernels, onnx.load(made.path / f"{stage}.onnx", load_external_data=False).graph
+        kernels, graph = (
+            found[stage].kernels,
+            onnx.load(made.path / f"{stage}.onnx", load_external_data=False).graph,
+        )
         assert kernels is not None
         assert kernels.other_attention == []
         assert kernels.fused_attention == sum(node.op_type == "Softmax" for node in graph.node)
         fused += kernels.fused_attention
-        side_by_side = [names for names in matmuls_of_one_input(graph) if len(names) >= 3]  # queries, keys and values
+        side_by_side = [
+            names for names in matmuls_of_one_input(graph) if len(names) >= 3
+        ]  # queries, keys and values
         if family not in SEPARATE:
-            assert all(any(names <= set(merged) for merged in kernels.merged_matmuls) for names in side_by_side)
+            assert all(
+                any(names <= set(merged) for merged in kernels.merged_matmuls)
+                for names in side_by_side
+            )
     assert (report["attention_fused"], report["attention_not_fused"]) == (fused, 0)
     assert fused >= made.info.n_layers
 
@@ -601,19 +712,27 @@ def test_the_other_precisions_are_built_too(
     tiny: Export, rtx: Api, tmp_path: Path, variant: tuple[str, str, str], precision: str
 ) -> None:
     made = optimize_bundle(
-        tiny(*variant).path, tmp_path / "made", precision=precision, target="trt", compute_capability="8.6,8.9"
+        tiny(*variant).path,
+        tmp_path / "made",
+        precision=precision,
+        target="trt",
+        compute_capability="8.6,8.9",
     )
     report = made.info.optimization or {}
     assert report["logit_error"] < (0.06 if precision == "bf16" else 1e-5)
     assert {record.key.capability for record in records(made).values()} == {("8.6", "8.9")}
-    types = {t.data_type for t in onnx.load(made.path / f"{made.info.stages[-1]}.onnx").graph.initializer}
+    types = {
+        t.data_type for t in onnx.load(made.path / f"{made.info.stages[-1]}.onnx").graph.initializer
+    }
     assert (onnx.TensorProto.BFLOAT16 in types) == (precision == "bf16")
 
 
 @pytest.fixture(scope="module")
 def ahead(tiny: Export, rtx: Api, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     output = tmp_path_factory.mktemp("ahead") / "made"
-    return optimize_bundle(tiny("bert", "bbt", "add").path, output, target="trt", compute_capability="8.9")
+    return optimize_bundle(
+        tiny("bert", "bbt", "add").path, output, target="trt", compute_capability="8.9"
+    )
 
 
 @pytest.fixture
@@ -631,7 +750,9 @@ def get_plan(bundle: Bundle, api: Api, messages: list[str]) -> bytes:
     return plan
 
 
-def test_a_plan_that_fits_is_not_built_again(copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_fits_is_not_built_again(
+    copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan_building, "build", lambda *_: pytest.fail("it was built"))
     messages: list[str] = []
     assert get_plan(copy, rtx, messages)
@@ -646,7 +767,9 @@ def test_a_plan_that_is_damaged_is_rebuilt_with_a_reason(copy: Bundle, rtx: Api)
     assert "damaged" in messages[0]
     assert "this takes minutes" in messages[0]
     assert file.read_bytes() == plan
-    assert not [p.name for p in file.parent.iterdir() if p.name.startswith(".")], "a temporary file was left"
+    assert not [p.name for p in file.parent.iterdir() if p.name.startswith(".")], (
+        "a temporary file was left"
+    )
     Bundle.read(copy.path)  # plans are no part of its sha256
 
 
@@ -671,7 +794,9 @@ def local_key(bundle: Bundle, api: Api, gpu: str, capability: str) -> Key:
     return plans.keys(bundle, api, gpu, (capability,), "580.65")["model"]
 
 
-def test_a_plan_for_the_gpu_of_this_machine_is_built_for_its_compute_capability(copy: Bundle, rtx: Api) -> None:
+def test_a_plan_for_the_gpu_of_this_machine_is_built_for_its_compute_capability(
+    copy: Bundle, rtx: Api
+) -> None:
     """TensorRT for RTX builds for other capabilities than Turing's unless it is told."""
     builder = trt_api.start(rtx, "Builder", trt_api.new_logger(rtx))
     config = plans.configure(rtx, builder, local_key(copy, rtx, "NVIDIA GeForce RTX 2080", "7.5"))
@@ -679,7 +804,9 @@ def test_a_plan_for_the_gpu_of_this_machine_is_built_for_its_compute_capability(
     assert config.get_compute_capability(0) == rtx.module.ComputeCapability.SM75
 
 
-def test_a_gpu_that_tensorrt_for_rtx_does_not_support_names_the_other_tensorrt(copy: Bundle, rtx: Api) -> None:
+def test_a_gpu_that_tensorrt_for_rtx_does_not_support_names_the_other_tensorrt(
+    copy: Bundle, rtx: Api
+) -> None:
     builder = trt_api.start(rtx, "Builder", trt_api.new_logger(rtx))
     key = local_key(copy, rtx, "NVIDIA H100 80GB HBM3", "9.0")
     message = one_line(lambda: plans.configure(rtx, builder, key), PlanError)
@@ -690,7 +817,9 @@ def test_a_gpu_that_tensorrt_for_rtx_does_not_support_names_the_other_tensorrt(c
 def test_a_gpu_that_is_not_supported_is_refused_before_anything_is_converted(
     install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "local_gpu", lambda: ("NVIDIA H100 80GB HBM3", ("9.0",), "580.65"))
+    monkeypatch.setattr(
+        tensorrt, "local_gpu", lambda: ("NVIDIA H100 80GB HBM3", ("9.0",), "580.65")
+    )
     install(tensorrt_rtx="tensorrt_rtx")
     assert "compute capability 9.0" in one_line(lambda: check_capabilities(None), PlanError)
     install(tensorrt="tensorrt 11", tensorrt_rtx="tensorrt_rtx")
@@ -721,7 +850,9 @@ def test_compute_capability_belongs_to_tensorrt(tiny: Export, rtx: Api, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_builder_that_cannot_start_is_an_error(copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_cannot_start_is_an_error(
+    copy: Bundle, rtx: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none(api: Api) -> Any:
         return SimpleNamespace(errors=["no memory"])
 

@@ -20,16 +20,16 @@ from safetensors.numpy import load_file, save_file
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
-from bbt_accel.bundle import Bundle
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.population import Population
+from bbt_accel.core.settings import FITTED
 from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, NonFiniteLoss, RunError, UsageError
-from bbt_accel.files import reserved
-from bbt_accel.history import Generation
-from bbt_accel.population import Population
-from bbt_accel.run import Run
-from bbt_accel.settings import FITTED
-from bbt_accel.tuning import readouts
-from bbt_accel.tuning.callbacks import Callback
+from bbt_accel.io.files import reserved
+from bbt_accel.search import readout_search as readouts
+from bbt_accel.search.callbacks import Callback
+from bbt_accel.search.history import Generation
+from bbt_accel.search.run import Run
 
 Tune = Callable[..., Run]
 FILES = [
@@ -72,7 +72,9 @@ def overflow(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda at: at_population(monkeypatch, at)
 
 
-def at_population(monkeypatch: pytest.MonkeyPatch, at: int, error: type[BaseException] | None = None) -> None:
+def at_population(
+    monkeypatch: pytest.MonkeyPatch, at: int, error: type[BaseException] | None = None
+) -> None:
     count, whole = 0, DummyBoundBatch._label_logits
 
     def logits(self: DummyBoundBatch, population: Population) -> np.ndarray:
@@ -128,7 +130,12 @@ def test_the_default_name_says_what_was_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = tune(
-        bundle, task_file(tmp_path / "data"), data=tmp_path / "data", engine="dummy", settings=SETTINGS, progress=False
+        bundle,
+        task_file(tmp_path / "data"),
+        data=tmp_path / "data",
+        engine="dummy",
+        settings=SETTINGS,
+        progress=False,
     )
     assert run.path == tmp_path / "runs" / f"toy-{bundle.info.method}-dummy-7"
 
@@ -154,7 +161,11 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_end(
 
 @pytest.mark.parametrize("readout", ["verbalizer", "calibrated"])
 def test_a_loss_that_is_not_finite_is_an_error_and_the_best_prompt_before_it_is_saved(
-    start: Tune, overflow: Callable[[int], None], capsys: pytest.CaptureFixture[str], readout: str, tmp_path: Path
+    start: Tune,
+    overflow: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+    readout: str,
+    tmp_path: Path,
 ) -> None:
     settings = {**SETTINGS, "readout": readout}
     for resume in (False, True):
@@ -163,7 +174,9 @@ def test_a_loss_that_is_not_finite_is_an_error_and_the_best_prompt_before_it_is_
             start(settings=settings, resume=resume, progress=True)
         run = Run.read(tmp_path / "run")
         assert (run.info.status, len(run.history)) == ("interrupted", 5)
-        assert f"{run.path} holds the best prompt of {run.info.calls} calls" in capsys.readouterr().err
+        assert (
+            f"{run.path} holds the best prompt of {run.info.calls} calls" in capsys.readouterr().err
+        )
     overflow(-1)
     whole = start("whole", settings=settings)
     assert result_bytes(start(settings=settings, resume=True)) == result_bytes(whole)
@@ -183,7 +196,9 @@ def test_a_loss_that_is_not_finite_in_the_first_generation_leaves_the_readout_wi
     assert (run.info.calls, run.readout.name, run.info.readout.searched) == (1, "calibrated", False)
 
 
-def test_a_killed_search_keeps_the_readout_that_auto_has_chosen(start: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_search_keeps_the_readout_that_auto_has_chosen(
+    start: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Killing(Callback):
         def on_generation(self, generation: Generation) -> None:
             if generation.generation == 3:
@@ -216,7 +231,10 @@ def test_other_threads_than_before_are_noted(
     start(threads=1)
     interrupt(-1)
     start(threads=2, resume=True, progress=True)
-    assert "so far the search ran with --threads 1, now with --threads 2; the last bits" in capsys.readouterr().err
+    assert (
+        "so far the search ran with --threads 1, now with --threads 2; the last bits"
+        in capsys.readouterr().err
+    )
 
 
 def test_ctrl_c_before_the_first_generation_leaves_nothing(
@@ -258,22 +276,34 @@ def test_what_others_put_into_a_run_is_there_after_it_was_continued(start: Tune)
 
 
 @pytest.mark.parametrize("readout", ["verbalizer", "calibrated", "auto"])
-@pytest.mark.parametrize("first", [20, 48])  # the dev score at its end is due there in a longer search, or it is not
+@pytest.mark.parametrize(
+    "first", [20, 48]
+)  # the dev score at its end is due there in a longer search, or it is not
 def test_a_larger_budget_continues_a_complete_run_as_if_it_had_been_given_at_first(
     start: Tune, readout: str, first: int
 ) -> None:
     settings = {**SETTINGS, "readout": readout, "popsize": 4, "eval_every": 16}
-    whole, short = start("whole", settings | {"budget": 80}), start(settings=settings | {"budget": first})
+    whole, short = (
+        start("whole", settings | {"budget": 80}),
+        start(settings=settings | {"budget": first}),
+    )
     computed = short.history[:-1]
     continued = start(settings={"budget": 80}, resume=True)
     assert result_bytes(continued) == result_bytes(whole)
     assert continued.info.best == whole.info.best
-    assert (continued.info.calls, continued.info.settings) == (whole.info.calls, whole.info.settings)
+    assert (continued.info.calls, continued.info.settings) == (
+        whole.info.calls,
+        whole.info.settings,
+    )
     times = {"seconds", "evaluations_per_second"}
     one, other = ([g.model_dump(exclude=times) for g in run.history] for run in (continued, whole))
     assert one == other
-    assert continued.history[: len(computed)] == computed  # with its times: it was not computed again
-    assert [r.name for r in continued.info.readout.tried] == [r.name for r in whole.info.readout.tried]
+    assert (
+        continued.history[: len(computed)] == computed
+    )  # with its times: it was not computed again
+    assert [r.name for r in continued.info.readout.tried] == [
+        r.name for r in whole.info.readout.tried
+    ]
 
 
 def test_a_run_that_is_interrupted_on_the_way_to_a_larger_budget_is_continued_to_it(
@@ -307,7 +337,9 @@ def test_overwrite_replaces_only_runs(start: Tune, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "letter.txt").read_text() == "dear"
 
 
-def test_overwrite_replaces_a_link_to_a_run_and_leaves_that_run(start: Tune, tmp_path: Path) -> None:
+def test_overwrite_replaces_a_link_to_a_run_and_leaves_that_run(
+    start: Tune, tmp_path: Path
+) -> None:
     first = start("elsewhere")
     (tmp_path / "run").symlink_to(first.path, target_is_directory=True)
     for seed in (8, 9):
@@ -329,7 +361,9 @@ def test_overwrite_keeps_the_former_run_until_the_new_one_is_complete(
         start(settings=settings, overwrite=True)
     assert Run.read(first.path).info == first.info
     interrupt(-1)
-    assert prompt_bytes(start(settings=settings, resume=at > 1, overwrite=at == 1)) == prompt_bytes(whole)
+    assert prompt_bytes(start(settings=settings, resume=at > 1, overwrite=at == 1)) == prompt_bytes(
+        whole
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +381,9 @@ def test_resume_names_what_is_different(start: Tune, change: dict[str, Any], nam
         start(resume=True, **change)
 
 
-def test_resume_refuses_other_rows_and_another_bundle(start: Tune, tmp_path: Path, bundle: Bundle) -> None:
+def test_resume_refuses_other_rows_and_another_bundle(
+    start: Tune, tmp_path: Path, bundle: Bundle
+) -> None:
     start()
     rows = (tmp_path / "data" / "train.jsonl").read_text()
     (tmp_path / "data" / "train.jsonl").write_text(rows.replace("w1", "w2"))
@@ -362,7 +398,9 @@ def test_resume_refuses_other_rows_and_another_bundle(start: Tune, tmp_path: Pat
         start(resume=True)
 
 
-def test_resume_takes_settings_that_are_not_given_from_the_run(start: Tune, interrupt: Callable[[int], None]) -> None:
+def test_resume_takes_settings_that_are_not_given_from_the_run(
+    start: Tune, interrupt: Callable[[int], None]
+) -> None:
     whole = start("whole")
     interrupt(5)
     start()
@@ -401,7 +439,12 @@ def test_a_damaged_run_is_refused(start: Tune, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be read"):
         Run.read(damaged("run.json", b"{"))
     with pytest.raises(RunError, match="run format 99"):
-        Run.read(damaged("run.json", (run.path / "run.json").read_bytes().replace(b'"format": 3', b'"format": 99')))
+        Run.read(
+            damaged(
+                "run.json",
+                (run.path / "run.json").read_bytes().replace(b'"format": 3', b'"format": 99'),
+            )
+        )
     with pytest.raises(RunError, match=r"has no prompt\.safetensors"):
         Run.read(damaged("prompt.safetensors", None))
     save_file({"prompt": run.prompt + 1}, tmp_path / "other")
@@ -418,7 +461,9 @@ def test_tensorboard_shows_every_generation(start: Tune) -> None:
     events.Reload()
     shown = [(e.step, e.value) for e in events.Scalars("best_loss")]
     assert shown == [(g.calls, pytest.approx(g.best_loss)) for g in run.history]
-    assert len(events.Scalars("dev_score")) == len([g for g in run.history if g.dev_score is not None])
+    assert len(events.Scalars("dev_score")) == len(
+        [g for g in run.history if g.dev_score is not None]
+    )
 
 
 # A fork for each line, killed before or after the n-th call that renames, replaces or syncs a file.
@@ -454,7 +499,8 @@ InAFork = Callable[[Path, str, int, bool], tuple[int, Any]]
 
 @pytest.fixture(scope="module")
 def in_a_fork() -> Iterator[InAFork]:
-    """`in_a_fork(tmp_path, output, at, resume)`: the exit code of a search that is killed at a point, and its points.
+    """`in_a_fork(tmp_path, output, at, resume)`: the exit code of a search that is killed at a
+    point, and its points.
 
     Its process is a fork of one that has imported everything.
     """
@@ -462,20 +508,32 @@ def in_a_fork() -> Iterator[InAFork]:
     def call(tmp_path: Path, output: str, at: int, resume: bool) -> tuple[int, Any]:
         data = str(tmp_path / "data")
         settings = {**SETTINGS, "budget": 48}
-        arguments = [f"{data}/task.toml", str(tmp_path / "bundle"), data, str(tmp_path / output), settings, resume, at]
+        arguments = [
+            f"{data}/task.toml",
+            str(tmp_path / "bundle"),
+            data,
+            str(tmp_path / output),
+            settings,
+            resume,
+            at,
+        ]
         process.stdin.write(json.dumps(arguments) + "\n")  # type: ignore[union-attr]
         process.stdin.flush()  # type: ignore[union-attr]
         code, points = json.loads(process.stdout.readline())  # type: ignore[union-attr]
         return code, points
 
     command = [sys.executable, "-c", KILLED]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         yield call
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 @pytest.mark.parametrize("bundle", ["bbtv2"], indirect=True)
-def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(start: Tune, in_a_fork: InAFork, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_to_the_same_prompt(
+    start: Tune, in_a_fork: InAFork, tmp_path: Path
+) -> None:
     settings = {**SETTINGS, "budget": 48}
     whole = start("whole", settings)
     _, steps = in_a_fork(tmp_path, "counted", 0, False)
@@ -509,18 +567,26 @@ def test_a_run_killed_on_the_way_to_a_larger_budget_is_still_there_and_continued
         if (tmp_path / output).exists():  # else it was renamed, and is so again by the next command
             assert prompt_bytes(Run.read(tmp_path / output)) in (first, prompt_bytes(whole))
         assert prompt_bytes(start(output, larger, resume=True)) == prompt_bytes(whole)
-        assert not [p for p in tmp_path.iterdir() if p.name.startswith(f".{output}.") and p.suffix != ".lock"]
+        assert not [
+            p
+            for p in tmp_path.iterdir()
+            if p.name.startswith(f".{output}.") and p.suffix != ".lock"
+        ]
 
 
 @pytest.mark.parametrize("readout", ["verbalizer", "auto"])
 def test_a_run_killed_between_two_generations_resumes_to_the_same_prompt(
     start: Tune, tmp_path: Path, readout: str
 ) -> None:
-    """The folder as a killed process leaves it, at every generation: run.json, and some lines of history."""
+    """The folder as a killed process leaves it, at every generation: run.json, and some lines of
+    history.
+    """
     settings = {**SETTINGS, "readout": readout}
     whole = start("whole", settings)
     lines = (whole.path / "history.jsonl").read_bytes().splitlines(keepends=True)
-    running = whole.info.model_copy(update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""})
+    running = whole.info.model_copy(
+        update={"status": "running", "calls": 0, "best": None, "prompt_sha256": ""}
+    )
     for generations in (0, 1, len(lines) // 2, len(lines)):
         partial = tmp_path / ".run.partial"
         partial.mkdir()
@@ -538,17 +604,23 @@ def test_a_run_killed_between_two_generations_resumes_to_the_same_prompt(
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 @pytest.mark.parametrize("place", ["run", ".run.partial"])
 def test_a_run_in_use_is_refused_and_left_alone(
-    start: Tune, tmp_path: Path, options: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch
+    start: Tune,
+    tmp_path: Path,
+    options: dict[str, Any],
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("fcntl")
-    monkeypatch.setattr("bbt_accel.files.PATIENCE", 0.0)
+    monkeypatch.setattr("bbt_accel.io.files.PATIENCE", 0.0)
     run = start()
     if place != "run":
         shutil.move(run.path, tmp_path / place)
     (tmp_path / place / ".run.json.123").write_text("half")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with reserved(run.path):
-        with pytest.raises(BbtError, match="in use by another bbt-accel; wait for it or choose another -o"):
+        with pytest.raises(
+            BbtError, match="in use by another bbt-accel; wait for it or choose another -o"
+        ):
             start(**options)
         assert {p: p.read_bytes() for p in before} == before
 
@@ -570,7 +642,7 @@ def test_two_searches_at_once_end_as_one_run_and_one_line(start: Tune, tmp_path:
         return whole(self, population)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bbt_accel.files.PATIENCE", 0.0)
+        patch.setattr("bbt_accel.io.files.PATIENCE", 0.0)
         patch.setattr(DummyBoundBatch, "_label_logits", second)
         run = start()
     assert all("is in use" in refusal for refusal in refusals)
@@ -621,8 +693,10 @@ def test_a_full_disk_is_one_line_and_the_search_continues_later(
     with monkeypatch.context() as patch:
         patch.setattr(os, at, filling)
         if at == "rename":
-            patch.setattr("bbt_accel.tuning.workspace.rename_new", full)
-        with pytest.raises(RunError, match=r"cannot write .*\.run\.partial .*No space left.*; free some .*--resume"):
+            patch.setattr("bbt_accel.search.workspace.rename_new", full)
+        with pytest.raises(
+            RunError, match=r"cannot write .*\.run\.partial .*No space left.*; free some .*--resume"
+        ):
             start()
     assert prompt_bytes(start(resume=True)) == prompt_bytes(whole)
 
@@ -630,16 +704,21 @@ def test_a_full_disk_is_one_line_and_the_search_continues_later(
 def test_a_full_disk_at_the_plot_costs_the_plot_alone(
     start: Tune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bbt_accel.tuning.workspace.draw_curve", full)
+    monkeypatch.setattr("bbt_accel.search.workspace.draw_curve", full)
     run = start(progress=True)
     assert run.info.status == "done"
-    assert sorted(p.name for p in run.path.iterdir()) == [name for name in FILES if name != "curve.png"]
-    assert "has no curve.png, which could not be written (No space left on device)" in capsys.readouterr().err
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        name for name in FILES if name != "curve.png"
+    ]
+    assert (
+        "has no curve.png, which could not be written (No space left on device)"
+        in capsys.readouterr().err
+    )
 
 
 TERMINATED = """
 import os, signal, sys
-from bbt_accel.cli import main
+from bbt_accel.cli.commands import main
 from bbt_accel.engines.dummy import DummyBoundBatch
 whole, count = DummyBoundBatch._label_logits, 0
 def logits(self, population):
@@ -657,9 +736,28 @@ main(sys.argv[1:])
 @pytest.mark.parametrize("bundle", ["bbt"], indirect=True)
 def test_sigterm_ends_the_command_as_ctrl_c_does(bundle: Bundle, tmp_path: Path) -> None:
     task = task_file(tmp_path / "data")
-    words = ["tune", "--bundle", str(bundle.path), "--task", str(task), "--data", str(tmp_path / "data")]
-    words += ["--engine", "dummy", "--readout", "verbalizer", "--k-shot", "3", "-o", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, "-c", TERMINATED, *words], capture_output=True, text=True, timeout=120)
+    words = [
+        "tune",
+        "--bundle",
+        str(bundle.path),
+        "--task",
+        str(task),
+        "--data",
+        str(tmp_path / "data"),
+    ]
+    words += [
+        "--engine",
+        "dummy",
+        "--readout",
+        "verbalizer",
+        "--k-shot",
+        "3",
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED, *words], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 130
     assert "interrupted" in done.stderr
     info = Run.read(tmp_path / "run").info

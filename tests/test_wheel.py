@@ -1,4 +1,6 @@
-"""The wheel, as a user gets it: in an empty environment it tunes and predicts from a bundle, without torch."""
+"""The wheel, as a user gets it: in an empty environment it tunes and predicts from a bundle,
+without torch.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,16 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    }
+    return subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +71,24 @@ def test_a_release_is_one_that_the_index_takes(release: Path, wheel: Path) -> No
 def test_wheel_holds_what_it_needs(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     info = next(name for name in names if name.endswith("/METADATA")).removesuffix("METADATA")
-    for folder, package in (("exporters", "exporters"), ("engines", "engines"), ("benchmarks", "benchmarks")):
-        assert {f"bbt_accel/{package}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= set(names)
-    assert {f"{info}licenses/LICENSE", f"{info}licenses/bbt_accel/demo/backbone/NOTICE"} <= set(names)
+    for folder, package in (
+        ("exporters", "exporters"),
+        ("engines", "engines"),
+        ("benchmarks", "benchmarks"),
+    ):
+        assert {f"bbt_accel/{package}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= set(
+            names
+        )
+    assert {
+        f"{info}licenses/LICENSE",
+        f"{info}licenses/bbt_accel/core/demo/backbone/NOTICE",
+    } <= set(names)
     names_of = ("*.toml", "*.jsonl", "*.safetensors", "*.json", "NOTICE", "README.md", "py.typed")
     shipped = (*names_of, "*.py", "*.html", "*.css", "*.js", "*.j2")
     for pattern in shipped:
-        assert {str(file.relative_to(ROOT)) for file in (ROOT / "bbt_accel").rglob(pattern)} <= set(names)
+        assert {str(file.relative_to(ROOT)) for file in (ROOT / "bbt_accel").rglob(pattern)} <= set(
+            names
+        )
     tops = {name.split("/")[0] for name in names}
     assert tops == {"bbt_accel", info.rstrip("/")}
 
@@ -79,9 +100,13 @@ def test_tunes_and_predicts_without_torch(wheel: Path, tmp_path: Path) -> None:
     export_bundle("demo", tmp_path / "bundle", n_prompt_tokens=5)
     venv.create(tmp_path / "venv", with_pip=True)
     binaries = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    installed = run(binaries / "python", "-m", "pip", "--retries", "1", "install", "-q", f"{wheel}[cpu]")
+    installed = run(
+        binaries / "python", "-m", "pip", "--retries", "1", "install", "-q", f"{wheel}[cpu]"
+    )
     if installed.returncode:
-        pytest.skip(f"pip cannot install the dependencies: {installed.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"pip cannot install the dependencies: {installed.stderr.strip().splitlines()[-1]}"
+        )
     program = binaries / "bbt-accel"
 
     tuned = run(
@@ -90,7 +115,9 @@ def test_tunes_and_predicts_without_torch(wheel: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr
     assert json.loads(tuned.stdout)["calls"] == 5  # one fits the readout, and 4 are a generation
-    predicted = run(program, "predict", tmp_path / "run", "The striker scored twice in the final", "--json")
+    predicted = run(
+        program, "predict", tmp_path / "run", "The striker scored twice in the final", "--json"
+    )
     assert predicted.returncode == 0, predicted.stderr
     assert json.loads(predicted.stdout)["word"] in load_task("demo").words("masked")
     assert run(binaries / "python", "-c", "import torch").returncode, "torch was there after all"

@@ -16,17 +16,17 @@ from search_parts import SETTINGS, batch, search_bundle, task_file
 from search_parts import job as make_job
 
 from bbt_accel import tune
-from bbt_accel.batch import Batch
-from bbt_accel.bundle import Bundle
-from bbt_accel.cluster import connect
+from bbt_accel.core.batch import Batch
+from bbt_accel.core.bundle import Bundle
+from bbt_accel.core.settings import Settings
 from bbt_accel.errors import BundleError, EngineError, NonFiniteLoss, UsageError
-from bbt_accel.history import Generation, History
-from bbt_accel.run import Run
-from bbt_accel.settings import Settings
-from bbt_accel.tuning.evaluator import Evaluator, Job
-from bbt_accel.tuning.methods import PromptSpace
-from bbt_accel.tuning.search import SearchOutcome, search
-from bbt_accel.tuning.workers import WorkersEvaluator
+from bbt_accel.io.cluster import connect
+from bbt_accel.search.evaluator import Evaluator, Job
+from bbt_accel.search.history import Generation, History
+from bbt_accel.search.loop import SearchOutcome, search
+from bbt_accel.search.methods import PromptSpace
+from bbt_accel.search.run import Run
+from bbt_accel.search.workers import WorkersEvaluator
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -39,7 +39,9 @@ def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
     return search_bundle(tmp_path / "bundle", request.param)
 
 
-def job(bundle: Bundle, engine: str = "dummy", settings: Settings = SMALL, train: Batch = TRAIN) -> Job:
+def job(
+    bundle: Bundle, engine: str = "dummy", settings: Settings = SMALL, train: Batch = TRAIN
+) -> Job:
     return make_job(bundle, settings, train, DEV, engine)
 
 
@@ -53,7 +55,9 @@ def walk(
     with evaluator, History(file) as history:
         outcome = search(evaluator, work.bundle, work.settings, history, observe)
         done = history.generations
-        return outcome, [(g.candidates, g.losses, g.metric, g.dev_score, g.dev_loss, g.step_size) for g in done]
+        return outcome, [
+            (g.candidates, g.losses, g.metric, g.dev_score, g.dev_loss, g.step_size) for g in done
+        ]
 
 
 def die(worker: WorkersEvaluator, number: int) -> None:
@@ -62,18 +66,26 @@ def die(worker: WorkersEvaluator, number: int) -> None:
 
 
 @pytest.mark.parametrize(("engine", "method"), [("ort", "bbt"), ("ort", "bbtv2"), ("torch", "bbt")])
-def test_the_trajectory_is_the_same_as_in_one_process(engine: str, method: str, tiny: Any, tmp_path: Path) -> None:
+def test_the_trajectory_is_the_same_as_in_one_process(
+    engine: str, method: str, tiny: Any, tmp_path: Path
+) -> None:
     pytest.importorskip({"ort": "onnxruntime"}.get(engine, engine))
     bundle = tiny("roberta", method)
     ids = np.random.default_rng(0).integers(10, 30, (6, 9))
     mask = np.arange(9) < np.array([[5], [6], [7], [8], [9], [9]])
     rows = Batch(ids, mask, np.ones(6), np.arange(6) % 2, np.array([11, 12]))
-    work = replace(job(bundle, engine, Settings(intrinsic_dim=6, popsize=6, budget=24, seed=1)), train=rows, dev=rows)
+    work = replace(
+        job(bundle, engine, Settings(intrinsic_dim=6, popsize=6, budget=24, seed=1)),
+        train=rows,
+        dev=rows,
+    )
     alone = walk(work.evaluator(), work, tmp_path / "alone")[1]
     assert walk(WorkersEvaluator(2, "local", work), work, tmp_path / "shared")[1] == alone
 
 
-def test_a_worker_that_dies_is_replaced_and_its_candidates_are_evaluated_again(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_candidates_are_evaluated_again(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     import ray
 
     work = job(bundle)
@@ -92,10 +104,16 @@ def test_a_worker_that_dies_is_replaced_and_its_candidates_are_evaluated_again(b
             assert not set(pool.actors) & set(first)
 
     assert walk(pool, work, tmp_path / "shared", kill)[1] == alone
-    assert sorted(line.split(" (")[0] for line in reports) == ["worker 1 died", "worker 1 died", "worker 2 died"]
+    assert sorted(line.split(" (")[0] for line in reports) == [
+        "worker 1 died",
+        "worker 1 died",
+        "worker 2 died",
+    ]
 
 
-def test_workers_that_keep_dying_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_keep_dying_end_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = job(search_bundle(tmp_path / "bundle"))
     pool = WorkersEvaluator(2, "local", work)
     made = pool._make
@@ -133,19 +151,29 @@ def test_a_loss_that_is_not_finite_names_the_candidate(tmp_path: Path) -> None:
 def test_impossible_numbers_of_workers_and_threads_are_refused(tmp_path: Path) -> None:
     work = job(search_bundle(tmp_path / "bundle"))
     for workers in (0, 3):
-        with pytest.raises(UsageError, match=f"--workers must lie in 1..2, half of --popsize 5; got {workers}"):
+        with pytest.raises(
+            UsageError, match=f"--workers must lie in 1..2, half of --popsize 5; got {workers}"
+        ):
             WorkersEvaluator(workers, "local", work)
     record = work.engine.model_copy(update={"threads": 64})
     with pytest.raises(EngineError, match="--workers 2 needs 128 CPUs, the Ray cluster has 4"):
         WorkersEvaluator(2, "local", replace(work, engine=record))
 
 
-def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_with_another_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = search_bundle(tmp_path / "bundle", "bbtv2")
     task, data = task_file(tmp_path / "data"), tmp_path / "data"
 
     def start(output: str, **more: Any) -> Run:
-        options: dict[str, Any] = {"data": data, "engine": "dummy", "progress": False, "settings": SETTINGS, **more}
+        options: dict[str, Any] = {
+            "data": data,
+            "engine": "dummy",
+            "progress": False,
+            "settings": SETTINGS,
+            **more,
+        }
         return tune(bundle, task, output=tmp_path / output, **options)
 
     whole = start("whole")
@@ -164,7 +192,9 @@ def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path, monkeypatc
     assert (run.info.status, run.info.calls, run.info.engine.workers) == ("interrupted", 20, 2)
     run = start("run", workers=1, resume=True)
     assert run.info.status == "done"
-    assert (run.path / "prompt.safetensors").read_bytes() == (whole.path / "prompt.safetensors").read_bytes()
+    assert (run.path / "prompt.safetensors").read_bytes() == (
+        whole.path / "prompt.safetensors"
+    ).read_bytes()
     assert [g.losses for g in run.history] == [g.losses for g in whole.history]
     with pytest.raises(UsageError, match="--workers"):
         start("other", ray="auto")
@@ -176,7 +206,15 @@ def test_the_scaling_benchmark_compares_workers_with_one_process(tmp_path: Path)
 
     bundle = search_bundle(tmp_path / "bundle")
     task = task_file(tmp_path / "data")
-    words = [str(bundle.path), "--task", str(task), "--data", str(tmp_path / "data"), "--engines", "dummy"]
+    words = [
+        str(bundle.path),
+        "--task",
+        str(task),
+        "--data",
+        str(tmp_path / "data"),
+        "--engines",
+        "dummy",
+    ]
     words += ["--popsize", "4", "--k-shot", "3", "--repeats", "2", "-o", str(tmp_path / "report")]
     report = run_script("scaling", None, scaling.add_options, scaling.measure_scaling, words)
     assert [(row.workers, row.threads, row.same) for row in report.rows] == [
@@ -202,8 +240,8 @@ def test_an_address_without_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch
 
 TERMINATED = """
 import os, signal, sys
-from bbt_accel.cli import main
-from bbt_accel.tuning.workers import WorkersEvaluator
+from bbt_accel.cli.commands import main
+from bbt_accel.search.workers import WorkersEvaluator
 train, calls = WorkersEvaluator.train, []
 def counted(self, *arguments):
     calls.append(1)
@@ -216,17 +254,37 @@ main(sys.argv[1:])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
-def test_sigterm_keeps_the_best_prompt_and_the_working_directory_holds_no_modules(tmp_path: Path) -> None:
+def test_sigterm_keeps_the_best_prompt_and_the_working_directory_holds_no_modules(
+    tmp_path: Path,
+) -> None:
     """Ray has a handler of its own for the one, and puts the other on the workers' path."""
-    bundle, task, place = search_bundle(tmp_path / "bundle"), task_file(tmp_path / "data"), tmp_path / "here"
+    bundle, task, place = (
+        search_bundle(tmp_path / "bundle"),
+        task_file(tmp_path / "data"),
+        tmp_path / "here",
+    )
     for name in ("bbt_accel", "numpy", "onnx", "triton"):
         (place / name).mkdir(parents=True)
-        (place / name / "__init__.py").write_text('raise RuntimeError("imported from the working directory")')
-    words = ["tune", "--bundle", str(bundle.path), "--task", str(task), "--data", str(task.parent), "--engine", "dummy"]
+        (place / name / "__init__.py").write_text(
+            'raise RuntimeError("imported from the working directory")'
+        )
+    words = [
+        "tune",
+        "--bundle",
+        str(bundle.path),
+        "--task",
+        str(task),
+        "--data",
+        str(task.parent),
+        "--engine",
+        "dummy",
+    ]
     words += ["--readout", "verbalizer", "--k-shot", "3", "--workers", "2", "-o", "run"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     command = [sys.executable, "-P", "-c", TERMINATED, *words]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=place, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 130, done.stderr
     info = Run.read(place / "run").info
     assert (info.status, info.calls) == ("interrupted", 12)

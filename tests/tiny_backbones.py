@@ -1,4 +1,6 @@
-"""Random checkpoints of every family: exported in a second, with weights large enough that prompts matter."""
+"""Random checkpoints of every family: exported in a second, with weights large enough that prompts
+matter.
+"""
 
 from __future__ import annotations
 
@@ -108,14 +110,17 @@ VARIANTS = [
 """Backbone, method and mode: every family with each, once."""
 EACH = (("bbt", "add"), ("bbt", "cat"), ("bbtv2", "add"))
 RELATIVES = [
-    (name, method, mode) for name in list(BACKBONES)[list(BACKBONES).index("xlm-roberta") :] for method, mode in EACH
+    (name, method, mode)
+    for name in list(BACKBONES)[list(BACKBONES).index("xlm-roberta") :]
+    for method, mode in EACH
 ]
 """The families that share most of their computation with one in `VARIANTS`, in the same way."""
 N_PROMPT = 3
 
 
 def marks(variant: tuple[str, str, str]) -> list[Any]:
-    """Relatives are slow tests, for each is an export of its own; but Llama stands for what the others have not.
+    """Relatives are slow tests, for each is an export of its own; but Llama stands for what the
+    others have not.
 
     What it adds to a prompt of tokens, GPT-2 has.
     """
@@ -124,7 +129,9 @@ def marks(variant: tuple[str, str, str]) -> list[Any]:
 
 
 def tiny_model(name: str, cls: str | None = None, seed: int = 0, **changes: Any) -> Any:
-    """A model with random weights, biases and norms. `cls`: another class of the same configuration."""
+    """A model with random weights, biases and norms. `cls`: another class of the same
+    configuration.
+    """
     _, own, settings = BACKBONES[name]
     kind: Any = getattr(transformers, cls or own)
     torch.manual_seed(seed)
@@ -159,7 +166,9 @@ def save_tokenizer(family: str, folder: Path, size: int = VOCABULARY) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_backbone(name: str, folder: Path, cls: str | None = None, seed: int = 0, **changes: Any) -> Path:
+def save_backbone(
+    name: str, folder: Path, cls: str | None = None, seed: int = 0, **changes: Any
+) -> Path:
     """Write checkpoint and tokenizer; returns the folder."""
     tiny_model(name, cls, seed, **changes).save_pretrained(folder)
     save_tokenizer(BACKBONES[name][0], folder)
@@ -167,7 +176,9 @@ def save_backbone(name: str, folder: Path, cls: str | None = None, seed: int = 0
 
 
 def save_recorded_backbone(name: str, folder: Path) -> Path:
-    """The same from the weights in fixtures/parity.npz, if it has them: no version of a library changes those."""
+    """The same from the weights in fixtures/parity.npz, if it has them: no version of a library
+    changes those.
+    """
     with np.load(PARITY) as parity:
         if f"{name}/config" not in parity:
             return save_backbone(name, folder)

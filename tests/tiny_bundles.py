@@ -1,4 +1,6 @@
-"""Bundles without graphs: a tokenizer.json of a few hundred pieces and the facts that the encoding needs."""
+"""Bundles without graphs: a tokenizer.json of a few hundred pieces and the facts that the encoding
+needs.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,17 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
-from bbt_accel.bundle import Bundle, BundleInfo, SpecialTokens
+from bbt_accel.core.bundle import Bundle, BundleInfo, SpecialTokens
 
 SIZE = 1100
 FILLER = [f"filler{i}" for i in range(SIZE)]
@@ -18,18 +28,48 @@ FILLER = [f"filler{i}" for i in range(SIZE)]
 
 FAMILIES: dict[str, tuple[str, str, Callable[[int], Tokenizer], tuple[object, ...]]] = {
     "roberta": ("encoder", "masked", lambda size: _byte_level(size), (0, 2, 1, 4, "<mask>", None)),
-    "bart": ("encoder-decoder", "masked", lambda size: _byte_level(size), (0, 2, 1, 4, "<mask>", 2)),
-    "gpt2": ("decoder", "causal", lambda size: _byte_level(size), (None, None, 1, None, None, None)),
-    "llama": ("decoder", "causal", lambda size: _begins(_byte_level(size)), (0, None, 1, None, None, None)),
+    "bart": (
+        "encoder-decoder",
+        "masked",
+        lambda size: _byte_level(size),
+        (0, 2, 1, 4, "<mask>", 2),
+    ),
+    "gpt2": (
+        "decoder",
+        "causal",
+        lambda size: _byte_level(size),
+        (None, None, 1, None, None, None),
+    ),
+    "llama": (
+        "decoder",
+        "causal",
+        lambda size: _begins(_byte_level(size)),
+        (0, None, 1, None, None, None),
+    ),
     "bert": ("encoder", "masked", lambda size: _word_pieces(size), (2, 3, 0, 4, "[MASK]", None)),
-    "t5": ("encoder-decoder", "span", lambda size: _unigram(size), (None, 1, 0, 3, "<extra_id_0>", 0)),
-    "mt5": ("encoder-decoder", "span", lambda size: _sentinel_piece(size), (None, 1, 0, 3, "▁<extra_id_0>", 0)),
+    "t5": (
+        "encoder-decoder",
+        "span",
+        lambda size: _unigram(size),
+        (None, 1, 0, 3, "<extra_id_0>", 0),
+    ),
+    "mt5": (
+        "encoder-decoder",
+        "span",
+        lambda size: _sentinel_piece(size),
+        (None, 1, 0, 3, "▁<extra_id_0>", 0),
+    ),
 }
 """Name → architecture, template group, tokenizer, and the values of `SpecialTokens`."""
 
 
 def tiny_bundle(
-    folder: Path, family: str = "roberta", prompt_mode: str = "add", n: int = 10, max_length: int = 64, size: int = SIZE
+    folder: Path,
+    family: str = "roberta",
+    prompt_mode: str = "add",
+    n: int = 10,
+    max_length: int = 64,
+    size: int = SIZE,
 ) -> Bundle:
     make, special = FAMILIES[family][2:]
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +79,9 @@ def tiny_bundle(
 
 
 def linked(bundle: Bundle, folder: Path) -> Bundle:
-    """The bundle as the hub's cache has it: every file is a link to one elsewhere, with another name."""
+    """The bundle as the hub's cache has it: every file is a link to one elsewhere, with another
+    name.
+    """
     snapshot, blobs = folder / "snapshot", folder / "blobs"
     shutil.copytree(bundle.path, snapshot)
     blobs.mkdir()
@@ -50,7 +92,12 @@ def linked(bundle: Bundle, folder: Path) -> Bundle:
 
 
 def bundle_info(
-    family: str, prompt_mode: str, n: int, max_length: int, vocab_size: int, special: tuple[object, ...]
+    family: str,
+    prompt_mode: str,
+    n: int,
+    max_length: int,
+    vocab_size: int,
+    special: tuple[object, ...],
 ) -> BundleInfo:
     return BundleInfo(
         backbone=f"tiny-{family}",
@@ -80,17 +127,25 @@ def _byte_level(size: int) -> Tokenizer:
     starts = [f"Ġ{c}" for c in string.ascii_letters]
     pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *starts, *FILLER][:size]
     merges = [("Ġ", c) for c in string.ascii_letters]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), add_prefix_space=False
+    )
     tokenizer.add_special_tokens([*specials[:4], AddedToken("<mask>", lstrip=True, special=True)])
     return tokenizer
 
 
 def _begins(tokenizer: Tokenizer) -> Tokenizer:
-    """The same with a begin token in front of each row, and the special tokens of a chat template."""
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    """The same with a begin token in front of each row, and the special tokens of a chat
+    template.
+    """
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     return tokenizer
 
 
@@ -98,8 +153,17 @@ def _word_pieces(size: int) -> Tokenizer:
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = string.ascii_lowercase + string.digits
     words = ["bad", "great", "it", "was"]
-    pieces = [*specials, *string.punctuation, *letters, *(f"##{c}" for c in letters), *words, *FILLER][:size]
-    tokenizer = Tokenizer(models.WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    pieces = [
+        *specials,
+        *string.punctuation,
+        *letters,
+        *(f"##{c}" for c in letters),
+        *words,
+        *FILLER,
+    ][:size]
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.add_special_tokens(specials)
@@ -109,7 +173,9 @@ def _word_pieces(size: int) -> Tokenizer:
 def _sentinel_piece(size: int) -> Tokenizer:
     """As published for mT5: a sentinel is a piece behind a space, and no special token."""
     spec = json.loads(_unigram(size).to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<extra_id_0>"]
+    spec["added_tokens"] = [
+        token for token in spec["added_tokens"] if token["content"] != "<extra_id_0>"
+    ]
     spec["model"]["vocab"][3][0] = "▁<extra_id_0>"
     return Tokenizer.from_str(json.dumps(spec))
 

@@ -9,9 +9,9 @@ import cma
 import numpy as np
 from cma.restricted_gaussian_sampler import GaussVkDSampler
 
-from bbt_accel.batch import Float32, Float64
-from bbt_accel.settings import Settings
-from bbt_accel.tuning.methods import Cma, PromptSpace
+from bbt_accel.core.batch import Float32, Float64
+from bbt_accel.core.settings import Settings
+from bbt_accel.search.methods import Cma, PromptSpace
 
 POPSIZE = 20
 ToPrompts = Callable[[Float64], Float32]
@@ -30,7 +30,8 @@ class Optimizer(Protocol):
 
 
 class CmaEs:
-    """CMA-ES on the random projection, as `bbt-accel tune` runs it; its best candidate of a generation is scored.
+    """CMA-ES on the random projection, as `bbt-accel tune` runs it; its best candidate of a
+    generation is scored.
 
     mean: score CMA's mean as well.
     """
@@ -56,7 +57,9 @@ class CmaEs:
 
 
 class VkdCmaEs(CmaEs):
-    """CMA-ES with a covariance D (I + V Vᵀ) D of low rank (Akimoto and Hansen, GECCO 2016), by pycma."""
+    """CMA-ES with a covariance D (I + V Vᵀ) D of low rank (Akimoto and Hansen, GECCO 2016), by
+    pycma.
+    """
 
     def start(self, settings: Settings) -> Any:
         options = {"popsize": settings.popsize, "seed": settings.seed, "verbose": -9}
@@ -65,9 +68,11 @@ class VkdCmaEs(CmaEs):
 
 
 class MirroredEs:
-    """Evolution strategies as in Salimans et al. (2017): mirrored samples, centred ranks, Adam. The mean is scored.
+    """Evolution strategies as in Salimans et al. (2017): mirrored samples, centred ranks, Adam. The
+    mean is scored.
 
-    prompts: from points (P, d), of which the origin is the start and 1 the scale of a word embedding.
+    prompts: from points (P, d), of which the origin is the start and 1 the scale of a word
+    embedding.
     """
 
     def __init__(self, prompts: ToPrompts, d: int, seed: int, sigma: float, rate: float) -> None:
@@ -95,26 +100,37 @@ class MirroredEs:
 
 
 class LowRankSpsa:
-    """As ZIP (Park et al., ICLR 2025): a prompt U diag(s) Vᵀ of low rank, and two-sided SPSA, whose estimate of the
-    gradient is clipped to the norm √δ for δ parameters. An estimate takes two calls; the current prompt is scored.
+    """As ZIP (Park et al., ICLR 2025): a prompt U diag(s) Vᵀ of low rank, and two-sided SPSA, whose
+    estimate of the gradient is clipped to the norm √δ for δ parameters. An estimate takes two
+    calls; the current prompt is scored.
 
     prompts: from points (P, n·H), as in `MirroredEs`.
     """
 
     def __init__(
-        self, prompts: ToPrompts, shape: tuple[int, int], seed: int, size: float, rate: float, rank: int = 5
+        self,
+        prompts: ToPrompts,
+        shape: tuple[int, int],
+        seed: int,
+        size: float,
+        rate: float,
+        rank: int = 5,
     ) -> None:
         self.prompts, self.size, self.rate, self.rank, self.shape = prompts, size, rate, rank, shape
         self.rng, self.steps = np.random.default_rng(seed), 0
         n, H = shape
         v = self.rng.standard_normal((H, rank)) / np.sqrt(rank)
-        self.point = np.concatenate([np.zeros(n * rank), np.ones(rank), v.ravel()])  # U = 0: the start, as elsewhere
+        self.point = np.concatenate(
+            [np.zeros(n * rank), np.ones(rank), v.ravel()]
+        )  # U = 0: the start, as elsewhere
         self.direction = np.zeros(0)
 
     def ask(self) -> Float32:
         self.steps += 1
         self.direction = self.rng.choice([-1.0, 1.0], len(self.point))
-        return self.prompts(np.stack([self.of(self.point + side * self.width * self.direction) for side in (1, -1)]))
+        return self.prompts(
+            np.stack([self.of(self.point + side * self.width * self.direction) for side in (1, -1)])
+        )
 
     def tell(self, losses: Float64) -> None:
         gradient = (losses[0] - losses[1]) / (2 * self.width) * self.direction

@@ -1,11 +1,14 @@
-"""CMA-ES and other optimizers: the accuracy of the prompts that they find in 280 calls, on the same rows and engine.
+"""CMA-ES and other optimizers: the accuracy of the prompts that they find in 280 calls, on the same
+rows and engine.
 
     pip install "../..[cpu,export,openvino]"
-    python run.py --data DIR -o results    # DIR holds agnews, sst2 and yelpp; the rows of demo are shipped
+    python run.py --data DIR -o results    # DIR holds agnews, sst2 and yelpp; the rows of demo are
+    shipped
 
-The loss of a prompt is that of the readout `calibrated`: the cross entropy of the train rows with the label words' own
-class bias refitted; or, for comparison, that of a ridge classifier on the logits of random words. Every score is
-written to results/report.json at once; a second run continues where the first ended.
+The loss of a prompt is that of the readout `calibrated`: the cross entropy of the train rows with
+the label words' own class bias refitted; or, for comparison, that of a ridge classifier on the
+logits of random words. Every score is written to results/report.json at once; a second run
+continues where the first ended.
 """
 
 from __future__ import annotations
@@ -26,28 +29,29 @@ from optimizers import CmaEs, LowRankSpsa, MirroredEs, Optimizer, ToPrompts, Vkd
 from tokenizers import Tokenizer
 
 from bbt_accel import Bundle, Objective, export_bundle, load_engine, load_task
-from bbt_accel.batch import Batch, Float32, Float64
 from bbt_accel.benchmarks.compare_report import CompareReport, Score, gains, make_report, summary
 from bbt_accel.benchmarks.steps import compared_rows
-from bbt_accel.command import exit_on_error
-from bbt_accel.data import Row, labels
-from bbt_accel.encoding import Encoder
+from bbt_accel.core.batch import Batch, Float32, Float64
+from bbt_accel.core.logits import log_loss
+from bbt_accel.core.settings import Settings, resolve
 from bbt_accel.engines.base import BoundBatch, Engine
-from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.logits import log_loss
-from bbt_accel.machine import describe_machine
-from bbt_accel.readout_fitting import fit_bias
-from bbt_accel.reporting import write_report
-from bbt_accel.settings import Settings, resolve
-from bbt_accel.splits import load_few_shot
-from bbt_accel.tuning.methods import PromptSpace
+from bbt_accel.exporters.convert.optimize import optimize_bundle
+from bbt_accel.io.command import exit_on_error
+from bbt_accel.io.machine import describe_machine
+from bbt_accel.io.reporting import write_report
+from bbt_accel.search.methods import PromptSpace
+from bbt_accel.search.readout_fitting import fit_bias
+from bbt_accel.tasks.data import Row, labels
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.splits import load_few_shot
 
 EVERY = 100  # calls between two scores on the dev rows
 TOKENS = 20  # of the prompt
 BASE = "CMA-ES"
 RIDGES = ((512, 100), (512, 10_000), (64, 100))  # words and penalties
-# Chosen by the dev loss with the seed 42, on demo, those of SPSA also on agnews: of the rates 0.03, 0.3 and 1 for the
-# strategies, and of eight pairs with rates from 0.1 to 100 and sizes from 0.1 to 1 for SPSA.
+# Chosen by the dev loss with the seed 42, on demo, those of SPSA also on agnews: of the rates 0.03,
+# 0.3 and 1 for the strategies, and of eight pairs with rates from 0.1 to 100 and sizes from 0.1 to
+# 1 for SPSA.
 ES = {"sigma": 1.0, "rate": 1.0}
 SPSA = {"size": 0.3, "rate": 30.0}
 
@@ -55,7 +59,9 @@ SPSA = {"size": 0.3, "rate": 30.0}
 class Rows:
     """Few-shot and test rows of a task on an engine, and what prompts are worth on them."""
 
-    def __init__(self, engine: Engine, task: Any, data: Path | None, settings: Settings, test_rows: int) -> None:
+    def __init__(
+        self, engine: Engine, task: Any, data: Path | None, settings: Settings, test_rows: int
+    ) -> None:
         self.encoder, self.objective = Encoder(engine.bundle, task), Objective("ce", task.metric)
         parts = [*load_few_shot(task, data, settings), compared_rows(task, data, test_rows)]
         self.targets = [labels(part) for part in parts]
@@ -69,7 +75,9 @@ class Rows:
 
     def losses(self, prompts: Float32) -> Float64:
         """Of the train rows, (P,)."""
-        return np.array([fit_bias(own, self.targets[0])[1] for own in self.logits(self.bound[0], prompts)])
+        return np.array(
+            [fit_bias(own, self.targets[0])[1] for own in self.logits(self.bound[0], prompts)]
+        )
 
     def dev_loss(self, prompt: Float32) -> float:
         """Of the dev rows, with the bias of the train rows."""
@@ -84,7 +92,9 @@ class Rows:
 
 
 class CrossFitted(Rows):
-    """Without a dev half: every prompt is scored on both halves, each with the bias of the other."""
+    """Without a dev half: every prompt is scored on both halves, each with the bias of the
+    other.
+    """
 
     def losses(self, prompts: Float32) -> Float64:
         halves = [self.logits(part, prompts) for part in self.bound[:2]]
@@ -100,9 +110,11 @@ class CrossFitted(Rows):
 
 
 class RidgeRows(Rows):
-    """The loss is that of a ridge classifier on the logits of random words, with each train row left out.
+    """The loss is that of a ridge classifier on the logits of random words, with each train row
+    left out.
 
-    words: how many of them. penalty: for standardized logits; the scale is that of the prompt without a search.
+    words: how many of them. penalty: for standardized logits; the scale is that of the prompt
+    without a search.
     """
 
     def __init__(self, engine: Engine, *arguments: Any, words: int, penalty: float) -> None:
@@ -129,13 +141,15 @@ class RidgeRows(Rows):
 
     def score(self, prompt: Float32) -> float:
         train, dev, test = (self.features(part, prompt[None])[0] for part in self.bound)
-        weight, bias = ridge.fit(np.concatenate([train, dev]), np.concatenate(self.targets[:2]), self.penalty)
+        weight, bias = ridge.fit(
+            np.concatenate([train, dev]), np.concatenate(self.targets[:2]), self.penalty
+        )
         return float(self.objective.score((test @ weight + bias)[None], self.targets[2])[1][0])
 
 
 def search(optimizer: Optimizer, rows: Rows, start: Float32, calls: int) -> tuple[Float32, int]:
-    """The prompt with the lowest dev loss, of the start and of what the optimizer found after every 100 calls; and the
-    calls that it took, at least those of one population."""
+    """The prompt with the lowest dev loss, of the start and of what the optimizer found after every
+    100 calls; and the calls that it took, at least those of one population."""
     best, spent = (rows.dev_loss(start), start), 0
     while True:
         prompts = optimizer.ask()
@@ -144,7 +158,10 @@ def search(optimizer: Optimizer, rows: Rows, start: Float32, calls: int) -> tupl
         due = (spent + len(prompts)) // EVERY > spent // EVERY
         spent += len(prompts)
         if due or last:
-            best = min([best, *((rows.dev_loss(p), p) for p in optimizer.found())], key=lambda found: found[0])
+            best = min(
+                [best, *((rows.dev_loss(p), p) for p in optimizer.found())],
+                key=lambda found: found[0],
+            )
         if last:
             return best[1], spent
 
@@ -188,7 +205,9 @@ def low_rank_spsa(bundle: Bundle, settings: Settings) -> Optimizer:
 
 @dataclass(frozen=True)
 class Contender:
-    """calls: a share of those given. words: whether the prompt starts from the words of the template."""
+    """calls: a share of those given. words: whether the prompt starts from the words of the
+    template.
+    """
 
     optimizer: Callable[[Bundle, Settings], Optimizer]
     rows: Callable[..., Rows] = Rows
@@ -246,7 +265,9 @@ def contend(given: argparse.Namespace, name: str, task: str, seed: int) -> Score
     with load_engine(made, given.engine, threads=given.threads) as engine:
         rows = own.rows(engine, load_task(task), data, settings, given.test_rows)
         start = made.start_prompt()
-        best, calls = search(own.optimizer(made, settings), rows, start, calls) if calls else (start, 0)
+        best, calls = (
+            search(own.optimizer(made, settings), rows, start, calls) if calls else (start, 0)
+        )
         seconds = time.perf_counter() - started
         return Score(
             contender=name, task=task, metric=metric, seed=seed, budget=None, calls=calls, score=rows.score(best),
@@ -255,11 +276,15 @@ def contend(given: argparse.Namespace, name: str, task: str, seed: int) -> Score
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="folder with a folder of rows per task")
     parser.add_argument("--backbone", default="demo")
     parser.add_argument("--tasks", default="demo,agnews,sst2,yelpp")
-    parser.add_argument("--contenders", default=";".join(CONTENDERS), help="separated by semicolons")
+    parser.add_argument(
+        "--contenders", default=";".join(CONTENDERS), help="separated by semicolons"
+    )
     parser.add_argument("--seeds", default="42,43,44,45,46")
     parser.add_argument("--calls", type=int, default=280)
     parser.add_argument("--test-rows", type=int, default=600)
@@ -276,21 +301,30 @@ def main() -> None:
             parser.error(f"--data: {given.data / task} is not a folder")
     given.output.mkdir(parents=True, exist_ok=True)
     file, scores = given.output / "report.json", list[Score]()
-    facts = {name: str(getattr(given, name)) for name in ("calls", "backbone", "engine", "test_rows")}
+    facts = {
+        name: str(getattr(given, name)) for name in ("calls", "backbone", "engine", "test_rows")
+    }
     if file.exists():
         former = CompareReport.model_validate_json(file.read_text(encoding="utf-8"))
         if differing := [name for name, value in facts.items() if former.facts.get(name) != value]:
             parser.error(f"{file} is of other {', '.join(differing)}; choose another -o")
         scores = former.scores
     done = {(score.contender, score.task, score.seed) for score in scores}
-    every = product(given.contenders.split(";"), map(int, given.seeds.split(",")), given.tasks.split(","))
+    every = product(
+        given.contenders.split(";"), map(int, given.seeds.split(",")), given.tasks.split(",")
+    )
     wanted = [(name, task, seed) for name, seed, task in every if (name, task, seed) not in done]
     facts["machine"] = describe_machine()["cpu"]
     for number, trial in enumerate(wanted, 1):
         scores.append(contend(given, *trial))
-        print(f"{number} of {len(wanted)}: {', '.join(map(str, trial))}: {scores[-1].score:.3f}", flush=True)
+        print(
+            f"{number} of {len(wanted)}: {', '.join(map(str, trial))}: {scores[-1].score:.3f}",
+            flush=True,
+        )
         report = make_report(scores, {}, facts, reference=BASE)
-        write_report(given.output, report, f"# Optimizers\n\n{summary(report)}\n\n{gains(report)}\n")
+        write_report(
+            given.output, report, f"# Optimizers\n\n{summary(report)}\n\n{gains(report)}\n"
+        )
     print(file.with_suffix(".md").read_text(encoding="utf-8"))
 
 

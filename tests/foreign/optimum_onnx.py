@@ -9,7 +9,9 @@ from texts import classify_all
 
 def load(case):
     folder, _, name = case["model"].rpartition("/")
-    return ORTModelForSequenceClassification.from_pretrained(case["folder"], subfolder=folder, file_name=name)
+    return ORTModelForSequenceClassification.from_pretrained(
+        case["folder"], subfolder=folder, file_name=name
+    )
 
 
 if __name__ == "__main__":

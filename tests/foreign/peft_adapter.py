@@ -17,7 +17,9 @@ def probabilities(case):
     reading = json.loads((Path(case["folder"]) / "readout.json").read_text(encoding="utf-8"))
     start = reading["decoder_input_ids"]
     kind = AutoModelForCausalLM if start is None else AutoModelForSeq2SeqLM
-    model = PeftModel.from_pretrained(kind.from_pretrained(case["checkpoint"]), case["folder"]).eval()
+    model = PeftModel.from_pretrained(
+        kind.from_pretrained(case["checkpoint"]), case["folder"]
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(case["checkpoint"])
     bias = torch.tensor(reading["bias"] or [0.0] * len(reading["labels"]))
     rows = []
@@ -25,8 +27,15 @@ def probabilities(case):
         before, _, behind = reading["template"].partition("{mask}")
         ids = tokenizer(before.format(text=text).strip(), add_special_tokens=False).input_ids
         if start is not None:
-            ids += [start[1], *tokenizer(behind, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+            ids += [
+                start[1],
+                *tokenizer(behind, add_special_tokens=False).input_ids,
+                tokenizer.eos_token_id,
+            ]
+        given = {
+            "input_ids": torch.tensor([ids]),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+        }
         if start is not None:
             given["decoder_input_ids"] = torch.tensor([start])
         with torch.inference_mode():

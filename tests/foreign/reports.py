@@ -1,4 +1,6 @@
-"""Pages of reports as the commands write them: of a recorded comparison, a recorded bench, and a sweep."""
+"""Pages of reports as the commands write them: of a recorded comparison, a recorded bench, and a
+sweep.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from test_report_page import a_sweep
 from bbt_accel.benchmarks import compare_report
 from bbt_accel.benchmarks.bench_report import BenchReport
 from bbt_accel.benchmarks.compare_report import CompareReport
-from bbt_accel.reporting import write_report
+from bbt_accel.io.reporting import write_report
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -25,7 +27,12 @@ def write_reports(folder: Path) -> list[str]:
         return (RECORDED / name / "report.json").read_text(encoding="utf-8")
 
     found = CompareReport.model_validate_json(recorded("compare-four-tasks"))
-    write_report(place("compare"), found, compare_report.markdown(found), lambda file: compare_report.draw(file, found))
+    write_report(
+        place("compare"),
+        found,
+        compare_report.markdown(found),
+        lambda file: compare_report.draw(file, found),
+    )
     bench = BenchReport.model_validate_json(recorded("smollm2-135m"))
     write_report(place("bench"), bench, bench.markdown(), bench.draw)
     write_report(place("sweep"), *a_sweep())

@@ -1,8 +1,10 @@
-"""Packages in the tools that they are made for: python tests/foreign/run.py [-o REPORT.md] [--work DIR] [LOADER ...]
+"""Packages in the tools that they are made for: python tests/foreign/run.py [-o REPORT.md] [--work
+DIR] [LOADER ...]
 
-Packages the demo and tiny backbones of other families, loads each with the real loaders at pinned versions, in
-environments of their own, and compares what they compute with `predict`. A loader whose environment cannot be made here
-(no network, no Node.js, no Chromium) is skipped, and the report says why. Exits with 1 where a loader differs.
+Packages the demo and tiny backbones of other families, loads each with the real loaders at pinned
+versions, in environments of their own, and compares what they compute with `predict`. A loader
+whose environment cannot be made here (no network, no Node.js, no Chromium) is skipped, and the
+report says why. Exits with 1 where a loader differs.
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ from reports import write_reports  # noqa: E402
 from tiny_backbones import save_backbone  # noqa: E402
 
 from bbt_accel import tune  # noqa: E402
-from bbt_accel.bundle import Bundle  # noqa: E402
-from bbt_accel.demo import DATA  # noqa: E402
-from bbt_accel.exporters.export import export_bundle  # noqa: E402
-from bbt_accel.exporters.optimize import optimize_bundle  # noqa: E402
-from bbt_accel.inference import predict  # noqa: E402
-from bbt_accel.packaging.package import Options, package_run  # noqa: E402
-from bbt_accel.run import Run  # noqa: E402
+from bbt_accel.core.bundle import Bundle  # noqa: E402
+from bbt_accel.core.demo import DATA  # noqa: E402
+from bbt_accel.exporters.convert.optimize import optimize_bundle  # noqa: E402
+from bbt_accel.exporters.trace.export import export_bundle  # noqa: E402
+from bbt_accel.package.package import Options, package_run  # noqa: E402
+from bbt_accel.predict.inference import predict  # noqa: E402
+from bbt_accel.search.calibration import calibrate_on  # noqa: E402
+from bbt_accel.search.run import Run  # noqa: E402
 
 DEMO = [
     "The striker scored twice in the final",
@@ -102,7 +105,8 @@ Load = Callable[[Path, Path, list[Case]], Loaded]
 """From the folder of a loader's environment, WORK and cases to what it made of them."""
 
 
-# The packages ------------------------------------------------------------------------------------------------
+# The packages
+# ------------------------------------------------------------------------------------------------
 
 
 class Packages:
@@ -114,14 +118,21 @@ class Packages:
         work.mkdir(parents=True)
         self.cases: list[Case] = []
 
-    def add(self, run: Run, kind: str, name: str, texts: list[Any], bundle: Bundle, checkpoint: str = "") -> None:
+    def add(
+        self, run: Run, kind: str, name: str, texts: list[Any], bundle: Bundle, checkpoint: str = ""
+    ) -> None:
         folder = self.work / kind / name
         info = package_run(run.path, folder, Options(format=kind, bundle=bundle.path, threads=1))  # type: ignore[arg-type]
-        rows = [dict(zip(run.task.text, [text] if isinstance(text, str) else text, strict=True)) for text in texts]
+        rows = [
+            dict(zip(run.task.text, [text] if isinstance(text, str) else text, strict=True))
+            for text in texts
+        ]
         engine = "openvino" if kind == "openvino" else "ort"
         found = predict(run.path, rows, bundle=bundle.path, engine=engine, threads=1)
         wanted = np.array([list(answer["probabilities"].values()) for answer in found])
-        self.cases.append(Case(kind, name, folder, info.model, info.precision, texts, wanted, checkpoint))
+        self.cases.append(
+            Case(kind, name, folder, info.model, info.precision, texts, wanted, checkpoint)
+        )
 
     def demo(self) -> None:
         """The demo backbone in fp32 and int8, with one text and with a pair."""
@@ -129,13 +140,15 @@ class Packages:
         run = self.tuned(bundle, "demo", None)
         for kind, target in (("onnx", "ort"), ("openvino", "openvino")):
             self.add(run, kind, "demo", DEMO, bundle)
-            options = {"target": target, "precision": "int8", "calibrate": "demo"}
+            options = {"target": target, "precision": "int8", "calibration": calibrate_on("demo")}
             int8 = optimize_bundle(bundle.path, self.work / f"demo-int8-{target}", **options)  # type: ignore[arg-type]
             self.add(run, kind, "demo-int8", DEMO, int8)
             if kind == "onnx":
                 self.add(run, "web", "demo", DEMO, bundle)
                 self.add(run, "web", "demo-int8", DEMO, int8)
-        pair = self.tuned(bundle, str(self.pair_task()), self.work / "pair-data", readout="verbalizer")
+        pair = self.tuned(
+            bundle, str(self.pair_task()), self.work / "pair-data", readout="verbalizer"
+        )
         for kind in ("onnx", "openvino", "web"):
             self.add(pair, kind, "demo-pair", PAIRS, bundle)
 
@@ -143,7 +156,9 @@ class Packages:
         """Tiny backbones of other families, whose labels mean nothing."""
         for name, method, mode in OTHERS:
             bundle, checkpoint = self.tiny(name, method, mode)
-            run = self.tuned(bundle, str(task_file(self.work / "tiny-data")), self.work / "tiny-data", name=name)
+            run = self.tuned(
+                bundle, str(task_file(self.work / "tiny-data")), self.work / "tiny-data", name=name
+            )
             self.add(run, "onnx", name, TINY, bundle)
             if mode == "cat" and name != "roberta":
                 self.add(run, "peft", name, TEXTS[:4], bundle, str(checkpoint))
@@ -153,7 +168,9 @@ class Packages:
         options = {"method": method, "prompt_mode": mode, "n_prompt_tokens": 3}
         return export_bundle(checkpoint, self.work / f"{name}-bundle", **options), checkpoint  # type: ignore[arg-type]
 
-    def tuned(self, bundle: Bundle, task: str, data: Path | None, readout: str = "", name: str = "") -> Run:
+    def tuned(
+        self, bundle: Bundle, task: str, data: Path | None, readout: str = "", name: str = ""
+    ) -> Run:
         settings: dict[str, object] = {
             "budget": 20,
             "popsize": 10,
@@ -162,15 +179,30 @@ class Packages:
         if name:
             settings |= {"k_shot": 4, "intrinsic_dim": 6, "sigma": 3.0, "alpha": 3.0}
         output = self.work / f"run-{name or Path(task).stem}"
-        return tune(bundle, task, data=data, engine="ort", threads=1, output=output, settings=settings, progress=False)
+        return tune(
+            bundle,
+            task,
+            data=data,
+            engine="ort",
+            threads=1,
+            output=output,
+            settings=settings,
+            progress=False,
+        )
 
     def pair_task(self) -> Path:
         """The demo's rows, each text in two halves."""
         folder = self.work / "pair-data"
         folder.mkdir()
         for split in ("train", "test"):
-            rows = [json.loads(line) for line in (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
-            halves = [(row["text"][: len(row["text"]) // 2], row["text"][len(row["text"]) // 2 :]) for row in rows]
+            rows = [
+                json.loads(line)
+                for line in (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+            halves = [
+                (row["text"][: len(row["text"]) // 2], row["text"][len(row["text"]) // 2 :])
+                for row in rows
+            ]
             lines = [
                 json.dumps({"first": first, "second": second, "label": row["label"]})
                 for (first, second), row in zip(halves, rows, strict=True)
@@ -186,11 +218,14 @@ class Packages:
         return file
 
 
-# The loaders -------------------------------------------------------------------------------------------------
+# The loaders
+# -------------------------------------------------------------------------------------------------
 
 
 def python_environment(name: str, work: Path) -> Path:
-    """An environment with the pinned requirements of a loader, made once for each of their versions."""
+    """An environment with the pinned requirements of a loader, made once for each of their
+    versions.
+    """
     requirements = HERE / f"requirements-{name}.txt"
     stamp = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
     place = work / f"{name}-{stamp}"
@@ -226,7 +261,9 @@ def node_modules(work: Path) -> Path:
         place.mkdir(parents=True)
         for name in ("package.json", "package-lock.json"):
             shutil.copyfile(HERE / name, place / name)
-        done = subprocess.run([npm, "ci", "--ignore-scripts"], cwd=place, capture_output=True, text=True)
+        done = subprocess.run(
+            [npm, "ci", "--ignore-scripts"], cwd=place, capture_output=True, text=True
+        )
         if done.returncode:
             raise Skipped(f"npm: {(done.stderr.strip().splitlines() or ['failed'])[-1]:.200}")
         (place / "installed").touch()
@@ -247,12 +284,16 @@ def find_chromium() -> str:
 
 
 def check_reports(place: Path, work: Path) -> str:
-    """Report pages in headless Chromium, by keyboard, pointer and axe's rules; what was checked with what."""
+    """Report pages in headless Chromium, by keyboard, pointer and axe's rules; what was checked
+    with what.
+    """
     chromium, folder = find_chromium(), work / "reports"
     shutil.rmtree(folder, ignore_errors=True)
     names = write_reports(folder)
     with served(folder) as url:
-        axe = called(["node", "reports.mjs", str(work / "screenshots"), chromium, url, *names], place).strip()
+        axe = called(
+            ["node", "reports.mjs", str(work / "screenshots"), chromium, url, *names], place
+        ).strip()
     return f"Report pages ({', '.join(names)}): no violation of axe-core {axe}, sorted by keyboard, hover values."
 
 
@@ -268,11 +309,15 @@ def browser(place: Path, work: Path, cases: list[Case]) -> Loaded:
             called(["node", "browser.mjs", url, str(texts), str(out), str(shots), chromium], place)
         labels = json.loads((case.folder / "bbt_accel.json").read_text(encoding="utf-8"))["labels"]
         results = json.loads(out.read_text(encoding="utf-8"))["found"]
-        found[case.name] = {"page": [[row["probabilities"][label] for label in labels] for row in results]}
+        found[case.name] = {
+            "page": [[row["probabilities"][label] for label in labels] for row in results]
+        }
     version = subprocess.run([chromium, "--version"], capture_output=True, text=True).stdout.split()
     lock = json.loads((place / "package-lock.json").read_text(encoding="utf-8"))["packages"]
     ort = lock["node_modules/onnxruntime-web"]["version"]
-    return Loaded({"chromium": version[1] if len(version) > 1 else "?", "onnxruntime-web": ort}, found)
+    return Loaded(
+        {"chromium": version[1] if len(version) > 1 else "?", "onnxruntime-web": ort}, found
+    )
 
 
 @contextmanager
@@ -283,7 +328,9 @@ def served(folder: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -307,10 +354,16 @@ def exchange(command: list[str], work: Path, cases: list[Case], place: Path) -> 
 
 
 def called(command: list[str], place: Path) -> str:
-    """What a command prints, without this Python's settings; scripts find each other. Raises RuntimeError."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    """What a command prints, without this Python's settings; scripts find each other. Raises
+    RuntimeError.
+    """
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    }
     environment |= {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, errors="replace", env=environment)
+    done = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, errors="replace", env=environment
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:2])} failed:\n{done.stderr[-3000:]}")
     return done.stdout
@@ -318,7 +371,9 @@ def called(command: list[str], place: Path) -> str:
 
 @dataclass(frozen=True)
 class Loader:
-    """kind: of the packages that it loads. environment: makes the folder that it needs in WORK, and returns it."""
+    """kind: of the packages that it loads. environment: makes the folder that it needs in WORK, and
+    returns it.
+    """
 
     kind: str
     environment: Callable[[Path], Path]
@@ -326,9 +381,13 @@ class Loader:
 
 
 LOADERS = {
-    "optimum-onnx": Loader("onnx", partial(python_environment, "optimum-onnx"), in_python("optimum_onnx.py")),
+    "optimum-onnx": Loader(
+        "onnx", partial(python_environment, "optimum-onnx"), in_python("optimum_onnx.py")
+    ),
     "optimum-intel": Loader(
-        "openvino", partial(python_environment, "optimum-openvino"), in_python("optimum_openvino.py")
+        "openvino",
+        partial(python_environment, "optimum-openvino"),
+        in_python("optimum_openvino.py"),
     ),
     "transformers.js": Loader("onnx", node_modules, transformers_js),
     "browser": Loader("web", node_modules, browser),
@@ -336,7 +395,8 @@ LOADERS = {
 }
 
 
-# The comparison ----------------------------------------------------------------------------------------------
+# The comparison
+# ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -370,7 +430,9 @@ class Report:
         ok = max(errors) <= TOLERANCE[case.precision] and np.all(same)
         labels = "equal" if ok else "DIFFERENT"
         count = f"{len(case.texts)} ({', '.join(modes)})"
-        self.lines.append(f"| {name} | {case.name} | {case.precision} | {count} | {max(errors):.1e} | {labels} |")
+        self.lines.append(
+            f"| {name} | {case.name} | {case.precision} | {count} | {max(errors):.1e} | {labels} |"
+        )
         if not ok:
             self.failures.append(f"{loader}, {case.name}: {max(errors):.1e}")
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast, logging, pipeline
 
 
 def classify_all(load, versions, request, reply):
-    """Write probabilities (N, C) of every case: one text at a time, as one padded batch, and with truncation.
+    """Write probabilities (N, C) of every case: one text at a time, as one padded batch, and with
+    truncation.
 
     load: from a case to a model of transformers' kind.
     """
@@ -24,10 +25,16 @@ def classify_all(load, versions, request, reply):
             top_k=None,
         )
         labels = [model.config.id2label[i] for i in range(len(model.config.id2label))]
-        texts = [text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in case["texts"]]
+        texts = [
+            text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
+            for text in case["texts"]
+        ]
 
         def probabilities(given, classify=classify, labels=labels, **options):
-            shares = [{entry["label"]: entry["score"] for entry in row} for row in classify(given, **options)]
+            shares = [
+                {entry["label"]: entry["score"] for entry in row}
+                for row in classify(given, **options)
+            ]
             return [[row[label] for label in labels] for row in shares]
 
         found[name] = {

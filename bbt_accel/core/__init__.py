@@ -1,0 +1,3 @@
+"""What every stage shares: bundles, batches, prompts, objectives, and the declarations of
+engines.
+"""

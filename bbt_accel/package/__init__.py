@@ -1,0 +1,1 @@
+"""Runs as models that other tools load."""

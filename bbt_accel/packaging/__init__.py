@@ -1,1 +1,0 @@
-"""Packages: tuned prompts as self-contained models that other tools load."""

@@ -1,0 +1,1 @@
+"""Scores and predictions with a run, the scikit-learn estimator, and fit."""

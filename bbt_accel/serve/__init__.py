@@ -1,0 +1,1 @@
+"""Backbones and runs over HTTP."""

@@ -1,1 +1,0 @@
-"""Sweeps: tasks × bundles × engines × seeds, tuned, scored on the test rows, and put into one table."""

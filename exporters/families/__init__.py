@@ -1,0 +1,1 @@
+"""How each family computes: one file per family."""
