@@ -89,12 +89,11 @@ lint: .venv/.lint
 	$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types
 
-# mypy and import-linter do not follow the editable install's map of folders to packages: they read an installed copy.
+# mypy does not follow the editable install's map of folders to packages: it reads an installed copy.
 types: .venv/.lint
 	@rm -rf build/types build/lib build/bdist.*
 	@$(BIN)/pip install --quiet --no-deps --target build/types .
 	cd build/types && MYPY_CACHE_DIR=../../.mypy_cache ../../$(BIN)/mypy --config-file ../../pyproject.toml -p bbt_accel
-	cd build/types && ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
 
 # The site, in build/site. The API comes from an installed copy, as for mypy. Running the tutorial and the notebooks is
 # part of it, and nothing but pip uses the network.

@@ -24,7 +24,10 @@ PAGES = {
     file: file.read_text(encoding="utf-8")
     for file in [START, *sorted((ROOT / "docs").rglob("*.md"))]
 }
-CONTRIBUTING = {file: file.read_text(encoding="utf-8") for file in [ROOT / "CONTRIBUTING.md"]}
+CONTRIBUTING = {
+    file: file.read_text(encoding="utf-8")
+    for file in [ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md"]
+}
 OTHER_PROGRAMS = re.compile(r"^(python3?|pip|npm|docker|curl) .*", re.M)
 cli: Any = typer.main.get_command(app)
 COMMANDS = cli.commands
