@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from bbt_accel.predict.classifier import PromptClassifier as PromptClassifier
     from bbt_accel.predict.inference import evaluate as evaluate
     from bbt_accel.predict.inference import predict as predict
-    from bbt_accel.search import tune as tune
+    from bbt_accel.search.tune import tune as tune
     from bbt_accel.search.callbacks import Callback as Callback
     from bbt_accel.search.history import Generation as Generation
     from bbt_accel.search.run import Run as Run
     from bbt_accel.search.run import RunInfo as RunInfo
+    from bbt_accel.search.tune import tune as tune
     from bbt_accel.tasks.data import Row as Row
     from bbt_accel.tasks.data import load_rows as load_rows
     from bbt_accel.tasks.encoding import Encoder as Encoder

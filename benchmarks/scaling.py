@@ -21,7 +21,7 @@ from bbt_accel.benchmarks.steps import SEED
 from bbt_accel.core.bundle import Bundle
 from bbt_accel.core.settings import DEFAULTS
 from bbt_accel.io.progress import StepProgress
-from bbt_accel.search import tune
+from bbt_accel.search.tune import tune
 
 
 class ScalingPoint(Timed):

@@ -114,7 +114,7 @@ def search(engine: LoadArguments, run: str, **arguments: Any) -> dict[str, Any]:
     """A whole search into the folder `run`: its seconds and API calls; the prompt goes into
     prompt.npy there.
     """
-    from bbt_accel.search import tune
+    from bbt_accel.search.tune import tune
 
     options = {("engine" if name == "name" else name): value for name, value in engine.items()}
     done = tune(output=run, progress=False, **options, **arguments)

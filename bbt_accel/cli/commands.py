@@ -172,7 +172,7 @@ def tune(
     as_json: shared.AsJson = False,
 ) -> None:
     """Fit a readout for a task, and search for a soft prompt with CMA-ES."""
-    from bbt_accel.search import tune as tune_prompt
+    from bbt_accel.search.tune import tune as tune_prompt
 
     run = tune_prompt(**options, **execution, settings=settings, progress=not as_json)
     printing.print_run(run, as_json)

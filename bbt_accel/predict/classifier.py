@@ -40,7 +40,7 @@ from bbt_accel.package.manifest import Kind
 from bbt_accel.predict.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.predict.fit import examples_per_class, make_task
 from bbt_accel.predict.inference import Classifier
-from bbt_accel.search import tune
+from bbt_accel.search.tune import tune
 from bbt_accel.search.callbacks import Callback
 from bbt_accel.search.run import (
     ESTIMATOR,

@@ -23,7 +23,7 @@ from bbt_accel.io.files import remove_leftovers, reserved, reserved_folder, writ
 from bbt_accel.io.pools import Pool, PoolJob, open_pool
 from bbt_accel.io.reporting import write_report
 from bbt_accel.predict.inference import evaluate
-from bbt_accel.search import tune
+from bbt_accel.search.tune import tune
 from bbt_accel.tasks.splits import check_rows
 
 SWEEP, TRIALS, SCORE = "sweep.json", "trials", "score.json"

@@ -17,7 +17,7 @@ import pytest
 
 import bbt_accel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LEFT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "demo-run")
 
 pytestmark = pytest.mark.slow
@@ -110,8 +110,8 @@ def test_tunes_and_predicts_without_torch(wheel: Path, tmp_path: Path) -> None:
     program = binaries / "bbt-accel"
 
     tuned = run(
-        program, "tune", "--bundle", tmp_path / "bundle", "--task", "demo", "--engine", "ort", "--threads", "2",
-        "--k-shot", "4", "--popsize", "4", "--budget", "8", "-o", tmp_path / "run", "--json",
+        program, "tune", "--bundle", tmp_path / "bundle", "--task", "demo", "--engine", "ort",
+        "--threads", "2", "--k-shot", "4", "--popsize", "4", "--budget", "8", "-o", tmp_path / "run", "--json",
     )  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr
     assert json.loads(tuned.stdout)["calls"] == 5  # one fits the readout, and 4 are a generation

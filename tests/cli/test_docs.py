@@ -18,7 +18,7 @@ from bbt_accel.cli.commands import app
 from bbt_accel.core.engine_specs import ENGINES, engine_names
 from bbt_accel.tasks.task import load_task, task_names
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 START = ROOT / "README.md"
 PAGES = {
     file: file.read_text(encoding="utf-8")

@@ -64,15 +64,16 @@ class Program:
         self.result: Any = None
         self.error: BaseException | None = None
         for place in (
-            "exporters.export.export_bundle",
-            "exporters.optimize.optimize_bundle",
-            "exporters.triton.write_repository",
-            "fit.fit_file",
-            "tuning.tune",
-            "inference.evaluate",
-            "inference.predict",
+            "exporters.trace.export.export_bundle",
+            "exporters.convert.optimize.optimize_bundle",
+            "exporters.convert.triton.write_repository",
+            "predict.fit.fit_file",
+            "search.calibration.calibrate_on",
+            "search.tune.tune",
+            "predict.inference.evaluate",
+            "predict.inference.predict",
             "benchmarks.bench.run_bench",
-            "serving.server.serve",
+            "serve.server.serve",
         ):
             module, _, function = f"bbt_accel.{place}".rpartition(".")
             fake = (
@@ -150,8 +151,8 @@ def test_control_characters_of_foreign_files_do_not_reach_the_terminal(
 
 
 def test_a_terminal_without_unicode_gets_escapes() -> None:
-    code = "from bbt_accel.cli.commands import main; from bbt_accel.io.command import print_json; import bbt_accel.cli.commands as c\n"
-    code += "c.app = lambda **_: print('\u6771') or print_json({'a': '\u6771'})\nmain(['x'])"
+    code = "from bbt_accel.io.command import print_json; import bbt_accel.cli.commands as c\n"
+    code += "c.app = lambda **_: print('\u6771') or print_json({'a': '\u6771'})\nc.main(['x'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONIOENCODING": "cp1252"},
@@ -248,11 +249,13 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
         (BundleError("b is not a bundle"), 1, "error: b is not a bundle"),
         (EngineError("two\nlines"), 1, "error: two lines"),
         (MemoryError(), 1, "error: out of memory; use a smaller backbone, --popsize or --k-shot"),
-        (OSError(errno.ENOSPC, "No space left", "run"), 1, "error: run: No space left; free some space"),
+        (OSError(errno.ENOSPC, "No space left", "run"), 1,
+         "error: run: No space left; free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "error: x: Permission denied"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 1,
          'error: torch is not installed: pip install "bbt-accel[export]"'),
-        (ValueError("odd"), 1, "error: internal error: ValueError: odd; run again with --debug for the traceback"),
+        (ValueError("odd"), 1,
+         "error: internal error: ValueError: odd; run again with --debug for the traceback"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )  # fmt: skip
@@ -334,9 +337,9 @@ def test_optimize_passes_the_precision_and_prints_what_was_fused(
     code, out, _ = run(capsys, "optimize", "a", "-o", "b", *options, *flags)
     assert code == 0
     assert "LayerNormalization" in out
+    assert program.calls[0][0] == ("sst2", Path("d"))
     read = {
-        "calibrate": "sst2",
-        "data": Path("d"),
+        "calibration": program.result,
         "max_rmse": 0.1,
         "compute_capability": "8.6,8.9",
     }
@@ -400,13 +403,16 @@ def test_tune_passes_only_what_is_given(
 @pytest.mark.parametrize(
     ("function", "models"),
     [
-        ("exporters.export:export_bundle", (cli_options.ExportOptions,)),
-        ("exporters.optimize:optimize_bundle", (cli_options.OptimizeOptions,)),
-        ("fit:fit_file", (cli_options.FitOptions,)),
-        ("tuning:tune", (cli_options.TuneOptions, cli_options.TuneExecution)),
-        ("sweeps.runner:run_sweep", (cli_options.SweepOptions, cli_options.SweepExecution)),
-        ("inference:evaluate", (cli_options.EvaluateOptions, cli_options.RunExecution)),
-        ("inference:predict", (cli_options.RunExecution,)),
+        ("exporters.trace.export:export_bundle", (cli_options.ExportOptions,)),
+        ("exporters.convert.optimize:optimize_bundle", (cli_options.OptimizeOptions,)),
+        ("predict.fit:fit_file", (cli_options.FitOptions,)),
+        ("search.tune:tune", (cli_options.TuneOptions, cli_options.TuneExecution)),
+        (
+            "benchmarks.sweep.runner:run_sweep",
+            (cli_options.SweepOptions, cli_options.SweepExecution),
+        ),
+        ("predict.inference:evaluate", (cli_options.EvaluateOptions, cli_options.RunExecution)),
+        ("predict.inference:predict", (cli_options.RunExecution,)),
     ],
 )
 def test_options_are_arguments_of_the_function_and_have_its_defaults(
@@ -425,6 +431,8 @@ def test_options_are_arguments_of_the_function_and_have_its_defaults(
     for name, field in (pair for model in models for pair in model.model_fields.items()):
         if name in ("fp16", "bf16", "int8", "int4"):  # together the argument `precision`
             continue
+        if name in ("calibrate", "data") and models == (cli_options.OptimizeOptions,):
+            continue  # together the argument `calibration`
         assert name in arguments
         if field.default not in (PydanticUndefined, None, []):
             assert arguments[name].default == field.default, name
