@@ -6,12 +6,14 @@ torch nor a runtime.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the one list of what is public: `_homes` reads it
     from bbt_accel.core.batch import Batch as Batch
     from bbt_accel.core.bundle import Bundle as Bundle
     from bbt_accel.core.logits import class_logits as class_logits
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from bbt_accel.predict.classifier import PromptClassifier as PromptClassifier
     from bbt_accel.predict.inference import evaluate as evaluate
     from bbt_accel.predict.inference import predict as predict
-    from bbt_accel.search.tune import tune as tune
     from bbt_accel.search.callbacks import Callback as Callback
     from bbt_accel.search.history import Generation as Generation
     from bbt_accel.search.run import Run as Run
@@ -63,52 +64,22 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO takes it as not installed
 
-_HOME = {
-    "Batch": "core.batch",
-    "BbtError": "errors",
-    "BoundBatch": "engines.base",
-    "Bundle": "core.bundle",
-    "BundleError": "errors",
-    "Callback": "search.callbacks",
-    "DataError": "errors",
-    "Encoder": "tasks.encoding",
-    "Engine": "engines.base",
-    "EngineError": "errors",
-    "ExportError": "errors",
-    "Generation": "search.history",
-    "HubError": "errors",
-    "MissingDependency": "errors",
-    "NonFiniteLoss": "errors",
-    "Objective": "core.objective",
-    "PackageError": "errors",
-    "Population": "core.population",
-    "Projection": "core.projection",
-    "PromptClassifier": "predict.classifier",
-    "Row": "tasks.data",
-    "Run": "search.run",
-    "RunError": "errors",
-    "RunInfo": "search.run",
-    "Task": "tasks.task",
-    "TaskError": "errors",
-    "UsageError": "errors",
-    "class_logits": "core.logits",
-    "evaluate": "predict.inference",
-    "export_bundle": "exporters.trace.export",
-    "few_shot": "tasks.splits",
-    "load_engine": "engines.registry",
-    "load_rows": "tasks.data",
-    "load_task": "tasks.task",
-    "optimize_bundle": "exporters.convert.optimize",
-    "predict": "predict.inference",
-    "tune": "search.tune",
-}
-__all__ = sorted([*_HOME, "__version__"])
+
+def _homes() -> dict[str, str]:
+    """Public name → its module, from the imports above."""
+    nodes = ast.walk(ast.parse(inspect.getsource(sys.modules[__name__])))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.name: node.module or "" for node in imports for name in node.names if name.asname}
+
+
+_HOMES = _homes()
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _HOMES:
         raise AttributeError(f"module 'bbt_accel' has no attribute {name!r}")
-    return getattr(import_module(f"bbt_accel.{_HOME[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,6 +42,11 @@ class BenchOptions(BaseModel):
     """The options of `run_bench`; None leaves the choice to the task or the machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    without_option: ClassVar = (
+        *("prompt_mode", "n_prompt_tokens", "rows", "k_shot", "test_rows"),
+        *("popsize", "repeats", "seeds", "budget", "without"),
+    )
+    """Those that the command takes by --set."""
     backbone: str = Field(description=BACKBONE)
     task: str = Field(description="Built-in task, or path of a task.toml.")
     data: Path | None = Field(
@@ -147,6 +152,8 @@ def naming(contender: str) -> Iterator[None]:
 class CompareOptions(Schema):
     """The options of `run_compare`."""
 
+    without_option: ClassVar = ("k_shot", "n_prompt_tokens", "test_rows", "precision", "threads")
+    """Those that the command takes by --set."""
     backbone: str = Field(default="demo", description=BACKBONE)
     data: Path | None = Field(default=None, description=TASK_FOLDERS)
     contenders: Names = Field(
@@ -219,15 +226,18 @@ def compare_options(**given: Any) -> CompareOptions:
     return read_options(CompareOptions, given)
 
 
-def command_line(words: Sequence[str], options: BaseModel, output: Path) -> str:
+def command_line(words: Sequence[str], options: BenchOptions | CompareOptions, output: Path) -> str:
     """A command of bbt-accel with these options; those at their default are omitted."""
     words = ["bbt-accel", *words]
     for name, field in type(options).model_fields.items():
-        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(option)
-        elif value != field.default:
-            words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+        value = getattr(options, name)
+        if value == field.default:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if name in options.without_option:
+            words += ["--set", f"{name}={text}"]
+        else:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
     return shlex.join([*words, "-o", str(output)])
 
 

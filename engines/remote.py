@@ -32,7 +32,7 @@ def connect(bundle: Bundle, *, url: str, without: frozenset[str] = frozenset()) 
         if protocol.ROWS_EXTENSION not in server.facts.get("extensions", ()):
             return TritonEngine(bundle, server, without)
         if without:
-            raise UsageError("--without does not apply to a bbt-accel server; omit it")
+            raise UsageError("without does not apply to a bbt-accel server; omit it")
         return RemoteEngine(bundle, server)
     except BaseException:
         server.close()

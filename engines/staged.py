@@ -85,7 +85,8 @@ class StagedEngine(Engine):
         for name in in_graph(self.without):
             if name not in self.bundle.info.without:
                 raise UsageError(
-                    f"{name} is part of the graphs of {self.bundle.path}: export --without {name}"
+                    f"{name} is part of the graphs of {self.bundle.path}; "
+                    f"export_bundle(..., without=[{name!r}]) omits it"
                 )
 
     def limit(self, profile: ShapeProfile) -> None:

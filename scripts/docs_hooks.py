@@ -124,7 +124,7 @@ def _api(_: str) -> str:
     import bbt_accel
 
     names = [name for name in bbt_accel.__all__ if not name.startswith("_")]
-    return "\n\n".join(f"::: bbt_accel.{bbt_accel._HOME[name]}.{name}" for name in names)
+    return "\n\n".join(f"::: {bbt_accel._HOMES[name]}.{name}" for name in names)
 
 
 def _schema(what: str) -> str:

@@ -415,8 +415,8 @@ def test_command_line_repeats_the_options() -> None:
             "demo",
             "--data",
             "rows",
-            "--popsize",
-            "4",
+            "--set",
+            "popsize=4",
             "--tune",
         ],
         *["--threads", "2", "--engines", "ort,trt", "-o", "out"],
@@ -439,7 +439,8 @@ def test_the_command_measures_the_demo_each_row_in_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch)  # the other baselines take minutes: they compile
-    words = "--rows 4 --popsize 2 --repeats 1 --test-rows 8 --threads 1 --engines torch,dummy,trt --precisions fp32"
+    words = "--set rows=4 --set popsize=2 --set repeats=1 --set test_rows=8 --threads 1"
+    words += " --engines torch,dummy,trt --precisions fp32"
     words += f" --backbone demo --task demo -o {tmp_path / 'out'} --json"
     result = CliRunner().invoke(app, ["bench", *words.split()], catch_exceptions=False)
     report = BenchReport.model_validate_json(result.stdout)

@@ -164,7 +164,7 @@ def test_a_tracker_that_does_not_start_is_one_line(
 
     monkeypatch.setitem(TRACKERS, "mlflow", refuse)
     with pytest.raises(
-        BbtError, match=r"^--track mlflow does not start \(no such store\); see its documentation$"
+        BbtError, match=r"^tracker mlflow does not start \(no such store\); see its documentation$"
     ):
         start(track=["mlflow"])
 

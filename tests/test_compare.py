@@ -547,11 +547,11 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
         ("--contenders bbtv2 --budgets 5", "budget 5 is too small"),
         ("demo", "a task is listed twice"),
         (
-            "--data UNTESTED --k-shot 200",
-            "lower it, add rows or, with tune and sweep, pass --allow-rare-classes",
+            "--data UNTESTED --set k_shot=200",
+            "lower it, add rows or, with tune and sweep, --set allow_rare_classes=true",
         ),
         ("--engine remote", "compare has no --url"),
-        ("--engine openvino --precision fp16", "not in fp16"),
+        ("--engine openvino --set precision=fp16", "not in fp16"),
     ],
 )
 def test_a_comparison_that_cannot_start_is_one_line_and_leaves_nothing(

@@ -189,7 +189,7 @@ def test_demonstrations_are_balanced_and_leave_the_other_rows(
 ) -> None:
     train = [Row({"text": str(i)}, i % classes) for i in range(classes * k)]
     if count >= len(train):
-        with pytest.raises(DataError, match=f"--demonstrations {count} leaves none"):
+        with pytest.raises(DataError, match=f"demonstrations={count} leaves none"):
             choose_demonstrations(train, classes, count, seed)
         return
     shown, rest = choose_demonstrations(train, classes, count, seed)
@@ -290,7 +290,7 @@ def test_demonstrations_for_an_encoder_are_refused(folder: Path) -> None:
 
     from bbt_accel import tune
 
-    with pytest.raises(UsageError, match="--demonstrations is for decoders"):
+    with pytest.raises(UsageError, match="demonstrations are for decoders"):
         tune(
             search_bundle(folder / "b"),
             str(folder / "mood.toml"),

@@ -398,14 +398,14 @@ def test_the_command_prints_what_was_chosen_and_the_score(
         str(shared / "roberta"),
     ]
     words += (
-        f"--engine ort --precision fp32 --n-prompt-tokens {N_PROMPT} --budget 1 --threads 1".split()
+        f"--engine ort --precision fp32 --budget 1 --set n_prompt_tokens={N_PROMPT} --set threads=1".split()
     )
     with pytest.raises(SystemExit) as caught:
         main([*words, "-o", "run"])
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert "separated by ';'" in out
-    assert "--data 'my reviews.csv' --hold-out" in out
+    assert "--set hold_out=true --set threads=1" in out
     assert out.index("The same in steps") < out.index("Score")
     with pytest.raises(SystemExit):
         main([*words, "-o", "other", "--json"])

@@ -409,8 +409,8 @@ def test_a_hub_id_is_exported_and_its_data_set_read(cli: Cli, tmp_path: Path) ->
         "1",
         "--k-shot",
         "4",
-        "--threads",
-        "1",
+        "--set",
+        "threads=1",
     ]
     tuned = cli(*words, "-o", "tuned", "--json")
     assert tuned.returncode == 0, tuned.stderr

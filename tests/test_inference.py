@@ -255,9 +255,9 @@ def test_a_run_without_test_rows_says_so_before_and_after(
             output=tmp_path / data.name / "run",
             settings=SETTINGS,
         )
-        assert "no test rows, so there will be no test score; --hold-out" in capsys.readouterr().err
+        assert "no test rows, so there will be no test score; --set hold_out=true" in capsys.readouterr().err
         with pytest.raises(
-            DataError, match="has no test rows; give some with --data, or tune with --hold-out"
+            DataError, match="has no test rows; give some with --data, or tune with --set hold_out=true"
         ):
             evaluate(run.path)
         assert evaluate(run.path, split="dev")["rows"] == 6

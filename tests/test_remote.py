@@ -260,7 +260,7 @@ def test_a_malformed_url_or_an_option_of_the_server_is_wrong_usage(
 
 
 def test_what_a_server_saves_cannot_be_switched_off_from_here(plain: Bundle) -> None:
-    with running(app(plain)) as url, pytest.raises(UsageError, match="--without"):
+    with running(app(plain)) as url, pytest.raises(UsageError, match="without"):
         load_engine(plain, "remote", url=url, without=["buckets"])
 
 

@@ -1093,12 +1093,12 @@ def test_rows_are_no_longer_than_the_server_allows(run: Run) -> None:
         refused(
             client.post(INFER, json=in_json(given)),
             400,
-            "rows have 20 tokens, serve --max-tokens allows at most 16",
+            "rows have 20 tokens, serve --set row_tokens allows at most 16",
         )
         texts = np.array([" ".join(words), " ".join(words[:16])], object)
         found = from_json(client.post("/v2/models/classifier/infer", json=in_json({"text": texts})))
         np.testing.assert_array_equal(*found["probabilities"])
-    with pytest.raises(TaskError, match=r"exceeds the 3 tokens of --max-tokens by \d+"):
+    with pytest.raises(TaskError, match=r"exceeds the 3 tokens of row_tokens by \d+"):
         make_models(DummyEngine(bundle), replace(LIMITS, row_tokens=3), run)
 
 

@@ -340,14 +340,14 @@ def test_settings_that_do_not_apply_are_not_taken_for_given_ones(
         ({"settings": {"seed": 3}}, "a sweep takes no setting 'seed'"),
         (
             {"settings": {"hold_out": True}, "cross_evaluate": True},
-            "--cross-evaluate scores on test rows",
+            "cross_evaluate scores on test rows",
         ),
         ({"settings": {"readout": "verbalizer", "budget": 3}}, "budget 3 is too small"),
         (
             {"settings": {"readout": "auto", "loss": "hinge"}},
             "--loss hinge is for --readout verbalizer",
         ),
-        ({"settings": {"demonstrations": 4}}, "--demonstrations is for decoders"),
+        ({"settings": {"demonstrations": 4}}, "demonstrations are for decoders"),
         ({"engines": ["dummy", "openvino"], "device": "cuda"}, "runs on the CPU, not on cuda"),
         ({"tasks": ["sst"]}, "did you mean sst2"),
         ({"bundles": ["nowhere"]}, "nowhere is not a bundle"),
@@ -506,10 +506,10 @@ def test_the_command_passes_what_was_given_and_ends_with_1_if_a_trial_failed(
         "b",
         "--seeds",
         "1,2",
-        "--budget",
-        "9",
+        "--set",
+        "budget=9",
     ]
-    code, out, err = command(capsys, *words, "--jobs", "2", "--cross-evaluate")
+    code, out, err = command(capsys, *words, "--jobs", "2", "--set", "cross_evaluate=true")
     assert (code, err) == (1, "error: 1 of 2 trials failed; retry them with --resume\n")
     assert "90.00" in out
     assert "out of memory" in out
@@ -520,7 +520,7 @@ def test_the_command_passes_what_was_given_and_ends_with_1_if_a_trial_failed(
         "cross_evaluate": True,
     }
     assert calls[0]["given"] == {**given, "settings": {"budget": 9}}
-    assert (calls[0]["output"], calls[0]["jobs"], "resume" in calls[0]) == (Path("s"), 2, False)
+    assert (calls[0]["output"], calls[0]["jobs"], calls[0]["resume"]) == (Path("s"), 2, False)
     report = make_report(plan, trials, results, {}, interrupted=True)
     code, out, err = command(capsys, *words, "--json")
     assert (code, err) == (130, "interrupted\n")

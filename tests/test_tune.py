@@ -232,7 +232,7 @@ def test_other_threads_than_before_are_noted(
     interrupt(-1)
     start(threads=2, resume=True, progress=True)
     assert (
-        "so far the search ran with --threads 1, now with --threads 2; the last bits"
+        "so far the search ran with threads 1, now with threads 2; the last bits"
         in capsys.readouterr().err
     )
 

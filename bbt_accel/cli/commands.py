@@ -1,19 +1,19 @@
-"""The command line: one short function per command. Whatever is slow to import is imported inside
-the commands.
-"""
+"""The commands. Whatever is slow to import is imported when a command is executed."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, Literal, get_args
 
 import typer
+from pydantic import Field
 
 from bbt_accel import __version__
 from bbt_accel.benchmarks.options import (
@@ -21,41 +21,579 @@ from bbt_accel.benchmarks.options import (
     CompareOptions,
     bench_options,
     compare_options,
-    read_options,
 )
-from bbt_accel.benchmarks.sweep.grid import Sweep
-from bbt_accel.cli import options as shared
-from bbt_accel.cli import printing
-from bbt_accel.cli.model_options import Fields, with_options
+from bbt_accel.benchmarks.sweep.grid import Sweep as SweepGrid
+from bbt_accel.benchmarks.sweep.grid import preset_names
+from bbt_accel.cli import options, printing
+from bbt_accel.cli.base import Command, Settable, app, command
+from bbt_accel.cli.options import SEARCH, apart, option_of
+from bbt_accel.core.bundle import Method, PromptMode
 from bbt_accel.core.doctor import diagnose
 from bbt_accel.core.engine_specs import Precision, engine_spec
-from bbt_accel.core.option_types import BACKBONE
-from bbt_accel.errors import BbtError, UsageError
-from bbt_accel.io.command import INTERRUPTED, exit_on_error
-from bbt_accel.io.progress import progress_bar
-
-Options = dict[str, Any]
-PREPARE, SEARCH, USE, MEASURE = "Prepare a backbone", "Search", "Use a tuned prompt", "Measure"
-
-app = typer.Typer(
-    name="bbt-accel",
-    help="Tune soft prompts for frozen language models with forward passes alone, on fast inference engines.",
-    epilog="Example: bbt-accel export demo -o bundle && bbt-accel tune --bundle bundle --task demo -o run",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
+from bbt_accel.core.optimizations import OPTIMIZATIONS
+from bbt_accel.core.option_types import (
+    BACKBONE,
+    FIT_BUDGET,
+    FIT_PROMPT_TOKENS,
+    MAX_RMSE,
+    METHOD,
+    PROMPT_MODE,
+    PROMPT_TOKENS,
+    KShot,
+    PromptTokens,
+    Seed,
+    Threads,
 )
+from bbt_accel.core.settings import DEFAULTS, Loss, Preset, ReadoutChoice, Settings
+from bbt_accel.errors import BbtError, UsageError
+from bbt_accel.io.command import INTERRUPTED, comma_separated, exit_on_error
+from bbt_accel.io.progress import progress_bar
+from bbt_accel.io.reporting import Schema
+from bbt_accel.package.manifest import Kind
+from bbt_accel.predict.bundle_cache import PrecisionChoice
+from bbt_accel.serve.limits import Limits
+
+PREPARE, TUNE, USE, MEASURE = "Prepare a backbone", "Search", "Use a tuned prompt", "Measure"
+option, flag = partial(typer.Option, None), partial(typer.Option, False)
+setting = partial(option_of, Settings, rich_help_panel=SEARCH)
 
 
-def command(panel: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as the command of its name."""
+@command(PREPARE, "export roberta-large -o bundles/roberta-large")
+class Export(Command):
+    """Export a backbone to a bundle: ONNX graphs, weights and tokenizer, validated against
+    PyTorch.
+    """
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        app.command(epilog=f"Example: bbt-accel {example}", rich_help_panel=panel)(
-            with_options(function)
+    backbone: str = typer.Argument(..., help=BACKBONE)
+    output: options.Output
+    method: Method | None = option("--method", help=f"{METHOD} (default: bbt)")
+    prompt_mode: PromptMode | None = option("--prompt-mode", help=PROMPT_MODE)
+    n_prompt_tokens: int | None = option(
+        "--n-prompt-tokens",
+        min=1,
+        max=2**16,
+        help=f"Soft prompt vectors, n (default: {PROMPT_TOKENS}).",
+    )
+    prompt_init: str | None = option(
+        "--prompt-init",
+        help="Text that the prompt starts from, or a task file with \\[prompt] init; its "
+        "length sets --n-prompt-tokens.",
+    )
+    revision: str | None = option("--revision", help="Commit, tag or branch on the hub.")
+
+    def execute(self) -> None:
+        from bbt_accel.exporters.trace.export import export_bundle
+
+        names = ("method", "prompt_mode", "n_prompt_tokens", "prompt_init", "revision")
+        with progress_bar(f"exporting {self.backbone}") as tell:
+            bundle = export_bundle(
+                self.backbone, self.output, on_progress=tell, **self.given(*names)
+            )
+        printing.print_bundle(bundle, self.as_json)
+
+
+@command(
+    PREPARE, "optimize bundles/roberta-large -o bundles/roberta-large-int8 --int8 --calibrate sst2"
+)
+class Optimize(Command):
+    """Optimize a bundle for an engine: fused operators, lower precision, TensorRT plans."""
+
+    bundle: options.BundlePath
+    output: options.Output
+    fp16: bool = flag("--fp16", help="Half precision, for GPUs.")
+    bf16: bool = flag("--bf16", help="bfloat16, for GPUs, and CPUs with AVX512_BF16 or AMX.")
+    int8: bool = flag("--int8", help="8-bit integers, for CPUs.")
+    int4: bool = flag("--int4", help="4-bit weights alone, to save memory.")
+    target: options.Target = None
+    calibrate: str | None = option(
+        "--calibrate",
+        metavar="TASK",
+        help="Task, or run, whose few-shot rows calibrate int8 ranges and TensorRT shape "
+        "profiles (default: shipped texts).",
+    )
+    data: options.Data = None
+    max_rmse: float | None = option(
+        "--max-rmse",
+        help="int8: relative RMSE of the label logits above which matmuls fall back to fp32 "
+        f"(default: {MAX_RMSE}).",
+    )
+    compute_capability: str | None = option(
+        "--compute-capability",
+        metavar="8.9,...",
+        help="Build TensorRT plans ahead of time for these GPUs, comma-separated (default: "
+        "this machine's GPU).",
+    )
+    threads: options.Threads = None
+
+    def execute(self) -> None:
+        from bbt_accel.exporters.convert.optimize import optimize_bundle
+        from bbt_accel.search.calibration import calibrate_on
+
+        precisions = [name for name in get_args(Precision) if getattr(self, name, False)]
+        if len(precisions) > 1:
+            raise UsageError("choose one of --fp16, --bf16, --int8 and --int4")
+        with progress_bar(f"optimizing {self.bundle}") as tell:
+            bundle = optimize_bundle(
+                self.bundle,
+                self.output,
+                precision=precisions[0] if precisions else "fp32",
+                calibration=calibrate_on(self.calibrate, self.data),
+                on_progress=tell,
+                **self.given("target", "max_rmse", "compute_capability", "threads"),
+            )
+        printing.print_bundle(bundle, self.as_json)
+
+
+@command(PREPARE, "triton bundles/roberta-large -o models")
+class Triton(Command):
+    """Write a bundle as models of Triton Inference Server."""
+
+    bundle: options.BundlePath
+    output: options.Output
+    name: str | None = option("--name", help="Name of the model (default: the bundle's folder).")
+
+    def execute(self) -> None:
+        from bbt_accel.core.bundle import Bundle
+        from bbt_accel.exporters.convert.triton import write_repository
+
+        with progress_bar(f"writing {self.output}"):
+            models = write_repository(Bundle.read(self.bundle), self.output, self.name)
+        printing.print_triton(self.output, models, self.as_json)
+
+
+class FitSettings(Schema):
+    """Settings of fit without an option."""
+
+    method: Method = Field(default="bbt", description=METHOD)
+    n_prompt_tokens: PromptTokens = FIT_PROMPT_TOKENS
+    readout: ReadoutChoice = Field(default="auto", description="How classes are read, as in tune.")
+    k_shot: KShot | None = None
+    """Examples per class to search with, and again in the dev set (unless given 16, but at most a
+    third of a class).
+    """
+    balanced: bool = False
+    """Treat all classes as equally frequent, rather than as in FILE."""
+    seed: Seed = DEFAULTS.seed
+    threads: Threads | None = Field(
+        default=None, description="CPU threads; all cores unless given."
+    )
+
+
+@command(TUNE, "fit reviews.csv --text review --label sentiment -o run")
+class Fit(Settable):
+    """Build a classifier from one file of labelled texts, and score it on the rows that the search
+    does not use.
+    """
+
+    model = FitSettings
+    file: Path = typer.Argument(
+        ..., help="Labelled texts: CSV, TSV, JSON, JSON lines, Parquet or Excel."
+    )
+    text: Sequence[str] = typer.Option(
+        ...,
+        "--text",
+        parser=comma_separated,
+        metavar="A,B,...",
+        help="Column of texts, or several, comma-separated.",
+    )
+    label: str = typer.Option(..., "--label", help="Column of labels, of any kind.")
+    output: options.Output
+    backbone: options.Backbone = "demo"
+    template: str | None = option(
+        "--template",
+        help='How a row is written for the backbone, e.g. "{review} It was {mask} .".',
+    )
+    label_words: Sequence[str] | None = option(
+        "--label-words",
+        parser=comma_separated,
+        metavar="A,B,...",
+        help="A word for each label, the labels sorted (default: from the labels).",
+    )
+    engine: options.Engine = None
+    precision: PrecisionChoice | None = option(
+        "--precision", help="auto (the default): what doctor recommends."
+    )
+    budget: int | None = option(
+        "--budget", min=1, help=f"Calls of the search (default: {FIT_BUDGET})."
+    )
+    overwrite: options.Overwrite = False
+
+    def execute(self) -> None:
+        from bbt_accel.predict.fit import fit_file
+
+        names = ("text", "label", "backbone", "template", "label_words", "engine")
+        found = fit_file(
+            self.file,
+            self.output,
+            announce=(lambda _: None) if self.as_json else printing.print_plan,
+            progress=not self.as_json,
+            **self.given(*names, "precision", "budget", "overwrite"),
+            **self.settings(),
         )
-        return function
+        printing.print_fitted(found, self.as_json)
+        if found.run.info.status == "interrupted":
+            raise KeyboardInterrupt
 
-    return register
+
+class TuneSettings(Settings, frozen=True):
+    """All settings of a search, and how the backbone is run, where that has no option."""
+
+    threads: Threads | None = Field(
+        default=None, description="CPU threads; all cores unless given."
+    )
+    without: list[str] = Field(
+        default=[], description=f"Optimizations to switch off: {', '.join(OPTIMIZATIONS)}."
+    )
+    track: list[str] = Field(
+        default=[], description="Experiment trackers: tensorboard, mlflow, wandb, trackio."
+    )
+
+
+@command(TUNE, "tune --bundle bundles/roberta-large --task sst2 --data data/sst2 -o runs/sst2")
+class Tune(Settable):
+    """Fit a readout for a task, and search for a soft prompt with CMA-ES."""
+
+    model = TuneSettings
+    bundle: Path = typer.Option(..., "--bundle", help="Bundle written by export or optimize.")
+    task: options.Task
+    data: options.Data = None
+    output: Path | None = option(
+        "-o", "--output", help="Run folder to create (default: runs/TASK-METHOD-ENGINE-SEED)."
+    )
+    preset: Preset | None = option(
+        "--preset", help="paper: the original program's search, with the verbalizer as readout."
+    )
+    resume: options.Resume = False
+    overwrite: options.Overwrite = False
+    k_shot: int | None = setting("--k-shot")
+    intrinsic_dim: int | None = setting("--intrinsic-dim")
+    popsize: int | None = setting("--popsize")
+    budget: int | None = setting("--budget")
+    sigma: float | None = setting("--sigma")
+    alpha: float | None = setting("--alpha")
+    bound: float | None = setting("--bound")
+    loss: Loss | None = setting("--loss")
+    eval_every: int | None = setting("--eval-every")
+    seed: int | None = setting("--seed")
+    readout: ReadoutChoice | None = setting("--readout")
+    engine: options.Engine = None
+    device: options.Device = None
+    url: options.Url = None
+    workers: int | None = option("--workers", min=1, help="Processes that share each population.")
+    ray: options.Ray = None
+
+    def execute(self) -> None:
+        from bbt_accel.search.tune import tune
+
+        settings, others = apart(self.settings())
+        run = tune(
+            settings=settings,
+            progress=not self.as_json,
+            **self.given("bundle", "task", "data", "output", "preset", "resume", "overwrite"),
+            **self.given("engine", "device", "url", "workers", "ray"),
+            **others,
+        )
+        printing.print_run(run, self.as_json)
+        if run.info.status == "interrupted":
+            raise KeyboardInterrupt
+
+
+class SweepSettings(Settings, frozen=True):
+    """Settings of every search of a sweep, and of the sweep where they have no option."""
+
+    cross_evaluate: bool = Field(
+        default=False,
+        description="Also score every prompt in each bundle that takes it, and compare them.",
+    )
+    threads: Threads | None = Field(
+        default=None, description="CPU threads per trial; its share of the cores unless given."
+    )
+
+
+@command(TUNE, "sweep --tasks sst2,agnews --bundles bundles/a,bundles/b --seeds 42,43 -o sweep")
+class Sweep(Settable):
+    """Tune on several tasks, bundles, engines and seeds, and tabulate the test scores."""
+
+    model = SweepSettings
+    output: options.Output
+    tasks: Sequence[str] | None = option_of(SweepGrid, "--tasks")
+    bundles: Sequence[str] | None = option_of(SweepGrid, "--bundles")
+    engines: options.Engines = None
+    seeds: Sequence[str] | None = option_of(SweepGrid, "--seeds")
+    device: options.Device = None
+    data: options.DataFolders = None
+    config: Path | None = option("--config", help="TOML file of the sweep; options override it.")
+    preset: str | None = option(
+        "--preset",
+        autocompletion=preset_names,
+        help=f"Shipped sweep: {', '.join(preset_names())}.",
+    )
+    resume: options.Resume = False
+    jobs: options.Jobs = None
+    ray: options.Ray = None
+
+    @classmethod
+    def without_option(cls) -> list[str]:
+        return [key for key in super().without_option() if key != "seed"]  # --seeds
+
+    def execute(self) -> None:
+        from bbt_accel.benchmarks.sweep.runner import run_sweep
+
+        settings, others = apart(self.settings())
+        grid = self.given("tasks", "bundles", "engines", "seeds", "device")
+        if self.data is not None:
+            grid["data"] = str(self.data)
+        if others.pop("cross_evaluate", False):
+            grid["cross_evaluate"] = True
+        report = run_sweep(
+            self.output,
+            given={**grid, "settings": settings},
+            progress=not self.as_json,
+            **self.given("config", "preset", "resume", "jobs", "ray"),
+            **others,
+        )
+        printing.print_sweep(report, self.output, self.as_json)
+        if report.interrupted:
+            raise KeyboardInterrupt
+        if failed := report.count("failed"):
+            problem = f"{failed} of {len(report.trials)} trials failed"
+            raise BbtError(f"{problem}; retry them with --resume")
+        if report.cross_evaluation is not None and report.cross_evaluation.failures:
+            raise BbtError("the cross-evaluation is incomplete; retry it with --resume")
+
+
+@dataclass(kw_only=True)
+class OnEngine(Command):
+    """A command that runs a backbone as its run did, or elsewhere."""
+
+    engine: options.Engine = None
+    device: options.Device = None
+    threads: options.Threads = None
+    bundle: options.OtherBundle = None
+
+    def place(self) -> dict[str, Any]:
+        return self.given("engine", "device", "threads", "bundle")
+
+
+@command(USE, "evaluate runs/sst2 --data data/sst2")
+class Evaluate(OnEngine):
+    """Score a tuned prompt on the test rows, and the backbone without a prompt."""
+
+    run: options.RunPath
+    data: options.Data = None
+    split: Literal["test", "dev"] = typer.Option(
+        "test", "--split", help="Rows to score; readouts are fitted on dev."
+    )
+    url: options.Url = None
+
+    def execute(self) -> None:
+        from bbt_accel.predict.inference import evaluate
+
+        score = evaluate(self.run, data=self.data, split=self.split, url=self.url, **self.place())
+        printing.print_score(score, self.as_json)
+
+
+@command(USE, 'predict runs/sst2 "a gripping film"')
+class Predict(OnEngine):
+    """Label texts from the command line, a file or standard input."""
+
+    run: options.RunPath
+    texts: list[str] | None = typer.Argument(
+        None, metavar="TEXT", help="Texts; the two of a sentence pair separated by a tab."
+    )
+    file: Path | None = option(
+        "--file",
+        help="File of texts or JSON objects, one per line, or a table (.csv, .parquet); - for "
+        "standard input.",
+    )
+    url: options.Url = None
+
+    def execute(self) -> None:
+        from bbt_accel.predict.inference import predict
+        from bbt_accel.predict.texts import read_texts
+        from bbt_accel.search.run import Run
+
+        rows = read_texts(self.texts or [], self.file, Run.read(self.run).task.text)
+        found = predict(self.run, rows, url=self.url, **self.place())
+        printing.print_predictions(rows, found, self.as_json)
+
+
+@command(USE, "package runs/sst2 -o packages/sst2")
+class Package(Command):
+    """Package a run as a self-contained model that other tools load, compared with predict."""
+
+    path: Path = typer.Argument(
+        ..., metavar="RUN|PACKAGE", help="Run folder; with --check a package."
+    )
+    output: Path | None = option("-o", "--output", help="Folder to create.")
+    check: bool = flag("--check", help="Verify a package, and compare it again.")
+    format: Kind | None = option("--format", help="What the package is for (default: onnx).")
+    int8: bool | None = option("--int8", help="8-bit integers, also for a run in fp32.")
+    bundle: options.OtherBundle = None
+    run: Path | None = option("--run", help="With --check: the run, if it is not near the package.")
+    max_rows: int | None = option(
+        "--max-rows", min=1, help="Rows of each split to compare (default: all)."
+    )
+    threads: options.Threads = None
+
+    def execute(self) -> None:
+        from bbt_accel.package.package import Options, check_package, package_run
+
+        if self.check == (self.output is not None):
+            raise UsageError("give -o DIR to package a run, or --check to verify a package")
+        if self.run is not None and not self.check:
+            raise UsageError("--run is for --check; a run to package is the argument")
+        fixed = self.given("format", "int8", "max_rows")
+        if self.check and fixed:
+            name = next(iter(fixed)).replace("_", "-")
+            raise UsageError(f"--{name} cannot be used with --check; the package fixes it")
+        with progress_bar(f"{'checking' if self.check else 'packaging'} {self.path}") as tell:
+            if self.output is None:
+                info = check_package(self.path, self.threads, tell, self.run, self.bundle)
+            else:
+                wanted = Options(**fixed, **self.given("bundle", "threads"))
+                info = package_run(self.path, self.output, wanted, tell)
+        printing.print_package(self.output or self.path, info.model_dump(mode="json"), self.as_json)
+
+
+@command(USE, "push runs/sst2 OWNER/NAME")
+class Push(Command):
+    """Upload a run with its bundle, or a package, to the Hugging Face hub, with its model card."""
+
+    path: Path = typer.Argument(
+        ..., metavar="RUN|PACKAGE", help="Run folder, package, or saved classifier."
+    )
+    repository: str = typer.Argument(
+        ..., metavar="OWNER/NAME", help="Repository of the hub, new or existing."
+    )
+    private: bool = flag("--private", help="Create the repository as a private one.")
+    without_bundle: bool = flag(
+        "--without-bundle", help="Upload a run alone; others then need a bundle for it."
+    )
+    yes: bool = flag("--yes", help="Skip the confirmation.")
+
+    def execute(self) -> None:
+        from bbt_accel.package.push import is_package, push
+
+        if not self.yes and not (sys.stdin is not None and sys.stdin.isatty()):
+            raise UsageError(f"push uploads {self.path} to {self.repository}; confirm with --yes")
+        question = f"Upload {self.path} to {self.repository}, replacing its contents?"
+        try:
+            confirmed = self.yes or typer.confirm(question)
+        except typer.Abort:  # Ctrl-C at the question
+            raise KeyboardInterrupt from None
+        if not confirmed:
+            raise typer.Exit(1)
+        commit = push(
+            self.path,
+            self.repository,
+            with_bundle=not self.without_bundle,
+            private=self.private,
+        )
+        kind = "package" if is_package(self.path) else "run"
+        printing.print_pushed(self.repository, commit, kind, self.as_json)
+
+
+@command(USE, "serve runs/sst2 --port 8000")
+class Serve(OnEngine, Settable):
+    """Serve a bundle, or a run's prompt, over HTTP with the Open Inference Protocol."""
+
+    model = Limits
+    path: Path = typer.Argument(
+        ..., metavar="BUNDLE|RUN", help="Bundle, or run folder written by tune."
+    )
+    host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on.")
+    port: int = typer.Option(
+        8000, "--port", min=0, max=65535, help="Port to listen on; 0 for any free one."
+    )
+
+    def execute(self) -> None:
+        from bbt_accel.serve.server import serve
+
+        if self.engine is not None and engine_spec(self.engine).remote:
+            problem = f"a server cannot use --engine {self.engine}"
+            raise UsageError(f"{problem}; choose the engine that runs the backbone here")
+        ready = partial(printing.print_serving, as_json=self.as_json)
+        serve(
+            self.path,
+            host=self.host,
+            port=self.port,
+            limits=Limits(**self.settings()),
+            ready=ready,
+            **self.place(),
+        )
+
+
+@command(
+    MEASURE,
+    "bench --backbone roberta-large --task sst2 --engines ort,openvino --precisions fp32,int8 "
+    "-o report",
+)
+class Bench(Settable):
+    """Compare engines and precisions with eager PyTorch: speed, accuracy and memory."""
+
+    model = BenchOptions
+    backbone: options.Backbone
+    task: options.Task
+    output: options.Output
+    data: options.Data = None
+    method: Method | None = option_of(BenchOptions, "--method")
+    engines: options.Engines = None
+    precisions: Sequence[str] | None = option_of(BenchOptions, "--precisions")
+    device: options.Device = None
+    threads: options.Threads = None
+    tune: bool | None = option_of(BenchOptions, "--tune")
+    ablate: bool | None = option_of(BenchOptions, "--ablate")
+
+    def execute(self) -> None:
+        from bbt_accel.benchmarks.bench import run_bench
+
+        run_bench(bench_options(**self.settings()), self.output, progress=not self.as_json)
+        printing.print_bench(self.output, self.as_json)
+
+
+@command(MEASURE, "compare agnews sst2 --data data -o comparison")
+class Compare(Settable):
+    """Compare accuracy per forward pass: readouts, searches, and training by gradients."""
+
+    model = CompareOptions
+    tasks: list[str] = typer.Argument(
+        ..., metavar="TASK...", help="Built-in tasks, or paths of .toml files."
+    )
+    output: options.Output
+    backbone: options.Backbone = "demo"
+    data: options.DataFolders = None
+    contenders: Sequence[str] | None = option_of(CompareOptions, "--contenders")
+    reference: str | None = option_of(CompareOptions, "--reference")
+    budgets: Sequence[str] | None = option_of(CompareOptions, "--budgets")
+    seeds: Sequence[str] | None = option_of(CompareOptions, "--seeds")
+    engine: options.Engine = None
+    resume: options.Resume = False
+    jobs: options.Jobs = None
+    ray: options.Ray = None
+
+    def execute(self) -> None:
+        from bbt_accel.benchmarks.compare import run_compare
+
+        report = run_compare(
+            self.tasks,
+            self.output,
+            compare_options(**self.settings()),
+            progress=not self.as_json,
+            **self.given("resume", "ray"),
+        )
+        printing.print_bench(self.output, self.as_json)
+        if report.failures:
+            problem = f"trials that failed: {len(report.failures)}"
+            raise BbtError(f"{problem}; repeat the command with --resume")
+
+
+@command(MEASURE, "doctor")
+class Doctor(Command):
+    """Show what this machine can run, what is fastest on it, and what to install for the rest."""
+
+    def execute(self) -> None:
+        printing.print_diagnosis(diagnose(), self.as_json)
 
 
 def _version(wanted: bool) -> None:
@@ -74,317 +612,6 @@ def program(
     ),
 ) -> None:
     """Options of the program. `main` removes --debug from the line, wherever it is."""
-
-
-@command(PREPARE, "export roberta-large -o bundles/roberta-large")
-def export(
-    backbone: Annotated[str, typer.Argument(help=BACKBONE)],
-    output: shared.Output,
-    options: Annotated[Options, Fields(shared.ExportOptions)],
-    as_json: shared.AsJson = False,
-) -> None:
-    """Export a backbone to a bundle: ONNX graphs, weights and tokenizer, validated against
-    PyTorch.
-    """
-    from bbt_accel.exporters.trace.export import export_bundle
-
-    with progress_bar(f"exporting {backbone}") as tell:
-        bundle = export_bundle(backbone, output, on_progress=tell, **options)
-    printing.print_bundle(bundle, as_json)
-
-
-@command(
-    PREPARE, "optimize bundles/roberta-large -o bundles/roberta-large-int8 --int8 --calibrate sst2"
-)
-def optimize(
-    bundle: shared.BundlePath,
-    output: shared.Output,
-    options: Annotated[Options, Fields(shared.OptimizeOptions)],
-    as_json: shared.AsJson = False,
-) -> None:
-    """Optimize a bundle for an engine: fused operators, lower precision, TensorRT plans."""
-    from bbt_accel.exporters.convert.optimize import optimize_bundle
-    from bbt_accel.search.calibration import calibrate_on
-
-    precisions = [name for name in get_args(Precision) if options.pop(name, False)] or ["fp32"]
-    if len(precisions) > 1:
-        raise UsageError("choose one of --fp16, --bf16, --int8 and --int4")
-    with progress_bar(f"optimizing {bundle}") as tell:
-        calibration = calibrate_on(options.pop("calibrate", None), options.pop("data", None))
-        optimized = optimize_bundle(
-            bundle,
-            output,
-            precision=precisions[0],
-            calibration=calibration,
-            on_progress=tell,
-            **options,
-        )
-    printing.print_bundle(optimized, as_json)
-
-
-@command(PREPARE, "triton bundles/roberta-large -o models")
-def triton(
-    bundle: shared.BundlePath,
-    repository: Annotated[
-        Path, typer.Option("-o", "--output", help="Model repository, new or with other models.")
-    ],
-    name: Annotated[
-        str | None, typer.Option(help="Name of the model (default: the bundle's folder).")
-    ] = None,
-    as_json: shared.AsJson = False,
-) -> None:
-    """Write a bundle as models of Triton Inference Server."""
-    from bbt_accel.core.bundle import Bundle
-    from bbt_accel.exporters.convert.triton import write_repository
-
-    with progress_bar(f"writing {repository}"):
-        models = write_repository(Bundle.read(bundle), repository, name)
-    printing.print_triton(repository, models, as_json)
-
-
-@command(SEARCH, "fit reviews.csv --text review --label sentiment -o run")
-def fit(
-    file: Annotated[
-        Path,
-        typer.Argument(help="CSV, TSV, JSON, JSON lines, Parquet or Excel file of labelled texts."),
-    ],
-    options: Annotated[Options, Fields(shared.FitOptions)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder to create.")],
-    as_json: shared.AsJson = False,
-) -> None:
-    """Build a classifier from one file of labelled texts, and score it on the rows that the search
-    does not use.
-    """
-    from bbt_accel.predict.fit import fit_file
-
-    announce = (lambda _: None) if as_json else printing.print_plan
-    found = fit_file(file, output, **options, announce=announce, progress=not as_json)
-    printing.print_fitted(found, as_json)
-    if found.run.info.status == "interrupted":
-        raise typer.Exit(INTERRUPTED)
-
-
-@command(SEARCH, "tune --bundle bundles/roberta-large --task sst2 --data data/sst2 -o runs/sst2")
-def tune(
-    options: Annotated[Options, Fields(shared.TuneOptions)],
-    settings: shared.SearchSettings,
-    execution: Annotated[Options, Fields(shared.TuneExecution, shared.EXECUTION)],
-    as_json: shared.AsJson = False,
-) -> None:
-    """Fit a readout for a task, and search for a soft prompt with CMA-ES."""
-    from bbt_accel.search.tune import tune as tune_prompt
-
-    run = tune_prompt(**options, **execution, settings=settings, progress=not as_json)
-    printing.print_run(run, as_json)
-    if run.info.status == "interrupted":
-        raise typer.Exit(INTERRUPTED)
-
-
-@command(SEARCH, "sweep --tasks sst2,agnews --bundles bundles/a,bundles/b --seeds 42,43 -o sweep")
-def sweep(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the sweep.")],
-    grid: Annotated[
-        Options, Fields(Sweep, exclude=("method", "needs", "settings"), required=False)
-    ],
-    options: Annotated[Options, Fields(shared.SweepOptions)],
-    settings: shared.SweepSettings,
-    execution: Annotated[Options, Fields(shared.SweepExecution, shared.EXECUTION)],
-    as_json: shared.AsJson = False,
-) -> None:
-    """Tune on several tasks, bundles, engines and seeds, and tabulate the test scores."""
-    from bbt_accel.benchmarks.sweep.runner import run_sweep
-
-    report = run_sweep(
-        output, given={**grid, "settings": settings}, progress=not as_json, **options, **execution
-    )
-    printing.print_sweep(report, output, as_json)
-    if report.interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if failed := report.count("failed"):
-        raise BbtError(f"{failed} of {len(report.trials)} trials failed; retry them with --resume")
-    if report.cross_evaluation is not None and report.cross_evaluation.failures:
-        raise BbtError("the cross-evaluation is incomplete; retry it with --resume")
-
-
-@command(USE, "evaluate runs/sst2 --data data/sst2")
-def evaluate(
-    run: shared.RunPath,
-    options: Annotated[Options, Fields(shared.EvaluateOptions)],
-    execution: Annotated[Options, Fields(shared.RunExecution, shared.EXECUTION)],
-    as_json: shared.AsJson = False,
-) -> None:
-    """Score a tuned prompt on the test rows, and the backbone without a prompt."""
-    from bbt_accel.predict.inference import evaluate as evaluate_run
-
-    printing.print_score(evaluate_run(run, **options, **execution), as_json)
-
-
-@command(USE, 'predict runs/sst2 "a gripping film"')
-def predict(
-    run: shared.RunPath,
-    execution: Annotated[Options, Fields(shared.RunExecution, shared.EXECUTION)],
-    texts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="TEXT", help="Texts; the two of a sentence pair separated by a tab."
-        ),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of texts or JSON objects, one per line, or a table (.csv, .parquet); - for standard input."
-        ),
-    ] = None,
-    as_json: shared.AsJson = False,
-) -> None:
-    """Label texts from the command line, a file or standard input."""
-    from bbt_accel.predict.inference import predict as predict_run
-    from bbt_accel.predict.texts import read_texts
-    from bbt_accel.search.run import Run
-
-    rows = read_texts(texts or [], file, Run.read(run).task.text)
-    printing.print_predictions(rows, predict_run(run, rows, **execution), as_json)
-
-
-@command(USE, "package runs/sst2 -o packages/sst2")
-def package(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN|PACKAGE", help="Run folder; with --check a package.")
-    ],
-    options: Annotated[Options, Fields(shared.PackageOptions)],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to create.")] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Verify a package, and compare it again.")
-    ] = False,
-    as_json: shared.AsJson = False,
-) -> None:
-    """Package a run as a self-contained model that other tools load, compared with predict."""
-    from bbt_accel.package.package import Options as PackageOptions
-    from bbt_accel.package.package import check_package, package_run
-
-    if check == (output is not None):
-        raise UsageError("give -o DIR to package a run, or --check to verify a package")
-    run = options.pop("run", None)
-    if run is not None and not check:
-        raise UsageError("--run is for --check; a run to package is the argument")
-    if check and (own := [name for name in options if name not in ("threads", "bundle")]):
-        raise UsageError(
-            f"--{own[0].replace('_', '-')} cannot be used with --check; the package fixes it"
-        )
-    with progress_bar(f"{'checking' if check else 'packaging'} {path}") as tell:
-        if output is None:
-            info = check_package(path, options.get("threads"), tell, run, options.get("bundle"))
-        else:
-            info = package_run(path, output, PackageOptions(**options), tell)
-    printing.print_package(output or path, info.model_dump(mode="json"), as_json)
-
-
-@command(USE, "push runs/sst2 OWNER/NAME")
-def push(
-    path: Annotated[
-        Path,
-        typer.Argument(metavar="RUN|PACKAGE", help="Run folder, package, or saved classifier."),
-    ],
-    repository: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub, new or existing.")
-    ],
-    options: Annotated[Options, Fields(shared.PushOptions)],
-    as_json: shared.AsJson = False,
-) -> None:
-    """Upload a run with its bundle, or a package, to the Hugging Face hub, with its model card."""
-    from bbt_accel.package import push as sharing
-
-    yes, interactive = options.pop("yes", False), sys.stdin is not None and sys.stdin.isatty()
-    if not yes and not interactive:
-        raise UsageError(f"push uploads {path} to {repository}; confirm with --yes")
-    try:
-        confirmed = yes or typer.confirm(f"Upload {path} to {repository}, replacing its contents?")
-    except typer.Abort:  # Ctrl-C at the question
-        raise KeyboardInterrupt from None
-    if not confirmed:
-        raise typer.Exit(1)
-    commit = sharing.push(
-        path, repository, with_bundle=not options.pop("without_bundle", False), **options
-    )
-    printing.print_pushed(
-        repository, commit, "package" if sharing.is_package(path) else "run", as_json
-    )
-
-
-@command(USE, "serve runs/sst2 --port 8000")
-def serve(
-    path: Annotated[
-        Path, typer.Argument(metavar="BUNDLE|RUN", help="Bundle, or run folder written by tune.")
-    ],
-    options: Annotated[Options, Fields(shared.ServeOptions)],
-    execution: Annotated[Options, Fields(shared.RunExecution, shared.EXECUTION, exclude=("url",))],
-    as_json: shared.AsJson = False,
-) -> None:
-    """Serve a bundle, or a run's prompt, over HTTP with the Open Inference Protocol."""
-    from bbt_accel.serve.limits import Limits
-    from bbt_accel.serve.server import serve as serve_models
-
-    if (engine := execution.get("engine")) and engine_spec(engine).remote:
-        raise UsageError(
-            f"a server cannot use --engine {engine}; choose the engine that runs the backbone here"
-        )
-    o = read_options(shared.ServeOptions, options)
-    limits = Limits(
-        request_bytes=o.max_request_mib * 2**20,
-        batch=o.max_batch,
-        row_tokens=o.max_tokens,
-        timeout=o.timeout,
-        cached_batches=o.keep_rows,
-        keep_alive=o.keep_alive,
-    )
-    ready = partial(printing.print_serving, as_json=as_json)
-    serve_models(path, host=o.host, port=o.port, limits=limits, ready=ready, **execution)
-
-
-@command(
-    MEASURE,
-    "bench --backbone roberta-large --task sst2 --engines ort,openvino --precisions fp32,int8 -o report",
-)
-def bench(
-    options: Annotated[Options, Fields(BenchOptions)],
-    output: shared.Output,
-    as_json: shared.AsJson = False,
-) -> None:
-    """Compare engines and precisions with eager PyTorch: speed, accuracy and memory."""
-    from bbt_accel.benchmarks.bench import run_bench
-
-    run_bench(bench_options(**options), output, progress=not as_json)
-    printing.print_bench(output, as_json)
-
-
-@command(MEASURE, "compare agnews sst2 --data data -o comparison")
-def compare(
-    tasks: Annotated[
-        list[str],
-        typer.Argument(metavar="TASK...", help="Built-in tasks, or paths of .toml files."),
-    ],
-    options: Annotated[Options, Fields(CompareOptions)],
-    execution: Annotated[Options, Fields(shared.CompareExecution)],
-    output: shared.Output,
-    as_json: shared.AsJson = False,
-) -> None:
-    """Compare accuracy per forward pass: readouts, searches, and training by gradients."""
-    from bbt_accel.benchmarks.compare import run_compare
-
-    report = run_compare(
-        tasks, output, compare_options(**options), progress=not as_json, **execution
-    )
-    printing.print_bench(output, as_json)
-    if report.failures:
-        raise BbtError(
-            f"trials that failed: {len(report.failures)}; repeat the command with --resume"
-        )
-
-
-@command(MEASURE, "doctor --json")
-def doctor(as_json: shared.AsJson = False) -> None:
-    """Show what this machine can run, what is fastest on it, and what to install for the rest."""
-    printing.print_diagnosis(diagnose(), as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

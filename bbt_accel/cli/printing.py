@@ -52,7 +52,8 @@ def print_run(run: Run, as_json: bool) -> None:
         print_json({"path": run.path, **info.model_dump(mode="json")})
         return
     workers = f", {info.engine.workers} workers" if info.engine.workers else ""
-    examples = f"{'up to ' if info.settings.allow_rare_classes else ''}{info.settings.k_shot} examples per class"
+    most = "up to " if info.settings.allow_rare_classes else ""
+    examples = f"{most}{info.settings.k_shot} examples per class"
     facts: dict[str, object] = {
         "task": f"{info.task.name}, {examples}, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
@@ -150,7 +151,9 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
         "model": info["model"],
         "labels": ", ".join(info["labels"]),
         "readout": info["readout"],
-        "compared with predict": f"{found['rows']} texts, largest error of scores {found['largest_error']:.1e}",
+        "compared with predict": (
+            f"{found['rows']} texts, largest error of scores {found['largest_error']:.1e}"
+        ),
         "labels that differ from the estimator's": found["estimator_differs"],
         "labels that differ by rounding": found["labels_differ"] or None,
     }

@@ -52,7 +52,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     allow_rare_classes: bool = Field(
         default=False,
         description="Of a class with too few rows for --k-shot, use up to a third each for train and for dev "
-        "(half without --hold-out).",
+        "(half without hold_out).",
     )
     hold_out: bool = Field(
         default=False, description="Use the train rows that the search leaves over as test rows."
@@ -167,11 +167,11 @@ def without_effect(settings: Settings, info: BundleInfo | None = None) -> dict[s
     """
     found = dict[str, str]()
     if info is not None and settings.demonstrations and not info.causal:
-        problem = f"--demonstrations is for decoders; {info.backbone} is an {info.architecture}"
+        problem = f"demonstrations are for decoders; {info.backbone} is an {info.architecture}"
         found["demonstrations"] = problem
     if settings.random_proj == "uniform":
         found["alpha"] = (
-            "--alpha is the scale of the normal projection; omit it with --random-proj uniform"
+            "--alpha is the scale of the normal projection; omit it with random_proj=uniform"
         )
     if settings.fitted and settings.loss != "ce":
         found["loss"] = (

@@ -346,14 +346,16 @@ def commands(
         "--engine",
         choice.engine,
         *([] if choice.device == "cpu" else ["--device", choice.device]),
-        *cpu,
     ]
-    given = {
-        name: value for name, value in settings.items() if value is not False and name != "hold_out"
-    }
-    options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
-    chosen = [name if value is True else f"{name}={value}" for name, value in options.items()]
-    data = ["--task", f"{output / TASK}", "--data", str(file), "--hold-out"]
+    data = ["--task", f"{output / TASK}", "--data", str(file)]
+    chosen = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in settings.items()
+        if not isinstance(value, bool)
+    ]
+    set_ = [f"{name}=true" for name, value in settings.items() if value is True]
+    set_ += [] if threads is None else [f"threads={threads}"]
+    chosen += [word for assignment in set_ for word in ("--set", assignment)]
     again = f"{output}-again"
     steps.append(
         [

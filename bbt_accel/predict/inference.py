@@ -102,7 +102,7 @@ def scored_rows(run: Run, data: str | Path | None, split: Literal["dev", "test"]
         raise DataError(f"the search leaves no row to hold out; {hint}")
     if same and not has_test_rows(source, settings):
         raise DataError(
-            f"{source} has no test rows; give some with --data, or tune with --hold-out"
+            f"{source} has no test rows; give some with --data, or tune with --set hold_out=true"
         )
     return load_rows(run.task, "test", source)
 

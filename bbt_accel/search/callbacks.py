@@ -294,5 +294,5 @@ def tracker(name: str) -> Callback:
         ) from None
     except Exception as error:  # each library has its own
         raise BbtError(
-            f"--track {name} does not start ({first_line(error):.200}); see its documentation"
+            f"tracker {name} does not start ({first_line(error):.200}); see its documentation"
         ) from None

@@ -46,7 +46,7 @@ from bbt_accel.tasks.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.tasks.splits import FewShot, has_test_rows, load_split
 from bbt_accel.tasks.task import Task, load_task
 
-NO_TEST_ROWS = "{} has no test rows, so there will be no test score; --hold-out keeps the rows that are left over"
+NO_TEST_ROWS = "{} has no test rows, so there will be no test score; --set hold_out=true keeps the rows that are left over"
 
 
 def tune(
@@ -221,11 +221,11 @@ def _other_threads(former: RunInfo | None, info: RunInfo) -> list[str]:
     if former is None:
         return []
     was, now = (
-        {"--threads": run.engine.threads, "--workers": run.engine.workers} for run in (former, info)
+        {"threads": run.engine.threads, "workers": run.engine.workers} for run in (former, info)
     )
     changed = [option for option in was if was[option] != now[option]]
     so_far, then = (
-        " and ".join(f"{o} {of[o]}" if of[o] else f"no {o}" for o in changed) for of in (was, now)
+        " and ".join(f"{o} {of[o] or 'unset'}" for o in changed) for of in (was, now)
     )
     result = "the last bits of a loss may depend on that, and with them the result"
     return [f"so far the search ran with {so_far}, now with {then}; {result}"] if changed else []
@@ -270,12 +270,12 @@ def _prepare(
     if settings.fitted and missing:
         shown = len(encoder.demonstrations)
         hint = (
-            "add rows or lower --demonstrations"
+            "add rows or lower demonstrations"
             if settings.allow_rare_classes
             else "raise --k-shot"
         )
         raise DataError(
-            f"--demonstrations {shown} leaves class {min(missing)} without a train row; {hint}"
+            f"demonstrations={shown} leaves class {min(missing)} without a train row; {hint}"
         )
     objective = Objective(settings.loss, task.metric, task.class_shares)
     rows = encoder.encode([*train, *dev])

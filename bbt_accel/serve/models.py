@@ -174,7 +174,7 @@ class RowCache:
         longest = max(value.shape[1] for value in given.values() if value.ndim == 2)
         longest += len(given.get("context_ids", ()))
         if longest > limit:
-            whose = "the backbone takes" if limit == backbone else "serve --max-tokens allows"
+            whose = "the backbone takes" if limit == backbone else "serve --set row_tokens allows"
             raise RequestError(f"rows have {longest} tokens, {whose} at most {limit}")
         if not batch.label_token_ids.size:
             raise RequestError("label_token_ids must have at least one token")

@@ -73,7 +73,7 @@ class Encoder:
         length = len(self.ids([dict.fromkeys(task.text, "")])[0])
         if length > self.limit:
             what = "template" if self.context_ids is None else "template and context"
-            whose = bundle.path if self._longest == bundle.info.max_length else "--max-tokens"
+            whose = bundle.path if self._longest == bundle.info.max_length else "row_tokens"
             problem = f"the {what} of task {task.name} alone exceeds the {self._longest} tokens"
             raise TaskError(f"{problem} of {whose} by {length - self.limit}; shorten it")
 

@@ -64,7 +64,7 @@ def split_rows(
     names = names or list(map(str, range(n_classes)))
     named = {name: counts[label] for label, name in enumerate(names)}
     require_examples(
-        named, k, parts, "lower it, add rows or, with tune and sweep, pass --allow-rare-classes"
+        named, k, parts, "lower it, add rows or, with tune and sweep, --set allow_rare_classes=true"
     )
     wanted = {label: examples(counts[label], k, parts) for label in range(n_classes)}
     seen = Counter[int | None]()
@@ -129,7 +129,7 @@ def check_rows(task: Task, data: Path, settings: Settings) -> None:
     load_few_shot(task, data, settings)
     if not has_test_rows(data, settings):
         raise DataError(
-            f"{data} has no test rows; add a file of them or, with tune and sweep, pass --hold-out"
+            f"{data} has no test rows; add a file of them or, with tune and sweep, --set hold_out=true"
         )
     if not settings.hold_out:
         load_rows(task, "test", data)
@@ -151,7 +151,7 @@ def choose_demonstrations(
     """
     if count >= len(train):
         raise DataError(
-            f"--demonstrations {count} leaves none of the {len(train)} train rows; raise --k-shot"
+            f"demonstrations={count} leaves none of the {len(train)} train rows; raise --k-shot"
         )
     rng = np.random.default_rng(seed)
     order, rank = rng.permutation(len(train)), dict[int, int]()

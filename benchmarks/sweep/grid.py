@@ -72,7 +72,7 @@ class Sweep(Schema):
             raise UsageError("a sweep takes no setting 'seed'; write seeds = [42, 43]")
         if self.cross_evaluate and self.settings.get("hold_out"):
             raise UsageError(
-                "--cross-evaluate scores on test rows, so it does not go with --hold-out"
+                "cross_evaluate scores on test rows, so it does not go with hold_out"
             )
         bundles = {path: self._bundle(Path(path)) for path in self.bundles}
         tasks = {path: load_task(path) for path in self.tasks}

@@ -17,16 +17,16 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL"),
 ]
 ALL = os.environ.get("BBT_ATTACKS") == "all"
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 def attacked(*words: str) -> str:
     """The output of an attack, run as a script: it forks, and forks of a process with threads may
     hang.
     """
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / words[0]), *words[1:]]
+    command = [sys.executable, str(HERE / words[0]), *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -256,9 +256,8 @@ def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
         ("--seeds", found.seeds),
     ):
         assert words[words.index(option) + 1] == ",".join(map(str, values))
-    assert {name: str(value) for name, value in found.settings.items()} == {
-        name: words[words.index(f"--{name}") + 1] for name in ("budget", "readout")
-    }
+    settings = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+    assert settings == [f"{name}={value}" for name, value in found.settings.items()]
 
 
 def test_files_named_exist() -> None:

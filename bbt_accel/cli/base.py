@@ -1,0 +1,104 @@
+"""What a command is: a class whose fields are its options, and whose `execute` does the work."""
+
+# Without postponed annotations: inherited ones would be evaluated in another module.
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import typer
+
+from bbt_accel.cli.options import default_of, fields_of, meaning_of, parse_settings
+from bbt_accel.io.command import print_table
+
+app = typer.Typer(
+    name="bbt-accel",
+    help="Tune soft prompts for frozen language models with forward passes alone, on fast "
+    "inference engines. Every command takes --json, to print JSON instead of a table.",
+    epilog="Example: bbt-accel export demo -o bundle && "
+    "bbt-accel tune --bundle bundle --task demo -o run",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+COMMANDS: dict[str, type["Command"]] = {}
+
+
+@dataclass(kw_only=True)
+class Command:
+    """A field annotated with a `typer.Option` is an option; None where it is not given."""
+
+    as_json: Annotated[bool, typer.Option("--json", hidden=True, help="Print JSON.")] = False
+
+    def execute(self) -> None:
+        raise NotImplementedError
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the options that were given."""
+        found = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _list_settings(context: typer.Context, wanted: bool) -> None:
+    command = COMMANDS[context.info_name or ""]
+    if wanted and issubclass(command, Settable):
+        fields, rows = fields_of(command.model), []
+        for key in command.without_option():
+            field = fields[key]
+            kind = "|".join(field.get("enum", [field["type"]]))
+            rows.append((key, kind, default_of(key, field), meaning_of(field)))
+        print_table(
+            "Settings, each by --set KEY=VALUE", rows, ["key", "type", "default", "meaning"]
+        )
+        raise typer.Exit
+
+
+@dataclass(kw_only=True)
+class Settable(Command):
+    """A command with settings that have no option: the fields of `model` that it does not list."""
+
+    model: ClassVar[Any]
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting without an option; repeatable. --help-settings lists them.",
+        ),
+    ] = None
+    help_settings: Annotated[
+        bool, typer.Option("--help-settings", is_eager=True, hidden=True, callback=_list_settings)
+    ] = False
+
+    @classmethod
+    def without_option(cls) -> list[str]:
+        """The settings without an option."""
+        return [name for name in fields_of(cls.model) if name not in cls.__dataclass_fields__]
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of the model that were given, by options or by --set."""
+        options = [name for name in fields_of(self.model) if name in self.__dataclass_fields__]
+        settings = parse_settings(self.model, self.without_option(), self.set_ or [])
+        return self.given(*options) | settings
+
+
+def command(panel: str, example: str) -> Callable[[type[Command]], type[Command]]:
+    """Register a class as the command of its name, in lower case; its docstring is the help."""
+
+    def register(cls: type[Command]) -> type[Command]:
+        made = dataclass(kw_only=True)(cls)
+        name = cls.__name__.lower()
+        COMMANDS[name] = made
+
+        def call(**options: Any) -> None:
+            made(**options).execute()
+
+        signature = inspect.signature(made, eval_str=True)
+        inherited = {*Command.__dataclass_fields__, *Settable.__dataclass_fields__}
+        last = sorted(signature.parameters.values(), key=lambda p: p.name in inherited)
+        call.__signature__ = signature.replace(parameters=last)  # type: ignore[attr-defined]
+        epilog = f"Example: bbt-accel {example}. With --json it prints JSON."
+        help_text = " ".join((cls.__doc__ or "").split())
+        app.command(name, help=help_text, epilog=epilog, rich_help_panel=panel)(call)
+        return made
+
+    return register
