@@ -99,25 +99,39 @@ def _model(name: str) -> Any:
 
 def _generated(found: re.Match[str]) -> str:
     kind, what = found.groups()
-    return {"commands": _commands, "fields": _fields, "schema": _schema, "api": _api}[kind](what)
+    return {
+        "commands": _commands,
+        "settings": _settings,
+        "fields": _fields,
+        "schema": _schema,
+        "api": _api,
+    }[kind](what)
 
 
 def _commands(_: str) -> str:
     """The commands as typer documents them, without its title."""
-    words = [
-        sys.executable,
-        "-m",
-        "typer",
-        "bbt_accel.cli.commands",
-        "utils",
-        "docs",
-        "--name",
-        "bbt-accel",
-        "--title",
-        "-",
+    import typer
+    from typer.cli import get_docs_for_click
+
+    from bbt_accel.cli.commands import app
+
+    program = typer.main.get_command(app)
+    pages = get_docs_for_click(obj=program, ctx=typer.Context(program), name="bbt-accel")
+    return pages.split("\n", 1)[1]
+
+
+def _settings(_: str) -> str:
+    """What --help-settings lists of each command, as tables."""
+    from bbt_accel.cli.base import COMMANDS, HEADER, Settable
+    from bbt_accel.io.reporting import markdown_table
+
+    import_module("bbt_accel.cli.commands")  # fills COMMANDS
+    parts = [
+        f"### Settings of {name}\n{markdown_table(HEADER, command.table(), text_columns=4)}"
+        for name, command in COMMANDS.items()
+        if issubclass(command, Settable)
     ]
-    made = subprocess.run(words, capture_output=True, text=True, check=True)
-    return made.stdout.split("\n", 1)[1]
+    return "\n\n".join(parts)
 
 
 def _api(_: str) -> str:

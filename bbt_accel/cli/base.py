@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+HEADER = ["key", "type", "default", "meaning"]
 COMMANDS: dict[str, type["Command"]] = {}
 
 
@@ -41,14 +42,7 @@ class Command:
 def _list_settings(context: typer.Context, wanted: bool) -> None:
     command = COMMANDS[context.info_name or ""]
     if wanted and issubclass(command, Settable):
-        fields, rows = fields_of(command.model), []
-        for key in command.without_option():
-            field = fields[key]
-            kind = "|".join(field.get("enum", [field["type"]]))
-            rows.append((key, kind, default_of(key, field), meaning_of(field)))
-        print_table(
-            "Settings, each by --set KEY=VALUE", rows, ["key", "type", "default", "meaning"]
-        )
+        print_table("Settings, each by --set KEY=VALUE", command.table(), HEADER)
         raise typer.Exit
 
 
@@ -73,6 +67,15 @@ class Settable(Command):
     def without_option(cls) -> list[str]:
         """The settings without an option."""
         return [name for name in fields_of(cls.model) if name not in cls.__dataclass_fields__]
+
+    @classmethod
+    def table(cls) -> list[tuple[str, str, str, str]]:
+        """Key, type, default and meaning of each of them."""
+        fields, rows = fields_of(cls.model), []
+        for key in cls.without_option():
+            kind = "|".join(fields[key].get("enum", [fields[key]["type"]]))
+            rows.append((key, kind, default_of(key, fields[key]), meaning_of(fields[key])))
+        return rows
 
     def settings(self) -> dict[str, Any]:
         """The fields of the model that were given, by options or by --set."""

@@ -34,7 +34,8 @@ def fields_of(model: Any) -> dict[str, Any]:
     """What a model, or a dataclass of pydantic, says of its fields, in JSON Schema."""
     fields: dict[str, Any] = TypeAdapter(model).json_schema()["properties"]
     for field in fields.values():  # of an optional one the type that is not null
-        field.update(next((kind for kind in field.get("anyOf", []) if kind["type"] != "null"), {}))
+        kinds = (kind for kind in field.get("anyOf", []) if kind["type"] != "null")
+        field.update(next(kinds, {}) | field)
     return fields
 
 
