@@ -26,9 +26,9 @@ from bbt_accel.benchmarks.sweep.grid import Sweep as SweepGrid
 from bbt_accel.benchmarks.sweep.grid import preset_names
 from bbt_accel.cli import options, printing
 from bbt_accel.cli.base import Command, Settable, app, command
+from bbt_accel.cli.doctor import diagnose
 from bbt_accel.cli.options import SEARCH, apart, option_of
 from bbt_accel.core.bundle import Method, PromptMode
-from bbt_accel.core.doctor import diagnose
 from bbt_accel.core.engine_specs import Precision, engine_spec
 from bbt_accel.core.optimizations import OPTIMIZATIONS
 from bbt_accel.core.option_types import (

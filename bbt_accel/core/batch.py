@@ -66,8 +66,8 @@ class Batch:
             shape_fits(value.shape, wanted[name]) for name, value in self.arrays().items()
         ):
             raise DataError(
-                "a batch needs input_ids and attention_mask (N, S), readout and targets (N,), label_token_ids (M,) and "
-                "perhaps decoder_input_ids (N, D) or context_ids (K,), "
+                "a batch needs input_ids and attention_mask (N, S), readout and targets (N,), "
+                "label_token_ids (M,) and perhaps decoder_input_ids (N, D) or context_ids (K,), "
                 f"with N > 0; got {', '.join(str(value.shape) for value in self.arrays().values())}"
             )
         if (

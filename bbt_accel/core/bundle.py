@@ -76,7 +76,7 @@ class BundleInfo(SealedManifest):
         description="Name of the family that exported it; for readers, nothing depends on it."
     )
     architecture: Architecture = Field(
-        description="Whether logits are read from an encoder or a decoder, alone or behind an encoder."
+        description="Where logits are read: an encoder, a decoder, or one behind an encoder."
     )
     template_group: TemplateGroup = Field(
         description="Which of a task's templates and label words apply."
@@ -115,14 +115,14 @@ class BundleInfo(SealedManifest):
     )
     opset: int = Field(description="ONNX opset of the graphs.")
     stages: list[StageName] = Field(
-        description="Graphs in the order in which they run: model for bbt; embed, block_00, …, last for bbtv2; before "
-        "them, context for a decoder."
+        description="Graphs in the order in which they run: context for a decoder, then model "
+        "for bbt; embed, block_00, …, last for bbtv2."
     )
     versions: dict[str, str] = Field(description="Of the libraries that wrote it.")
     max_error: float | None = Field(
         default=None,
-        description="Largest error of label logits against eager PyTorch; where optimized, the source's, plus the "
-        "largest difference from the source.",
+        description="Largest error of label logits against eager PyTorch; where optimized, "
+        "the source's, plus the largest difference from the source.",
     )
     source: str | None = Field(
         default=None, description="sha256 of the bundle.json that this one was optimized from."

@@ -130,7 +130,7 @@ class EngineSpec:
         device = "cuda" if check_device(wanted) == "cpu" and "cpu" not in self.backends else wanted
         if kind_of(device) not in self.backends:
             raise EngineError(
-                f"engine {self.name} runs on the {', '.join(self.backends).upper()}, not on {wanted}"
+                f"engine {self.name} runs on the {'/'.join(self.backends).upper()}, not on {wanted}"
             )
         return device
 

@@ -186,9 +186,9 @@ class Objective:
         """
         finite = np.isfinite(found).all(axis=1)
         if not finite.all():
-            problem = f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is NaN or infinite)"
             raise NonFiniteLoss(
-                f"{problem}; {IN_FP32} or, with the normal projection, a smaller --alpha"
+                f"the loss of candidate {first + int(np.argmin(finite))} is not finite (a logit is "
+                f"NaN or infinite); {IN_FP32} or, with the normal projection, a smaller --alpha"
             )
         sums = dict(zip(COLUMNS, found.T, strict=True))
         if self.metric == "accuracy":

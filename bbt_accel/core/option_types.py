@@ -24,7 +24,10 @@ PROMPT_MODE = (
     "add: added to the embeddings of the first tokens; cat: prepended to the input (bbt only)."
 )
 JOBS = "Trials at a time (default: 1; with --ray: one per node or GPU)."
-TASK_FOLDERS = "Folder with a subfolder of rows for each task, or the only one's own (default: the tasks' datasets)."
+TASK_FOLDERS = (
+    "Folder with a subfolder of rows for each task, or the only one's own "
+    "(default: the tasks' datasets)."
+)
 
 
 def unique(values: list[Any]) -> list[Any]:

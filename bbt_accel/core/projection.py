@@ -38,8 +38,10 @@ class Projection:
             np.zeros(size, np.float32) if p0 is None else np.asarray(p0, dtype=np.float32).ravel()
         )
         if self.matrix.ndim != 2 or self.matrix.shape[0] != size or self.p0.shape != (size,):
-            need = f"a projection to prompts {prompt_shape} needs a matrix ({size}, d) and p0 ({size},)"
-            raise UsageError(f"{need}; got {self.matrix.shape} and {self.p0.shape}")
+            raise UsageError(
+                f"a projection to prompts {prompt_shape} needs a matrix ({size}, d) and "
+                f"p0 ({size},); got {self.matrix.shape} and {self.p0.shape}"
+            )
 
     @classmethod
     def normal(

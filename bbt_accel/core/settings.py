@@ -51,15 +51,15 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     )
     allow_rare_classes: bool = Field(
         default=False,
-        description="Of a class with too few rows for --k-shot, use up to a third each for train and for dev "
-        "(half without hold_out).",
+        description="Of a class with too few rows for --k-shot, use up to a third each for train "
+        "and for dev (half without hold_out).",
     )
     hold_out: bool = Field(
         default=False, description="Use the train rows that the search leaves over as test rows."
     )
     covariance: Literal["full", "diagonal"] = Field(
         default="full",
-        description="What CMA-ES adapts; diagonal (separable CMA-ES) has d numbers to learn, full d²/2.",
+        description="What CMA-ES adapts; diagonal (separable CMA-ES) learns d numbers, full d²/2.",
     )
     random_proj: Literal["normal", "uniform"] = Field(
         default="normal", description="The projection's distribution."
@@ -77,7 +77,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         if self.budget < turn:
             need = f"popsize {self.popsize}" + ("" if layers == 1 else f" times {layers} layers")
             raise UsageError(
-                f"budget {self.budget} is too small: the search needs at least {turn} calls ({need})"
+                f"budget {self.budget} is too small: a search needs at least {turn} calls ({need})"
             )
         return self.budget // turn * layers
 

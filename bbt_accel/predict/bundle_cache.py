@@ -12,8 +12,8 @@ from filelock import FileLock
 import bbt_accel
 from bbt_accel.core.backbone_names import backbone_digest
 from bbt_accel.core.bundle import Bundle, BundleInfo, Method, PromptMode
-from bbt_accel.core.doctor import RULES, diagnose, label
 from bbt_accel.core.engine_specs import Device, Precision, engine_spec, local_engine
+from bbt_accel.engines.availability import RULES, Availability, EngineState, availability, label
 from bbt_accel.errors import BundleError, UsageError
 from bbt_accel.io.progress import Tell, silent
 
@@ -36,23 +36,26 @@ class Choice(NamedTuple):
         return engine_spec(self.engine).target(self.precision)
 
 
-def choose(engine: str = "auto", precision: PrecisionChoice = "auto") -> Choice:
+def choose(
+    engine: str = "auto", precision: PrecisionChoice = "auto", here: Availability | None = None
+) -> Choice:
     """What is given, and for `auto` what doctor recommends: for a named engine that it does not
     recommend fp16 on a GPU where it runs on one, else fp32, and the fastest engine for a named
     precision.
 
+    here: what runs on the machine; by default on this one.
     Raises UsageError for an engine that does not run in that precision, or that needs a server.
     """
     if engine != "auto":
         local_engine(engine, "fit")
-    found = _choose(engine, precision)
+    found = _choose(engine, precision, *(here or availability()))
     engine_spec(found.engine).target(found.precision)
     return found
 
 
-def _choose(engine: str, precision: PrecisionChoice) -> Choice:
-    found = diagnose()
-    best, states = found["recommended"], found["engines"]
+def _choose(
+    engine: str, precision: PrecisionChoice, states: dict[str, EngineState], best: dict[str, str]
+) -> Choice:
     if engine in ("auto", best["engine"]) and precision in ("auto", best["precision"]):
         return Choice(
             best["engine"], best["device"], best["precision"], best["reason"].split(";")[0]

@@ -136,8 +136,9 @@ def _from_hub(task: Task, split: Split) -> list[Row]:
         ).to_list()
     except Exception as error:  # the hub's client raises errors of many libraries
         raise DataError(
-            f"cannot load {source} from the hub ({type(error).__name__}: {first_line(error):.200}); "
-            f"pass --data DIR with train.jsonl and test.jsonl (or {FORMS})"
+            f"cannot load {source} from the hub ({type(error).__name__}: "
+            f"{first_line(error):.200}); pass --data DIR with train.jsonl and test.jsonl "
+            f"(or {FORMS})"
         ) from None
     return _rows(task, records, source)
 

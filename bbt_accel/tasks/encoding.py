@@ -139,7 +139,8 @@ class Encoder:
         for column in self.task.text:
             if column not in row.fields:
                 raise DataError(
-                    f"a row has no {column!r}; task {self.task.name} needs {', '.join(self.task.text)}"
+                    f"a row has no {column!r}; task {self.task.name} needs "
+                    f"{', '.join(self.task.text)}"
                 )
             fields[column] = self._beginning(as_utf8(self.task.cleaned(row.fields[column])).strip())
         return fields
@@ -372,8 +373,8 @@ class Encoder:
                 raise TaskError(f"label word {word!r} {of_task} is not in the vocabulary of {path}")
             if first in owner:
                 raise TaskError(
-                    f"label words {owner[first]!r} and {word!r} {of_task} begin with the same token ({piece!r}) in "
-                    f"{path}; choose other words"
+                    f"label words {owner[first]!r} and {word!r} {of_task} begin with the same "
+                    f"token ({piece!r}) in {path}; choose other words"
                 )
             owner[first] = word
             if others:

@@ -39,7 +39,7 @@ def few_shot(rows: Sequence[Row], n_classes: int, k: int, seed: int) -> tuple[li
         raise UsageError(f"n_classes and k must be at least 1, not {n_classes} and {k}")
     if others := {row.label for row in rows} - {None, *range(n_classes)}:
         raise DataError(
-            f"a row has the label {others.pop()}, classes are 0..{n_classes - 1}; correct one of them"
+            f"a row has the label {others.pop()}, classes are 0..{n_classes - 1}; correct one"
         )
     found = split_rows(rows, n_classes, k, seed)
     return found.train, found.dev

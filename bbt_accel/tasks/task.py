@@ -69,7 +69,8 @@ class Context(BaseModel, extra="forbid", frozen=True):
     demonstrations: Demonstrations = 0
     template: str | None = Field(
         default=None,
-        description="Of a demonstration, with {label}; the causal template and the label word unless given.",
+        description="Of a demonstration, with {label}; unless given, the causal template and the "
+        "label word.",
     )
     separator: str = Field(
         default="\n\n", description="After the instruction, and after each demonstration."
@@ -119,7 +120,8 @@ class Task(BaseModel, extra="forbid", frozen=True, json_schema_extra=_optional_c
     )
     class_shares: list[Annotated[float, Field(ge=1e-6, le=1e9)]] | None = Field(
         default=None,
-        description="How frequent each class is among the rows to classify, in proportion; few-shot rows do not tell.",
+        description="How frequent each class is among the rows to classify, in proportion; "
+        "few-shot rows do not tell.",
     )
     text: Columns = Field(
         min_length=1, description="Text columns, in the order of a row without column names."

@@ -181,15 +181,14 @@ def test_a_written_task_file_is_the_same_task(name: str, tmp_path: Path) -> None
 
 def test_class_shares_are_a_number_for_each_class(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    words = 'n_classes = 2\n[templates]\nmasked = "{review} {mask}"\n[label_words]\nmasked = ["bad", "good"]'
-    file.write_text(f'name = "mine"\ntext = "review"\nclass_shares = [95, 5]\n{words}')
+    file.write_text(GOOD.replace("[templates]", "class_shares = [95, 5]\n[templates]"))
     assert load_task(file).class_shares == [95, 5]
     for wrong, complaint in (
         ("[1, 2, 3]", "has 3 numbers for 2 classes"),
         ("[1, 0]", "greater than"),
         ("[1, 1e300]", "less than"),
     ):
-        file.write_text(f'name = "mine"\ntext = "review"\nclass_shares = {wrong}\n{words}')
+        file.write_text(GOOD.replace("[templates]", f"class_shares = {wrong}\n[templates]"))
         with pytest.raises(TaskError, match=f"class_shares.*{complaint}"):
             load_task(file)
 

@@ -24,13 +24,14 @@ from bbt_accel.tasks.data import Row
 from bbt_accel.tasks.encoding import Encoder
 from bbt_accel.tasks.task import Task, load_task
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 SST2 = load_task("sst2")
 MRPC = load_task("mrpc").model_copy(update={"label_words": load_task("sst2").label_words})
 FAMILIES = ["roberta", "bert", "bart", "t5", "mt5", "gpt2"]
 TEXTS = st.text() | st.text("ab <>[]\\n", max_size=300) | st.sampled_from(
-    ["<mask>", "x <mask> y</s>", "[MASK] [SEP]", "<extra_id_0>", "＜extra_id_0＞ </s>", "😀" * 200, "\n\n", " " * 500,
-     "a" * 5000, "word " * 900, "{mask} {sentence}", "\ud800", "\x00[MA\x00SK]", "<ma<mask>sk>"]
+    ["<mask>", "x <mask> y</s>", "[MASK] [SEP]", "<extra_id_0>", "＜extra_id_0＞ </s>", "😀" * 200,
+     "\n\n", " " * 500, "a" * 5000, "word " * 900, "{mask} {sentence}", "\ud800",
+     "\x00[MA\x00SK]", "<ma<mask>sk>"]
 )  # fmt: skip
 
 

@@ -64,7 +64,8 @@ AutoConfig.register("toy", ToyConfig)
 FAMILY = replace(BERT, model_type="toy", model_class=ToyForMaskedLM)
 """,
     "toy_plugin-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy-plugin\nVersion: 1.0\n",
-    "toy_plugin-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "toy_plugin-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\n"
+    "Root-Is-Purelib: true\nTag: py3-none-any\n",
     "toy_plugin-1.0.dist-info/entry_points.txt": """
 [bbt_accel.engines]
 toy = toy_plugin:ENGINE

@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 
-from bbt_accel.core import doctor
+from bbt_accel.cli.doctor import diagnose, misfits
+from bbt_accel.engines import availability
+from bbt_accel.engines.availability import CUDA, Availability, engine_states, recommend
 from bbt_accel.errors import UsageError
 from bbt_accel.io.machine import Machine, dependencies, describe_machine
-from bbt_accel.predict import bundle_cache
+from bbt_accel.predict.bundle_cache import choose
 
-NOTHING = dict.fromkeys(doctor.versions())
+NOTHING = dict.fromkeys(availability.engine_packages())
 TORCH = dict.fromkeys(("torch", "transformers"), "2")
 CPU = {**TORCH, "onnxruntime": "1.32", "openvino": "2026.4"}
 
 
 def test_the_diagnosis_is_json() -> None:
-    diagnosis = json.loads(json.dumps(doctor.diagnose()))
+    diagnosis = json.loads(json.dumps(diagnose()))
     assert diagnosis["versions"]["python"]
     assert {"rich", "threadpoolctl", "numpy"} <= set(diagnosis["versions"])
     assert set(dependencies()) <= set(diagnosis["versions"])
@@ -40,7 +42,7 @@ def test_the_diagnosis_is_json() -> None:
 
 
 def test_a_bare_installation_names_the_extra_of_each_engine() -> None:
-    engines = doctor.engines(NOTHING, [], [])
+    engines = engine_states(NOTHING, [], [])
     assert not any(state["runs"] for state in engines.values())
     extras = ("export", "export", "cpu", "gpu", "openvino", "trt", "remote")
     assert [state["install"] for state in engines.values()][: len(extras)] == [
@@ -53,13 +55,13 @@ def test_a_bare_installation_names_the_extra_of_each_engine() -> None:
 
 def test_engines_of_a_machine_with_a_gpu() -> None:
     found = NOTHING | dict.fromkeys(("onnxruntime-gpu", "tensorrt-rtx-cu13", "cuda-python"), "1")
-    engines = doctor.engines(found, ["NVIDIA X"], [doctor.CUDA])
+    engines = engine_states(found, ["NVIDIA X"], [CUDA])
     assert {name for name, state in engines.items() if state["runs"]} == {
         "ort (cpu)",
         "ort (cuda)",
         "trt",
     }
-    without_gpu = doctor.engines(found, [], [])
+    without_gpu = engine_states(found, [], [])
     assert without_gpu["trt"] == {
         "runs": False,
         "reason": "no NVIDIA GPU found (nvidia-smi)",
@@ -157,7 +159,7 @@ def test_a_package_that_does_not_suit_the_gpu_does_not_run(
     engine: str, packages: dict[str, str], gpu: str, reason: str, install: str | None
 ) -> None:
     found = NOTHING | {"transformers": "5", "cuda-python": "13", **packages}
-    state = doctor.engines(found, [f"NVIDIA X, 80 GiB, {gpu}"], [doctor.CUDA])[engine]
+    state = engine_states(found, [f"NVIDIA X, 80 GiB, {gpu}"], [CUDA])[engine]
     assert reason in state["reason"]
     assert state["runs"] == (reason == "installed")
     assert (state["install"] or "").rpartition(" ")[2] == (install or "")
@@ -165,7 +167,7 @@ def test_a_package_that_does_not_suit_the_gpu_does_not_run(
 
 def test_an_onnxruntime_without_cuda_does_not_run_on_a_gpu() -> None:
     found = NOTHING | {"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"}
-    state = doctor.engines(found, ["X"], ["CPUExecutionProvider"])["ort (cuda)"]
+    state = engine_states(found, ["X"], ["CPUExecutionProvider"])["ort (cuda)"]
     assert not state["runs"]
     assert (
         state["install"]
@@ -174,21 +176,21 @@ def test_an_onnxruntime_without_cuda_does_not_run_on_a_gpu() -> None:
 
 
 def test_the_cpu_package_is_uninstalled_before_the_gpu_package_is_installed() -> None:
-    state = doctor.engines(NOTHING | {"onnxruntime": "1"}, ["X"], [])["ort (cuda)"]
+    state = engine_states(NOTHING | {"onnxruntime": "1"}, ["X"], [])["ort (cuda)"]
     assert state["install"] == 'pip uninstall -y onnxruntime && pip install "bbt-accel[gpu]"'
-    [warning] = doctor.misfits(NOTHING | {"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"}, [], [])
+    [warning] = misfits(NOTHING | {"onnxruntime": "1.32", "onnxruntime-gpu": "1.32"}, [], [])
     assert "overwrite each other" in warning
-    [warning] = doctor.misfits(NOTHING, [], [])
+    [warning] = misfits(NOTHING, [], [])
     assert 'pip install "bbt-accel[cpu]"' in warning
 
 
 def recommended(
     found: dict[str, Any], features: tuple[str, ...] = (), gpus: tuple[str, ...] = ()
-) -> doctor.Recommendation:
+) -> dict[str, str]:
     machine = Machine(
         system="", cpu="", cores=1, features=list(features), memory_gib=None, gpus=list(gpus)
     )
-    return doctor.recommend(machine, doctor.engines(NOTHING | found, gpus, [doctor.CUDA]))
+    return recommend(machine, engine_states(NOTHING | found, gpus, [CUDA]))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_a_faster_engine_that_is_not_installed_is_named() -> None:
 
 def test_a_broken_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    providers, [problem] = doctor.onnxruntime_providers(NOTHING | {"onnxruntime": "1"})
+    providers, [problem] = availability.onnxruntime_providers(NOTHING | {"onnxruntime": "1"})
     assert providers == []
     assert "cannot be imported" in problem
 
@@ -255,16 +257,16 @@ def test_gpus_are_those_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, old: bool
 def test_packages_that_do_not_fit_each_other() -> None:
     listed = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
     sound = NOTHING | {"onnxruntime-gpu": "1.32"}
-    [problem] = doctor.misfits(sound | {"tensorrt": "11.4.0"}, listed, ["X"])
+    [problem] = misfits(sound | {"tensorrt": "11.4.0"}, listed, ["X"])
     assert "libnvinfer.so.10" in problem
-    assert not [*doctor.misfits(sound | {"tensorrt": "10.12.0"}, listed, ["X"])]
-    assert not [*doctor.misfits(sound | {"tensorrt": "11.4.0"}, ["CPUExecutionProvider"], ["X"])]
-    [problem] = doctor.misfits(sound | {"tensorrt": "10.12", "tensorrt-rtx-cu13": "1.7"}, [], [])
+    assert not [*misfits(sound | {"tensorrt": "10.12.0"}, listed, ["X"])]
+    assert not [*misfits(sound | {"tensorrt": "11.4.0"}, ["CPUExecutionProvider"], ["X"])]
+    [problem] = misfits(sound | {"tensorrt": "10.12", "tensorrt-rtx-cu13": "1.7"}, [], [])
     assert "--compute-capability" in problem
-    [problem] = doctor.misfits(NOTHING | {"onnxruntime-gpu": "1.26.0"}, [], ["X"])
+    [problem] = misfits(NOTHING | {"onnxruntime-gpu": "1.26.0"}, [], ["X"])
     assert "1.31" in problem
-    assert not [*doctor.misfits(NOTHING | {"onnxruntime-gpu": "1.31.1"}, [], ["X"])]
-    [problem] = doctor.misfits(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
+    assert not [*misfits(NOTHING | {"onnxruntime-gpu": "1.31.1"}, [], ["X"])]
+    [problem] = misfits(NOTHING | {"onnxruntime": "1.32"}, [], ["X"])
     assert "bbt-accel[gpu]" in problem
 
 
@@ -282,47 +284,32 @@ def test_packages_that_do_not_fit_each_other() -> None:
     ],
 )
 def test_a_fit_runs_on_the_fastest_engine_of_what_is_given(
-    monkeypatch: pytest.MonkeyPatch,
-    engine: str,
-    precision: Any,
-    gpu: bool,
-    wanted: tuple[str, str, str],
+    engine: str, precision: Any, gpu: bool, wanted: tuple[str, str, str]
 ) -> None:
     found = CPU | ({"onnxruntime": None, "onnxruntime-gpu": "1.32"} if gpu else {})
-    diagnosed(monkeypatch, found, ["X"] if gpu else [])
-    assert bundle_cache.choose(engine, precision)[:3] == wanted
+    here = machine_with(found, ["X"] if gpu else [])
+    assert choose(engine, precision, here)[:3] == wanted
 
 
-def test_a_fit_runs_a_named_engine_on_the_gpu_though_another_is_faster_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_fit_runs_a_named_engine_on_the_gpu_though_another_is_faster_there() -> None:
     trt = {"onnxruntime": None, "onnxruntime-gpu": "1.32", "tensorrt": "11.4", "cuda-python": "13"}
-    diagnosed(monkeypatch, CPU | trt, ["X"])
-    assert bundle_cache.choose()[:3] == ("trt", "cuda", "fp16")
-    assert bundle_cache.choose("ort")[:3] == ("ort", "cuda", "fp16")
-    assert bundle_cache.choose("openvino")[:3] == ("openvino", "cpu", "fp32")
+    here = machine_with(CPU | trt, ["X"])
+    assert choose(here=here)[:3] == ("trt", "cuda", "fp16")
+    assert choose("ort", here=here)[:3] == ("ort", "cuda", "fp16")
+    assert choose("openvino", here=here)[:3] == ("openvino", "cpu", "fp32")
 
 
-def diagnosed(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], gpus: list[str]) -> None:
-    """What doctor says of a processor with these packages and GPUs."""
-    machine = Machine(
-        system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gib=None, gpus=gpus
-    )
-    states = doctor.engines(NOTHING | found, gpus, [doctor.CUDA])
-    diagnosis = {"recommended": doctor.recommend(machine, states), "engines": states}
-    monkeypatch.setattr(bundle_cache, "diagnose", lambda: diagnosis)
-
-
-def test_a_precision_that_no_engine_here_runs_in_is_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    states = doctor.engines(NOTHING, [], [])
-    monkeypatch.setattr(
-        bundle_cache,
-        "diagnose",
-        lambda: {"recommended": {"engine": "ort", "precision": "fp32"}, "engines": states},
-    )
+def test_a_precision_that_no_engine_here_runs_in_is_one_line() -> None:
     with pytest.raises(
         UsageError, match="no engine of this machine runs in int4; see bbt-accel doctor"
     ):
-        bundle_cache.choose("auto", "int4")
+        choose("auto", "int4", machine_with({}, []))
+
+
+def machine_with(found: dict[str, Any], gpus: list[str]) -> Availability:
+    """What runs on a processor with these packages and GPUs."""
+    machine = Machine(
+        system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gib=None, gpus=gpus
+    )
+    states = engine_states(NOTHING | found, gpus, [CUDA])
+    return Availability(states, recommend(machine, states))
