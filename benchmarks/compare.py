@@ -56,8 +56,8 @@ from bbt_accel.io.machine import describe_machine
 from bbt_accel.io.pools import Pool, PoolJob, open_pool
 from bbt_accel.io.reporting import now, write_report
 from bbt_accel.predict.inference import class_scores, scores_before
-from bbt_accel.search.tune import tune
 from bbt_accel.search.run import Run
+from bbt_accel.search.tune import tune
 from bbt_accel.tasks.data import labels, rows_digest, task_folders
 from bbt_accel.tasks.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.tasks.splits import check_rows, load_few_shot

@@ -40,7 +40,6 @@ from bbt_accel.package.manifest import Kind
 from bbt_accel.predict.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.predict.fit import examples_per_class, make_task
 from bbt_accel.predict.inference import Classifier
-from bbt_accel.search.tune import tune
 from bbt_accel.search.callbacks import Callback
 from bbt_accel.search.run import (
     ESTIMATOR,
@@ -52,6 +51,7 @@ from bbt_accel.search.run import (
     is_saved_classifier,
     write_info,
 )
+from bbt_accel.search.tune import tune
 from bbt_accel.tasks.data import Row
 
 LABEL = "label"  # the column of y beside those of X

@@ -23,8 +23,8 @@ from bbt_accel.io.progress import progress_bar
 from bbt_accel.io.tables import Table, as_utf8, distinct, no_column, plain, read_table
 from bbt_accel.predict.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.predict.inference import evaluate
-from bbt_accel.search.tune import tune
 from bbt_accel.search.run import INFO, TASK, Run, RunInfo
+from bbt_accel.search.tune import tune
 from bbt_accel.search.workspace import find_info, hidden
 from bbt_accel.tasks.splits import examples, require_examples
 from bbt_accel.tasks.task import Task, can_be_placeholder

@@ -224,9 +224,7 @@ def _other_threads(former: RunInfo | None, info: RunInfo) -> list[str]:
         {"threads": run.engine.threads, "workers": run.engine.workers} for run in (former, info)
     )
     changed = [option for option in was if was[option] != now[option]]
-    so_far, then = (
-        " and ".join(f"{o} {of[o] or 'unset'}" for o in changed) for of in (was, now)
-    )
+    so_far, then = (" and ".join(f"{o} {of[o] or 'unset'}" for o in changed) for of in (was, now))
     result = "the last bits of a loss may depend on that, and with them the result"
     return [f"so far the search ran with {so_far}, now with {then}; {result}"] if changed else []
 
@@ -270,9 +268,7 @@ def _prepare(
     if settings.fitted and missing:
         shown = len(encoder.demonstrations)
         hint = (
-            "add rows or lower demonstrations"
-            if settings.allow_rare_classes
-            else "raise --k-shot"
+            "add rows or lower demonstrations" if settings.allow_rare_classes else "raise --k-shot"
         )
         raise DataError(
             f"demonstrations={shown} leaves class {min(missing)} without a train row; {hint}"
