@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # the one list of what is public: `_homes` reads it
     from bbt_accel.exporters.trace.export import export_bundle as export_bundle
     from bbt_accel.predict.classifier import PromptClassifier as PromptClassifier
     from bbt_accel.predict.inference import evaluate as evaluate
-    from bbt_accel.predict.inference import predict as predict
+    from bbt_accel.predict.inference import predict_texts as predict_texts
     from bbt_accel.search.callbacks import Callback as Callback
     from bbt_accel.search.history import Generation as Generation
     from bbt_accel.search.run import Run as Run

@@ -20,7 +20,7 @@ from bbt_accel.io.command import exit_on_error, print_table
 from bbt_accel.io.progress import progress_bar
 from bbt_accel.io.reporting import percent
 from bbt_accel.package.package import Options, package_run
-from bbt_accel.predict.inference import evaluate, predict
+from bbt_accel.predict.inference import evaluate, predict_texts
 from bbt_accel.search.run import Run
 
 BUDGET = 300
@@ -79,7 +79,7 @@ def tell(folder: Path, budget: int) -> None:
     print_table(f"{plain['rows']} test rows, {perf_counter() - started:.0f} seconds", lines, header)
     print_predictions(
         [{"text": text} for text in TEXTS],
-        predict(runs[-1].path, [{"text": t} for t in TEXTS]),
+        predict_texts(runs[-1].path, [{"text": t} for t in TEXTS]),
         False,
     )
     last = folder / "ort"

@@ -228,7 +228,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_run_keeps_its_demonstrations(tiny: Any, folder: Path, method: str, mode: str) -> None:
     """So that `evaluate` and `predict` need neither the rows nor the settings of the search."""
     from bbt_accel import tune
-    from bbt_accel.predict.inference import evaluate, predict
+    from bbt_accel.predict.inference import evaluate, predict_texts
 
     settings = {"k_shot": 4, "demonstrations": 2, "budget": 8, "popsize": 4, "intrinsic_dim": 6}
     options: dict[str, Any] = {
@@ -244,12 +244,12 @@ def test_a_run_keeps_its_demonstrations(tiny: Any, folder: Path, method: str, mo
     assert again.info.demonstrations == run.info.demonstrations
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").rename(folder / f"{split}.kept")
-    found = predict(run.path, [{"text": "up 7"}])[0]["probabilities"]
+    found = predict_texts(run.path, [{"text": "up 7"}])[0]["probabilities"]
     (folder / "test.kept").rename(folder / "test.jsonl")
     assert evaluate(run.path)["rows"] == 40
     with_others = again.info.model_copy(update={"demonstrations": []})
     (run.path / "run.json").write_text(with_others.model_dump_json())
-    assert predict(run.path, [{"text": "up 7"}])[0]["probabilities"] != found
+    assert predict_texts(run.path, [{"text": "up 7"}])[0]["probabilities"] != found
 
 
 @pytest.mark.slow

@@ -631,12 +631,12 @@ def test_tuning_and_predicting_need_onnxruntime_alone(tiny: Export, tmp_path: Pa
     code = f"""{BLOCK}
 import os
 from bbt_accel import tune
-from bbt_accel.predict.inference import evaluate, predict
+from bbt_accel.predict.inference import evaluate, predict_texts
 settings = dict(k_shot=2, intrinsic_dim=5, popsize=4, budget=16, eval_every=8)
 for bundle in sys.argv[1:]:
     output = os.path.basename(bundle)
     run = tune(bundle, "demo", engine="ort", threads=1, output=output, settings=settings, progress=False)
-    (answer,) = predict(output, [dict(text="The match ended in a draw.")], threads=1)
+    (answer,) = predict_texts(output, [dict(text="The match ended in a draw.")], threads=1)
     assert abs(sum(answer["probabilities"].values()) - 1) < 1e-6
     print(run.info.bundle.method, run.info.status, answer["word"])
 """

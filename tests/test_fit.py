@@ -23,7 +23,7 @@ from bbt_accel.cli.commands import main
 from bbt_accel.errors import BbtError, DataError, RunError, UsageError
 from bbt_accel.io.tables import Table
 from bbt_accel.predict.fit import FitPlan, Fitted, check_table, fit_file, task_name
-from bbt_accel.predict.inference import evaluate, predict
+from bbt_accel.predict.inference import evaluate, predict_texts
 from bbt_accel.search.methods import Bbt
 from bbt_accel.search.run import Run
 from bbt_accel.search.workspace import Workspace
@@ -118,7 +118,7 @@ def test_a_file_becomes_a_run_that_is_scored_on_the_rows_left_over(fit: Fit) -> 
     )
     assert evaluate(found.run.path)["score"] == found.score["score"]
     assert load_task(found.run.path / "task.toml") == found.run.task
-    prediction = predict(found.run.path, [{"review": "text"}])[0]
+    prediction = predict_texts(found.run.path, [{"review": "text"}])[0]
     assert prediction["class"] in prediction["probabilities"].keys() == {"down", "up"}
 
 
@@ -397,9 +397,7 @@ def test_the_command_prints_what_was_chosen_and_the_score(
         "--backbone",
         str(shared / "roberta"),
     ]
-    words += (
-        f"--engine ort --precision fp32 --budget 1 --set n_prompt_tokens={N_PROMPT} --set threads=1".split()
-    )
+    words += f"--engine ort --precision fp32 --budget 1 --set n_prompt_tokens={N_PROMPT} --set threads=1".split()
     with pytest.raises(SystemExit) as caught:
         main([*words, "-o", "run"])
     out = capsys.readouterr().out

@@ -25,7 +25,7 @@ from bbt_accel.core.bundle import write_info as write_bundle_info
 from bbt_accel.errors import BundleError, PackageError, RunError, UsageError
 from bbt_accel.io.hub import fetched
 from bbt_accel.package.push import portable, push
-from bbt_accel.predict.inference import predict
+from bbt_accel.predict.inference import predict_texts
 from bbt_accel.search.model_card import model_card
 from bbt_accel.search.run import Run, write_info
 from bbt_accel.tasks.data import Row
@@ -361,7 +361,7 @@ def test_a_pushed_package_is_loaded_by_its_name(
     )
     tells_nothing(folder, str(tmp_path), ".env")
     found = Foreign(folder).probabilities(TEXTS)
-    predicted = predict(run.path, [{"text": text} for text in TEXTS], threads=1)
+    predicted = predict_texts(run.path, [{"text": text} for text in TEXTS], threads=1)
     wanted = [list(own["probabilities"].values()) for own in predicted]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     (tmp_path / "packaged" / "config.json").write_text("{}")

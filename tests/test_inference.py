@@ -18,7 +18,7 @@ from bbt_accel.core.logits import log_softmax
 from bbt_accel.core.objective import Objective
 from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError, RunError, UsageError
-from bbt_accel.predict.inference import evaluate, predict, scored_rows
+from bbt_accel.predict.inference import evaluate, predict_texts, scored_rows
 from bbt_accel.search.run import Run, write_info
 from bbt_accel.tasks.data import Row, load_rows
 from bbt_accel.tasks.encoding import Encoder
@@ -74,14 +74,14 @@ def test_evaluate_scores_every_test_row_with_and_without_the_prompt(
 
 
 def test_what_predict_does_not_take_is_named(run: Run) -> None:
-    assert predict(run.path, iter(TEXTS[:2])) == predict(run.path, TEXTS[:2])
-    assert predict(run.path, TEXTS[0]) == predict(run.path, TEXTS[:1])
+    assert predict_texts(run.path, iter(TEXTS[:2])) == predict_texts(run.path, TEXTS[:2])
+    assert predict_texts(run.path, TEXTS[0]) == predict_texts(run.path, TEXTS[:1])
     for wrong in ("a text", ["a text"]):
         with pytest.raises(DataError, match="row 1 is 'a text'; give a mapping from text to texts"):
-            predict(run.path, wrong)  # type: ignore[arg-type]
-    for call in (predict, evaluate):
+            predict_texts(run.path, wrong)  # type: ignore[arg-type]
+    for call in (predict_texts, evaluate):
         with pytest.raises(TypeError, match="unexpected keyword argument 'enginee'"):
-            call(run.path, **({"texts": TEXTS[:1]} if call is predict else {}), enginee="ort")  # type: ignore[operator]
+            call(run.path, **({"texts": TEXTS[:1]} if call is predict_texts else {}), enginee="ort")  # type: ignore[operator]
 
 
 def test_an_unknown_split_or_preset_is_named(run: Run, tmp_path: Path) -> None:
@@ -139,32 +139,32 @@ def test_a_readout_with_other_classes_than_the_tasks_is_refused(run: Run) -> Non
 
 
 def test_predict_returns_labels_and_probabilities_in_order(run: Run) -> None:
-    answers = predict(run.path, TEXTS)
+    answers = predict_texts(run.path, TEXTS)
     assert len(answers) == 80
     for answer in answers:
         assert answer["probabilities"].keys() == {"bad", "great"}
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
         assert answer["word"] == ["bad", "great"][answer["label"]]
         assert answer["probabilities"][answer["word"]] == max(answer["probabilities"].values())
-    assert predict(run.path, TEXTS[70:]) == answers[70:]
-    assert predict(run.path, []) == []
+    assert predict_texts(run.path, TEXTS[70:]) == answers[70:]
+    assert predict_texts(run.path, []) == []
 
 
 def test_predict_names_a_missing_column(run: Run) -> None:
     with pytest.raises(DataError, match="row 2 has no text 'text'"):
-        predict(run.path, [{"text": "w1"}, {"sentence": "w2"}])
+        predict_texts(run.path, [{"text": "w1"}, {"sentence": "w2"}])
 
 
 def test_run_and_bundle_may_move_together(run: Run, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     for name in ("run", "bundle"):
         shutil.move(tmp_path / name, tmp_path / "elsewhere" / name)
-    assert predict(tmp_path / "elsewhere" / "run", TEXTS[:1])
+    assert predict_texts(tmp_path / "elsewhere" / "run", TEXTS[:1])
 
 
 def test_a_run_alone_may_move(run: Run, tmp_path: Path) -> None:
     shutil.move(run.path, tmp_path / "data" / "moved")
-    assert predict(tmp_path / "data" / "moved", TEXTS[:1])
+    assert predict_texts(tmp_path / "data" / "moved", TEXTS[:1])
 
 
 def test_a_bundle_that_changed_is_refused_unless_it_is_named(run: Run, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_bundle_that_changed_is_refused_unless_it_is_named(run: Run, tmp_path:
 def test_a_bundle_of_the_other_method_is_refused(run: Run, tmp_path: Path) -> None:
     other = search_bundle(tmp_path / "other", "bbtv2" if run.info.bundle.method == "bbt" else "bbt")
     with pytest.raises(BundleError, match="method"):
-        predict(run.path, TEXTS[:1], bundle=other.path)
+        predict_texts(run.path, TEXTS[:1], bundle=other.path)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_bundle_that_takes_other_prompts_is_refused(
         BundleError,
         match="takes prompts" if fact == "n_prompt_tokens" else f"has the {fact} {value}",
     ):
-        predict(run.path, TEXTS[:1], bundle=other.path)
+        predict_texts(run.path, TEXTS[:1], bundle=other.path)
 
 
 def test_a_run_with_held_out_rows_is_scored_on_them(tmp_path: Path) -> None:
@@ -255,9 +255,13 @@ def test_a_run_without_test_rows_says_so_before_and_after(
             output=tmp_path / data.name / "run",
             settings=SETTINGS,
         )
-        assert "no test rows, so there will be no test score; --set hold_out=true" in capsys.readouterr().err
+        assert (
+            "no test rows, so there will be no test score; --set hold_out=true"
+            in capsys.readouterr().err
+        )
         with pytest.raises(
-            DataError, match="has no test rows; give some with --data, or tune with --set hold_out=true"
+            DataError,
+            match="has no test rows; give some with --data, or tune with --set hold_out=true",
         ):
             evaluate(run.path)
         assert evaluate(run.path, split="dev")["rows"] == 6
@@ -353,7 +357,7 @@ def test_classes_are_predicted_by_name(tmp_path: Path) -> None:
         progress=False,
     )
     assert evaluate(run.path)["rows"] == 70
-    for answer in predict(run.path, TEXTS[:5]):
+    for answer in predict_texts(run.path, TEXTS[:5]):
         assert answer["probabilities"].keys() == {"neg", "pos"}
         assert (answer["class"], answer["word"]) in (("neg", "bad"), ("pos", "great"))
     data.write_text('{"text": "w1", "label": "poss"}\n')

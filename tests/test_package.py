@@ -34,7 +34,7 @@ from bbt_accel.package.layout import find_layout
 from bbt_accel.package.manifest import PackageInfo, read_info, write_info
 from bbt_accel.package.package import Options, check_package, package_run
 from bbt_accel.package.push import push
-from bbt_accel.predict.inference import evaluate, predict
+from bbt_accel.predict.inference import evaluate, predict_texts
 from bbt_accel.search.run import Run
 from bbt_accel.tasks.encoding import Encoder
 
@@ -95,7 +95,7 @@ def wanted(run: Run, texts: list[Any], bundle: Path | None = None) -> Any:
         dict(zip(run.task.text, [text] if isinstance(text, str) else text, strict=True))
         for text in texts
     ]
-    found = predict(run.path, rows, threads=1, bundle=bundle)
+    found = predict_texts(run.path, rows, threads=1, bundle=bundle)
     return np.array([list(answer["probabilities"].values()) for answer in found])
 
 
@@ -706,7 +706,7 @@ def test_the_code_on_an_adapters_card_predicts_what_predict_does(
     printed = ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
     columns = dict.fromkeys(run.task.text, "a text")
     assert printed == pytest.approx(
-        predict(run.path, [columns], threads=1)[0]["probabilities"], abs=1e-4
+        predict_texts(run.path, [columns], threads=1)[0]["probabilities"], abs=1e-4
     )
 
 

@@ -20,7 +20,7 @@ from bbt_accel.core.logits import batch_calibration, class_logits, log_loss, log
 from bbt_accel.core.objective import Objective, f1_bias
 from bbt_accel.core.settings import READOUTS, ReadoutName
 from bbt_accel.errors import RunError, UsageError
-from bbt_accel.predict.inference import evaluate, predict
+from bbt_accel.predict.inference import evaluate, predict_texts
 from bbt_accel.search import readout_fitting
 from bbt_accel.search.readout import Readout
 from bbt_accel.search.readout_fitting import (
@@ -377,7 +377,7 @@ def test_a_run_keeps_its_readout_for_everything_after(start: Any, name: str) -> 
     assert run.readout.name == run.info.readout.name == Run.read(run.path).readout.name
     assert run.info.readout.name == name or name == "auto"
     assert evaluate(run.path)["readout"] == run.readout.name
-    answers = predict(run.path, [{"text": "w1 w2"}, {"text": "w3"}])
+    answers = predict_texts(run.path, [{"text": "w1 w2"}, {"text": "w3"}])
     assert [sum(a["probabilities"].values()) for a in answers] == pytest.approx([1, 1])
 
 
@@ -396,7 +396,7 @@ def test_with_f1_as_the_metric_class_1_is_predicted_above_a_lower_probability(
     )
     texts = [{"text": f"w{i} w{i + 1}"} for i in range(20)]
     before, after = (
-        np.array([list(row["probabilities"].values()) for row in predict(run.path, texts)])
+        np.array([list(row["probabilities"].values()) for row in predict_texts(run.path, texts)])
         for run in (plain, found)
     )
     shift = np.log(after[:, 1] / after[:, 0]) - np.log(before[:, 1] / before[:, 0])

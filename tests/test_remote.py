@@ -33,7 +33,7 @@ from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.engines.staged import StagedEngine
 from bbt_accel.engines.triton import TritonEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
-from bbt_accel.predict.inference import evaluate, predict
+from bbt_accel.predict.inference import evaluate, predict_texts
 from bbt_accel.search.run import Run
 from bbt_accel.serve.app import make_app
 from bbt_accel.serve.limits import Limits
@@ -124,19 +124,22 @@ def test_a_search_walks_the_same_path_as_with_the_engine_itself(
         assert record.versions["engine"] == "dummy dummy 1"
         # a run may be somebody else's: its texts go to the server that the caller names, never to
         # that of the run
-        for call in (lambda: evaluate(far.path), lambda: predict(far.path, [{"text": "w1 w2"}])):
+        for call in (
+            lambda: evaluate(far.path),
+            lambda: predict_texts(far.path, [{"text": "w1 w2"}]),
+        ):
             with pytest.raises(
                 UsageError, match=f"the search asked a server: pass --url {url} to send texts there"
             ):
                 call()
         score, answers = (
             evaluate(far.path, url=url),
-            predict(far.path, [{"text": "w1 w2"}], url=url),
+            predict_texts(far.path, [{"text": "w1 w2"}], url=url),
         )
     assert [g.losses for g in far.history] == [g.losses for g in local.history]
     assert far.prompt.tobytes() == local.prompt.tobytes()
     assert {**score, "engine": "dummy"} == evaluate(local.path)
-    assert answers == predict(local.path, [{"text": "w1 w2"}])
+    assert answers == predict_texts(local.path, [{"text": "w1 w2"}])
 
 
 @pytest.mark.parametrize(

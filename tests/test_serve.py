@@ -52,7 +52,7 @@ from bbt_accel.core.population import Population
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import BbtError, EngineError, RequestError, TaskError, UsageError
-from bbt_accel.predict.inference import predict
+from bbt_accel.predict.inference import predict_texts
 from bbt_accel.search.run import Run
 from bbt_accel.serve.connection import Connection
 from bbt_accel.serve.limits import Limits
@@ -1041,7 +1041,7 @@ def test_a_run_is_served_with_another_bundle(run: Run, tmp_path: Path) -> None:
 
 def test_the_classifier_returns_what_predict_returns(run: Run) -> None:
     texts = np.array([f"w{i} w{i + 1}" for i in range(70)], object)
-    answers = predict(run.path, [{"text": text} for text in texts])
+    answers = predict_texts(run.path, [{"text": text} for text in texts])
     with local_client(app(run.open_bundle(), run=run)) as client:
         assert client.get("/v2").json()["models"][-1] == "classifier"
         for body, headers in (

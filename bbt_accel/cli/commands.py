@@ -409,12 +409,12 @@ class Predict(OnEngine):
     url: options.Url = None
 
     def execute(self) -> None:
-        from bbt_accel.predict.inference import predict
+        from bbt_accel.predict.inference import predict_texts
         from bbt_accel.predict.texts import read_texts
         from bbt_accel.search.run import Run
 
         rows = read_texts(self.texts or [], self.file, Run.read(self.run).task.text)
-        found = predict(self.run, rows, url=self.url, **self.place())
+        found = predict_texts(self.run, rows, url=self.url, **self.place())
         printing.print_predictions(rows, found, self.as_json)
 
 

@@ -134,7 +134,7 @@ def searched_on(run: Run, data: Path | None) -> bool:
     return True
 
 
-def predict(
+def predict_texts(
     run_path: str | Path,
     texts: Mapping[str, str] | Iterable[Mapping[str, str]],
     **options: Unpack[EngineOptions],

@@ -44,7 +44,7 @@ from bbt_accel.io.manifests import facts_digest
 from bbt_accel.io.tables import read_table
 from bbt_accel.package.manifest import INFO, Comparison, PackageInfo, Source, read_info, write_info
 from bbt_accel.predict.fit import check_table
-from bbt_accel.predict.inference import predict
+from bbt_accel.predict.inference import predict_texts
 from bbt_accel.search.run import Run
 from bbt_accel.tasks.data import load_rows
 
@@ -270,7 +270,7 @@ class Corpus:
 
     def runs(self) -> Iterator[Case]:
         def read() -> object:
-            return predict(self.run.path, [{"text": "w1 w2"}])
+            return predict_texts(self.run.path, [{"text": "w1 w2"}])
 
         file = self.run.path / "run.json"
         sound = json.loads(file.read_text())

@@ -64,7 +64,7 @@ class Program:
         "search.calibration": "calibrate_on",
         "predict.fit": "fit_file",
         "search.tune": "tune",
-        "predict.inference": "evaluate predict",
+        "predict.inference": "evaluate predict_texts",
         "benchmarks.bench": "run_bench",
         "serve.server": "serve",
     }
@@ -478,3 +478,14 @@ def test_the_shell_completes_options_and_names(
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
     assert run(capsys)[1].split() == found
+
+
+def test_every_public_name_is_what_its_import_says() -> None:
+    """Also after the folder of the same name was imported."""
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    import bbt_accel
+    import bbt_accel.predict.inference
+
+    for name in bbt_accel.__all__:
+        assert not isinstance(getattr(bbt_accel, name), ModuleType), name

@@ -42,7 +42,7 @@ from bbt_accel.core.demo import DATA  # noqa: E402
 from bbt_accel.exporters.convert.optimize import optimize_bundle  # noqa: E402
 from bbt_accel.exporters.trace.export import export_bundle  # noqa: E402
 from bbt_accel.package.package import Options, package_run  # noqa: E402
-from bbt_accel.predict.inference import predict  # noqa: E402
+from bbt_accel.predict.inference import predict_texts  # noqa: E402
 from bbt_accel.search.calibration import calibrate_on  # noqa: E402
 from bbt_accel.search.run import Run  # noqa: E402
 
@@ -128,7 +128,7 @@ class Packages:
             for text in texts
         ]
         engine = "openvino" if kind == "openvino" else "ort"
-        found = predict(run.path, rows, bundle=bundle.path, engine=engine, threads=1)
+        found = predict_texts(run.path, rows, bundle=bundle.path, engine=engine, threads=1)
         wanted = np.array([list(answer["probabilities"].values()) for answer in found])
         self.cases.append(
             Case(kind, name, folder, info.model, info.precision, texts, wanted, checkpoint)
