@@ -266,7 +266,7 @@ class Benchmark:
         passed = [(ms, row) for ms, row in timed if row.baseline and row.status == "passed"]
         least, fastest = min(passed, key=lambda pair: pair[0], default=timed[0])
         for ms, row in timed:
-            row.candidates_per_second = 1000 / ms
+            row.calls_per_second = 1000 / ms
             row.speedup, row.speedup_over_fastest = timed[0][0] / ms, least / ms
             row.fp32_share = (self.original.flops or 0) / ms / (1e6 * self.machine["fp32_rate"])
         return fastest

@@ -55,7 +55,7 @@ class TuningScores(Schema):
     seeds: list[int] = Field(
         description="Seeds of the few-shot rows, the projection and the search."
     )
-    budget: int = Field(description="API calls of each search.")
+    budget: int = Field(description="Calls of each search.")
     scores: list[float] = Field(
         description="Test score of each search's prompt on the engine that searched for it."
     )
@@ -90,7 +90,7 @@ class Measurement(Outcome, Timed):
     calls_ms: list[float] = Field(
         default=[], description="ms per candidate of each timed call, z to batch statistics."
     )
-    candidates_per_second: float | None = Field(
+    calls_per_second: float | None = Field(
         default=None, description="Candidates/s, from the median."
     )
     speedup: float | None = Field(
@@ -99,7 +99,7 @@ class Measurement(Outcome, Timed):
     speedup_over_fastest: float | None = None
     """Time of the fastest baseline that passed over this row's, medians."""
     fp32_share: float | None = None
-    """Operations of the original's forward × candidates/s over the fp32 rate; beyond 100 % where
+    """Operations of the original's forward × calls/s over the fp32 rate; beyond 100 % where
     redundant computation is avoided or the precision is lower."""
     graph_share: float | None = None
     """Of the timed calls of the device, the share that were launched as CUDA graphs."""
@@ -168,7 +168,7 @@ SPEED: Columns = NAMES | {
     "ms": ("ms_median", digits),
     "p90": ("ms_p90", digits),
     "p99": ("ms_p99", digits),
-    "candidates/s": ("candidates_per_second", digits),
+    "calls/s": ("calls_per_second", digits),
     "× fastest baseline": ("speedup_over_fastest", ratio),
     "× original": ("speedup", ratio),
     "share of fp32 rate": ("fp32_share", "{:.0%}".format),

@@ -338,12 +338,12 @@ class CompareTrial:
             encoder, _ = encoder_with_demonstrations(
                 engine.bundle, self.task, self.train, self.settings
             )
-            plain, calibrated = scores_before(engine, encoder, self.test)
+            plain, batch_calibrated = scores_before(engine, encoder, self.test)
         frequent = most_frequent(labels(self.test), self.task.n_classes, self.task.metric)
         majority = np.eye(self.task.n_classes)[frequent]
         found = [self.measured("majority class", 0, np.tile(majority, (len(self.test), 1)), 0.0)]
-        found.append(self.measured("without a prompt", 0, plain, 0.0))
-        found.append(self.measured("batch calibration", 0, calibrated, 0.0))
+        found.append(self.measured("without_prompt", 0, plain, 0.0))
+        found.append(self.measured("batch_calibrated", 0, batch_calibrated, 0.0))
         return found + [
             self.score(name, *self.tune(f"readouts:{name}", name, 1)) for name in FITTED
         ]

@@ -50,7 +50,7 @@ class Score(Schema):
     metric: Metric = Field(description="The metric of the task.")
     seed: int = Field(description="Seed of the few-shot rows, the projection and the search.")
     budget: int | None = Field(
-        description="API calls that it was allowed; None where it takes a fixed number."
+        description="Calls that it was allowed; None where it takes a fixed number."
     )
     calls: int
     """Forward passes of the train rows; a training step counts as three. Those for dev scores are

@@ -312,7 +312,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--n-prompt-tokens", type=count, default=PROMPT_TOKENS, help="soft prompt vectors"
     )
     parser.add_argument(
-        "--calls", type=count, default=DEFAULTS.budget, dest="budget", help="API calls of a search"
+        "--calls", type=count, default=DEFAULTS.budget, dest="budget", help="calls of a search"
     )
     parser.add_argument("--repeats", type=count, default=10, help="timed calls per engine")
     parser.add_argument(

@@ -207,14 +207,14 @@ class GpuReport(Report):
             rate is None
             or counted is None
             or not counted.flops
-            or row.candidates_per_second is None
+            or row.calls_per_second is None
         ):
             return None
         own, others = (self.tokens(report, r) for r in (row, counted))
         if counted is not row and not (own and others):
             return None
         flops = counted.flops * (1.0 if counted is row else own / others)
-        return flops * row.candidates_per_second / (rate * 1e9)
+        return flops * row.calls_per_second / (rate * 1e9)
 
     def tokens(self, report: BenchReport, row: Measurement) -> int:
         """Tokens per candidate that a row computes, padding included; 0 if its buckets were not

@@ -75,7 +75,7 @@ class BenchOptions(BaseModel):
     )
     seeds: Count = Field(default=3, description="Searches per engine, with --tune.")
     budget: Budget | None = Field(
-        default=None, description="API calls of a search, with --tune (default: the task's)."
+        default=None, description="Calls of a search, with --tune (default: the task's)."
     )
     device: Device = Field(default="cpu", description="Where all engines and baselines run.")
     threads: Threads | None = Field(
@@ -165,7 +165,7 @@ class CompareOptions(Schema):
     them).
     """
     budgets: Budgets = Field(default=[64, 300, 1000])
-    """API calls of the searches."""
+    """calls of the searches."""
     seeds: Seeds = Field(
         default=[42, 43, 44], description="Seeds of the rows and of every random draw."
     )

@@ -88,7 +88,7 @@ def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -
         )
         seconds, history = perf_counter() - started, run.history
         ms = [
-            1000 * given.popsize / generation.evaluations_per_second for generation in history[1:]
+            1000 * given.popsize / generation.calls_per_second for generation in history[1:]
         ]
         here, losses = median(ms), [generation.losses for generation in history]
         alone, wanted = first.setdefault(engine, (here, losses))

@@ -111,7 +111,7 @@ def compare(engine: LoadArguments, batch: str, prompt: str) -> list[list[float]]
 
 
 def search(engine: LoadArguments, run: str, **arguments: Any) -> dict[str, Any]:
-    """A whole search into the folder `run`: its seconds and API calls; the prompt goes into
+    """A whole search into the folder `run`: its seconds and calls; the prompt goes into
     prompt.npy there.
     """
     from bbt_accel.search.tune import tune

@@ -62,7 +62,7 @@ def tell(folder: Path, budget: int) -> None:
     lines = [
         ("a class drawn at random", percent(plain["chance"], 1), "–", "–"),
         ("label words, without a prompt", percent(plain["without_prompt"], 1), "0", "–"),
-        ("the same, calibrated without labels", percent(plain["calibrated"], 1), "0", "–"),
+        ("the same, calibrated without labels", percent(plain["batch_calibrated"], 1), "0", "–"),
         (
             f"readout {fitted.info.readout.name}, fitted on 128 rows",
             percent(plain["score"], 1),

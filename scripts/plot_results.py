@@ -46,11 +46,11 @@ def draw_accuracy(axes: Any) -> None:
     scores = combined_again(RESULTS / "accuracy").scores
     tasks = list(dict.fromkeys(score.task for score in scores))
     styles = {
-        "without a prompt": (GREY, "s"), "batch calibration": (ORANGE, "D"), "bbt": (RED, "o"), "auto": (BLUE, "o"),
+        "without_prompt": (GREY, "s"), "batch_calibrated": (ORANGE, "D"), "bbt": (RED, "o"), "auto": (BLUE, "o"),
         "ensemble": (GREEN, "^"),
     }  # fmt: skip
     shown = {
-        "batch calibration": "label bias removed",
+        "batch_calibrated": "label bias removed",
         "ensemble": "readout fitted (ensemble)",
         "bbt": "BBT",
     }

@@ -84,8 +84,8 @@ def test_every_contender_is_scored_on_the_same_test_rows(folder: Path) -> None:
     labels = {(s["contender"], s["budget"]) for s in report["scores"]}
     assert {
         ("majority class", None),
-        ("without a prompt", None),
-        ("batch calibration", None),
+        ("without_prompt", None),
+        ("batch_calibrated", None),
     } <= labels
     assert ("states", None) in labels
     assert {("auto", 1), ("auto", 20), ("auto", 40), ("bbt", 20), ("bbt", 40)} <= labels

@@ -160,7 +160,7 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
     if score is not None:
         facts |= {
             f"test {score['metric']}": score["score"],
-            "without prompt": score["without_prompt"],
+            "without a prompt": score["without_prompt"],
         }
     print_facts(relative(path), facts)
 

@@ -43,7 +43,7 @@ KShot = Annotated[
     int, Field(ge=1, description="Examples per class in the train set, and again in the dev set.")
 ]
 Budget = Annotated[
-    int, Field(ge=1, description="API calls of the search, one per candidate on the train set.")
+    int, Field(ge=1, description="Calls of the search, one per candidate on the train set.")
 ]
 Seed = Annotated[
     int, Field(ge=0, le=2**32 - 1, description="Seed of the rows, the projection and the search.")

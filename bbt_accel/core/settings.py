@@ -42,7 +42,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         default="ce", description="Loss to minimize; hinge and perf are for --readout verbalizer."
     )
     eval_every: int = Field(
-        default=100, ge=1, description="API calls between two evaluations on the dev set."
+        default=100, ge=1, description="Calls between two evaluations on the dev set."
     )
     seed: Seed = 42
     demonstrations: Demonstrations = 0

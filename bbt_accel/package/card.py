@@ -137,8 +137,8 @@ def card_facts(info: PackageInfo, run: RunInfo) -> dict[str, object]:
     if info.score is not None:
         s = info.score
         facts[f"{s.metric} on {s.rows} test rows"] = f"{s.score:.4f}"
-        unbiased = f"{s.calibrated:.4f} with the label bias removed"
-        facts["the same without the prompt"] = f"{s.without_prompt:.4f} ({unbiased})"
+        unbiased = f"{s.batch_calibrated:.4f} with the label bias removed"
+        facts["the same without a prompt"] = f"{s.without_prompt:.4f} ({unbiased})"
     versions = {"search": run.versions, "package": info.versions}
     facts |= {
         f"versions, {what}": ", ".join(f"{n} {v}" for n, v in of.items())

@@ -41,7 +41,7 @@ class PackageScore(BaseModel, extra="forbid"):
     metric: str = Field(description="The task's.")
     score: float = Field(description="Of the package.")
     without_prompt: float = Field(description="Of the label words, without a prompt.")
-    calibrated: float = Field(
+    batch_calibrated: float = Field(
         description="Of the same with each class's mean log-probability removed."
     )
     rows: int = Field(description="Number of test rows.")
@@ -51,8 +51,8 @@ class PackageScore(BaseModel, extra="forbid"):
         another class.
         """
         most = max(0.02, 2.5 / self.rows)  # one row changes F1 by up to twice its share
-        own = (self.score, self.without_prompt, self.calibrated)
-        pairs = zip(own, (other.score, other.without_prompt, other.calibrated), strict=True)
+        own = (self.score, self.without_prompt, self.batch_calibrated)
+        pairs = zip(own, (other.score, other.without_prompt, other.batch_calibrated), strict=True)
         return self.rows == other.rows and all(abs(one - stated) <= most for one, stated in pairs)
 
 

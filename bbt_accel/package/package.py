@@ -334,7 +334,7 @@ def score_of(
     metric, targets = run.task.metric, labels(test)
     _, (score,) = Objective("ce", metric).score(scores[None], targets)
     before = Baselines.of(scores_before(engine, encoder, test), targets, metric)
-    kept = before.model_dump(include={"without_prompt", "calibrated"})
+    kept = before.model_dump(include={"without_prompt", "batch_calibrated"})
     return PackageScore(metric=metric, score=score, rows=len(test), **kept)
 
 

@@ -54,7 +54,7 @@ def evaluate(
     score, rows, engine, device, bundle (its path), readout; chance and majority, the scores of a
     random class and of the most frequent one;
     and of the same bundle before the search, without_prompt: the label words' logits as they are,
-    and calibrated: the same without each class's mean log-probability over these rows, which takes
+    and batch_calibrated: the same without each class's mean log-probability over these rows, which takes
     no labels (Zhou et al., ICLR 2024). Raises RunError, BundleError, DataError, EngineError,
     NonFiniteLoss.
     """

@@ -21,7 +21,7 @@ FIELDS = (
     "step_size",
     "dev_score",
     "dev_loss",
-    "evaluations_per_second",
+    "calls_per_second",
 )
 
 
@@ -117,7 +117,7 @@ def results(run: Run) -> dict[str, float]:
 
 
 class TensorBoard(Callback):
-    """Scalars of each generation, over API calls, in the run's folder `tensorboard`."""
+    """Scalars of each generation, over calls, in the run's folder `tensorboard`."""
 
     def __init__(self) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

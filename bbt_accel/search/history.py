@@ -23,7 +23,7 @@ class Generation(BaseModel, extra="forbid", frozen=True):
     """One line of history.jsonl."""
 
     generation: int = Field(description="Counted from 0.")
-    calls: int = Field(description="API calls up to and including this generation.")
+    calls: int = Field(description="Calls up to and including this generation.")
     layer: int = Field(description="The layer that was searched; 0 in BBT.")
     candidates: str = Field(
         description="`fingerprint` of the candidates, which a resumed search must ask for again."
@@ -44,7 +44,7 @@ class Generation(BaseModel, extra="forbid", frozen=True):
     seconds: FiniteFloat = Field(
         ge=0, lt=1e9, description="Duration of the generation, dev score included."
     )
-    evaluations_per_second: FiniteFloat = Field(
+    calls_per_second: FiniteFloat = Field(
         description="Candidates per second, without CMA-ES and the dev score."
     )
 

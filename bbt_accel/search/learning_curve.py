@@ -17,7 +17,7 @@ from bbt_accel.search.run import RunInfo
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BASELINES = {"chance": GREY, "without_prompt": ORANGE, "calibrated": GREEN}
+BASELINES = {"chance": GREY, "without_prompt": ORANGE, "batch_calibrated": GREEN}
 
 
 def draw_curve(file: Path, generations: Sequence[Generation], info: RunInfo) -> None:
@@ -74,7 +74,7 @@ def draw_scores(axes: Axes, generations: Sequence[Generation], info: RunInfo) ->
         axes.set_title(
             f"Dev {name}   (★ best prompt: {score:.3f} at {after:,} calls)", fontsize=10, loc="left"
         )
-    axes.set(xlabel="API calls", ylabel=f"dev {name}", ylim=(0, 1.02))
+    axes.set(xlabel="calls", ylabel=f"dev {name}", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(
         fontsize=8,

@@ -201,7 +201,7 @@ def _generation(
         dev_score=scored.dev_score if scored else None,
         dev_loss=scored.dev_loss if scored else None,
         seconds=perf_counter() - started,
-        evaluations_per_second=rate,
+        calls_per_second=rate,
     )
     return generation, scored
 

@@ -25,7 +25,7 @@ class SearchProgress(StderrBar):
 
     def __call__(self, g: Generation) -> None:
         fields: dict[str, Any] = {
-            "rate": f"{g.evaluations_per_second:.1f}/s",
+            "rate": f"{g.calls_per_second:.1f}/s",
             "loss": f"{g.best_loss:.3f}",
         }
         if g.dev_score is not None:

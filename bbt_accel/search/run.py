@@ -118,7 +118,7 @@ class BestRecord(BaseModel, extra="forbid"):
     """The generation that the saved prompt comes from; None for the prompt without a search."""
 
     generation: int | None = Field(description="Its number, from 0.")
-    calls: int = Field(description="API calls up to and including it.")
+    calls: int = Field(description="Calls up to and including it.")
     dev_score: float = Field(description="Metric of the prompt on the dev rows.")
     dev_loss: float = Field(description="Its loss there.")
 
@@ -129,17 +129,20 @@ class Baselines(BaseModel, extra="forbid"):
     chance: float = Field(description="Of a class drawn at random.")
     majority: float = Field(description="Of always predicting the most frequent class.")
     without_prompt: float = Field(description="Of the label words, before the search.")
-    calibrated: float = Field(
+    batch_calibrated: float = Field(
         description="Of the same with each class's mean log-probability removed."
     )
 
     @classmethod
     def of(cls, scores: Float64, targets: Int64, metric: Metric) -> Self:
         """scores: `scores_without_search` (2, N, C); targets: (N,)."""
-        _, (without_prompt, calibrated) = Objective("ce", metric).score(scores, targets)
+        _, (without_prompt, batch_calibrated) = Objective("ce", metric).score(scores, targets)
         chance, majority = uninformed(targets, scores.shape[2], metric)
         return cls(
-            chance=chance, majority=majority, without_prompt=without_prompt, calibrated=calibrated
+            chance=chance,
+            majority=majority,
+            without_prompt=without_prompt,
+            batch_calibrated=batch_calibrated,
         )
 
 
@@ -185,7 +188,7 @@ class RunInfo(Manifest):
     versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")
     calls: int = Field(
         default=0,
-        description="API calls of the search, one per candidate on the train set; dev scores are not counted.",
+        description="Calls of the search, one per candidate on the train set; dev scores are not counted.",
     )
     best: BestRecord | None = Field(default=None, description="Where the prompt comes from.")
     baselines: Baselines | None = Field(
@@ -262,7 +265,7 @@ class RunInfo(Manifest):
             )
         if score <= b.without_prompt:
             return f"no better on the dev rows than the label words without a prompt; {hint}"
-        if score <= b.calibrated:
+        if score <= b.batch_calibrated:
             rest = "" if self.settings.fitted else "; --readout auto begins there"
             return (
                 f"no better on the dev rows than the label words calibrated without a search{rest}"

@@ -50,8 +50,8 @@ def summary(report: SweepReport) -> str:
     hint = " Interrupted; continue with --resume." if report.interrupted else ""
     seeds = len(report.sweep.seeds)
     mean = f"mean over {seeds} seeds and (standard deviation, n − 1)" if seeds > 1 else "one seed"
-    legend = f"Percent on the test rows, {mean}. `no prompt` is the same bundle before the search, "
-    legend += "`calibrated` the same with the label bias removed."
+    legend = f"Percent on the test rows, {mean}. `without_prompt` is the same bundle before the search, "
+    legend += "`batch_calibrated` the same with the label bias removed."
     parts = [f"{len(report.trials)} trials: {', '.join(counts)}.{hint}", scores(report), legend]
     failures = {trial.name: trial.reason for trial in report.trials if trial.reason}
     if report.cross_evaluation is not None:
@@ -76,8 +76,8 @@ def scores(report: SweepReport) -> str:
             *([percent(row.mean)] if several else []),
         ]
         lines.append([METHODS[row.method], row.bundle, row.engine, *tuned])
-        for name, column in (("no prompt", "without_prompt"), ("calibrated", "calibrated")):
-            values = [getattr(cell, column) for cell in (*row.cells, *([row] if several else []))]
+        for name in ("without_prompt", "batch_calibrated"):
+            values = [getattr(cell, name) for cell in (*row.cells, *([row] if several else []))]
             lines.append([name, row.bundle, row.engine, *map(percent, values)])
     return markdown_table(header, lines, text_columns=3)
 
@@ -95,7 +95,7 @@ def draw(file: Path, report: SweepReport) -> None:
             colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
             _draw_row(above, row, offset, step, colour, marker)
             _draw_curves(below, report, row, colour)
-        above.plot([], [], color=GREY, linewidth=2, label="no prompt")
+        above.plot([], [], color=GREY, linewidth=2, label="without a prompt")
         above.set_xticks(
             range(len(cells)), [with_metric(cell.task, cell.metric, "\n") for cell in cells]
         )
@@ -194,8 +194,8 @@ def _trials(report: SweepReport) -> str:
         "seed",
         "status",
         "test",
-        "no prompt",
-        "calibrated",
+        "without_prompt",
+        "batch_calibrated",
         "dev",
         "calls",
         "search s",
@@ -203,7 +203,7 @@ def _trials(report: SweepReport) -> str:
     lines = []
     for t in report.trials:
         measured = [
-            percent(value) for value in (t.score, t.without_prompt, t.calibrated, t.dev_score)
+            percent(value) for value in (t.score, t.without_prompt, t.batch_calibrated, t.dev_score)
         ]
         spent = (
             ["–", "–"]

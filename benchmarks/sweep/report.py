@@ -22,7 +22,7 @@ class TrialResult(Schema):
     trial: Trial
     score: float = Field(description="Test score of the tuned prompt, by the task's metric.")
     without_prompt: float = Field(description="Test score of the label words before the search.")
-    calibrated: float = Field(description="The same with the label bias removed, without labels.")
+    batch_calibrated: float = Field(description="The same with the label bias removed, without labels.")
     dev_score: float = Field(description="Dev score of the tuned prompt, by which it was chosen.")
     test_rows: int = Field(description="Test rows behind score and without_prompt.")
     calls: int = Field(description="Candidates evaluated; passes for dev scores are not counted.")
@@ -49,7 +49,7 @@ class TrialRow(Schema):
     without_prompt: float | None = Field(
         default=None, description="Test score of the label words before the search."
     )
-    calibrated: float | None = Field(
+    batch_calibrated: float | None = Field(
         default=None, description="The same with the label bias removed, without labels."
     )
     dev_score: float | None = Field(
@@ -84,7 +84,7 @@ class ScoreCell(Schema):
     without_prompt: float | None = Field(
         description="Mean test score of the label words before the search."
     )
-    calibrated: float | None = Field(
+    batch_calibrated: float | None = Field(
         description="The same with the label bias removed, without labels."
     )
     failed: int = Field(description="Trials that failed.")
@@ -101,7 +101,7 @@ class SweepRow(Schema):
         description="Mean of the cells' means; None unless every task has one."
     )
     without_prompt: float | None = Field(description="The same before the search.")
-    calibrated: float | None = Field(
+    batch_calibrated: float | None = Field(
         description="The same before the search, with the label bias removed."
     )
 
@@ -176,7 +176,7 @@ def make_report(
             _cell(list(some), results, failures)
             for _, some in groupby(group, lambda t: t.task_name)
         ]
-        names = ("mean", "without_prompt", "calibrated")
+        names = ("mean", "without_prompt", "batch_calibrated")
         means = {name: mean_if_complete([getattr(cell, name) for cell in cells]) for name in names}
         rows.append(SweepRow(method=method, bundle=bundle, engine=engine, cells=cells, **means))
     versions = installed_versions()
@@ -203,7 +203,7 @@ def _cell(
         mean=statistics.fmean(scores) if scores else None,
         std=statistics.stdev(scores) if len(scores) > 1 else None,
         without_prompt=statistics.fmean(result.without_prompt for result in done) if done else None,
-        calibrated=statistics.fmean(result.calibrated for result in done) if done else None,
+        batch_calibrated=statistics.fmean(result.batch_calibrated for result in done) if done else None,
         failed=sum(t.name in failures for t in trials),
     )
 

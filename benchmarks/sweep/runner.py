@@ -178,7 +178,7 @@ def run_trial(trial: dict[str, Any], folder: str, threads: int | None) -> dict[s
         trial=t,
         score=score["score"],
         without_prompt=score["without_prompt"],
-        calibrated=score["calibrated"],
+        batch_calibrated=score["batch_calibrated"],
         dev_score=run.info.best.dev_score,
         test_rows=score["rows"],
         calls=run.info.calls,

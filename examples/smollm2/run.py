@@ -94,7 +94,7 @@ def zero_shot(given: argparse.Namespace, task: str, seed: int, shown: int) -> di
     _, scores = Objective("ce", spec.metric).score(logits, np.array([row.label for row in rows]))
     return {
         "score": float(scores[0]),
-        "calibrated": float(scores[1]),
+        "batch_calibrated": float(scores[1]),
         "seconds": time.perf_counter() - start,
     }
 
@@ -225,7 +225,7 @@ def table(results: dict[str, Any]) -> str:
     for (task, name), own in rows.items():
         scores = [
             percent([result[kind] for result in own if kind in result])
-            for kind in ("score", "calibrated")
+            for kind in ("score", "batch_calibrated")
         ]
         lines.append(
             [

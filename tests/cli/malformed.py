@@ -314,7 +314,7 @@ class Corpus:
         sound = json.loads(lines[2])
         free = (
             "seconds",
-            "evaluations_per_second",
+            "calls_per_second",
             "best_loss",
             "mean_loss",
             "metric",
