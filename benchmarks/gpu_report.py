@@ -203,12 +203,7 @@ class GpuReport(Report):
         """
         counted = next((r for r in (row, *report.rows[::-1]) if r.flops), None)
         rate: float | None = report.machine["rates"].get("fp16 PyTorch")
-        if (
-            rate is None
-            or counted is None
-            or not counted.flops
-            or row.calls_per_second is None
-        ):
+        if rate is None or counted is None or not counted.flops or row.calls_per_second is None:
             return None
         own, others = (self.tokens(report, r) for r in (row, counted))
         if counted is not row and not (own and others):

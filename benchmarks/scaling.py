@@ -87,9 +87,7 @@ def measure_scaling(given: argparse.Namespace, work: Path, tell: StepProgress) -
             given.bundle, given.task, engine=engine, workers=workers, threads=threads, **shared
         )
         seconds, history = perf_counter() - started, run.history
-        ms = [
-            1000 * given.popsize / generation.calls_per_second for generation in history[1:]
-        ]
+        ms = [1000 * given.popsize / generation.calls_per_second for generation in history[1:]]
         here, losses = median(ms), [generation.losses for generation in history]
         alone, wanted = first.setdefault(engine, (here, losses))
         found = ScalingPoint(

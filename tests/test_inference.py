@@ -57,7 +57,7 @@ def test_evaluate_scores_every_test_row_with_and_without_the_prompt(
     _, (score, without, calibrated) = Objective().score(
         np.stack([*logits, plain - plain.mean(0)]), batch.targets
     )
-    assert (report["score"], report["without_prompt"], report["calibrated"]) == (
+    assert (report["score"], report["without_prompt"], report["batch_calibrated"]) == (
         score,
         without,
         calibrated,

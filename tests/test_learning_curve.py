@@ -34,7 +34,7 @@ def test_a_run_records_what_takes_no_search(run: Run) -> None:
 
     dev = evaluate(run.path, split="dev")
     assert run.info.baselines is not None
-    names = ("chance", "majority", "without_prompt", "calibrated")
+    names = ("chance", "majority", "without_prompt", "batch_calibrated")
     assert run.info.baselines.model_dump() == {name: dev[name] for name in names}
     assert Run.read(run.path).info.baselines == run.info.baselines
 
@@ -62,7 +62,7 @@ def test_the_curve_shows_no_path(run: Run, tmp_path: Path, monkeypatch: pytest.M
 )
 def test_a_search_that_was_not_worth_it_is_told_in_words(score: float, words: str | None) -> None:
     best = BestRecord(generation=3, calls=80, dev_score=score, dev_loss=1.0)
-    baselines = Baselines(chance=0.25, majority=0.4, without_prompt=0.5, calibrated=0.6)
+    baselines = Baselines(chance=0.25, majority=0.4, without_prompt=0.5, batch_calibrated=0.6)
     info: Any = SimpleNamespace(
         best=best, baselines=baselines, settings=SimpleNamespace(fitted=False)
     )
@@ -83,7 +83,7 @@ def test_the_curve_shows_baselines_and_the_uncertainty_of_few_rows(run: Run) -> 
     assert lines == {
         run.info.baselines.chance,
         run.info.baselines.without_prompt,
-        run.info.baselines.calibrated,
+        run.info.baselines.batch_calibrated,
     }
     labels = [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
     assert "95 % interval, 6 rows" in labels

@@ -435,7 +435,7 @@ def made_up_result(trial: Trial, score: float) -> TrialResult:
         trial=trial,
         score=score,
         without_prompt=0.5,
-        calibrated=0.6,
+        batch_calibrated=0.6,
         dev_score=0.75,
         test_rows=100,
         calls=8000,
@@ -455,8 +455,8 @@ def test_the_table_is_in_the_form_of_the_papers() -> None:
         "| method | bundle | engine | sst2 | mrpc (F1) | rte | mean |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
         "| BBT | large | ort | 89.56 (0.34) | 61.56, 1 of 3 seeds | failed | – |",
-        "| no prompt | large | ort | 50.00 | 50.00 | – | – |",
-        "| calibrated | large | ort | 60.00 | 60.00 | – | – |",
+        "| without_prompt | large | ort | 50.00 | 50.00 | – | – |",
+        "| batch_calibrated | large | ort | 60.00 | 60.00 | – | – |",
     ]
     assert "9 trials: 4 done, 4 failed, 1 not run." in markdown(report, plot=False)
     results |= {t.name: made_up_result(t, 0.6) for t in trials[4:]}

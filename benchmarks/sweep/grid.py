@@ -71,9 +71,7 @@ class Sweep(Schema):
         if "seed" in self.settings:
             raise UsageError("a sweep takes no setting 'seed'; write seeds = [42, 43]")
         if self.cross_evaluate and self.settings.get("hold_out"):
-            raise UsageError(
-                "cross_evaluate scores on test rows, so it does not go with hold_out"
-            )
+            raise UsageError("cross_evaluate scores on test rows, so it does not go with hold_out")
         bundles = {path: self._bundle(Path(path)) for path in self.bundles}
         tasks = {path: load_task(path) for path in self.tasks}
         check_names("bundles", {path: bundle.path.name for path, bundle in bundles.items()})

@@ -50,7 +50,9 @@ def summary(report: SweepReport) -> str:
     hint = " Interrupted; continue with --resume." if report.interrupted else ""
     seeds = len(report.sweep.seeds)
     mean = f"mean over {seeds} seeds and (standard deviation, n − 1)" if seeds > 1 else "one seed"
-    legend = f"Percent on the test rows, {mean}. `without_prompt` is the same bundle before the search, "
+    legend = (
+        f"Percent on the test rows, {mean}. `without_prompt` is the same bundle before the search, "
+    )
     legend += "`batch_calibrated` the same with the label bias removed."
     parts = [f"{len(report.trials)} trials: {', '.join(counts)}.{hint}", scores(report), legend]
     failures = {trial.name: trial.reason for trial in report.trials if trial.reason}

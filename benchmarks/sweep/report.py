@@ -22,7 +22,9 @@ class TrialResult(Schema):
     trial: Trial
     score: float = Field(description="Test score of the tuned prompt, by the task's metric.")
     without_prompt: float = Field(description="Test score of the label words before the search.")
-    batch_calibrated: float = Field(description="The same with the label bias removed, without labels.")
+    batch_calibrated: float = Field(
+        description="The same with the label bias removed, without labels."
+    )
     dev_score: float = Field(description="Dev score of the tuned prompt, by which it was chosen.")
     test_rows: int = Field(description="Test rows behind score and without_prompt.")
     calls: int = Field(description="Candidates evaluated; passes for dev scores are not counted.")
@@ -203,7 +205,9 @@ def _cell(
         mean=statistics.fmean(scores) if scores else None,
         std=statistics.stdev(scores) if len(scores) > 1 else None,
         without_prompt=statistics.fmean(result.without_prompt for result in done) if done else None,
-        batch_calibrated=statistics.fmean(result.batch_calibrated for result in done) if done else None,
+        batch_calibrated=statistics.fmean(result.batch_calibrated for result in done)
+        if done
+        else None,
         failed=sum(t.name in failures for t in trials),
     )
 

@@ -316,7 +316,7 @@ def finished(status: str = "done") -> SimpleNamespace:
         calls=8000,
         seconds=12.5,
         best=SimpleNamespace(dev_score=0.9375, dev_loss=0.2, calls=7900),
-        baselines=Baselines(chance=0.5, majority=0.5, without_prompt=0.79, calibrated=0.85),
+        baselines=Baselines(chance=0.5, majority=0.5, without_prompt=0.79, batch_calibrated=0.85),
         verdict=lambda: "no better than",
         readout=ReadoutRecord(name="states", tried=[tried]),
         model_dump=lambda mode: {"status": status},
