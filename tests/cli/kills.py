@@ -1,14 +1,12 @@
 """A command killed at every file operation: what it leaves, and what the next one makes of it.
 
-python tests/kills.py COMMAND [EVERY]
+python tests/cli/kills.py COMMAND [EVERY]
 
-COMMAND: tune, tune-v2, overwrite, export, optimize, package, fit, sweep or compare. A fork of a
-process that has loaded everything is killed before and after each call that makes, opens for
-writing, renames, replaces, removes or syncs a file or folder, or at every n-th of these points.
-Then nothing half-written may have its final name, and the same command (with --resume) must end
-with the result that it has when nobody kills it, and leave nothing else. (An export that was killed
-when it was complete is not made again, and may leave the empty file of its lock; so may what
-exports.)
+A fork of a process that has loaded everything is killed before and after each call that makes,
+opens for writing, renames, replaces, removes or syncs a file or folder, or at every n-th of these
+points. Then nothing half-written may have its final name, and the same command (with --resume) must
+end with the result that it has when nobody kills it, and leave nothing else but the empty file of a
+lock.
 """
 
 from __future__ import annotations
@@ -19,247 +17,165 @@ import os
 import shutil
 import signal
 import sys
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from search_parts import SETTINGS, search_bundle, task_file
 
-from bbt_accel import Bundle, tune
-from bbt_accel.benchmarks.compare_report import CompareReport
-from bbt_accel.benchmarks.sweep.report import SweepReport
-from bbt_accel.benchmarks.sweep.runner import run_sweep
-from bbt_accel.search.run import Run
+from bbt_accel import Bundle, Run, tune
+from bbt_accel.io import files
 
 OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of os
 
 
-class Command(ABC):
-    """What is killed. `output` is what it makes, in a folder of its own."""
+@dataclass
+class Command:
+    """What is killed. run: makes an output; again: after a kill. result: what it made, in a form
+    that can be compared; raises an error for what is not whole. marker: the file that an unfinished
+    output has, where it may have its final name.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @abstractmethod
-    def prepare(self, output: Path) -> None:
-        """What is there before; nothing by default."""
-
-    @abstractmethod
-    def run(self, output: Path, again: bool) -> None: ...
-
-    @abstractmethod
-    def result(self, output: Path) -> object:
-        """What it made, checked, in a form that can be compared. Raises an error for what is not
-        whole.
-        """
+    run: Callable[[Path, bool], object]
+    result: Callable[[Path], object]
+    prepare: Callable[[Path], object] = lambda output: None
+    marker: str | None = None
+    overwrites: bool = False
 
     def acceptable(self, output: Path, whole: object) -> bool:
         """Whether what a kill has left under the final name is whole."""
+        if self.overwrites:  # one of the two is always there, under its name or between two renames
+            output = output if output.exists() else output.with_name(f".{output.name}.old")
+            return self.result(output) is not None
+        if self.marker is not None and output.exists():
+            return (output / self.marker).exists()
         return not output.exists() or self.result(output) == whole
 
 
-class Tune(Command):
-    method = "bbt"
+def unless_made(make: Callable[[Path], object]) -> Callable[[Path, bool], object]:
+    """For a command that refuses an existing output; a complete one is not made again."""
+    return lambda output, again: None if again and output.exists() else make(output)
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.bundle, self.task = (
-            search_bundle(folder / "bundle", self.method),
-            task_file(folder / "data"),
+
+def run_result(output: Path) -> object:
+    run = Run.read(output)
+    names = sorted(file.name for file in output.iterdir())
+    return run.prompt.tobytes(), run.info.best, run.info.status, names
+
+
+def tune_command(folder: Path, method: str = "bbt", overwrite: bool = False) -> Command:
+    bundle, task = search_bundle(folder / "bundle", method), task_file(folder / "data")
+
+    def search(output: Path, again: bool = False, **settings: Any) -> object:
+        return tune(
+            bundle.path,
+            task,
+            data=task.parent,
+            engine="dummy",
+            output=output,
+            settings={**SETTINGS, "budget": 24, **settings},
+            resume=again and not overwrite,
+            overwrite=overwrite and "seed" not in settings,
+            progress=False,
         )
 
-    def prepare(self, output: Path) -> None:
-        pass
-
-    def run(self, output: Path, again: bool, **more: Any) -> None:
-        settings = {**SETTINGS, "budget": 24, **more.pop("settings", {})}
-        options = {
-            "data": self.task.parent,
-            "engine": "dummy",
-            "progress": False,
-            "resume": again,
-            **more,
-        }
-        tune(self.bundle.path, self.task, output=output, settings=settings, **options)
-
-    def result(self, output: Path) -> object:
-        run = Run.read(output)
-        return (
-            run.prompt.tobytes(),
-            run.info.best,
-            run.info.status,
-            sorted(p.name for p in output.iterdir()),
-        )
+    if overwrite:
+        return Command(search, run_result, lambda out: search(out, seed=8), overwrites=True)
+    return Command(search, run_result)
 
 
-class TuneV2(Tune):
-    method = "bbtv2"
+def checkpoint(folder: Path) -> Path:
+    from tiny_backbones import save_recorded_backbone
+
+    from bbt_accel.exporters.trace import export, validate
+
+    export.validated = validate.validate  # in this process
+    save_recorded_backbone("bert", folder / "checkpoint")
+    return folder / "checkpoint"
 
 
-class Overwrite(Tune):
-    """A run in place of another: at any moment one of them is there, or is put back by the next
-    command.
-    """
+def exported(folder: Path) -> Bundle:
+    from bbt_accel import export_bundle
 
-    def prepare(self, output: Path) -> None:
-        super().run(output, False, settings={"seed": 8})
-
-    def run(self, output: Path, again: bool, **more: Any) -> None:
-        super().run(output, False, overwrite=True)
-
-    def acceptable(self, output: Path, whole: object) -> bool:
-        if not output.exists():  # between two renames
-            output = output.with_name(f".{output.name}.old")
-        return self.result(output) is not None
+    return export_bundle(checkpoint(folder), folder / "source", n_prompt_tokens=3)
 
 
-class Export(Command):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        from tiny_backbones import save_recorded_backbone
-
-        from bbt_accel.exporters.trace import export, validate
-
-        export.validated = validate.validate  # in this process
-        self.checkpoint = folder / "checkpoint"
-        save_recorded_backbone("bert", self.checkpoint)
-
-    def prepare(self, output: Path) -> None:
-        pass
-
-    def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.exporters.trace.export import export_bundle
-
-        if again and output.exists():
-            return
-        export_bundle(self.checkpoint, output, n_prompt_tokens=3)
-
-    def result(self, output: Path) -> object:
-        return Bundle.read(output).info.sha256
+def bundle_result(output: Path) -> object:
+    return Bundle.read(output).info.sha256
 
 
-class Optimize(Export):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        super().run(folder / "source", False)
+def export_command(folder: Path) -> Command:
+    from bbt_accel import export_bundle
 
-    def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.exporters.convert.optimize import optimize_bundle
-
-        if again and output.exists():
-            return
-        optimize_bundle(self.folder / "source", output, precision="int8")
+    place = checkpoint(folder)
+    make = unless_made(lambda output: export_bundle(place, output, n_prompt_tokens=3))
+    return Command(make, bundle_result)
 
 
-class Package(Export):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        from package_parts import tuned
+def package_command(folder: Path) -> Command:
+    from package_parts import tuned
 
-        super().run(folder / "source", False)
-        self.tuned = tuned(Bundle.read(folder / "source"), folder / "tuned")
+    from bbt_accel.package.manifest import read_info
+    from bbt_accel.package.package import Options, package_run
 
-    def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.package.package import Options, package_run
+    run = tuned(exported(folder), folder / "tuned").path
 
-        if again and output.exists():
-            return
-        package_run(self.tuned.path, output, Options(threads=1))
+    def result(output: Path) -> object:
+        found = read_info(output).sha256.items()
+        return {name: digest for name, digest in found if name != "README.md"}  # names the output
 
-    def result(self, output: Path) -> object:
-        from bbt_accel.package.manifest import read_info
-
-        found = read_info(output).sha256
-        return {
-            name: digest for name, digest in found.items() if name != "README.md"
-        }  # which names the output
+    return Command(unless_made(lambda out: package_run(run, out, Options(threads=1))), result)
 
 
-class Fit(Export):
+def fit_command(folder: Path) -> Command:
     """From a file of rows and a checkpoint, with an empty cache of bundles."""
+    from bbt_accel.predict.fit import fit_file
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.rows = folder / "rows.csv"
-        lines = [f"it was w{i} .,{('bad', 'great')[i % 2]}" for i in range(16)]
-        self.rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    backbone, rows = str(checkpoint(folder)), folder / "rows.csv"
+    lines = [f"it was w{i} .,{('bad', 'great')[i % 2]}" for i in range(16)]
+    rows.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    options: Any = {"text": "text", "label": "label", "backbone": backbone, "budget": 41}
+    options |= {"engine": "ort", "precision": "fp32", "n_prompt_tokens": 3, "threads": 1}
 
-    def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.predict.fit import fit_file
-
-        if again and output.exists():
-            return
+    def make(output: Path) -> object:
         os.environ["BBT_ACCEL_CACHE"] = str(output.parent / f"cache of {output.name}")
-        fit_file(
-            self.rows, output, text="text", label="label", backbone=str(self.checkpoint), engine="ort",
-            precision="fp32", budget=41, n_prompt_tokens=3, threads=1, progress=False,
-        )  # fmt: skip
+        return fit_file(rows, output, **options, progress=False)
 
-    def result(self, output: Path) -> object:
-        run = Run.read(output)
-        return run.prompt.tobytes(), run.info.status, sorted(p.name for p in output.iterdir())
+    return Command(unless_made(make), run_result)
 
 
-class Sweep(Command):
+def sweep_command(folder: Path) -> Command:
     """Its trials are processes of their own, which end with it."""
+    from bbt_accel.benchmarks.sweep.report import SweepReport
+    from bbt_accel.benchmarks.sweep.runner import run_sweep
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        search_bundle(folder / "bundle")
-        task = task_file(folder / "data" / "toy")
-        self.given = {
-            "tasks": [str(task)], "bundles": [str(folder / "bundle")], "engines": ["dummy"], "seeds": [1, 2],
-            "data": str(folder / "data"), "settings": {"k_shot": 3, "eval_every": 10, "budget": 24},
-        }  # fmt: skip
+    bundle, task = search_bundle(folder / "bundle").path, task_file(folder / "data" / "toy")
+    given = {"tasks": [str(task)], "bundles": [str(bundle)], "engines": ["dummy"], "seeds": [1, 2]}
+    settings = {"k_shot": 3, "eval_every": 10, "budget": 24}
+    given |= {"data": str(folder / "data"), "settings": settings}
 
-    def prepare(self, output: Path) -> None:
-        pass
-
-    def run(self, output: Path, again: bool) -> None:
+    def run(output: Path, again: bool) -> object:
         resume = again and output.exists()
-        run_sweep(output, given=None if resume else self.given, resume=resume, progress=False)
+        return run_sweep(output, given=None if resume else given, resume=resume, progress=False)
 
-    def result(self, output: Path) -> object:
+    def result(output: Path) -> object:
         report = SweepReport.model_validate_json((output / "report.json").read_bytes())
         return [(trial.name, trial.status, trial.score) for trial in report.trials]
 
-    def acceptable(self, output: Path, whole: object) -> bool:
-        return not output.exists() or (output / "sweep.json").is_file()
+    return Command(run, result, marker="sweep.json")
 
 
-class Compare(Export):
-    """Its trials are processes of their own, as those of a sweep are."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.task = task_file(folder / "data" / "toy")
-
-    def run(self, output: Path, again: bool) -> None:
-        from bbt_accel.benchmarks.compare import run_compare
-        from bbt_accel.benchmarks.options import CompareOptions
-
-        options = CompareOptions(
-            backbone=str(self.checkpoint), data=self.task.parents[1], contenders=["readouts", "bbt"], budgets=[40],
-            seeds=[1], k_shot=3, n_prompt_tokens=3, test_rows=8, threads=1,
-        )  # fmt: skip
-        run_compare(
-            [str(self.task)], output, options, resume=again and output.exists(), progress=False
-        )
-
-    def result(self, output: Path) -> object:
-        report = CompareReport.model_validate_json((output / "report.json").read_bytes())
-        return [(score.label, score.score) for score in report.scores], report.failures
-
-    def acceptable(self, output: Path, whole: object) -> bool:
-        return not output.exists() or (output / "trials").is_dir()
-
-
-COMMANDS: dict[str, type[Command]] = {
-    "tune": Tune, "tune-v2": TuneV2, "overwrite": Overwrite, "export": Export, "optimize": Optimize, "package": Package,
-    "fit": Fit, "sweep": Sweep, "compare": Compare,
-}  # fmt: skip
+COMMANDS: dict[str, Callable[[Path], Command]] = {
+    "tune": tune_command,
+    "tune-v2": lambda folder: tune_command(folder, "bbtv2"),
+    "overwrite": lambda folder: tune_command(folder, overwrite=True),
+    "export": export_command,
+    "package": package_command,
+    "fit": fit_command,
+    "sweep": sweep_command,
+}
 
 
 def in_a_fork(work: Callable[[], object], at: int = 0) -> tuple[int, int]:
@@ -305,26 +221,21 @@ def armed(at: int) -> Callable[[], int]:
 
         return call
 
-    from bbt_accel.io import files
-
     for name in OPERATIONS:
         setattr(os, name, deadly(getattr(os, name)))
-    opened = io.open
+    opened, native = io.open, files._renameat2()
 
     def written(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        return (deadly(opened) if set(mode) & set("wax+") else opened)(
-            file, mode, *arguments, **options
-        )
+        writes = set(mode) & set("wax+")
+        return (deadly(opened) if writes else opened)(file, mode, *arguments, **options)
 
     io.open = builtins.open = written  # type: ignore[assignment]
-    native = files._renameat2()
-    files._renameat2 = (lambda: deadly(native)) if native is not None else files._renameat2  # type: ignore[assignment]
+    if native is not None:
+        files._renameat2 = lambda: deadly(native)  # type: ignore[assignment]
     return lambda: count
 
 
-def kill_everywhere(
-    name: str, folder: Path, every: int = 1, first: int = 1
-) -> tuple[int, list[str]]:
+def kill_everywhere(name: str, folder: Path, every: int) -> tuple[int, list[str]]:
     """Kill the command at every n-th point; returns the number of kills, and a line for each that
     went wrong.
     """
@@ -335,52 +246,36 @@ def kill_everywhere(
     whole = command.result(folder / "whole")
     points = in_a_fork(lambda: command.run(folder / "counted", False))[1]
     wrong, kills = [], 0
-    for at in range(first, points + 1, every):
-        place = folder / f"killed-{at}"
-        output = place / "output"
-        place.mkdir()
+    for at in range(1, points + 1, every):
+        output = folder / f"killed-{at}" / "output"
+        output.parent.mkdir()
         in_a_fork(lambda output=output: command.prepare(output))  # type: ignore[misc]
         status, _ = in_a_fork(lambda output=output: command.run(output, False), at)  # type: ignore[misc]
         kills += status == signal.SIGKILL
-        wrong += [
-            f"{name} at {at} of {points}: {problem}" for problem in problems(command, output, whole)
-        ]
-        shutil.rmtree(place)
+        if found := problem(command, output, whole):
+            wrong.append(f"{name} at {at} of {points}: {found}")
+        shutil.rmtree(output.parent)
     return kills, wrong
 
 
-def problems(command: Command, output: Path, whole: object) -> list[str]:
-    found = []
+def problem(command: Command, output: Path, whole: object) -> str | None:
     try:
         if not command.acceptable(output, whole):
-            found.append("something half-written has its final name")
+            return "something half-written has its final name"
         status, _ = in_a_fork(lambda: command.run(output, True))
         if status:
-            found.append(f"the next command failed ({status})")
-        elif command.result(output) != whole:
-            found.append("the result is another one")
-        locks = isinstance(command, Export)
-        hidden = [
-            p
-            for p in output.parent.rglob(".*")
-            if not (locks and p.suffix == ".lock" and not p.stat().st_size)
-        ]
-        left = [str(p.relative_to(output.parent)) for p in hidden]
-        found += [f"{left} is left"] if left else []
+            return f"the next command failed ({status})"
+        if command.result(output) != whole:
+            return "the result is another one"
     except Exception as error:
-        found.append(f"{type(error).__name__}: {error}")
-    return found
+        return f"{type(error).__name__}: {error}"
+    hidden = output.parent.rglob(".*")
+    left = [p.name for p in hidden if p.suffix != ".lock" or p.stat().st_size]
+    return f"{left} is left" if left else None
 
 
 if __name__ == "__main__":
-    from tempfile import TemporaryDirectory
-
-    begun = time.monotonic()
     with TemporaryDirectory() as place:
-        killed, gone_wrong = kill_everywhere(
-            sys.argv[1], Path(place), int(sys.argv[2]) if len(sys.argv) > 2 else 1
-        )
-    print(*gone_wrong, sep="\n")
-    print(
-        f"{sys.argv[1]}: {killed} kills in {time.monotonic() - begun:.0f} s, {len(gone_wrong)} went wrong"
-    )
+        step = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+        killed, gone_wrong = kill_everywhere(sys.argv[1], Path(place), step)
+    print(*gone_wrong, f"{killed} kills, {len(gone_wrong)} went wrong", sep="\n")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import typer
 from conftest import Export
 
+from bbt_accel.cli.base import COMMANDS as CLASSES
 from bbt_accel.cli.commands import app
 from bbt_accel.core.engine_specs import ENGINES, engine_names
 from bbt_accel.tasks.task import load_task, task_names
@@ -63,11 +65,14 @@ def commands(text: str) -> list[str]:
     ]
 
 
-def options(command: str) -> set[str]:
-    return {name for parameter in COMMANDS[command].params for name in parameter.opts} | {
-        "--help",
-        "--debug",
-    }
+def options(command: Any) -> set[str]:
+    """Of the program, or of a command."""
+    return {"--help", "--debug", *(name for option in command.params for name in option.opts)}
+
+
+def rows_of(title: str) -> dict[str, dict[str, str]]:
+    """The rows of a table by its first column."""
+    return {row[title].strip("`"): row for row in table(title)}
 
 
 @pytest.mark.parametrize(
@@ -75,13 +80,10 @@ def options(command: str) -> set[str]:
 )
 def test_commands_and_their_options_exist(line: str) -> None:
     words = shlex.split(line)[1:]
-    if words[0].startswith("-"):
-        assert words[0] in {name for parameter in cli.params for name in parameter.opts} | {
-            "--help"
-        }
-        return
-    assert words[0] in COMMANDS
-    assert {word for word in words[1:] if re.match("--?[a-z]", word)} <= options(words[0])
+    given = {word for word in words if re.match("--?[a-z]", word)}
+    assert given <= options(cli if words[0].startswith("-") else COMMANDS[words[0]])
+    settings = [words[at + 1].split("=")[0] for at, word in enumerate(words) if word == "--set"]
+    assert not settings or {*settings} <= {*CLASSES[words[0]].without_option()}  # type: ignore[attr-defined]
 
 
 def test_every_command_has_a_section_with_an_example() -> None:
@@ -90,22 +92,22 @@ def test_every_command_has_a_section_with_an_example() -> None:
 
 
 def test_options_named_alone_exist() -> None:
-    known = set().union(*map(options, COMMANDS), *(parameter.opts for parameter in cli.params))
+    known = set().union(*map(options, [cli, *COMMANDS.values()]))
     for file, text in PAGES.items():
         if file.name != "from-black-box-tuning.md":  # which names those of the original
-            assert (
-                set(re.findall(r"(?<![\w-])--[a-z][\w-]+", OTHER_PROGRAMS.sub("", text))) <= known
-            ), file
+            named = re.findall(r"(?<![\w-])--[a-z][\w-]+", OTHER_PROGRAMS.sub("", text))
+            assert {*named} <= known, file
 
 
 def test_options_that_replace_those_of_the_original_exist() -> None:
     for row in table("original"):
         for command, names in re.findall(r"`(\w+)((?: --?[\w-]+)+)", row["here"]):
-            assert {name for name in names.split() if name.startswith("-")} <= options(command), (
-                row["here"]
-            )
+            given = {name for name in names.split() if name.startswith("-")}
+            assert given <= options(COMMANDS[command]), row["here"]
     same = next(row["original"] for row in table("original") if "same names" in row["here"])
-    assert {name.replace("_", "-") for name in re.findall(r"--\w+", same)} <= options("tune")
+    assert {name.replace("_", "-") for name in re.findall(r"--\w+", same)} <= options(
+        COMMANDS["tune"]
+    )
 
 
 def test_table_of_families() -> None:
@@ -114,25 +116,23 @@ def test_table_of_families() -> None:
 
     from bbt_accel.exporters.families.registry import FAMILIES
 
-    rows = table("`model_type`")
-    assert {row["`model_type`"]: row["class"] for row in rows} == {
-        s.model_type: s.class_name for s in FAMILIES
-    }
+    rows = rows_of("`model_type`")
+    of_family = {spec.model_type: spec.class_name for spec in FAMILIES}
+    assert {name: row["class"] for name, row in rows.items()} == of_family
     of_class = {spec.class_name: spec.model_type for spec in FAMILIES}
     tested = {
         (of_class[BACKBONES[name][1]], method, mode) for name, method, mode in VARIANTS + RELATIVES
     }
-    for row in rows:
+    for name, row in rows.items():
         for method, mode in (("bbt", "add"), ("bbt", "cat"), ("bbtv2", "add")):
-            wanted = "yes" if (row["`model_type`"], method, mode) in tested else "untested"
+            wanted = "yes" if (name, method, mode) in tested else "untested"
             assert row[f"{method}, {mode}"] == wanted, row
-        assert {name for name in engine_names() if row.get(name) == "yes"} == set(
-            engine_names()
-        ) - {"remote"}, row
+        runs = {engine for engine in engine_names() if row.get(engine) == "yes"}
+        assert runs == {*engine_names()} - {"remote"}, row
 
 
 def test_table_of_engines() -> None:
-    rows = {row["`--engine`"]: row for row in table("`--engine`")}
+    rows = rows_of("`--engine`")
     assert set(rows) == set(engine_names())
     for spec in ENGINES:
         if spec.internal or spec.remote:  # which runs whatever its server runs
@@ -145,31 +145,22 @@ def test_table_of_engines() -> None:
 
 
 def test_table_of_extras() -> None:
-    import tomllib
-
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "optional-dependencies"
-    ]
-    rows = {row["extra"].strip("`"): row["brings"] for row in table("extra")}
-    assert set(rows) == set(extras) - {"docs", "test", "dev"}
-    for name, brings in rows.items():
-        assert set(brings.split(", ")) == {re.split("[>=;]", need)[0] for need in extras[name]}, (
-            name
-        )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras, rows = project["optional-dependencies"], rows_of("extra")
+    assert rows.keys() == extras.keys() - {"docs", "test", "dev"}
+    for name, row in rows.items():
+        needs = {re.split("[>=;]", need)[0] for need in extras[name]}
+        assert {*row["brings"].split(", ")} == needs, name
 
 
 def test_optimizations_and_tasks_are_named() -> None:
     from bbt_accel.core.optimizations import OPTIMIZATIONS
 
-    described = {row["optimization"].strip("`"): row[""] for row in table("optimization")}
+    described = rows_of("optimization")
     assert described.keys() == OPTIMIZATIONS.keys()
     for name, optimization in OPTIMIZATIONS.items():
-        assert described[name].endswith(optimization.what)
-    (listed,) = [
-        found
-        for page in PAGES.values()
-        for found in re.findall(r"Built-in tasks: ([\w, ]+) \(", page)
-    ]
+        assert described[name][""].endswith(optimization.what)
+    (listed,) = re.findall(r"Built-in tasks: ([\w, ]+) \(", "".join(PAGES.values()))
     assert {*listed.split(", "), "demo"} == set(task_names())
 
 
@@ -192,14 +183,15 @@ def test_the_start_page_is_short() -> None:
     assert len(PAGES[START].splitlines()) <= 250
 
 
+def tickets() -> str:
+    """The example of a task file."""
+    files = [text for page in PAGES.values() for text in blocks(page, "toml")]
+    (found,) = [text for text in files if 'name = "tickets"' in text]
+    return found
+
+
 def test_task_example_loads(tmp_path: Path) -> None:
-    (tickets,) = [
-        text
-        for page in PAGES.values()
-        for text in blocks(page, "toml")
-        if 'name = "tickets"' in text
-    ]
-    (tmp_path / "tickets.toml").write_text(tickets, encoding="utf-8")
+    (tmp_path / "tickets.toml").write_text(tickets(), encoding="utf-8")
     task = load_task(tmp_path / "tickets.toml")
     assert (task.n_classes, task.text) == (3, ["subject", "body"])
     for group in ("masked", "span", "causal"):
@@ -208,25 +200,16 @@ def test_task_example_loads(tmp_path: Path) -> None:
 
 def test_the_schema_of_a_task_takes_every_example_and_refuses_a_misspelled_key() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    import tomllib
-
     from bbt_accel.tasks.task import FOLDER, Task
 
     schema = jsonschema.Draft202012Validator(Task.model_json_schema())
     written = [file.read_text(encoding="utf-8") for file in FOLDER.glob("*.toml")]
-    written += [
-        text
-        for page in PAGES.values()
-        for text in blocks(page, "toml")
-        if 'name = "tickets"' in text
-    ]
-    for text in written:
+    for text in [*written, tickets()]:
         task = tomllib.loads(text)
         assert schema.is_valid(task), task["name"]
         assert not schema.is_valid({**task, "metrik": "f1"})
-        assert not schema.is_valid(
-            {name: value for name, value in task.items() if name != "templates"}
-        )
+        del task["templates"]
+        assert not schema.is_valid(task)
 
 
 @pytest.mark.parametrize(
@@ -234,14 +217,13 @@ def test_the_schema_of_a_task_takes_every_example_and_refuses_a_misspelled_key()
 )
 def test_every_field_of_a_file_is_described(name: str) -> None:
     schema = resolve_name(name).model_json_schema()
-    models = {name: schema, **schema.get("$defs", {})}
-    fields = {
-        f"{m}.{f}": about
-        for m, model in models.items()
-        for f, about in model.get("properties", {}).items()
-    }
+    fields = [
+        (field, about.get("description"))
+        for model in (schema, *schema.get("$defs", {}).values())
+        for field, about in model.get("properties", {}).items()
+    ]
     assert fields
-    assert [field for field, about in fields.items() if not about.get("description")] == []
+    assert [field for field, description in fields if not description] == []
 
 
 def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
@@ -250,21 +232,16 @@ def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
     text = section("sweep: ")
     (tmp_path / "sweep.toml").write_text(blocks(text, "toml")[0], encoding="utf-8")
     found, words = read_sweep(tmp_path / "sweep.toml", {}), shlex.split(commands(text)[0])
-    for option, values in (
-        ("--bundles", found.bundles),
-        ("--tasks", found.tasks),
-        ("--seeds", found.seeds),
-    ):
-        assert words[words.index(option) + 1] == ",".join(map(str, values))
+    for name in ("bundles", "tasks", "seeds"):
+        assert words[words.index(f"--{name}") + 1] == ",".join(map(str, getattr(found, name)))
     settings = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
     assert settings == [f"{name}={value}" for name, value in found.settings.items()]
 
 
 def test_files_named_exist() -> None:
     for file, text in (PAGES | CONTRIBUTING).items():
-        for name in re.findall(
-            r"`((?:exporters|engines|bbt_accel|tests|benchmarks)/[\w/.]+\.py)`", text
-        ):
+        folders = "exporters|engines|bbt_accel|tests|benchmarks"
+        for name in re.findall(rf"`((?:{folders})/[\w/.]+\.py)`", text):
             assert "NAME" in name or (ROOT / name).exists(), (file, name)
 
 
@@ -283,10 +260,8 @@ def test_links_lead_somewhere() -> None:
                 continue
             there = (file.parent / name).resolve() if name else file
             assert there.exists(), (file, target)
-            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), (
-                file,
-                target,
-            )
+            known = anchors(there.read_text(encoding="utf-8")) if anchor else {""}
+            assert anchor in known, (file, target)
             found += 1
     assert found > 50
 
@@ -295,9 +270,8 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for file in [*PAGES, *(ROOT / "docs").rglob("*.ipynb")]:
         if file != START:
-            assert (
-                f"{file.relative_to(ROOT / 'docs').with_suffix('.md').as_posix()}\n" in navigation
-            ), file
+            page = file.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
+            assert f"{page}\n" in navigation, file
 
 
 @pytest.mark.slow

@@ -24,16 +24,9 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
-    }
-    return subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, env=clean, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,67 +52,49 @@ def wheel(release: Path) -> Path:
 def test_a_release_is_one_that_the_index_takes(release: Path, wheel: Path) -> None:
     pytest.importorskip("twine")
     files = sorted(release.iterdir())
-    assert [file.name.removeprefix(f"bbt_accel-{bbt_accel.__version__}") for file in files] == [
-        "-py3-none-any.whl",
-        ".tar.gz",
-    ]
+    name = f"bbt_accel-{bbt_accel.__version__}"
+    assert [file.name for file in files] == [f"{name}-py3-none-any.whl", f"{name}.tar.gz"]
     checked = run(sys.executable, "-m", "twine", "check", "--strict", *files)
     assert checked.returncode == 0, checked.stdout
     assert wheel.stat().st_size < 25 * 2**20
 
 
 def test_wheel_holds_what_it_needs(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+    names = set(zipfile.ZipFile(wheel).namelist())
     info = next(name for name in names if name.endswith("/METADATA")).removesuffix("METADATA")
-    for folder, package in (
-        ("exporters", "exporters"),
-        ("engines", "engines"),
-        ("benchmarks", "benchmarks"),
-    ):
-        assert {f"bbt_accel/{package}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= set(
-            names
-        )
-    assert {
-        f"{info}licenses/LICENSE",
-        f"{info}licenses/bbt_accel/core/demo/backbone/NOTICE",
-    } <= set(names)
-    names_of = ("*.toml", "*.jsonl", "*.safetensors", "*.json", "NOTICE", "README.md", "py.typed")
-    shipped = (*names_of, "*.py", "*.html", "*.css", "*.js", "*.j2")
-    for pattern in shipped:
-        assert {str(file.relative_to(ROOT)) for file in (ROOT / "bbt_accel").rglob(pattern)} <= set(
-            names
-        )
-    tops = {name.split("/")[0] for name in names}
-    assert tops == {"bbt_accel", info.rstrip("/")}
+    assert {name.split("/")[0] for name in names} == {"bbt_accel", info.rstrip("/")}
+    licenses = ("LICENSE", "bbt_accel/core/demo/backbone/NOTICE")
+    assert {f"{info}licenses/{name}" for name in licenses} <= names
+    for folder in ("exporters", "engines", "benchmarks"):
+        code = (ROOT / folder).rglob("*.py")
+        assert {f"bbt_accel/{file.relative_to(ROOT)}" for file in code} <= names
+    suffixes = ["py", "toml", "jsonl", "json", "safetensors", "md", "typed", "html", "css", "js"]
+    for suffix in [*suffixes, "j2"]:
+        shipped = (ROOT / "bbt_accel").rglob(f"*.{suffix}")
+        assert {str(file.relative_to(ROOT)) for file in shipped} <= names
 
 
 def test_tunes_and_predicts_without_torch(wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from bbt_accel import export_bundle, load_task
-
-    export_bundle("demo", tmp_path / "bundle", n_prompt_tokens=5)
+    bbt_accel.export_bundle("demo", tmp_path / "bundle", n_prompt_tokens=5)
     venv.create(tmp_path / "venv", with_pip=True)
     binaries = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    installed = run(
-        binaries / "python", "-m", "pip", "--retries", "1", "install", "-q", f"{wheel}[cpu]"
-    )
+    pip = (binaries / "python", "-m", "pip", "--retries", "1", "install", "-q")
+    installed = run(*pip, f"{wheel}[cpu]")
     if installed.returncode:
-        pytest.skip(
-            f"pip cannot install the dependencies: {installed.stderr.strip().splitlines()[-1]}"
-        )
+        reason = installed.stderr.strip().splitlines()[-1]
+        pytest.skip(f"pip cannot install the dependencies: {reason}")
     program = binaries / "bbt-accel"
 
-    tuned = run(
-        program, "tune", "--bundle", tmp_path / "bundle", "--task", "demo", "--engine", "ort",
-        "--threads", "2", "--k-shot", "4", "--popsize", "4", "--budget", "8", "-o", tmp_path / "run", "--json",
-    )  # fmt: skip
+    words = ["--bundle", tmp_path / "bundle", "--task", "demo", "--engine", "ort", "--json"]
+    words += ["--set", "threads=2", "--k-shot", "4", "--popsize", "4", "--budget", "8"]
+    tuned = run(program, "tune", *words, "-o", tmp_path / "run")
     assert tuned.returncode == 0, tuned.stderr
     assert json.loads(tuned.stdout)["calls"] == 5  # one fits the readout, and 4 are a generation
-    predicted = run(
-        program, "predict", tmp_path / "run", "The striker scored twice in the final", "--json"
-    )
+    text = "The striker scored twice in the final"
+    predicted = run(program, "predict", tmp_path / "run", text, "--json")
     assert predicted.returncode == 0, predicted.stderr
-    assert json.loads(predicted.stdout)["word"] in load_task("demo").words("masked")
+    assert json.loads(predicted.stdout)["word"] in bbt_accel.load_task("demo").words("masked")
     assert run(binaries / "python", "-c", "import torch").returncode, "torch was there after all"
     exported = run(program, "export", "demo", "-o", tmp_path / "other")
     assert exported.returncode == 1
