@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from pydantic import Field
@@ -27,7 +27,7 @@ from bbt_accel.benchmarks.sweep.grid import preset_names
 from bbt_accel.cli import options, printing
 from bbt_accel.cli.base import Command, Settable, app, command
 from bbt_accel.cli.doctor import diagnose
-from bbt_accel.cli.options import SEARCH, apart, option_of
+from bbt_accel.cli.options import LIST, apart, option_of
 from bbt_accel.core.bundle import Method, PromptMode
 from bbt_accel.core.engine_specs import Precision, engine_spec
 from bbt_accel.core.optimizations import OPTIMIZATIONS
@@ -46,7 +46,7 @@ from bbt_accel.core.option_types import (
 )
 from bbt_accel.core.settings import DEFAULTS, Loss, Preset, ReadoutChoice, Settings
 from bbt_accel.errors import BbtError, UsageError
-from bbt_accel.io.command import INTERRUPTED, comma_separated, exit_on_error
+from bbt_accel.io.command import INTERRUPTED, exit_on_error
 from bbt_accel.io.progress import progress_bar
 from bbt_accel.io.reporting import Schema
 from bbt_accel.package.manifest import Kind
@@ -55,7 +55,7 @@ from bbt_accel.serve.limits import Limits
 
 PREPARE, TUNE, USE, MEASURE = "Prepare a backbone", "Search", "Use a tuned prompt", "Measure"
 option, flag = partial(typer.Option, None), partial(typer.Option, False)
-setting = partial(option_of, Settings, rich_help_panel=SEARCH)
+setting = partial(option_of, Settings, rich_help_panel="Search settings")
 
 
 @command(PREPARE, "export roberta-large -o bundles/roberta-large")
@@ -174,9 +174,7 @@ class FitSettings(Schema):
     balanced: bool = False
     """Treat all classes as equally frequent, rather than as in FILE."""
     seed: Seed = DEFAULTS.seed
-    threads: Threads | None = Field(
-        default=None, description="CPU threads; all cores unless given."
-    )
+    threads: Annotated[Threads | None, Field(description="CPU threads (all cores).")] = None
 
 
 @command(TUNE, "fit reviews.csv --text review --label sentiment -o run")
@@ -189,25 +187,17 @@ class Fit(Settable):
     file: Path = typer.Argument(
         ..., help="Labelled texts: CSV, TSV, JSON, JSON lines, Parquet or Excel."
     )
-    text: Sequence[str] = typer.Option(
-        ...,
-        "--text",
-        parser=comma_separated,
-        metavar="A,B,...",
-        help="Column of texts, or several, comma-separated.",
-    )
+    text: Sequence[str] = typer.Option(..., "--text", **LIST, help="Column of texts, or several.")
     label: str = typer.Option(..., "--label", help="Column of labels, of any kind.")
     output: options.Output
     backbone: options.Backbone = "demo"
     template: str | None = option(
-        "--template",
-        help='How a row is written for the backbone, e.g. "{review} It was {mask} .".',
+        "--template", help='How a row is written, e.g. "{review} It was {mask} .".'
     )
     label_words: Sequence[str] | None = option(
         "--label-words",
-        parser=comma_separated,
-        metavar="A,B,...",
-        help="A word for each label, the labels sorted (default: from the labels).",
+        **LIST,
+        help="A word for each label, sorted by label (default: the labels).",
     )
     engine: options.Engine = None
     precision: PrecisionChoice | None = option(
@@ -238,9 +228,7 @@ class Fit(Settable):
 class TuneSettings(Settings, frozen=True):
     """All settings of a search, and how the backbone is run, where that has no option."""
 
-    threads: Threads | None = Field(
-        default=None, description="CPU threads; all cores unless given."
-    )
+    threads: Annotated[Threads | None, Field(description="CPU threads (all cores).")] = None
     without: list[str] = Field(
         default=[], description=f"Optimizations to switch off: {', '.join(OPTIMIZATIONS)}."
     )
@@ -305,9 +293,7 @@ class SweepSettings(Settings, frozen=True):
         default=False,
         description="Also score every prompt in each bundle that takes it, and compare them.",
     )
-    threads: Threads | None = Field(
-        default=None, description="CPU threads per trial; its share of the cores unless given."
-    )
+    threads: Annotated[Threads | None, Field(description="CPU threads of a trial.")] = None
 
 
 @command(TUNE, "sweep --tasks sst2,agnews --bundles bundles/a,bundles/b --seeds 42,43 -o sweep")
@@ -343,8 +329,7 @@ class Sweep(Settable):
         grid = self.given("tasks", "bundles", "engines", "seeds", "device")
         if self.data is not None:
             grid["data"] = str(self.data)
-        if others.pop("cross_evaluate", False):
-            grid["cross_evaluate"] = True
+        grid["cross_evaluate"] = others.pop("cross_evaluate", None)
         report = run_sweep(
             self.output,
             given={**grid, "settings": settings},
@@ -484,12 +469,8 @@ class Push(Command):
             raise KeyboardInterrupt from None
         if not confirmed:
             raise typer.Exit(1)
-        commit = push(
-            self.path,
-            self.repository,
-            with_bundle=not self.without_bundle,
-            private=self.private,
-        )
+        options = {"with_bundle": not self.without_bundle, "private": self.private}
+        commit = push(self.path, self.repository, **options)
         kind = "package" if is_package(self.path) else "run"
         printing.print_pushed(self.repository, commit, kind, self.as_json)
 
@@ -514,14 +495,8 @@ class Serve(OnEngine, Settable):
             problem = f"a server cannot use --engine {self.engine}"
             raise UsageError(f"{problem}; choose the engine that runs the backbone here")
         ready = partial(printing.print_serving, as_json=self.as_json)
-        serve(
-            self.path,
-            host=self.host,
-            port=self.port,
-            limits=Limits(**self.settings()),
-            ready=ready,
-            **self.place(),
-        )
+        limits, where = Limits(**self.settings()), self.given("host", "port")
+        serve(self.path, limits=limits, ready=ready, **where, **self.place())
 
 
 @command(
@@ -624,13 +599,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for word in words[:end] if word != "--debug"] + words[end:]
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a character that the terminal lacks is no failure
-    logging.disable(
-        logging.NOTSET if debug else logging.WARNING
-    )  # the libraries' warnings address developers
+    if isinstance(sys.stdout, TextIOWrapper):  # a character that the terminal lacks is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # The libraries' warnings address developers.
+    logging.disable(logging.NOTSET if debug else logging.WARNING)
     try:
         with warnings.catch_warnings(action=None if debug else "ignore"), exit_on_error(debug):
             code = app(args=words or ["--help"], prog_name="bbt-accel", standalone_mode=False) or 0

@@ -7,6 +7,7 @@ limits, description and default. Fields without an option are for `--set`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from bbt_accel.io.command import comma_separated
 from bbt_accel.io.reporting import plain
 from bbt_accel.tasks.task import task_names
 
-EXECUTION, SEARCH = "Execution", "Search settings"  # panels of --help
+LIST: dict[str, Any] = {"parser": comma_separated, "metavar": "A,B,..."}
 PRESET_BY_TASK = ("budget", "sigma", "alpha", "loss", "demonstrations")
 
 
@@ -44,7 +45,7 @@ def option_of(model: Any, spelling: str, **more: Any) -> Any:
     name = spelling.removeprefix("--").replace("-", "_")
     field = fields_of(model)[name]
     if field["type"] == "array":
-        more |= {"parser": comma_separated, "metavar": "A,B,..."}
+        more |= LIST
     default = default_of(name, field)
     shown = f" (default: {default})" if default not in ("", "False") else ""
     about = escape(f"{meaning_of(field)}{shown}.")
@@ -130,70 +131,46 @@ Target = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what was interrupted.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
 
+_execution = partial(typer.Option, rich_help_panel="Execution")
 Engine = Annotated[
     str | None,
-    typer.Option(
+    _execution(
         "--engine",
         autocompletion=engine_names,
-        rich_help_panel=EXECUTION,
         help=f"Engine that runs the backbone: {_ENGINES}, or a plug-in's (default: the run's, or "
         "ort; of fit: auto, what doctor recommends).",
     ),
 ]
 Engines = Annotated[
     Sequence[str] | None,
-    typer.Option(
-        "--engines",
-        parser=comma_separated,
-        metavar="A,B,...",
-        help="Engines, comma-separated (default: ort; of bench: all but remote).",
-    ),
+    _execution("--engines", **LIST, help="Engines (default: ort; of bench: all but remote)."),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
+    _execution(
         "--device",
         metavar="cpu|cuda|cuda:N",
-        rich_help_panel=EXECUTION,
-        help="Device of the engine: cpu, cuda or cuda:N; trt always uses a GPU (default: the "
-        "run's, or cpu).",
+        help="Device of the engine; trt always uses a GPU (default: the run's, or cpu).",
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        "--threads",
-        min=1,
-        max=types.MAX_THREADS,
-        rich_help_panel=EXECUTION,
-        help="CPU threads (default: all cores).",
-    ),
+    _execution("--threads", min=1, max=types.MAX_THREADS, help="CPU threads (default: all cores)."),
 ]
 Url = Annotated[
     str | None,
-    typer.Option(
-        "--url",
-        rich_help_panel=EXECUTION,
-        help="Server for --engine remote, e.g. http://127.0.0.1:8000.",
-    ),
+    _execution("--url", help="Server for --engine remote, e.g. http://127.0.0.1:8000."),
 ]
 OtherBundle = Annotated[
     Path | None,
-    typer.Option(
-        "--bundle",
-        rich_help_panel=EXECUTION,
-        help="Another bundle of the same backbone, e.g. in another precision (default: the run's).",
-    ),
+    _execution("--bundle", help="Another bundle of the same backbone (default: the run's)."),
 ]
-Jobs = Annotated[
-    int | None, typer.Option("--jobs", min=1, rich_help_panel=EXECUTION, help=types.JOBS)
-]
+Jobs = Annotated[int | None, _execution("--jobs", min=1, help=types.JOBS)]
 Ray = Annotated[
     str | None,
-    typer.Option(
+    _execution(
         "--ray",
         metavar="ADDRESS",
-        rich_help_panel=EXECUTION,
         help="Ray cluster (HOST:PORT or auto) to run on; local starts one.",
     ),
 ]
