@@ -36,10 +36,8 @@ def search(bundle: Path, engine: str, output: Path, budget: int) -> Run:
     """A run of the demo task with the default readout; one call fits it, the rest of the budget
     searches.
     """
-    print(
-        f"bbt-accel tune --bundle {bundle} --task demo --engine {engine} --budget {budget} -o {output}",
-        flush=True,
-    )
+    words = f"--bundle {bundle} --task demo --engine {engine} --budget {budget} -o {output}"
+    print(f"bbt-accel tune {words}", flush=True)
     return tune(bundle, "demo", engine=engine, output=output, settings={"budget": budget})
 
 
@@ -71,7 +69,8 @@ def tell(folder: Path, budget: int) -> None:
         ),
     ]
     for run in runs:
-        name = f"a search on top, in {'PyTorch' if run.info.engine.name == 'torch' else 'ONNX Runtime'}"
+        engine = "PyTorch" if run.info.engine.name == "torch" else "ONNX Runtime"
+        name = f"a search on top, in {engine}"
         calls, rate = run.info.calls, run.info.calls / run.info.seconds
         lines.append((name, percent(scores[run.path]["score"], 1), str(calls), f"{rate:.1f}"))
     print()

@@ -40,9 +40,8 @@ def exit_on_error(debug: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         code, message = explain(error)
-        print(
-            "error:", clipped(printable(" ".join(message.split())), LONGEST_LINE), file=sys.stderr
-        )
+        line = clipped(printable(" ".join(message.split())), LONGEST_LINE)
+        print("error:", line, file=sys.stderr)
         sys.exit(code)
 
 
@@ -56,15 +55,11 @@ def explain(error: Exception) -> tuple[int, str]:
         message = error.format_message().rstrip(".").replace("Value error, ", "")
         return getattr(error, "exit_code", 2), f"{message}; see {command} --help"
     if isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name or "")):
-        return (
-            1,
-            f'{(error.name or "").partition(".")[0]} is not installed: pip install "bbt-accel[{extra}]"',
-        )
+        package = (error.name or "").partition(".")[0]
+        return 1, f'{package} is not installed: pip install "bbt-accel[{extra}]"'
     if isinstance(error, ImportError):
         return 1, f"{missing_module(error)}; see bbt-accel doctor"
-    if isinstance(error, ValueError) and "embedded null" in str(
-        error
-    ):  # of the operating system's calls
+    if isinstance(error, ValueError) and "embedded null" in str(error):  # of the system's calls
         return 1, "a path holds a NUL character; correct it"
     if isinstance(error, RecursionError):
         return 1, "a file is nested too deeply to be read; correct it"
@@ -74,10 +69,8 @@ def explain(error: Exception) -> tuple[int, str]:
         where = f"{error.filename}: " if error.filename else ""
         hint = "; free some space" if error.errno == errno.ENOSPC else ""
         return 1, f"{where}{error.strerror or type(error).__name__}{hint}"
-    return (
-        1,
-        f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback",
-    )
+    found = f"internal error: {type(error).__name__}: {error}"
+    return 1, f"{found}; run again with --debug for the traceback"
 
 
 def comma_separated(text: str) -> list[str]:
@@ -103,9 +96,8 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
-    columns = [
-        Column(Text(name)) for name in header
-    ]  # not markup: names of paths and columns may have brackets
+    # Text, not markup: names of paths and columns may have brackets.
+    columns = [Column(Text(name)) for name in header]
     table = Table(*columns, title=Text(title), title_justify="left", show_header=bool(header))
     for row in rows:
         table.add_row(*(Text(printable(plain(value))) for value in row))
