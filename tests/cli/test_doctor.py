@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,16 +29,8 @@ def test_the_diagnosis_is_json() -> None:
     assert set(dependencies()) <= set(diagnosis["versions"])
     assert diagnosis["machine"]["cores"] >= 1
     assert any("have not been run on a GPU" in note for note in diagnosis["notes"])
-    engines = {
-        "torch (cpu)",
-        "torch (cuda)",
-        "ort (cpu)",
-        "ort (cuda)",
-        "openvino",
-        "trt",
-        "remote",
-    }
-    assert engines <= set(diagnosis["engines"])
+    engines = {"torch (cpu)", "torch (cuda)", "ort (cpu)", "ort (cuda)", "openvino", "trt"}
+    assert engines | {"remote"} <= set(diagnosis["engines"])
     assert {"engine", "precision", "reason"} <= set(diagnosis["recommended"])
 
 
@@ -56,113 +49,48 @@ def test_a_bare_installation_names_the_extra_of_each_engine() -> None:
 def test_engines_of_a_machine_with_a_gpu() -> None:
     found = NOTHING | dict.fromkeys(("onnxruntime-gpu", "tensorrt-rtx-cu13", "cuda-python"), "1")
     engines = engine_states(found, ["NVIDIA X"], [CUDA])
-    assert {name for name, state in engines.items() if state["runs"]} == {
-        "ort (cpu)",
-        "ort (cuda)",
-        "trt",
-    }
-    without_gpu = engine_states(found, [], [])
-    assert without_gpu["trt"] == {
-        "runs": False,
-        "reason": "no NVIDIA GPU found (nvidia-smi)",
-        "install": None,
-    }
+    running = {name for name, state in engines.items() if state["runs"]}
+    assert running == {"ort (cpu)", "ort (cuda)", "trt"}
+    without_gpu = engine_states(found, [], [])["trt"]
+    assert not without_gpu["runs"]
+    assert without_gpu["reason"] == "no NVIDIA GPU found (nvidia-smi)"
 
 
-@pytest.mark.parametrize(
-    ("engine", "packages", "gpu", "reason", "install"),
-    [
-        (
-            "trt",
-            {"tensorrt-rtx-cu13": "1.7"},
-            "580.65, 9.0",
-            "does not support compute capability 9.0",
-            "tensorrt",
-        ),
-        (
-            "trt",
-            {"tensorrt-rtx-cu13": "1.7"},
-            "570.12, 8.9",
-            "needs NVIDIA's driver 580 or later, not 570.12",
-            None,
-        ),
-        (
-            "trt",
-            {"tensorrt-rtx-cu13": "1.7"},
-            "580.65, 7.0",
-            "needs compute capability 7.5, not 7.0",
-            None,
-        ),
-        ("trt", {"tensorrt-rtx-cu13": "1.7"}, "580.65, 8.9", "installed", None),
-        ("trt", {"tensorrt": "11.4"}, "580.65, 9.0", "installed", None),
-        (
-            "trt",
-            {"tensorrt": "11.4"},
-            "570.12, 9.0",
-            "tensorrt 11.4 needs NVIDIA's driver 580",
-            '"cuda-python<13"',
-        ),
-        (
-            "trt",
-            {"tensorrt": "10.13.2.6"},
-            "570.12, 9.0",
-            "needs NVIDIA's driver 580",
-            '"cuda-python<13"',
-        ),
-        (
-            "trt",
-            {"tensorrt": "10.13.0.35", "cuda-python": "12.9"},
-            "570.12, 9.0",
-            "installed",
-            None,
-        ),
-        ("trt", {"tensorrt-cu13": "11.4"}, "580.65, 9.0", "installed", None),
-        ("trt", {"tensorrt-cu13": "11.4"}, "570.12, 9.0", "needs NVIDIA's driver 580", None),
-        ("trt", {"tensorrt-cu12": "11.4", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
-        ("trt", {"tensorrt": "10.9", "cuda-python": "12.9"}, "570.12, 9.0", "installed", None),
-        (
-            "ort (cuda)",
-            {"onnxruntime-gpu": "1.32.0"},
-            "570.12, 9.0",
-            "needs NVIDIA's driver 580 or later",
-            None,
-        ),
-        (
-            "ort (cuda)",
-            {"onnxruntime-gpu": "1.27.0"},
-            "570.12, 9.0",
-            "needs NVIDIA's driver 580 or later",
-            None,
-        ),
-        ("ort (cuda)", {"onnxruntime-gpu": "1.26.0"}, "570.12, 9.0", "installed", None),
-        (
-            "torch (cuda)",
-            {"torch": "2.9.0+cpu"},
-            "580.65, 9.0",
-            "this PyTorch has no CUDA",
-            "torch",
-        ),
-        ("torch (cuda)", {"torch": "2.9.0"}, "580.65, 9.0", "installed", None),
-        ("torch (cuda)", {"torch": "2.9.0"}, "470.1", "installed", None),
-        (
-            "torch (cuda)",
-            {"torch": "2.13.0"},
-            "570.12, 9.0",
-            "torch 2.13.0 needs NVIDIA's driver",
-            '"torch<2.11"',
-        ),
-        ("torch (cuda)", {"torch": "2.13.0+cu126"}, "570.12, 9.0", "installed", None),
-        ("torch (cuda)", {"torch": "2.13.0"}, "580.65, 9.0", "installed", None),
-    ],
-)
-def test_a_package_that_does_not_suit_the_gpu_does_not_run(
-    engine: str, packages: dict[str, str], gpu: str, reason: str, install: str | None
-) -> None:
-    found = NOTHING | {"transformers": "5", "cuda-python": "13", **packages}
+SUITS = """
+trt          | tensorrt-rtx-cu13 1.7 | 580.65, 9.0 | not support compute capability 9.0 | tensorrt
+trt          | tensorrt-rtx-cu13 1.7 | 570.12, 8.9 | NVIDIA's driver 580 or later, not 570.12 |
+trt          | tensorrt-rtx-cu13 1.7 | 580.65, 7.0 | needs compute capability 7.5, not 7.0 |
+trt          | tensorrt-rtx-cu13 1.7 | 580.65, 8.9 | installed |
+trt          | tensorrt 11.4 | 580.65, 9.0 | installed |
+trt          | tensorrt 11.4 | 570.12, 9.0 | needs NVIDIA's driver 580 | "cuda-python<13"
+trt          | tensorrt 10.13.2.6 | 570.12, 9.0 | needs NVIDIA's driver 580 | "cuda-python<13"
+trt          | tensorrt 10.13.0.35, cuda-python 12.9 | 570.12, 9.0 | installed |
+trt          | tensorrt-cu13 11.4 | 580.65, 9.0 | installed |
+trt          | tensorrt-cu13 11.4 | 570.12, 9.0 | needs NVIDIA's driver 580 |
+trt          | tensorrt-cu12 11.4, cuda-python 12.9 | 570.12, 9.0 | installed |
+trt          | tensorrt 10.9, cuda-python 12.9 | 570.12, 9.0 | installed |
+ort (cuda)   | onnxruntime-gpu 1.32.0 | 570.12, 9.0 | needs NVIDIA's driver 580 or later |
+ort (cuda)   | onnxruntime-gpu 1.27.0 | 570.12, 9.0 | needs NVIDIA's driver 580 or later |
+ort (cuda)   | onnxruntime-gpu 1.26.0 | 570.12, 9.0 | installed |
+torch (cuda) | torch 2.9.0+cpu | 580.65, 9.0 | this PyTorch has no CUDA | torch
+torch (cuda) | torch 2.9.0 | 580.65, 9.0 | installed |
+torch (cuda) | torch 2.9.0 | 470.1 | installed |
+torch (cuda) | torch 2.13.0 | 570.12, 9.0 | torch 2.13.0 needs NVIDIA's driver | "torch<2.11"
+torch (cuda) | torch 2.13.0+cu126 | 570.12, 9.0 | installed |
+torch (cuda) | torch 2.13.0 | 580.65, 9.0 | installed |
+"""
+
+
+@pytest.mark.parametrize("line", SUITS.strip().splitlines())
+def test_a_package_that_does_not_suit_the_gpu_does_not_run(line: str) -> None:
+    """Engine, packages, driver and compute capability; the reason, and what to install."""
+    engine, packages, gpu, reason, install = (part.strip() for part in line.split("|"))
+    installed = dict(package.split() for package in packages.split(", "))
+    found = NOTHING | {"transformers": "5", "cuda-python": "13", **installed}
     state = engine_states(found, [f"NVIDIA X, 80 GiB, {gpu}"], [CUDA])[engine]
     assert reason in state["reason"]
     assert state["runs"] == (reason == "installed")
-    assert (state["install"] or "").rpartition(" ")[2] == (install or "")
+    assert (state["install"] or "").rpartition(" ")[2] == install
 
 
 def test_an_onnxruntime_without_cuda_does_not_run_on_a_gpu() -> None:
@@ -184,13 +112,20 @@ def test_the_cpu_package_is_uninstalled_before_the_gpu_package_is_installed() ->
     assert 'pip install "bbt-accel[cpu]"' in warning
 
 
+def machine_with(
+    found: dict[str, Any], gpus: Sequence[str], features: Sequence[str] = ("AVX-512 VNNI",)
+) -> Availability:
+    """What runs on a processor with these packages and GPUs."""
+    facts: dict[str, Any] = {"system": "", "cpu": "", "cores": 1, "memory_gib": None}
+    machine = Machine(**facts, features=list(features), gpus=list(gpus))
+    states = engine_states(NOTHING | found, gpus, [CUDA])
+    return Availability(states, recommend(machine, states))
+
+
 def recommended(
     found: dict[str, Any], features: tuple[str, ...] = (), gpus: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    machine = Machine(
-        system="", cpu="", cores=1, features=list(features), memory_gib=None, gpus=list(gpus)
-    )
-    return recommend(machine, engine_states(NOTHING | found, gpus, [CUDA]))
+    return machine_with(found, gpus, features).recommended
 
 
 @pytest.mark.parametrize(
@@ -215,25 +150,33 @@ def test_the_fastest_precision_follows_from_the_instruction_sets(
     assert found["command"] == f"bbt-accel optimize BUNDLE -o OPTIMIZED --target openvino{flag}"
 
 
-def test_a_faster_engine_that_is_not_installed_is_named() -> None:
-    found = recommended({"onnxruntime": "1.32"}, ("AVX-512 VNNI",))
-    assert (found["engine"], found["precision"]) == ("ort", "int8")
-    assert found["reason"].endswith('openvino in int8 is faster: pip install "bbt-accel[openvino]"')
-    found = recommended({"onnxruntime": "1.32"}, ("AVX-512 VNNI", "AMX", "bf16"))
-    assert (found["engine"], found["precision"]) == ("ort", "int8")
-    assert found["reason"].endswith('openvino in bf16 is faster: pip install "bbt-accel[openvino]"')
-    found = recommended({"onnxruntime-gpu": "1.32"}, gpus=("X",))
-    assert (found["engine"], found["device"], found["precision"]) == ("ort", "cuda", "fp16")
-    assert 'trt in fp16 is faster: pip install "bbt-accel[trt]"' in found["reason"]
-    found = recommended({"tensorrt": "10.12", "cuda-python": "13"}, gpus=("X",))
-    assert (found["engine"], found["precision"], "install" in found["reason"]) == (
-        "trt",
-        "fp16",
-        False,
-    )
-    found = recommended(TORCH)
-    assert (found["engine"], found["precision"]) == ("openvino", "fp32")
-    assert 'to run it: pip install "bbt-accel[openvino]"' in found["reason"]
+@pytest.mark.parametrize(
+    ("found", "features", "gpus", "wanted", "reason"),
+    [
+        ({"onnxruntime": "1.32"}, ("AVX-512 VNNI",), (), ("ort", "int8"), "openvino in int8"),
+        (
+            {"onnxruntime": "1.32"},
+            ("AVX-512 VNNI", "AMX", "bf16"),
+            (),
+            ("ort", "int8"),
+            "in bf16 is",
+        ),
+        ({"onnxruntime-gpu": "1.32"}, (), ("X",), ("ort", "fp16"), "trt in fp16"),
+        ({"tensorrt": "10.12", "cuda-python": "13"}, (), ("X",), ("trt", "fp16"), None),
+        (TORCH, (), (), ("openvino", "fp32"), "to run it"),
+    ],
+)
+def test_a_faster_engine_that_is_not_installed_is_named(
+    found: dict[str, Any],
+    features: tuple[str, ...],
+    gpus: tuple[str, ...],
+    wanted: tuple[str, str],
+    reason: str | None,
+) -> None:
+    best = recommended(found, features, gpus)
+    assert (best["engine"], best["precision"]) == wanted
+    assert ("pip install" in best["reason"]) == (reason is not None)
+    assert (reason or "") in best["reason"]
 
 
 def test_a_broken_onnxruntime_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,16 +243,5 @@ def test_a_fit_runs_a_named_engine_on_the_gpu_though_another_is_faster_there() -
 
 
 def test_a_precision_that_no_engine_here_runs_in_is_one_line() -> None:
-    with pytest.raises(
-        UsageError, match="no engine of this machine runs in int4; see bbt-accel doctor"
-    ):
+    with pytest.raises(UsageError, match="no engine of this machine runs in int4; see bbt-accel"):
         choose("auto", "int4", machine_with({}, []))
-
-
-def machine_with(found: dict[str, Any], gpus: list[str]) -> Availability:
-    """What runs on a processor with these packages and GPUs."""
-    machine = Machine(
-        system="", cpu="", cores=1, features=["AVX-512 VNNI"], memory_gib=None, gpus=gpus
-    )
-    states = engine_states(NOTHING | found, gpus, [CUDA])
-    return Availability(states, recommend(machine, states))
