@@ -82,8 +82,10 @@ class BoundBatch(Closing, ABC):
         bundle for bbt, DataError for rows that are too long with their padding, UsageError from an
         engine that cannot measure them.
         """
-        problem = f"{type(self).__name__.removesuffix('BoundBatch')} cannot measure hidden states, which bbtv2 needs"
-        raise UsageError(f"{problem}; use another engine, or a bundle for bbt")
+        name = type(self).__name__.removesuffix("BoundBatch")
+        raise UsageError(
+            f"{name} cannot measure hidden states, which bbtv2 needs; use another engine"
+        )
 
     @abstractmethod
     def _label_logits(self, population: Population) -> Float32: ...

@@ -22,9 +22,14 @@ def row_lengths(info: BundleInfo, batch: Batch, without: frozenset[str]) -> Int6
 
 
 def bucket_rows(
-    info: BundleInfo, batch: Batch, without: frozenset[str], step: int, max_tokens: int, max_rows: int,
+    info: BundleInfo,
+    batch: Batch,
+    without: frozenset[str],
+    step: int,
+    max_tokens: int,
+    max_rows: int,
     overhead: int = 0,
-) -> list[Int64]:  # fmt: skip
+) -> list[Int64]:
     """Row indices of each bucket: rows whose lengths are `aligned` to similar ones, at most so many
     tokens and rows.
 

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import chain, repeat
 from typing import Any
@@ -38,9 +38,7 @@ TRUNCATED = re.compile("closed|incomplete")
 
 
 class Server:
-    """A server at `http://HOST:PORT[/BASE]`, with `/v2/models/NAME` appended to choose one of
-    several models.
-    """
+    """A server at `http://HOST:PORT[/BASE]`."""
 
     closed = False
 
@@ -58,14 +56,13 @@ class Server:
             wrong = True
         if wrong:
             raise UsageError(f"--url must be http://HOST:PORT or https://HOST:PORT, not {url!r}")
-        base, _, name = parts.path.rstrip("/").partition("/v2/models/")
-        self.url, self.model, self.patience = url, name or None, patience()
+        self.url, self.patience = url, patience()
         hub = gevent.get_hub()
         if (
             KeyboardInterrupt not in hub.NOT_ERROR
         ):  # gevent would print Ctrl-C instead of raising it
             hub.NOT_ERROR += (KeyboardInterrupt,)
-        secure, host = parts.scheme == "https", parts.netloc + base.removesuffix("/v2")
+        secure, host = parts.scheme == "https", parts.netloc + parts.path.rstrip("/")
         context = gevent.ssl.create_default_context if secure else None
         options = {"connection_timeout": CONNECTING, "network_timeout": TIMEOUT, "ssl": secure}
         try:
@@ -129,16 +126,8 @@ class Server:
             return EngineError(f"cannot query {self.url} ({error}); check --url")
         raise error
 
-    def infer(
-        self,
-        model: str,
-        arrays: Mapping[str, Any],
-        rows: str | None = None,
-        outputs: Sequence[str] | None = None,
-    ) -> Any:
-        """The result of one request with these arrays, and a hash that refers to rows. outputs: all
-        unless given.
-        """
+    def infer(self, model: str, arrays: Mapping[str, Any], rows: str | None = None) -> Any:
+        """The result of one request with these arrays, and a hash that refers to rows."""
         inputs = [
             triton.InferInput(
                 name, list(array.shape), np_to_triton_dtype(array.dtype)
@@ -146,10 +135,7 @@ class Server:
             for name, array in arrays.items()
         ]
         parameters = None if rows is None else {protocol.ROWS: rows}
-        wanted = (
-            None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
-        )
-        return self.ask(self.client.infer, model, inputs, outputs=wanted, parameters=parameters)
+        return self.ask(self.client.infer, model, inputs, parameters=parameters)
 
     def check(self, bundle: Bundle, model: str) -> dict[str, str]:
         """The parameters of a model's configuration, if any. Raises BundleError when they name
@@ -165,8 +151,10 @@ class Server:
         found = {name: str(entry.get("string_value", "")) for name, entry in entries.items()}
         if found.get(protocol.DIGEST, bundle.digest) != bundle.digest:
             there = f"{found.get('backbone', 'unknown')}, {found[protocol.DIGEST][:12]}"
-            why = f"{self.url} serves another bundle ({there}) than {bundle.path} ({bundle.digest[:12]})"
-            raise BundleError(f"{why}; pass the server's bundle as --bundle")
+            here = f"{bundle.path} ({bundle.digest[:12]})"
+            raise BundleError(
+                f"{self.url} serves another bundle ({there}) than {here}; pass that as --bundle"
+            )
         return found
 
     def versions(self) -> dict[str, str]:

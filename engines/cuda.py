@@ -275,9 +275,9 @@ def failure(runtime: Any, function: str, status: Any) -> str:
     """One line for a status other than success."""
     name = getattr(status, "name", str(status))
     if name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorStubLibrary"):
-        return "no NVIDIA GPU found, or its driver is too old for this cuda-python; see bbt-accel doctor"
+        return "no NVIDIA GPU found, or its driver is too old; see bbt-accel doctor"
     if name == "cudaErrorMemoryAllocation":
-        return "the GPU is out of memory; use a smaller backbone, --popsize, --k-shot or --intrinsic-dim"
+        return "the GPU is out of memory; use a smaller backbone, --popsize or --k-shot"
     return f"CUDA failed in {function} ({name}: {decoded(runtime.cudaGetErrorString(status)[1])})"
 
 

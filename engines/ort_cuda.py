@@ -124,7 +124,8 @@ class OrtCudaEngine(OrtEngine):
         if self.capturing and release(onnxruntime.__version__) < release(ORT_GRAPHS_SINCE):
             self.capturing = False
             note(
-                f"no CUDA graphs: onnxruntime-gpu before {ORT_GRAPHS_SINCE} frees memory that they read; update it"
+                f"no CUDA graphs: onnxruntime-gpu before {ORT_GRAPHS_SINCE} frees memory "
+                "that they read; update it"
             )
         if self.bundle.info.method == "bbtv2":
             self.tokens_per_call = (
@@ -172,9 +173,7 @@ class OrtCudaEngine(OrtEngine):
                     self.reopen(stage)
                 return self.replay(self.sessions[stage], given, names)
             except Exception as error:
-                note(
-                    f"no CUDA graphs from here on, because a call failed as one: {first_line(error)}"
-                )
+                note(f"no CUDA graphs from here on, a call failed as one: {first_line(error)}")
             self.stop_capturing(
                 stage
             )  # not above, where the error's traceback still holds the session

@@ -57,5 +57,6 @@ def lacks_vnni() -> bool:
 def warn() -> None:
     """Once in a process."""
     note(
-        "this processor has no VNNI, so sums of this int8 graph may overflow; use --engine openvino, or fp32"
+        "this processor has no VNNI, so sums of this int8 graph may overflow; "
+        "use --engine openvino, or fp32"
     )

@@ -16,7 +16,7 @@ from bbt_accel.io.progress import Tell
 
 PARTS = 100
 """Parts of a plan that progress is counted in."""
-EXPECTED = "this takes minutes, with bbtv2 and 24 blocks perhaps 20; it is done once per GPU, driver and profile"
+EXPECTED = "this takes minutes, and is done once per GPU, driver and profile"
 """An estimate for TensorRT, which times kernels as it builds; TensorRT for RTX needs seconds."""
 
 

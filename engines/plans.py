@@ -127,7 +127,8 @@ def describe_change(name: str, before: Any, now: Any) -> str:
             for key in old | new
             if old.get(key) != new.get(key)
         ]
-        return f"{'the profile has' if name == 'profile' else 'build options have'} changed: {', '.join(changes)}"
+        what = "the profile has" if name == "profile" else "build options have"
+        return f"{what} changed: {', '.join(changes)}"
     what = {"gpu": "GPU", "capability": "compute capability"}.get(name, name)
     was, now = (
         ", ".join(value) if isinstance(value, tuple) else value or "none" for value in (before, now)
@@ -328,7 +329,8 @@ def configure(api: Api, builder: Any, key: Key) -> Any:
         for i, capability in enumerate(key.capability):
             if not config.set_compute_capability(api.capability(capability), i):
                 raise PlanError(
-                    f"{api.version} rejects compute capability {capability}; build on the GPU itself"
+                    f"{api.version} rejects compute capability {capability}; "
+                    "build on the GPU itself"
                 )
     return config
 

@@ -67,9 +67,7 @@ def load(bundle: Bundle, device: str, threads: int | None) -> tuple[torch.nn.Mod
     Raises EngineError where the device is not available.
     """
     if kind_of(device) == "cuda" and index_of(device) >= torch.cuda.device_count():
-        raise EngineError(
-            f"--device {device}: PyTorch finds no such GPU; use --device cpu or see bbt-accel doctor"
-        )
+        raise EngineError(f"--device {device}: PyTorch finds no such GPU; see bbt-accel doctor")
     limit = TorchThreads(threads)
     try:
         with computing("to load the checkpoint"):
@@ -100,7 +98,7 @@ def computing(where: str, tf32: bool = False) -> Iterator[None]:
             yield
     except EngineError as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError):
-            why = "the GPU is out of memory; use a smaller backbone, --popsize or --k-shot, or a bundle in fp16"
+            why = "the GPU is out of memory; use a smaller backbone, --popsize or --k-shot, or fp16"
             raise EngineError(f"PyTorch failed {where}: {why}") from error.__cause__
         raise
     finally:

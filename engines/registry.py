@@ -53,7 +53,8 @@ def load_engine(
             )
         target, reads = opened.info.target, ", ".join(spec.reads)
         raise EngineError(
-            f"{opened.path} was made for {target}, engine {name} reads {reads}; use --engine {target}"
+            f"{opened.path} was made for {target}, engine {name} reads {reads}; "
+            f"use --engine {target}"
         )
     try:
         make: Callable[..., Engine] = resolve_name(backend.loader)

@@ -1,6 +1,4 @@
-"""A backbone on a server of the Open Inference Protocol: `bbt-accel serve` here, any other in
-`triton.py`.
-"""
+"""A backbone on a server: `bbt-accel serve BUNDLE`, over the Open Inference Protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +13,6 @@ from bbt_accel.core.bundle import STATES, Bundle
 from bbt_accel.core.population import Population
 from bbt_accel.engines.base import BoundBatch, Engine, check_tokens
 from bbt_accel.engines.client import Server, ServerRefused
-from bbt_accel.engines.triton import TritonEngine
 from bbt_accel.errors import EngineError, UsageError
 
 HEAD = 65536  # bytes of a request that are reserved for its JSON header
@@ -24,15 +21,17 @@ HEAD = 65536  # bytes of a request that are reserved for its JSON header
 def connect(bundle: Bundle, *, url: str, without: frozenset[str] = frozenset()) -> Engine:
     """An engine that sends its work to `url`, after checking that the server has the same bundle.
 
-    Raises UsageError for `without` where the server decides, EngineError when it cannot be reached
+    Raises UsageError for `without`, which the server decides, EngineError when it cannot be reached
     or refuses, BundleError when it has another bundle.
     """
+    if without:
+        raise UsageError("without does not apply to a bbt-accel server; omit it")
     server = Server(url)
     try:
         if protocol.ROWS_EXTENSION not in server.facts.get("extensions", ()):
-            return TritonEngine(bundle, server, without)
-        if without:
-            raise UsageError("without does not apply to a bbt-accel server; omit it")
+            raise EngineError(
+                f"{url} is no bbt-accel server; start one with bbt-accel serve BUNDLE"
+            )
         return RemoteEngine(bundle, server)
     except BaseException:
         server.close()

@@ -163,8 +163,10 @@ class TrtEngine(StagedEngine):
         if (
             self.longest < longest <= self.bundle.info.max_length
         ):  # no profile would take longer ones
-            why = f"a row of {longest} tokens is longer than the {self.longest} of the profile of {self.bundle.path}"
-            raise EngineError(f"{why}; optimize again, with --calibrate and the task of these rows")
+            raise EngineError(
+                f"a row of {longest} tokens is longer than the {self.longest} of the profile of "
+                f"{self.bundle.path}; optimize again, with --calibrate and the task of these rows"
+            )
         return super().bind(batch)
 
     def run(self, stage: str, inputs: Arrays, skip: Collection[str] = ()) -> Arrays:

@@ -157,7 +157,8 @@ def reason(errors: list[str]) -> str:
     first = errors[0] if errors else "TensorRT gave no reason"
     logged = " ".join(errors).lower()
     if "out of memory" in logged or "outofmemory" in logged or "memory allocation" in logged:
-        return f"out of memory: {first:.200}; use a smaller backbone, or --calibrate a task with shorter rows"
+        hint = "use a smaller backbone, or --calibrate a task with shorter rows"
+        return f"out of memory: {first:.200}; {hint}"
     if "driver version is insufficient" in logged or "no cuda-capable device" in logged:
         return "there is no NVIDIA GPU, or its driver is too old; see bbt-accel doctor"
     return f"{first:.300}"

@@ -144,23 +144,6 @@ class Optimize(Command):
         printing.print_bundle(bundle, self.as_json)
 
 
-@command(PREPARE, "triton bundles/roberta-large -o models")
-class Triton(Command):
-    """Write a bundle as models of Triton Inference Server."""
-
-    bundle: options.BundlePath
-    output: options.Output
-    name: str | None = option("--name", help="Name of the model (default: the bundle's folder).")
-
-    def execute(self) -> None:
-        from bbt_accel.core.bundle import Bundle
-        from bbt_accel.exporters.convert.triton import write_repository
-
-        with progress_bar(f"writing {self.output}"):
-            models = write_repository(Bundle.read(self.bundle), self.output, self.name)
-        printing.print_triton(self.output, models, self.as_json)
-
-
 class FitSettings(Schema):
     """Settings of fit without an option."""
 

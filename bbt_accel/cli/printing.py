@@ -39,13 +39,6 @@ def print_bundle(bundle: Bundle, as_json: bool) -> None:
     print_facts(str(bundle.path), facts)
 
 
-def print_triton(repository: Path, models: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        print_json({"repository": repository, "models": models})
-    else:
-        print(f"wrote {', '.join(models)} to {repository}")
-
-
 def print_run(run: Run, as_json: bool) -> None:
     info = run.info
     if as_json:

@@ -1,4 +1,4 @@
-"""Names that the server, its client and the Triton repository share.
+"""Names that the server, its client and packages for Triton share.
 
 The protocol is the Open Inference Protocol of KServe and Triton (version 2 of their REST interface)
 with binary data.
@@ -42,8 +42,3 @@ def bundle_facts(bundle: Bundle) -> dict[str, str]:
         "precision": info.precision,
     }
     return {DIGEST: bundle.digest, **own}
-
-
-def stage_model(name: str, stage: str) -> str:
-    """The model of one stage of a bundle in a Triton repository."""
-    return name if stage == "model" else f"{name}_{stage}"

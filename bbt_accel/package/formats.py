@@ -11,7 +11,6 @@ import onnx
 
 from bbt_accel.core.engine_specs import Precision
 from bbt_accel.core.inference_protocol import DIGEST, bundle_facts
-from bbt_accel.exporters.convert.triton import config as triton_config
 from bbt_accel.package.adapter import run_peft, write_peft
 from bbt_accel.package.comparison import LoadedModel, PackageOutput, run_package
 from bbt_accel.package.compose import has_data_file
@@ -21,6 +20,7 @@ from bbt_accel.package.onnx_model import open_onnx, write_onnx
 from bbt_accel.package.openvino_model import open_openvino, write_openvino
 from bbt_accel.package.packaged_run import PackagedRun
 from bbt_accel.package.tokenizer import configuration
+from bbt_accel.package.triton import model_config
 from bbt_accel.package.web_page import add_libraries, write_page
 from bbt_accel.tasks.data import Row
 
@@ -127,8 +127,8 @@ def write_triton(made: PackagedRun, labels: list[str], folder: Path) -> str:
         file = files.rename(file) / "model.onnx"
     # Without the digest: an int8 bundle that is made for a package is not kept.
     facts = {key: value for key, value in bundle_facts(made.bundle).items() if key != DIGEST}
-    lines = triton_config(graph, name, "onnxruntime", facts, TRITON_ROWS, LABELS)
-    (folder / name / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = model_config(graph, name, TRITON_ROWS, LABELS, facts)
+    (folder / name / "config.pbtxt").write_text(config, encoding="utf-8")
     names = (" ".join(label.split()) for label in labels)
     (folder / name / LABELS).write_text("\n".join(names) + "\n", encoding="utf-8")
     return file.relative_to(folder).as_posix()

@@ -46,7 +46,7 @@ from bbt_accel.io.manifests import PLANS
 from bbt_accel.io.progress import silent
 from bbt_accel.search.calibration import task_calibration
 
-SURFACES = json.loads((Path(__file__).parent / "fixtures" / "trt_api.json").read_text())
+SURFACES = json.loads((Path(__file__).parents[1] / "fixtures" / "trt_api.json").read_text())
 """What real modules have: class → names, of tensorrt 10.12 and 11.4 and of tensorrt_rtx 1.7."""
 PROFILE = ShapeProfile(candidates=(1, 20, 20), rows=(1, 8, 32), tokens=(5, 16, 64))
 KEY = Key(

@@ -1,6 +1,4 @@
-"""--engine remote: the same search as with the engine itself, against our server and against a
-plain Triton.
-"""
+"""--engine remote: the same search as with the engine itself, against our server."""
 
 from __future__ import annotations
 
@@ -30,15 +28,12 @@ from bbt_accel.core.bundle import Bundle
 from bbt_accel.engines import client, remote
 from bbt_accel.engines.client import Server
 from bbt_accel.engines.dummy import DummyEngine
-from bbt_accel.engines.staged import StagedEngine
-from bbt_accel.engines.triton import TritonEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
 from bbt_accel.predict.inference import evaluate, predict_texts
 from bbt_accel.search.run import Run
 from bbt_accel.serve.app import make_app
 from bbt_accel.serve.limits import Limits
-from bbt_accel.serve.models import Model
-from bbt_accel.serve.protocol import HEADER_LENGTH, TensorSpec
+from bbt_accel.serve.protocol import HEADER_LENGTH
 
 
 @pytest.fixture(autouse=True)
@@ -469,127 +464,12 @@ def test_a_search_outlives_its_server(
 # --------------------------------------------------------------------------------------------
 
 
-class StageModel(Model):
-    """One stage of a bundle as Triton's onnxruntime backend serves it: its graph's inputs and
-    outputs, no more.
-    """
-
-    def __init__(self, engine: Any, stage: str, name: str) -> None:
-        super().__init__(name, engine, LIMITS)
-        self.stage = stage
-        session = engine.sessions[stage]
-        self.inputs = tuple(map(spec, session.get_inputs()))
-        self.outputs = tuple(map(spec, session.get_outputs()))
-
-    def infer(self, tensors: Any, parameters: Any, dropped: Any) -> Any:
-        assert "rows" not in parameters
-        return self.engine.run(self.stage, tensors), {}  # type: ignore[attr-defined]
-
-
-def spec(value: Any) -> TensorSpec:
-    datatype = {"tensor(float)": "FP32", "tensor(int64)": "INT64"}[value.type]
-    return TensorSpec(
-        value.name, datatype, tuple(d if isinstance(d, int) else -1 for d in value.shape)
-    )
-
-
-@contextmanager
-def plain_triton(engine: StagedEngine, monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
-    """Our server without what only ours has."""
+def test_a_server_of_another_kind_is_refused(
+    plain: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         "bbt_accel.serve.app.EXTENSIONS", ["binary_tensor_data", "model_configuration"]
     )
-    stages = engine.bundle.info.stages
-    models = [StageModel(engine, s, name if s == "model" else f"{name}_{s}") for s in stages]
-    with running(make_app(models, LIMITS)) as url:
-        yield url
-
-
-@pytest.mark.parametrize(
-    ("backbone", "method"),
-    [("roberta", "bbt"), ("bart", "bbt"), ("roberta", "bbtv2"), ("gpt2", "bbt")],
-)
-def test_a_plain_triton_gives_the_same_numbers(
-    tiny: Export, backbone: str, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("onnxruntime")
-    bundle = tiny(backbone, method)
-    population, found = prompts(bundle), rows_for(bundle)
-    with load_engine(bundle, "ort", threads=1) as local:
-        assert isinstance(local, StagedEngine)
-        with plain_triton(local, monkeypatch, bundle.path.name) as url:  # noqa: SIM117
-            with (
-                load_engine(bundle, "remote", url=url) as far,
-                far.bind(found) as there,
-                local.bind(found) as near,
-            ):
-                assert isinstance(far, TritonEngine)
-                np.testing.assert_array_equal(
-                    there.label_logits(population), near.label_logits(population)
-                )
-                if method == "bbtv2":
-                    np.testing.assert_array_equal(there.layer_stds(), near.layer_stds())
-                    np.testing.assert_array_equal(
-                        there.label_logits(Population(population[:, 1], 1, population[0])),
-                        near.label_logits(Population(population[:, 1], 1, population[0])),
-                    )
-
-
-def test_the_model_of_a_plain_triton_may_be_named(
-    tiny: Export, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("onnxruntime")
-    bundle = tiny("roberta")
-    with load_engine(bundle, "ort", threads=1) as local:
-        assert isinstance(local, StagedEngine)
-        with plain_triton(local, monkeypatch, "mine") as url:
-            with pytest.raises(EngineError, match="404"):
-                load_engine(bundle, "remote", url=url)
-            with (
-                load_engine(bundle, "remote", url=f"{url}/v2/models/mine") as far,
-                far.bind(rows()) as bound,
-            ):
-                assert bound.label_logits(prompts(bundle)).shape == (5, 8, 2)
-
-
-def test_plans_on_a_plain_triton_get_no_larger_calls_than_they_take(
-    tiny: Export, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("onnxruntime")
-    bundle = tiny("roberta")
-    profile = {"candidates": [1, 2, 2], "rows": [1, 3, 3], "tokens": [5, 20, 30]}
-    planned = Bundle(
-        bundle.path,
-        bundle.info.model_copy(update={"target": "trt", "optimization": {"profile": profile}}),
-    )
-    with load_engine(bundle, "ort", threads=1) as local:
-        assert isinstance(local, StagedEngine)
-        seen, run = [], local.run
-        monkeypatch.setattr(local, "run", lambda *given: (seen.append(given[1]), run(*given))[1])
-        with plain_triton(local, monkeypatch, bundle.path.name) as url:  # noqa: SIM117
-            with load_engine(planned, "remote", url=url) as far, far.bind(rows()) as there:
-                assert there.label_logits(prompts(bundle)).shape == (5, 8, 2)
-    sizes = {(len(given["prompts"]), len(given["input_ids"])) for given in seen}
-    assert max(sizes) <= (2, 3)
-    assert max(n for _, n in sizes) <= 3
-
-
-def test_a_plain_triton_with_another_bundle_is_refused(
-    tiny: Export, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("onnxruntime")
-    bundle = tiny("roberta")
-    other = Bundle(bundle.path, bundle.info.model_copy(update={"n_prompt_tokens": 7}))
-    with load_engine(bundle, "ort", threads=1) as local:
-        assert isinstance(local, StagedEngine)
-        with plain_triton(local, monkeypatch, bundle.path.name) as url:
-            with pytest.raises(BundleError, match="serves another bundle"):
-                load_engine(tiny("bert"), "remote", url=f"{url}/v2/models/{bundle.path.name}")
-            # Of a server without a configuration the tensors are checked.
-            monkeypatch.setattr(
-                "tritonclient.http.InferenceServerClient.get_model_config", lambda *_, **__: {}
-            )
-            with pytest.raises(
-                BundleError, match=r"takes prompts \[-1, 3, 16\], not \[-1, 7, 16\]"
-            ):
-                load_engine(other, "remote", url=url)
+    with running(make_app([], LIMITS)) as url:  # noqa: SIM117
+        with pytest.raises(EngineError, match="is no bbt-accel server; start one with"):
+            load_engine(plain, "remote", url=url)

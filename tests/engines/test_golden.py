@@ -19,7 +19,7 @@ from bbt_accel import Batch, Bundle, Objective, Population, Projection, export_b
 from bbt_accel.benchmarks.gpu_steps import traced_batch
 from bbt_accel.engines.base import BoundBatch
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 TRACES = sorted(GOLDEN.glob("*.npz"))
 TOLERANCE = 1e-4
 N = 10

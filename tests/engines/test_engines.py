@@ -36,7 +36,7 @@ from bbt_accel.errors import (
 )
 from bbt_accel.exporters.trace.validate import sample_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REAL = ["torch", "eager", "ort"]
 REAL_STAGED = ["torch", "ort", *(["openvino"] if importlib.util.find_spec("openvino") else [])]
 
