@@ -6,16 +6,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bbt_accel.core.bundle import Bundle
 from bbt_accel.core.settings import resolve
 from bbt_accel.errors import DataError, UsageError
-from bbt_accel.exporters.convert.calibration import Calibration, lengths
 from bbt_accel.search.run import Run, is_run
 from bbt_accel.tasks.data import load_rows
 from bbt_accel.tasks.encoding import encoder_with_demonstrations
 from bbt_accel.tasks.splits import load_few_shot
 from bbt_accel.tasks.task import load_task
+
+if TYPE_CHECKING:  # the module needs onnx, which reading a run does not
+    from bbt_accel.exporters.convert.calibration import Calibration
 
 TEST_ROWS = 4096
 """Test rows that are encoded for their lengths, at most: those with the longest texts."""
@@ -29,6 +32,8 @@ def calibrate_on(task: str | None, data: Path | None = None) -> Callable[[Bundle
         return partial(task_calibration, task=task, data=data)
     if data is not None:
         raise UsageError("--data is the folder of the rows of --calibrate TASK; give both")
+    from bbt_accel.exporters.convert.calibration import Calibration
+
     return Calibration.shipped
 
 
@@ -39,6 +44,8 @@ def task_calibration(bundle: Bundle, task: str, data: Path | None = None) -> Cal
     data: the folder of the rows, unless they are the task's or the run's own. Raises TaskError,
     DataError, RunError.
     """
+    from bbt_accel.exporters.convert.calibration import Calibration, lengths
+
     if is_run(Path(task)):
         run = Run.read(task)
         declared, settings, data = run.task, run.info.settings, data or run.data_path

@@ -540,7 +540,7 @@ def test_every_call_is_one_that_the_installed_cuda_python_takes(
     device.call("cudaDriverGetVersion")
     device.close()
     text = Path(str(cuda.__file__)).read_text(encoding="utf-8")
-    assert both.called == set(re.findall(r'call\("(\w+)"', text))
+    assert both.called == set(re.findall(r"call\(\s*\"(\w+)\"", text))
 
 
 def failing() -> None:
