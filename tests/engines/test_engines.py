@@ -619,6 +619,7 @@ for name in sys.argv[1:]:
         not in (
             "engines.pytorch",
             "engines.baselines",
+            "engines.torch_statistics",
             "benchmarks.make_backbone",
             "benchmarks.references",
         )
