@@ -5,12 +5,12 @@ line.
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from bbt_accel.benchmarks.options import BenchOptions, CompareOptions
 from bbt_accel.cli.base import COMMANDS, Settable
-from bbt_accel.cli.commands import app, main
+from bbt_accel.cli.commands import FitSettings, app, main
 from bbt_accel.core.settings import Settings
 from bbt_accel.errors import BbtError, BundleError, EngineError
 from bbt_accel.io.command import exit_on_error, print_table
@@ -260,16 +260,6 @@ def test_the_command_of_a_report_gives_settings_as_the_command_line_takes_them()
         assert model.without_option == tuple(made.without_option())
 
 
-def test_an_option_is_declared_once() -> None:
-    """Those of the same name are of the same type, in every command."""
-    shared: dict[str, set[str]] = {}
-    for made in COMMANDS.values():
-        for field in fields(made):
-            if field.name in ("engine", "device", "threads", "data", "output", "url", "ray"):
-                shared.setdefault(field.name, set()).add(str(field.type))
-    assert {name: len(types) for name, types in shared.items() if len(types) > 2} == {}
-
-
 def test_export_passes_what_is_given_and_prints_the_bundle(
     program: Program, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -489,3 +479,15 @@ def test_every_public_name_is_what_its_import_says() -> None:
 
     for name in bbt_accel.__all__:
         assert not isinstance(getattr(bbt_accel, name), ModuleType), name
+
+
+def test_a_fit_has_the_same_defaults_on_the_command_line_and_in_python() -> None:
+    pytest.importorskip("sklearn")
+    from bbt_accel import PromptClassifier
+    from bbt_accel.predict.fit import fit_file
+
+    for made in (PromptClassifier, fit_file):
+        arguments = inspect.signature(made).parameters
+        for name, field in FitSettings.model_fields.items():
+            if name in arguments:
+                assert arguments[name].default == field.default, name
