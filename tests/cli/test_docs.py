@@ -22,14 +22,9 @@ from bbt_accel.tasks.task import load_task, task_names
 
 ROOT = Path(__file__).parents[2]
 START = ROOT / "README.md"
-PAGES = {
-    file: file.read_text(encoding="utf-8")
-    for file in [START, *sorted((ROOT / "docs").rglob("*.md"))]
-}
-CONTRIBUTING = {
-    file: file.read_text(encoding="utf-8")
-    for file in [ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md"]
-}
+PAGES = {file: file.read_text() for file in [START, *sorted((ROOT / "docs").rglob("*.md"))]}
+PAGES_FOR_CONTRIBUTORS = ("CONTRIBUTING.md", "ARCHITECTURE.md")
+CONTRIBUTING = {ROOT / name: (ROOT / name).read_text() for name in PAGES_FOR_CONTRIBUTORS}
 OTHER_PROGRAMS = re.compile(r"^(python3?|pip|npm|docker|curl) .*", re.M)
 cli: Any = typer.main.get_command(app)
 COMMANDS = cli.commands
@@ -58,11 +53,8 @@ def commands(text: str) -> list[str]:
     """Every `bbt-accel ...` of a document, in code blocks and in lines of text."""
     lines = [line for block in blocks(text) for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`(bbt-accel [^`]+)`", text)
-    return [
-        line.removeprefix(".venv/bin/")
-        for line in lines
-        if re.match(r"(\.venv/bin/)?bbt-accel ", line)
-    ]
+    lines = [line.removeprefix(".venv/bin/") for line in lines]
+    return [line for line in lines if line.startswith("bbt-accel ")]
 
 
 def options(command: Any) -> set[str]:
@@ -105,9 +97,8 @@ def test_options_that_replace_those_of_the_original_exist() -> None:
             given = {name for name in names.split() if name.startswith("-")}
             assert given <= options(COMMANDS[command]), row["here"]
     same = next(row["original"] for row in table("original") if "same names" in row["here"])
-    assert {name.replace("_", "-") for name in re.findall(r"--\w+", same)} <= options(
-        COMMANDS["tune"]
-    )
+    names = {name.replace("_", "-") for name in re.findall(r"--\w+", same)}
+    assert names <= options(COMMANDS["tune"])
 
 
 def test_table_of_families() -> None:
@@ -145,7 +136,7 @@ def test_table_of_engines() -> None:
 
 
 def test_table_of_extras() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras, rows = project["optional-dependencies"], rows_of("extra")
     assert rows.keys() == extras.keys() - {"docs", "test", "dev"}
     for name, row in rows.items():
@@ -164,23 +155,19 @@ def test_optimizations_and_tasks_are_named() -> None:
     assert {*listed.split(", "), "demo"} == set(task_names())
 
 
-def test_the_start_page_names_every_backbone_and_engine() -> None:
+def test_the_start_page_is_short_and_names_every_backbone_and_engine() -> None:
+    assert len(PAGES[START].splitlines()) <= 250
     pytest.importorskip("torch")
     from bbt_accel.exporters.families.registry import FAMILIES
 
     lines = re.findall(r"^\| ([\w -]+) \| ([\w, -]+) \|$", PAGES[START], re.M)
     found = {title: set(names.split(", ")) for title, names in lines}
     for architecture in ("encoder", "encoder-decoder", "decoder"):
-        assert found[f"{architecture}s"] == {
-            s.model_type for s in FAMILIES if s.architecture == architecture
-        }
+        known = {s.model_type for s in FAMILIES if s.architecture == architecture}
+        assert found[f"{architecture}s"] == known
     for title, device in (("engines on a CPU", "cpu"), ("engines on an NVIDIA GPU", "cuda")):
         local = [spec for spec in ENGINES if not spec.internal and not spec.remote]
         assert found[title] == {spec.name for spec in local if device in spec.backends}
-
-
-def test_the_start_page_is_short() -> None:
-    assert len(PAGES[START].splitlines()) <= 250
 
 
 def tickets() -> str:
@@ -191,7 +178,7 @@ def tickets() -> str:
 
 
 def test_task_example_loads(tmp_path: Path) -> None:
-    (tmp_path / "tickets.toml").write_text(tickets(), encoding="utf-8")
+    (tmp_path / "tickets.toml").write_text(tickets())
     task = load_task(tmp_path / "tickets.toml")
     assert (task.n_classes, task.text) == (3, ["subject", "body"])
     for group in ("masked", "span", "causal"):
@@ -203,7 +190,7 @@ def test_the_schema_of_a_task_takes_every_example_and_refuses_a_misspelled_key()
     from bbt_accel.tasks.task import FOLDER, Task
 
     schema = jsonschema.Draft202012Validator(Task.model_json_schema())
-    written = [file.read_text(encoding="utf-8") for file in FOLDER.glob("*.toml")]
+    written = [file.read_text() for file in FOLDER.glob("*.toml")]
     for text in [*written, tickets()]:
         task = tomllib.loads(text)
         assert schema.is_valid(task), task["name"]
@@ -230,7 +217,7 @@ def test_sweep_example_is_the_command_above_it(tmp_path: Path) -> None:
     from bbt_accel.benchmarks.sweep.grid import read_sweep
 
     text = section("sweep: ")
-    (tmp_path / "sweep.toml").write_text(blocks(text, "toml")[0], encoding="utf-8")
+    (tmp_path / "sweep.toml").write_text(blocks(text, "toml")[0])
     found, words = read_sweep(tmp_path / "sweep.toml", {}), shlex.split(commands(text)[0])
     for name in ("bundles", "tasks", "seeds"):
         assert words[words.index(f"--{name}") + 1] == ",".join(map(str, getattr(found, name)))
@@ -260,14 +247,14 @@ def test_links_lead_somewhere() -> None:
                 continue
             there = (file.parent / name).resolve() if name else file
             assert there.exists(), (file, target)
-            known = anchors(there.read_text(encoding="utf-8")) if anchor else {""}
+            known = anchors(there.read_text()) if anchor else {""}
             assert anchor in known, (file, target)
             found += 1
     assert found > 50
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    navigation = (ROOT / "mkdocs.yml").read_text()
     for file in [*PAGES, *(ROOT / "docs").rglob("*.ipynb")]:
         if file != START:
             page = file.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
@@ -287,12 +274,13 @@ def test_python_blocks_run_as_printed(
     pytest.importorskip("onnxruntime")
     if file.name == "tutorial.md":
         pytest.skip("its blocks run when the site is built")
+    from bbt_accel.engines.availability import Availability
     from bbt_accel.exporters.trace import export
     from bbt_accel.predict import bundle_cache
 
     tiny("roberta")
     best = {"engine": "ort", "device": "cpu", "precision": "fp32", "reason": ""}
-    monkeypatch.setattr(bundle_cache, "diagnose", lambda: {"recommended": best, "engines": {}})
+    monkeypatch.setattr(bundle_cache, "availability", lambda: Availability({}, best))
     monkeypatch.setattr(export, "BACKBONE", shared / "roberta")
     monkeypatch.setenv("BBT_ACCEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -307,7 +295,7 @@ def test_accuracies_are_those_of_the_recorded_reports() -> None:
 
     folder = ROOT / "benchmarks" / "results" / "accuracy"
     recorded = summary(combined_again(folder))
-    assert recorded in (folder / "report.md").read_text(encoding="utf-8")
+    assert recorded in (folder / "report.md").read_text()
     page = section("On the shipped backbone")
     shown = means(page[page.index("| | calls |") :])
     assert len(shown) > 10
