@@ -22,11 +22,11 @@ from bbt_accel.benchmarks.script import (
     rows_table,
 )
 from bbt_accel.core.batch import Float32, Int64
+from bbt_accel.core.comparison import AGREEMENT, EXPORT, scaled_error
 from bbt_accel.core.engine_specs import index_of, kind_of
 from bbt_accel.core.objective import Objective
 from bbt_accel.core.optimizations import OPTIMIZATIONS
 from bbt_accel.core.settings import Metric
-from bbt_accel.exporters.trace.validate import scaled_error
 from bbt_accel.io.report_page import hover
 from bbt_accel.io.reporting import (
     BLUE,
@@ -41,11 +41,6 @@ from bbt_accel.io.reporting import (
     tidy,
 )
 
-LARGEST_ERROR = (
-    1e-4  # logit error (`exporters.validate.scaled_error`) up to which an fp32 row passes
-)
-# a row of lower precision passes if it predicts eager's class for this share of the test rows
-LEAST_AGREEMENT = 0.97
 STEADY = 0.1  # drift of the machine beyond which the report warns
 
 
@@ -150,10 +145,10 @@ class Measurement(Outcome, Timed):
             )
         else:
             self.max_error, self.score = scaled_error(logits, eager), score(logits, targets, metric)
-            if self.precision == "fp32" and not self.max_error <= LARGEST_ERROR:
-                self.reason = f"logit error {self.max_error:.1e} is more than {LARGEST_ERROR:.0e}"
-            if self.precision != "fp32" and self.agreement < LEAST_AGREEMENT:
-                self.reason = f"agreement {self.agreement:.3f} is less than {LEAST_AGREEMENT}"
+            if self.precision == "fp32" and not self.max_error <= EXPORT:
+                self.reason = f"logit error {self.max_error:.1e} is more than {EXPORT:.0e}"
+            if self.precision != "fp32" and self.agreement < AGREEMENT:
+                self.reason = f"agreement {self.agreement:.3f} is less than {AGREEMENT}"
         self.status = "differs" if self.reason else "passed"
 
 
@@ -254,10 +249,8 @@ class BenchReport(Report):
         reasons = [
             f"- **{row.label}**: {row.status}: {row.reason}" for row in self.rows if row.reason
         ]
-        passing = f"- An fp32 row passes with a logit error of at most {LARGEST_ERROR:.0e}, a row of lower precision "
-        passing += (
-            f"with an agreement of at least {LEAST_AGREEMENT}. Scores are {METRICS[self.metric]}."
-        )
+        passing = f"- An fp32 row passes with a logit error of at most {EXPORT:.0e}, a row of lower precision "
+        passing += f"with an agreement of at least {AGREEMENT}. Scores are {METRICS[self.metric]}."
         return page(
             f"# {self.options.backbone} on {self.task}",
             self.summary(),

@@ -24,7 +24,6 @@ import numpy as np
 from bbt_accel.benchmarks.bench import Benchmark
 from bbt_accel.benchmarks.bench_report import Measurement
 from bbt_accel.benchmarks.gpu_report import (
-    NOISE,
     WORKLOAD,
     EngineCheck,
     GpuReport,
@@ -43,6 +42,7 @@ from bbt_accel.benchmarks.options import bench_options
 from bbt_accel.benchmarks.script import count, run_script
 from bbt_accel.benchmarks.steps import Bundles
 from bbt_accel.core.bundle import Bundle, BundleInfo, Method
+from bbt_accel.core.comparison import RMSE
 from bbt_accel.core.engine_specs import EngineSpec, check_device, engine_specs, index_of, kind_of
 from bbt_accel.core.option_types import PROMPT_TOKENS
 from bbt_accel.core.settings import DEFAULTS
@@ -71,7 +71,7 @@ def gpu_engines() -> list[tuple[EngineSpec, str]]:
         spec for spec in engine_specs().values() if "cuda" in spec.backends and not spec.internal
     ]
     return [
-        (spec, precision) for spec in specs for precision in spec.precisions if precision in NOISE
+        (spec, precision) for spec in specs for precision in spec.precisions if precision in RMSE
     ]
 
 

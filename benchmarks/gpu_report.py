@@ -10,6 +10,7 @@ from pydantic import Field
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
 from bbt_accel.benchmarks.gpu_state import GpuState, doubts, peak_of
 from bbt_accel.benchmarks.script import Columns, Outcome, Report, page, rows_table
+from bbt_accel.core.comparison import RMSE
 from bbt_accel.core.option_types import PROMPT_TOKENS
 from bbt_accel.core.settings import DEFAULTS
 from bbt_accel.io.reporting import digits, markdown_list, markdown_table, percent, plain
@@ -23,10 +24,6 @@ WORKLOAD = {
     "budget": DEFAULTS.budget,
 }  # fmt: skip
 ROWS = 32  # of SST-2; the targets are for `WORKLOAD` on these rows
-NOISE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.08}
-"""Largest noise of label logits, relative to their spread between the labels
-(`exporters.validate.relative_rmse`); and largest error of losses, relative to the largest where
-that is beyond 1. bf16 has three bits fewer than fp16."""
 TF32, HALF = "eager-tf32 fp32", "eager fp16"
 """Further baselines that the speed is compared with."""
 
@@ -50,7 +47,7 @@ class EngineCheck(Outcome):
 
     @property
     def limit(self) -> float:
-        return NOISE[self.engine.rsplit(" ", 1)[1]]
+        return RMSE[self.engine.rsplit(" ", 1)[1]]
 
     @property
     def passed(self) -> bool:

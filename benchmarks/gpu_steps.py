@@ -12,6 +12,7 @@ from bbt_accel.benchmarks.gpu_report import worst
 from bbt_accel.benchmarks.steps import LoadArguments, fixed_generation, load_batch, random_prompts
 from bbt_accel.core.batch import Batch, Float32, Int64
 from bbt_accel.core.bundle import BundleInfo
+from bbt_accel.core.comparison import relative_rmse, scaled_error
 from bbt_accel.core.objective import Objective, batch_statistics
 from bbt_accel.core.population import Latent, Population
 from bbt_accel.core.projection import Projection
@@ -19,7 +20,7 @@ from bbt_accel.core.settings import Loss
 from bbt_accel.engines.base import BoundBatch, Engine
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.engines.staged import StagedBoundBatch
-from bbt_accel.exporters.trace.validate import relative_rmse, sample_rows, scaled_error
+from bbt_accel.exporters.trace.validate import sample_rows
 
 DIM = 20  # dimension of the space that prompts are projected from
 LOSSES: tuple[Loss, ...] = ("ce", "hinge")

@@ -63,7 +63,6 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 # Encoding
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_instruction_and_the_demonstrations_stand_in_front_of_the_row(bundle: Bundle) -> None:
@@ -118,8 +117,8 @@ def test_escaped_braces_are_no_placeholder(bundle: Bundle, tmp_path: Path) -> No
 
 
 def test_a_column_named_label_cannot_be_part_of_a_demonstration(bundle: Bundle) -> None:
-    own = task().model_copy(update={"text": ["label"], "label": "y", "templates": {"masked": None, "span": None,
-                                    "causal": "{label} is"}})  # fmt: skip
+    templates = {"masked": None, "span": None, "causal": "{label} is"}
+    own = task().model_copy(update={"text": ["label"], "label": "y", "templates": templates})
     assert Encoder(bundle, own).context_ids is not None
     with pytest.raises(
         TaskError, match="a column of demonstrations cannot have the name 'label'; rename it"
@@ -175,7 +174,6 @@ def test_a_wrong_demonstration_template_is_refused(template: str, message: str) 
 
 
 # Choice
-# ------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -208,7 +206,6 @@ def test_more_demonstrations_include_the_fewer() -> None:
 
 
 # A search
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

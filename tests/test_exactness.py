@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from tiny_backbones import RELATIVES, VARIANTS, marks
 
 from bbt_accel import Batch, Bundle, Objective, Projection, load_engine
+from bbt_accel.core.comparison import ENGINE
 from bbt_accel.core.optimizations import OPTIMIZATIONS, in_graph
 from bbt_accel.core.population import Latent, Population
 from bbt_accel.engines.staged import StagedEngine
 from bbt_accel.exporters.trace.sessions import run_stages
 
-TOLERANCE = 1e-5
 ENGINES = ["torch", "ort", *(["openvino"] if find_spec("openvino") else [])]
 few = settings(
     max_examples=12, deadline=None, derandomize=True, database=None,
@@ -120,7 +120,8 @@ def batch_of(bundle: Bundle, shape: dict[str, Any]) -> Batch:
         if info.causal and (size := shape.get("context"))
         else None
     )
-    return Batch(ids, mask, readout, np.zeros(rows), labels, decoder, context)  # type: ignore[arg-type]
+    targets = np.zeros(rows, np.int64)
+    return Batch(ids, mask, readout, targets, labels, decoder, context)
 
 
 def random_prompts(bundle: Bundle, count: int, seed: int) -> np.ndarray:
@@ -131,7 +132,7 @@ def random_prompts(bundle: Bundle, count: int, seed: int) -> np.ndarray:
 def assert_same(logits: np.ndarray, wanted: np.ndarray, what: object = None) -> None:
     assert logits.dtype == np.float32, what
     assert logits.shape == wanted.shape, what
-    assert np.abs(logits - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max()), what
+    assert np.abs(logits - wanted).max() < ENGINE * max(1.0, np.abs(wanted).max()), what
 
 
 def losses(statistics: np.ndarray, rows: Batch) -> np.ndarray:

@@ -92,7 +92,6 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
 
 
 # What is written
-# ---------------------------------------------------------------------------------------------
 
 
 def test_a_bundle_says_what_it_holds(whole: tuple[Path, Bundle]) -> None:
@@ -250,7 +249,6 @@ def test_progress_is_told(told: list[str]) -> None:
 
 
 # What is refused
-# ---------------------------------------------------------------------------------------------
 
 
 def test_a_saving_that_is_no_part_of_the_graphs_is_refused(refuse: Refuse) -> None:
@@ -319,8 +317,8 @@ def test_a_pickle_is_not_loaded(refuse: Refuse, checkpoint: Path, tmp_path: Path
 
 def test_an_embedding_that_is_scaled_gives_the_scale_of_prompts() -> None:
     config = transformers.BartConfig(
-        d_model=64, vocab_size=50, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
-        scale_embedding=True,
+        d_model=64, vocab_size=50, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+        decoder_ffn_dim=8, scale_embedding=True,
     )  # fmt: skip
     model = transformers.BartForConditionalGeneration(config).requires_grad_(False)
     entering = model.get_input_embeddings()(torch.arange(50)).std(correction=0)
@@ -406,7 +404,6 @@ def test_options_that_cannot_be_are_wrong_usage(
 
 
 # What a failure leaves behind: `refuse` looks for it
-# ---------------------------------------------------------
 
 
 def test_graphs_that_compute_something_else_are_not_kept(
@@ -417,8 +414,8 @@ def test_graphs_that_compute_something_else_are_not_kept(
 
     def wrong(stage: graph.Stage, backbone: object) -> onnx_ir.Model:
         model = onnx_ir.load(right / f"{stage.name}.onnx")
-        value = max(model.graph.initializers.values(), key=lambda value: value.const_value.nbytes)  # type: ignore[union-attr]
-        assert value.const_value is not None
+        weights: list[Any] = list(model.graph.initializers.values())
+        value = max(weights, key=lambda value: value.const_value.nbytes)
         value.const_value = onnx_ir.tensor(value.const_value.numpy() + 0.5, name=value.name)
         return model
 
@@ -450,7 +447,6 @@ def test_ctrl_c_leaves_nothing_behind(
 
 
 # What a reader refuses
-# ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -506,8 +502,8 @@ def test_a_prompt_that_was_added_to_a_bundle_is_not_read(copy: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"family": "bert"}, {"prompt_mode": "cat"}, {"n_layers": 1}, {"word_embedding_std": 2.0}, {"max_length": 9},
-        {"max_error": None}, {"sha256": {}}, {"facts": ""}, {"method": "bbtv2"},
+        {"family": "bert"}, {"prompt_mode": "cat"}, {"n_layers": 1}, {"word_embedding_std": 2.0},
+        {"max_length": 9}, {"max_error": None}, {"sha256": {}}, {"facts": ""}, {"method": "bbtv2"},
     ],
 )  # fmt: skip
 def test_a_bundle_json_that_was_changed_by_hand_is_refused(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -28,18 +28,19 @@ from tiny_bundles import linked
 from bbt_accel.core import engine_specs
 from bbt_accel.core.batch import Batch
 from bbt_accel.core.bundle import OPENVINO_WEIGHTS, Bundle
+from bbt_accel.core.comparison import fidelity, scaled_error
 from bbt_accel.core.demo import DATA
 from bbt_accel.core.engine_specs import Backend, EngineSpec, Precision
 from bbt_accel.engines import openvino_ir
 from bbt_accel.engines.registry import load_engine
 from bbt_accel.errors import BbtError, BundleError, ExportError, MissingDependency, UsageError
-from bbt_accel.exporters.convert import targets
+from bbt_accel.exporters.convert import converters
 from bbt_accel.exporters.convert.formats import Fused, convert_checkpoint, fuse_for_ort
 from bbt_accel.exporters.convert.half import angles, to_half
 from bbt_accel.exporters.convert.optimize import optimize_bundle, padded_length
 from bbt_accel.exporters.families.backbone import MASKED
 from bbt_accel.exporters.trace import graph
-from bbt_accel.exporters.trace.validate import fidelity, sample_rows, scaled_error
+from bbt_accel.exporters.trace.validate import sample_rows
 from bbt_accel.search import calibration
 from bbt_accel.search.calibration import task_calibration
 from bbt_accel.tasks.data import Row
@@ -364,8 +365,9 @@ def test_the_report_says_when_a_processor_has_no_bf16(
     monkeypatch: pytest.MonkeyPatch, features: list[str], capabilities: list[str], expected: str
 ) -> None:
     core = SimpleNamespace(get_property=lambda device, name: ["FP32", *capabilities])
+    runtime: Any = SimpleNamespace(Core=lambda: core)
     monkeypatch.setattr(openvino_ir, "describe_machine", lambda: {"features": features})
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "openvino", runtime)
     assert openvino_ir.openvino_bf16().startswith(expected)
 
 
@@ -417,7 +419,8 @@ def test_an_engine_without_a_converter_of_its_own_gets_plain_onnx(
         max_rmse=math.inf,
     )
     assert (made.info.target, made.info.precision) == ("toy", precision)
-    assert made.info.optimization["operators"] == {}  # type: ignore[index] # nothing is fused for ONNX Runtime
+    report: Any = made.info.optimization
+    assert report["operators"] == {}, "nothing is fused for ONNX Runtime"
     graphs = [onnx.load(file, load_external_data=False) for file in made.path.glob("*.onnx")]
     assert {node.domain for graph in graphs for node in graph.graph.node} <= {"", "ai.onnx"}
 
@@ -473,7 +476,7 @@ def test_a_full_disk_says_what_to_do(
 def test_a_target_whose_library_is_missing_names_the_extra(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "installed", lambda name: False)
+    monkeypatch.setattr(converters, "installed", lambda name: False)
     with pytest.raises(
         MissingDependency, match=r'openvino needs openvino: pip install "bbt-accel\[openvino\]"'
     ):
@@ -545,7 +548,7 @@ def unmask(model: ir.Model) -> None:
 def test_a_graph_in_fp32_that_computes_something_else_is_not_written(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "fuse_for_ort", damaged(subtract))
+    monkeypatch.setattr(converters, "fuse_for_ort", damaged(subtract))
     with pytest.raises(
         ExportError, match=r"the fp32 bundle's logits differ by .* from those of its source"
     ):
@@ -556,7 +559,7 @@ def test_a_graph_in_fp32_that_computes_something_else_is_not_written(
 def test_a_graph_that_loses_its_mask_is_not_written(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "fuse_for_ort", damaged(unmask))
+    monkeypatch.setattr(converters, "fuse_for_ort", damaged(unmask))
     with pytest.raises(ExportError, match="attention mask was lost"):
         optimize_bundle(
             tiny("roberta", "bbt", "add").path,

@@ -29,73 +29,78 @@ _T5 = {
 }  # fmt: skip
 _BART = {
     "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 20, "vocab_size": VOCABULARY,
-    "max_position_embeddings": POSITIONS, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 20,
+    "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "bos_token_id": 0,
+    "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
 }  # fmt: skip
 _LLAMA = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
-    "intermediate_size": 24, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "bos_token_id": 0,
-    "pad_token_id": 1, "eos_token_id": 2,
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 6, "intermediate_size": 24, "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+_ROBERTA = _BERT | {"pad_token_id": 1, "max_position_embeddings": POSITIONS + 2}
+_GATED_T5 = _T5 | {"feed_forward_proj": "gated-gelu"}
+
+
+def _partly_rotary(share: float) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share}
+    return {"rope_parameters": rope}
+
+
 BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "roberta": (
-        "roberta", "RobertaForMaskedLM",
-        {**_BERT, "pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
+    "roberta": ("roberta", "RobertaForMaskedLM", _ROBERTA),
+    "bert": ("bert", "BertForMaskedLM", _BERT | {"num_hidden_layers": 1}),
+    "electra": (
+        "bert", "ElectraForMaskedLM", _BERT | {"embedding_size": 12, "num_hidden_layers": 3},
     ),
-    "bert": ("bert", "BertForMaskedLM", {**_BERT, "num_hidden_layers": 1}),
-    "electra": ("bert", "ElectraForMaskedLM", {**_BERT, "embedding_size": 12, "num_hidden_layers": 3}),
     "bart": ("bart", "BartForConditionalGeneration", _BART),
-    "t5": ("t5", "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "relu"}),
+    "t5": ("t5", "T5ForConditionalGeneration", _T5 | {"feed_forward_proj": "relu"}),
     "t5-v1.1": (
         "t5", "T5ForConditionalGeneration",
-        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 1},
+        _GATED_T5 | {"tie_word_embeddings": False, "num_decoder_layers": 1},
     ),
     "gpt2": (
         "gpt2", "GPT2LMHeadModel",
-        {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": POSITIONS,
-         "bos_token_id": 2, "eos_token_id": 2},
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY,
+         "n_positions": POSITIONS, "bos_token_id": 2, "eos_token_id": 2},
     ),
-    "xlm-roberta": (
-        "roberta", "XLMRobertaForMaskedLM", {**_BERT, "pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
-    ),
-    "camembert": (
-        "roberta", "CamembertForMaskedLM", {**_BERT, "pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
-    ),
+    "xlm-roberta": ("roberta", "XLMRobertaForMaskedLM", _ROBERTA),
+    "camembert": ("roberta", "CamembertForMaskedLM", _ROBERTA),
     "distilbert": (
         "bert", "DistilBertForMaskedLM",
         {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": VOCABULARY,
          "max_position_embeddings": POSITIONS},
     ),
-    "albert": ("bert", "AlbertForMaskedLM", {**_BERT, "embedding_size": 12, "num_hidden_layers": 3}),
-    "mpnet": ("roberta", "MPNetForMaskedLM", {**_BERT, "max_position_embeddings": POSITIONS + 2}),
+    "albert": (
+        "bert", "AlbertForMaskedLM", _BERT | {"embedding_size": 12, "num_hidden_layers": 3},
+    ),
+    "mpnet": ("roberta", "MPNetForMaskedLM", _BERT | {"max_position_embeddings": POSITIONS + 2}),
     "modernbert": (
         "bert", "ModernBertForMaskedLM",
-        {**_BERT, "num_hidden_layers": 3, "local_attention": 6, "pad_token_id": 0, "bos_token_id": 2,
-         "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
+        {**_BERT, "num_hidden_layers": 3, "local_attention": 6, "pad_token_id": 0,
+         "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
     ),
-    "eurobert": ("roberta", "EuroBertForMaskedLM", {**_LLAMA, "mask_token_id": 4}),
-    "mt5": ("mt5", "MT5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "eurobert": ("roberta", "EuroBertForMaskedLM", _LLAMA | {"mask_token_id": 4}),
+    "mt5": ("mt5", "MT5ForConditionalGeneration", _GATED_T5),
     "gpt_neox": (
         "gpt2", "GPTNeoXForCausalLM",
-        {**_BERT, "num_attention_heads": 2, "bos_token_id": 2, "eos_token_id": 2,
-         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+        _BERT | {"bos_token_id": 2, "eos_token_id": 2} | _partly_rotary(0.25),
     ),
     "llama": ("llama", "LlamaForCausalLM", _LLAMA),
-    "mistral": ("llama", "MistralForCausalLM", {**_LLAMA, "num_key_value_heads": 1}),
-    "qwen2": ("gpt2", "Qwen2ForCausalLM", {**_LLAMA, "num_key_value_heads": 4}),
+    "mistral": ("llama", "MistralForCausalLM", _LLAMA | {"num_key_value_heads": 1}),
+    "qwen2": ("gpt2", "Qwen2ForCausalLM", _LLAMA | {"num_key_value_heads": 4}),
     "qwen3": ("gpt2", "Qwen3ForCausalLM", _LLAMA),
-    "smollm3": ("llama", "SmolLM3ForCausalLM", {**_LLAMA, "num_hidden_layers": 3, "no_rope_layer_interval": 2}),
-    "olmo2": ("gpt2", "Olmo2ForCausalLM", {**_LLAMA, "head_dim": 4}),
-    "phi3": (
-        "llama", "Phi3ForCausalLM",
-        {**_LLAMA, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                                      "partial_rotary_factor": 0.5}},
+    "smollm3": (
+        "llama", "SmolLM3ForCausalLM",
+        _LLAMA | {"num_hidden_layers": 3, "no_rope_layer_interval": 2},
     ),
+    "olmo2": ("gpt2", "Olmo2ForCausalLM", _LLAMA | {"head_dim": 4}),
+    "phi3": ("llama", "Phi3ForCausalLM", _LLAMA | {"head_dim": 8} | _partly_rotary(0.5)),
     "gemma3": (
         "llama", "Gemma3ForCausalLM",
-        {**_LLAMA, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": POSITIONS,
-         "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 5},
+        _LLAMA | {"layer_types": ["sliding_attention", "full_attention"],
+                  "sliding_window": POSITIONS, "final_logit_softcapping": 5.0,
+                  "query_pre_attn_scalar": 5},
     ),
 }  # fmt: skip
 """Name → family, transformers class, configuration."""

@@ -113,7 +113,9 @@ def bundle_info(
         vocab_size=vocab_size,
         max_length=max_length,
         word_embedding_std=0.1,
-        special=SpecialTokens(**dict(zip(SpecialTokens.model_fields, special, strict=True))),  # type: ignore[arg-type]
+        special=SpecialTokens.model_validate(
+            dict(zip(SpecialTokens.model_fields, special, strict=True))
+        ),
         precision="fp32",
         target="onnx",
         opset=20,

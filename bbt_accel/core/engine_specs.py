@@ -73,7 +73,7 @@ class EngineSpec:
     reads: targets of the bundles that it loads (`onnx` is the bundle as exported).
     optimized: precisions that `optimize --target NAME` converts a bundle to, for this engine.
     converter: `module:name` of the class that writes those bundles, of
-    `bbt_accel.exporters.convert.targets`.
+    `bbt_accel.exporters.convert.converters`.
     benched: precisions that `bench` measures by default.
     remote: computes on a server: needs a `--url`, and takes neither a device nor threads.
     internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
@@ -86,7 +86,7 @@ class EngineSpec:
     backends: dict[DeviceKind, Backend]
     reads: tuple[str, ...] = ("onnx",)
     optimized: tuple[Precision, ...] = ()
-    converter: str = "bbt_accel.exporters.convert.targets:Target"
+    converter: str = "bbt_accel.exporters.convert.converters:Converter"
     benched: tuple[Precision, ...] = ()
     remote: bool = False
     internal: bool = False
@@ -171,7 +171,7 @@ ENGINES = (
         _pytorch("pytorch:TorchEngine"),
         reads=("onnx", "torch"),
         optimized=("bf16", "fp16"),
-        converter="bbt_accel.exporters.convert.targets:TorchTarget",
+        converter="bbt_accel.exporters.convert.converters:TorchConverter",
         benched=("fp32", "bf16"),
         counts_flops=True,
     ),
@@ -190,7 +190,7 @@ ENGINES = (
         },
         reads=("onnx", "ort"),
         optimized=("fp32", "fp16", "int8", "int4"),
-        converter="bbt_accel.exporters.convert.targets:OrtTarget",
+        converter="bbt_accel.exporters.convert.converters:OrtConverter",
         benched=("fp32", "int8"),
     ),
     EngineSpec(
@@ -198,7 +198,7 @@ ENGINES = (
         {"cpu": Backend("bbt_accel.engines.openvino:OpenVinoEngine", ("openvino",), "openvino")},
         reads=("onnx", "openvino"),
         optimized=("fp32", "bf16", "int8", "int4"),
-        converter="bbt_accel.exporters.convert.targets:OpenVinoTarget",
+        converter="bbt_accel.exporters.convert.converters:OpenVinoConverter",
         benched=("fp32", "bf16", "int8"),
     ),
     EngineSpec(
@@ -206,7 +206,7 @@ ENGINES = (
         {"cuda": Backend("bbt_accel.engines.trt:TrtEngine", (TENSORRT, "cuda-python"), "trt")},
         reads=("trt",),
         optimized=("fp32", "fp16", "bf16"),
-        converter="bbt_accel.exporters.convert.targets:TrtTarget",
+        converter="bbt_accel.exporters.convert.converters:TrtConverter",
         benched=("fp16",),
     ),
     EngineSpec(

@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bbt_accel.core.batch import Float64, Int64
+from bbt_accel.core.comparison import PACKAGE, scaled_errors
 from bbt_accel.errors import DataError, PackageError
 from bbt_accel.package.manifest import Comparison
 from bbt_accel.package.packaged_run import CHECKED, PackagedRun
@@ -22,9 +23,6 @@ from bbt_accel.search.run import Run
 from bbt_accel.tasks.data import Row, load_rows, rows_digest
 from bbt_accel.tasks.encoding import Encoder
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 5e-2, "int4": 1e-3}
-"""Largest error of scores, relative to the largest where that exceeds 1. Rounding to 8 and 16 bits
-amplifies what differs in fp32 between two batches."""
 LoadedModel = Callable[[dict[str, Int64]], dict[str, np.ndarray]]
 """A package's model: from its inputs to `logits`, and the values of `CHECKED` by name."""
 
@@ -163,18 +161,18 @@ def compare(
     made: PackagedRun, found: PackageOutput, rows: Sequence[Row], wanted: Float64
 ) -> Comparison:
     """Raises PackageError at a row with other token ids than `predict` has, or with scores beyond
-    `TOLERANCE`.
+    `PACKAGE`.
 
     wanted: its scores (N, C). Other labels, of scores within the tolerance, are counted.
     """
-    tolerance = TOLERANCE[made.info.precision]
+    tolerance = PACKAGE[made.info.precision]
     for number, (own, theirs) in enumerate(
         zip(found.ids, encoded(made.encoder, rows), strict=True)
     ):
         if own != theirs:
             problem, hint = "other token ids", "separate the texts in its template by spaces"
             raise refusal(rows[number], number + 1, problem, hint)
-    errors = np.abs(found.scores - wanted) / max(1.0, float(np.abs(wanted).max()))
+    errors = scaled_errors(found.scores, wanted)
     if not (errors <= tolerance).all():  # also for NaN
         number = int(np.argmax(np.nan_to_num(errors.max(1), nan=np.inf)))
         problem = f"scores that differ by {errors.max():.1e}, more than {tolerance:.0e}"

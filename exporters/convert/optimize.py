@@ -18,6 +18,13 @@ import onnx
 
 from bbt_accel.core.batch import Batch, Float32
 from bbt_accel.core.bundle import INITIAL_PROMPT, Bundle, write_info
+from bbt_accel.core.comparison import (
+    CONVERSION,
+    PADDING,
+    fidelity,
+    relative_rmse,
+    scaled_error,
+)
 from bbt_accel.core.engine_specs import DEFAULT_ENGINE, Precision, targets
 from bbt_accel.core.option_types import MAX_RMSE, check_threads
 from bbt_accel.errors import (
@@ -34,17 +41,16 @@ from bbt_accel.exporters.convert.calibration import (
     lengths,
     stage_feeds,
 )
+from bbt_accel.exporters.convert.converters import Converted, Converter, OptimizeJob, Report
 from bbt_accel.exporters.convert.formats import graph_on_disk
 from bbt_accel.exporters.convert.half import TYPES, to_half
 from bbt_accel.exporters.convert.int4 import to_int4
 from bbt_accel.exporters.convert.int8 import to_int8
 from bbt_accel.exporters.convert.int8_calibration import CalibratedStage, calibrate, frequent
 from bbt_accel.exporters.convert.sensitivity import by_sensitivity, keep_more, make_switchable
-from bbt_accel.exporters.convert.targets import Converted, OptimizeJob, Report, Target
 from bbt_accel.exporters.trace import graph
 from bbt_accel.exporters.trace.device_graphs import write_device_graphs
 from bbt_accel.exporters.trace.sessions import limited_threads
-from bbt_accel.exporters.trace.validate import fidelity, relative_rmse, scaled_error
 from bbt_accel.io.files import new_folder, require_new
 from bbt_accel.io.machine import installed
 from bbt_accel.io.progress import Tell, silent
@@ -54,14 +60,6 @@ CALIBRATION_ROWS = (
 )
 TOOLS = ("onnxruntime", "onnxruntime-gpu", "onnxscript", "torch")
 """Distributions that conversions use, besides those of the engine."""
-FP32_ERROR = 1e-3
-"""Largest error of fp32 logits, relative to the largest where that exceeds 1; more means a wrong
-rewrite.
-"""
-LEAK = 0.05
-"""Largest change of a row's logits when padding is added, relative to the largest logit; more means
-a lost mask.
-"""
 
 
 def optimize_bundle(
@@ -94,7 +92,7 @@ def optimize_bundle(
     check(source, output, precision, target, max_rmse)
     check_threads(threads)
     spec = targets()[target]
-    converter: Target = resolve_name(spec.converter)(spec)
+    converter: Converter = resolve_name(spec.converter)(spec)
     converter.prepare(compute_capability)
     bundle = Bundle.read(source)
     if bundle.info.target != "onnx":
@@ -141,8 +139,11 @@ def without_links(bundle: Bundle) -> Iterator[Bundle]:
         try:
             shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
         except OSError as error:
-            problem = f"cannot copy {bundle.path}, whose files are links, to {folder} ({first_line(error):.200})"
-            raise ExportError(f"{problem}; set TMPDIR to a folder with room for it") from None
+            why = f"{first_line(error):.200}"
+            raise ExportError(
+                f"cannot copy {bundle.path}, whose files are links ({why}); "
+                "set TMPDIR to a folder with room for it"
+            ) from None
         yield Bundle(Path(folder), bundle.info)
 
 
@@ -152,7 +153,7 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
     """
     if output.resolve().is_relative_to(source.resolve()):
         raise UsageError(
-            f"-o {output} is the bundle itself, or in its folder; optimize writes a new one beside it"
+            f"-o {output} is the bundle itself, or in its folder; choose one beside it"
         )
     require_new(output)
     known = targets()
@@ -166,18 +167,17 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
 
 
 # Convert: what was done, and the new bundle's label logits where they are known
-# ------------------------------------
 
 
 def to_graphs(job: OptimizeJob, folder: Path) -> Converted:
     """Every stage in the target's format and precision; the report is summed over the stages."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(job.bundle.path / name, folder / name)
-    if "cuda" in job.target.spec.backends:
+    if "cuda" in job.converter.spec.backends:
         write_device_graphs(folder, job.bundle.info)
     if job.precision == "int8":
         return to_int8_graphs(job, folder)
-    if job.precision in job.target.fp32_graphs:
+    if job.precision in job.converter.fp32_graphs:
         return to_fp32_graphs(job, folder), None
     return to_low_precision_graphs(job, folder), None
 
@@ -189,9 +189,9 @@ def to_fp32_graphs(job: OptimizeJob, folder: Path) -> Report:
     for done, stage in enumerate(job.bundle.info.stages):
         job.tell(f"converting {stage}", done, len(job.bundle.info.stages))
         operators.update(
-            job.target.write_fp32(job.bundle.path / f"{stage}.onnx", folder, stage, others)
+            job.converter.write_fp32(job.bundle.path / f"{stage}.onnx", folder, stage, others)
         )
-    return {job.target.counts: dict(operators)}
+    return {job.converter.counts: dict(operators)}
 
 
 def to_low_precision_graphs(job: OptimizeJob, folder: Path) -> Report:
@@ -208,7 +208,10 @@ def to_low_precision_graphs(job: OptimizeJob, folder: Path) -> Report:
     kept, quantized = list[str](), 0
     for done, (stage, feeds) in enumerate(stages):
         job.tell(f"converting {stage}", done, len(bundle.info.stages))
-        with graph_on_disk(bundle.path / f"{stage}.onnx", job.target.fuse, folder) as (file, fused):
+        with graph_on_disk(bundle.path / f"{stage}.onnx", job.converter.fuse, folder) as (
+            file,
+            fused,
+        ):
             model = onnx.load(str(file), load_external_data=False)
             if half:
                 kept += [
@@ -216,16 +219,16 @@ def to_low_precision_graphs(job: OptimizeJob, folder: Path) -> Report:
                     for name in to_half(model, feeds, folder, TYPES[job.precision])
                 ]
             else:
-                quantized += len(to_int4(model, job.target.matmul_nbits, folder))
+                quantized += len(to_int4(model, job.converter.matmul_nbits, folder))
             operators.update(fused)
-            operators.update(job.target.write(model, folder, stage, others))
-    report: Report = {job.target.counts: dict(operators)}
+            operators.update(job.converter.write(model, folder, stage, others))
+    report: Report = {job.converter.counts: dict(operators)}
     return report | ({"kept_fp32": kept} if half else {"quantized": quantized})
 
 
 def new_weights(job: OptimizeJob, folder: Path) -> graph.NewWeights:
     """The file of the weights that the checkpoint does not hold as the graphs take them."""
-    return graph.NewWeights(folder / job.target.weights)
+    return graph.NewWeights(folder / job.converter.weights)
 
 
 def to_int8_graphs(job: OptimizeJob, folder: Path) -> tuple[Report, Float32]:
@@ -233,17 +236,20 @@ def to_int8_graphs(job: OptimizeJob, folder: Path) -> tuple[Report, Float32]:
     if it does.
     """
     made = Bundle(
-        folder, job.bundle.info.model_copy(update={"precision": "int8", "target": job.target.name})
+        folder,
+        job.bundle.info.model_copy(update={"precision": "int8", "target": job.converter.name}),
     )
     ranked, kept = list[tuple[str, float]](), 0
     with ExitStack() as files:
         rows = job.batch.rows(slice(0, CALIBRATION_ROWS))
-        stages = calibrate(files, job.bundle, job.target.fuse, rows, job.prompts, folder, job.tell)
+        stages = calibrate(
+            files, job.bundle, job.converter.fuse, rows, job.prompts, folder, job.tell
+        )
         weights = frequent(stages)
         while True:
             fallback = {weight for weight, _ in ranked[:kept]}
             report = write_int8(job, stages, weights.keys() - fallback, folder)
-            logits = job.target.label_logits(made, job.batch, job.prompts)
+            logits = job.converter.label_logits(made, job.batch, job.prompts)
             found = relative_rmse(logits, job.reference)
             if not found > job.max_rmse:
                 break
@@ -280,8 +286,8 @@ def write_int8(
         in_fp32 += sum(math.prod(stage.uses[name].work) for name in exact)
         in_all += sum(math.prod(use.work) for use in stage.uses.values())
         operators.update(stage.fused)
-        operators.update(job.target.write(model, folder, stage.name, others))
-    report: Report = {job.target.counts: dict(operators)}
+        operators.update(job.converter.write(model, folder, stage.name, others))
+    report: Report = {job.converter.counts: dict(operators)}
     return report | {
         "kept_fp32": kept,
         "quantized": quantized,
@@ -290,7 +296,6 @@ def write_int8(
 
 
 # Measure
-# -----------------------------------------------------------------------------------------------------
 
 
 def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> dict[str, float]:
@@ -298,10 +303,10 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> dict[str,
 
     logits: of the new bundle, where they are known already.
     Raises ExportError for logits that are not finite, when padding changes them by more than
-    `LEAK`, and in fp32 when they differ from the source's by more than `FP32_ERROR`.
+    `PADDING`, and in fp32 when they differ from the source's by more than `CONVERSION`.
     """
     with tempfile.TemporaryDirectory(prefix=".emulated.", dir=made.path) as folder:
-        made, label_logits = job.target.emulated(made, Path(folder)), job.target.label_logits
+        made, label_logits = job.converter.emulated(made, Path(folder)), job.converter.label_logits
         logits = label_logits(made, job.batch, job.prompts) if logits is None else logits
         if not np.isfinite(logits).all():
             problem = f"the {job.precision} bundle has NaN or infinite logits on real rows"
@@ -312,11 +317,11 @@ def measure(job: OptimizeJob, made: Bundle, logits: Float32 | None) -> dict[str,
         rows = job.batch.rows(shortest)
         padded = rows.padded(padded_length(rows, made.info.max_length), made.info.special.pad)
         leak = scaled_error(label_logits(made, padded, job.prompts), logits[:, shortest])
-    if job.precision == "fp32" and not (error := scaled_error(logits, job.reference)) <= FP32_ERROR:
+    if job.precision == "fp32" and not (error := scaled_error(logits, job.reference)) <= CONVERSION:
         raise ExportError(
             f"the fp32 bundle's logits differ by {error:.1e} from those of its source; use that"
         )
-    if not leak <= LEAK:  # NaN, too
+    if not leak <= PADDING:  # NaN, too
         raise ExportError(f"padding changes the logits by {leak:.1%}: the attention mask was lost")
     counts = {"rows": len(job.batch), "candidates": len(job.prompts)}
     return {**fidelity(logits, job.reference), "padding_error": leak, **counts}

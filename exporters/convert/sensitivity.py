@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from bbt_accel.core.batch import Float32
+from bbt_accel.core.comparison import relative_rmse
 from bbt_accel.exporters.convert.int8 import switch, to_int8
 from bbt_accel.exporters.convert.int8_calibration import CalibratedStage
 from bbt_accel.exporters.trace.sessions import Feeds, RunStage, onnx_stage, temporary_graph
-from bbt_accel.exporters.trace.validate import relative_rmse
 
 MEASUREMENTS = 32
 """Groups of weights whose error is measured, at most; each measurement is a run of the network on

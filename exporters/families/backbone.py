@@ -139,7 +139,6 @@ class Backbone(nn.Module, ABC):
         self.without = frozenset(info.without)
 
     # What a family defines
-    # -----------------------------------------------------------------------------------
 
     @abstractmethod
     def tokens(self, input_ids: Tensor) -> Tensor:
@@ -221,7 +220,6 @@ class Backbone(nn.Module, ABC):
         return {output_name(name): value for name, value in moved.items()}
 
     # The computation, the same for all
-    # ------------------------------------------------------------------------
 
     def spread(self, prompts: Tensor, length: int) -> Tensor:
         """(P, n, H) → (P, 1, length, H): the prompt at its positions, zero elsewhere."""
@@ -245,8 +243,8 @@ class Backbone(nn.Module, ABC):
         return self.enter(x)
 
     def whole(
-        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
-        decoder_input_ids: Tensor | None = None,
+        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor,
+        label_token_ids: Tensor, decoder_input_ids: Tensor | None = None,
     ) -> Inputs:  # fmt: skip
         """bbt, all blocks: float32 (P, n, H) and int64 rows → `FOUND`."""
         p = prompts.shape[0]
@@ -263,8 +261,8 @@ class Backbone(nn.Module, ABC):
         )
 
     def finish(
-        self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor, label_token_ids: Tensor,
-        decoder_input_ids: Tensor | None,
+        self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor,
+        label_token_ids: Tensor, decoder_input_ids: Tensor | None,
     ) -> Inputs:  # fmt: skip
         """The last block and the head, at the readout position alone: (P·N, T, H) → `FOUND`, of P·N
         rows.
@@ -304,7 +302,6 @@ class Backbone(nn.Module, ABC):
         return logits
 
     # bbtv2: the same in stages, each with its own prompt
-    # ---------------------------------------------------------
 
     def embed(self, input_ids: Tensor) -> Inputs:
         """(N, S) → the state that enters block 0, without a prompt; its population is 1."""
@@ -325,8 +322,8 @@ class Backbone(nn.Module, ABC):
         return {"hidden": x.unflatten(0, (p, -1))}
 
     def last(
-        self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
-        decoder_input_ids: Tensor | None = None,
+        self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor,
+        label_token_ids: Tensor, decoder_input_ids: Tensor | None = None,
     ) -> Inputs:  # fmt: skip
         """The last block with its prompt, and the readout → `FOUND`."""
         p = prompts.shape[0]

@@ -68,7 +68,6 @@ class CausalBackbone(Backbone):
         self.state = ("prefix", "hidden") if self.cached else ("hidden",)
 
     # What a family defines
-    # -----------------------------------------------------------------------------------
 
     def add_positions(self, x: Tensor, position: Tensor) -> Tensor:
         """(B, T, H) → (B, T, H): position embeddings, where a family has them; position: (T,)."""
@@ -100,7 +99,6 @@ class CausalBackbone(Backbone):
         return None
 
     # Stages
-    # --------------------------------------------------------------------------------------------------
 
     def stages(self, method: str) -> list[str]:
         return ["context", *super().stages(method)]
@@ -147,8 +145,8 @@ class CausalBackbone(Backbone):
         return {"context": torch.cat(known), "context_hidden": torch.cat(entering)}
 
     def whole(  # type: ignore[override]
-        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
-        context: Tensor, context_mask: Tensor,
+        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor,
+        label_token_ids: Tensor, context: Tensor, context_mask: Tensor,
     ) -> Inputs:  # fmt: skip
         p = prompts.shape[0]
         tokens = self.tokens(input_ids)
@@ -168,8 +166,9 @@ class CausalBackbone(Backbone):
         )
 
     def finish_row(
-        self, p: int | torch.SymInt, front: Tensor | None, x: Tensor, prefix: Segment, text: Segment, context: Tensor,
-        readout: Tensor, label_token_ids: Tensor, first: tuple[Tensor, Tensor] | None = None, begin: int = 0,
+        self, p: int | torch.SymInt, front: Tensor | None, x: Tensor, prefix: Segment,
+        text: Segment, context: Tensor, readout: Tensor, label_token_ids: Tensor,
+        first: tuple[Tensor, Tensor] | None = None, begin: int = 0,
     ) -> Inputs:  # fmt: skip
         """All blocks from `begin` on, and the head: front (P, n, H) or None, x (P·N, T, H) →
         `FOUND`.
@@ -232,8 +231,8 @@ class CausalBackbone(Backbone):
         return {"hidden": hidden} if front is None else {"prefix": front, "hidden": hidden}
 
     def last(  # type: ignore[override]
-        self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor, label_token_ids: Tensor,
-        context: Tensor, context_mask: Tensor,
+        self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor,
+        label_token_ids: Tensor, context: Tensor, context_mask: Tensor,
     ) -> Inputs:  # fmt: skip
         front, x = self.enter_layer(prompts, state)
         prefix, text = self.segments(attention_mask, context_mask, x.dtype)
@@ -244,7 +243,6 @@ class CausalBackbone(Backbone):
         )
 
     # One block
-    # -----------------------------------------------------------------------------------------------
 
     def segments(
         self, attention_mask: Tensor, context_mask: Tensor, dtype: torch.dtype
@@ -271,7 +269,8 @@ class CausalBackbone(Backbone):
         return segment(begin, front, known), segment(begin + n, text, seen)
 
     def both(
-        self, i: int, front: Tensor | None, x: Tensor, prefix: Segment, text: Segment, context: Tensor,
+        self, i: int, front: Tensor | None, x: Tensor, prefix: Segment, text: Segment,
+        context: Tensor,
         projected: tuple[Tensor, Tensor] | None = None, position: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         """Block i of the prompt (P, n, H), but for the last block's, and of the text (P·N, T, H).

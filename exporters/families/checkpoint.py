@@ -69,7 +69,7 @@ def check_attention(checkpoint: str | Path, config: Any, architecture: Architect
     name, other = ("is_decoder", True) if architecture == "encoder" else ("is_causal", False)
     if architecture != "encoder-decoder" and getattr(config, name, None) is other:
         raise ExportError(
-            f"{checkpoint}: config.json has {name} {other}, which is not supported for {architecture}s"
+            f"{checkpoint}: config.json has {name} {other}; not supported for {architecture}s"
         )
 
 

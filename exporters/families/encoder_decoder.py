@@ -28,8 +28,8 @@ class EncoderDecoderBackbone(Backbone):
     """
 
     def finish(
-        self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor, label_token_ids: Tensor,
-        decoder_input_ids: Tensor | None,
+        self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor,
+        label_token_ids: Tensor, decoder_input_ids: Tensor | None,
     ) -> Inputs:  # fmt: skip
         """mean_state is that of the encoder's output."""
         x = self.encoded(self.block(self.layers - 1, x, bias))

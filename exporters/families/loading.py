@@ -62,7 +62,8 @@ def load_config(checkpoint: str | Path, revision: str | None = None) -> Any:
         config = AutoConfig.from_pretrained(where, **options)
     except Exception as error:  # of a damaged file, any
         raise ExportError(
-            f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); give a local folder, a hub id or a GGUF file"
+            f"cannot load {checkpoint} ({first_line(error).rstrip('.')}); "
+            "give a local folder, a hub id or a GGUF file"
         ) from None
     if find_adapter_config_file(where, revision=options.get("revision")) is not None:
         raise ExportError(
@@ -136,7 +137,7 @@ def check_read(
     )
     if lost:
         raise ExportError(
-            f"{checkpoint} has {lost[0]}, for which its config.json has no place; correct config.json"
+            f"{checkpoint} has {lost[0]}, for which its config.json has no place; correct that"
         )
 
 
@@ -145,7 +146,10 @@ def problem_of(error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):
         return "they have other sizes than config.json says"
     if isinstance(error, OSError) and "safetensors" in str(error):
-        return "there is no model.safetensors, and pickles are not read; write one with transformers' save_pretrained"
+        return (
+            "there is no model.safetensors, and pickles are not read; "
+            "write one with transformers' save_pretrained"
+        )
     return first_line(error).rstrip(".")
 
 

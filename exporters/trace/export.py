@@ -26,6 +26,7 @@ from bbt_accel.core.bundle import (
     SpecialTokens,
     write_info,
 )
+from bbt_accel.core.comparison import EXPORT
 from bbt_accel.core.demo import BACKBONE
 from bbt_accel.core.optimizations import check_optimizations, in_graph
 from bbt_accel.core.option_types import PROMPT_TOKENS
@@ -49,11 +50,6 @@ from bbt_accel.io import processes
 from bbt_accel.io.files import new_folder, require_new
 from bbt_accel.io.progress import Tell, silent
 from bbt_accel.tasks.task import load_task
-
-TOLERANCE = 1e-4
-"""Largest error of label logits against eager PyTorch, relative to the largest logit where that is
-beyond 1.
-"""
 
 
 def export_bundle(
@@ -82,15 +78,13 @@ def export_bundle(
     on_progress: called with the current step, the number of steps done, and their total.
     Raises UsageError for a combination that does not exist, ExportError for a checkpoint that
     cannot be loaded, has no LM head, or whose graphs differ from eager PyTorch by more than
-    `TOLERANCE`, BbtError for an output that exists.
+    `comparison.EXPORT`, BbtError for an output that exists.
     """
     check_arguments(method, prompt_mode, n_prompt_tokens)
     check_revision(str(backbone), revision)
     off = in_graph(check_optimizations(without))
     if others := [name for name in without if name not in off]:
-        raise UsageError(
-            f"{others[0]} is not part of the graphs: switch it off where they run, in tune and bench"
-        )
+        raise UsageError(f"{others[0]} is no part of the graphs; switch it off in tune and bench")
     checkpoint = BACKBONE if str(backbone) == "demo" else backbone
     output = Path(output)
     require_new(output)
@@ -125,7 +119,7 @@ def export_bundle(
                 save_file({"prompt": embedded.contiguous()}, folder / INITIAL_PROMPT)
         except SafetensorError as refusal:  # no OSError, even where the disk is full
             raise ExportError(
-                f"cannot write {output} ({first_line(refusal)}); free some space or choose another -o"
+                f"cannot write {output} ({first_line(refusal)}); free some space"
             ) from refusal
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -331,14 +325,12 @@ def validated(folder: Path) -> float:
     """The bundle's error, measured in a process of its own, which loads what was written and
     nothing else.
 
-    Raises ExportError when it is beyond `TOLERANCE`, or cannot be measured.
+    Raises ExportError when it is beyond `comparison.EXPORT`, or cannot be measured.
     """
     try:
         error = float(processes.call(validate, path=folder))
     except EngineError as problem:
         raise ExportError(f"the exported graphs could not be validated: {problem}") from None
-    if not error <= TOLERANCE:
-        raise ExportError(
-            f"the exported graphs differ from eager PyTorch by {error:.1e}, more than {TOLERANCE:.0e}"
-        )
+    if not error <= EXPORT:
+        raise ExportError(f"the exported graphs differ from eager PyTorch by {error:.1e}")
     return error

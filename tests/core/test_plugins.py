@@ -31,7 +31,7 @@ ENGINE = EngineSpec(
     {"cpu": Backend("toy_plugin.engine:ToyEngine")},
     reads=("onnx", "toy"),
     optimized=("fp32",),
-    converter="toy_plugin.converter:ToyTarget",
+    converter="toy_plugin.converter:ToyConverter",
 )
 """,
     "toy_plugin/engine.py": """
@@ -42,9 +42,9 @@ class ToyEngine(DummyEngine):
         return {"toy": "1.0"}
 """,
     "toy_plugin/converter.py": """
-from bbt_accel.exporters.convert.targets import Target
+from bbt_accel.exporters.convert.converters import Converter
 
-class ToyTarget(Target):
+class ToyConverter(Converter):
     def write_fp32(self, file, folder, stage, others):
         (folder / f"{stage}.toy").write_text("converted")
         return super().write_fp32(file, folder, stage, others)

@@ -35,6 +35,7 @@ from bbt_accel import Batch, Bundle, Projection, load_engine, tune
 from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors
 from bbt_accel.benchmarks.steps import generation, measure, save_batch
 from bbt_accel.core.bundle import write_info
+from bbt_accel.core.comparison import relative_rmse
 from bbt_accel.core.engine_specs import engine_spec
 from bbt_accel.core.objective import batch_statistics
 from bbt_accel.core.population import Latent, Population
@@ -50,7 +51,7 @@ from bbt_accel.engines.trt_api import Api
 from bbt_accel.errors import DataError, EngineError, PlanError, UsageError
 from bbt_accel.exporters.convert import tensorrt
 from bbt_accel.exporters.convert.optimize import optimize_bundle
-from bbt_accel.exporters.trace.validate import relative_rmse, sample_rows
+from bbt_accel.exporters.trace.validate import sample_rows
 
 DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"),
              ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add")]  # fmt: skip

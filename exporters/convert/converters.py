@@ -48,8 +48,8 @@ Converted = tuple[Report, Float32 | None]
 """What was done, and the new bundle's label logits where they are known."""
 
 
-class Target:
-    """ONNX graphs without operators of a runtime's own. Another target overrides what differs."""
+class Converter:
+    """ONNX graphs without operators of a runtime's own. Other converters override what differs."""
 
     weights: ClassVar[str] = "weights.data"
     """The file of the weights that the checkpoint does not hold as the graphs take them."""
@@ -121,7 +121,7 @@ class Target:
         return {}
 
 
-class TorchTarget(Target):
+class TorchConverter(Converter):
     """PyTorch's weights, without graphs."""
 
     def convert(self, job: OptimizeJob, folder: Path) -> Converted:
@@ -136,7 +136,7 @@ class TorchTarget(Target):
         return bundle
 
 
-class OrtTarget(Target):
+class OrtConverter(Converter):
     """Graphs with ONNX Runtime's own operators; in fp32 they refer to the checkpoint's own
     tensors.
     """
@@ -162,7 +162,7 @@ class OrtTarget(Target):
         return Counter(fused)
 
 
-class OpenVinoTarget(Target):
+class OpenVinoConverter(Converter):
     """OpenVINO's own format. bf16 is rounded to when the fp32 graphs are compiled."""
 
     weights = OPENVINO_WEIGHTS
@@ -191,7 +191,7 @@ class OpenVinoTarget(Target):
         return {"bf16": openvino_bf16()} if bundle.info.precision == "bf16" else {}
 
 
-class TrtTarget(Target):
+class TrtConverter(Converter):
     """Graphs with plans of TensorRT, which does not say what it fused."""
 
     operators = OPERATORS
@@ -213,7 +213,7 @@ class OptimizeJob:
     """
 
     bundle: Bundle
-    target: Target
+    converter: Converter
     precision: Precision
     batch: Batch
     prompts: Float32
