@@ -16,11 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 
 from bbt_accel.core import option_types as types
-from bbt_accel.core.engine_specs import (
-    ENGINES,
-    engine_names,
-    targets,
-)
+from bbt_accel.core.engine_specs import ENGINES, engine_names, engine_spec, targets
 from bbt_accel.core.settings import Settings
 from bbt_accel.errors import UsageError, check_known, first_problem
 from bbt_accel.io.command import comma_separated
@@ -131,11 +127,19 @@ Target = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what was interrupted.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
 
+
+def _known(context: typer.Context, engine: str | None) -> str | None:
+    if engine not in (None, "auto") and not context.resilient_parsing:
+        engine_spec(engine)
+    return engine
+
+
 _execution = partial(typer.Option, rich_help_panel="Execution")
 Engine = Annotated[
     str | None,
     _execution(
         "--engine",
+        callback=_known,
         autocompletion=engine_names,
         help=f"Engine that runs the backbone: {_ENGINES}, or a plug-in's (default: the run's, or "
         "ort; of fit: auto, what doctor recommends).",

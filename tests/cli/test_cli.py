@@ -182,7 +182,7 @@ def test_a_terminal_without_unicode_gets_escapes() -> None:
         (["export"], "Missing argument '"),
         (["export", "demo"], "Missing option '-o' / '--output'"),
         (["export", "demo", "-o", "b", "--n-prompt-tokens", "0"], "for '--n-prompt-tokens'"),
-        (["serve", "b", "--engine", "openvin"], "unknown engine 'openvin'; did you mean openvino?"),
+        ([*TUNE, "--engine", "openvin"], "unknown engine 'openvin'; did you mean openvino?"),
         (["serve", "b", "--engine", "remote"], "a server cannot use --engine remote"),
         (["serve", "b", "--port", "70000"], "Invalid value for '--port'"),
         (["serve", "b", "--set", "keep_alive=inf"], "--set keep_alive: Input should be a finite"),
