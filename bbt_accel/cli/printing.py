@@ -51,9 +51,7 @@ def print_run(run: Run, as_json: bool) -> None:
         "task": f"{info.task.name}, {examples}, seed {info.settings.seed}",
         "backbone": f"{info.bundle.backbone}, {info.bundle.method}, {info.bundle.precision}",
         "engine": f"{info.engine.name} on {info.engine.url or info.engine.device}{workers}",
-        "status": info.status
-        if info.status == "done"
-        else f"{info.status}; continue with --resume",
+        "status": info.status + ("" if info.status == "done" else "; continue with --resume"),
         "calls": info.calls,
         "seconds": info.seconds,
         "calls/s": info.calls / info.seconds if info.seconds else None,
@@ -62,13 +60,9 @@ def print_run(run: Run, as_json: bool) -> None:
         facts |= {f"dev {info.task.metric}": info.best.dev_score, "dev loss": info.best.dev_loss}
         facts |= {"best prompt at call": info.best.calls}
     if info.baselines is not None:
-        facts |= {
-            f"dev, {name.replace('_', ' ')}": value
-            for name, value in info.baselines.model_dump().items()
-        }
-    facts["readout"] = info.readout.name + (
-        f"; {info.readout.reason}" if info.readout.reason else ""
-    )
+        for name, value in info.baselines.model_dump().items():
+            facts[f"dev, {name.replace('_', ' ')}"] = value
+    facts["readout"] = "; ".join(filter(None, [info.readout.name, info.readout.reason]))
     if tried := info.readout.tried:
         rows = [
             (t.name, f"{t.log_loss:.3f}", percent(t.score, 1), f"{t.seconds:.1f}") for t in tried
@@ -199,13 +193,9 @@ def print_diagnosis(diagnosis: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(diagnosis)
         return
-    print_facts(
-        "Machine", {**diagnosis["machine"], "gpus": diagnosis["machine"]["gpus"] or "none found"}
-    )
-    print_facts(
-        "Versions",
-        {name: found or "not installed" for name, found in diagnosis["versions"].items()},
-    )
+    machine, versions = diagnosis["machine"], diagnosis["versions"]
+    print_facts("Machine", machine | {"gpus": machine["gpus"] or "none found"})
+    print_facts("Versions", {name: found or "not installed" for name, found in versions.items()})
     if diagnosis["onnxruntime_providers"]:
         print_facts("ONNX Runtime", {"listed providers": diagnosis["onnxruntime_providers"]})
     rows = [

@@ -69,17 +69,11 @@ def tune_command(folder: Path, method: str = "bbt", overwrite: bool = False) -> 
     bundle, task = search_bundle(folder / "bundle", method), task_file(folder / "data")
 
     def search(output: Path, again: bool = False, **settings: Any) -> object:
-        return tune(
-            bundle.path,
-            task,
-            data=task.parent,
-            engine="dummy",
-            output=output,
-            settings={**SETTINGS, "budget": 24, **settings},
-            resume=again and not overwrite,
-            overwrite=overwrite and "seed" not in settings,
-            progress=False,
-        )
+        options: Any = {"data": task.parent, "engine": "dummy", "progress": False}
+        options |= {"resume": again and not overwrite}
+        options |= {"overwrite": overwrite and "seed" not in settings}
+        chosen = {**SETTINGS, "budget": 24, **settings}
+        return tune(bundle.path, task, output=output, settings=chosen, **options)
 
     if overwrite:
         return Command(search, run_result, lambda out: search(out, seed=8), overwrites=True)

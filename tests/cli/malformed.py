@@ -128,16 +128,9 @@ class Corpus:
         self.run = self.tuned(folder / "run")
 
     def tuned(self, output: Path, resume: bool = False) -> Run:
-        return tune(
-            self.bundle,
-            self.task,
-            data=self.data,
-            engine="dummy",
-            settings=SETTINGS,
-            output=output,
-            resume=resume,
-            progress=False,
-        )
+        options: Any = {"data": self.data, "engine": "dummy", "settings": SETTINGS}
+        options |= {"output": output, "resume": resume, "progress": False}
+        return tune(self.bundle, self.task, **options)
 
     def cases(self) -> Iterator[Case]:
         kinds = [self.tasks, self.rows, self.tables, self.bundles, self.runs, self.histories]
@@ -208,9 +201,7 @@ class Corpus:
             text = json.dumps(changed).encode()
             strict = json.loads(text) != sound
             yield Case(f"bundle.json: {what}", manifest, text, read, strict)
-            if (
-                changed["facts"] == sound["facts"]
-            ):  # as someone would who corrects the checksum, too
+            if changed["facts"] == sound["facts"]:  # as by someone who corrects the checksum, too
                 text = json.dumps(changed | {"facts": facts_digest(text)}).encode()
                 yield Case(f"bundle.json, hashed: {what}", manifest, text, use)
         for what, content in damaged_bytes(manifest.read_bytes()):
