@@ -17,7 +17,6 @@ from bbt_accel.benchmarks import bench, ceilings
 from bbt_accel.benchmarks.bench import ablations, plan_measurements, run_bench
 from bbt_accel.benchmarks.bench_report import BenchReport, Measurement
 from bbt_accel.benchmarks.ceilings import matrix_rates, median_seconds
-from bbt_accel.benchmarks.growth import ENGINES, FACTORS, GrowthPoint, GrowthReport
 from bbt_accel.benchmarks.options import BenchOptions, bench_options
 from bbt_accel.benchmarks.script import Timed
 from bbt_accel.benchmarks.steps import (
@@ -327,20 +326,6 @@ def test_an_ablation_is_compared_with_the_same_engine_and_precision() -> None:
     )
     assert "| ort fp32 | buckets | 4 | 10 | 2.50 |" in report.ablation()
     assert "rows of similar length together" in report.ablation()
-
-
-def test_the_growth_of_cost_is_a_table_and_a_plot(tmp_path: Path) -> None:
-    values = [(factor, value) for factor, (_, several) in FACTORS.items() for value in several]
-    rows = [
-        GrowthPoint(factor=f, value=v, engine=e, ms_median=float(v))
-        for f, v in values
-        for e in ENGINES
-    ]
-    report = GrowthReport(command="c", options={"shape": "tiny-bert"}, rows=rows)
-    report.draw(tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "| rows | 4 | ort int8 |" in report.markdown()
-    assert "- **shape:** tiny-bert" in report.markdown()
 
 
 def test_every_field_is_documented() -> None:
