@@ -200,31 +200,6 @@ def test_a_run_resumes_with_another_number_of_workers(
         start("other", ray="auto")
 
 
-def test_the_scaling_benchmark_compares_workers_with_one_process(tmp_path: Path) -> None:
-    from bbt_accel.benchmarks import scaling
-    from bbt_accel.benchmarks.script import run_script
-
-    bundle = search_bundle(tmp_path / "bundle")
-    task = task_file(tmp_path / "data")
-    words = [
-        str(bundle.path),
-        "--task",
-        str(task),
-        "--data",
-        str(tmp_path / "data"),
-        "--engines",
-        "dummy",
-    ]
-    words += ["--popsize", "4", "--k-shot", "3", "--repeats", "2", "-o", str(tmp_path / "report")]
-    report = run_script("scaling", None, scaling.add_options, scaling.measure_scaling, words)
-    assert [(row.workers, row.threads, row.same) for row in report.rows] == [
-        (None, 1, True), (1, 1, True), (2, 1, True), (None, 2, True)
-    ]  # fmt: skip
-    alone, one, *_ = report.rows
-    assert one.overhead_ms == pytest.approx(one.ms_median - alone.ms_median)
-    assert "| dummy | 2 | 1 |" in (tmp_path / "report" / "report.md").read_text()
-
-
 def test_an_address_without_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
