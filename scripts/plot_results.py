@@ -7,8 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bbt_accel.benchmarks.combine import combined_again
-from bbt_accel.benchmarks.compare_report import by_label, mean_of_tasks
+from bbt_accel.benchmarks.compare_report import CompareReport, by_label, mean_of_tasks
 from bbt_accel.io.report_page import themed
 from bbt_accel.io.reporting import BLUE, GREEN, GREY, ORANGE, RED, figure, tidy
 
@@ -43,7 +42,7 @@ def draw_speed(axes: Any) -> None:
 
 def draw_accuracy(axes: Any) -> None:
     """Mean test score over forward passes of the train rows, on all tasks."""
-    scores = combined_again(RESULTS / "accuracy").scores
+    scores = CompareReport.model_validate(read("accuracy")).scores
     tasks = list(dict.fromkeys(score.task for score in scores))
     styles = {
         "without_prompt": (GREY, "s"), "batch_calibrated": (ORANGE, "D"), "bbt": (RED, "o"), "auto": (BLUE, "o"),

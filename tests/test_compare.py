@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 import torch
 from tiny_backbones import tiny_model
 
-from bbt_accel.benchmarks import combine, compare, differences, references
+from bbt_accel.benchmarks import compare, references
 from bbt_accel.benchmarks.compare import asked, read_trial, run_compare
 from bbt_accel.benchmarks.compare_report import (
     CompareReport,
@@ -277,108 +277,6 @@ def test_a_trial_that_failed_is_a_line_of_the_report() -> None:
         make_report([score("state", "a", 0, 0.5)], why, {})
     )
     assert "mean over" not in markdown(make_report([], why, {}))
-
-
-@pytest.fixture
-def reports(tmp_path: Path) -> list[str]:
-    """Reports of `auto`; of `bbt` and of `lora`, which is tested on its way; and of trials that
-    these have, too.
-    """
-    auto = [score("auto", "a", seed, 0.8, 1000) for seed in (0, 1)] + [
-        score("auto", "b", 0, 0.5, 1000)
-    ]
-    others = [score("auto", "a", 0, 0.1, 1000)]  # also in the first report, which counts
-    others += [score("bbt", "a", seed, 0.7 + 0.15 * seed, 1000) for seed in (0, 1)]
-    for step, (seconds, value) in enumerate([(0.5, 0.2), (1.0, 0.4), (2.0, 0.9)]):
-        one = score("lora", "a", 0, value, 3 * step).model_copy(update={"seconds": seconds})
-        others.append(one)
-    others.append(score("lora, ensemble", "a", 0, 0.1, 3))
-    again = [score("lora, ensemble", "a", 0, 0.9, 3), score("auto", "b", 0, 0.9, 1000)]
-    for name, scores in {"one": auto, "other": others, "third": again}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.json").write_text(make_report(scores, {}, {}).model_dump_json())
-    return [str(tmp_path / name) for name in ("one", "other", "third")]
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["auto 1000", "bbt 1000"], "all +2.5 -92.8 to +97.8 1 of 2"),
-        (["auto 1,000", "lora 6"], "all -10.0 – 0 of 1"),
-        (["auto 1000", "lora", "--within-seconds"], "all +40.0 – 1 of 1"),
-        (["bbt 1,000", "lora, ensemble", "--within-seconds"], "all +60.0 – 1 of 1"),
-    ],
-)
-def test_differences_pair_the_scores_of_several_reports(
-    words: list[str], line: str, reports: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    differences.main([*words, *reports])
-    printed = [
-        " ".join(shown.split()).replace("+0.0", "0.0").replace("-0.0", "0.0")
-        for shown in capsys.readouterr().out.splitlines()
-    ]
-    assert line in printed
-
-
-def test_reports_are_combined_into_one(reports: list[str], tmp_path: Path) -> None:
-    combine.main([*reports, "-o", str(tmp_path / "all")])
-    report = (tmp_path / "all" / "report.md").read_text()
-    assert "| auto 1,000 | 80.0 ± 0.0 | 50.0 |" in report, "the first of equal trials counts"
-    assert "| bbt 1,000 | 77.5 ± 10.6 | – |" in report
-    assert "mean over 1 to 2 seeds" in report
-    assert "## Differences" not in report
-    assert (tmp_path / "all" / "report.png").is_file()
-
-
-def test_reports_of_other_test_rows_are_not_combined(
-    reports: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    for name, digest in zip(reports, "xxy", strict=True):
-        file = Path(name, "report.json")
-        found = CompareReport.model_validate_json(file.read_bytes())
-        scores = [score.model_copy(update={"test_rows": digest}) for score in found.scores]
-        file.write_text(make_report(scores, {}, {}).model_dump_json())
-    with pytest.raises(SystemExit):
-        combine.main([*reports, "-o", str(tmp_path / "all")])
-    assert (
-        f"{reports[2]} has other test rows of a than the reports before it"
-        in capsys.readouterr().err
-    )
-    assert not (tmp_path / "all").exists()
-
-
-def test_reports_of_other_settings_are_not_combined(
-    reports: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    for name, option in zip(reports, ("", "--engine ort", "--k-shot 4"), strict=True):
-        file = Path(name, "report.json")
-        found = CompareReport.model_validate_json(file.read_bytes())
-        facts = {"command": f"bbt-accel compare a {option} -o {name}"}
-        file.write_text(make_report(found.scores, {}, facts).model_dump_json())
-    combine.main([*reports[:2], "-o", str(tmp_path / "both")])
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        combine.main([*reports, "-o", str(tmp_path / "all")])
-    complaint = f"{reports[2]} was measured with --k-shot 4, the reports before it with 16"
-    assert complaint in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        (["auto 1000", "bbt 100"], "did you mean bbt 1000"),
-        (["auto 1000", "lara", "--within-seconds"], "did you mean lora"),
-    ],
-)
-def test_differences_of_an_unknown_contender_are_one_line(
-    words: list[str], complaint: str, reports: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        differences.main([*words, *reports])
-    assert complaint in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        differences.main(["auto 1000", "bbt 1000", reports[0] + "s"])
-    assert "No such file" in capsys.readouterr().err
 
 
 def test_a_trial_is_kept_only_for_the_same_rows_task_bundles_and_version(

@@ -26,7 +26,7 @@ def write_reports(folder: Path) -> list[str]:
     def recorded(name: str) -> str:
         return (RECORDED / name / "report.json").read_text(encoding="utf-8")
 
-    found = CompareReport.model_validate_json(recorded("compare-four-tasks"))
+    found = CompareReport.model_validate_json(recorded("accuracy"))
     write_report(
         place("compare"),
         found,
