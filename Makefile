@@ -69,19 +69,19 @@ test-lowest:
 	$(LOWEST)/pip install --quiet -r .venv-lowest/requirements.txt torch --editable .
 	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# Compares the GPU engines with the CPU and measures them: by PYTHON if bbt-accel is installed there, else in .venv-gpu, with
-# PyTorch for CUDA, onnxruntime-gpu and GPU_TRT, which is what --engine trt needs on this GPU (docs/how-to/gpus.md). SST-2's
-# rows and traces of the original program are used if they are here. -P: what is installed is imported, not this folder.
-GPU_OPTIONS ?= $(addprefix --data ,$(wildcard ../shared/data/sst2)) $(addprefix --golden ,$(wildcard ../shared/golden))
+# Runs the tests that need an NVIDIA GPU, then measures RoBERTa-large's shapes there, in .venv-gpu with PyTorch for CUDA,
+# onnxruntime-gpu and GPU_TRT, which is what --engine trt needs on this GPU (docs/how-to/gpus.md).
 GPU_TRT ?= tensorrt cuda-python
-gpu-check:
-	@if $(PYTHON) -P -c 'import bbt_accel.benchmarks' 2>/dev/null; then python=$(PYTHON); \
-	else $(MAKE) --no-print-directory .venv-gpu/.installed && python=.venv-gpu/bin/python; fi && \
-	$$python -P -m bbt_accel.benchmarks.gpu_check -o gpu-check $(GPU_OPTIONS)
+GPU := .venv-gpu/bin
+gpu-check: .venv-gpu/.installed
+	$(GPU)/python -m pytest -m gpu
+	test -d gpu-check/backbone || $(GPU)/python -m bbt_accel.benchmarks.make_backbone roberta-large gpu-check/backbone
+	$(GPU)/bbt-accel bench --backbone gpu-check/backbone --task demo --device cuda --engines torch,ort,trt \
+	  --precisions fp32,fp16 --tune -o gpu-check/report
 
 .venv-gpu/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/pip install --quiet --editable '.[export,gpu]' $(GPU_TRT)
+	.venv-gpu/bin/pip install --quiet --editable '.[export,gpu,test]' $(GPU_TRT)
 	@touch $@
 
 lint: .venv/.lint

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from bbt_accel.benchmarks.gpu_state import identity, read_under_load
 from bbt_accel.core.engine_specs import index_of, kind_of
 from bbt_accel.errors import first_line
 
@@ -22,10 +21,9 @@ def matrix_rates(device: str, threads: int) -> dict[str, Any]:
     rates: 10⁹ operations/s of each product, by precision and library, and on a GPU 10⁹ bytes/s read
     and written by a copy. fp32_rate, fp32_rate_by: the best in fp32, and its library. unavailable:
     what is missing or failed, and why.
-    gpu, on a GPU: its state meanwhile.
     """
     kind = kind_of(device)
-    n, rates, unavailable, more = SIZE[kind], {}, {}, {}
+    n, rates, unavailable = SIZE[kind], {}, {}
     if kind == "cuda":
         import torch
 
@@ -38,7 +36,6 @@ def matrix_rates(device: str, threads: int) -> dict[str, Any]:
     if kind == "cuda":
         block = torch.ones(2**30, dtype=torch.uint8, device="cuda")
         rates["copy, bytes"] = 2 * block.numel() / median_seconds(block.clone, threads) / 1e9
-        more["gpu"] = gpu_under_load(index_of(device))
     best = max((name for name in rates if name.startswith("fp32")), key=rates.__getitem__)
     by = best.removeprefix("fp32 ")
     return {
@@ -46,22 +43,7 @@ def matrix_rates(device: str, threads: int) -> dict[str, Any]:
         "fp32_rate_by": by,
         "rates": rates,
         "unavailable": unavailable,
-        **more,
     }
-
-
-def gpu_under_load(index: int) -> dict[str, Any] | None:
-    """The fields of `GpuState` while fp16 matrices multiply."""
-    import torch
-
-    multiply = _torch(SIZE["cuda"], "cuda", half=True)
-
-    def call() -> None:
-        multiply()
-        torch.cuda.synchronize()  # or products would queue up
-
-    state = read_under_load(call, identity(index))
-    return None if state is None else state.model_dump()
 
 
 def median_seconds(call: Callable[[], object], threads: int) -> float:

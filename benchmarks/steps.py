@@ -18,7 +18,6 @@ from bbt_accel.core.batch import Batch, Float32, Float64
 from bbt_accel.core.bundle import BundleInfo
 from bbt_accel.core.engine_specs import EngineSpec, kind_of
 from bbt_accel.core.optimizations import in_graph
-from bbt_accel.core.population import Population
 from bbt_accel.core.settings import resolve
 from bbt_accel.engines.base import BoundBatch
 from bbt_accel.engines.registry import load_engine
@@ -239,14 +238,6 @@ def generation(bound: BoundBatch, popsize: int) -> Callable[[], int]:
         return len(Z) * popsize
 
     return evaluate
-
-
-def fixed_generation(bound: BoundBatch, popsize: int) -> list[Population]:
-    """The populations of such a generation of every layer, none of which depends on another."""
-    space, Z = search_space(bound, popsize)
-    if space.stack.size:
-        space.stack[:] = [space.prompt(layer, z[0]) for layer, z in enumerate(Z)]
-    return [space.population(layer, z) for layer, z in enumerate(Z)]
 
 
 def milliseconds(evaluate: Callable[[], int], repeats: int) -> list[float]:

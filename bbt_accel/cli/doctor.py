@@ -18,8 +18,8 @@ from bbt_accel.io.machine import dependencies, describe_machine, installed_versi
 NOTES = (
     "a provider listed by ONNX Runtime may still not work: without its libraries or its device a "
     "session falls back to the CPU. bbt-accel checks this when it loads an engine",
-    "this version's GPU engines have not been run on a GPU; check them with make gpu-check "
-    "(python -m bbt_accel.benchmarks.gpu_check)",
+    "this version's GPU engines have not been run on a GPU; check them with make gpu-check in a "
+    "checkout",
 )
 
 

@@ -16,7 +16,7 @@ from conftest import THREADS, Export
 from tiny_backbones import N_PROMPT, PARITY, VARIANTS
 
 from bbt_accel import Batch, Bundle, Objective, Population, Projection, export_bundle, load_engine
-from bbt_accel.benchmarks.gpu_steps import traced_batch
+from bbt_accel.core.bundle import BundleInfo
 from bbt_accel.engines.base import BoundBatch
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -26,6 +26,23 @@ N = 10
 """Prompt tokens of the original's traces."""
 
 Trace = dict[str, Any]
+
+
+def traced_batch(arrays: dict[str, Any], info: BundleInfo) -> Batch:
+    """The rows of a trace as the original program laid them out."""
+    ids, mask = arrays["train_input_ids"], arrays["train_attention_mask"]
+    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+    rows = np.arange(len(ids))
+    decoder = arrays.get("train_decoder_input_ids")
+    # The decoder of a masked template reads the input shifted by one, behind the last token of the
+    # row.
+    if info.decodes and info.template_group == "masked":
+        decoder = np.concatenate([ids[rows, last][:, None], ids[:, :-1]], axis=1)
+    readout = {"span": np.ones_like(rows), "causal": last}.get(
+        info.template_group, arrays.get("train_mask_pos")
+    )
+    targets = (arrays["train_labels"][:, None] == arrays["label_ids"]).argmax(axis=1)
+    return Batch(ids, mask, readout, targets, arrays["label_ids"], decoder)  # type: ignore[arg-type]
 
 
 def read_trace(file: Path | None, export: Export) -> Trace:

@@ -32,8 +32,7 @@ from tiny_backbones import VARIANTS
 from torch.nn import functional
 
 from bbt_accel import Batch, Bundle, Projection, load_engine, tune
-from bbt_accel.benchmarks.gpu_steps import save_reference, timed_errors
-from bbt_accel.benchmarks.steps import generation, measure, save_batch
+from bbt_accel.benchmarks.steps import generation
 from bbt_accel.core.bundle import write_info
 from bbt_accel.core.comparison import relative_rmse
 from bbt_accel.core.engine_specs import engine_spec
@@ -744,38 +743,6 @@ def test_rows_on_a_device_are_as_long_as_fused_attention_asks(
         found = [bucket.length for bucket in bound.buckets]  # type: ignore[attr-defined]
         assert all((length + prompt) % 8 == 0 for length in found if length + 8 <= engine.longest)  # type: ignore[attr-defined]
         assert max(found) <= bundle.info.max_length
-
-
-@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
-def test_whatever_is_timed_is_compared_however_it_ran(
-    tiny: Export, made: Callable[..., Bundle], gpu: fake_gpu.FakeRuntime, tmp_path: Path, method: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    bundle, batch, reference = (
-        made("roberta", method, "add"),
-        str(tmp_path / "rows.npz"),
-        str(tmp_path / "wanted.npy"),
-    )
-    save_batch(Path(batch), sample_rows(bundle, 12))
-    save_reference(
-        {"bundle": tiny("roberta", method, "add").path, "name": "eager"}, batch, 4, reference
-    )
-    engine = {"bundle": bundle.path, "name": "trt", "device": "cuda"}
-    *buckets, sums = timed_errors(engine, batch, 4, reference)
-    assert len(buckets) > 1
-    for found in (*buckets, sums):
-        assert found["noise"].keys() >= {"enqueued", "launched"}, found
-        assert max(found["noise"].values()) < 1e-4
-        assert found["identical"]
-    assert measure(engine, batch, 4, 2)["graph_share"] == 1
-
-    monkeypatch.setattr(fake_gpu.Context, "skew", 1e-2)  # of what a CUDA graph computes
-    assert all(not found["identical"] for found in timed_errors(engine, batch, 4, reference)[:-1])
-    monkeypatch.setattr(fake_gpu.Context, "skew", float("nan"))
-    assert all(
-        found["noise"]["launched"] == np.inf
-        for found in timed_errors(engine, batch, 4, reference)[:-1]
-    )
 
 
 def test_a_call_that_fails_names_the_stage(
