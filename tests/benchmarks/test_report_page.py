@@ -91,7 +91,7 @@ def comparison() -> tuple[CompareReport, str, Callable[[Path], None]]:
 def a_sweep() -> tuple[SweepReport, str, Callable[[Path], None]]:
     cell = ScoreCell(
         task="demo", metric="accuracy", seeds=[1, 2], scores=[0.5, 0.75], mean=0.625, std=0.1768, without_prompt=0.25,
-        calibrated=0.375, failed=0,
+        batch_calibrated=0.375, failed=0,
     )  # fmt: skip
     row = SweepRow(
         method="bbt",
@@ -100,7 +100,7 @@ def a_sweep() -> tuple[SweepReport, str, Callable[[Path], None]]:
         cells=[cell],
         mean=0.625,
         without_prompt=0.25,
-        calibrated=0.375,
+        batch_calibrated=0.375,
     )
     plan = Sweep(tasks=["demo"], bundles=["b"], seeds=[1, 2])
     facts: dict[str, Any] = {"task": "demo", "bundle": "b", "engine": "ort", "status": "done"}
