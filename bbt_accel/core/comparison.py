@@ -16,8 +16,6 @@ CONVERSION = 1e-3
 """Scaled error of a converted bundle in fp32 against its source: more means a wrong rewrite."""
 PADDING = 0.05
 """Scaled error of rows with more padding: more means a lost attention mask."""
-RMSE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.08}
-"""Relative logit RMSE of a GPU engine by precision. bf16 has three bits fewer than fp16."""
 AGREEMENT = 0.97
 """Share of eager PyTorch's predictions that an engine in a lower precision has to give."""
 PACKAGE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 5e-2, "int4": 1e-3}
