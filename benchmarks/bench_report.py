@@ -232,7 +232,10 @@ class BenchReport(Report):
     def setting(self) -> str:
         asked = self.options
         where = f"{Path(asked.backbone).name} on {self.task}"
-        return f"{where}: {asked.method}, {asked.prompt_mode} mode, {asked.n_prompt_tokens} prompt tokens"
+        return (
+            f"{where}: {asked.method}, {asked.prompt_mode} mode, {asked.n_prompt_tokens} "
+            "prompt tokens"
+        )
 
     @property
     def batch(self) -> str:
@@ -249,7 +252,10 @@ class BenchReport(Report):
         reasons = [
             f"- **{row.label}**: {row.status}: {row.reason}" for row in self.rows if row.reason
         ]
-        passing = f"- An fp32 row passes with a logit error of at most {EXPORT:.0e}, a row of lower precision "
+        passing = (
+            f"- An fp32 row passes with a logit error of at most {EXPORT:.0e}, a row of "
+            "lower precision "
+        )
         passing += f"with an agreement of at least {AGREEMENT}. Scores are {METRICS[self.metric]}."
         return page(
             f"# {self.options.backbone} on {self.task}",
@@ -271,13 +277,22 @@ class BenchReport(Report):
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         text = f"{len(states)} rows: {counts}. The fastest baseline is {self.fastest_baseline}."
         if (best := self.fastest) is not None:
-            text += f" The fastest engine that passed is **{best.label}**: {best.speedup_over_fastest:.2f} times the "
-            text += f"fastest baseline and {best.speedup:.2f} times the original's forward, on {self.processor}."
+            text += (
+                f" The fastest engine that passed is **{best.label}**: "
+                f"{best.speedup_over_fastest:.2f} times the "
+            )
+            text += (
+                f"fastest baseline and {best.speedup:.2f} times the original's forward, on "
+                f"{self.processor}."
+            )
         if abs(self.drift or 0.0) > STEADY:
             text += (
                 "\n\n**The machine was not steady:** the time of the original's forward changed by "
             )
-            text += f"{self.drift:+.0%}, and no ratio here is more precise than that. Measure again on an idle machine."
+            text += (
+                f"{self.drift:+.0%}, and no ratio here is more precise than that. Measure "
+                "again on an idle machine."
+            )
         return text
 
     def ablation(self) -> str:
@@ -322,7 +337,10 @@ class BenchReport(Report):
         machine, flops = self.machine, (self.original.flops or 0) / 1e9
         lines = {
             "Setting": f"{self.setting}; {self.options.threads} threads, {self.options.device}",
-            "Timed": f"{self.batch} ({self.padding:.0%} padding), {self.options.repeats} calls after warm-up",
+            "Timed": (
+                f"{self.batch} ({self.padding:.0%} padding), {self.options.repeats} calls "
+                "after warm-up"
+            ),
             "Compared": f"{self.n_test_rows} test rows, {self.prompt} for all rows of the report",
             "Arithmetic": f"{flops:,.1f} GFLOP per candidate in the original's forward",
             "Ceiling": f"fp32 {digits(machine['fp32_rate'])} GFLOP/s by {machine['fp32_rate_by']}",
@@ -362,7 +380,8 @@ class BenchReport(Report):
             hover(
                 bar,
                 [
-                    f"{row.label}: {digits(row.ms_median)} ms per candidate, {ratio(found)} × fastest baseline"
+                    f"{row.label}: {digits(row.ms_median)} ms per candidate, {ratio(found)} × "
+                    "fastest baseline"
                 ],
             )
             note = f"{found:.2f}×  ({digits(row.ms_median)} ms)  " * bool(found) + row.status * (

@@ -112,7 +112,10 @@ def product(n: int, int8: bool = False) -> bytes:
 
     left, right, result = ("uint8", "int8", "int32") if int8 else ("float",) * 3
     constant = f"ConstantOfShape<value = {right}[1] {{{7 if int8 else 0.5}}}>(s)"
-    nodes = f"s = Constant<value = int64[2] {{{n}, {n}}}>() b = {constant} y = MatMul{'Integer' * int8}(a, b)"
+    nodes = (
+        f"s = Constant<value = int64[2] {{{n}, {n}}}>() b = {constant} y = "
+        f"MatMul{'Integer' * int8}(a, b)"
+    )
     graph = f"product ({left}[{n}, {n}] a) => ({result}[{n}, {n}] y) {{ {nodes} }}"
     return bytes(
         parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {graph}').SerializeToString()

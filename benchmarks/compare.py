@@ -370,7 +370,8 @@ class CompareTrial:
                 scores.append(self.score(contender, run, total, budget))
         if not scores:
             raise UsageError(
-                f"{contender} needs {turn} calls for one generation per layer; give larger --budgets"
+                f"{contender} needs {turn} calls for one generation per layer; give larger "
+                "--budgets"
             )
         return scores
 
@@ -449,7 +450,15 @@ class CompareTrial:
     ) -> Score:
         _, metric = self.objective.score(scores[None], labels(self.test))
         return Score(
-            contender=name, task=self.task.name, metric=self.task.metric, seed=self.seed, budget=budget, calls=calls,
-            score=float(metric[0]), seconds=seconds, peak_mib=steps.peak_mib(), chosen=chosen,
+            contender=name,
+            task=self.task.name,
+            metric=self.task.metric,
+            seed=self.seed,
+            budget=budget,
+            calls=calls,
+            score=float(metric[0]),
+            seconds=seconds,
+            peak_mib=steps.peak_mib(),
+            chosen=chosen,
             test_rows=self.test_digest,
-        )  # fmt: skip
+        )

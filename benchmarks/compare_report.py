@@ -32,7 +32,10 @@ from bbt_accel.io.reporting import (
 
 Pair = tuple[str, int]
 """A task and a seed, by which contenders are compared in pairs."""
-PAIRS = "Points, over pairs of the same task and seed; the intervals are of the mean over these tasks, not of others."
+PAIRS = (
+    "Points, over pairs of the same task and seed; the intervals are of the mean over these "
+    "tasks, not of others."
+)
 """What the tables of differences show."""
 NARROW = 5
 """Points that the vertical axis of a plot covers at least."""
@@ -213,7 +216,10 @@ def summary(report: CompareReport) -> str:
     counts = Counter((score.label, score.task) for score in report.scores).values()
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     over = "one seed" if seeds == "1" else f"mean over {seeds} seeds ± standard deviation"
-    legend = f"Percent on the test rows, {over}. Calls, seconds: mean per search. MiB: largest memory of a process so far."
+    legend = (
+        f"Percent on the test rows, {over}. Calls, seconds: mean per search. MiB: largest "
+        "memory of a process so far."
+    )
     return f"{markdown_table(header, lines)}\n\n{legend}"
 
 

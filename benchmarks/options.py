@@ -158,7 +158,10 @@ class CompareOptions(Schema):
     data: Path | None = Field(default=None, description=TASK_FOLDERS)
     contenders: Names = Field(
         default=list(CONTENDERS),
-        description=f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, as in auto:alpha=2.",
+        description=(
+            f"Any of {', '.join(CONTENDERS)}, or a readout; a search may have settings, "
+            "as in auto:alpha=2."
+        ),
     )
     reference: str | None = None
     """Contender that the others are compared with, pair by pair (default: auto, if it is one of

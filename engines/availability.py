@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from bbt_accel.core.engine_specs import (
     Backend,
@@ -17,9 +17,13 @@ from bbt_accel.io.machine import Machine, describe_machine, installed, release
 
 CUDA = "CUDAExecutionProvider"
 CUDA_13 = {
-    "torch": (2, 11), "onnxruntime-gpu": (1, 27), "cuda-python": (13,),
-    "tensorrt": (10, 13, 2), "tensorrt-cu13": (0,), "tensorrt-rtx-cu13": (0,),
-}  # fmt: skip
+    "torch": (2, 11),
+    "onnxruntime-gpu": (1, 27),
+    "cuda-python": (13,),
+    "tensorrt": (10, 13, 2),
+    "tensorrt-cu13": (0,),
+    "tensorrt-rtx-cu13": (0,),
+}
 """Packages → the versions from which they are built for CUDA 13, which needs driver 580 and compute
 capability 7.5."""
 DATA_CENTRE = ("9.0", "10.0", "10.3")
@@ -50,12 +54,15 @@ RULES = (  # from the fastest to the slowest, and so are their engines
     # (benchmarks/README.md).
     Rule(("openvino",), "cpu", "bf16", "the processor multiplies tiles of bf16 (AMX)", ("AMX",)),
     Rule(
-        ("openvino", "ort"), "cpu", "int8", "the processor has 8-bit dot products (VNNI or AMX)",
+        ("openvino", "ort"),
+        "cpu",
+        "int8",
+        "the processor has 8-bit dot products (VNNI or AMX)",
         ("AVX-512 VNNI", "AMX"),
     ),
     Rule(("openvino",), "cpu", "bf16", "the processor multiplies bf16", ("bf16",)),
     Rule(("openvino", "ort"), "cpu", "fp32", "the processor has no fast arithmetic below fp32"),
-)  # fmt: skip
+)
 
 
 class Availability(NamedTuple):
@@ -63,7 +70,7 @@ class Availability(NamedTuple):
     reason, and the command that makes the bundle."""
 
     engines: dict[str, EngineState]
-    recommended: dict[str, str]
+    recommended: dict[str, Any]
 
 
 def availability() -> Availability:
@@ -166,7 +173,7 @@ def _misfits_of_gpu(
         yield reason, "pip install tensorrt"
 
 
-def recommend(machine: Machine, states: Mapping[str, EngineState]) -> dict[str, str]:
+def recommend(machine: Machine, states: Mapping[str, EngineState]) -> dict[str, Any]:
     """The fastest engine and precision that this machine can run; the reason names what would be
     faster.
     """

@@ -26,10 +26,17 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 START = "README.md"
 MOUNTED = (
-    START, "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "benchmarks/README.md",
-    "benchmarks/results/**/*.md", "benchmarks/results/**/*.png", "examples/**/*.md",
+    START,
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "benchmarks/README.md",
+    "benchmarks/results/**/*.md",
+    "benchmarks/results/**/*.png",
+    "examples/**/*.md",
     "bbt_accel/core/demo/**/*.md",
-)  # fmt: skip
+)
 EXECUTED = "tutorial.md"
 GENERATED = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
 

@@ -115,9 +115,14 @@ def initial_model(
     weights: dict[str, torch.Tensor], old: list[str], kept: list[str]
 ) -> BertForMaskedLM:
     config = BertConfig(
-        vocab_size=len(kept), hidden_size=384, num_hidden_layers=LAYERS, num_attention_heads=12,
-        intermediate_size=1536, max_position_embeddings=512, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(kept),
+        hidden_size=384,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        max_position_embeddings=512,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = BertForMaskedLM(config)
     state = model.state_dict()
@@ -203,9 +208,14 @@ def train(model: BertForMaskedLM, rows: torch.Tensor, steps: int, check: torch.T
 def save(model: BertForMaskedLM, tokenizer: Tokenizer, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=512, pad_token="[PAD]", unk_token="[UNK]",
-        cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        model_max_length=512,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
     fast.save_pretrained(target)
     model.config.save_pretrained(target)
     state = {k: v.half().contiguous() for k, v in model.state_dict().items()}

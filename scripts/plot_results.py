@@ -13,9 +13,11 @@ from bbt_accel.io.reporting import BLUE, GREEN, GREY, ORANGE, RED, figure, tidy
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "images" / "results.svg"
-COLOURS = """<style>svg { --ink: #1b1f24; --paper: #ffffff; --grey: #767676; background: var(--paper) }
+COLOURS = """<style>svg { --ink: #1b1f24; --paper: #ffffff; --grey: #767676;
+  background: var(--paper) }
 text { fill: var(--ink) }
-@media (prefers-color-scheme: dark) { svg { --ink: #e6e9ed; --paper: #15181c; --grey: #9aa1a9 } }</style>"""
+@media (prefers-color-scheme: dark) {
+  svg { --ink: #e6e9ed; --paper: #15181c; --grey: #9aa1a9 } }</style>"""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -45,9 +47,12 @@ def draw_accuracy(axes: Any) -> None:
     scores = CompareReport.model_validate(read("accuracy")).scores
     tasks = list(dict.fromkeys(score.task for score in scores))
     styles = {
-        "without_prompt": (GREY, "s"), "batch_calibrated": (ORANGE, "D"), "bbt": (RED, "o"), "auto": (BLUE, "o"),
+        "without_prompt": (GREY, "s"),
+        "batch_calibrated": (ORANGE, "D"),
+        "bbt": (RED, "o"),
+        "auto": (BLUE, "o"),
         "ensemble": (GREEN, "^"),
-    }  # fmt: skip
+    }
     shown = {
         "batch_calibrated": "label bias removed",
         "ensemble": "readout fitted (ensemble)",

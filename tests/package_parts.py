@@ -93,7 +93,8 @@ def tuned(
     settings |= {"readout": readout, "k_shot": 3 if hold_out else 4}
     settings |= {"demonstrations": demonstrations, "hold_out": hold_out}
     return tune(
-        bundle, str(file), data=folder / "data", engine="ort", threads=1, output=folder / "run", settings=settings,
+        bundle, str(file), data=folder / "data", engine="ort", threads=1, output=folder / "run",
+        settings=settings,
         progress=False,
     )  # fmt: skip
 

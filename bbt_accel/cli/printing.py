@@ -141,7 +141,6 @@ def print_package(path: Path, info: Mapping[str, Any], as_json: bool) -> None:
         "compared with predict": (
             f"{found['rows']} texts, largest error of scores {found['largest_error']:.1e}"
         ),
-        "labels that differ from the estimator's": found["estimator_differs"],
         "labels that differ by rounding": found["labels_differ"] or None,
     }
     if score is not None:

@@ -1,7 +1,7 @@
 """Redundant computation that is avoided, by name.
 
-Each optimization gives the same numbers as the naive forward (tests/test_exactness.py) and can be
-switched off by its name, for an ablation.
+Each optimization gives the same numbers as the naive forward (tests/exporters/test_exactness.py)
+and can be switched off by its name, for an ablation.
 """
 
 from __future__ import annotations

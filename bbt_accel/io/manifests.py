@@ -40,7 +40,8 @@ class Manifest(BaseModel, extra="forbid"):
             found = _Format.model_validate_json(content).format
             if found != current:  # whose other fields are not known here
                 raise error(
-                    f"{file.parent} has {what} format {found}, this version reads {current}; {again}"
+                    f"{file.parent} has {what} format {found}, this version reads {current}; "
+                    f"{again}"
                 )
             return cls.model_validate_json(content)
         except ValidationError as problem:

@@ -66,7 +66,8 @@ def write_report(
         write_atomically(folder / PAGE, report_page(markdown, plot, PLOT).encode())
     except OSError as error:
         note(
-            f"{folder} lacks its page or its plot, which could not be written ({error.strerror or error})"
+            f"{folder} lacks its page or its plot, which could not be written "
+            f"({error.strerror or error})"
         )
     finally:
         image.unlink(missing_ok=True)

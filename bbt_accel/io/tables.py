@@ -173,7 +173,8 @@ def _complete(file: Path, reader: csv.DictReader[str]) -> Iterator[Record]:
         values: Mapping[str | None, object] = record
         if None in values or None in values.values():
             raise DataError(
-                f"cannot read {file} (line {reader.line_num} has more or fewer columns than the first)"
+                f"cannot read {file} (line {reader.line_num} has more or fewer columns than the "
+                "first)"
             )
         yield dict(record)
 

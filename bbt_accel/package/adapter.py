@@ -41,17 +41,29 @@ def check_peft(made: PackagedRun) -> None:
     """Raises PackageError, with the reason, for what PEFT's prompt tuning cannot represent."""
     info, why = made.info, None
     if info.method != "bbt":
-        why = "bbtv2 adds a prompt in every layer, prompt tuning has one at the input; export with --method bbt"
+        why = (
+            "bbtv2 adds a prompt in every layer, prompt tuning has one at the input; export "
+            "with --method bbt"
+        )
     elif info.architecture not in TASKS:
         why = "PEFT has no prompt tuning for masked language models; use --format onnx"
     elif info.prompt_mode != "cat":
-        why = "the prompt is added to tokens, prompt tuning puts it in front of them; export with --prompt-mode cat"
+        why = (
+            "the prompt is added to tokens, prompt tuning puts it in front of them; export "
+            "with --prompt-mode cat"
+        )
     elif info.backbone.endswith(".gguf"):
         why = "PEFT loads no GGUF files; export the checkpoint that it was made from"
     elif made.readout.name not in READABLE:
-        why = f"the readout {made.readout.name} reads more than label words' logits; tune with --readout verbalizer"
+        why = (
+            f"the readout {made.readout.name} reads more than label words' logits; tune with "
+            "--readout verbalizer"
+        )
     elif info.precision != "fp32" or info.target == "openvino":
-        why = f"{made.bundle.path} is in {info.precision} for {info.target}; pass a bundle in fp32 with --bundle"
+        why = (
+            f"{made.bundle.path} is in {info.precision} for {info.target}; pass a bundle in "
+            "fp32 with --bundle"
+        )
     elif installed("peft") is None:
         raise MissingDependency(
             'the adapter is compared in PEFT itself; pip install "bbt-accel[peft]"'

@@ -18,8 +18,9 @@ TEMPLATE = """---
 ---
 # {task} with {backbone}
 
-A classifier that bbt-accel {version} made from a frozen language model, with forward passes alone: its input gets a
-soft prompt and a template, and a readout turns what the model returns into the logits of the classes.
+A classifier that bbt-accel {version} made from a frozen language model, with forward passes alone:
+its input gets a soft prompt and a template, and a readout turns what the model returns into the
+logits of the classes.
 
 | | |
 |---|---|
@@ -54,11 +55,14 @@ def model_card(info: PackageInfo, run: RunInfo, usage: str, folder: Path) -> str
     )
     facts = card_facts(info, run) | {"licence of the backbone": licence or UNKNOWN}
     return TEMPLATE.format(
-        front=front.to_yaml(), task=run.task.name, backbone=name, version=info.versions["bbt-accel"],
+        front=front.to_yaml(),
+        task=run.task.name,
+        backbone=name,
+        version=info.versions["bbt-accel"],
         usage=usage.format(**usage_facts(info, run, folder)),
         facts="\n".join(f"| {key} | {cell(str(value))} |" for key, value in facts.items()),
         comparison=compared(info),
-    )  # fmt: skip
+    )
 
 
 CALL = """const { logits } = await model(tokenizer(TEXTS, OPTIONS));
@@ -66,11 +70,14 @@ softmax(logits.tolist()[0]);"""
 PIPELINE = """import { pipeline } from "@huggingface/transformers";
 const classify = await pipeline("text-classification", ".");
 await classify("a text");"""
-MODEL = f"""import {{ AutoModelForSequenceClassification, AutoTokenizer, softmax }} from "@huggingface/transformers";
+MODEL = f"""import {{
+  AutoModelForSequenceClassification, AutoTokenizer, softmax
+}} from "@huggingface/transformers";
 const tokenizer = await AutoTokenizer.from_pretrained(".");
 const model = await AutoModelForSequenceClassification.from_pretrained(".");
 {CALL}"""
-CUSTOM = f"""// It lists no decoders as classifiers, nor all encoder-decoders, but runs any graph as a "custom" model.
+CUSTOM = f"""// It lists no decoders as classifiers, nor all encoder-decoders, but runs any graph
+// as "custom".
 import {{ AutoModel, AutoTokenizer, PretrainedConfig, softmax }} from "@huggingface/transformers";
 const config = new PretrainedConfig({{ model_type: "custom", "transformers.js_config": FOUND }});
 const tokenizer = await AutoTokenizer.from_pretrained(".");
@@ -82,10 +89,13 @@ ADAPTER_INPUTS: dict[TemplateGroup, str] = {
 inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")""",
     "masked": """text = reading["template"].replace("{mask}", tokenizer.mask_token).format(**texts)
 ids = tokenizer(text).input_ids
-read = [model.config.decoder_start_token_id, *ids[: ids.index(tokenizer.mask_token_id)]]  # up to the mask
+# Up to the mask.
+read = [model.config.decoder_start_token_id, *ids[: ids.index(tokenizer.mask_token_id)]]
 inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([read])}""",
-    "span": """before, after = (part.format(**texts) for part in reading["template"].split("{mask}"))
-start = reading["decoder_input_ids"]  # the decoder's first token, and the one that stands for the label word
+    "span": """parts = reading["template"].split("{mask}")
+before, after = (part.format(**texts) for part in parts)
+# The decoder's first token, and the one that stands for the label word.
+start = reading["decoder_input_ids"]
 ids = tokenizer(before.strip(), add_special_tokens=False).input_ids
 ids += [start[1], *tokenizer(after, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([start])}""",
@@ -109,7 +119,11 @@ def usage_facts(info: PackageInfo, run: RunInfo, folder: Path) -> dict[str, str]
         "auto": "AutoModelForSeq2SeqLM"
         if info.architecture == "encoder-decoder"
         else "AutoModelForCausalLM",
-        "inputs": f"texts = {json.dumps(dict.fromkeys(info.columns, 'a text'))}\n{ADAPTER_INPUTS[info.template_group]}",
+        "inputs": (
+            "texts = "
+            f"{json.dumps(dict.fromkeys(info.columns, 'a text'))}\n"
+            f"{ADAPTER_INPUTS[info.template_group]}"
+        ),
         "javascript": javascript.replace("TEXTS", texts).replace("OPTIONS", options),
         "hint": "bf16" if info.precision == "bf16" else "f32",
         "example": '{"text": "one", "text_pair": "another"}' if pair else '"a text"',
@@ -132,7 +146,9 @@ def card_facts(info: PackageInfo, run: RunInfo) -> dict[str, object]:
         "readout": info.readout,
         "longest text": f"{info.max_tokens} tokens; longer texts are truncated",
         "rows": f"{data.train_rows} train, {data.dev_rows} dev; sha256 {data.digest}",
-        "forward passes of the search": f"{run.calls} calls, {run.seconds:.1f} s on {run.engine.name}",
+        "forward passes of the search": (
+            f"{run.calls} calls, {run.seconds:.1f} s on {run.engine.name}"
+        ),
     }
     if info.score is not None:
         s = info.score
@@ -158,11 +174,13 @@ def compared(info: PackageInfo) -> str:
         else ": the token ids are the same,"
     )
     found = (
-        f"{c.rows} texts (sha256 {c.digest}) went through this package and through bbt-accel's `predict`{same} "
+        f"{c.rows} texts (sha256 {c.digest}) went through this package and through bbt-accel's "
+        f"`predict`{same} "
         f"the scores differ by at most {c.largest_error:.1e}."
     )
     if c.labels_differ:
         found += f" {c.labels_differ} texts have another label, of two with almost the same score."
-    if c.estimator_differs is not None:
-        found += f" The estimator that it was made from runs another bundle, and labels {c.estimator_differs} differently."
-    return f"{found} `bbt-accel package --check` repeats it, and verifies the sha256 of every file in `bbt_accel.json`."
+    return (
+        f"{found} `bbt-accel package --check` repeats it, and verifies the sha256 of every "
+        "file in `bbt_accel.json`."
+    )

@@ -101,9 +101,13 @@ def shared(
 
 
 def folded(
-    nodes: Sequence[onnx.NodeProto], weights: Iterable[onnx.TensorProto], outputs: Values, opsets: Mapping[str, int],
-    ir_version: int, folder: Path,
-) -> ir.Model:  # fmt: skip
+    nodes: Sequence[onnx.NodeProto],
+    weights: Iterable[onnx.TensorProto],
+    outputs: Values,
+    opsets: Mapping[str, int],
+    ir_version: int,
+    folder: Path,
+) -> ir.Model:
     graph = helper.make_graph(
         nodes, "classifier", value_infos(INPUTS), value_infos(outputs), list(weights)
     )

@@ -139,29 +139,36 @@ ONNX_USAGE = """With optimum-onnx (`{file}`; texts longer than the model reads a
 from optimum.onnxruntime import ORTModelForSequenceClassification
 from transformers import PreTrainedTokenizerFast, pipeline
 
-model = ORTModelForSequenceClassification.from_pretrained(".", subfolder="onnx", file_name="{name}")
-classify = pipeline("text-classification", model=model, tokenizer=PreTrainedTokenizerFast.from_pretrained("."))
+model = ORTModelForSequenceClassification.from_pretrained(
+    ".", subfolder="onnx", file_name="{name}"
+)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(".")
+classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
 classify({example})
 ```
 With transformers.js:
 ```js
 {javascript}
 ```
-With ONNX Runtime alone: inputs `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; output `logits`
-(N, C); their softmax gives the probabilities. The template is in the graph, and the texts of users hold no special
-token."""
+With ONNX Runtime alone: inputs `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`;
+output `logits` (N, C); their softmax gives the probabilities. The template is in the graph, and the
+texts of users hold no special token."""
 
-OPENVINO_USAGE = """With optimum-intel; the hint keeps OpenVINO from computing in a lower precision than was compared:
+OPENVINO_USAGE = """With optimum-intel; the hint keeps OpenVINO from computing in a lower precision
+than was compared:
 ```python
 from optimum.intel import OVModelForSequenceClassification
 from transformers import PreTrainedTokenizerFast, pipeline
 
-model = OVModelForSequenceClassification.from_pretrained(".", ov_config={{"INFERENCE_PRECISION_HINT": "{hint}"}})
-classify = pipeline("text-classification", model=model, tokenizer=PreTrainedTokenizerFast.from_pretrained("."))
+model = OVModelForSequenceClassification.from_pretrained(
+    ".", ov_config={{"INFERENCE_PRECISION_HINT": "{hint}"}}
+)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(".")
+classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
 classify({example})
 ```
-Inputs are `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; the output is `logits` (N, C);
-their softmax gives the probabilities."""
+Inputs are `input_ids` and `attention_mask`, int64 (N, S), of `tokenizer.json`; the output is
+`logits` (N, C); their softmax gives the probabilities."""
 
 PEFT_USAGE = """With PEFT, on the same checkpoint:
 ```python
@@ -183,26 +190,28 @@ scores = torch.stack([words[of_class == c].mean() for c in range(len(reading["la
 scores += torch.tensor(reading["bias"] or 0.0)
 print(dict(zip(reading["labels"], scores.softmax(0).tolist())))
 ```
-The input is the template with the stripped text, one at a time. A decoder's begin token and context are the first of
-the adapter's vectors, so its text is tokenized without special tokens. `readout.json` holds the template, the
-vocabulary ids of the label words, the class of each, of which the mean logit is the class's score, and the bias of the
-classes, if they have one."""
+The input is the template with the stripped text, one at a time. A decoder's begin token and context
+are the first of the adapter's vectors, so its text is tokenized without special tokens.
+`readout.json` holds the template, the vocabulary ids of the label words, the class of each, of
+which the mean logit is the class's score, and the bias of the classes, if they have one."""
 
 TRITON_USAGE = f"""Triton Inference Server takes this folder as its model repository:
 ```
 tritonserver --model-repository .
 ```
-The model `{{task}}` runs in the onnxruntime backend: inputs `input_ids` and `attention_mask`, int64 (N, S), of
-`tokenizer.json`, N up to {TRITON_ROWS}; output `logits` (N, C); their softmax gives the probabilities. Clients
-tokenize. A request with the parameter `classification` gets the names of the labels (`{{task}}/labels.txt`). Triton
-batches requests of equal S: pad to a few lengths (`pad_to_multiple_of`) so that it can."""
+The model `{{task}}` runs in the onnxruntime backend: inputs `input_ids` and `attention_mask`, int64
+(N, S), of `tokenizer.json`, N up to {TRITON_ROWS}; output `logits` (N, C); their softmax gives the
+probabilities. Clients tokenize. A request with the parameter `classification` gets the names of the
+labels (`{{task}}/labels.txt`). Triton batches requests of equal S: pad to a few lengths
+(`pad_to_multiple_of`) so that it can."""
 
 WEB_USAGE = """Serve the folder with any web server and open it in a browser:
 ```
 python -m http.server
 ```
-The page makes no request to another host, and no text leaves it. `vendor/` holds transformers.js (Apache-2.0) and
-onnxruntime-web (MIT) as npm has them, and their licences; `model/` is a package for transformers.js."""
+The page makes no request to another host, and no text leaves it. `vendor/` holds transformers.js
+(Apache-2.0) and onnxruntime-web (MIT) as npm has them, and their licences; `model/` is a package
+for transformers.js."""
 
 FORMATS: dict[Kind, Format] = {
     "onnx": Format("ort", ("onnx", "ort"), write_graph, run_with(open_onnx), ONNX_USAGE),

@@ -74,12 +74,14 @@ def find_layout(encoder: Encoder) -> Layout:
     task, path = encoder.task, encoder.bundle.path
     if len(task.text) > 2:
         raise PackageError(
-            f"task {task.name} has {len(task.text)} text columns; loaders take a text or a pair of texts"
+            f"task {task.name} has {len(task.text)} text columns; loaders take a text or a pair "
+            "of texts"
         )
     if set(encoder.columns) != set(task.text):
         unused = next(name for name in task.text if name not in encoder.columns)
         raise PackageError(
-            f"the template of task {task.name} does not use the column {unused!r}; remove it from the task"
+            f"the template of task {task.name} does not use the column {unused!r}; remove it "
+            "from the task"
         )
     if len(encoder.columns) > len(task.text):
         raise PackageError(
@@ -102,10 +104,16 @@ def find_layout(encoder: Encoder) -> Layout:
                     f"the template of task {task.name} leaves no room for its texts; shorten it"
                 )
             return layout
-    problem = f"in the template of task {task.name} a text has other tokens than alone, with the tokenizer of {path}"
+    problem = (
+        f"in the template of task {task.name} a text has other tokens than alone, with the "
+        f"tokenizer of {path}"
+    )
     hint = f"separate {{{task.text[0]}}} from what is around it by spaces"
     if len(task.text) > 1:  # a tokenizer treats both texts of a pair alike
-        hint = "write a space in front of both texts, also where one begins the template, and tune again"
+        hint = (
+            "write a space in front of both texts, also where one begins the template, and "
+            "tune again"
+        )
     raise PackageError(f"{problem}; {hint}")
 
 

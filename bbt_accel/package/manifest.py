@@ -29,10 +29,6 @@ class Comparison(BaseModel, extra="forbid"):
     labels_differ: int = Field(
         description="Rows with another label, of two scores closer than the tolerance."
     )
-    estimator_differs: int | None = Field(
-        default=None,
-        description="Rows with another label than an estimator gives, which runs another bundle.",
-    )
 
 
 class PackageScore(BaseModel, extra="forbid"):

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from bbt_accel import __version__
-from bbt_accel.core.batch import Float64, Int64
+from bbt_accel.core.batch import Float64
 from bbt_accel.core.bundle import INFO as BUNDLE_INFO
 from bbt_accel.core.bundle import Bundle
 from bbt_accel.core.objective import Objective
@@ -59,8 +59,7 @@ class Options:
 
     int8: also where the bundle is in fp32. bundle: another than the run's, or than the one that
     this was optimized from where the format does not take the run's. max_rows: of each split, to
-    compare. shown: the run, in the card's command, where it is not the path. predict: classes (N,)
-    of rows by what the run is used with, if that is another bundle.
+    compare.
     """
 
     format: Kind = "onnx"
@@ -68,8 +67,6 @@ class Options:
     bundle: Path | None = None
     max_rows: int | None = None
     threads: int | None = None
-    shown: str | None = None
-    predict: Callable[[Sequence[Row]], Int64] | None = None
 
 
 def package_run(
@@ -94,12 +91,19 @@ def package_run(
         on_progress("comparing with predict", 1, 2)
         comparison, score = compared(run, made, form, folder, model, options)
         info = PackageInfo(
-            kind=options.format, model=model, quantized=bundle is not source, max_rows=options.max_rows, score=score,
+            kind=options.format,
+            model=model,
+            quantized=bundle is not source,
+            max_rows=options.max_rows,
+            score=score,
             run=Source(name=run.path.absolute().name, digest=sha256(run.path / RUN_INFO)),
-            bundle=Source(name=source.path.absolute().name, digest=source.digest), calibrated_on=calibrated_on(bundle),
-            comparison=comparison, versions=versions(), command=command(run_path, output, options),
+            bundle=Source(name=source.path.absolute().name, digest=source.digest),
+            calibrated_on=calibrated_on(bundle),
+            comparison=comparison,
+            versions=versions(),
+            command=command(run_path, output, options),
             **of_run(run, made),
-        )  # fmt: skip
+        )
         (folder / CARD).write_text(model_card(info, run.info, form.usage, folder), encoding="utf-8")
         return manifest.write_info(folder, info)
 
@@ -133,15 +137,13 @@ def check_package(
         for name, value in of_run(source_run, made).items():
             if getattr(info, name) != value:
                 raise PackageError(
-                    f"{folder / manifest.INFO} has another {name} than its run; package the run again"
+                    f"{folder / manifest.INFO} has another {name} than its run; package the run "
+                    "again"
                 )
         on_progress("composing the graph", 0, 2)
         check_beside(folder, info, form, made, source_run.info)
         on_progress("comparing with predict", 1, 2)
         comparison, score = compared(source_run, made, form, folder, info.model, options)
-        comparison.estimator_differs = (
-            info.comparison.estimator_differs
-        )  # which the estimator alone can count
     if score is not None and info.score is not None and not score.near(info.score):
         stated = f"{info.score.metric} {info.score.score:.4f}, here it has {score.score:.4f}"
         raise PackageError(f"{folder} states a test {stated}; package the run again")
@@ -184,10 +186,15 @@ def of_run(run: Run, made: PackagedRun) -> dict[str, Any]:
     """The facts of a package that its run and bundle determine."""
     info = made.info
     return {
-        "precision": info.precision, "architecture": info.architecture, "template_group": info.template_group,
-        "task": run.task.name, "labels": run.info.class_names, "columns": run.task.text, "readout": run.readout.name,
+        "precision": info.precision,
+        "architecture": info.architecture,
+        "template_group": info.template_group,
+        "task": run.task.name,
+        "labels": run.info.class_names,
+        "columns": run.task.text,
+        "readout": run.readout.name,
         "max_tokens": made.room,
-    }  # fmt: skip
+    }
 
 
 def find_run(info: PackageInfo, folder: Path, given: str | Path | None) -> Run:
@@ -198,9 +205,7 @@ def find_run(info: PackageInfo, folder: Path, given: str | Path | None) -> Run:
     if given is None and near is None:
         named = f"the run {info.run.name!r} (sha256 {info.run.digest:.12})"
         problem = f"{folder} was made from {named}, which is not near it"
-        raise PackageError(
-            f"{problem} or has changed; pass it with --run (of an estimator, the folder that its save wrote)"
-        )
+        raise PackageError(f"{problem} or has changed; pass it with --run")
     run = Run.read(near or given or "")
     if sha256(run.path / RUN_INFO) != info.run.digest:
         raise PackageError(
@@ -254,10 +259,18 @@ def packaged_bundle(
         yield bundle, bundle
         return
     with tempfile.TemporaryDirectory(prefix="bbt-accel-") as place:
-        yield bundle, optimize_bundle(
-            bundle.path, Path(place) / "int8", precision="int8", target=form.engine, on_progress=on_progress,
-            calibration=calibrate_on(str(run.path) if has_rows(run) else None), threads=options.threads,
-        )  # fmt: skip
+        yield (
+            bundle,
+            optimize_bundle(
+                bundle.path,
+                Path(place) / "int8",
+                precision="int8",
+                target=form.engine,
+                on_progress=on_progress,
+                calibration=calibrate_on(str(run.path) if has_rows(run) else None),
+                threads=options.threads,
+            ),
+        )
 
 
 def suitable(bundle: Bundle, form: Format, int8: bool) -> Bundle | None:
@@ -314,10 +327,6 @@ def compared(
     with load_engine(made.bundle, form.engine, threads=options.threads) as engine:
         wanted = class_scores(engine, made.encoder, rows, run)
         comparison = compare(made, found, rows, wanted)
-        if options.predict is not None:
-            comparison.estimator_differs = int(
-                (found.scores.argmax(1) != options.predict(rows)).sum()
-            )
         return comparison, score_of(
             run, engine, made.encoder, test, found.scores[len(rows) - len(test) :]
         )
@@ -353,7 +362,7 @@ def command(run: str | Path, output: Path, options: Options) -> str:
         elsewhere = Path(path).is_absolute() or ".." in Path(path).parts
         return Path(path).absolute().name if elsewhere else str(path)
 
-    words = ["bbt-accel", "package", options.shown or named(run), "-o", named(output)]
+    words = ["bbt-accel", "package", named(run), "-o", named(output)]
     words += ["--format", options.format] if options.format != "onnx" else []
     words += ["--int8"] if options.int8 else []
     words += ["--max-rows", str(options.max_rows)] if options.max_rows is not None else []

@@ -147,5 +147,6 @@ def check_base_model(file: Path) -> None:
         base = config["base_model_name_or_path"]
         if hub_id(base, config["revision"]) is None:
             raise PackageError(
-                f"the adapter is for {base}, which is no hub id; export its backbone by hub id to push it"
+                f"the adapter is for {base}, which is no hub id; export its backbone by hub id "
+                "to push it"
             )

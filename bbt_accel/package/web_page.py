@@ -75,7 +75,8 @@ def write_page(folder: Path, model: Path) -> None:
     """
     if sum(file.stat().st_size for file in model.parent.iterdir()) > LARGEST:
         raise PackageError(
-            "the model is larger than the 2 GiB that a browser takes; use --int8 or a smaller backbone"
+            "the model is larger than the 2 GiB that a browser takes; use --int8 or a smaller "
+            "backbone"
         )
     for file in (
         file for file in PAGE.rglob("*") if file.is_file()
@@ -132,7 +133,8 @@ def unpack(package: NpmPackage, archive: Path, folder: Path) -> None:
     """Raises PackageError for an archive with another hash than that of the version's release."""
     if integrity(archive) != package.integrity:
         raise PackageError(
-            f"npm's archive of {package.specifier} has another sha512 than its release; do not use it"
+            f"npm's archive of {package.specifier} has another sha512 than its release; do not "
+            "use it"
         )
     with tarfile.open(archive) as files:
         for name, target in package.files.items():

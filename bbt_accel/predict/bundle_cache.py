@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 
@@ -54,7 +54,7 @@ def choose(
 
 
 def _choose(
-    engine: str, precision: PrecisionChoice, states: dict[str, EngineState], best: dict[str, str]
+    engine: str, precision: PrecisionChoice, states: dict[str, EngineState], best: dict[str, Any]
 ) -> Choice:
     if engine in ("auto", best["engine"]) and precision in ("auto", best["precision"]):
         return Choice(
@@ -117,9 +117,13 @@ def prepared_bundle(
     with FileLock(exported.with_suffix(".lock")):
         if not exported.exists():
             export_bundle(
-                backbone, exported, method=method, prompt_mode=prompt_mode, n_prompt_tokens=n_prompt_tokens,
+                backbone,
+                exported,
+                method=method,
+                prompt_mode=prompt_mode,
+                n_prompt_tokens=n_prompt_tokens,
                 on_progress=on_progress,
-            )  # fmt: skip
+            )
         if not wanted.exists():
             optimize_bundle(
                 exported,

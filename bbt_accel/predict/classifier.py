@@ -18,7 +18,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from bbt_accel.core.batch import Float64, Int64
+from bbt_accel.core.batch import Float64
 from bbt_accel.core.bundle import Bundle, Method, PromptMode
 from bbt_accel.core.option_types import FIT_BUDGET, FIT_PROMPT_TOKENS
 from bbt_accel.core.settings import DEFAULTS, ReadoutChoice, resolve
@@ -27,16 +27,12 @@ from bbt_accel.errors import (
     BbtError,
     DataError,
     NonFiniteLoss,
-    PackageError,
     RunError,
-    check_known,
-    first_line,
     translated,
 )
 from bbt_accel.io.files import new_folder
 from bbt_accel.io.hub import fetched
 from bbt_accel.io.tables import as_utf8, check_column_names, distinct, plain
-from bbt_accel.package.manifest import Kind
 from bbt_accel.predict.bundle_cache import Choice, PrecisionChoice, choose, prepared_bundle
 from bbt_accel.predict.fit import examples_per_class, make_task
 from bbt_accel.predict.inference import Classifier
@@ -52,7 +48,6 @@ from bbt_accel.search.run import (
     write_info,
 )
 from bbt_accel.search.tune import tune
-from bbt_accel.tasks.data import Row
 
 LABEL = "label"  # the column of y beside those of X
 
@@ -162,7 +157,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         rows, targets = [rows[i] for i in kept], targets[kept]
         texts = np.bincount(targets, minlength=len(classes)).tolist()
         if len(classes) < 2 or min(texts) < 2:
-            found = f"{len(classes)} classes, of which the rarest has {min(texts)} of the different texts"
+            found = (
+                f"{len(classes)} classes, of which the rarest has {min(texts)} of the "
+                "different texts"
+            )
             raise DataError(f"y has {found}; at least two classes of two are needed")
         names = [str(label).strip() for label in classes]
         settings = self._settings(dict(zip(names, texts, strict=True)))
@@ -192,10 +190,18 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             failure: NonFiniteLoss | None = None
             try:
                 run = tune(
-                    bundle, task, data=folder, engine=choice.engine, device=choice.device, threads=self.threads,
-                    output=folder / "run", settings=settings, progress=False, callbacks=self.callbacks or (),
+                    bundle,
+                    task,
+                    data=folder,
+                    engine=choice.engine,
+                    device=choice.device,
+                    threads=self.threads,
+                    output=folder / "run",
+                    settings=settings,
+                    progress=False,
+                    callbacks=self.callbacks or (),
                     track=self.track or (),
-                )  # fmt: skip
+                )
             except NonFiniteLoss as error:
                 if not is_run(folder / "run"):
                     raise
@@ -289,69 +295,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if (engine.bundle.digest, engine.name, engine.device) == searched:
             return info
         used = EngineRecord(
-            name=engine.name, device=engine.device, threads=info.engine.threads, without=sorted(engine.without),
+            name=engine.name,
+            device=engine.device,
+            threads=info.engine.threads,
+            without=sorted(engine.without),
             versions=engine.versions(),
-        )  # fmt: skip
+        )
         return info.model_copy(
             update={"bundle": BundleRecord.of(engine.bundle, self.run_.path), "engine": used}
         )
-
-    def package(
-        self,
-        path: str | Path,
-        format: Kind = "onnx",
-        *,
-        int8: bool = False,
-        bundle: str | Path | None = None,
-    ) -> None:
-        """Write a new folder that other tools load, after it was compared with `predict`, as
-        `bbt-accel package` does.
-
-        format: onnx, openvino, peft, triton or web. int8: also where this estimator computes in
-        fp32.
-        bundle: of the same backbone, to package instead of this estimator's. Unless given, where
-        the format does not
-        take that, it is the one as exported: in the cache, or exported again, which needs the
-        checkpoint. Then the labels are compared with those of this estimator, too; a warning says
-        how many differ. `package --check` needs the run, which is lost with this estimator unless
-        it is saved. Raises PackageError for what the format cannot hold and for a package that
-        differs from `predict`, BbtError for a folder that exists.
-        """
-        from bbt_accel.package.formats import FORMATS
-        from bbt_accel.package.package import Options, package_run, suitable
-
-        check_is_fitted(self, "run_")
-        check_known("format", format, FORMATS)
-        own = self._classifier.engine.bundle
-        found = suitable(own, FORMATS[format], int8)
-        same = bundle is None and found is own and (not int8 or own.info.precision == "int8")
-        if bundle is None and found is None:
-            bundle = self._exported(format).path
-        options = Options(
-            format, int8, bundle=None if bundle is None else Path(bundle), threads=self.threads, shown="SAVED",
-            predict=None if same else self._classes_of,
-        )  # fmt: skip
-        info = package_run(self.run_.path, path, options)
-        differ = info.comparison.estimator_differs
-        if differ or info.precision != own.info.precision:
-            here = f"predict runs in {own.info.precision} for {own.info.target}, the package in {info.precision}"
-            warnings.warn(
-                f"{here}: {differ} of {info.comparison.rows} texts get another label", stacklevel=2
-            )
-
-    def _classes_of(self, rows: Sequence[Row]) -> Int64:
-        found: Int64 = self._classifier.probabilities([row.fields for row in rows]).argmax(1)
-        return found
-
-    def _exported(self, format: Kind) -> Bundle:
-        """The bundle of this estimator's backbone as exported, from the cache or exported now."""
-        try:
-            return self._prepared(Choice("torch", "cpu", "fp32", "as exported"))
-        except BbtError as error:
-            own = self._classifier.engine.bundle.info
-            why = f"{format} packages take no bundle for {own.target} in {own.precision}, which this estimator has"
-            again = f"{self.backbone} cannot be exported again ({first_line(error):.200})"
-            raise PackageError(f"{why}, and {again}; pass an exported one with bundle=") from None
 
     @classmethod
     def load(
@@ -375,7 +327,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         saved = is_saved_classifier(path)
         if not is_run(path):
             raise RunError(
-                f"{path} is not a saved PromptClassifier, nor a run; save a fitted one there, or tune"
+                f"{path} is not a saved PromptClassifier, nor a run; save a fitted one there, or "
+                "tune"
             )
         run = Run.read(path)
         try:
@@ -392,7 +345,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ) from None
         if found.classes_.shape != (run.task.n_classes,):
             raise RunError(
-                f"{path / ESTIMATOR} has classes of the shape {found.classes_.shape}; fit and save again"
+                f"{path / ESTIMATOR} has classes of the shape {found.classes_.shape}; fit and "
+                "save again"
             )
         found.threads = found.threads if threads is None else threads
         found._load(
@@ -418,7 +372,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         if hasattr(self, "run_"):
             raise BbtError(
-                "a fitted PromptClassifier holds an engine, so it cannot be pickled; use save and load"
+                "a fitted PromptClassifier holds an engine, so it cannot be pickled; use save "
+                "and load"
             )
         return dict(super().__getstate__())
 
@@ -436,14 +391,23 @@ def of_run(info: RunInfo) -> dict[str, Any]:
     """What `save` writes of an estimator, for a run of the command line."""
     bundle, settings, group = info.bundle, info.settings, info.bundle.template_group
     parameters = {
-        "backbone": bundle.backbone, "engine": info.engine.name, "precision": bundle.precision,
-        "method": bundle.method, "prompt_mode": bundle.prompt_mode, "n_prompt_tokens": info.prompt_shape[-2],
-        "template": group and info.task.template(group), "label_words": group and info.task.label_words[group],
-        "readout": settings.readout, "budget": settings.budget, "seed": settings.seed,
-        "k_shot": None if settings.allow_rare_classes and settings.k_shot == DEFAULTS.k_shot else settings.k_shot,
+        "backbone": bundle.backbone,
+        "engine": info.engine.name,
+        "precision": bundle.precision,
+        "method": bundle.method,
+        "prompt_mode": bundle.prompt_mode,
+        "n_prompt_tokens": info.prompt_shape[-2],
+        "template": group and info.task.template(group),
+        "label_words": group and info.task.label_words[group],
+        "readout": settings.readout,
+        "budget": settings.budget,
+        "seed": settings.seed,
+        "k_shot": None
+        if settings.allow_rare_classes and settings.k_shot == DEFAULTS.k_shot
+        else settings.k_shot,
         # `fit` counts two rows of each class at least
         "balanced": set(info.task.class_shares or [1]) == {1},
-    }  # fmt: skip
+    }
     return {"parameters": parameters, "classes": info.class_names}
 
 
@@ -454,7 +418,8 @@ def check_columns(rows: Sequence[Mapping[str, str]], labels: Any) -> None:
         if name == LABEL or (same and len(rows[0]) > 1):
             what = "is y" if same else "has the name of the labels"
             raise DataError(
-                f"the column {name!r} of X {what}; drop it from X, which holds the texts alone, or rename it"
+                f"the column {name!r} of X {what}; drop it from X, which holds the texts alone, "
+                "or rename it"
             )
 
 
@@ -472,7 +437,8 @@ def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     ):  # a pandas DataFrame, of which iteration gives the columns
         if other := [name for name in X.columns if not isinstance(name, str)]:
             raise DataError(
-                f"X has a column named {other[0]!r:.50}, which is no text; rename it, or pass it alone"
+                f"X has a column named {other[0]!r:.50}, which is no text; rename it, or pass it "
+                "alone"
             )
         check_column_names(list(X.columns), "X")
         X = X.to_dict("records")
@@ -501,13 +467,17 @@ def as_rows(X: Any, columns: Sequence[str] = ()) -> list[dict[str, str]]:
         if isinstance(value, Mapping) and (
             other := [name for name in row if not isinstance(row[name], str)]
         ):
-            problem = f"row {number + 1} has {row[other[0]]!r:.50} in the column {other[0]!r}, which is no text"
+            problem = (
+                f"row {number + 1} has {row[other[0]]!r:.50} in the column {other[0]!r}, "
+                "which is no text"
+            )
             raise DataError(
                 f"{problem}; X holds the texts alone, so drop a column of labels or numbers"
             )
         if not row or not all(isinstance(text, str) for text in (*row, *row.values())):
             raise DataError(
-                f"row {number + 1} is {value!r:.50}; give texts, tuples of texts or mappings of texts"
+                f"row {number + 1} is {value!r:.50}; give texts, tuples of texts or mappings of "
+                "texts"
             )
         if rows and row.keys() != rows[0].keys():
             raise DataError(

@@ -67,12 +67,21 @@ class FitPlan:
             if used == len(self.table.records)
             else f"{used:,}; repeated ones are left out",
             "text": self.task.text,
-            "label": f"{self.task.label}: {', '.join(f'{name} {count:,}' for name, count in self.counts.items()):.300}",
+            "label": (
+                f"{self.task.label}: "
+                f"{', '.join(f'{name} {count:,}' for name, count in self.counts.items()):.300}"
+            ),
             "backbone": self.bundle.info.backbone,
-            "engine": f"{self.choice.engine} on {self.choice.device}, {self.choice.precision} ({self.choice.reason})",
+            "engine": (
+                f"{self.choice.engine} on {self.choice.device}, {self.choice.precision} "
+                f"({self.choice.reason})"
+            ),
             "template": self.task.template(group),
             "label words": ", ".join(self.task.words(group))[:300],
-            "split": f"{most}{k} examples per class to search with, as many to choose by, {self.left:,} to test on",
+            "split": (
+                f"{most}{k} examples per class to search with, as many to choose by, "
+                f"{self.left:,} to test on"
+            ),
             "budget": f"{self.settings['budget']:,} calls, readout {self.settings['readout']}",
         }
 
@@ -163,9 +172,18 @@ def fit_file(
     plan = FitPlan(table, counts, choice, bundle, task, chosen, words)
     announce(plan)
     run = tune(
-        bundle, task, data=file, engine=choice.engine, device=choice.device, threads=threads, output=output,
-        resume=not overwrite, overwrite=overwrite, settings=chosen, progress=progress,
-    )  # fmt: skip
+        bundle,
+        task,
+        data=file,
+        engine=choice.engine,
+        device=choice.device,
+        threads=threads,
+        output=output,
+        resume=not overwrite,
+        overwrite=overwrite,
+        settings=chosen,
+        progress=progress,
+    )
     tested = run.info.status == "done" and plan.left > 0
     return Fitted(plan, run, evaluate(run.path, data=file, threads=threads) if tested else None)
 
@@ -214,13 +232,15 @@ def check_table(table: Table, file: Path, text: Sequence[str], label: str) -> di
         if empty:
             what = "1 row" if len(empty) == 1 else f"{len(empty)} rows"
             raise DataError(
-                f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or remove them"
+                f"{file}: {column} is empty in {what}, first in row {empty[0]}; complete or "
+                "remove them"
             )
     check_texts(table, file, text)
     counts = count_texts(table, text, label)
     if len(counts) < 2:
         raise DataError(
-            f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are needed"
+            f"{file}: {label} is {next(iter(counts))!r} in every row; at least two classes are "
+            "needed"
         )
     if unwritable := [name for name in counts if as_utf8(name) != name]:
         raise DataError(
@@ -301,10 +321,15 @@ def make_task(
     try:
         words: list[str | list[str]] = [*(label_words or distinct_words(bundle, template, classes))]
         return Task(
-            name=name, text=list(text), label=label, classes=list(classes), n_classes=len(classes),
-            templates={group: template}, label_words={group: words},
+            name=name,
+            text=list(text),
+            label=label,
+            classes=list(classes),
+            n_classes=len(classes),
+            templates={group: template},
+            label_words={group: words},
             class_shares=list(map(float, class_shares)),
-        )  # fmt: skip
+        )
     except ValidationError as error:
         raise TaskError(f"task {name}: {first_problem(error)}") from None
 

@@ -52,10 +52,10 @@ def evaluate(
     in run.json.
     data: that of the run unless given; a folder, or a file of test rows. Returns split, metric,
     score, rows, engine, device, bundle (its path), readout; chance and majority, the scores of a
-    random class and of the most frequent one;
-    and of the same bundle before the search, without_prompt: the label words' logits as they are,
-    and batch_calibrated: the same without each class's mean log-probability over these rows, which takes
-    no labels (Zhou et al., ICLR 2024). Raises RunError, BundleError, DataError, EngineError,
+    random class and of the most frequent one; and of the same bundle before the search,
+    without_prompt: the label words' logits as they are, and batch_calibrated: the same without
+    each class's mean log-probability over these rows, which takes no labels (Zhou et al., ICLR
+    2024). Raises RunError, BundleError, DataError, EngineError,
     NonFiniteLoss.
     """
     run = Run.read(run_path)
@@ -150,7 +150,8 @@ def predict_texts(
     for number, text in enumerate(texts, 1):
         if not isinstance(text, Mapping):
             raise DataError(
-                f"row {number} is {text!r:.50}; give a mapping from {', '.join(run.task.text)} to texts"
+                f"row {number} is {text!r:.50}; give a mapping from {', '.join(run.task.text)} "
+                "to texts"
             )
         if missing := [column for column in run.task.text if not isinstance(text.get(column), str)]:
             raise DataError(

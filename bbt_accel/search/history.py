@@ -134,7 +134,8 @@ def read_history(file: Path) -> list[Generation]:
             ) from None
         if generation.generation != number:
             raise RunError(
-                f"{file} is damaged: line {number + 1} is generation {generation.generation}; tune again"
+                f"{file} is damaged: line {number + 1} is generation {generation.generation}; "
+                "tune again"
             )
         generations.append(generation)
     return generations

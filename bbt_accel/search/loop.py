@@ -152,8 +152,10 @@ def _replay(
         candidates = method.ask()
         if fingerprint(candidates) != known.candidates:
             raise RunError(
-                f"the run cannot be resumed: generation {known.generation} has other candidates than when it was made "
-                "(another processor, or another version of cma or numpy); tune again with --overwrite"
+                f"the run cannot be resumed: generation {known.generation} has other candidates "
+                "than when it was made "
+                "(another processor, or another version of cma or numpy); tune again with "
+                "--overwrite"
             )
         method.tell(candidates, np.array(known.losses))
         if known.dev_score is not None and known.dev_loss is not None:

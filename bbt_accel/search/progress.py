@@ -10,7 +10,10 @@ from rich.progress import BarColumn
 from bbt_accel.io.progress import StderrBar
 from bbt_accel.search.history import Generation
 
-SEARCH = "{task.completed:.0f}/{task.total:.0f} calls · {task.fields[rate]} · loss {task.fields[loss]} · "
+SEARCH = (
+    "{task.completed:.0f}/{task.total:.0f} calls · {task.fields[rate]} · loss "
+    "{task.fields[loss]} · "
+)
 SEARCH += "dev {task.fields[dev]} · {task.fields[left]} left"
 
 

@@ -115,7 +115,10 @@ class ReadoutSearch:
             reason = "the search did not lower the loss on the dev rows"
         if best.generation is not None and self.job.settings.readout == "auto":
             fall, error = mean_and_error(self.start_losses - self.dev_losses(rows)[0])
-            reason = f"the search changed the loss on the dev rows by {-fall:+.3f} (standard error {error:.3f})"
+            reason = (
+                f"the search changed the loss on the dev rows by {-fall:+.3f} (standard "
+                f"error {error:.3f})"
+            )
             kept = fall > error
             reason += "; its prompt is kept" if kept else "; the prompt without a search is kept"
             if not kept:
@@ -125,7 +128,10 @@ class ReadoutSearch:
         readout, bias = fit_for(self.job.objective, self.name, rows)
         if self.job.objective.metric == "f1":
             threshold = 1 / (1 + np.exp(bias[1]))
-            reason = f"{reason}; for F1, class 1 is predicted where its fitted probability was above {threshold:.2f}"
+            reason = (
+                f"{reason}; for F1, class 1 is predicted where its fitted probability was "
+                f"above {threshold:.2f}"
+            )
         record = ReadoutRecord(
             name=self.name, tried=self.tried, searched=best.generation is not None, reason=reason
         )

@@ -188,7 +188,9 @@ class RunInfo(Manifest):
     versions: dict[str, str] = Field(description="Of bbt-accel, cma, numpy and Python.")
     calls: int = Field(
         default=0,
-        description="Calls of the search, one per candidate on the train set; dev scores are not counted.",
+        description=(
+            "Calls of the search, one per candidate on the train set; dev scores are not counted."
+        ),
     )
     best: BestRecord | None = Field(default=None, description="Where the prompt comes from.")
     baselines: Baselines | None = Field(

@@ -46,7 +46,10 @@ from bbt_accel.tasks.encoding import Encoder, encoder_with_demonstrations
 from bbt_accel.tasks.splits import FewShot, has_test_rows, load_split
 from bbt_accel.tasks.task import Task, load_task
 
-NO_TEST_ROWS = "{} has no test rows, so there will be no test score; --set hold_out=true keeps the rows that are left over"
+NO_TEST_ROWS = (
+    "{} has no test rows, so there will be no test score; --set hold_out=true keeps "
+    "the rows that are left over"
+)
 
 
 def tune(
@@ -171,7 +174,8 @@ def _resolve(
     settings = resolve(task.preset(method), given)
     if task.prompt is not None and bundle.info.prompt_init != task.prompt.init:
         raise UsageError(
-            f"task {task.name} starts from a text; export the bundle with --prompt-init and the task file"
+            f"task {task.name} starts from a text; export the bundle with --prompt-init and the "
+            "task file"
         )
     place = Path(output or f"runs/{task.name}-{method}-{engine.name}-{settings.seed}")
     workspace = held.enter_context(Workspace(place))
@@ -285,7 +289,8 @@ def _prepare(
 def _notes(task: Task, settings: Settings, split: FewShot, encoder: Encoder) -> list[str]:
     """What is assumed of the rows and the label words, where that may be wrong."""
     notes = [
-        f"label word {word!r} has several tokens, of which the first, {piece!r}, is read; a word of one says more"
+        f"label word {word!r} has several tokens, of which the first, {piece!r}, is read; a word "
+        "of one says more"
         for word, piece in encoder.partial_words.items()
     ]
     if split.repeated:

@@ -39,7 +39,8 @@ class Worker:
         path = job.bundle.path
         if not path.is_dir() or Bundle.read(path).digest != digest:
             raise BundleError(
-                f"{platform.node()} does not have the bundle {path}; put it where every node can read it"
+                f"{platform.node()} does not have the bundle {path}; put it where every node can "
+                "read it"
             )
         self.job, self.evaluator = job, job.evaluator()
         if job.bundle.info.method == "bbt" or layer_stds is not None:

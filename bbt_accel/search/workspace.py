@@ -187,7 +187,8 @@ class Workspace:
         except OSError as error:  # a full disk: the run is worth more than its plot
             (self.folder / CURVE).unlink(missing_ok=True)
             report(
-                f"{self.final} has no {CURVE}, which could not be written ({error.strerror or error})"
+                f"{self.final} has no {CURVE}, which could not be written "
+                f"({error.strerror or error})"
             )
         write_info(self.folder, info)
 

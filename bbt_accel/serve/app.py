@@ -255,7 +255,10 @@ class Loopback:
             for name in (b"host", b"origin"):
                 given = headers.get(name, b"localhost").decode("latin-1")
                 if not is_loopback(re.sub(r"^https?://|:\d*\Z", "", given).strip("[]")):
-                    error = f"without a token the server answers to localhost alone, not to {clipped(given, 80)!r}"
+                    error = (
+                        "without a token the server answers to localhost alone, not to "
+                        f"{clipped(given, 80)!r}"
+                    )
                     app = JSONResponse({"error": f"{error}; set {TOKEN}"}, 403)
         await app(scope, receive, send)
 

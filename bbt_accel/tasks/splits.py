@@ -129,7 +129,8 @@ def check_rows(task: Task, data: Path, settings: Settings) -> None:
     load_few_shot(task, data, settings)
     if not has_test_rows(data, settings):
         raise DataError(
-            f"{data} has no test rows; add a file of them or, with tune and sweep, --set hold_out=true"
+            f"{data} has no test rows; add a file of them or, with tune and sweep, --set "
+            "hold_out=true"
         )
     if not settings.hold_out:
         load_rows(task, "test", data)

@@ -118,7 +118,8 @@ class Sweep(Schema):
     def _bundle(self, path: Path) -> Bundle:
         if not (path / INFO).is_file() and self.needs is not None:
             raise BundleError(
-                f"bundle {path} does not exist; create it with {self.needs}, or pass yours as --bundles"
+                f"bundle {path} does not exist; create it with {self.needs}, or pass yours as "
+                "--bundles"
             )
         bundle = Bundle.read(path)
         if self.method is not None:

@@ -174,7 +174,8 @@ def _cross_evaluation(found: CrossEvaluation) -> list[str]:
         for s in found.scores
     ]
     agreements = [
-        f"- {a.task}, {a.engine}, prompts tuned in {a.tuned_in}: {a.bundles[0]} and {a.bundles[1]} predict the same "
+        f"- {a.task}, {a.engine}, prompts tuned in {a.tuned_in}: {a.bundles[0]} and "
+        f"{a.bundles[1]} predict the same "
         f"class for {percent(a.agreement)} % of the test rows."
         for a in found.agreements
     ]

@@ -20,8 +20,13 @@ LARGEST = 65504.0 / 2
 further.
 """
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}  # precision → ONNX element type
-FP32_OPERATORS = {"LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
-                  "SkipSimplifiedLayerNormalization", "Pow"}  # fmt: skip
+FP32_OPERATORS = {
+    "LayerNormalization",
+    "SkipLayerNormalization",
+    "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "Pow",
+}
 """Norms, whose sums of squares overflow first (RoBERTa, T5)."""
 AFTER_MEAN = {"Add", "Sqrt", "Pow", "Reciprocal", "Div"}
 """What follows the mean of squares in a norm that is written out, up to the reciprocal of its
@@ -180,7 +185,6 @@ def retype(node: onnx.NodeProto, old: int, new: int) -> None:
 
 
 # Emulating bf16 on a CPU
-# -------------------------------------------------------------------------------------
 
 
 def emulate_bf16(bundle: Bundle, folder: Path) -> Bundle:

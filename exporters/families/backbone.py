@@ -243,9 +243,14 @@ class Backbone(nn.Module, ABC):
         return self.enter(x)
 
     def whole(
-        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor,
-        label_token_ids: Tensor, decoder_input_ids: Tensor | None = None,
-    ) -> Inputs:  # fmt: skip
+        self,
+        prompts: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Inputs:
         """bbt, all blocks: float32 (P, n, H) and int64 rows → `FOUND`."""
         p = prompts.shape[0]
         mask = self.extend(attention_mask)
@@ -261,9 +266,15 @@ class Backbone(nn.Module, ABC):
         )
 
     def finish(
-        self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor,
-        label_token_ids: Tensor, decoder_input_ids: Tensor | None,
-    ) -> Inputs:  # fmt: skip
+        self,
+        p: int | torch.SymInt,
+        x: Tensor,
+        bias: Tensor,
+        mask: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None,
+    ) -> Inputs:
         """The last block and the head, at the readout position alone: (P·N, T, H) → `FOUND`, of P·N
         rows.
 
@@ -322,9 +333,14 @@ class Backbone(nn.Module, ABC):
         return {"hidden": x.unflatten(0, (p, -1))}
 
     def last(
-        self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor,
-        label_token_ids: Tensor, decoder_input_ids: Tensor | None = None,
-    ) -> Inputs:  # fmt: skip
+        self,
+        prompts: Tensor,
+        state: Inputs,
+        attention_mask: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Inputs:
         """The last block with its prompt, and the readout → `FOUND`."""
         p = prompts.shape[0]
         bias = each(p, self.attention_bias(attention_mask))

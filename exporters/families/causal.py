@@ -145,9 +145,15 @@ class CausalBackbone(Backbone):
         return {"context": torch.cat(known), "context_hidden": torch.cat(entering)}
 
     def whole(  # type: ignore[override]
-        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor,
-        label_token_ids: Tensor, context: Tensor, context_mask: Tensor,
-    ) -> Inputs:  # fmt: skip
+        self,
+        prompts: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+    ) -> Inputs:
         p = prompts.shape[0]
         tokens = self.tokens(input_ids)
         prefix, text = self.segments(attention_mask, context_mask, tokens.dtype)
@@ -166,10 +172,18 @@ class CausalBackbone(Backbone):
         )
 
     def finish_row(
-        self, p: int | torch.SymInt, front: Tensor | None, x: Tensor, prefix: Segment,
-        text: Segment, context: Tensor, readout: Tensor, label_token_ids: Tensor,
-        first: tuple[Tensor, Tensor] | None = None, begin: int = 0,
-    ) -> Inputs:  # fmt: skip
+        self,
+        p: int | torch.SymInt,
+        front: Tensor | None,
+        x: Tensor,
+        prefix: Segment,
+        text: Segment,
+        context: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
+        first: tuple[Tensor, Tensor] | None = None,
+        begin: int = 0,
+    ) -> Inputs:
         """All blocks from `begin` on, and the head: front (P, n, H) or None, x (P·N, T, H) →
         `FOUND`.
 
@@ -231,9 +245,15 @@ class CausalBackbone(Backbone):
         return {"hidden": hidden} if front is None else {"prefix": front, "hidden": hidden}
 
     def last(  # type: ignore[override]
-        self, prompts: Tensor, state: Inputs, attention_mask: Tensor, readout: Tensor,
-        label_token_ids: Tensor, context: Tensor, context_mask: Tensor,
-    ) -> Inputs:  # fmt: skip
+        self,
+        prompts: Tensor,
+        state: Inputs,
+        attention_mask: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+    ) -> Inputs:
         front, x = self.enter_layer(prompts, state)
         prefix, text = self.segments(attention_mask, context_mask, x.dtype)
         begin = self.layers - 1
@@ -269,10 +289,16 @@ class CausalBackbone(Backbone):
         return segment(begin, front, known), segment(begin + n, text, seen)
 
     def both(
-        self, i: int, front: Tensor | None, x: Tensor, prefix: Segment, text: Segment,
+        self,
+        i: int,
+        front: Tensor | None,
+        x: Tensor,
+        prefix: Segment,
+        text: Segment,
         context: Tensor,
-        projected: tuple[Tensor, Tensor] | None = None, position: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        projected: tuple[Tensor, Tensor] | None = None,
+        position: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
         """Block i of the prompt (P, n, H), but for the last block's, and of the text (P·N, T, H).
 
         projected: `project` of the text, where it is known already. position: compute one position

@@ -28,9 +28,15 @@ class EncoderDecoderBackbone(Backbone):
     """
 
     def finish(
-        self, p: int | torch.SymInt, x: Tensor, bias: Tensor, mask: Tensor, readout: Tensor,
-        label_token_ids: Tensor, decoder_input_ids: Tensor | None,
-    ) -> Inputs:  # fmt: skip
+        self,
+        p: int | torch.SymInt,
+        x: Tensor,
+        bias: Tensor,
+        mask: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None,
+    ) -> Inputs:
         """mean_state is that of the encoder's output."""
         x = self.encoded(self.block(self.layers - 1, x, bias))
         assert decoder_input_ids is not None

@@ -200,15 +200,29 @@ LLAMA = FamilySpec(
     tiny=_TINY,
     shapes={
         "smollm2-135m": sizes(
-            30, 576, 9, 1536, 49152, num_key_value_heads=3, max_position_embeddings=8192,
-            rope_theta=100000.0, tie_word_embeddings=True,
+            30,
+            576,
+            9,
+            1536,
+            49152,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            rope_theta=100000.0,
+            tie_word_embeddings=True,
         ),
         "llama-3.2-1b": sizes(
-            16, 2048, 32, 8192, 128256, num_key_value_heads=8, max_position_embeddings=131072,
-            head_dim=64, tie_word_embeddings=True,
+            16,
+            2048,
+            32,
+            8192,
+            128256,
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+            head_dim=64,
+            tie_word_embeddings=True,
         ),
     },
-)  # fmt: skip
+)
 
 
 WINDOWED = partial(longest_row, by_layer=False)

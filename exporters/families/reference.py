@@ -78,10 +78,15 @@ class Reference:
 
     @torch.inference_mode()
     def run(
-        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, readout: Tensor,
-        label_token_ids: Tensor, decoder_input_ids: Tensor | None = None,
+        self,
+        prompt: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        readout: Tensor,
+        label_token_ids: Tensor,
+        decoder_input_ids: Tensor | None = None,
         context_ids: Tensor | None = None,
-    ) -> Inputs:  # fmt: skip
+    ) -> Inputs:
         """float32 (n, H) or (L, n, H), int64 rows → `FOUND` of one candidate, float32."""
         info, cat, self.start = self.info, self.info.prompt_mode == "cat", self.info.prompt_start
         if context_ids is not None:

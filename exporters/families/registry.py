@@ -30,10 +30,30 @@ from bbt_accel.exporters.families.mpnet import MPNET
 from bbt_accel.exporters.families.t5 import MT5, T5
 
 FAMILIES = (
-    ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ALBERT, MPNET, ELECTRA, MODERNBERT,
-    EUROBERT, BART, T5, MT5, GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2,
-    PHI3, GEMMA3,
-)  # fmt: skip
+    ROBERTA,
+    XLM_ROBERTA,
+    CAMEMBERT,
+    BERT,
+    DISTILBERT,
+    ALBERT,
+    MPNET,
+    ELECTRA,
+    MODERNBERT,
+    EUROBERT,
+    BART,
+    T5,
+    MT5,
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    OLMO2,
+    PHI3,
+    GEMMA3,
+)
 GROUP = "bbt_accel.families"
 """The entry-point group by which installed packages add a `FamilySpec`."""
 

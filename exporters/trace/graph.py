@@ -116,10 +116,17 @@ def trace(stage: Stage, backbone: Any, n: int = 0) -> ir.Model:
     axes = dynamic_axes(stage.inputs, n)
     with quiet():
         program = torch.onnx.export(
-            Traced(stage, backbone).eval(), tuple(stage.inputs.values()), dynamo=True,
-            opset_version=OPSET, dynamic_shapes={"inputs": axes}, input_names=list(stage.inputs),
-            output_names=stage.outputs, external_data=False, verbose=False, optimize=False,
-        )  # fmt: skip
+            Traced(stage, backbone).eval(),
+            tuple(stage.inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes={"inputs": axes},
+            input_names=list(stage.inputs),
+            output_names=stage.outputs,
+            external_data=False,
+            verbose=False,
+            optimize=False,
+        )
         assert program is not None
         # small constants are folded; weights stay as they are, so that all graphs share the file
         with quick_rules():

@@ -65,7 +65,8 @@ SMALL = CompareOptions(
 
 def score(contender: str, task: str, seed: int, value: float, budget: int | None = None) -> Score:
     return Score(
-        contender=contender, task=task, metric="accuracy", seed=seed, budget=budget, calls=budget or 1, score=value,
+        contender=contender, task=task, metric="accuracy", seed=seed, budget=budget,
+        calls=budget or 1, score=value,
         seconds=1.0, peak_mib=None, chosen=None,
     )  # fmt: skip
 

@@ -90,7 +90,8 @@ def comparison() -> tuple[CompareReport, str, Callable[[Path], None]]:
 
 def a_sweep() -> tuple[SweepReport, str, Callable[[Path], None]]:
     cell = ScoreCell(
-        task="demo", metric="accuracy", seeds=[1, 2], scores=[0.5, 0.75], mean=0.625, std=0.1768, without_prompt=0.25,
+        task="demo", metric="accuracy", seeds=[1, 2], scores=[0.5, 0.75], mean=0.625, std=0.1768,
+        without_prompt=0.25,
         batch_calibrated=0.375, failed=0,
     )  # fmt: skip
     row = SweepRow(

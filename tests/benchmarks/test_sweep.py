@@ -305,7 +305,8 @@ def test_a_task_that_dies_on_ray_is_a_failure(
 def test_options_override_the_toml_file(toy: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text(
-        f'tasks = ["{toy["tasks"][0]}"]\nbundles = ["{toy["bundles"][0]}"]\nengines = ["dummy"]\nseeds = [1, 2, 3]\n'
+        f'tasks = ["{toy["tasks"][0]}"]\nbundles = ["{toy["bundles"][0]}"]\nengines = '
+        '["dummy"]\nseeds = [1, 2, 3]\n'
         "[settings]\nbudget = 40\nk_shot = 3\n"
     )
     found = read_sweep(file, {"seeds": [5], "engines": None, "settings": {"budget": 24}})
@@ -581,8 +582,8 @@ def test_cross_evaluation_scores_every_prompt_in_each_bundle_that_takes_it(
     table = (tmp_path / "sweep" / "report.md").read_text()
     assert f"| toy | dummy | half | toy-bundle | 2 | {mean:.2f} (" in table
     assert (
-        "prompts tuned in half: toy-bundle and half predict the same class for 0.00 % of the test rows"
-        in table
+        "prompts tuned in half: toy-bundle and half predict the same class for 0.00 % of the "
+        "test rows" in table
     )
     assert sweep(tmp_path / "sweep", resume=True).cross_evaluation == found
 

@@ -32,7 +32,8 @@ def test_no_other_buckets_cost_fewer_tokens(lengths: list[int], overhead: int) -
 @settings(deadline=None, derandomize=True, database=None)
 @given(
     lengths=st.lists(st.integers(9, 60), min_size=1, max_size=12), n=st.integers(1, 20),
-    case=st.sampled_from([("roberta", "add"), ("roberta", "cat"), ("gpt2", "cat"), ("llama", "cat"), ("llama", "add")]),
+    case=st.sampled_from([("roberta", "add"), ("roberta", "cat"), ("gpt2", "cat"), ("llama",
+    "cat"), ("llama", "add")]),
     context=st.integers(0, 11),
 )  # fmt: skip
 def test_rows_of_a_bucket_are_padded_to_the_same_length_that_they_would_have_alone(

@@ -118,7 +118,6 @@ def test_a_batch_holds_integers(name: str) -> None:
 
 
 # Which engine
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,6 @@ def test_an_engine_loads_a_path_as_well_as_a_bundle(bundle: Bundle, name: str) -
 
 
 # Precision and baselines
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["torch", "eager", "eager-readout"])
@@ -287,7 +285,6 @@ def test_the_compiled_baseline_gives_the_numbers_of_eager(bundle: Bundle, loaded
 
 
 # Threads
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -324,7 +321,11 @@ def cores():
             yield os.sched_getaffinity(int(task.name))
 ids = np.full((2, 9), 7)
 batch = Batch(ids, np.ones_like(ids), np.full(2, 6), np.zeros(2, np.int64), np.array([7, 8]))
-with load_engine(path, name, threads=1) as engine, engine.bind(batch) as bound, ThreadPoolExecutor(1) as pool:
+with (
+    load_engine(path, name, threads=1) as engine,
+    engine.bind(batch) as bound,
+    ThreadPoolExecutor(1) as pool,
+):
     prompt, free = engine.bundle.start_prompt()[None], True
     computing = pool.submit(lambda: [bound.label_logits(prompt) for _ in range(100)])
     while not computing.done():
@@ -390,7 +391,6 @@ def test_no_threads_at_all_is_wrong_usage(bundle: Bundle) -> None:
 
 
 # What an engine is given
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*REAL, "dummy"])
@@ -488,7 +488,6 @@ def test_a_forward_pass_that_fails_is_one_clear_line(bundle: Bundle, name: str) 
 
 
 # What is freed
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -547,7 +546,6 @@ def test_a_call_that_fails_leaves_no_layer_in_the_cache(
 
 
 # What needs nothing
-# ------------------------------------------------------------------------------------------
 
 BLOCK = """
 import sys
@@ -569,7 +567,10 @@ def python(code: str, *arguments: str, folder: Path) -> str:
 
 
 def test_importing_bbt_accel_loads_no_runtime(tmp_path: Path) -> None:
-    heavy = "{'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'numpy', 'datasets', 'matplotlib', 'cma'}"
+    heavy = (
+        "{'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'numpy', 'datasets', "
+        "'matplotlib', 'cma'}"
+    )
     assert (
         python(f"import sys, bbt_accel; print({heavy} & set(sys.modules))", folder=tmp_path)
         == "set()"
@@ -636,7 +637,8 @@ from bbt_accel.predict.inference import evaluate, predict_texts
 settings = dict(k_shot=2, intrinsic_dim=5, popsize=4, budget=16, eval_every=8)
 for bundle in sys.argv[1:]:
     output = os.path.basename(bundle)
-    run = tune(bundle, "demo", engine="ort", threads=1, output=output, settings=settings, progress=False)
+    options = dict(engine="ort", threads=1, output=output, settings=settings, progress=False)
+    run = tune(bundle, "demo", **options)
     (answer,) = predict_texts(output, [dict(text="The match ended in a draw.")], threads=1)
     assert abs(sum(answer["probabilities"].values()) - 1) < 1e-6
     print(run.info.bundle.method, run.info.status, answer["word"])

@@ -52,7 +52,8 @@ from bbt_accel.exporters.convert import tensorrt
 from bbt_accel.exporters.convert.optimize import optimize_bundle
 from bbt_accel.exporters.trace.validate import sample_rows
 
-DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"),
+DIFFERENT = [("roberta", "bbt", "add"), ("roberta", "bbtv2", "add"), ("bart", "bbtv2", "add"),
+("t5", "bbt", "add"),
              ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add")]  # fmt: skip
 """Every way in which stages hand on arrays."""
 each = pytest.mark.parametrize("variant", DIFFERENT, ids="-".join)
@@ -193,7 +194,6 @@ def assert_statistics(found: Any, logits: Any, rows: Batch) -> None:
 
 
 # TensorRT on the tests' own GPU
-# ------------------------------------------------------------------------------
 
 
 @each
@@ -816,7 +816,6 @@ def test_norms_are_right_for_activations_that_calibration_did_not_reach(
 
 
 # ONNX Runtime, its device being the CPU
-# ----------------------------------------------------------------------
 
 
 @each
@@ -1007,7 +1006,6 @@ def test_ort_projects_once_a_generation(tiny: Export, monkeypatch: pytest.Monkey
 
 
 # PyTorch
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbtv2"])
@@ -1101,7 +1099,6 @@ def test_an_engine_takes_a_gpu_by_its_number_and_needs_none_without_a_cpu() -> N
 
 
 # ONNX Runtime's options
-# --------------------------------------------------------------------------------------
 
 
 def test_fp32_stays_fp32_and_the_cpu_is_no_fallback(
@@ -1135,7 +1132,6 @@ def test_ort_without_a_driver_is_one_line_that_names_the_cpu(
 
 
 # On a GPU
-# ----------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no NVIDIA GPU: run pytest -m gpu where there is one"

@@ -16,8 +16,10 @@ from conftest import Export
 from tiny_backbones import RELATIVES, VARIANTS, marks
 
 CPU_INPUTS = {
-    "Reshape": (1,), "Expand": (1,), "Slice": (1, 2, 3, 4), "Pad": (1, 2, 3), "Tile": (1,), "Range": (0, 1, 2),
-    "ConstantOfShape": (0,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceSum": (1,), "ReduceMean": (1,),
+    "Reshape": (1,), "Expand": (1,), "Slice": (1, 2, 3, 4), "Pad": (1, 2, 3), "Tile": (1,),
+    "Range": (0, 1, 2),
+    "ConstantOfShape": (0,), "Unsqueeze": (1,), "Squeeze": (1,), "ReduceSum": (1,),
+    "ReduceMean": (1,),
     "ReduceMax": (1,), "ReduceMin": (1,), "Clip": (1, 2), "Split": (1,), "CumSum": (1,),
 }  # fmt: skip
 """Inputs that ONNX Runtime's CUDA kernels read on the host."""

@@ -104,7 +104,6 @@ def tuned(bundle: Bundle, folder: Path, name: str, engine: str, **options: Any) 
 
 
 # Our server
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_search_walks_the_same_path_as_with_the_engine_itself(
@@ -139,7 +138,8 @@ def test_a_search_walks_the_same_path_as_with_the_engine_itself(
 
 @pytest.mark.parametrize(
     ("name", "method", "engine"),
-    [("roberta", "bbt", "ort"), ("roberta", "bbtv2", "ort"), ("bart", "bbt", "ort"), ("roberta", "bbtv2", "torch"),
+    [("roberta", "bbt", "ort"), ("roberta", "bbtv2", "ort"), ("bart", "bbt", "ort"), ("roberta",
+    "bbtv2", "torch"),
      ("llama", "bbtv2", "ort")],
 )  # fmt: skip
 def test_a_real_backbone_gives_the_same_numbers(
@@ -268,7 +268,6 @@ def test_a_url_is_for_the_remote_engine(plain: Bundle) -> None:
 
 
 # Retries
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +312,8 @@ def refusal(status: str, message: str = "no") -> Exception:
     [
         ConnectionRefusedError(), ConnectionResetError(), BrokenPipeError(), TimeoutError(),
         client.HTTPParseError("connection closed."), client.HTTPParseError("Incomplete response."),
-        OSError(113, "No route to host"), socket.gaierror(socket.EAI_AGAIN, "x"), refusal("503"), refusal("502"),
+        OSError(113, "No route to host"), socket.gaierror(socket.EAI_AGAIN, "x"), refusal("503"),
+        refusal("502"),
         refusal("404", "Request for unknown model: 'bundle' has no available versions"),
         refusal("400", "model 'bundle' is not ready"),
     ],
@@ -359,7 +359,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     "error",
     [
         ValueError("x"), OSError(5, "x"), refusal("500"), refusal("404", "there is no model 'x'"),
-        refusal("400", "the request is malformed"), refusal("401"), client.HTTPParseError("Invalid method"),
+        refusal("400", "the request is malformed"), refusal("401"),
+        client.HTTPParseError("Invalid method"),
         socket.gaierror(socket.EAI_NONAME, "x"),
     ],
 )  # fmt: skip
@@ -461,7 +462,6 @@ def test_a_search_outlives_its_server(
 
 
 # Any other server
-# --------------------------------------------------------------------------------------------
 
 
 def test_a_server_of_another_kind_is_refused(

@@ -60,7 +60,6 @@ KEY = Key(
 
 
 # Which TensorRT
-# ----------------------------------------------------------------------------------------------
 
 
 def recorded(name: str) -> ModuleType:
@@ -143,18 +142,19 @@ def test_compute_capabilities_are_those_that_the_api_knows(install: Any) -> None
 
 
 # What a plan depends on
-# --------------------------------------------------------------------------------------
 
 ranges = st.tuples(st.integers(1, 4), st.integers(5, 9), st.integers(10, 99))
 words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 keys = st.builds(
     Key, graph=words, runtime=words, gpu=words, capability=st.tuples(words), driver=words,
     profile=st.builds(
-        ShapeProfile, candidates=ranges, rows=ranges, tokens=ranges, labels=ranges, decoder_tokens=ranges
+        ShapeProfile, candidates=ranges, rows=ranges, tokens=ranges, labels=ranges,
+        decoder_tokens=ranges
     ),
     options=st.dictionaries(words, words, max_size=2),
 )  # fmt: skip
-PARTS = {"graph": "graph", "runtime": "runtime", "gpu": "GPU", "capability": "capability", "driver": "driver",
+PARTS = {"graph": "graph", "runtime": "runtime", "gpu": "GPU", "capability": "capability",
+"driver": "driver",
          "profile": "profile", "options": "options"}  # fmt: skip
 
 
@@ -211,7 +211,6 @@ def test_a_plan_uses_the_memory_of_its_caller_alone_where_tensorrt_can_demand_th
 
 
 # Progress
-# ----------------------------------------------------------------------------------------------------
 
 
 class Phases:
@@ -262,16 +261,19 @@ def test_the_time_left_is_that_of_the_plans_that_the_cache_lacks(
 
 
 # What TensorRT made of a graph
-# -------------------------------------------------------------------------------
 
 LOG = """Layers:
-Name: node_q+node_k+node_v_myl0_4, LayerType: gemm, Inputs: [ { Name: x }], Outputs: [], TacticName: t, StreamId: 0, \
-Metadata: [ONNX Layer: node_q][ONNX Layer: node_k][ONNX Layer: node_v]
-Name: _gemm_mha_v2_myl0_11, LayerType: kgen, Inputs: [], Outputs: [], TacticName: _gemm_mha_v2_0xaa, StreamId: 0, \
-Metadata: [ONNX Layer: node_context][ONNX Layer: node_softmax][ONNX Layer: node_mask][ONNX Layer: node_scores]
-Name: __myl_AddSoft_myl0_12, LayerType: kgen, Inputs: [], Outputs: [], TacticName: , StreamId: 0, \
-Metadata: [ONNX Layer: node_softmax_2][ONNX Layer: node_mask]
-Name: node_o_myl0_13, LayerType: gemm, Inputs: [], Outputs: [], TacticName: , Metadata: [ONNX Layer: node_o]
+Name: node_q+node_k+node_v_myl0_4, LayerType: gemm, Inputs: [ { Name: x }], Outputs: [], \
+TacticName: t, StreamId: 0, Metadata: [ONNX Layer: node_q][ONNX Layer: node_k]\
+[ONNX Layer: node_v]
+Name: _gemm_mha_v2_myl0_11, LayerType: kgen, Inputs: [], Outputs: [], \
+TacticName: _gemm_mha_v2_0xaa, StreamId: 0, \
+Metadata: [ONNX Layer: node_context][ONNX Layer: node_softmax]\
+[ONNX Layer: node_mask][ONNX Layer: node_scores]
+Name: __myl_AddSoft_myl0_12, LayerType: kgen, Inputs: [], Outputs: [], TacticName: , \
+StreamId: 0, Metadata: [ONNX Layer: node_softmax_2][ONNX Layer: node_mask]
+Name: node_o_myl0_13, LayerType: gemm, Inputs: [], Outputs: [], TacticName: , \
+Metadata: [ONNX Layer: node_o]
 """
 
 
@@ -295,7 +297,6 @@ def test_layers_are_read_from_the_builders_log() -> None:
 
 
 # Plans that are kept
-# -----------------------------------------------------------------------------------------
 
 
 def keep(folder: Path, key: Key, plan: bytes = b"plan", stage: str = "model") -> Path:
@@ -336,7 +337,6 @@ def test_the_reason_is_that_of_the_nearest_plan(tmp_path: Path) -> None:
 
 
 # Profiles
-# ----------------------------------------------------------------------------------------------------
 
 
 def rows_of(lengths: list[int], width: int) -> Batch:
@@ -423,7 +423,6 @@ def test_a_task_sets_lengths_population_and_labels(exported: Export) -> None:
 
 
 # Errors of CUDA
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -569,7 +568,6 @@ def test_no_cuda_python_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # Building ahead of time, with the real TensorRT for RTX
-# -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -591,7 +589,8 @@ def records(bundle: Bundle) -> dict[str, Record]:
 
 
 RECENT = [
-    ("llama", "bbtv2", "add"), ("gemma3", "bbt", "cat"), ("modernbert", "bbt", "cat"), ("eurobert", "bbtv2", "add"),
+    ("llama", "bbtv2", "add"), ("gemma3", "bbt", "cat"), ("modernbert", "bbt", "cat"), ("eurobert",
+    "bbtv2", "add"),
 ]  # fmt: skip
 
 

@@ -114,8 +114,10 @@ def test_an_index_that_is_none_is_refused(checkpoint: Path, content: str) -> Non
     ("name", "value"),
     [
         ("num_hidden_layers", 10**7), ("num_hidden_layers", "2"), ("num_hidden_layers", 0),
-        ("hidden_size", 2**40), ("vocab_size", -5), ("vocab_size", 1.5), ("num_attention_heads", True),
-        ("max_position_embeddings", [9]), ("rope_parameters", "x"), ("hidden_act", "no such function"),
+        ("hidden_size", 2**40), ("vocab_size", -5), ("vocab_size", 1.5), ("num_attention_heads",
+        True),
+        ("max_position_embeddings", [9]), ("rope_parameters", "x"), ("hidden_act",
+        "no such function"),
         ("model_type", 7), ("rms_norm_eps", {}), ("num_key_value_heads", 3), ("head_dim", -1),
     ],
 )  # fmt: skip
@@ -227,7 +229,8 @@ def test_a_size_that_no_checkpoint_has_is_refused_before_anything_is_made(size: 
     ("file", "content"),
     [
         ("config.json", b""), ("config.json", b"[]"), ("config.json", b"[" * 100_000),
-        ("config.json", b"\xff"), ("tokenizer.json", b"{}"), ("tokenizer.json", b"\0" * 9), ("tokenizer_config.json", b"[1]"),
+        ("config.json", b"\xff"), ("tokenizer.json", b"{}"), ("tokenizer.json", b"\0" * 9),
+        ("tokenizer_config.json", b"[1]"),
         ("model-00001-of-00009.safetensors", b"\xff" * 64),
         ("pytorch_model.bin", b"cos\nsystem\n(S'ls'\ntR."),
     ],

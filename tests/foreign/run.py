@@ -106,7 +106,6 @@ Load = Callable[[Path, Path, list[Case]], Loaded]
 
 
 # The packages
-# ------------------------------------------------------------------------------------------------
 
 
 class Packages:
@@ -212,14 +211,14 @@ class Packages:
         words = '["sports", "financial", "computer", "health"]'
         file.write_text(
             'name = "pair"\ntext = ["first", "second"]\nn_classes = 4\n'
-            f'[templates]\nmasked = "{{first}} ? {{mask}} , {{second}}"\n[label_words]\nmasked = {words}\n',
+            f'[templates]\nmasked = "{{first}} ? {{mask}} , {{second}}"\n[label_words]\nmasked = '
+            f"{words}\n",
             encoding="utf-8",
         )
         return file
 
 
 # The loaders
-# -------------------------------------------------------------------------------------------------
 
 
 def python_environment(name: str, work: Path) -> Path:
@@ -294,7 +293,10 @@ def check_reports(place: Path, work: Path) -> str:
         axe = called(
             ["node", "reports.mjs", str(work / "screenshots"), chromium, url, *names], place
         ).strip()
-    return f"Report pages ({', '.join(names)}): no violation of axe-core {axe}, sorted by keyboard, hover values."
+    return (
+        f"Report pages ({', '.join(names)}): no violation of axe-core {axe}, sorted by "
+        "keyboard, hover values."
+    )
 
 
 def browser(place: Path, work: Path, cases: list[Case]) -> Loaded:
@@ -343,7 +345,8 @@ def exchange(command: list[str], work: Path, cases: list[Case], place: Path) -> 
     request, reply = work / "request.json", work / "reply.json"
     given = {
         case.name: {
-            "folder": str(case.folder), "model": case.model, "texts": case.texts, "checkpoint": case.checkpoint,
+            "folder": str(case.folder), "model": case.model, "texts": case.texts,
+            "checkpoint": case.checkpoint,
             "listed": case.name.split("-")[0] in LISTED,
         }
         for case in cases
@@ -396,7 +399,6 @@ LOADERS = {
 
 
 # The comparison
-# ----------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -56,7 +56,10 @@ def test_a_long_text_hides_no_separator(tmp_path: Path) -> None:
 
 
 def test_a_long_cyrillic_text_is_recognized(tmp_path: Path) -> None:
-    text = "Фильм оказался очень хорошим, актёры играют прекрасно, музыка великолепна; сюжет захватывает сразу."
+    text = (
+        "Фильм оказался очень хорошим, актёры играют прекрасно, музыка великолепна; сюжет "
+        "захватывает сразу."
+    )
     (tmp_path / "t.csv").write_bytes(f'review,stars\n"{text * 5}",5\n'.encode("cp1251"))
     assert read_table(tmp_path / "t.csv") == Table(
         [{"review": text * 5, "stars": "5"}], "cp1251", ","

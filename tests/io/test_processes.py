@@ -57,7 +57,8 @@ def test_a_child_ends_with_its_parent(tmp_path: Path, last: str) -> None:
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from bbt_accel.io import processes
-child = subprocess.Popen(processes.prepare(signal.pause, {{}}, Path({str(tmp_path)!r})), stdin=subprocess.PIPE)
+command = processes.prepare(signal.pause, {{}}, Path({str(tmp_path)!r}))
+child = subprocess.Popen(command, stdin=subprocess.PIPE)
 print("started", flush=True)
 {last}
 """
@@ -80,7 +81,7 @@ try:
     with processes.interrupted_by_sigterm():
         signal.raise_signal(signal.SIGTERM)
 except KeyboardInterrupt:
-    print("interrupted", signal.getsignal(signal.SIGTERM) is former)
+    print("interrupted", signal.getsignal(signal.SIGTERM) is former, flush=True)
 signal.raise_signal(signal.SIGTERM)
 """
 

@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_the_best_prompt_before_it_is_
     assert result_bytes(start(settings=settings, resume=True)) == result_bytes(whole)
 
 
-def test_a_loss_that_is_not_finite_in_the_first_generation_leaves_the_readout_without_a_search_if_there_is_one(
+def test_a_loss_that_is_not_finite_in_generation_one_leaves_the_readout_without_a_search(
     start: Tune, overflow: Callable[[int], None], tmp_path: Path
 ) -> None:
     overflow(1)
@@ -389,7 +389,8 @@ def test_resume_refuses_other_rows_and_another_bundle(
     (tmp_path / "data" / "train.jsonl").write_text(rows.replace("w1", "w2"))
     with pytest.raises(RunError, match="data"):
         tune(
-            bundle, tmp_path / "data" / "task.toml", data=tmp_path / "data", engine="dummy", output=tmp_path / "run",
+            bundle, tmp_path / "data" / "task.toml", data=tmp_path / "data", engine="dummy",
+            output=tmp_path / "run",
             resume=True, progress=False,
         )  # fmt: skip
     (tmp_path / "data" / "train.jsonl").write_text(rows)
@@ -482,7 +483,8 @@ def searched(task, bundle, data, output, settings, resume, at):
     def deadly(function):
         return lambda *args: (point(), function(*args), point())[1]
     os.fsync, os.rename, os.replace = map(deadly, (os.fsync, os.rename, os.replace))
-    tune(bundle, task, data=data, engine="dummy", output=output, settings=settings, resume=resume, progress=False)
+    options = dict(engine="dummy", output=output, settings=settings, progress=False)
+    tune(bundle, task, data=data, resume=resume, **options)
     return count
 for line in sys.stdin:
     child = os.fork()

@@ -97,7 +97,6 @@ def assert_correct(client: TestClient, bundle: Bundle) -> None:
 
 
 # Responses
-# ---------------------------------------------------------------------------------------------
 
 
 def test_health_and_metadata(client: TestClient, plain: Bundle) -> None:
@@ -185,7 +184,6 @@ def test_one_layer_of_bbtv2(tmp_path: Path) -> None:
 
 
 # The row cache
-# ------------------------------------------------------------------------------------------
 
 
 def test_rows_are_referred_to_by_their_hash(client: TestClient, plain: Bundle) -> None:
@@ -224,7 +222,6 @@ def test_a_hash_that_is_not_that_of_the_rows_is_refused(client: TestClient, plai
 
 
 # Invalid requests
-# ---------------------------------------------------------------------------------------------
 
 
 def refused(answer: Any, status: int, text: str) -> None:
@@ -341,7 +338,8 @@ def test_malformed_bodies_are_refused(
 
 @pytest.mark.parametrize(
     ("cut", "length", "text"),
-    [(-1, None, "ends within input"), (None, "-1", "number"), (None, "x", "number"), (None, "²", "number"),
+    [(-1, None, "ends within input"), (None, "-1", "number"), (None, "x", "number"), (None, "²",
+    "number"),
      (None, "99999999", "at most"), (None, "3", "malformed")],
 )  # fmt: skip
 def test_binary_data_of_the_wrong_length_is_refused(
@@ -534,7 +532,6 @@ def test_a_body_is_bounded_after_decompression(client: TestClient, encoding: str
 
 
 # Limits
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_body_that_is_too_large_is_refused(plain: Bundle) -> None:
@@ -602,9 +599,11 @@ def test_what_a_request_would_make_of_memory_is_refused_before_it_is_bound(plain
 
 def test_without_a_token_no_other_name_than_localhost_is_answered(plain: Bundle) -> None:
     for host, status in {
-        "localhost": 200, "localhost:8000": 200, "127.0.0.1:8000": 200, "[::1]:8000": 200, "127.9.9.9": 200,
+        "localhost": 200, "localhost:8000": 200, "127.0.0.1:8000": 200, "[::1]:8000": 200,
+        "127.9.9.9": 200,
         "LOCALHOST": 200, "localhost.:8000": 200,
-        "evil.example": 403, "evil.example:8000": 403, "localhost.evil.example": 403, "": 403, "[": 403,
+        "evil.example": 403, "evil.example:8000": 403, "localhost.evil.example": 403, "": 403,
+        "[": 403,
         "10.0.0.1": 403,
     }.items():  # fmt: skip
         with local_client(app(plain)) as client:
@@ -623,7 +622,8 @@ def test_without_a_token_no_page_of_another_host_is_answered(plain: Bundle) -> N
     """A browser sends it with the Host of this machine, and the page's own as its Origin."""
     with local_client(app(plain)) as client:
         for origin, status in {
-            "http://localhost:8000": 200, "http://127.0.0.1": 200, "https://evil.example": 403, "null": 403,
+            "http://localhost:8000": 200, "http://127.0.0.1": 200, "https://evil.example": 403,
+            "null": 403,
         }.items():  # fmt: skip
             assert client.get("/v2", headers={"origin": origin}).status_code == status
 
@@ -804,7 +804,10 @@ def test_a_slow_client_gets_a_response_to_its_end_within_the_timeout(
     body = json.dumps(
         in_json(whole(plain, prompts=prompts(plain, 50), label_token_ids=np.full(1000, 5)))
     ).encode()
-    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: "
+        f"{len(body)}\r\n\r\n"
+    )
     with running(app(plain, limits), limits) as url:
         [slow] = connections(url, 1, head.encode() + body)
         begun, pieces = time.monotonic(), list[bytes]()
@@ -883,7 +886,6 @@ def test_the_bodies_of_all_requests_are_bounded_together(plain: Bundle) -> None:
 
 
 # Failures of the engine
-# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -919,7 +921,6 @@ def test_logits_that_are_not_finite_are_returned_as_binary_data_only(
 
 
 # The token
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_every_request_except_health_needs_the_token(plain: Bundle) -> None:
@@ -952,7 +953,6 @@ def test_every_request_except_health_needs_the_token(plain: Bundle) -> None:
 
 
 # A tuned prompt
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1148,7 +1148,6 @@ def test_malformed_binary_texts_are_refused(run: Run, blob: bytes) -> None:
 
 
 # The command
-# -------------------------------------------------------------------------------------------------
 
 
 def start(path: Path, **options: Any) -> None:
@@ -1195,7 +1194,8 @@ SERVE = """
 import sys
 from bbt_accel.serve.limits import Limits
 from bbt_accel.serve.server import serve
-serve(sys.argv[1], engine="dummy", port=0, limits=Limits(2**20, 200, 30.0), ready=lambda *a: print(a[0], flush=True))
+limits = Limits(2**20, 200, 30.0)
+serve(sys.argv[1], engine="dummy", port=0, limits=limits, ready=lambda *a: print(a[0], flush=True))
 print("closed")
 """
 

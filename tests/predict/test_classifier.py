@@ -25,8 +25,8 @@ from tiny_backbones import N_PROMPT
 from bbt_accel import Bundle, Callback, PromptClassifier
 from bbt_accel.core.demo import DATA
 from bbt_accel.core.option_types import FIT_BUDGET
-from bbt_accel.errors import BbtError, DataError, EngineError, NonFiniteLoss, PackageError, RunError
-from bbt_accel.package.package import check_package
+from bbt_accel.errors import BbtError, DataError, EngineError, NonFiniteLoss, RunError
+from bbt_accel.package.package import Options, check_package, package_run
 from bbt_accel.predict.bundle_cache import cache_folder
 from bbt_accel.predict.classifier import as_json, as_labels, as_rows, of_run
 from bbt_accel.search.evaluator import LocalEvaluator
@@ -464,57 +464,15 @@ def test_too_few_rows_or_labels_are_one_line(X: list[str], y: list[int]) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_it_becomes_a_package(
+def test_the_folder_that_it_was_saved_in_becomes_a_package(
     small: PromptClassifier, rows: tuple[list[str], list[str]], tmp_path: Path
 ) -> None:
-    small.fit(*rows).package(tmp_path / "package")
-    info = json.loads((tmp_path / "package" / "bbt_accel.json").read_text(encoding="utf-8"))
-    assert info["labels"] == sorted(WORDS)
-    assert (info["comparison"]["rows"] > 80, info["comparison"]["labels_differ"]) == (True, 0)
+    small.fit(*rows).save(tmp_path / "saved")
+    info = package_run(tmp_path / "saved", tmp_path / "package", Options(threads=1))
+    assert info.labels == sorted(WORDS)
+    assert (info.comparison.rows > 80, info.comparison.labels_differ) == (True, 0)
     assert (tmp_path / "package" / "onnx" / "model.onnx").is_file()
-    assert (info["command"], info["comparison"]["estimator_differs"]) == (
-        "bbt-accel package SAVED -o package",
-        None,
-    )
-    with pytest.raises(
-        PackageError, match=r"pass it with --run .of an estimator, the folder that its save wrote"
-    ):
-        check_package(tmp_path / "package")
-    small.save(tmp_path / "elsewhere" / "deep" / "saved")
-    check_package(tmp_path / "package", threads=1, run=tmp_path / "elsewhere" / "deep" / "saved")
-
-
-@pytest.mark.slow
-def test_a_package_of_another_bundle_is_compared_with_the_estimator_too(
-    rows: tuple[list[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("openvino")
-    estimator = PromptClassifier(
-        "demo", engine="openvino", precision="fp32", readout="calibrated", budget=1, threads=1
-    )
-    estimator.fit(*rows).save(tmp_path / "saved")
-    estimator.package(tmp_path / "package")
-    info = json.loads((tmp_path / "package" / "bbt_accel.json").read_text(encoding="utf-8"))
-    assert info["comparison"]["estimator_differs"] == 0
-    monkeypatch.setenv("BBT_ACCEL_CACHE", str(tmp_path / "cache of another machine"))
-    there = PromptClassifier.load(tmp_path / "saved").set_params(backbone=str(tmp_path / "gone"))
-    there.package(tmp_path / "same", "openvino")
-    with pytest.raises(
-        PackageError,
-        match=r"onnx packages take no bundle for openvino .* pass an exported one with bun",
-    ):
-        there.package(tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_a_package_in_another_precision_is_warned_of(
-    fitted: PromptClassifier, tmp_path: Path
-) -> None:
-    with pytest.warns(
-        UserWarning,
-        match=r"predict runs in fp32 for .*, the package in int8: \d+ of \d+ texts get another",
-    ):
-        fitted.package(tmp_path / "package", int8=True)
+    check_package(tmp_path / "package", threads=1)
 
 
 @pytest.mark.slow

@@ -52,8 +52,10 @@ PAIRS += [
     for i, j in ((14, 30), (30, 14), (21, 22), (22, 21), (40, 40), (41, 40))
 ]
 COMPUTATIONS = [
-    ("roberta", "bbt", "add"), ("roberta", "bbt", "cat"), ("roberta", "bbtv2", "add"), ("bert", "bbt", "add"),
-    ("bart", "bbt", "cat"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"), ("t5-v1.1", "bbt", "cat"),
+    ("roberta", "bbt", "add"), ("roberta", "bbt", "cat"), ("roberta", "bbtv2", "add"), ("bert",
+    "bbt", "add"),
+    ("bart", "bbt", "cat"), ("bart", "bbtv2", "add"), ("t5", "bbt", "add"), ("t5-v1.1", "bbt",
+    "cat"),
     ("gpt2", "bbt", "add"), ("gpt2", "bbt", "cat"), ("gpt2", "bbtv2", "add"),
 ]  # fmt: skip
 """Every way to compute and to place a prompt, and every kind of tokenizer; all families share their
@@ -107,7 +109,6 @@ def agrees(run: Run, folder: Path, info: PackageInfo, texts: list[Any]) -> None:
 
 
 # What is computed
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "method", "mode"), COMPUTATIONS)
@@ -225,13 +226,15 @@ def test_an_int8_package_is_not_compared_with_one_of_another_calibration(
     )
     with pytest.raises(
         PackageError,
-        match="was calibrated on the run's rows, here that would be on shipped texts; package the run again",
+        match=(
+            "was calibrated on the run's rows, here that would be on shipped texts; package "
+            "the run again"
+        ),
     ):
         check_package(folder, threads=1, run=moved)
 
 
 # The folder
-# --------------------------------------------------------------------------------------------------
 
 
 def test_what_loaders_read(demo: tuple[Run, Path, PackageInfo]) -> None:
@@ -320,8 +323,10 @@ def test_the_card_names_what_a_result_rests_on(demo: tuple[Run, Path, PackageInf
     assert card.startswith("---\npipeline_tag: text-classification\n")
     assert info.score is not None
     for part in (
-        "bert", "bbt, add, 3 prompt tokens", "{text} It was {mask} .", "bad", "great", run.info.data.digest,
-        f"{info.score.score:.4f}", f"{info.score.without_prompt:.4f}", f"{run.info.calls} calls", "ort", "onnxruntime",
+        "bert", "bbt, add, 3 prompt tokens", "{text} It was {mask} .", "bad", "great",
+        run.info.data.digest,
+        f"{info.score.score:.4f}", f"{info.score.without_prompt:.4f}", f"{run.info.calls} calls",
+        "ort", "onnxruntime",
         "bbt-accel package", "licence", info.comparison.digest,
     ):  # fmt: skip
         assert part in card
@@ -359,7 +364,6 @@ def test_the_licence_is_that_of_the_checkpoint(tmp_path: Path) -> None:
 
 
 # The check
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_check_repeats_the_comparison(demo: tuple[Run, Path, PackageInfo]) -> None:
@@ -510,7 +514,6 @@ def test_rows_with_other_token_ids_are_refused(made: MakeRun, tmp_path: Path) ->
 
 
 # What cannot be packaged
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -569,7 +572,6 @@ def test_nothing_is_replaced(demo: tuple[Run, Path, PackageInfo]) -> None:
 
 
 # Other formats
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -791,7 +793,6 @@ def test_an_archive_with_another_hash_is_refused(made: MakeRun, npm: Path, tmp_p
 
 
 # The command
-# -------------------------------------------------------------------------------------------------
 
 
 def test_the_command_packages_and_checks(
@@ -840,7 +841,6 @@ def test_options_of_packaging_and_of_the_check_are_not_mixed(
 
 
 # Rows and names
-# ----------------------------------------------------------------------------------------------
 
 
 def test_held_out_rows_alone_are_test_rows(tiny: Export, tmp_path: Path) -> None:

@@ -194,5 +194,5 @@ def test_a_tracker_that_fails_is_one_line_and_the_search_goes_on_without_it(
 def test_every_tracker_has_an_extra() -> None:
     import tomllib
 
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert set(TRACKERS) <= set(tomllib.loads(text)["project"]["optional-dependencies"])

@@ -176,7 +176,6 @@ def test_a_link_out_of_a_run_is_not_uploaded(run: Run, tmp_path: Path) -> None:
 
 
 # What nobody else should see
-# -----------------------------------------------------------------------------------
 
 PRIVATE = ("alice", "gpu-host")
 """Parts of paths and addresses of this machine, in `private`."""
@@ -269,7 +268,8 @@ def test_a_pushed_run_or_classifier_is_used_by_its_address(
     assert list(found["probabilities"].values()) == pytest.approx(probabilities[0])
     script = (
         "from bbt_accel import PromptClassifier as P\n"
-        "for name in ('run', 'saved'): print(P.load(f'hf://me/{name}').predict_proba(['w1 w2']).tolist())"
+        "for name in ('run', 'saved'): print(P.load(f'hf://me/{name}').predict_proba(['w1 "
+        "w2']).tolist())"
     )
     environment = {**os.environ, **hub.environment(tmp_path / "cache")}
     done = subprocess.run(
@@ -307,8 +307,8 @@ def test_a_private_push_to_a_public_repository_uploads_nothing(
     found = cli("push", "run", "me/public", "--yes", "--private")
     assert found.returncode == 1
     assert (
-        found.stderr
-        == "error: me/public exists and is public; make it private on the hub, or choose another name\n"
+        found.stderr == "error: me/public exists and is public; make it private on the hub, "
+        "or choose another name\n"
     )
     assert list((tmp_path / "hub" / "models" / "me" / "public").iterdir()) == []
 

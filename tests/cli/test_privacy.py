@@ -19,7 +19,8 @@ one = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
 two = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
 graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "g", [one], [two])
 model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+providers = ["CPUExecutionProvider"]
+session = onnxruntime.InferenceSession(model.SerializeToString(), providers=providers)
 session.run(None, {"x": numpy.ones(1, numpy.float32)})
 """
 OPENVINO = """

@@ -231,9 +231,7 @@ def test_no_other_predictions_have_a_higher_expected_f1(
     assert expected(predicted) == pytest.approx(max(map(expected, every)), abs=1e-9)
 
 
-def test_class_1_is_predicted_above_a_third_where_nothing_is_known_and_above_half_where_everything_is() -> (
-    None
-):
+def test_class_1_is_predicted_above_a_third_if_nothing_is_known_above_half_if_all_is() -> None:
     targets = np.arange(10) % 2
     for scores, threshold in ((np.zeros((10, 2)), 1 / 3), (50.0 * np.eye(2)[targets], 1 / 2)):
         assert f1_bias(scores, targets)[1] == pytest.approx(np.log(1 / threshold - 1), abs=1e-9)
@@ -355,7 +353,6 @@ def test_a_class_with_several_words_has_the_mean_of_their_logits() -> None:
 
 
 # In a run
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -475,7 +472,8 @@ def test_the_paper_preset_is_the_search_without_a_fitted_readout(
     own = {name: value for name, value in SETTINGS.items() if name != "readout"}
     arguments: dict[str, Any] = {"data": tmp_path / "data", "engine": "dummy", "progress": False}
     paper = tune(
-        tmp_path / "bundle", tmp_path / "data" / "task.toml", output=tmp_path / "p", preset="paper", settings=own,
+        tmp_path / "bundle", tmp_path / "data" / "task.toml", output=tmp_path / "p",
+        preset="paper", settings=own,
         **arguments,
     )  # fmt: skip
     assert paper.info.settings.readout == "verbalizer"

@@ -397,7 +397,8 @@ def test_the_command_prints_what_was_chosen_and_the_score(
         "--backbone",
         str(shared / "roberta"),
     ]
-    words += f"--engine ort --precision fp32 --budget 1 --set n_prompt_tokens={N_PROMPT} --set threads=1".split()
+    words += ["--engine", "ort", "--precision", "fp32", "--budget", "1"]
+    words += ["--set", "threads=1", "--set", f"n_prompt_tokens={N_PROMPT}"]
     with pytest.raises(SystemExit) as caught:
         main([*words, "-o", "run"])
     out = capsys.readouterr().out
