@@ -26,10 +26,16 @@ def session_options(threads: int | None = None) -> Any:
     return options
 
 
-def inference_session(file: str | Path, options: Any, providers: Sequence[Any], **more: Any) -> Any:
-    """An `onnxruntime.InferenceSession` with these options, on these providers or not at all."""
+def inference_session(
+    model: Path | bytes, options: Any, providers: Sequence[Any], **more: Any
+) -> Any:
+    """An `onnxruntime.InferenceSession` with these options, on these providers or not at all.
+
+    model: its file or its bytes.
+    """
     import onnxruntime
 
+    graph = model if isinstance(model, bytes) else str(model)
     more["enable_fallback"] = (
         0  # it would print the error to standard output, and load the graph on the CPU
     )
@@ -38,9 +44,9 @@ def inference_session(file: str | Path, options: Any, providers: Sequence[Any], 
         with suppress(
             Exception
         ):  # of a weight with two uses, which ONNX Runtime 1.32 cannot convert
-            return onnxruntime.InferenceSession(str(file), options, providers, **more)
+            return onnxruntime.InferenceSession(graph, options, providers, **more)
         options.add_session_config_entry(WIDE_SUMS, "0")
-    session = onnxruntime.InferenceSession(str(file), options, providers, **more)
+    session = onnxruntime.InferenceSession(graph, options, providers, **more)
     if lacks_vnni():
         warn()
     return session

@@ -216,15 +216,14 @@ def test_without_vnni_sums_are_wide_where_onnxruntime_can_convert_the_weights(
     optimized: Export, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     variant: tuple[str, str, str], wanted: list[str],
 ) -> None:  # fmt: skip
-    """Here a processor that overflows is only pretended, so that all numbers are right in any
-    case.
-    """
+    """Where the processor does overflow, the first numbers are wrong, and are not compared."""
     made = optimized(variant, "int8", max_rmse=1)
     prompts, rows = np.zeros((2, *made.info.prompt_shape), np.float32), sample_rows(made, 4)
     found, asked, add = [], [], SessionOptions.add_session_config_entry
     monkeypatch.setattr(
         SessionOptions, "add_session_config_entry", lambda *e: (asked.append(e[1:]), add(*e))[1]
     )
+    overflows = lacks_vnni()
     warn.cache_clear()
     monkeypatch.setattr("bbt_accel.engines.ort_sessions.lacks_vnni", lacks_vnni.__wrapped__)
     for known in (["AVX2", "AVX-512 VNNI"], ["AVX2"]):
@@ -234,7 +233,8 @@ def test_without_vnni_sums_are_wide_where_onnxruntime_can_convert_the_weights(
         states = [value for name, value in asked if name == WIDE_SUMS]
         assert states == ([] if len(found) == 1 else wanted)
     assert ("has no VNNI" in capsys.readouterr().err) == ("0" in wanted)
-    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    if not overflows:
+        np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -250,12 +250,13 @@ def test_matmuls_stay_in_fp32_until_the_logits_are_close_enough(
 ) -> None:
     if target == "openvino":
         pytest.importorskip("openvino")
-    whole, part, none = (optimized(variant, "int8", target, max_rmse) for max_rmse in (1, 2e-3, 0))
 
     def report(made: Bundle) -> tuple[int, int, float]:
         found: Any = made.info.optimization
         return found["quantized"], len(found["fp32_fallback"]), found["logit_rmse"]
 
+    whole, none = (optimized(variant, "int8", target, max_rmse) for max_rmse in (1, 0))
+    part = optimized(variant, "int8", target, report(whole)[2] / 2)
     assert report(whole)[1] == 0
     assert 0 < report(part)[1] < report(whole)[0]
     assert report(part)[0] == report(whole)[0] - report(part)[1]

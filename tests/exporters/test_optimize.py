@@ -345,9 +345,13 @@ def test_openvino_computes_a_bf16_bundle_in_bf16(
         whole.path / OPENVINO_WEIGHTS
     ).read_bytes()
     report, exact = made.info.optimization or {}, whole.info.optimization or {}
-    assert exact["logit_rmse"] < 1e-4 < report["logit_rmse"] < 0.1  # type: ignore[operator]
-    assert report["agreement"] >= 0.9  # type: ignore[operator]
+    assert exact["logit_rmse"] < 1e-4  # type: ignore[operator]
     assert "bf16" not in exact
+    if str(report["bf16"]).startswith("not supported"):
+        assert report["logit_rmse"] < 1e-4  # type: ignore[operator]
+    else:
+        assert 1e-4 < report["logit_rmse"] < 0.1  # type: ignore[operator]
+    assert report["agreement"] >= 0.9  # type: ignore[operator]
     if report["bf16"] == "native":
         wanted, found = logits(whole, prompts_for(source)), logits(made, prompts_for(source))
         assert 0 < np.abs(found - wanted).max() <= 0.1 * max(1.0, np.abs(wanted).max())
