@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "benchmarks")]
 
 from package_parts import TEXTS, task_file  # noqa: E402
 from reports import write_reports  # noqa: E402
