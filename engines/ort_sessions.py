@@ -35,7 +35,6 @@ def inference_session(
     """
     import onnxruntime
 
-    graph = model if isinstance(model, bytes) else str(model)
     more["enable_fallback"] = (
         0  # it would print the error to standard output, and load the graph on the CPU
     )
@@ -44,9 +43,9 @@ def inference_session(
         with suppress(
             Exception
         ):  # of a weight with two uses, which ONNX Runtime 1.32 cannot convert
-            return onnxruntime.InferenceSession(graph, options, providers, **more)
+            return onnxruntime.InferenceSession(model, options, providers, **more)
         options.add_session_config_entry(WIDE_SUMS, "0")
-    session = onnxruntime.InferenceSession(graph, options, providers, **more)
+    session = onnxruntime.InferenceSession(model, options, providers, **more)
     if lacks_vnni():
         warn()
     return session
