@@ -117,9 +117,31 @@ def folded(
     )
     with quick_rules():
         optimize(model, input_size_limit=UNLIMITED, output_size_limit=UNLIMITED)
+    separate_zero_points(model.graph)
     for node in model.graph:
         node.metadata_props.clear()
     return model
+
+
+def separate_zero_points(graph: ir.Graph) -> None:
+    """Give each int8 weight a zero point of its own, after equal ones became one.
+
+    Without VNNI, ONNX Runtime converts the zero point with its weight, and can do so only once.
+    """
+    taken: set[ir.Value] = set()
+    for node in graph:
+        if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
+            continue
+        zero = node.inputs[2]
+        if zero is None or zero.const_value is None:
+            continue
+        if zero in taken:
+            name = f"{node.outputs[0].name}_zero"
+            value = ir.tensor(zero.const_value.numpy(), name=name)
+            zero = ir.Value(name=name, shape=zero.shape, type=zero.type, const_value=value)
+            graph.register_initializer(zero)
+            node.replace_input_with(2, zero)
+        taken.add(zero)
 
 
 def has_data_file(file: Path) -> bool:

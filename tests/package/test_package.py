@@ -25,7 +25,6 @@ from tiny_bundles import linked
 from bbt_accel.cli.commands import main
 from bbt_accel.core.bundle import Bundle
 from bbt_accel.core.settings import READOUTS
-from bbt_accel.engines.ort_sessions import lacks_vnni
 from bbt_accel.errors import BbtError, PackageError
 from bbt_accel.exporters.convert.optimize import optimize_bundle
 from bbt_accel.io.manifests import facts_digest
@@ -868,8 +867,6 @@ def test_labels_are_the_names_of_classes(tiny: Export, tmp_path: Path) -> None:
 def test_int8_is_made_of_the_bundle_that_the_runs_was_optimized_from(
     tiny: Export, tmp_path: Path
 ) -> None:
-    if lacks_vnni():
-        pytest.skip("without VNNI the sums of this graph overflow in ONNX Runtime")
     place = tmp_path / "bundles"
     shutil.copytree(tiny("bert").path, place / "exported")
     run = tuned(optimize_bundle(place / "exported", place / "ort"), tmp_path)
