@@ -137,7 +137,7 @@ def separate_zero_points(graph: ir.Graph) -> None:
             continue
         if zero in taken:
             name = f"{node.outputs[0].name}_zero"
-            value = ir.tensor(zero.const_value.numpy(), name=name)
+            value = ir.tensor(zero.const_value.numpy().copy(), name=name)
             zero = ir.Value(name=name, shape=zero.shape, type=zero.type, const_value=value)
             graph.register_initializer(zero)
             node.replace_input_with(2, zero)

@@ -3,14 +3,17 @@
 import sys
 from importlib.metadata import version
 
+from onnxruntime import SessionOptions
 from optimum.onnxruntime import ORTModelForSequenceClassification
 from texts import classify_all
 
 
 def load(case):
     folder, _, name = case["model"].rpartition("/")
+    options = SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # exact without VNNI as well
     return ORTModelForSequenceClassification.from_pretrained(
-        case["folder"], subfolder=folder, file_name=name
+        case["folder"], subfolder=folder, file_name=name, session_options=options
     )
 
 
