@@ -22,6 +22,12 @@ from bbt_accel.core.option_types import MAX_RMSE
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
 
+# Child processes find modules beside this file as pytest does, for `dummy_engine`, an engine that
+# is a plug-in of the tests.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+)
+
 THREADS = 1
 """More than one wait for each other where the machine is shared, and gain nothing on tiny
 backbones.

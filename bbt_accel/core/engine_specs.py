@@ -76,7 +76,7 @@ class EngineSpec:
     `bbt_accel.exporters.convert.converters`.
     benched: precisions that `bench` measures by default.
     remote: computes on a server: needs a `--url`, and takes neither a device nor threads.
-    internal: not offered on the command line: the baselines of benchmarks, and the engine of tests.
+    internal: not offered on the command line, as the baselines of benchmarks.
     baseline: PyTorch as one would use it without bbt-accel; `bench` measures them first, in the
     order of `ENGINES`.
     counts_flops: PyTorch can count the operations of its forward.
@@ -223,7 +223,6 @@ ENGINES = (
     _baseline("eager-tf32", "baselines:EagerTf32Engine", benched=("fp32",), only="cuda"),
     _baseline("eager-readout", "baselines:EagerReadoutEngine"),
     _baseline("compiled", "baselines:CompiledEngine", counts_flops=False),
-    EngineSpec("dummy", {"cpu": Backend("bbt_accel.engines.dummy:DummyEngine")}, internal=True),
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dummy_engine import DummyEngine
 from tiny_bundles import tiny_bundle
 
 from bbt_accel.benchmarks import bench, ceilings
@@ -33,7 +34,6 @@ from bbt_accel.core.batch import Batch
 from bbt_accel.core.bundle import Bundle, write_info
 from bbt_accel.core.demo import DATA
 from bbt_accel.core.engine_specs import Precision, engine_spec, engine_specs
-from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import DataError, UsageError
 from bbt_accel.io.machine import describe_machine
 from bbt_accel.tasks.task import load_task

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 from conftest import blank_plot
+from dummy_engine import DummyBoundBatch
 from search_parts import search_bundle, task_file
 
 from bbt_accel.benchmarks.sweep import runner
@@ -22,7 +23,6 @@ from bbt_accel.benchmarks.sweep.rendering import markdown, scores
 from bbt_accel.benchmarks.sweep.report import SweepReport, TrialResult, make_report
 from bbt_accel.benchmarks.sweep.runner import run_sweep
 from bbt_accel.cli.commands import app, main
-from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, BundleError, DataError, EngineError, RunError, UsageError
 from bbt_accel.io import processes
 from bbt_accel.io.pools import Pool, PoolJob

@@ -35,7 +35,7 @@ ENGINE = EngineSpec(
 )
 """,
     "toy_plugin/engine.py": """
-from bbt_accel.engines.dummy import DummyEngine
+from dummy_engine import DummyEngine
 
 class ToyEngine(DummyEngine):
     def versions(self):

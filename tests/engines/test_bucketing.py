@@ -63,12 +63,3 @@ def test_rows_of_a_bucket_are_padded_to_the_same_length_that_they_would_have_alo
             for i in range(len(rows))
         }
         assert alone == {padded}
-
-
-@pytest.mark.parametrize(
-    ("overhead", "where"),
-    [(0, [2, 3, 5]), (5, [3, 5]), (1000, [])],
-    ids=["no padding", "few buckets", "one bucket"],
-)
-def test_a_bucket_costs_its_overhead(overhead: int, where: list[int]) -> None:
-    assert split_points(np.array([5, 5, 6, 9, 9, 20]), overhead) == where

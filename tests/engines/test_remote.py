@@ -20,6 +20,7 @@ pytest.importorskip("geventhttpclient")
 pytest.importorskip("tritonclient")
 
 from conftest import Export
+from dummy_engine import DummyEngine
 from search_parts import SETTINGS, search_bundle, task_file
 from serving_parts import LIMITS, app, app_of, prompts, row_tensors, rows, rows_for, running
 
@@ -27,7 +28,6 @@ from bbt_accel import Population, load_engine, tune
 from bbt_accel.core.bundle import Bundle
 from bbt_accel.engines import client, remote
 from bbt_accel.engines.client import Server
-from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, EngineError, UsageError
 from bbt_accel.predict.inference import evaluate, predict_texts
 from bbt_accel.search.run import Run
@@ -426,7 +426,7 @@ def on_port(application: Any, port: int) -> Iterator[str]:
 DYING = """
 import os, sys
 from bbt_accel.cli.commands import main
-from bbt_accel.engines.dummy import DummyBoundBatch
+from dummy_engine import DummyBoundBatch
 calls, computed = int(sys.argv[3]), DummyBoundBatch._label_logits
 def label_logits(self, *given):
     global calls

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dummy_engine import DummyEngine
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import tune
 from bbt_accel.core.bundle import write_info as write_bundle_info
 from bbt_accel.core.logits import log_softmax
 from bbt_accel.core.objective import Objective
-from bbt_accel.engines.dummy import DummyEngine
 from bbt_accel.errors import BundleError, DataError, RunError, UsageError
 from bbt_accel.predict.inference import evaluate, predict_texts, scored_rows
 from bbt_accel.search.run import Run, write_info

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from dummy_engine import DummyBoundBatch, DummyEngine
 from search_parts import batch, job, search_bundle
 
 from bbt_accel.core.bundle import Bundle
 from bbt_accel.core.objective import Objective
 from bbt_accel.core.population import Population
 from bbt_accel.core.settings import Settings
-from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import NonFiniteLoss, RunError
 from bbt_accel.search.evaluator import LocalEvaluator
 from bbt_accel.search.history import Generation, History

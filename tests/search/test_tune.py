@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dummy_engine import DummyBoundBatch
 from safetensors.numpy import load_file, save_file
 from search_parts import SETTINGS, search_bundle, task_file
 
@@ -23,7 +24,6 @@ from bbt_accel import tune
 from bbt_accel.core.bundle import Bundle
 from bbt_accel.core.population import Population
 from bbt_accel.core.settings import FITTED
-from bbt_accel.engines.dummy import DummyBoundBatch
 from bbt_accel.errors import BbtError, NonFiniteLoss, RunError, UsageError
 from bbt_accel.io.files import reserved
 from bbt_accel.search import readout_search as readouts
@@ -472,7 +472,7 @@ KILLED = """
 import json, os, signal, sys
 import huggingface_hub.repocard, matplotlib.backends.backend_agg, matplotlib.figure
 from bbt_accel import tune
-from bbt_accel.engines import dummy
+import dummy_engine
 def searched(task, bundle, data, output, settings, resume, at):
     count = 0
     def point():
@@ -721,7 +721,7 @@ def test_a_full_disk_at_the_plot_costs_the_plot_alone(
 TERMINATED = """
 import os, signal, sys
 from bbt_accel.cli.commands import main
-from bbt_accel.engines.dummy import DummyBoundBatch
+from dummy_engine import DummyBoundBatch
 whole, count = DummyBoundBatch._label_logits, 0
 def logits(self, population):
     global count

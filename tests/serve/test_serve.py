@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Export
+from dummy_engine import DummyBoundBatch, DummyEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from search_parts import SETTINGS, search_bundle, task_file
@@ -50,7 +51,6 @@ from bbt_accel import load_engine, tune
 from bbt_accel.core.bundle import Bundle
 from bbt_accel.core.population import Population
 from bbt_accel.engines.base import BoundBatch
-from bbt_accel.engines.dummy import DummyBoundBatch, DummyEngine
 from bbt_accel.errors import BbtError, EngineError, RequestError, TaskError, UsageError
 from bbt_accel.predict.inference import predict_texts
 from bbt_accel.search.run import Run
@@ -1221,7 +1221,7 @@ def test_ctrl_c_shuts_the_server_down(plain: Bundle) -> None:
 COMPUTING = """
 import sys, time
 from bbt_accel.cli.commands import main
-from bbt_accel.engines.dummy import DummyBoundBatch
+from dummy_engine import DummyBoundBatch
 from bbt_accel.serve import app
 from bbt_accel.serve import server
 whole = server.configuration

@@ -1,10 +1,13 @@
-"""An engine without weights, for tests: label logits are a fixed smooth function of the prompt."""
+"""The engine `dummy`, a plug-in of the tests: it has no weights, and its label logits are a fixed
+smooth function of the prompt.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from bbt_accel.core.batch import Batch, Float32
+from bbt_accel.core.engine_specs import Backend, EngineSpec
 from bbt_accel.core.population import Population
 from bbt_accel.engines.base import BoundBatch, Engine
 
@@ -47,3 +50,6 @@ class DummyEngine(Engine):
 
     def versions(self) -> dict[str, str]:
         return {"dummy": "1"}
+
+
+ENGINE = EngineSpec("dummy", {"cpu": Backend("dummy_engine:DummyEngine")}, internal=True)
