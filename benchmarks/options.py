@@ -43,8 +43,8 @@ class BenchOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     without_option: ClassVar = (
-        *("prompt_mode", "n_prompt_tokens", "rows", "k_shot", "test_rows"),
-        *("popsize", "repeats", "seeds", "budget", "without"),
+        *("method", "prompt_mode", "n_prompt_tokens", "rows", "k_shot", "test_rows"),
+        *("popsize", "repeats", "seeds", "budget", "threads", "without"),
     )
     """Those that the command takes by --set."""
     backbone: str = Field(description=BACKBONE)
@@ -152,7 +152,10 @@ def naming(contender: str) -> Iterator[None]:
 class CompareOptions(Schema):
     """The options of `run_compare`."""
 
-    without_option: ClassVar = ("k_shot", "n_prompt_tokens", "test_rows", "precision", "threads")
+    without_option: ClassVar = (
+        *("reference", "k_shot", "n_prompt_tokens", "test_rows"),
+        *("engine", "precision", "threads"),
+    )
     """Those that the command takes by --set."""
     backbone: str = Field(default="demo", description=BACKBONE)
     data: Path | None = Field(default=None, description=TASK_FOLDERS)
@@ -181,7 +184,7 @@ class CompareOptions(Schema):
     engine: str = Field(
         default=DEFAULT_ENGINE, description="Engine of the readouts and the searches."
     )
-    precision: Precision = Field(default="fp32", description="Precision of --engine.")
+    precision: Precision = Field(default="fp32", description="Precision of the engine.")
     threads: Threads | None = Field(
         default=None, description="CPU threads per trial (default: its share)."
     )
@@ -219,7 +222,7 @@ def readout_of(search: str) -> str:
 def check_reference(reference: str, contenders: Sequence[str]) -> None:
     """Raises UsageError for a contender that is not compared."""
     provided = [*contenders, *(FITTED if "readouts" in contenders else ())]
-    check_known("--reference", reference, dict.fromkeys(provided))
+    check_known("reference", reference, dict.fromkeys(provided))
 
 
 def compare_options(**given: Any) -> CompareOptions:

@@ -9,12 +9,11 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from bbt_accel.cli.options import default_of, fields_of, meaning_of, parse_settings
-from bbt_accel.io.command import print_table
 
 app = typer.Typer(
     name="bbt-accel",
     help="Tune soft prompts for frozen language models with forward passes alone, on fast "
-    "inference engines. Every command takes --json, to print JSON instead of a table.",
+    "inference engines.",
     epilog="Example: bbt-accel export demo -o bundle && "
     "bbt-accel tune --bundle bundle --task demo -o run",
     rich_markup_mode="rich",
@@ -28,22 +27,20 @@ COMMANDS: dict[str, type["Command"]] = {}
 class Command:
     """A field annotated with a `typer.Option` is an option; None where it is not given."""
 
-    as_json: Annotated[bool, typer.Option("--json", hidden=True, help="Print JSON.")] = False
+    context: typer.Context
 
     def execute(self) -> None:
         raise NotImplementedError
+
+    @property
+    def as_json(self) -> bool:
+        """--json, an option of the program."""
+        return bool(self.context.find_root().params["as_json"])
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the options that were given."""
         found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
-
-
-def _list_settings(context: typer.Context, wanted: bool) -> None:
-    command = COMMANDS[context.info_name or ""]
-    if wanted and issubclass(command, Settable):
-        print_table("Settings, each by --set KEY=VALUE", command.table(), HEADER)
-        raise typer.Exit
 
 
 @dataclass(kw_only=True)
@@ -59,9 +56,6 @@ class Settable(Command):
             help="A setting without an option; repeatable. --help-settings lists them.",
         ),
     ] = None
-    help_settings: Annotated[
-        bool, typer.Option("--help-settings", is_eager=True, hidden=True, callback=_list_settings)
-    ] = False
 
     @classmethod
     def without_option(cls) -> list[str]:
@@ -96,8 +90,7 @@ def command(panel: str, example: str) -> Callable[[type[Command]], type[Command]
             made(**options).execute()
 
         signature = inspect.signature(made, eval_str=True)
-        inherited = {*Command.__dataclass_fields__, *Settable.__dataclass_fields__}
-        last = sorted(signature.parameters.values(), key=lambda p: p.name in inherited)
+        last = sorted(signature.parameters.values(), key=lambda p: p.name == "set_")
         call.__signature__ = signature.replace(parameters=last)  # type: ignore[attr-defined]
         epilog = f"Example: bbt-accel {example}. With --json it prints JSON."
         help_text = " ".join((cls.__doc__ or "").split())

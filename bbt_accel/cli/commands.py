@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import typer
 from pydantic import Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from bbt_accel import __version__
 from bbt_accel.benchmarks.options import (
@@ -25,7 +26,7 @@ from bbt_accel.benchmarks.options import (
 from bbt_accel.benchmarks.sweep.grid import Sweep as SweepGrid
 from bbt_accel.benchmarks.sweep.grid import preset_names
 from bbt_accel.cli import options, printing
-from bbt_accel.cli.base import Command, Settable, app, command
+from bbt_accel.cli.base import COMMANDS, HEADER, Command, Settable, app, command
 from bbt_accel.cli.doctor import diagnose
 from bbt_accel.cli.options import LIST, apart, option_of
 from bbt_accel.core.bundle import Method, PromptMode
@@ -46,7 +47,7 @@ from bbt_accel.core.option_types import (
 )
 from bbt_accel.core.settings import DEFAULTS, Loss, Preset, ReadoutChoice, Settings
 from bbt_accel.errors import BbtError, UsageError
-from bbt_accel.io.command import INTERRUPTED, exit_on_error
+from bbt_accel.io.command import INTERRUPTED, exit_on_error, print_table
 from bbt_accel.io.progress import progress_bar
 from bbt_accel.io.reporting import Schema
 from bbt_accel.package.manifest import Kind
@@ -92,12 +93,24 @@ class Export(Command):
         printing.print_bundle(bundle, self.as_json)
 
 
+class OptimizeSettings(Schema):
+    """Settings of optimize without an option."""
+
+    max_rmse: float = Field(
+        default=MAX_RMSE,
+        ge=0,
+        description="int8: relative RMSE of the label logits above which matmuls fall back to fp32",
+    )
+    threads: Threads | None = None
+
+
 @command(
     PREPARE, "optimize bundles/roberta-large -o bundles/roberta-large-int8 --int8 --calibrate sst2"
 )
-class Optimize(Command):
+class Optimize(Settable):
     """Optimize a bundle for an engine: fused operators, lower precision, TensorRT plans."""
 
+    model = OptimizeSettings
     bundle: options.BundlePath
     output: options.Output
     fp16: bool = flag("--fp16", help="Half precision, for GPUs.")
@@ -112,18 +125,12 @@ class Optimize(Command):
         "profiles (default: shipped texts).",
     )
     data: options.Data = None
-    max_rmse: float | None = option(
-        "--max-rmse",
-        help="int8: relative RMSE of the label logits above which matmuls fall back to fp32 "
-        f"(default: {MAX_RMSE}).",
-    )
     compute_capability: str | None = option(
         "--compute-capability",
         metavar="8.9,...",
         help="Build TensorRT plans ahead of time for these GPUs, comma-separated (default: "
         "this machine's GPU).",
     )
-    threads: options.Threads = None
 
     def execute(self) -> None:
         from bbt_accel.exporters.convert.optimize import optimize_bundle
@@ -132,6 +139,7 @@ class Optimize(Command):
         precisions = [name for name in get_args(Precision) if getattr(self, name, False)]
         if len(precisions) > 1:
             raise UsageError("choose one of --fp16, --bf16, --int8 and --int4")
+        settings = self.settings()
         with progress_bar(f"optimizing {self.bundle}") as tell:
             bundle = optimize_bundle(
                 self.bundle,
@@ -139,7 +147,8 @@ class Optimize(Command):
                 precision=precisions[0] if precisions else "fp32",
                 calibration=calibrate_on(self.calibrate, self.data),
                 on_progress=tell,
-                **self.given("target", "max_rmse", "compute_capability", "threads"),
+                **self.given("target", "compute_capability"),
+                **settings,
             )
         printing.print_bundle(bundle, self.as_json)
 
@@ -157,7 +166,7 @@ class FitSettings(Schema):
     balanced: bool = False
     """Treat all classes as equally frequent, rather than as in FILE."""
     seed: Seed = DEFAULTS.seed
-    threads: Annotated[Threads | None, Field(description="CPU threads (all cores).")] = None
+    threads: Threads | None = None
 
 
 @command(TUNE, "fit reviews.csv --text review --label sentiment -o run")
@@ -211,7 +220,7 @@ class Fit(Settable):
 class TuneSettings(Settings, frozen=True):
     """All settings of a search, and how the backbone is run, where that has no option."""
 
-    threads: Annotated[Threads | None, Field(description="CPU threads (all cores).")] = None
+    threads: Threads | None = None
     without: list[str] = Field(
         default=[], description=f"Optimizations to switch off: {', '.join(OPTIMIZATIONS)}."
     )
@@ -276,7 +285,7 @@ class SweepSettings(Settings, frozen=True):
         default=False,
         description="Also score every prompt in each bundle that takes it, and compare them.",
     )
-    threads: Annotated[Threads | None, Field(description="CPU threads of a trial.")] = None
+    threads: Threads | None = None
 
 
 @command(TUNE, "sweep --tasks sst2,agnews --bundles bundles/a,bundles/b --seeds 42,43 -o sweep")
@@ -336,11 +345,10 @@ class OnEngine(Command):
 
     engine: options.Engine = None
     device: options.Device = None
-    threads: options.Threads = None
     bundle: options.OtherBundle = None
 
     def place(self) -> dict[str, Any]:
-        return self.given("engine", "device", "threads", "bundle")
+        return self.given("engine", "device", "bundle")
 
 
 @command(USE, "evaluate runs/sst2 --data data/sst2")
@@ -349,15 +357,13 @@ class Evaluate(OnEngine):
 
     run: options.RunPath
     data: options.Data = None
-    split: Literal["test", "dev"] = typer.Option(
-        "test", "--split", help="Rows to score; readouts are fitted on dev."
-    )
+    threads: options.Threads = None
     url: options.Url = None
 
     def execute(self) -> None:
         from bbt_accel.predict.inference import evaluate
 
-        score = evaluate(self.run, data=self.data, split=self.split, url=self.url, **self.place())
+        score = evaluate(self.run, **self.given("data", "threads", "url"), **self.place())
         printing.print_score(score, self.as_json)
 
 
@@ -374,6 +380,7 @@ class Predict(OnEngine):
         help="File of texts or JSON objects, one per line, or a table (.csv, .parquet); - for "
         "standard input.",
     )
+    threads: options.Threads = None
     url: options.Url = None
 
     def execute(self) -> None:
@@ -382,7 +389,7 @@ class Predict(OnEngine):
         from bbt_accel.search.run import Run
 
         rows = read_texts(self.texts or [], self.file, Run.read(self.run).task.text)
-        found = predict_texts(self.run, rows, url=self.url, **self.place())
+        found = predict_texts(self.run, rows, **self.given("threads", "url"), **self.place())
         printing.print_predictions(rows, found, self.as_json)
 
 
@@ -458,11 +465,18 @@ class Push(Command):
         printing.print_pushed(self.repository, commit, kind, self.as_json)
 
 
+@pydantic_dataclass(frozen=True)
+class ServeSettings(Limits):
+    """The limits of a server, and how the backbone is run."""
+
+    threads: Threads | None = None
+
+
 @command(USE, "serve runs/sst2 --port 8000")
 class Serve(OnEngine, Settable):
     """Serve a bundle, or a run's prompt, over HTTP with the Open Inference Protocol."""
 
-    model = Limits
+    model = ServeSettings
     path: Path = typer.Argument(
         ..., metavar="BUNDLE|RUN", help="Bundle, or run folder written by tune."
     )
@@ -478,8 +492,16 @@ class Serve(OnEngine, Settable):
             problem = f"a server cannot use --engine {self.engine}"
             raise UsageError(f"{problem}; choose the engine that runs the backbone here")
         ready = partial(printing.print_serving, as_json=self.as_json)
-        limits, where = Limits(**self.settings()), self.given("host", "port")
-        serve(self.path, limits=limits, ready=ready, **where, **self.place())
+        limits = self.settings()
+        threads = limits.pop("threads", None)
+        serve(
+            self.path,
+            limits=Limits(**limits),
+            ready=ready,
+            threads=threads,
+            **self.given("host", "port"),
+            **self.place(),
+        )
 
 
 @command(
@@ -495,11 +517,9 @@ class Bench(Settable):
     task: options.Task
     output: options.Output
     data: options.Data = None
-    method: Method | None = option_of(BenchOptions, "--method")
     engines: options.Engines = None
     precisions: Sequence[str] | None = option_of(BenchOptions, "--precisions")
     device: options.Device = None
-    threads: options.Threads = None
     tune: bool | None = option_of(BenchOptions, "--tune")
     ablate: bool | None = option_of(BenchOptions, "--ablate")
 
@@ -522,10 +542,8 @@ class Compare(Settable):
     backbone: options.Backbone = "demo"
     data: options.DataFolders = None
     contenders: Sequence[str] | None = option_of(CompareOptions, "--contenders")
-    reference: str | None = option_of(CompareOptions, "--reference")
     budgets: Sequence[str] | None = option_of(CompareOptions, "--budgets")
     seeds: Sequence[str] | None = option_of(CompareOptions, "--seeds")
-    engine: options.Engine = None
     resume: options.Resume = False
     jobs: options.Jobs = None
     ray: options.Ray = None
@@ -560,16 +578,33 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+ANYWHERE = ("--debug", "--json", "--help-settings")
+"""Options of the program that may also stand behind the command."""
+
+
 @app.callback()
 def program(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    as_json: bool = typer.Option(
+        False, "--json", help="Print JSON instead of a table; in any position."
+    ),
+    help_settings: bool = typer.Option(
+        False, "--help-settings", help="List a command's settings for --set; in any position."
+    ),
     debug: bool = typer.Option(
-        False, "--debug", help="Show tracebacks and the libraries' warnings, in any position."
+        False, "--debug", help="Show tracebacks and the libraries' warnings; in any position."
     ),
 ) -> None:
-    """Options of the program. `main` removes --debug from the line, wherever it is."""
+    """Options of the program."""
+    if help_settings:
+        made = COMMANDS[context.invoked_subcommand or ""]
+        if not issubclass(made, Settable):
+            raise UsageError(f"{context.invoked_subcommand} has no settings; see --help")
+        print_table("Settings, each by --set KEY=VALUE", made.table(), HEADER)
+        raise typer.Exit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -580,8 +615,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
+    words[:end] = sorted(words[:end], key=lambda word: word not in ANYWHERE)
     debug = "--debug" in words[:end]
-    words = [word for word in words[:end] if word != "--debug"] + words[end:]
     if isinstance(sys.stdout, TextIOWrapper):  # a character that the terminal lacks is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
     # The libraries' warnings address developers.

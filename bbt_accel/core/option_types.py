@@ -38,7 +38,9 @@ def unique(values: list[Any]) -> list[Any]:
 
 Count = Annotated[int, Field(ge=1)]
 PromptTokens = Annotated[int, Field(ge=1, le=2**16, description="Soft prompt vectors, n.")]
-Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
+Threads = Annotated[
+    int, Field(ge=1, le=MAX_THREADS, description="CPU threads (default: all cores).")
+]
 KShot = Annotated[
     int, Field(ge=1, description="Examples per class in the train set, and again in the dev set.")
 ]
@@ -59,4 +61,4 @@ Demonstrations = Annotated[
 def check_threads(threads: int | None) -> None:
     """Raises UsageError for a number outside the limits of `Threads`; None is all cores."""
     if threads is not None and not (isinstance(threads, Integral) and 1 <= threads <= MAX_THREADS):
-        raise UsageError(f"--threads must be a whole number in 1..{MAX_THREADS}, not {threads!r}")
+        raise UsageError(f"threads must be a whole number in 1..{MAX_THREADS}, not {threads!r}")

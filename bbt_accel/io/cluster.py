@@ -121,7 +121,7 @@ def require(ray: ModuleType, parts: int, cpus: int, gpus: int, what: str) -> Non
     once.
     """
     have = ray.cluster_resources()
-    for kind, each, hint in (("CPU", cpus, "lower --threads"), ("GPU", gpus, "use --device cpu")):
+    for kind, each, hint in (("CPU", cpus, "lower threads"), ("GPU", gpus, "use --device cpu")):
         need, found = f"{what} needs {parts * each} {kind}s", have.get(kind, 0)
         if parts * each > found:
             raise EngineError(

@@ -163,7 +163,7 @@ def check(source: Path, output: Path, precision: str, target: str, max_rmse: flo
             f"--target {target} supports {', '.join(known[target].optimized)}, not {precision}"
         )
     if not max_rmse >= 0:
-        raise UsageError(f"--max-rmse must be 0 or more, not {max_rmse}")
+        raise UsageError(f"max_rmse must be 0 or more, not {max_rmse}")
 
 
 # Convert: what was done, and the new bundle's label logits where they are known

@@ -419,7 +419,7 @@ def test_command_line_repeats_the_options() -> None:
             "popsize=4",
             "--tune",
         ],
-        *["--threads", "2", "--engines", "ort,trt", "-o", "out"],
+        *["--set", "threads=2", "--engines", "ort,trt", "-o", "out"],
     ]
 
 
@@ -439,10 +439,10 @@ def test_the_command_measures_the_demo_each_row_in_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch)  # the other baselines take minutes: they compile
-    words = "--set rows=4 --set popsize=2 --set repeats=1 --set test_rows=8 --threads 1"
+    words = "--set rows=4 --set popsize=2 --set repeats=1 --set test_rows=8 --set threads=1"
     words += " --engines torch,dummy,trt --precisions fp32"
-    words += f" --backbone demo --task demo -o {tmp_path / 'out'} --json"
-    result = CliRunner().invoke(app, ["bench", *words.split()], catch_exceptions=False)
+    words += f" --backbone demo --task demo -o {tmp_path / 'out'}"
+    result = CliRunner().invoke(app, ["--json", "bench", *words.split()], catch_exceptions=False)
     report = BenchReport.model_validate_json(result.stdout)
     rows = {row.label: row for row in report.rows}
     eager, torch, dummy, trt = (rows[f"{name} fp32"] for name in ("eager", "torch", "dummy", "trt"))

@@ -347,13 +347,13 @@ def test_an_unknown_contender_is_named() -> None:
         run_compare(
             ["demo"], "nowhere", SMALL.model_copy(update={"contenders": ["gradient-promt"]})
         )
-    with pytest.raises(UsageError, match="unknown --reference 'autto'; did you mean auto"):
+    with pytest.raises(UsageError, match="unknown reference 'autto'; did you mean auto"):
         run_compare(["demo"], "nowhere", SMALL.model_copy(update={"reference": "autto"}))
 
 
 def test_the_reference_is_one_of_the_contenders() -> None:
     check_reference("states", ["readouts", "bbt"])
-    with pytest.raises(UsageError, match="unknown --reference 'auto:alpha=2'"):
+    with pytest.raises(UsageError, match="unknown reference 'auto:alpha=2'"):
         check_reference("auto:alpha=2", ["auto:alpha=2.0", "bbt"])
 
 
@@ -435,7 +435,7 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--engine nosuch", "unknown engine"),
+        ("--set engine=nosuch", "unknown engine"),
         ("--budgets 64,x", "--budgets"),
         ("--backbone /no/such", "cannot load"),
         ("--data /no/such", "/no/such/demo is not a folder"),
@@ -449,8 +449,8 @@ def test_without_the_sentence_encoder_the_extra_is_named() -> None:
             "--data UNTESTED --set k_shot=200",
             "lower it, add rows or, with tune and sweep, --set allow_rare_classes=true",
         ),
-        ("--engine remote", "compare has no --url"),
-        ("--engine openvino --set precision=fp16", "not in fp16"),
+        ("--set engine=remote", "compare has no --url"),
+        ("--set engine=openvino --set precision=fp16", "not in fp16"),
     ],
 )
 def test_a_comparison_that_cannot_start_is_one_line_and_leaves_nothing(

@@ -39,7 +39,7 @@ CONTRACT = {
     "optimize": "-o --fp16 --bf16 --int8 --target --calibrate --data",
     "tune": "--bundle --task --data --engine --url --device --readout --set --preset --k-shot "
     "--intrinsic-dim --popsize --budget --sigma --alpha --bound --loss --eval-every --seed -o "
-    "--resume --overwrite --workers --ray --help-settings",
+    "--resume --overwrite --workers --ray",
     "evaluate": "--data --engine --bundle",
     "predict": "--file",
     "bench": "--backbone --task --engines --precisions -o",
@@ -112,13 +112,15 @@ def plain(text: str) -> str:
 
 
 def options_of(command: str) -> set[str]:
-    found: Any = typer.main.get_command(app)
-    return {name for parameter in found.commands[command].params for name in parameter.opts}
+    """Of a command, and of the program."""
+    program: Any = typer.main.get_command(app)
+    params = program.params + program.commands[command].params
+    return {name for parameter in params for name in parameter.opts}
 
 
 @pytest.mark.parametrize("command", CONTRACT)
 def test_every_command_has_its_options_and_help_with_an_example(command: str) -> None:
-    assert {*CONTRACT[command].split(), "--json"} <= options_of(command)
+    assert {*CONTRACT[command].split(), "--json", "--help-settings"} <= options_of(command)
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert f"Example: bbt-accel {command}" in plain(result.output)
@@ -190,7 +192,9 @@ def test_a_terminal_without_unicode_gets_escapes() -> None:
         (["optimise"], "No such command 'optimise'"),
         (["doctor", "--jsn"], "No such option"),
         (["optimize", "b", "-o", "c", "--fp16", "--int8"], "choose one of --fp16, --bf16, --int8"),
-        (["optimize", "b", "-o", "c", "--threads", "1000000000"], "Invalid value for '--threads'"),
+        (["optimize", "b", "-o", "c", "--set", "threads=1000000000"], "less than or equal to 1024"),
+        (["predict", "r", "text", "--threads", "0"], "Invalid value for '--threads'"),
+        (["doctor", "--help-settings"], "doctor has no settings"),
         (["bench", "--task", "demo", "-o", "r"], "Missing option '--backbone'"),
         ([*BENCH, "--set", "popsize=1"], "--set popsize: Input should be greater than"),
         ([*BENCH, "--device", "tpu"], "--device must be cpu, cuda or cuda:N"),
@@ -279,7 +283,7 @@ def test_optimize_passes_the_precision_and_prints_what_was_fused(
 ) -> None:
     program.result = tiny_bundle(tmp_path)
     program.result.info.optimization = {"agreement": 1.0, "fused": ["LayerNormalization"]}
-    words = ["--target", "openvino", "--calibrate", "sst2", "--data", "d", "--max-rmse", "0.1"]
+    words = ["--target", "openvino", "--calibrate", "sst2", "--data", "d", "--set", "max_rmse=0.1"]
     words += ["--compute-capability", "8.6,8.9"]
     words += [] if precision == "fp32" else [f"--{precision}"]
     code, out, _ = run(capsys, "optimize", "a", "-o", "b", *words)
@@ -373,7 +377,7 @@ def test_evaluate_passes_what_is_given_and_prints_the_score(
     code, out, _ = run(capsys, "evaluate", "r", "--engine", "openvino", "--json")
     assert (code, json.loads(out)) == (0, program.result)
     assert program.calls[0][0] == (Path("r"),)
-    assert program.options == {"data": None, "split": "test", "url": None, "engine": "openvino"}
+    assert program.options == {"engine": "openvino"}
     assert "0.75" in run(capsys, "evaluate", "r")[1]
 
 
@@ -411,11 +415,12 @@ def test_serve_passes_place_and_limits_and_prints_its_address(
     words = ["serve", "r", "--engine", "ort", "--port", "0", "--json"]
     for setting in ("request_bytes=2000", "batch=8", "timeout=3", "cached_batches=2"):
         words += ["--set", setting]
-    assert run(capsys, *words, "--set", "row_tokens=512", "--set", "keep_alive=5")[0] == 0
+    words += ["--set", "row_tokens=512", "--set", "threads=2"]
+    assert run(capsys, *words, "--set", "keep_alive=5")[0] == 0
     assert program.calls[0][0] == (Path("r"),)
     limits, ready = program.options.pop("limits"), program.options.pop("ready")
     assert limits == Limits(2000, 8, 3.0, 2, row_tokens=512, keep_alive=5.0)
-    assert program.options == {"engine": "ort", "host": "127.0.0.1", "port": 0}
+    assert program.options == {"engine": "ort", "host": "127.0.0.1", "port": 0, "threads": 2}
     ready("http://127.0.0.1:8000", ["backbone"])
     printed = json.loads(capsys.readouterr().out)
     assert printed == {"url": "http://127.0.0.1:8000", "models": ["backbone"]}
@@ -457,7 +462,7 @@ def test_doctor_prints_the_versions_and_what_can_run_here(
     [
         ("bbt-accel tune --engine o", ["ort", "openvino"]),
         ("bbt-accel optimize b --target op", ["openvino"]),
-        ("bbt-accel evaluate r --engine unknown --spl", ["--split"]),
+        ("bbt-accel evaluate r --engine unknown --dev", ["--device"]),
         ("bbt-accel sweep --preset paper-", ["paper-v2"]),
     ],
 )

@@ -387,7 +387,7 @@ def test_onnxruntime_takes_the_threads_that_it_is_given(
 
 
 def test_no_threads_at_all_is_wrong_usage(bundle: Bundle) -> None:
-    assert "--threads" in one_line(lambda: load_engine(bundle, "ort", threads=0), UsageError)
+    assert "threads must be" in one_line(lambda: load_engine(bundle, "ort", threads=0), UsageError)
 
 
 # What an engine is given

@@ -414,7 +414,7 @@ def test_relative_rmse_ignores_an_offset_that_all_classes_share() -> None:
 
 
 def test_a_negative_limit_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--max-rmse must be 0 or more"):
+    with pytest.raises(UsageError, match="max_rmse must be 0 or more"):
         optimize_bundle(
             tiny("bert", "bbt", "cat").path, tmp_path / "made", precision="int8", max_rmse=-0.1
         )

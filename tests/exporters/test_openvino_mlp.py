@@ -41,7 +41,8 @@ def test_a_gated_mlp_is_computed_in_bf16_with_one_thread(exported: Export, tmp_p
     """
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     bundle = exported(save_backbone("llama", tmp_path / "llama", **sizes), mode="cat")
-    given = ["--target", "openvino", "--bf16", "--threads", "1", "-o", str(tmp_path / "made")]
+    given = ["--target", "openvino", "--bf16", "--set", "threads=1"]
+    given += ["-o", str(tmp_path / "made")]
     command = [sys.executable, "-P", "-m", "bbt_accel", "optimize", str(bundle.path), *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -455,7 +455,7 @@ def test_refuses_combinations_that_do_not_exist(
 
 def test_refuses_more_threads_than_runtimes_start(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"--threads must be a whole number in 1\.\.1024, not 1000000000"
+        UsageError, match=r"threads must be a whole number in 1\.\.1024, not 1000000000"
     ):
         optimize_bundle(tiny("roberta", "bbt", "add").path, tmp_path / "made", threads=10**9)
     assert list(tmp_path.iterdir()) == []
