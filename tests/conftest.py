@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from bbt_accel.core.bundle import Bundle
 from bbt_accel.core.option_types import MAX_RMSE
 from bbt_accel.engines.base import Engine
 from bbt_accel.engines.registry import load_engine
+from bbt_accel.io.files import reserved
 
 # Child processes find modules beside this file as pytest does, for `dummy_engine`, an engine that
 # is a plug-in of the tests.
@@ -89,8 +91,6 @@ def exported(shared: Path) -> Iterator[Export]:
     saves half of the time.
     """
     torch = pytest.importorskip("torch")
-    from filelock import FileLock
-
     from bbt_accel.exporters.trace import export, validate
 
     torch.set_num_threads(THREADS)
@@ -116,7 +116,7 @@ def exported(shared: Path) -> Iterator[Export]:
                 "n_prompt_tokens": n,
                 "without": without,
             }
-            with FileLock(f"{output.parent}.lock"):
+            with reserved(Path(f"{output.parent}.making"), patience=math.inf):
                 if not output.exists():
                     export.export_bundle(checkpoint, output, **options)  # type: ignore[arg-type]
             made[key] = Bundle.read(output, verify=False)
@@ -132,14 +132,13 @@ def tiny(exported: Export, shared: Path) -> Export:
     """`tiny(name, method, mode, without)`: the bundle of a tiny backbone, with few prompt
     tokens.
     """
-    from filelock import FileLock
     from tiny_backbones import N_PROMPT, save_recorded_backbone
 
     def call(
         name: str, method: str = "bbt", mode: str = "add", without: tuple[str, ...] = ()
     ) -> Bundle:
         checkpoint = shared / name
-        with FileLock(f"{checkpoint}.lock"):
+        with reserved(Path(f"{checkpoint}.making"), patience=math.inf):
             if not checkpoint.exists():
                 save_recorded_backbone(name, checkpoint)
         return exported(checkpoint, method, mode, N_PROMPT, without)
@@ -152,8 +151,6 @@ def optimized(tiny: Export, shared: Path) -> Export:
     """`optimized(variant, precision, target, max_rmse)`: of a bundle of `tiny`. Not to be changed
     by a test.
     """
-    from filelock import FileLock
-
     from bbt_accel.exporters.convert.optimize import optimize_bundle
 
     folder = shared / "optimized"
@@ -166,7 +163,7 @@ def optimized(tiny: Export, shared: Path) -> Export:
         max_rmse: float = MAX_RMSE,
     ) -> Bundle:
         output = folder / "-".join((*variant, target, precision, str(max_rmse)))
-        with FileLock(f"{output}.lock"):
+        with reserved(Path(f"{output}.making"), patience=math.inf):
             if not output.exists():
                 options = {"precision": precision, "target": target, "max_rmse": max_rmse}
                 optimize_bundle(tiny(*variant).path, output, **options)  # type: ignore[arg-type]
@@ -180,7 +177,6 @@ def bundle_cache(tiny: Export, exported: Export, shared: Path) -> Path:
     """A folder for BBT_ACCEL_CACHE, with the bundles of the demo and of the tiny roberta in
     `shared`.
     """
-    from filelock import FileLock
     from tiny_backbones import N_PROMPT
 
     from bbt_accel.predict.bundle_cache import CACHE, cache_folder
@@ -195,7 +191,7 @@ def bundle_cache(tiny: Export, exported: Export, shared: Path) -> Path:
         patch.setenv(CACHE, str(folder))
         for backbone, n, made in bundles:
             place = cache_folder(backbone, "bbt", "add", n)
-            with FileLock(f"{place}.lock"):
+            with reserved(Path(f"{place}.making"), patience=math.inf):
                 if not place.exists():
                     shutil.copytree(made.path, f"{place}.new")
                     os.rename(f"{place}.new", place)

@@ -10,7 +10,6 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
-from importlib import import_module
 from types import ModuleType
 
 from bbt_accel.errors import EngineError, MissingDependency, first_line
@@ -44,21 +43,17 @@ def connect(address: str = "local", cpus: int | None = None) -> Iterator[ModuleT
     # Of sockets and logs; a socket's path has 107 bytes at most, which TMPDIR of a batch system
     # would exceed.
     folder = tempfile.mkdtemp(prefix="bbt-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
-    with _silent():
-        former = signal.getsignal(signal.SIGTERM)
-        try:
-            # Ray puts the working directory, where a folder may be named onnx, on the workers'
-            # path.
-            with chdir(folder):
-                _init(ray, address, cpus, folder)
-            if (
-                former is signal.default_int_handler
-            ):  # Ray has replaced it by its own, which ends the process
-                signal.signal(signal.SIGTERM, former)
-            yield ray
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        # Ray puts the working directory, where a folder may be named onnx, on the workers' path.
+        with chdir(folder):
+            _init(ray, address, cpus, folder)
+        if former is signal.default_int_handler:  # Ray's own, in its place, ends the process
+            signal.signal(signal.SIGTERM, former)
+        yield ray
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
@@ -83,20 +78,6 @@ def _init(ray: ModuleType, address: str, cpus: int | None, folder: str) -> None:
             raise EngineError(f"Ray does not start on this machine ({reason:.200})") from error
         hint = "start one with ray start --head; if it requires a token, set RAY_AUTH_MODE=token"
         raise EngineError(f"no Ray cluster at {address} ({reason:.200}); {hint}") from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep Ray, which has no setting for it, from printing deaths of processes (raised anyway)
-    between the results.
-    """
-    worker = import_module("ray._private.worker")
-    former = getattr(worker, "print_to_stdstream", None)
-    worker.print_to_stdstream = lambda *arguments, **options: None  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = former  # type: ignore[attr-defined]
 
 
 def cpus_of(ray: ModuleType) -> list[int]:

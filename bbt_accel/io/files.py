@@ -4,25 +4,21 @@ nothing is lost.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from bbt_accel.errors import BbtError, UsageError
 
 # seconds to wait for a name: a process that was killed gives it up only when its memory has been
 # freed
 PATIENCE = 2.0
-AT_FDCWD, RENAME_NOREPLACE = -100, 1  # of Linux's renameat2
 
 
 def sha256(file: Path) -> str:
@@ -77,14 +73,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def reserved(path: Path) -> Iterator[None]:
+def reserved(path: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Keep every other process of bbt-accel from making or replacing the folder `path` while the
     block runs.
 
     The lock is that of the file `.NAME.lock` beside the folder, which the operating system releases
     with its process. At the end it is removed, and so are the parents that were made for it if they
-    are empty. Raises BbtError when another process has it, or it cannot be written; UsageError for
-    a path without a name.
+    are empty. patience: seconds to wait for it. Raises BbtError when another process has it, or it
+    cannot be written; UsageError for a path without a name.
     """
     path = path.absolute()
     if path.name in ("", ".."):
@@ -92,7 +88,7 @@ def reserved(path: Path) -> Iterator[None]:
     file = path.with_name(f".{path.name}.lock")
     made = [parent for parent in file.parents if not parent.exists()]
     try:
-        held = _lock(file)
+        held = _lock(file, patience)
     except OSError as error:
         raise BbtError(
             f"cannot write to {path.parent} ({error.strerror}); choose another -o"
@@ -110,22 +106,15 @@ def reserved(path: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _lock(file: Path) -> IO[bytes] | None:
-    """The open and locked file; None if another process keeps it locked for longer than
-    `PATIENCE`.
-    """
-    until = time.monotonic() + PATIENCE
+def _lock(file: Path, patience: float) -> IO[bytes] | None:
+    """The open and locked file; None if another process keeps it locked for longer."""
+    until = time.monotonic() + patience
     while True:
-        file.parent.mkdir(
-            parents=True, exist_ok=True
-        )  # again: another command may have removed it, as it was empty
+        # Another command may have removed the folder, as it was empty.
+        file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("ab")
-        try:
-            if _locks(stream) and _is_named(stream, file):
-                return stream
-        except BaseException:
-            stream.close()
-            raise
+        if _locks(stream) and _is_named(stream, file):
+            return stream
         stream.close()
         if time.monotonic() > until:
             return None
@@ -155,29 +144,13 @@ def _is_named(stream: IO[bytes], file: Path) -> bool:
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename a file or folder. Raises FileExistsError when there is anything of that name, and
-    leaves it alone.
+    """Rename a folder. Raises FileExistsError when there is anything of that name, and leaves it
+    alone.
     """
-    if (renameat2 := _renameat2()) is not None:
-        names = os.fsencode(source), os.fsencode(target)
-        if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_NOREPLACE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):  # of a file system without it
-            raise OSError(code, os.strerror(code), str(target))
-    if os.path.lexists(target):  # os.rename would replace an empty folder
+    if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    # Should something appear right now, the system replaces nothing but an empty folder.
     os.rename(source, target)
-
-
-@cache
-def _renameat2() -> Any:
-    """Linux's rename that can refuse to replace, which os has no function for; None elsewhere."""
-    return (
-        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if sys.platform == "linux"
-        else None
-    )
 
 
 def require_new(path: Path) -> None:

@@ -82,13 +82,11 @@ def extra_of(module: str) -> str | None:
     """The extra that installs a module, from the names of the distributions; None for an unknown
     one.
     """
-    names, wanted = dependencies(), module.partition(".")[0].replace("_", "-")
-    match = (
-        wanted
-        if wanted in names
-        else next((name for name in names if name.startswith(f"{wanted}-")), None)
-    )
-    return None if match is None else names[match]
+    wanted = module.partition(".")[0].replace("_", "-")
+    for name, extra in dependencies().items():
+        if name == wanted or name.startswith(f"{wanted}-"):
+            return extra
+    return None
 
 
 def installed(package: str) -> str | None:
@@ -136,29 +134,11 @@ def _memory() -> float | None:
 
 
 def _gpus() -> list[str]:
-    """Name, memory, driver and compute capability of each NVIDIA GPU, as nvidia-smi reports them.
-
-    That of a driver before 510 does not know the last.
-    """
-    for fields in (
-        "name,memory.total,driver_version,compute_cap",
-        "name,memory.total,driver_version",
-    ):
-        if found := nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader"):
-            return list(map(", ".join, found))
-    return []
-
-
-def nvidia_smi(*arguments: str) -> list[list[str]]:
-    """The cells of nvidia-smi's answer in CSV; none where it fails or is missing."""
+    """Name, memory, driver and compute capability of each NVIDIA GPU; none without nvidia-smi."""
+    fields = "name,memory.total,driver_version,compute_cap"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [
-        [value.strip() for value in line.split(",")]
-        for line in answer.stdout.splitlines()
-        if line.strip()
-    ]
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]

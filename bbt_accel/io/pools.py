@@ -6,21 +6,17 @@ Each job has a process of its own, so that a crash fails that job alone.
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from bbt_accel.errors import EngineError, first_line
-from bbt_accel.io import processes
 from bbt_accel.io.cluster import connect, cpus_of, first_cause, require, share_of_cores
 from bbt_accel.io.machine import physical_cores
-from bbt_accel.io.processes import Reply
+from bbt_accel.io.processes import Child, Reply, attempt
 from bbt_accel.io.progress import JobProgress, progress_bar
 
 POLL = 0.05  # seconds between two looks at the processes
@@ -78,33 +74,20 @@ class ProcessPool(Pool):
     def __init__(self, jobs: int | None, threads: int | None) -> None:
         self.jobs = jobs or 1
         self.threads = threads or max(1, physical_cores() // self.jobs)
-        self._folder = tempfile.TemporaryDirectory(prefix="bbt-accel-")
-        self._running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+        self._running: dict[str, Child] = {}
 
     def start(self, job: PoolJob) -> None:
-        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
-        command = processes.prepare(job.function, job.arguments, folder)
-        with (folder / "stderr").open("wb") as errors:
-            process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=errors, env=processes.environment()
-            )
-        self._running[job.name] = process, folder
+        self._running[job.name] = Child(job.function, job.arguments)
 
     def wait(self) -> tuple[str, Reply]:
-        while True:
-            for name, (process, folder) in self._running.items():
-                if (code := process.poll()) is not None:
-                    del self._running[name]
-                    stderr = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
-                    return name, processes.read_reply(folder, code, stderr)
+        while not (ended := [name for name, child in self._running.items() if child.ended()]):
             time.sleep(POLL)
+        with self._running.pop(ended[0]) as child:
+            return ended[0], child.reply()
 
     def close(self) -> None:
-        for process, _ in self._running.values():
-            process.kill()  # a search keeps every finished generation
-        for process, _ in self._running.values():
-            process.wait()
-        self._folder.cleanup()
+        for child in self._running.values():
+            child.close()  # a search keeps every finished generation
 
 
 class RayPool(Pool):
@@ -127,7 +110,7 @@ class RayPool(Pool):
             self.threads = threads or share_of_cores(ray, self.jobs)
             require(ray, 1, self.threads, gpus, "a trial")
             options = {"num_cpus": self.threads, "num_gpus": gpus, "max_calls": 1, "max_retries": 0}
-            self._attempt = ray.remote(**options)(processes.attempt).remote
+            self._attempt = ray.remote(**options)(attempt).remote
             self._stack = stack.pop_all()
 
     def start(self, job: PoolJob) -> None:

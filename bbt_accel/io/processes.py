@@ -8,7 +8,6 @@ parent, whose process id is PARENT.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -21,19 +20,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bbt_accel import errors
 from bbt_accel.errors import BbtError, EngineError, MissingDependency, first_line, missing_module
 from bbt_accel.io.files import write_atomically
 
-QUIET = {
+ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
+    "PYTHONSAFEPATH": "1",  # a folder named triton or onnx where the user works is no module
 }
-SAFE = {"PYTHONSAFEPATH": "1"}  # a folder named triton or onnx where the user works is no module
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+"""What a child has in its environment, and its own children have."""
 Reply = dict[str, Any]  # {"value": ...}, or {"error": class name, "message": ...}
 
 
@@ -44,42 +43,57 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
     Raises the BbtError that the function raised; MissingDependency for a module that is not
     installed; EngineError for any other error, and for a process that died.
     """
-    with tempfile.TemporaryDirectory(prefix="bbt-accel-") as folder:
-        command = prepare(function, arguments, Path(folder))
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment()
-        )
-        reply = read_reply(Path(folder), done.returncode, done.stderr)
+    with Child(function, arguments) as child:
+        reply = child.reply()
     if "error" in reply:
         raise getattr(errors, reply["error"], EngineError)(reply["message"])
     return reply["value"]
 
 
+class Child:
+    """A process that calls a function; it is killed when the block ends or at `close`."""
+
+    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="bbt-accel-")
+        self._folder = Path(self._temporary.name)
+        command = prepare(function, arguments, self._folder)
+        with (self._folder / "stderr").open("wb") as errors:
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=errors, env=os.environ | ENVIRONMENT
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def reply(self) -> Reply:
+        """Wait for what the process replies; the cause of death, as an error, of one that died."""
+        exit_code = self._process.wait()
+        file = self._folder / "reply.json"
+        if file.is_file():
+            content: Reply = json.loads(file.read_text(encoding="utf-8"))
+            return content
+        stderr = (self._folder / "stderr").read_text(encoding="utf-8", errors="replace")
+        return {"error": EngineError.__name__, "message": _cause_of_death(exit_code, stderr)}
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._temporary.cleanup()
+
+
 def prepare(function: Callable[..., Any], arguments: dict[str, Any], folder: Path) -> list[str]:
     """The command of a process that calls the function; request and reply are files in `folder`."""
-    return prepare_named(f"{function.__module__}:{function.__name__}", arguments, folder)
-
-
-def prepare_named(name: str, arguments: dict[str, Any], folder: Path) -> list[str]:
-    """The same for a function by its name, MODULE:FUNCTION, whose module is not imported here."""
     request, reply = folder / "request.json", folder / "reply.json"
     request.write_text(json.dumps(arguments, default=str), encoding="utf-8")
-    # -P, for the same reason as in `SAFE`
+    name = f"{function.__module__}:{function.__name__}"
+    # -P, for the same reason as PYTHONSAFEPATH
     return [sys.executable, "-P", "-m", __name__, str(os.getpid()), name, str(request), str(reply)]
-
-
-def environment() -> dict[str, str]:
-    """The environment of a child, and of its own children."""
-    return os.environ | QUIET | SAFE
-
-
-def read_reply(folder: Path, exit_code: int, stderr: str) -> Reply:
-    """What the process replied; the cause of death, as an error, of one that did not."""
-    reply = folder / "reply.json"
-    if not reply.is_file():
-        return {"error": EngineError.__name__, "message": _cause_of_death(exit_code, stderr)}
-    content: Reply = json.loads(reply.read_text(encoding="utf-8"))
-    return content
 
 
 def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> Reply:
@@ -127,17 +141,13 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 def end_with(parent: int) -> None:
     """End this process as soon as its parent has ended, even by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    if sys.platform == "linux" and os.getppid() == parent:
-        return  # it lives, so the signal will come
-    if os.name == "posix":
+    if os.name == "posix":  # elsewhere a process keeps the number of its parent
         threading.Thread(target=watch, daemon=True).start()
 
 

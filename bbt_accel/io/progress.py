@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +15,7 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 Tell = Callable[
@@ -38,13 +38,6 @@ class StderrBar(Progress):
         super().__init__(
             *columns, console=console, disable=not (shown and console.is_terminal), transient=True
         )
-
-    def stop(self) -> None:
-        """Nothing where the bar is not shown: Rich before 14.1 ends it with an empty line even
-        there.
-        """
-        if not self.disable:
-            super().stop()
 
 
 def description() -> TextColumn:
@@ -90,9 +83,11 @@ class JobProgress(StderrBar):
     """Trials done, failed and running, and the time left."""
 
     def __init__(self, total: int, done: int, shown: bool = True) -> None:
-        super().__init__(shown, BarColumn(24), MofNCompleteColumn(), description())
+        super().__init__(
+            shown, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), description()
+        )
         self._task = self.add_task("", total=total, completed=done)
-        self._ended, self._failed = 0, 0
+        self._failed = 0
         self._running: list[str] = []
 
     def begin(self, name: str) -> None:
@@ -101,15 +96,10 @@ class JobProgress(StderrBar):
 
     def end(self, name: str, failed: bool) -> None:
         self._running.remove(name)
-        self._ended += 1
         self._failed += failed
         self.advance(self._task)
         self._show()
 
     def _show(self) -> None:
-        words = [f"{self._failed} failed"] if self._failed else []
-        if self._ended:
-            task = self.tasks[0]
-            seconds = (task.elapsed or 0) / self._ended * (task.remaining or 0)
-            words.append(f"{timedelta(seconds=round(seconds))} left")
-        self.update(self._task, description=" · ".join([*words, *self._running]))
+        failed = [f"{self._failed} failed"] if self._failed else []
+        self.update(self._task, description=" · ".join([*failed, *self._running]))

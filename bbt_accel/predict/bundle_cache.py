@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from filelock import FileLock
 
 import bbt_accel
 from bbt_accel.core.backbone_names import backbone_digest
@@ -15,6 +14,7 @@ from bbt_accel.core.bundle import Bundle, BundleInfo, Method, PromptMode
 from bbt_accel.core.engine_specs import Device, Precision, engine_spec, local_engine
 from bbt_accel.engines.availability import RULES, Availability, EngineState, availability, label
 from bbt_accel.errors import BundleError, UsageError
+from bbt_accel.io.files import reserved
 from bbt_accel.io.progress import Tell, silent
 
 # the environment variable with the folder of bundles; ~/.cache/bbt-accel unless given
@@ -113,8 +113,7 @@ def prepared_bundle(
     from bbt_accel.exporters.convert.optimize import optimize_bundle
     from bbt_accel.exporters.trace.export import export_bundle
 
-    exported.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(exported.with_suffix(".lock")):
+    with reserved(exported.with_suffix(".bundles"), patience=math.inf):
         if not exported.exists():
             export_bundle(
                 backbone,

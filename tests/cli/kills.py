@@ -26,7 +26,6 @@ from typing import Any
 from search_parts import SETTINGS, search_bundle, task_file
 
 from bbt_accel import Bundle, Run, tune
-from bbt_accel.io import files
 
 OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of os
 
@@ -217,15 +216,13 @@ def armed(at: int) -> Callable[[], int]:
 
     for name in OPERATIONS:
         setattr(os, name, deadly(getattr(os, name)))
-    opened, native = io.open, files._renameat2()
+    opened = io.open
 
     def written(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         writes = set(mode) & set("wax+")
         return (deadly(opened) if writes else opened)(file, mode, *arguments, **options)
 
     io.open = builtins.open = written  # type: ignore[assignment]
-    if native is not None:
-        files._renameat2 = lambda: deadly(native)  # type: ignore[assignment]
     return lambda: count
 
 

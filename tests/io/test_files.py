@@ -7,40 +7,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from bbt_accel.errors import BbtError, UsageError
-from bbt_accel.io import files
-from bbt_accel.io.files import new_folder, rename_new, reserved, write_atomically
+from bbt_accel.io.files import new_folder, reserved
 
 
-@pytest.fixture(autouse=True)
-def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PATIENCE", 0.0)
-
-
-def make(path: Path, content: str = "new") -> None:
-    with new_folder(path) as folder:
-        (folder / "file").write_text(content)
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_a_folder_appears_when_it_is_whole_and_alone(tmp_path: Path) -> None:
     with new_folder(tmp_path / "a" / "b") as folder:
         (folder / "file").write_text("new")
         assert not (tmp_path / "a" / "b").exists()
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
-        "a",
-        "a/b",
-        "a/b/file",
-    ]
+    assert names(tmp_path) == ["a", "a/b", "a/b/file"]
 
 
 def test_an_error_leaves_nothing_not_even_the_parents(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a" / "b"):
         raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "empty folder", "folder", "dangling link"])
@@ -62,39 +52,26 @@ def test_what_is_there_is_refused_and_left_alone(tmp_path: Path, kind: str, when
         appear()
     with pytest.raises(BbtError, match="exists already"), new_folder(path):
         appear()
-    assert [p.name for p in tmp_path.iterdir()] == ["name"]
-    if kind == "folder":
-        assert (path / "letter").read_text() == "dear"
-    if kind == "empty folder":
-        assert not list(path.iterdir())
+    assert names(tmp_path) == (["name", "name/letter"] if kind == "folder" else ["name"])
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_a_rename_replaces_nothing_even_where_the_system_cannot_promise_it(
-    tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not native:
-        monkeypatch.setattr(files, "_renameat2", lambda: None)
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "a" / "file").touch()
-    with pytest.raises(FileExistsError):
-        rename_new(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "a" / "file").exists()
-    rename_new(tmp_path / "a", tmp_path / "d")
-    assert (tmp_path / "d" / "file").exists()
-
-
-def test_of_two_at_once_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
+def test_one_process_has_a_name_until_it_gives_it_up(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    path = tmp_path / "name"
-    with new_folder(path) as folder:
-        (folder / "file").write_text("first")
-        with pytest.raises(
-            BbtError, match="in use by another bbt-accel; wait for it or choose another -o"
-        ):
-            make(path, "second")
-    assert (path / "file").read_text() == "first"
+    path, waited = tmp_path / "name", threading.Event()
+
+    def wait() -> None:
+        with reserved(path, patience=60):
+            waited.set()
+
+    with reserved(path):
+        with pytest.raises(BbtError, match="in use by another bbt-accel; wait for it or choose"):
+            reserved(path, patience=0).__enter__()
+        second = threading.Thread(target=wait)
+        second.start()
+        assert not waited.is_set()
+    second.join()
+    assert waited.is_set()
+    assert names(tmp_path) == []
 
 
 def test_a_name_is_free_again_when_its_owner_is_gone(tmp_path: Path) -> None:
@@ -108,39 +85,16 @@ with new_folder(Path({str(path)!r})) as folder:
     os._exit(9)
 """
     assert subprocess.run([sys.executable, "-c", dying]).returncode == 9
-    assert len(list(tmp_path.iterdir())) == 2  # its folder and its lock
-    make(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["name"]
-    assert [p.name for p in path.iterdir()] == ["file"]
-
-
-def test_who_waits_for_a_lock_that_is_removed_makes_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("fcntl")
-    monkeypatch.setattr(files, "PATIENCE", 30.0)
-    first = reserved(tmp_path / "name")
-    first.__enter__()
-    waits = []
-
-    def end_the_first(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 1:
-            first.__exit__(None, None, None)
-
-    monkeypatch.setattr("time.sleep", end_the_first)
-    with reserved(tmp_path / "name"):
-        assert waits
-        monkeypatch.setattr(files, "PATIENCE", 0.0)
-        with pytest.raises(BbtError, match="in use"), reserved(tmp_path / "name"):
-            pass
-    assert not list(tmp_path.iterdir())
+    assert names(tmp_path) == [".name.lock", ".name.new", ".name.new/half"]
+    with new_folder(path) as folder:
+        (folder / "file").touch()
+    assert names(tmp_path) == ["name", "name/file"]
 
 
 @pytest.mark.parametrize("path", ["/", ".."])
 def test_a_path_that_names_no_new_folder_is_wrong_usage(path: str) -> None:
-    with pytest.raises(UsageError, match="names no new folder"):
-        make(Path(path))
+    with pytest.raises(UsageError, match="names no new folder"), new_folder(Path(path)):
+        pass
 
 
 @pytest.mark.skipif(
@@ -149,19 +103,7 @@ def test_a_path_that_names_no_new_folder_is_wrong_usage(path: str) -> None:
 def test_a_parent_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(BbtError, match=r"cannot write to .*choose another -o"):
-            make(tmp_path / "name")
+        with pytest.raises(BbtError, match="cannot write to"), new_folder(tmp_path / "name"):
+            pass
     finally:
         tmp_path.chmod(0o700)
-
-
-def test_a_full_disk_is_named_with_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"report\.json"):
-        write_atomically(tmp_path / "report.json", b"{}")
-    assert not list(tmp_path.iterdir())
